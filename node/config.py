@@ -1,0 +1,191 @@
+"""The configuration file: one struct for each part, every key with a default, read once.
+
+`load` names the file, the key and what is accepted when something is wrong. docs/OPERATIONS.md tells the trade-offs.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+
+from node.locator import check_upstream
+from protocol.errors import BadInputError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
+_UNITS = {
+    None: 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class NodePart(_Part, frozen=True):
+    name: str = msgspec.field(default_factory=socket.gethostname)
+    site: str = "default"
+    data_dir: str = "/var/lib/p2pd"
+    log: str = "info"
+
+
+class MirrorPart(_Part, frozen=True):
+    listen: str = "127.0.0.1:5050"
+    tag_ttl: str = "60s"
+    tag_max_age: str = "7d"
+
+
+class PeersPart(_Part, frozen=True):
+    listen: str = "/ip4/0.0.0.0/tcp/4501"
+    bulk: str = "0.0.0.0:4502"
+    bootstrap: tuple[str, ...] = ()
+    mdns: bool = True
+    k: Annotated[int, msgspec.Meta(ge=1, le=32)] = 4
+    m: Annotated[int, msgspec.Meta(ge=0, le=8)] = 1
+
+
+class UpstreamPart(_Part, frozen=True):
+    name: str
+    url: str = ""
+    connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 6
+    docker_config: str = ""
+    ca: str = ""
+
+
+class ClusterPart(_Part, frozen=True):
+    key: str = ""
+
+
+class CachePart(_Part, frozen=True):
+    memory: str = "64MiB"
+    disk: str = "10GiB"
+    min_free: str = "5%"
+    containerd_store: str = ""
+
+
+class ControlPart(_Part, frozen=True):
+    socket: str = "/run/p2pd/p2pd.sock"
+    metrics: str = "127.0.0.1:5051"
+
+
+DEFAULT_UPSTREAMS = (
+    UpstreamPart(name="docker.io", url="https://registry-1.docker.io"),
+    UpstreamPart(name="ghcr.io", url="https://ghcr.io"),
+    UpstreamPart(name="quay.io", url="https://quay.io"),
+    UpstreamPart(name="registry.k8s.io", url="https://registry.k8s.io"),
+)
+
+
+class Config(_Part, frozen=True):
+    node: NodePart = NodePart()
+    mirror: MirrorPart = MirrorPart()
+    peers: PeersPart = PeersPart()
+    upstream: tuple[UpstreamPart, ...] = DEFAULT_UPSTREAMS
+    cluster: ClusterPart = ClusterPart()
+    cache: CachePart = CachePart()
+    control: ControlPart = ControlPart()
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_size(text: str, key: str) -> int:
+    """`64MiB`, `10 GB`, `1000` to bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise BadInputError(f'{key} = "{text}": not a size; write for example "64MiB" or "10GiB"')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_duration(text: str, key: str) -> float:
+    """`500ms`, `60s`, `7d` to seconds."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise BadInputError(f'{key} = "{text}": not a duration; write for example "60s", "5m" or "7d"')
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse_floor(text: str, key: str) -> tuple[float, int]:
+    """`5%` to (0.05, 0); `1GiB` to (0.0, bytes): the part, or the bytes, of the file system to keep free."""
+    if text.strip().endswith("%"):
+        try:
+            share = float(text.strip()[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 1:
+            raise BadInputError(f'{key} = "{text}": not a percentage from 0% to 99%')
+        return share, 0
+    return 0.0, parse_size(text, key)
+
+
+def parse_host_port(text: str, key: str) -> HostPort:
+    """`127.0.0.1:5050`, `[::1]:5050`."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise BadInputError(f'{key} = "{text}": not an address; write for example "127.0.0.1:5050"')
+    return HostPort(host, int(port))
+
+
+def load(path: Path | None) -> Config:
+    """Read and check a configuration file; None gives the defaults. Raises BadInputError."""
+    if path is None:
+        return Config()
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BadInputError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path} is not TOML: {error}") from error
+    try:
+        config = msgspec.convert(document, Config)
+    except msgspec.ValidationError as error:
+        raise BadInputError(f"{path}: {error}") from error
+    try:
+        check(config)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error
+    return config
+
+
+def check(config: Config) -> None:
+    """Everything that types do not say. Raises BadInputError naming the key."""
+    parse_host_port(config.mirror.listen, "mirror.listen")
+    parse_host_port(config.peers.bulk, "peers.bulk")
+    if config.control.metrics:
+        parse_host_port(config.control.metrics, "control.metrics")
+    parse_duration(config.mirror.tag_ttl, "mirror.tag_ttl")
+    parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age")
+    parse_size(config.cache.memory, "cache.memory")
+    parse_size(config.cache.disk, "cache.disk")
+    parse_floor(config.cache.min_free, "cache.min_free")
+    names = [upstream.name for upstream in config.upstream]
+    for upstream in config.upstream:
+        check_upstream(upstream.name)
+        parts = urlsplit(upstream.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise BadInputError(
+                f'upstream "{upstream.name}": url = "{upstream.url}": write for example "https://{upstream.name}"'
+            )
+    if len(set(names)) != len(names):
+        raise BadInputError(f"upstream: a name stands twice in {names}")
+    if config.node.log not in ("debug", "info", "warning", "error"):
+        raise BadInputError(f'node.log = "{config.node.log}": one of debug, info, warning, error')

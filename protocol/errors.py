@@ -1,0 +1,33 @@
+"""Every error that crosses a seam. "The peer misbehaved" and "we have a bug" are different types."""
+
+
+class ShoalError(Exception):
+    """Base of all errors that Shoal raises on purpose."""
+
+
+class BadInputError(ShoalError):
+    """What a user, a file or a client gave is malformed; the text names the input and what to do."""
+
+
+class PeerMisbehavedError(ShoalError):
+    """A peer broke the protocol or sent bytes that do not match what was signed."""
+
+
+class PeerUnavailableError(ShoalError):
+    """A peer did not answer in time, or cannot be reached."""
+
+
+class UnavailableError(ShoalError):
+    """Nobody who was asked could give the object now: peers and registry are out of reach or failing."""
+
+
+class NotFoundError(ShoalError):
+    """The registry says that the name or digest does not exist."""
+
+
+class DeniedError(ShoalError):
+    """The registry refused access (401 or 403) with the credentials that this node has."""
+
+
+class CorruptObjectError(ShoalError):
+    """The bytes of a whole object do not hash to its digest."""

@@ -1,0 +1,40 @@
+"""Members: who takes part, as told by introductions and by membership gossip."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import msgspec
+
+from protocol.ids import PeerId
+
+MAX_ADDRESSES = 8
+MAX_MEMBERS = 16384
+"""A view's bound: above the largest site that is simulated, far below what memory allows."""
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """A node, and where its bulk channel listens (`host:port`, likeliest first). `weight`: its share of keeping."""
+
+    peer_id: PeerId
+    name: str
+    site: str
+    addresses: tuple[str, ...]
+    weight: float = 1.0
+
+
+class State(IntEnum):
+    """In order of precedence at equal incarnation (SWIM, section 4.2)."""
+
+    ALIVE = 0
+    SUSPECT = 1
+    DEAD = 2
+    LEFT = 3
+
+
+class Update(msgspec.Struct, frozen=True, array_like=True):
+    """One statement about a member; what gossip carries. A later incarnation overrides an earlier one."""
+
+    member: Member
+    state: State
+    incarnation: int

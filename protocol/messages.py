@@ -1,0 +1,152 @@
+"""The messages of the bulk channel. The bytes, and what each side owes the other: docs/PROTOCOL.md.
+
+Requests are answered by number, in any order. Every value is checked against these types when it is decoded, and the
+bounds that types do not say are checked by `protocol.wire`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.ids import PeerId
+from protocol.members import Update
+from protocol.records import Record
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    pass
+
+
+class GetShard(_Message, frozen=True, tag=1):
+    """Shard `want` of the code (k, m) of a block; another shard of that code will do unless `exact`.
+
+    `reach` is how far the receiver may go for it: 2 ask the block's home, 1 ask the origin, 0 only what it holds.
+    `source` is an opaque hint for the origin.
+    """
+
+    digest: str
+    index: int
+    size: int
+    k: int
+    m: int
+    want: int
+    reach: int
+    source: str
+    exact: bool = False
+
+
+class GetBlock(_Message, frozen=True, tag=2):
+    """A whole block, from what the receiver holds."""
+
+    digest: str
+    index: int
+    size: int
+
+
+class GetHoldings(_Message, frozen=True, tag=3):
+    """Which blocks and shards of an object the receiver holds."""
+
+    digest: str
+
+
+class FindHolders(_Message, frozen=True, tag=4):
+    """To a member of an object's directory: which members announced that they hold some of it?"""
+
+    digest: str
+
+
+class Announce(_Message, frozen=True, tag=5):
+    """To a member of these objects' directories: the sender holds some of each."""
+
+    digests: tuple[str, ...]
+
+
+class Resolve(_Message, frozen=True, tag=6):
+    """What does this reference stand for? `reach` 1: the receiver may ask the origin; 0: only what it knows."""
+
+    source: str
+    reference: str
+    reach: int
+
+
+class Ping(_Message, frozen=True, tag=7):
+    """SWIM probe; `updates` piggyback."""
+
+    updates: tuple[Update, ...]
+
+
+class PingRequest(_Message, frozen=True, tag=8):
+    """SWIM indirect probe: ping `target` for me. Answered by Pong or Failed."""
+
+    target: PeerId
+    updates: tuple[Update, ...]
+
+
+class Sync(_Message, frozen=True, tag=9):
+    """The sender's whole view; answered by the receiver's."""
+
+    updates: tuple[Update, ...]
+
+
+Request = GetShard | GetBlock | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync
+
+
+class ShardFound(_Message, frozen=True, tag=32):
+    """The body that follows is shard `index` of the code (k, m) of the record's block."""
+
+    k: int
+    m: int
+    index: int
+    record: Record
+
+
+class BlockFound(_Message, frozen=True, tag=33):
+    """The body that follows is the record's block."""
+
+    record: Record
+
+
+class HoldingsFound(_Message, frozen=True, tag=34):
+    """Bitmaps, bit i for block i, least significant bit first; shards as (k, m, index, bitmap)."""
+
+    blocks: bytes
+    shards: tuple[tuple[int, int, int, bytes], ...]
+
+
+class Holders(_Message, frozen=True, tag=35):
+    peers: tuple[PeerId, ...]
+
+
+class Done(_Message, frozen=True, tag=36):
+    pass
+
+
+class Resolved(_Message, frozen=True, tag=37):
+    digest: str
+    size: int
+    media_type: str
+    age_s: float
+
+
+class Pong(_Message, frozen=True, tag=38):
+    updates: tuple[Update, ...]
+
+
+class SyncReply(_Message, frozen=True, tag=39):
+    updates: tuple[Update, ...]
+
+
+class Waiting(_Message, frozen=True, tag=40):
+    """Interim: the request is being worked on and its work makes progress. Repeated until the answer."""
+
+
+class Failed(_Message, frozen=True, tag=41):
+    """`code` is one of `FAILURES`; `text` is for the log."""
+
+    code: str
+    text: str
+
+
+Reply = ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Pong | SyncReply | Waiting | Failed
+
+FAILURES = ("not-held", "not-found", "denied", "unavailable", "busy", "bad-request")

@@ -1,0 +1,92 @@
+"""Block records: who claims which bytes.
+
+OCI vouches only for whole objects. A record binds one block to its sha256 and is signed with the Ed25519 key of the
+node that read the block from the registry, so that a false block has a name on it. Bytes: docs/FORMATS.md, "Record".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+
+import base58
+import msgpack
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.ids import BlockId, Digest, ObjectRef, PeerId
+
+_CONTEXT = b"shoal-record-1\x00"
+_PEER_ID_PREFIX = bytes.fromhex("002408011220")
+"""Identity multihash of a libp2p protobuf public key: Ed25519, 32 bytes."""
+
+
+def peer_id_of(public_key: bytes) -> PeerId:
+    """The libp2p peer id of a raw 32-byte Ed25519 public key (libp2p specs, peer-ids)."""
+    return PeerId(base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii"))
+
+
+def public_key_of(peer: PeerId) -> bytes:
+    """The raw Ed25519 key inside a peer id. Raises BadInputError where there is none."""
+    if len(peer) > 64:
+        raise BadInputError(f"not an Ed25519 peer id: {peer[:80]!r}")
+    try:
+        raw = base58.b58decode(peer)
+    except ValueError as error:
+        raise BadInputError(f"not an Ed25519 peer id: {peer!r}") from error
+    if len(raw) != 38 or not raw.startswith(_PEER_ID_PREFIX):
+        raise BadInputError(f"not an Ed25519 peer id: {peer!r}")
+    return raw[6:]
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """`sha256` is that of the whole block's `length` bytes; `size` is the object's."""
+
+    digest: str
+    index: int
+    length: int
+    size: int
+    sha256: bytes
+    signer: PeerId
+    signature: bytes
+
+    @property
+    def object(self) -> ObjectRef:
+        return ObjectRef(Digest.parse(self.digest), self.size)
+
+    @property
+    def block(self) -> BlockId:
+        return self.object.block(self.index)
+
+    def matches(self, data: bytes | bytearray | memoryview) -> bool:
+        """Whether `data` is the whole block that this record speaks of."""
+        return len(data) == self.length and sha256(data).digest() == self.sha256
+
+
+def _payload(digest: str, index: int, length: int, size: int, sha: bytes, signer: PeerId) -> bytes:
+    return _CONTEXT + bytes(msgpack.packb([digest, index, length, size, sha, signer]))
+
+
+def make_record(ref: ObjectRef, index: int, sha: bytes, signer: PeerId, sign: Callable[[bytes], bytes]) -> Record:
+    """Sign block `index` of `ref`, whose bytes hash to `sha`. `sign` is Ed25519 with the signer's key."""
+    length = ref.block_length(index)
+    payload = _payload(str(ref.digest), index, length, ref.size, sha, signer)
+    return Record(str(ref.digest), index, length, ref.size, sha, signer, sign(payload))
+
+
+def check_record(record: Record, ref: ObjectRef, index: int) -> None:
+    """Raises PeerMisbehavedError unless the record speaks of this block and its signature is the signer's.
+
+    Whether the signer is a member is the caller's question.
+    """
+    expected = (str(ref.digest), index, ref.block_length(index), ref.size)
+    if (record.digest, record.index, record.length, record.size) != expected or len(record.sha256) != 32:
+        raise PeerMisbehavedError(f"record of another block than {ref.digest} #{index}")
+    payload = _payload(record.digest, record.index, record.length, record.size, record.sha256, record.signer)
+    try:
+        key = Ed25519PublicKey.from_public_bytes(public_key_of(record.signer))
+        key.verify(record.signature, payload)
+    except (InvalidSignature, BadInputError) as error:
+        raise PeerMisbehavedError(f"signature on {ref.digest} #{index} is not {record.signer}'s") from error
