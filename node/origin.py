@@ -1,0 +1,107 @@
+"""Blocks from the registry, once each, in as few requests as can be.
+
+Blocks that are wanted while every connection is busy are gathered, and a connection that falls free takes the one that
+waits longest together with those that follow it in the same object.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Protocol
+
+import outcome
+import trio
+
+from node.locator import Locator
+from protocol.errors import ShoalError, UnavailableError
+from protocol.ids import BlockId, ObjectRef
+
+MAX_RUN = 8
+"""Blocks in one request: the cost of a request is spread thin, and other objects need not wait long for their turn."""
+
+
+class Registry(Protocol):
+    """What is needed of node/upstream.py here."""
+
+    def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]: ...
+
+    def connections(self, upstream: str) -> int: ...
+
+
+class _Wanted:
+    __slots__ = ("done", "locator", "ref", "result")
+
+    def __init__(self, locator: Locator, ref: ObjectRef) -> None:
+        self.locator, self.ref = locator, ref
+        self.done = trio.Event()
+        self.result: outcome.Outcome[bytearray] | None = None
+
+
+class Origin:
+    """`read` may be called for a block once at a time; whoever calls shares the result (node/seeder.py does)."""
+
+    def __init__(self, registry: Registry, nursery: trio.Nursery) -> None:
+        self._registry, self._nursery = registry, nursery
+        self._queues: dict[str, OrderedDict[BlockId, _Wanted]] = {}
+        self._workers: dict[str, int] = {}
+
+    async def read(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
+        """Block `index` as the registry gives it. Raises NotFoundError, DeniedError or UnavailableError."""
+        wanted = _Wanted(locator, ref)
+        queue = self._queues.setdefault(locator.upstream, OrderedDict())
+        block = ref.block(index)
+        queue[block] = wanted
+        if self._workers.get(locator.upstream, 0) < self._registry.connections(locator.upstream):
+            self._workers[locator.upstream] = self._workers.get(locator.upstream, 0) + 1
+            self._nursery.start_soon(self._work, locator.upstream)
+        try:
+            await wanted.done.wait()
+        finally:
+            if queue.get(block) is wanted:
+                del queue[block]
+        assert wanted.result is not None
+        return wanted.result.unwrap()
+
+    async def _work(self, upstream: str) -> None:
+        queue = self._queues[upstream]
+        try:
+            # Let every task of this tick say what it wants, so that neighbours travel in one request.
+            await trio.lowlevel.checkpoint()
+            while queue:
+                await self._fetch(self._next_run(queue))
+        finally:
+            self._workers[upstream] -= 1
+
+    @staticmethod
+    def _next_run(queue: OrderedDict[BlockId, _Wanted]) -> list[tuple[int, _Wanted]]:
+        block, wanted = queue.popitem(last=False)
+        run = [(block.index, wanted)]
+        while len(run) < MAX_RUN:
+            following = queue.pop(BlockId(block.digest, run[-1][0] + 1), None)
+            if following is None:
+                break
+            run.append((run[-1][0] + 1, following))
+        return run
+
+    async def _fetch(self, run: list[tuple[int, _Wanted]]) -> None:
+        first, (locator, ref) = run[0][0], (run[0][1].locator, run[0][1].ref)
+        waiting = [wanted for _, wanted in run]
+        failure: Exception = UnavailableError(f"{locator.upstream} ended {ref.digest} early")
+        try:
+            async with aclosing(self._registry.blocks(locator, ref, first, len(run))) as blocks:
+                async for data in blocks:
+                    if not waiting:
+                        break
+                    self._settle(waiting.pop(0), outcome.Value(data))
+        except ShoalError as error:
+            failure = error
+        finally:
+            for wanted in waiting:
+                self._settle(wanted, outcome.Error(type(failure)(*failure.args)))
+
+    @staticmethod
+    def _settle(wanted: _Wanted, result: outcome.Outcome[bytearray]) -> None:
+        wanted.result = result
+        wanted.done.set()

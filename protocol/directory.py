@@ -1,0 +1,38 @@
+"""Which members hold some of an object, as they announced it. Soft state: it expires, and is announced again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from protocol.ids import Digest, PeerId
+
+TTL_S = 120.0
+"""Four announcements may be lost before a holder is forgotten."""
+MAX_OBJECTS = 65536
+MAX_HOLDERS = 16
+"""Enough to find a block although several holders evicted it; more would only cost memory."""
+
+
+class Directory:
+    def __init__(self) -> None:
+        self._holders: OrderedDict[Digest, OrderedDict[PeerId, float]] = OrderedDict()
+
+    def announce(self, digest: Digest, peer: PeerId, now: float) -> None:
+        holders = self._holders.setdefault(digest, OrderedDict())
+        holders[peer] = now + TTL_S
+        holders.move_to_end(peer)
+        self._holders.move_to_end(digest)
+        if len(holders) > MAX_HOLDERS:
+            holders.popitem(last=False)
+        if len(self._holders) > MAX_OBJECTS:
+            self._holders.popitem(last=False)
+
+    def holders(self, digest: Digest, now: float) -> tuple[PeerId, ...]:
+        """The latest to announce, first."""
+        found = self._holders.get(digest)
+        return tuple(peer for peer, until in reversed(found.items()) if until > now) if found else ()
+
+    def forget(self, peer: PeerId) -> None:
+        """The peer is gone, or is not to be believed."""
+        for holders in self._holders.values():
+            holders.pop(peer, None)

@@ -1,0 +1,129 @@
+"""How well each peer has answered lately, and what that says about whom to ask and how long to wait.
+
+Times are seconds of service: a request that was told to wait for the origin says nothing about the peer and is not
+counted. Mean and deviation are exponentially weighted, as in TCP's retransmission timer (RFC 6298).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import cachetools
+
+from protocol.ids import PeerId
+
+MAX_PEERS = 16384
+FIRST_GUESS_S = 0.02
+"""A peer nothing is known of is asked before one that is known to be slow."""
+LATE_FLOOR_S = 0.1
+"""Scheduling noise on small machines; below it a spare is asked for nothing."""
+LATE_CAP_S = 1.0
+BACKOFF_FIRST_S = 1.0
+BACKOFF_CAP_S = 30.0
+_GAIN = 0.125
+_DEVIATION_GAIN = 0.25
+
+
+@dataclass(slots=True)
+class _Peer:
+    mean_s: float = FIRST_GUESS_S
+    deviation_s: float = FIRST_GUESS_S / 2
+    outstanding: int = 0
+    failures: int = 0
+    avoid_until: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHealth:
+    """What the operator sees."""
+
+    mean_s: float
+    outstanding: int
+    failures: int
+    avoided: bool
+
+
+class Health:
+    """One for each node; `now` is monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._peers: cachetools.LRUCache[PeerId, _Peer] = cachetools.LRUCache(MAX_PEERS)
+
+    def asked(self, peer: PeerId) -> None:
+        self._of(peer).outstanding += 1
+
+    def answered(self, peer: PeerId, elapsed_s: float | None) -> None:
+        """The request ended well; `elapsed_s` is None where the wait was not the peer's own."""
+        state = self._of(peer)
+        state.outstanding = max(0, state.outstanding - 1)
+        state.failures, state.avoid_until = 0, 0.0
+        if elapsed_s is not None:
+            error = elapsed_s - state.mean_s
+            state.mean_s += _GAIN * error
+            state.deviation_s += _DEVIATION_GAIN * (abs(error) - state.deviation_s)
+
+    def failed(self, peer: PeerId, now: float) -> None:
+        """No answer in time, or a broken connection: the peer is asked last until its back-off has passed."""
+        state = self._of(peer)
+        state.outstanding = max(0, state.outstanding - 1)
+        state.failures += 1
+        state.avoid_until = now + min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(state.failures - 1, 8))
+
+    def dropped(self, peer: PeerId) -> None:
+        """The request was given up because others were quicker; it says nothing new."""
+        state = self._of(peer)
+        state.outstanding = max(0, state.outstanding - 1)
+
+    def overdue(self, peer: PeerId, elapsed_s: float) -> None:
+        """An answer is still missing after `elapsed_s`: the mean is at least moving there."""
+        state = self._of(peer)
+        if elapsed_s > state.mean_s:
+            state.mean_s += _GAIN * (elapsed_s - state.mean_s)
+
+    def avoided(self, peer: PeerId, now: float) -> bool:
+        state = self._peers.get(peer)
+        return state is not None and now < state.avoid_until
+
+    def order(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
+        """The peer that would answer first, first; those to avoid, last. Ties keep the given order."""
+
+        def expected(peer: PeerId) -> tuple[bool, float]:
+            state = self._peers.get(peer)
+            if state is None:
+                return False, FIRST_GUESS_S
+            return now < state.avoid_until, (state.outstanding + 1) * state.mean_s
+
+        return sorted(peers, key=expected)
+
+    def late_after_s(self, peer: PeerId) -> float:
+        """The wait after which an answer is later than about 95 of 100 of this peer's."""
+        state = self._of(peer)
+        return min(LATE_CAP_S, max(LATE_FLOOR_S, state.mean_s + 3 * state.deviation_s))
+
+    def report(self, peer: PeerId, now: float) -> PeerHealth:
+        state = self._peers.get(peer) or _Peer()
+        return PeerHealth(state.mean_s, state.outstanding, state.failures, now < state.avoid_until)
+
+    def _of(self, peer: PeerId) -> _Peer:
+        state = self._peers.get(peer)
+        if state is None:
+            state = self._peers[peer] = _Peer()
+        return state
+
+
+class SpareBudget:
+    """A token bucket for spare requests: `share` of a token for each request, never more than `burst` saved up."""
+
+    def __init__(self, share: float = 0.05, burst: float = 8.0) -> None:
+        self._share, self._burst, self._tokens = share, burst, burst
+
+    def earned(self, requests: int) -> None:
+        self._tokens = min(self._burst, self._tokens + requests * self._share)
+
+    def spend(self) -> bool:
+        """Whether one spare may be asked now."""
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
