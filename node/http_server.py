@@ -1,0 +1,410 @@
+"""A small HTTP/1.1 server on trio and h11: for the mirror (TCP), the control socket (unix) and /metrics.
+
+A handler maps a `Request` to a `Response`. What the server owes it: every bound of `Limits` kept, bodies sent without
+copying them (files by sendfile), body generators closed whatever happens, and clients that leave or send garbage kept
+out of its sight. What the handler may rely on when a body breaks off: the connection ends with FIN, never with a
+reset, because clients resume with a Range request after the one and fail the pull after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass, field, replace
+from email.utils import formatdate
+from functools import partial
+from typing import BinaryIO, TypeVar, cast
+from urllib.parse import parse_qsl, unquote
+
+import h11
+import trio
+
+from protocol.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+Buffer = bytes | bytearray | memoryview
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+MAX_QUERY_FIELDS = 32
+"""The distribution specification knows four."""
+JOINED_BYTES = 64 << 10
+"""Up to this size a copy of the body behind the head is cheaper than a second system call and packet."""
+SENDFILE_BYTES = 1 << 20
+"""One turn of sendfile: a block, so that one fast client does not hold the loop."""
+RECEIVE_BYTES = 16 << 10
+LINGER_S = 2.0
+"""How long a connection that we end is drained: closing a socket with unread input would send a reset."""
+LINGER_BYTES = 1 << 20
+
+_BODILESS = (204, 304)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What clients can take at most. All times in seconds."""
+
+    connections: int = 1024
+    """The longest idle connection makes room for a new one; with none idle the new one is answered 503."""
+    head_bytes: int = 32 << 10
+    """Request line and headers. Kubelet's registry tokens reach several KiB."""
+    body_bytes: int = 1 << 20
+    idle_s: float = 120.0
+    """Above the 90 s after which Go's clients drop an idle connection, so that they never race with us."""
+    request_s: float = 20.0
+    """From a request's first byte to its last."""
+    write_stall_s: float = 60.0
+    """Without progress for so long, a body's client is taken for gone."""
+    grace_s: float = 10.0
+    """After `stop`: how long running bodies may still take."""
+    methods: tuple[str, ...] = ("GET", "HEAD", "POST")
+
+
+class BodyEndedEarlyError(ShoalError):
+    """Raised by a body generator: no more bytes will come, for a reason that is already told in the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`path` is percent-decoded; header names are lower-case; of repeated query fields the last one stands."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class FileBody:
+    """The bytes [start, stop) of a file, sent by sendfile. The server enters `file` and leaves it."""
+
+    file: AbstractContextManager[BinaryIO]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer. Content-Length is added for bytes and files; a generator without one is sent chunked.
+
+    `first` goes out before what the generator yields: for a handler that takes the first buffer itself, to be sure of
+    its source before it promises 200. A HEAD is answered like a GET; give Content-Length where the body is left out.
+    """
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: Buffer | FileBody | AsyncGenerator[Buffer, None] = b""
+    first: Buffer = b""
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def error_response(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error in the distribution specification's JSON form."""
+    body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
+    return Response(status, {"Content-Type": "application/json", **(headers or {})}, body)
+
+
+class _ClientLeftError(Exception):
+    """The client closed, reset or stopped reading: normal, and nothing more can be said to it."""
+
+
+class _RefusedError(Exception):
+    """The request is answered by the server itself, and the connection then closed."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.response = _closing(error_response(status, code, message, headers))
+
+
+@dataclass(frozen=True, slots=True)
+class _FilePart:
+    """What stands for a file's bytes in h11, which asks a body only for its length."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class _Server:
+    """What the connections of one `serve_http` share."""
+
+    def __init__(self, handler: Handler, limits: Limits) -> None:
+        self.handler = handler
+        self.limits = limits
+        self.stopping = False
+        self._open = 0
+        self._idle: dict[trio.CancelScope, None] = {}
+        """In the order in which they became idle."""
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        full = self._open >= self.limits.connections
+        if full and self._idle:
+            next(iter(self._idle)).cancel()
+            full = False
+        self._open += 1
+        try:
+            await _Connection(self, stream, refuse=full).run()
+        finally:
+            self._open -= 1
+
+    async def idle(self, receive: Callable[[], Awaitable[None]]) -> bool:
+        """Whether `receive` ended within the idle time, and before this connection had to make room."""
+        with trio.move_on_after(LINGER_S if self.stopping else self.limits.idle_s) as scope:
+            self._idle[scope] = None
+            try:
+                await receive()
+            finally:
+                del self._idle[scope]
+        return not scope.cancelled_caught
+
+    def stop(self) -> None:
+        self.stopping = True
+        for scope in self._idle:
+            scope.deadline = min(scope.deadline, trio.current_time() + LINGER_S)
+
+
+async def serve_http(
+    listeners: Sequence[trio.SocketListener],
+    handler: Handler,
+    *,
+    limits: Limits = Limits(),
+    stop: trio.Event | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled, or until `stop` is set and its grace period is over.
+
+    After `stop` nothing is accepted, requests on open connections get 503, and running bodies may end.
+    """
+    server = _Server(handler, limits)
+    async with trio.open_nursery() as connections:
+        async with trio.open_nursery() as accepting:
+            await accepting.start(
+                partial(trio.serve_listeners, server.serve, list(listeners), handler_nursery=connections)
+            )
+            task_status.started()
+            await (stop if stop is not None else trio.Event()).wait()
+            accepting.cancel_scope.cancel()
+        server.stop()
+        connections.cancel_scope.deadline = trio.current_time() + limits.grace_s
+
+
+class _Connection:
+    def __init__(self, server: _Server, stream: trio.SocketStream, *, refuse: bool) -> None:
+        self._server = server
+        self._limits = server.limits
+        self._stream = stream
+        self._refuse = refuse
+        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
+        self._method = b""
+
+    async def run(self) -> None:
+        try:
+            while await self._cycle():
+                self._h11.start_next_cycle()
+            await self._hang_up()
+        except _ClientLeftError as error:
+            log.debug("client left: %s", error)
+        finally:
+            await self._stream.aclose()
+
+    async def _cycle(self) -> bool:
+        """One request and its answer; whether another may follow."""
+        try:
+            request = await self._receive()
+            if request is None:
+                return False
+            response = await self._answer(request)
+        except _RefusedError as refused:
+            response = refused.response
+        except h11.RemoteProtocolError as error:
+            log.debug("malformed request: %s", error)
+            response = _malformed(error)
+        try:
+            await self._send(response)
+        except BodyEndedEarlyError as error:
+            log.debug("body ended early: %s", error)
+            return False
+        except _ClientLeftError:
+            raise
+        except Exception:
+            # As in `_answer`. The head may be out: all that can be said is that the body is not whole.
+            log.exception("a response with status %d broke", response.status)
+            return False
+        return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+
+    async def _hang_up(self) -> None:
+        """FIN, and then wait for the client's: closing with unread input would reset what is still on its way."""
+        with trio.move_on_after(LINGER_S):
+            try:
+                await self._stream.send_eof()
+                for _ in range(LINGER_BYTES // RECEIVE_BYTES):
+                    if not await self._stream.receive_some(RECEIVE_BYTES):
+                        return
+            except trio.BrokenResourceError as error:
+                raise _ClientLeftError("while the connection was closed") from error
+
+    # Receiving
+
+    async def _receive(self) -> Request | None:
+        """The next request; None when the client closed, or stayed idle too long."""
+        event = self._h11.next_event()
+        if event is h11.NEED_DATA and not await self._server.idle(self._fill):
+            return None
+        with trio.move_on_after(self._limits.request_s):
+            if event is h11.NEED_DATA:
+                event = await self._next_event()
+            if isinstance(event, h11.ConnectionClosed):
+                return None
+            return await self._rest_of(cast(h11.Request, event))
+        raise _RefusedError(408, "TIMEOUT", f"the request took longer than {self._limits.request_s:.0f} s")
+
+    async def _rest_of(self, head: h11.Request) -> Request:
+        self._method = head.method
+        request = _parse(head)
+        if self._refuse or self._server.stopping:
+            reason = "this node is shutting down" if self._server.stopping else "too many connections"
+            raise _RefusedError(503, "UNAVAILABLE", reason)
+        if request.method not in self._limits.methods:
+            allow = ", ".join(self._limits.methods)
+            raise _RefusedError(405, "UNSUPPORTED", f"only {allow} are answered here", {"Allow": allow})
+        body = await self._body(int(request.headers.get("content-length", "0")))
+        return replace(request, body=body) if body else request
+
+    async def _body(self, declared: int) -> bytes:
+        body = bytearray()
+        while max(declared, len(body)) <= self._limits.body_bytes:
+            if self._h11.they_are_waiting_for_100_continue:
+                await self._write(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])))
+            event = await self._next_event()
+            if isinstance(event, h11.EndOfMessage):
+                return bytes(body)
+            body += cast(h11.Data, event).data
+        raise _RefusedError(413, "SIZE_INVALID", f"a request's body may have {self._limits.body_bytes} bytes at most")
+
+    async def _next_event(self) -> h11.Event:
+        while (event := self._h11.next_event()) is h11.NEED_DATA:
+            await self._fill()
+        return cast(h11.Event, event)
+
+    async def _fill(self) -> None:
+        try:
+            self._h11.receive_data(bytes(await self._stream.receive_some(RECEIVE_BYTES)))
+        except trio.BrokenResourceError as error:
+            raise _ClientLeftError("while a request was read") from error
+
+    # Answering
+
+    async def _answer(self, request: Request) -> Response:
+        try:
+            return await self._server.handler(request)
+        except Exception:
+            # The seam to code that is not ours: a bug in one request must not end the others.
+            log.exception("%s %r failed", request.method, request.path)
+            return error_response(500, "UNKNOWN", "internal error, told in this node's log")
+
+    async def _send(self, response: Response) -> None:
+        body = response.body
+        if isinstance(body, FileBody):
+            with body.file as file:
+                await self._send_file(response, body, file)
+        elif isinstance(body, bytes | bytearray | memoryview):
+            await self._write(*self._head(response, len(body)), *self._data(body), *self._end())
+        else:
+            async with aclosing(body):
+                await self._write(*self._head(response, None), *self._data(response.first))
+                if self._method != b"HEAD":
+                    async for buffer in body:
+                        await self._write(*self._data(buffer))
+                await self._write(*self._end())
+
+    async def _send_file(self, response: Response, body: FileBody, file: BinaryIO) -> None:
+        length = body.stop - body.start
+        await self._write(*self._head(response, length))
+        if self._data(cast(Buffer, _FilePart(length))):
+            await self._sendfile(file.fileno(), body.start, body.stop)
+        await self._write(*self._end())
+
+    def _head(self, response: Response, length: int | None) -> list[Buffer]:
+        headers = [("Date", formatdate(usegmt=True)), *response.headers.items()]
+        if length is not None and response.status not in _BODILESS and "Content-Length" not in response.headers:
+            headers.append(("Content-Length", str(length)))
+        return self._event(h11.Response(status_code=response.status, headers=headers))
+
+    def _data(self, data: Buffer) -> list[Buffer]:
+        if self._method == b"HEAD" or not len(data):
+            return []
+        return self._event(h11.Data(data=cast(bytes, data)))
+
+    def _end(self) -> list[Buffer]:
+        return self._event(h11.EndOfMessage())
+
+    def _event(self, event: h11.Event) -> list[Buffer]:
+        return [part for part in self._h11.send_with_data_passthrough(event) or () if len(part)]
+
+    # Writing
+
+    async def _write(self, *parts: Buffer) -> None:
+        """All of `parts`: small ones in one system call, large ones uncopied."""
+        if sum(map(len, parts)) <= JOINED_BYTES:
+            parts = (b"".join(parts),)
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[await self._progress(self._stream.socket.send, rest) :]
+
+    async def _sendfile(self, source: int, start: int, stop: int) -> None:
+        target = self._stream.socket
+        while start < stop:
+            try:
+                sent = os.sendfile(target.fileno(), source, start, min(SENDFILE_BYTES, stop - start))
+            except BlockingIOError:
+                await self._progress(trio.lowlevel.wait_writable, target)
+                continue
+            except ConnectionError as error:
+                raise _ClientLeftError("while a file was sent") from error
+            if not sent:
+                raise BodyEndedEarlyError(f"the file ends at {start}, not {stop}")
+            start += sent
+            await trio.lowlevel.checkpoint()
+
+    async def _progress(self, write: Callable[[_T], Awaitable[_U]], argument: _T) -> _U:
+        """`write(argument)`, which must make progress within the stall bound."""
+        with trio.move_on_after(self._limits.write_stall_s):
+            try:
+                return await write(argument)
+            except OSError as error:
+                raise _ClientLeftError("while a body was sent") from error
+        raise _ClientLeftError(f"took nothing for {self._limits.write_stall_s:.0f} s")
+
+
+def _parse(head: h11.Request) -> Request:
+    target = head.target.decode("ascii")
+    if target.startswith(("http://", "https://")):
+        target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+    path, _, query = target.partition("?")
+    try:
+        fields = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS))
+    except ValueError as error:
+        raise _RefusedError(400, "UNSUPPORTED", f"more than {MAX_QUERY_FIELDS} query fields") from error
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in head.headers:
+        name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return Request(head.method.decode("ascii"), unquote(path), fields, headers)
+
+
+def _malformed(error: h11.RemoteProtocolError) -> Response:
+    status = error.error_status_hint if error.error_status_hint in (400, 413, 431, 501, 505) else 400
+    return _closing(error_response(status, "UNSUPPORTED", f"malformed request: {error}"))
+
+
+def _closing(response: Response) -> Response:
+    return replace(response, headers={**response.headers, "Connection": "close"})
