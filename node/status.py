@@ -1,0 +1,234 @@
+"""The documents of the control API, and who answers for them.
+
+Each struct is one JSON document, or a row of one, as `curl --unix-socket` shows it and as `p2pctl --json` prints it.
+Fields are added, never renamed. Sizes are bytes, digests `sha256:...`; a source is a `node.objects.Source` or, for a
+block that this node did not read, `NOT_READ`. Where a value is not known it is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from typing import Literal, Protocol
+
+import msgspec
+
+from node.locator import ImageName
+from protocol.ids import ObjectRef
+
+NOT_READ = "not read"
+
+
+class _Document(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+class TierRow(_Document, frozen=True):
+    bytes: int
+    budget_bytes: int
+    entries: int
+
+
+class BulkTotals(_Document, frozen=True):
+    """What went over the bulk channel, coding and headers included."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class UpstreamRow(_Document, frozen=True):
+    name: str
+    url: str
+
+
+class Status(_Document, frozen=True):
+    """`peers_alive` counts the other members of the site; `mirror` is `host:port`."""
+
+    name: str
+    site: str
+    peer_id: str
+    addresses: tuple[str, ...]
+    uptime_s: float
+    version: str
+    ready: bool
+    peers_alive: int
+    bytes_served: dict[str, int]
+    requests: dict[str, int]
+    cache: dict[str, TierRow]
+    origin_bytes: int
+    rss_bytes: int
+    bulk: BulkTotals = BulkTotals()
+    mirror: str = ""
+    upstreams: tuple[UpstreamRow, ...] = ()
+
+
+class PeerHealth(_Document, frozen=True):
+    """`latency_ms` is a moving average over block reads; `failures` those since the last success."""
+
+    latency_ms: float | None = None
+    failures: int = 0
+
+
+class PeerRow(_Document, frozen=True):
+    """`since_s` is the time in this `state`; `quarantine` is the reason, empty for a peer in good standing."""
+
+    peer_id: str
+    name: str
+    site: str
+    state: Literal["alive", "suspect", "dead", "left"]
+    addresses: tuple[str, ...] = ()
+    since_s: float = 0.0
+    rtt_ms: float | None = None
+    health: PeerHealth = PeerHealth()
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    quarantine: str = ""
+
+
+class PeersReport(_Document, frozen=True):
+    peers: tuple[PeerRow, ...]
+
+
+class ImageRow(_Document, frozen=True):
+    """An image that this node resolved. `age_s`: since the registry last confirmed the tag; `size`: all its objects."""
+
+    image: str
+    digest: str
+    media_type: str
+    size: int
+    bytes_held: int
+    complete: bool
+    layers: int
+    age_s: float | None = None
+
+
+class ImagesReport(_Document, frozen=True):
+    images: tuple[ImageRow, ...]
+
+
+class CachedObject(_Document, frozen=True):
+    """What one tier holds of one object: whole blocks, and shards of blocks."""
+
+    digest: str
+    tier: str
+    blocks: int
+    shards: int
+    bytes: int
+
+
+class CacheReport(_Document, frozen=True):
+    tiers: dict[str, TierRow]
+    objects: tuple[CachedObject, ...] = ()
+
+
+class PullProgress(_Document, frozen=True, tag_field="event", tag="progress"):
+    """`bytes_total` grows while manifests are still being read; `object` is the digest that moved last."""
+
+    phase: Literal["resolving", "pulling"]
+    object: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    by_source: dict[str, int] = {}
+
+
+class PullResult(_Document, frozen=True, tag_field="event", tag="result"):
+    """Always the last line of a pull."""
+
+    ok: bool
+    image: str
+    seconds: float
+    digest: str = ""
+    error: str = ""
+    bytes_total: int = 0
+    by_source: dict[str, int] = {}
+
+
+PullEvent = PullProgress | PullResult
+
+
+class WhyBlock(_Document, frozen=True):
+    """How this node got one block. `peers` are the peer ids that answered; `when` is Unix time."""
+
+    index: int
+    length: int
+    source: str
+    peers: tuple[str, ...] = ()
+    milliseconds: float | None = None
+    retries: int = 0
+    when: float | None = None
+
+
+class WhyObject(_Document, frozen=True):
+    digest: str
+    media_type: str
+    size: int
+    blocks: tuple[WhyBlock, ...]
+
+
+class WhyTotal(_Document, frozen=True):
+    blocks: int = 0
+    bytes: int = 0
+
+
+class WhyReport(_Document, frozen=True):
+    """Every block of the image is in here once; `totals` by source adds them up."""
+
+    image: str
+    digest: str
+    objects: tuple[WhyObject, ...]
+    totals: dict[str, WhyTotal]
+
+
+Level = Literal["ok", "warn", "fail"]
+
+
+class Check(_Document, frozen=True):
+    """`hint` says what to do about it; empty where all is well."""
+
+    name: str
+    level: Level
+    text: str
+    hint: str = ""
+
+
+class DoctorReport(_Document, frozen=True):
+    checks: tuple[Check, ...]
+
+
+class ControlApi(Protocol):
+    """What the control socket serves. Raises the errors of protocol.errors; an image nobody knows is NotFoundError.
+
+    `pull` yields progress at a rate fit for a person, and a PullResult last. Closing the generator ends the pull.
+    """
+
+    async def status(self) -> Status: ...
+
+    async def peers(self) -> PeersReport: ...
+
+    async def images(self) -> ImagesReport: ...
+
+    async def cache(self) -> CacheReport: ...
+
+    def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[PullEvent, None]: ...
+
+    async def why(self, image: ImageName) -> WhyReport: ...
+
+    async def doctor(self) -> DoctorReport: ...
+
+
+def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock]) -> WhyObject:
+    """All blocks of an object: those that were read as noted, the others as not read."""
+    blocks = (
+        read.get(index) or WhyBlock(index=index, length=ref.block_length(index), source=NOT_READ)
+        for index in range(ref.block_count)
+    )
+    return WhyObject(digest=str(ref.digest), media_type=media_type, size=ref.size, blocks=tuple(blocks))
+
+
+def why_report(image: str, digest: str, objects: Iterable[WhyObject]) -> WhyReport:
+    """The report with its totals."""
+    listed = tuple(objects)
+    totals: dict[str, WhyTotal] = {}
+    for block in (block for listing in listed for block in listing.blocks):
+        total = totals.get(block.source, WhyTotal())
+        totals[block.source] = WhyTotal(blocks=total.blocks + 1, bytes=total.bytes + block.length)
+    return WhyReport(image=image, digest=digest, objects=listed, totals=totals)
