@@ -1,0 +1,137 @@
+"""Counters of this node, and their Prometheus form.
+
+The registry is the node's own, so that several nodes run in one process. Gauges are read through callbacks when
+somebody asks. Names and meanings: docs/OPERATIONS.md, "Metrics".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import Metric
+
+from cache.store import StoreStatistics
+from node.objects import Source
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+_READ_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""From a block in memory to a block over a slow uplink."""
+
+_TAG_AGE_SECONDS = (1.0, 10.0, 60.0, 300.0, 3600.0, 21600.0, 86400.0, 604800.0)
+
+
+class Metrics:
+    """One of it in a node. Methods take what happened; all of them are immediate."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._served = self._counter("p2pd_bytes_served", "Bytes sent to clients, by where they came from", "source")
+        self._requests = self._counter("p2pd_requests", "Reads of blocks for clients, by who answered", "source")
+        self._origin = self._counter("p2pd_origin_bytes", "Bytes read from registries", "upstream")
+        self._peer_bytes = self._counter("p2pd_peer_bytes", "Bytes exchanged with members", "direction")
+        self._retries = self._counter("p2pd_retries", "Requests made again after a failure", "source")
+        self._evictions = self._counter("p2pd_evictions", "Pieces evicted to make room", "tier")
+        self._reads = Histogram(
+            "p2pd_block_read_seconds", "Time to get one block", ["source"],
+            buckets=_READ_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._tag_age = Histogram(
+            "p2pd_tag_age_seconds", "Time since the registry confirmed a tag, when it was served",
+            buckets=_TAG_AGE_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        for source in Source:
+            self._served.labels(source.value)
+            self._requests.labels(source.value)
+        ProcessCollector(registry=self.registry)
+
+    def _counter(self, name: str, text: str, label: str) -> Counter:
+        return Counter(name, text, [label], registry=self.registry)
+
+    def served(self, source: Source, count: int) -> None:
+        """`count` bytes were handed to a client."""
+        self._served.labels(source.value).inc(count)
+
+    def requested(self, source: Source) -> None:
+        """A block was asked for on behalf of a client, and `source` gave it."""
+        self._requests.labels(source.value).inc()
+
+    def read(self, source: Source, seconds: float) -> None:
+        self._reads.labels(source.value).observe(seconds)
+
+    def origin(self, upstream: str, count: int) -> None:
+        self._origin.labels(upstream).inc(count)
+
+    def peer_sent(self, count: int) -> None:
+        self._peer_bytes.labels("sent").inc(count)
+
+    def peer_received(self, count: int) -> None:
+        self._peer_bytes.labels("received").inc(count)
+
+    def retried(self, source: Source) -> None:
+        self._retries.labels(source.value).inc()
+
+    def evicted(self, tier: str, count: int = 1) -> None:
+        self._evictions.labels(tier).inc(count)
+
+    def tag_served(self, age_s: float) -> None:
+        self._tag_age.observe(age_s)
+
+    def watch_cache(self, statistics: Callable[[], Mapping[str, StoreStatistics]]) -> None:
+        """Show what the tiers hold; `statistics` gives it by tier."""
+        self.registry.register(_CacheGauges(statistics))
+
+    def watch_members(self, alive: Callable[[], int], quarantined: Callable[[], int]) -> None:
+        self.registry.register(_MemberGauges(alive, quarantined))
+
+    def bytes_served(self) -> dict[str, int]:
+        return _totals(self._served)
+
+    def requests(self) -> dict[str, int]:
+        return _totals(self._requests)
+
+    def origin_bytes(self) -> int:
+        return sum(_totals(self._origin).values())
+
+    def peer_bytes(self) -> dict[str, int]:
+        """By direction: `sent`, `received`."""
+        return {"sent": 0, "received": 0} | _totals(self._peer_bytes)
+
+    def render(self) -> bytes:
+        """Prometheus' text format 0.0.4."""
+        return generate_latest(self.registry)
+
+
+def _totals(counter: Counter) -> dict[str, int]:
+    samples = (sample for metric in counter.collect() for sample in metric.samples)
+    return {
+        next(iter(sample.labels.values())): int(sample.value) for sample in samples if sample.name.endswith("_total")
+    }
+
+
+class _CacheGauges:
+    def __init__(self, statistics: Callable[[], Mapping[str, StoreStatistics]]) -> None:
+        self._statistics = statistics
+
+    def collect(self) -> Iterator[Metric]:
+        held = GaugeMetricFamily("p2pd_cache_bytes", "Bytes held", labels=["tier"])
+        budget = GaugeMetricFamily("p2pd_cache_budget_bytes", "Bytes allowed", labels=["tier"])
+        entries = GaugeMetricFamily("p2pd_cache_entries", "Pieces held", labels=["tier"])
+        for tier, statistics in self._statistics().items():
+            held.add_metric([tier], statistics.bytes)
+            budget.add_metric([tier], statistics.budget_bytes)
+            entries.add_metric([tier], statistics.entries)
+        yield from (held, budget, entries)
+
+
+class _MemberGauges:
+    def __init__(self, alive: Callable[[], int], quarantined: Callable[[], int]) -> None:
+        self._alive = alive
+        self._quarantined = quarantined
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("p2pd_peers_alive", "Other members of the site that are alive", self._alive())
+        yield GaugeMetricFamily("p2pd_peers_quarantined", "Members in quarantine", self._quarantined())
