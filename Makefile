@@ -1,0 +1,74 @@
+# `make demo` shows the whole on this machine, `make test` checks it; both set up first. See README.md.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CODE := node protocol cache
+WITH_TESTS := $(CODE) tests $(wildcard simulations/*.py)
+LOCK_TOOLS := build/lock-tools
+
+.PHONY: help setup packages demo test lint types imports bench lock clean
+
+help:
+	@echo "make demo | test | bench | setup | lint | types | imports | lock | clean"
+
+packages:
+	@.ci/packages
+
+setup: packages $(VENV)/.project
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (Debian 12: apt-get install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.locked: requirements-dev.lock $(VENV)/bin/python
+	@echo "Installing the locked dependencies into $(VENV)"
+	@$(PIP) install --require-hashes -r requirements-dev.lock 2> >(grep -v DEPRECATION >&2)
+	@# py-libp2p needs trio-typing at run time, whose outdated trio-stubs would hide trio's own type hints from mypy.
+	@rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
+	@touch $@
+
+$(VENV)/.project: pyproject.toml $(VENV)/.locked
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m tests.demo
+
+test: setup
+	@$(MAKE) --no-print-directory lint types imports
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff format --check $(WITH_TESTS)
+	@$(BIN)/ruff check $(WITH_TESTS)
+
+types: setup
+	@$(BIN)/mypy
+
+imports: setup
+	@$(BIN)/lint-imports
+
+bench: setup
+	@for benchmark in tests/benchmarks/*.py; do \
+		name=$${benchmark%.py}; echo "== $$name"; $(BIN)/python -m "$${name//\//.}"; done
+
+# PIP_FIND_LINKS is emptied: what lies on one machine must not decide what all machines install.
+lock:
+	@$(PYTHON) -m venv $(LOCK_TOOLS)
+	@$(LOCK_TOOLS)/bin/pip install --quiet 'pip-tools>=7.6,<8'
+	@export PIP_FIND_LINKS=; compile="$(LOCK_TOOLS)/bin/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe \
+		--strip-extras --no-header --no-emit-index-url --no-emit-find-links --no-emit-trusted-host"; \
+	$$compile --output-file=requirements.lock pyproject.toml; \
+	$$compile --extra=dev --all-build-deps --constraint=requirements.lock \
+		--output-file=requirements-dev.lock pyproject.toml
+
+clean:
+	rm -rf $(VENV) build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(WITH_TESTS) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,151 @@
+"""A TCP proxy that counts what passes: what a registry was asked for is measured outside the daemons.
+
+It also makes the registry slow (a rate for all connections together), silent (`stall`) or unreachable (`cut`).
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Self
+
+import trio
+
+from tests.support.processes import wait_for
+
+CHUNK = 1 << 18
+_REQUEST_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.[01]\r\n(.*?)\r\n\r\n", re.DOTALL)
+_RANGE = re.compile(rb"(?im)^range: *(.*?)\r?$")
+_MAX_HEAD = 1 << 16
+_CONNECTION_ENDED = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
+
+
+@dataclass(slots=True)
+class Count:
+    """`received` is bytes from target to clients, HTTP heads included; `asked` counts method, path and range."""
+
+    received: int = 0
+    requests: int = 0
+    connections: int = 0
+    asked: Counter[str] = field(default_factory=Counter)
+
+
+class CountingProxy:
+    """A context manager; the proxy lives in a thread with a trio loop of its own."""
+
+    def __init__(self, host: str, port: int, *, rate: float | None = None) -> None:
+        """`rate` is in bytes per second."""
+        self.count = Count()
+        self.rate = rate
+        self.port = 0
+        self.host = "127.0.0.1"
+        self._target = (host, port)
+        self._thread = threading.Thread(target=trio.run, args=(self._main,), name="counting-proxy")
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._ready = threading.Event()
+        self._thread.start()
+        wait_for("the proxy listens", self._ready.is_set)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run(self._scope.cancel)
+        self._thread.join(10)
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.count = Count()
+
+    def stall(self) -> None:
+        """Nothing passes, and nothing is refused."""
+        self._run(self._close_gate)
+
+    def cut(self) -> None:
+        """Connections are closed, and new ones too, as soon as they are made."""
+        self._run(self._cut_all)
+
+    def restore(self) -> None:
+        self._run(self._open_gate)
+
+    def _run(self, function: object) -> None:
+        trio.from_thread.run_sync(function, trio_token=self._token)  # type: ignore[arg-type]
+
+    def _close_gate(self) -> None:
+        self._gate = trio.Event()
+
+    def _open_gate(self) -> None:
+        self._reachable = True
+        self._gate.set()
+
+    def _cut_all(self) -> None:
+        self._reachable = False
+        for scope in tuple(self._scopes):
+            scope.cancel()
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._gate = trio.Event()
+        self._gate.set()
+        self._reachable = True
+        self._scopes: set[trio.CancelScope] = set()
+        self._paid_until = trio.current_time()
+        with trio.CancelScope() as self._scope:
+            async with trio.open_nursery() as nursery:
+                listeners = await nursery.start(_serve, self._handle, self.host)
+                self.port = listeners[0].socket.getsockname()[1]
+                self._ready.set()
+
+    async def _handle(self, client: trio.SocketStream) -> None:
+        if not self._reachable:
+            return
+        self.count.connections += 1
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                server = await trio.open_tcp_stream(*self._target)
+                async with client, server, trio.open_nursery() as nursery:
+                    nursery.start_soon(self._forward_requests, client, server)
+                    await self._forward_answers(server, client)
+                    nursery.cancel_scope.cancel()
+            except* _CONNECTION_ENDED:
+                pass  # either end may go at any time; the other one sees it
+            finally:
+                self._scopes.discard(scope)
+
+    async def _forward_requests(self, client: trio.SocketStream, server: trio.SocketStream) -> None:
+        seen = b""
+        async for data in client:
+            seen += bytes(data)
+            end = 0
+            for match in _REQUEST_LINE.finditer(seen):
+                self._note(match)
+                end = match.end()
+            seen = seen[max(end, len(seen) - _MAX_HEAD) :]
+            await self._gate.wait()
+            await server.send_all(data)
+        await server.send_eof()
+
+    def _note(self, match: re.Match[bytes]) -> None:
+        self.count.requests += 1
+        ranged = _RANGE.search(match[3])
+        span = f" {ranged[1].decode()}" if ranged else ""
+        self.count.asked[f"{match[1].decode()} {match[2].decode()}{span}"] += 1
+
+    async def _forward_answers(self, server: trio.SocketStream, client: trio.SocketStream) -> None:
+        while data := await server.receive_some(CHUNK):
+            await self._gate.wait()
+            if self.rate:
+                self._paid_until = max(self._paid_until, trio.current_time()) + len(data) / self.rate
+                await trio.sleep_until(self._paid_until)
+            self.count.received += len(data)
+            await client.send_all(data)
+
+
+async def _serve(handler: object, host: str, *, task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
+    await trio.serve_tcp(handler, 0, host=host, task_status=task_status)  # type: ignore[arg-type]

@@ -1,0 +1,170 @@
+"""Pull an image with skopeo, or with the small verifying client below, and check every digest of what was written.
+
+`python -m tests.support.pull http://HOST:PORT/REPOSITORY REFERENCE FOLDER` writes what `skopeo copy ... dir:FOLDER`
+does: manifest.json, and one file for each blob named by its hex digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests.support.image import ARCHITECTURE, INDEX, MANIFEST, Image
+from tests.support.processes import tail, terminate
+
+TIMEOUT_S = 120.0
+CONNECTIONS = 6
+"""As many blobs at once as skopeo and containerd fetch by default."""
+CHUNK = 1 << 20
+
+
+class PullFailedError(AssertionError):
+    """The client said so, or what it wrote is not the image."""
+
+
+def skopeo_installed() -> bool:
+    return shutil.which("skopeo") is not None
+
+
+class Pull:
+    """One running client. `wait` returns the seconds that it took."""
+
+    def __init__(
+        self, base: str, repository: str, reference: str, folder: Path, *,
+        skopeo: bool = True, env: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """`base` is `http://host:port` of a mirror or a registry, or with `env` (registries.conf) a registry's name."""
+        self.folder = folder
+        self.seconds = 0.0
+        self._log = folder.with_suffix(".log")
+        command = skopeo_command if skopeo else built_in_command
+        self._started = time.monotonic()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command(base, repository, reference, folder),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})},
+            )  # fmt: skip
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def written(self) -> int:
+        """Bytes in the folder by now; skopeo's unfinished files lie there too."""
+        try:
+            return sum(entry.stat().st_size for entry in os.scandir(self.folder))
+        except FileNotFoundError:
+            return 0
+
+    def wait(self, timeout: float = TIMEOUT_S) -> float:
+        """Raises PullFailedError with what the client said."""
+        try:
+            status = self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            terminate(self._process)
+            raise PullFailedError(f"not within {timeout:g} s:\n{tail(self._log)}") from error
+        self.seconds = time.monotonic() - self._started
+        if status:
+            raise PullFailedError(f"exit status {status}:\n{tail(self._log)}")
+        return self.seconds
+
+
+def wait_all(pulls: list[Pull]) -> list[float]:
+    """The seconds of each; the clients are waited for at the same time, so that no one's end is seen late."""
+    with ThreadPoolExecutor(len(pulls)) as pool:
+        return list(pool.map(Pull.wait, pulls))
+
+
+def skopeo_command(base: str, repository: str, reference: str, folder: Path) -> list[str]:
+    separator = "@" if ":" in reference else ":"
+    source = f"docker://{base.removeprefix('http://')}/{repository}{separator}{reference}"
+    options = ["--insecure-policy", "--override-os=linux", f"--override-arch={ARCHITECTURE}"]
+    return ["skopeo", *options, "copy", "--quiet", "--src-tls-verify=false", source, f"dir:{folder}"]
+
+
+def built_in_command(base: str, repository: str, reference: str, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "tests.support.pull", f"{base}/{repository}", reference, str(folder)]
+
+
+def verify(folder: Path, image: Image) -> int:
+    """Hash everything in a pulled folder, and compare it with the image; the number of bytes that were right."""
+    manifest = (folder / "manifest.json").read_bytes()
+    _expect(manifest, image.manifest.digest, "the manifest")
+    total = len(manifest)
+    for blob in image.blobs:
+        path = folder / blob.digest.removeprefix("sha256:")
+        if not path.exists():
+            raise PullFailedError(f"{folder}: {blob.digest} is missing")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.digest.removeprefix("sha256:") or path.stat().st_size != blob.size:
+            raise PullFailedError(f"{folder}: {blob.digest} has the bytes of sha256:{found}")
+        total += blob.size
+    return total
+
+
+def _expect(data: bytes, digest: str, what: str) -> None:
+    found = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    if found != digest:
+        raise PullFailedError(f"{what}: {found} instead of {digest}")
+
+
+def fetch(base: str, reference: str, folder: Path) -> None:
+    """The built-in client: follows an index to this platform's manifest, then reads all blobs, and checks each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    url = urlsplit(base)
+    manifest = _manifest(url.netloc, url.path, reference)
+    document = json.loads(manifest)
+    if document["mediaType"] == INDEX:
+        wanted = next(entry for entry in document["manifests"] if entry["platform"]["architecture"] == ARCHITECTURE)
+        manifest = _manifest(url.netloc, url.path, wanted["digest"])
+        document = json.loads(manifest)
+    (folder / "manifest.json").write_bytes(manifest)
+    blobs = [document["config"], *document["layers"]]
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(lambda blob: _blob(url.netloc, url.path, blob, folder), blobs))
+
+
+def _manifest(host: str, repository: str, reference: str) -> bytes:
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("GET", f"/v2{repository}/manifests/{reference}", headers={"Accept": f"{INDEX}, {MANIFEST}"})
+    response = connection.getresponse()
+    data = response.read()
+    if response.status != 200:
+        raise PullFailedError(f"manifest {reference}: {response.status} {data[:300]!r}")
+    if ":" in reference:
+        _expect(data, reference, "the manifest")
+    return data
+
+
+def _blob(host: str, repository: str, blob: dict[str, Any], folder: Path) -> None:
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("GET", f"/v2{repository}/blobs/{blob['digest']}")
+    response = connection.getresponse()
+    if response.status != 200:
+        raise PullFailedError(f"blob {blob['digest']}: {response.status} {response.read(300)!r}")
+    digest = hashlib.sha256()
+    with (folder / blob["digest"].removeprefix("sha256:")).open("wb") as file:
+        while chunk := response.read(CHUNK):
+            digest.update(chunk)
+            file.write(chunk)
+    if f"sha256:{digest.hexdigest()}" != blob["digest"]:
+        raise PullFailedError(f"{blob['digest']} has the bytes of sha256:{digest.hexdigest()}")
+
+
+if __name__ == "__main__":
+    try:
+        fetch(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    except (PullFailedError, OSError, http.client.HTTPException) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

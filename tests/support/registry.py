@@ -1,0 +1,114 @@
+"""A real registry (Debian's docker-registry) on loopback, and a small read-only one for machines without it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import shutil
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tests.support.image import Blob, Image, blob_path
+from tests.support.processes import free_ports, running, tail, wait_for
+
+HOST = "127.0.0.1"
+
+CONFIG = """\
+version: 0.1
+log: {{level: error, accesslog: {{disabled: true}}}}
+storage:
+  filesystem: {{rootdirectory: {root}}}
+http:
+  addr: {host}:{port}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """A registry that answers at `host:port` without authentication."""
+
+    kind: str
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+def installed() -> bool:
+    return shutil.which("docker-registry") is not None
+
+
+@contextlib.contextmanager
+def docker_registry(folder: Path) -> Iterator[Registry]:
+    """An empty docker-registry that stores in `folder`; it is ended with the context."""
+    (port,) = free_ports(HOST, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.yml"
+    config.write_text(CONFIG.format(root=folder / "data", host=HOST, port=port))
+    with _answering(Registry("docker-registry", HOST, port), ["docker-registry", "serve", config], folder) as registry:
+        yield registry
+
+
+@contextlib.contextmanager
+def embedded_origin(image: Image, repository: str, tag: str, folder: Path) -> Iterator[Registry]:
+    """One image served by tests/support/origin.py, a process of its own."""
+    (port,) = free_ports(HOST, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tests.support.origin", str(port), str(image.folder), repository, tag]
+    with _answering(Registry("embedded origin", HOST, port), command, folder) as registry:
+        yield registry
+
+
+@contextlib.contextmanager
+def _answering(registry: Registry, command: list[str | Path], folder: Path) -> Iterator[Registry]:
+    log = folder / "log"
+    with running(command, log) as process:
+
+        def ready() -> bool:
+            if process.poll() is not None:
+                raise AssertionError(f"{registry.kind} ended with {process.returncode}:\n{tail(log)}")
+            try:
+                with urllib.request.urlopen(f"{registry.url}/v2/", timeout=1) as response:
+                    return bool(response.status == 200)
+            except OSError:
+                return False
+
+        wait_for(f"{registry.kind} answers", ready)
+        yield registry
+
+
+def push(registry: Registry, image: Image, repository: str, tag: str) -> None:
+    """Monolithic uploads (OCI distribution specification, "Pushing a blob monolithically", POST then PUT)."""
+    connection = http.client.HTTPConnection(registry.host, registry.port, timeout=60)
+    with contextlib.closing(connection):
+        for blob in image.blobs:
+            _push_blob(connection, image, repository, blob)
+        for blob, reference in ((image.manifest, image.manifest.digest), (image.index, tag)):
+            headers = {"Content-Type": blob.media_type}
+            body = blob_path(image.folder, blob.digest).read_bytes()
+            _send(connection, "PUT", f"/v2/{repository}/manifests/{reference}", body, headers)
+
+
+def _push_blob(connection: http.client.HTTPConnection, image: Image, repository: str, blob: Blob) -> None:
+    upload = urlsplit(_send(connection, "POST", f"/v2/{repository}/blobs/uploads/", b"", {}))
+    query = f"{upload.query}&" if upload.query else ""
+    headers = {"Content-Type": "application/octet-stream"}
+    with image.path(blob).open("rb") as file:
+        path = f"{upload.path}?{query}digest={blob.digest}"
+        _send(connection, "PUT", path, file, {**headers, "Content-Length": str(blob.size)})
+
+
+def _send(connection: http.client.HTTPConnection, method: str, path: str, body: object, headers: dict[str, str]) -> str:
+    """The Location of the answer."""
+    connection.request(method, path, body, headers)  # type: ignore[arg-type]
+    response = connection.getresponse()
+    text = response.read()
+    if response.status not in (201, 202):
+        raise AssertionError(f"{method} {path}: {response.status} {text[:300]!r}")
+    return response.getheader("Location", "")

@@ -1,0 +1,218 @@
+"""Several p2pd processes on this machine: each with its own loopback address, ports and folder."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.support.processes import free_ports, tail, terminate, wait_for
+
+ROOT = Path(__file__).parents[2]
+UPSTREAM = "origin.test"
+"""The registry's name in every test: what stands in the path and in `ns=`."""
+
+CONFIG = """\
+[node]
+name = "{name}"
+site = "loopback"
+data_dir = "{folder}/data"
+[mirror]
+listen = "{host}:{mirror}"
+[peers]
+listen = "/ip4/{host}/tcp/{libp2p}"
+bulk = "{host}:{bulk}"
+bootstrap = {bootstrap}
+mdns = false
+[[upstream]]
+name = "{upstream}"
+url = "{url}"
+[cluster]
+key = "{key}"
+[cache]
+memory = "{memory}"
+disk = "4GiB"
+min_free = "1%"
+containerd_store = "{containerd_store}"
+[control]
+socket = "{folder}/p2pd.sock"
+metrics = ""
+"""
+
+
+def program(name: str, module: str) -> list[str]:
+    """The installed program of this environment, or the module in a work tree that is not installed."""
+    installed = Path(sys.executable).with_name(name)
+    return [str(installed)] if installed.exists() else [sys.executable, "-c", f"from {module} import main; main()"]
+
+
+P2PD = program("p2pd", "node.daemon")
+P2PCTL = program("p2pctl", "node.cli")
+
+
+def run(command: Sequence[str], *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+    """A short command; its output is text, its exit status is the caller's to judge."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, check=False)
+
+
+class Node:
+    """One daemon, running or not."""
+
+    def __init__(
+        self, name: str, host: str, folder: Path, url: str, *, key: Path | None = None,
+        memory: str = "64MiB", containerd_store: str = "",
+    ) -> None:  # fmt: skip
+        folder.mkdir(parents=True)
+        self.name = name
+        self.host = host
+        self.folder = folder
+        self.config = folder / "p2pd.toml"
+        self.socket = folder / "p2pd.sock"
+        self.log = folder / "log"
+        self.ready_s = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self.mirror_port, self.libp2p_port, self.bulk_port = free_ports(host, 3)
+        self._keys: dict[str, object] = {
+            "name": name, "host": host, "folder": folder, "mirror": self.mirror_port, "libp2p": self.libp2p_port,
+            "bulk": self.bulk_port, "upstream": UPSTREAM, "url": url, "key": key or "", "memory": memory,
+            "containerd_store": containerd_store,
+        }  # fmt: skip
+        self.bootstrap([])
+
+    def bootstrap(self, addresses: Sequence[str]) -> None:
+        """Write the configuration with these seeds."""
+        self.config.write_text(CONFIG.format(**self._keys, bootstrap=json.dumps(list(addresses))))
+
+    @property
+    def mirror(self) -> str:
+        return f"http://{self.host}:{self.mirror_port}"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, f"{self.name} was never started"
+        return self._process
+
+    def peer_id(self) -> str:
+        """Asked of `p2pd --print-peer-id`, which makes the key."""
+        answer = run([*P2PD, "--print-peer-id", "--config", str(self.config)])
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout.strip()
+
+    def address(self) -> str:
+        return f"/ip4/{self.host}/tcp/{self.libp2p_port}/p2p/{self.peer_id()}"
+
+    def launch(self) -> None:
+        """Start the process without waiting for it."""
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self._started = time.monotonic()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*P2PD, "--config", str(self.config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
+            )
+
+    def wait_ready(self, seconds: float = 20.0) -> None:
+        """Until the mirror answers `GET /v2/`; `ready_s` is the time since `launch`."""
+        wait_for(f"{self.name} answers /v2/", self._answers, seconds=seconds)
+        self.ready_s = time.monotonic() - self._started
+
+    def start(self) -> None:
+        self.launch()
+        self.wait_ready()
+
+    def _answers(self) -> bool:
+        if self.process.poll() is not None:
+            raise AssertionError(f"{self.name} ended with {self.process.returncode}:\n{tail(self.log)}")
+        connection = http.client.HTTPConnection(self.host, self.mirror_port, timeout=1)
+        with contextlib.closing(connection):
+            try:
+                connection.request("GET", "/v2/")
+                return connection.getresponse().status == 200
+            except (OSError, http.client.HTTPException):
+                return False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        return terminate(self.process)
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        """Whatever state it is in, it is gone afterwards."""
+        if self._process is not None and self._process.poll() is None:
+            self.resume()
+            self.stop()
+
+    def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run([*P2PCTL, "--socket", str(self.socket), *arguments])
+
+    def status(self) -> dict[str, Any]:
+        answer = self.ctl("status", "--json")
+        assert answer.returncode == 0, f"{self.name}: {answer.stderr}\n{tail(self.log)}"
+        document: dict[str, Any] = json.loads(answer.stdout)
+        return document
+
+    def rss_bytes(self) -> int:
+        """Resident memory as the kernel tells it."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError(f"{self.name}: no VmRSS")
+
+
+@contextlib.contextmanager
+def site(folder: Path, url: str, count: int = 5, *, start: bool = True, **keys: Any) -> Iterator[list[Node]]:
+    """`count` daemons of one cluster; the first two are the seeds of all. `folder` must have a short path (sockets)."""
+    key = folder / "cluster.key"
+    answer = run([*P2PCTL, "cluster", "init", str(key)])
+    assert answer.returncode == 0, answer.stderr
+    nodes = [Node(f"node-{i}", f"127.0.0.{i}", folder / f"node-{i}", url, key=key, **keys) for i in range(1, count + 1)]
+    try:
+        seeds: Mapping[Node, str] = {node: node.address() for node in nodes[:2]} if count > 1 else {}
+        for node in nodes:
+            node.bootstrap([address for seed, address in seeds.items() if seed is not node])
+        if start:
+            start_all(nodes)
+        yield nodes
+    finally:
+        for node in nodes:
+            node.end()
+
+
+def start_all(nodes: Sequence[Node]) -> None:
+    """Start, and wait until every one sees all the others."""
+    for node in nodes:
+        node.launch()
+    for node in nodes:
+        node.wait_ready()
+    wait_joined(nodes)
+
+
+def wait_joined(nodes: Sequence[Node], seconds: float = 30.0) -> None:
+    for node in nodes:
+        wait_for(
+            f"{node.name} sees {len(nodes) - 1} others",
+            lambda node=node: node.status()["peers_alive"] >= len(nodes) - 1,  # type: ignore[misc]
+            seconds=seconds,
+            every=0.2,
+        )
