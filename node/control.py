@@ -1,0 +1,189 @@
+"""The control socket: `ControlApi` as HTTP and JSON over a unix socket, for p2pctl and `curl --unix-socket`.
+
+    GET /status /peers /images /cache /doctor    GET /why?image=NAME    POST /pull?image=NAME[&all_platforms=1]
+
+Answers are the documents of node/status.py; a pull is a stream of JSON lines. Errors are `{"error": text}`.
+Who may open the socket's file may use it: file mode 0660, so the owner and the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+
+import msgspec
+import trio
+
+from node.http_server import Handler, Request, Response, serve_http
+from node.locator import ImageName
+from node.metrics import CONTENT_TYPE, Metrics
+from node.status import ControlApi, PullEvent, PullResult
+from protocol.errors import BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+SOCKET_MODE = 0o660
+MAX_SOCKET_PATH = 107
+"""Bytes of sockaddr_un.sun_path, less its end mark."""
+
+_BACKLOG = 16
+_STATUS_CODES = ((BadInputError, 400), (DeniedError, 403), (NotFoundError, 404), (UnavailableError, 503))
+_OTHER_ERROR = 502
+"""A peer or a registry is at fault, and no class above says more."""
+
+
+def control_handler(api: ControlApi) -> Handler:
+    documents: Mapping[str, Callable[[], Awaitable[msgspec.Struct]]] = {
+        "/status": api.status,
+        "/peers": api.peers,
+        "/images": api.images,
+        "/cache": api.cache,
+        "/doctor": api.doctor,
+    }
+
+    async def route(request: Request) -> Response:
+        if request.path == "/pull":
+            if request.method != "POST":
+                return _error(405, "a pull is a POST", {"Allow": "POST"})
+            return _pull(api, request)
+        known = request.path == "/why" or request.path in documents
+        if not known:
+            return _error(404, f"no such path: {request.path[:200]}")
+        if request.method not in ("GET", "HEAD"):
+            return _error(405, f"{request.path} is read with GET", {"Allow": "GET, HEAD"})
+        if request.path == "/why":
+            return _document(await api.why(_image(request)))
+        return _document(await documents[request.path]())
+
+    async def handle(request: Request) -> Response:
+        try:
+            return await route(request)
+        except ShoalError as error:
+            status = next((code for kind, code in _STATUS_CODES if isinstance(error, kind)), _OTHER_ERROR)
+            return _error(status, str(error))
+
+    return handle
+
+
+def _image(request: Request) -> ImageName:
+    text = request.query.get("image", "")
+    if not text:
+        raise BadInputError("which image? add ?image=NAME")
+    return ImageName.parse(text)
+
+
+def _pull(api: ControlApi, request: Request) -> Response:
+    image = _image(request)
+    everything = request.query.get("all_platforms", "") in ("1", "true")
+    return Response(200, {"Content-Type": "application/x-ndjson"}, _lines(api, image, everything))
+
+
+async def _lines(api: ControlApi, image: ImageName, everything: bool) -> AsyncGenerator[bytes, None]:
+    started = trio.current_time()
+    try:
+        async with aclosing(api.pull(image, all_platforms=everything)) as events:
+            async for event in events:
+                yield _line(event)
+    except ShoalError as error:
+        seconds = trio.current_time() - started
+        yield _line(PullResult(ok=False, image=str(image), seconds=seconds, error=str(error)))
+
+
+def _line(event: PullEvent) -> bytes:
+    return msgspec.json.encode(event) + b"\n"
+
+
+def _document(document: msgspec.Struct) -> Response:
+    return Response(200, {"Content-Type": "application/json"}, msgspec.json.encode(document) + b"\n")
+
+
+def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
+    body = msgspec.json.encode({"error": text}) + b"\n"
+    return Response(status, {"Content-Type": "application/json", **(headers or {})}, body)
+
+
+def metrics_handler(metrics: Metrics) -> Handler:
+    """GET /metrics, for a listener of its own."""
+
+    async def handle(request: Request) -> Response:
+        await trio.lowlevel.checkpoint()
+        if request.path != "/metrics":
+            return _error(404, "only /metrics is here")
+        if request.method not in ("GET", "HEAD"):
+            return _error(405, "metrics are read with GET", {"Allow": "GET, HEAD"})
+        return Response(200, {"Content-Type": CONTENT_TYPE}, metrics.render())
+
+    return handle
+
+
+@contextmanager
+def control_socket(path: Path) -> Iterator[trio.SocketListener]:
+    """Listen on a unix socket; its file is there from entering to leaving. Raises BadInputError where it can't be.
+
+    A socket file that nobody answers on is what an unclean stop left, and is replaced. Anything else is kept.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            _clear_stale(path)
+            _listen(sock, path)
+        except OSError as error:
+            raise BadInputError(f"control.socket: cannot listen on {path}: {error.strerror or error}") from error
+        made = path.stat()
+        try:
+            yield trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        finally:
+            _remove(path, made)
+
+
+def _clear_stale(path: Path) -> None:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise BadInputError(f"control.socket: {path} is longer than the {MAX_SOCKET_PATH} bytes of a socket's path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise BadInputError(f"control.socket: {path} is there and is not a socket: remove it, or choose another")
+        if _answers(path):
+            raise BadInputError(f"control.socket: another daemon answers on {path}: stop it, or choose another")
+        log.info("replacing the control socket of a daemon that is gone", extra={"path": path})
+        path.unlink()
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:
+            return True  # its backlog is full: somebody listens
+        return True
+
+
+def _listen(sock: socket.socket, path: Path) -> None:
+    """Nobody can connect before `listen`, so the mode is right from the first connection on."""
+    sock.bind(str(path))
+    path.chmod(SOCKET_MODE)
+    sock.listen(_BACKLOG)
+
+
+def _remove(path: Path, made: os.stat_result) -> None:
+    """Only our own: the file may have been replaced since."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
+            path.unlink()
+
+
+async def serve_control(
+    api: ControlApi, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve `api` on a unix socket until cancelled."""
+    with control_socket(path) as listener:
+        await serve_http([listener], control_handler(api), task_status=task_status)
