@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import trio
 
-from node.status import Check, DoctorReport
+from node.status import Check, DoctorReport, Level
 
 PROBE_S = 5.0
 """For one registry to say anything at all."""
@@ -83,7 +83,7 @@ def check_clock(probes: Mapping[str, Probe]) -> Check:
     text = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the registries"
     if abs(skew) < SKEW_WARN_S:
         return Check(name="clock", level="ok", text="agrees with the registries")
-    level = "fail" if abs(skew) >= SKEW_FAIL_S else "warn"
+    level: Level = "fail" if abs(skew) >= SKEW_FAIL_S else "warn"
     return Check(
         name="clock", level=level, text=text, hint="set the time (timedatectl): tokens and certificates need it"
     )
