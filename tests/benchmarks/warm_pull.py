@@ -1,0 +1,73 @@
+"""A pull from a warm mirror beside the same pull from docker-registry: the same client, in turns, medians.
+
+`python -m tests.benchmarks.warm_pull [ROUNDS]`
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.support import image as images
+from tests.support import registry as registries
+from tests.support.pull import Pull, skopeo_installed, verify
+from tests.support.site import UPSTREAM, site
+
+REPOSITORY, TAG = "demo/app", "v1"
+ROUNDS = 7
+
+
+def timed(start: Callable[[Path], Pull], folder: Path, image: images.Image) -> float:
+    pull = start(folder)
+    seconds = pull.wait()
+    verify(pull.folder, image)
+    shutil.rmtree(pull.folder)
+    return seconds
+
+
+def main() -> int:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    clients = [False, *([True] if skopeo_installed() else [])]
+    folder = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
+    table = Table("client", "registry s", "warm mirror s", "mirror / registry", title=f"medians of {rounds}")
+    try:
+        wheels = images.tree(Path(sysconfig.get_path("purelib")), "opt/app", lambda path: path.suffix != ".pyc")
+        image = images.build(folder / "image", [images.shell_root(), wheels, [("noise", images.noise(1, 40_000_000))]])
+        with (
+            registries.docker_registry(folder / "registry") as registry,
+            site(folder / "site", registry.url, 1) as (node,),
+        ):
+            registries.push(registry, image, REPOSITORY, TAG)
+            for skopeo in clients:
+
+                def straight(into: Path, skopeo: bool = skopeo) -> Pull:
+                    return Pull(registry.url, REPOSITORY, TAG, into, skopeo=skopeo)
+
+                def mirror(into: Path, skopeo: bool = skopeo) -> Pull:
+                    return Pull(node.mirror, f"{UPSTREAM}/{REPOSITORY}", TAG, into, skopeo=skopeo)
+
+                timed(mirror, folder / "out", image)
+                timed(straight, folder / "out", image)
+                pairs = [
+                    (timed(straight, folder / "out", image), timed(mirror, folder / "out", image))
+                    for _ in range(rounds)
+                ]
+                direct, mirrored = (statistics.median(column) for column in zip(*pairs, strict=True))
+                name = "skopeo" if skopeo else "built-in"
+                table.add_row(name, f"{direct:.3f}", f"{mirrored:.3f}", f"{mirrored / direct:.2f}")
+        Console().print(f"image of {image.size / 1e6:.0f} MB, everything on this machine", table)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

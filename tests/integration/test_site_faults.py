@@ -1,0 +1,98 @@
+"""What a site survives: a node that dies or hangs in the middle of pulls, a registry that is gone, altered disks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.clients import finish_pulls, pull_through, start_pulls
+from tests.support.image import Image
+from tests.support.processes import wait_for
+from tests.support.proxy import CountingProxy
+from tests.support.registry import Registry
+from tests.support.site import Node, site
+
+UPLINK = 20_000_000
+"""Bytes per second from the registry, so that a pull lasts long enough to have a middle."""
+FAULT_AT = 0.2
+"""The part of the image that every client has written when the fault strikes."""
+SLOWER, GRACE_S = 1.5, 3.0
+PIECE_BYTES = 64 * 1024
+"""One byte is altered in each piece of this size, so in every shard and block."""
+KEPT = ("key", "pem", "crt", "toml", "lock", "sock")
+
+
+@pytest.fixture
+def slow_proxy(registry: Registry) -> Iterator[CountingProxy]:
+    with CountingProxy(registry.host, registry.port, rate=UPLINK) as counting:
+        yield counting
+
+
+@pytest.mark.parametrize("fault", [Node.kill, Node.pause], ids=["SIGKILL", "SIGSTOP"])
+def test_pulls_go_on_when_a_node_falls_out(
+    folder: Path, image: Image, slow_proxy: CountingProxy, fault: Callable[[Node], None]
+) -> None:
+    with site(folder / "calm", slow_proxy.url) as nodes:
+        undisturbed = max(pull_through(nodes[:4], folder / "calm-out", image))
+    with site(folder / "site", slow_proxy.url) as nodes:
+        pulls = start_pulls(nodes[:4], folder / "out")
+        wait_for("every client reads", lambda: all(pull.written() > FAULT_AT * image.size for pull in pulls))
+        fault(nodes[4])
+        assert all(pull.running for pull in pulls)
+        assert max(finish_pulls(pulls, image)) <= SLOWER * undisturbed + GRACE_S
+
+
+@pytest.mark.parametrize("by", ["tag", "digest"])
+def test_the_other_nodes_pull_while_the_registry_is_gone(
+    folder: Path, image: Image, proxy: CountingProxy, by: str
+) -> None:
+    with site(folder / "site", proxy.url) as nodes:
+        pull_through(nodes[:1], folder / "first", image)
+        proxy.cut()
+        proxy.reset()
+        reference = "v1" if by == "tag" else image.index.digest
+        pull_through(nodes[1:], folder / by, image, reference)
+        assert proxy.count.received == 0
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
+def test_altered_bytes_on_a_nodes_disk_reach_no_client(
+    folder: Path, image: Image, proxy: CountingProxy, restarted: bool
+) -> None:
+    with site(folder / "site", proxy.url, memory="2MiB") as nodes:
+        pull_through(nodes, folder / "first", image)
+        if restarted:
+            nodes[1].stop()
+        assert alter(nodes[1].data) > image.size / PIECE_BYTES / 10, "hardly anything lay on the disk"
+        if restarted:
+            nodes[1].start()
+        pull_through(nodes[1:], folder / "altered", image)
+
+
+def alter(data: Path) -> int:
+    """Flip one bit in every piece of every file that holds cached bytes; the number of pieces."""
+    flipped = 0
+    for path in data.rglob("*"):
+        if path.is_file() and path.stat().st_size > PIECE_BYTES and not path.suffix.lstrip(".").startswith(KEPT):
+            flipped += _flip(path)
+    return flipped
+
+
+def _flip(path: Path) -> int:
+    file = os.open(path, os.O_RDWR)
+    try:
+        if os.pread(file, 6, 0) == b"SQLite":
+            return 0  # the index is not what was pulled
+        size, offset, flipped = os.fstat(file).st_size, PIECE_BYTES // 2, 0
+        while offset < size:
+            (byte,) = os.pread(file, 1, offset)
+            if byte:  # a hole of a sparse file stays one
+                os.pwrite(file, bytes([byte ^ 1]), offset)
+                flipped += 1
+            offset += PIECE_BYTES
+        return flipped
+    finally:
+        os.close(file)

@@ -1,0 +1,31 @@
+"""Pulls of the test image through nodes, as the integration tests need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.support.image import Image
+from tests.support.pull import Pull, verify, wait_all
+from tests.support.site import UPSTREAM, Node
+
+REPOSITORY = f"{UPSTREAM}/demo/app"
+TAG = "v1"
+
+
+def start_pulls(nodes: Sequence[Node], folder: Path, reference: str = TAG) -> list[Pull]:
+    """One skopeo for each node, all at once; `folder` is new for each call."""
+    folder.mkdir(parents=True)
+    return [Pull(node.mirror, REPOSITORY, reference, folder / node.name) for node in nodes]
+
+
+def finish_pulls(pulls: Sequence[Pull], image: Image) -> list[float]:
+    """The seconds of each, after every byte was hashed."""
+    seconds = wait_all(list(pulls))
+    for pull in pulls:
+        verify(pull.folder, image)
+    return seconds
+
+
+def pull_through(nodes: Sequence[Node], folder: Path, image: Image, reference: str = TAG) -> list[float]:
+    return finish_pulls(start_pulls(nodes, folder, reference), image)

@@ -1,0 +1,80 @@
+"""A containerd of the test's own: its folders, socket and configuration have nothing to do with the machine's."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.image import ARCHITECTURE
+from tests.support.processes import running, tail, wait_for
+
+CONFIG = """\
+version = 2
+root = "{folder}/root"
+state = "{folder}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt", "io.containerd.internal.v1.tracing",
+  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper",
+  "io.containerd.snapshotter.v1.aufs"]
+[grpc]
+address = "{folder}/containerd.sock"
+[ttrpc]
+address = "{folder}/containerd.sock.ttrpc"
+"""
+
+HOSTS = """\
+server = "{server}"
+[host."{mirror}"]
+capabilities = ["pull", "resolve"]
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Containerd:
+    folder: Path
+
+    @property
+    def hosts(self) -> Path:
+        """The certs.d folder."""
+        return self.folder / "certs.d"
+
+    @property
+    def content_store(self) -> Path:
+        return self.folder / "root" / "io.containerd.content.v1.content"
+
+    def use_mirror(self, registry: str, server: str, mirror: str) -> None:
+        """Images of `registry` come through `mirror`, and from `server` where that does not answer."""
+        (self.hosts / registry).mkdir(parents=True, exist_ok=True)
+        (self.hosts / registry / "hosts.toml").write_text(HOSTS.format(server=server, mirror=mirror))
+
+    def ctr(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+        command = ["ctr", "--address", str(self.folder / "containerd.sock"), "--namespace", "test", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    def pull(self, reference: str) -> subprocess.CompletedProcess[str]:
+        platform = f"linux/{ARCHITECTURE}"
+        return self.ctr("images", "pull", "--hosts-dir", str(self.hosts), "--platform", platform, reference)
+
+    def run(self, reference: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """A container of its own network-less namespaces, removed when it ends; no cgroup is asked for."""
+        return self.ctr("run", "--rm", "--cgroup", "", reference, "shoal-test", *command)
+
+
+@contextlib.contextmanager
+def containerd(folder: Path) -> Iterator[Containerd]:
+    """`folder` must have a short path (sockets), and is root's alone."""
+    folder.mkdir(parents=True)
+    config, log = folder / "config.toml", folder / "log"
+    config.write_text(CONFIG.format(folder=folder))
+    daemon = Containerd(folder)
+    with running(["containerd", "--config", config, "--log-level", "warn"], log) as process:
+
+        def ready() -> bool:
+            if process.poll() is not None:
+                raise AssertionError(f"containerd ended with {process.returncode}:\n{tail(log)}")
+            return (folder / "containerd.sock").exists() and daemon.ctr("version").returncode == 0
+
+        wait_for("containerd answers", ready, every=0.1)
+        yield daemon
