@@ -1,0 +1,274 @@
+"""The registry that clients on this node talk to: the pull part of OCI distribution 1.1, read-only, over `Library`.
+
+Which upstream is meant is said by `?ns=` (containerd, BuildKit), by the first part of the path (Podman, CRI-O,
+skopeo), or by nothing (Docker: docker.io). It is a key into the configured upstreams, never an address.
+
+What clients do with failures shapes the answers. An error status makes them go on to the registry itself, so the head
+of a 200 is sent only when the first bytes are there. A body that ends early with FIN is resumed with a Range request,
+which may then be answered 503; a body that stalls would hang the pull, so it is cut.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+import trio
+
+from node.http_range import Span, parse_range
+from node.http_server import BodyEndedEarlyError, Buffer, FileBody, Request, Response, error_response
+from node.locator import Kind, Locator, check_reference
+from node.objects import Library, Resolved
+from node.registry_auth import canonical
+from node.upstream import Passed
+from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
+from protocol.ids import Digest
+
+log = logging.getLogger(__name__)
+
+HEAD_S = 25.0
+"""containerd waits 30 s for the headers; an error before that lets it go on to the registry itself."""
+STALL_S = 25.0
+"""A body without progress for so long is cut: longer than the library's own deadlines, far below clients' 5 minutes."""
+BOUNDARY = "shoal-1d2f7f3e9a5c4b68"
+_PATH = re.compile(r"/v2/(?P<name>.+)/(?P<what>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
+_VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
+_PASSED_QUERY = ("n", "last", "artifactType")
+
+Passthrough = Callable[[str, str, str, Mapping[str, str]], Awaitable[Passed]]
+"""(upstream, repository, `tags/list` or `referrers/<digest>`, query); raises as `Upstreams.passthrough`."""
+
+
+class _ProblemError(Exception):
+    """An answer in the specification's error form."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.response = error_response(status, code, message, _VERSION | dict(headers or {}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    upstream: str
+    repository: str
+    what: str
+    reference: str
+
+
+class Mirror:
+    """`handle` is a handler for `http_server.serve_http`."""
+
+    def __init__(self, library: Library, upstream_names: Sequence[str], passthrough: Passthrough) -> None:
+        self._library = library
+        self._upstreams = {canonical(name): name for name in upstream_names}
+        self._passthrough = passthrough
+
+    async def handle(self, request: Request) -> Response:
+        what = request.path[:300]
+        try:
+            with trio.move_on_after(HEAD_S):
+                return await self._route(request)
+        except _ProblemError as problem:
+            return problem.response
+        except BadInputError as error:
+            return _problem(400, "DIGEST_INVALID" if "digest" in str(error) else "NAME_INVALID", error)
+        except NotFoundError as error:
+            return _problem(404, "BLOB_UNKNOWN" if "/blobs/" in what else "MANIFEST_UNKNOWN", error)
+        except DeniedError as error:
+            return _problem(403, "DENIED", error)
+        except (UnavailableError, CorruptObjectError) as error:
+            log.warning("%s %r: %s", request.method, what, error)
+            return _problem(503, "UNAVAILABLE", error)
+        log.warning("%s %r: nothing came in %.0f s", request.method, what, HEAD_S)
+        return _problem(503, "UNAVAILABLE", f"nothing came in {HEAD_S:.0f} s")
+
+    async def _route(self, request: Request) -> Response:
+        if request.method not in ("GET", "HEAD"):
+            raise _ProblemError(405, "UNSUPPORTED", "this mirror is read-only", {"Allow": "GET, HEAD"})
+        if request.path in ("/v2/", "/v2"):
+            return Response(200, {"Content-Type": "application/json", **_VERSION}, b"{}")
+        target = self._target(request)
+        if target.what in ("tags", "referrers"):
+            return await self._passed(request, target)
+        kind: Kind = "blobs" if target.what == "blobs" else "manifests"
+        locator = Locator(target.upstream, target.repository, kind)
+        if kind == "blobs":
+            Digest.parse(target.reference)
+        found = await self._library.resolve(locator, check_reference(target.reference))
+        return await self._object(request, locator, found)
+
+    # Which upstream
+
+    def _target(self, request: Request) -> _Target:
+        match = _PATH.fullmatch(request.path)
+        if not match:
+            raise _ProblemError(404, "NAME_UNKNOWN", "not a path of the pull API")
+        upstream, repository = self._upstream(match["name"], request.query.get("ns", ""))
+        return _Target(upstream, repository, match["what"], match["reference"])
+
+    def _upstream(self, name: str, ns: str) -> tuple[str, str]:
+        first, _, rest = name.partition("/")
+        if ns:
+            asked, repository = ns, name
+        elif rest and (canonical(first) in self._upstreams or "." in first or ":" in first):
+            asked, repository = first, rest
+        else:
+            asked, repository = "docker.io", name
+        configured = self._upstreams.get(canonical(asked))
+        if configured is None:
+            names = ", ".join(self._upstreams.values())
+            raise _ProblemError(404, "NAME_UNKNOWN", f"{asked[:255]!r} is not configured here; configured: {names}")
+        return configured, repository
+
+    # Objects
+
+    async def _object(self, request: Request, locator: Locator, found: Resolved) -> Response:
+        digest, size = str(found.ref.digest), found.ref.size
+        etag = f'"{digest}"'
+        headers = {
+            **_VERSION,
+            "Content-Type": "application/octet-stream" if locator.kind == "blobs" else found.media_type,
+            "Docker-Content-Digest": digest,
+            "ETag": etag,
+            "Accept-Ranges": "bytes",
+        }
+        if _names(request.headers.get("if-none-match", ""), etag):
+            return Response(304, headers)
+        if request.method == "HEAD":
+            return Response(200, headers | {"Content-Length": str(size)})
+        spans = None
+        if request.headers.get("if-range", etag) == etag and "range" in request.headers:
+            spans = parse_range(request.headers["range"], size)
+        if spans is None:
+            return await self._one(200, headers, locator, found, Span(0, size))
+        if not spans:
+            unsatisfied = {"Content-Range": f"bytes */{size}"}
+            raise _ProblemError(416, "RANGE_INVALID", f"{digest} has {size} bytes", unsatisfied)
+        if len(spans) == 1:
+            headers["Content-Range"] = spans[0].content_range(size)
+            return await self._one(206, headers, locator, found, spans[0])
+        return await self._several(headers, locator, found, spans)
+
+    async def _one(
+        self, status: int, headers: Mapping[str, str], locator: Locator, found: Resolved, span: Span
+    ) -> Response:
+        headers = {**headers, "Content-Length": str(span.length)}
+        if not span.length:
+            return Response(status, headers)
+        file = self._library.sealed(found.ref.digest, span.start, span.stop)
+        if file is not None:
+            return Response(status, headers, FileBody(file, span.start, span.stop))
+        return await _begun(status, headers, self._read(locator, found, span))
+
+    async def _several(
+        self, headers: dict[str, str], locator: Locator, found: Resolved, spans: Sequence[Span]
+    ) -> Response:
+        """multipart/byteranges, RFC 9110, 14.6."""
+        size, kind = found.ref.size, headers["Content-Type"]
+        heads = [
+            f"\r\n--{BOUNDARY}\r\nContent-Type: {kind}\r\nContent-Range: {span.content_range(size)}\r\n\r\n".encode()
+            for span in spans
+        ]
+        end = f"\r\n--{BOUNDARY}--\r\n".encode()
+        length = sum(map(len, heads)) + sum(span.length for span in spans) + len(end)
+
+        async def parts() -> AsyncGenerator[Buffer, None]:
+            for head, span in zip(heads, spans, strict=True):
+                async with aclosing(self._read(locator, found, span)) as chunks:
+                    async for number, chunk in _numbered(chunks):
+                        yield chunk if number else b"".join([head, chunk])
+            yield end
+
+        headers["Content-Type"] = f"multipart/byteranges; boundary={BOUNDARY}"
+        return await _begun(206, headers | {"Content-Length": str(length)}, parts())
+
+    async def _read(self, locator: Locator, found: Resolved, span: Span) -> AsyncGenerator[Buffer, None]:
+        """What the library yields, of exactly the span's length and never slower than a chunk in STALL_S."""
+        left = span.length
+        async with aclosing(self._library.read(locator, found.ref, span.start, span.stop)) as chunks:
+            while left > 0:
+                chunk: Buffer | None = None
+                with trio.move_on_after(STALL_S) as scope:
+                    chunk = await anext(chunks, None)
+                if scope.cancelled_caught:
+                    raise UnavailableError(f"{found.ref.digest}: no progress for {STALL_S:.0f} s")
+                if chunk is None:
+                    raise UnavailableError(f"{found.ref.digest}: {left} bytes of {span} did not come")
+                left -= len(chunk)
+                yield chunk
+
+    # What is handed on
+
+    async def _passed(self, request: Request, target: _Target) -> Response:
+        Locator(target.upstream, target.repository, "manifests")
+        if target.what == "referrers":
+            Digest.parse(target.reference)
+        elif target.reference != "list":
+            raise _ProblemError(404, "NAME_UNKNOWN", "not a path of the pull API")
+        query = {name: request.query[name] for name in _PASSED_QUERY if name in request.query}
+        tail = f"{target.what}/{target.reference}"
+        passed = await self._passthrough(target.upstream, target.repository, tail, query)
+        headers = {**_VERSION, "Content-Type": passed.media_type}
+        if link := _own_link(passed.link, request):
+            headers["Link"] = link
+        if passed.filters.isascii() and passed.filters.isprintable() and passed.filters:
+            headers["OCI-Filters-Applied"] = passed.filters
+        return Response(200, headers, passed.body)
+
+
+async def _begun(status: int, headers: Mapping[str, str], body: AsyncGenerator[Buffer, None]) -> Response:
+    """A response whose first bytes are there already; what fails later ends the body early."""
+    stream = _cut_short(body)
+    try:
+        first = await anext(stream, b"")
+    except BodyEndedEarlyError as ended:
+        raise (ended.__cause__ or ended) from None
+    except BaseException:
+        await stream.aclose()
+        raise
+    return Response(status, headers, stream, first=first)
+
+
+async def _cut_short(body: AsyncGenerator[Buffer, None]) -> AsyncGenerator[Buffer, None]:
+    async with aclosing(body):
+        try:
+            async for chunk in body:
+                yield chunk
+        except (UnavailableError, CorruptObjectError, NotFoundError, DeniedError) as error:
+            log.warning("a body ends early: %s", error)
+            raise BodyEndedEarlyError(str(error)) from error
+
+
+async def _numbered(chunks: AsyncGenerator[Buffer, None]) -> AsyncGenerator[tuple[int, Buffer], None]:
+    number = 0
+    async for chunk in chunks:
+        yield number, chunk
+        number += 1
+
+
+def _problem(status: int, code: str, error: object) -> Response:
+    return error_response(status, code, str(error), _VERSION)
+
+
+def _names(header: str, etag: str) -> bool:
+    """Whether an If-None-Match header names the tag; `*` and weak tags included (RFC 9110, 13.1.2)."""
+    return any(part.strip().removeprefix("W/") in (etag, "*") for part in header.split(","))
+
+
+def _own_link(link: str, request: Request) -> str:
+    """The upstream's link to the next page, as one to this mirror: same path, its query and our `ns`."""
+    match = re.match(r'\s*<([^>]{1,2000})>\s*;\s*rel="?next"?', link)
+    if not match:
+        return ""
+    try:
+        fields = dict(parse_qsl(urlsplit(match[1]).query, max_num_fields=16))
+    except ValueError:
+        return ""
+    query = {name: fields[name] for name in _PASSED_QUERY if name in fields}
+    if "ns" in request.query:
+        query["ns"] = request.query["ns"]
+    return f'<{quote(request.path)}?{urlencode(query)}>; rel="next"'

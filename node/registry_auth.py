@@ -1,0 +1,177 @@
+"""Registry authorization, as far as it needs no socket: challenges, tokens, and credentials from a docker config.json.
+
+Sources: RFC 9110, 11.6.1 (challenges); distribution/docs/spec/auth/token.md (tokens); docker/cli, cli/config (file).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from base64 import b64decode, b64encode
+from binascii import Error as Base64Error
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+log = logging.getLogger(__name__)
+
+MAX_CHALLENGE = 8 << 10
+"""Characters of a WWW-Authenticate header that are looked at."""
+MAX_CONFIG = 1 << 20
+DEFAULT_LIFETIME_S = 60.0
+"""The token specification's default, and its lower bound."""
+MAX_LIFETIME_S = 3600.0
+MARGIN_S = 15.0
+"""A token is renewed so long before its end: longer than a request may wait for its headers."""
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_PARAMETER = re.compile(rf'[\s,]*({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_TOKEN}))\s*(?=,|$)', re.ASCII)
+_SCHEME = re.compile(rf"[\s,]*({_TOKEN})(?=\s|,|$)(?: +[A-Za-z0-9._~+/-]+=*(?=\s*(?:,|$)))?", re.ASCII)
+_DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
+
+
+def canonical(registry: str) -> str:
+    """One name for each registry: Docker Hub has three."""
+    lower = registry.lower()
+    return "docker.io" if lower in _DOCKER_HUB else lower
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One `WWW-Authenticate` challenge; scheme and parameter names are lower-case."""
+
+    scheme: str
+    parameters: Mapping[str, str]
+
+
+def parse_challenges(header: str) -> list[Challenge]:
+    """All challenges up to the first malformed one."""
+    found: list[tuple[str, dict[str, str]]] = []
+    header, position = header[:MAX_CHALLENGE], 0
+    while True:
+        if found and (match := _PARAMETER.match(header, position)):
+            value = re.sub(r"\\(.)", r"\1", match[2]) if match[2] is not None else match[3]
+            found[-1][1].setdefault(match[1].lower(), value)
+        elif match := _SCHEME.match(header, position):
+            found.append((match[1].lower(), {}))
+        else:
+            return [Challenge(scheme, parameters) for scheme, parameters in found]
+        position = match.end()
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    username: str
+    password: str = field(repr=False)
+
+    @property
+    def header(self) -> str:
+        return "Basic " + b64encode(f"{self.username}:{self.password}".encode()).decode("ascii")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """Where a Bearer token is asked for, with the query of that request."""
+
+    realm: str
+    query: Mapping[str, str]
+
+
+def token_request(challenge: Challenge, *, insecure: bool, scope: str) -> TokenRequest | None:
+    """None where the realm is not one that credentials may go to: https, or http when the registry itself is."""
+    realm = challenge.parameters.get("realm", "")
+    try:
+        parts = urlsplit(realm)
+        usable = bool(parts.hostname) and parts.scheme in (("https", "http") if insecure else ("https",))
+    except ValueError:
+        usable = False
+    if not usable:
+        return None
+    query = {"service": challenge.parameters.get("service", ""), "scope": challenge.parameters.get("scope") or scope}
+    return TokenRequest(realm, {name: value for name, value in query.items() if value})
+
+
+class _TokenReply(msgspec.Struct):
+    token: str = ""
+    access_token: str = ""
+    expires_in: float | None = None
+
+
+def parse_token(body: bytes) -> tuple[str, float] | None:
+    """The token and the seconds for which it may be used; None where the body is not a token reply."""
+    try:
+        reply = msgspec.json.decode(body, type=_TokenReply)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    token = reply.token or reply.access_token
+    if not token or not token.isascii() or not token.isprintable():
+        return None
+    lifetime = max(DEFAULT_LIFETIME_S, min(reply.expires_in or 0, MAX_LIFETIME_S))
+    return token, lifetime - MARGIN_S
+
+
+class _Entry(msgspec.Struct):
+    auth: str = ""
+    username: str = ""
+    password: str = ""
+
+
+class _ConfigFile(msgspec.Struct):
+    auths: dict[str, _Entry] = {}
+
+
+def parse_docker_config(text: bytes) -> dict[str, Credentials]:
+    """Registry host to credentials. Raises ValueError, with nothing of the content in its text."""
+    try:
+        entries = msgspec.json.decode(text, type=_ConfigFile).auths
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ValueError("not a docker config.json") from error
+    found = {_host(key): _credentials(entry) for key, entry in entries.items()}
+    return {host: credentials for host, credentials in found.items() if credentials}
+
+
+def _host(key: str) -> str:
+    return canonical(key.split("://", 1)[-1].split("/", 1)[0])
+
+
+def _credentials(entry: _Entry) -> Credentials | None:
+    if entry.username:
+        return Credentials(entry.username, entry.password)
+    try:
+        username, colon, password = b64decode(entry.auth, validate=True).decode().partition(":")
+    except (Base64Error, ValueError):
+        return None
+    return Credentials(username, password.rstrip("\0")) if colon and username else None
+
+
+class DockerConfig:
+    """A docker config.json that is read again when it changes. Reading is inline: a small file, in page cache."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path) if path else None
+        self._stamp: tuple[int, int] | None = None
+        self._told: tuple[int, int] | None = None
+        self._entries: dict[str, Credentials] = {}
+
+    def find(self, *names: str) -> Credentials | None:
+        """The credentials for the first of `names` that has any."""
+        self._refresh()
+        return next((self._entries[host] for name in names if (host := _host(name)) in self._entries), None)
+
+    def _refresh(self) -> None:
+        if self._path is None:
+            return
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            if stamp != self._stamp:
+                self._stamp, self._entries = stamp, {}
+                self._entries = parse_docker_config(self._path.read_bytes() if status.st_size <= MAX_CONFIG else b"")
+        except (OSError, ValueError) as error:
+            stamp = (0, 0) if isinstance(error, OSError) else stamp
+            if self._told != stamp:
+                log.warning("docker_config %s is not used: %s", self._path, error)
+            self._stamp, self._told, self._entries = stamp, stamp, {}

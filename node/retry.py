@@ -1,0 +1,74 @@
+"""When to try again, and when not to try at all: pure decisions about time, made by whoever holds the clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Exponential back-off with full jitter, as in Brooker, "Exponential Backoff and Jitter" (2015)."""
+
+    name: str
+    attempts: int
+    """All of them, the first included."""
+    base_s: float
+    cap_s: float
+    retry_after_cap_s: float = 10.0
+    """A server that asks for a longer pause gets no second attempt: a client waits for the answer."""
+
+    def delay(self, failures: int, retry_after_s: float | None, rng: Random) -> float | None:
+        """Seconds to wait after the `failures`th failure in a row; None: give up."""
+        if failures >= self.attempts or (retry_after_s or 0) > self.retry_after_cap_s:
+            return None
+        jittered = rng.uniform(0, min(self.cap_s, self.base_s * 2.0 ** (failures - 1)))
+        return max(jittered, retry_after_s or 0)
+
+
+RESOLVE = RetryPolicy("resolve", attempts=3, base_s=0.2, cap_s=2.0)
+"""Names and sizes: somebody waits for the headers, and gives up after 30 s."""
+BODY = RetryPolicy("body", attempts=5, base_s=0.2, cap_s=5.0)
+"""Blocks: failures count from the last byte that came, so that a slow link may break often."""
+
+RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
+
+
+class Breaker:
+    """Circuit breaker (Nygard, "Release It!"): after a failure all calls fail at once, for a pause that doubles.
+
+    After the pause one call is let through as a probe; the others wait for its outcome, for as long as the next
+    pause at most, so that a probe that is cancelled does no harm.
+    """
+
+    FIRST_PAUSE_S = 2.0
+    LONGEST_PAUSE_S = 16.0
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._closed_until = 0.0
+        self._probing = False
+
+    def wait_s(self, now: float) -> float:
+        """0: go ahead (and tell the outcome); else the seconds until the next probe."""
+        if not self._failures:
+            return 0.0
+        if now < self._closed_until:
+            return self._closed_until - now
+        self._probing = True
+        self._closed_until = now + self._pause_s()
+        return 0.0
+
+    def succeeded(self) -> None:
+        self._failures = 0
+
+    def failed(self, now: float) -> None:
+        """Of calls that were under way together, only the first failure counts."""
+        if self._failures and not self._probing:
+            return
+        self._probing = False
+        self._failures += 1
+        self._closed_until = now + self._pause_s()
+
+    def _pause_s(self) -> float:
+        return min(self.LONGEST_PAUSE_S, self.FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 8))

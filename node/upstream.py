@@ -1,0 +1,512 @@
+"""The registries: names to descriptors, and ranges of objects to blocks.
+
+Specification: OCI distribution 1.1 (pull). What is not said there, and is done by every client: Docker's token flow,
+redirects of blobs to other hosts (httpx drops Authorization on the way), 200 where a range was asked for.
+
+Every request is bounded in time, in size and in number; a registry that is out of reach costs one connect timeout, and
+then nothing for some seconds (`Breaker`). Errors name the registry and the object, never a URL, since URLs of blobs
+are signed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+import trio
+from cachetools import LRUCache, TTLCache
+
+from node.config import UpstreamPart
+from node.locator import Locator, is_digest
+from node.objects import Resolved
+from node.registry_auth import (
+    Challenge,
+    DockerConfig,
+    canonical,
+    parse_challenges,
+    parse_token,
+    token_request,
+)
+from node.retry import BODY, RESOLVE, RETRIED_STATUS, Breaker, RetryPolicy
+from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+
+log = logging.getLogger(__name__)
+
+MAX_MANIFEST = 4 << 20
+"""What containerd accepts."""
+MAX_TOKEN_REPLY = 1 << 20
+MAX_REDIRECTS = 5
+MAX_AUTHORIZED = 256
+"""Repositories of one registry whose authorization is remembered."""
+BASIC_LIFETIME_S = 300.0
+TOKEN_FAILURE_S = 1.0
+"""Whoever waited for a token while that failed fails with it, rather than trying in turn."""
+PASSED_TTL_S = 10.0
+PASSED_BYTES = 8 << 20
+TIMEOUT = httpx.Timeout(connect=5.0, read=10.0, write=10.0, pool=30.0)
+ACCEPT = ", ".join(
+    [
+        "application/vnd.oci.image.index.v1+json",
+        "application/vnd.oci.image.manifest.v1+json",
+        "application/vnd.oci.artifact.manifest.v1+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
+        "application/vnd.docker.distribution.manifest.v1+prettyjws",
+        "application/json",
+        "*/*;q=0.1",
+    ]
+)
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}", re.ASCII)
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASCII)
+
+Count = Callable[[str, int], None]
+"""Called with the registry's name and the number of body bytes just read from it."""
+_T = TypeVar("_T")
+
+
+class _FailedError(Exception):
+    """One attempt failed. `again`: another may help; `breaks`: the registry is out of reach for everybody."""
+
+    def __init__(self, reason: str, *, again: bool, breaks: bool = False, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.again = again
+        self.breaks = breaks
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A small answer of the registry that is handed on as it is. `link` and `filters` are "" where absent."""
+
+    body: bytes
+    media_type: str
+    link: str
+    filters: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A request below /v2/; `what` names it in errors."""
+
+    repository: str
+    tail: str
+    what: str
+    query: Mapping[str, str] | None = None
+
+    @property
+    def path(self) -> str:
+        return f"/v2/{self.repository}/{self.tail}"
+
+
+def _call(locator: Locator, reference: str) -> _Call:
+    separator = "@" if is_digest(reference) else ":"
+    what = f"{locator.kind[:-1]} {locator.repository}{separator}{reference}"
+    return _Call(locator.repository, f"{locator.kind}/{reference}", what)
+
+
+class BlockCutter:
+    """Cuts bytes that arrive in any portions into blocks, across connections: `position` is what is asked for next."""
+
+    def __init__(self, ref: ObjectRef, first: int, count: int) -> None:
+        self._ref = ref
+        self._stop_index = first + count
+        self._index = first
+        self._filled = 0
+        self._block = bytearray(ref.block_length(first) if count else 0)
+        self.stop = min(self._stop_index * BLOCK_SIZE, ref.size)
+
+    @property
+    def position(self) -> int:
+        return self._index * BLOCK_SIZE + self._filled
+
+    @property
+    def done(self) -> bool:
+        return self._index >= self._stop_index
+
+    def feed(self, data: bytes) -> Iterator[bytearray]:
+        """The blocks that `data` completes; what is beyond the last is dropped."""
+        rest = memoryview(data)
+        while rest and not self.done:
+            taken = min(len(rest), len(self._block) - self._filled)
+            self._block[self._filled : self._filled + taken] = rest[:taken]
+            self._filled += taken
+            rest = rest[taken:]
+            if self._filled == len(self._block):
+                yield self._next()
+
+    def _next(self) -> bytearray:
+        block = self._block
+        self._index += 1
+        self._filled = 0
+        self._block = bytearray(0 if self.done else self._ref.block_length(self._index))
+        return block
+
+
+class Upstreams:
+    """All configured registries. An async context manager: leaving it closes the connections."""
+
+    def __init__(self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random) -> None:
+        context = ssl.create_default_context()
+        self._registries = {canonical(part.name): _Registry(part, context, count, rng) for part in parts}
+        self._passed: TTLCache[object, Passed] = TTLCache(
+            PASSED_BYTES, PASSED_TTL_S, timer=trio.current_time, getsizeof=lambda passed: len(passed.body) + 1024
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._registries)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for registry in self._registries.values():
+            await registry.client.aclose()
+
+    async def resolve(
+        self, locator: Locator, reference: str, known: Resolved | None = None
+    ) -> tuple[Resolved, bytes | None]:
+        """What `reference` stands for, and a manifest's bytes unless it is still the `known` one.
+
+        Raises NotFoundError, DeniedError, UnavailableError, or CorruptObjectError where the bytes are not the digest's.
+        """
+        registry, call = self._find(locator.upstream), _call(locator, reference)
+        if locator.kind == "blobs":
+            size = await registry.retrying(RESOLVE, call.what, lambda: registry.size(call))
+            return Resolved(_sized(Digest.parse(reference), size), "application/octet-stream"), None
+        if known is not None and await registry.retrying(RESOLVE, call.what, lambda: registry.still(call, known)):
+            return Resolved(known.ref, known.media_type), None
+        return await registry.retrying(RESOLVE, call.what, lambda: registry.manifest(call, reference))
+
+    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]:
+        """Blocks [first, first + count) in order. Raises as `resolve`; the bytes are not checked against the digest."""
+        registry, call = self._find(locator.upstream), _call(locator, str(ref.digest))
+        cutter = BlockCutter(ref, first, count)
+        async with registry.bodies:
+            attempts = _Attempts(registry, BODY, call.what)
+            while not cutter.done:
+                try:
+                    async with aclosing(registry.body(call, cutter.position, cutter.stop, ref.size)) as chunks:
+                        async for chunk in chunks:
+                            for block in cutter.feed(chunk):
+                                attempts.progressed()
+                                yield block
+                except _FailedError as failure:
+                    await attempts.pause(failure)
+
+    async def passthrough(self, upstream: str, repository: str, tail: str, query: Mapping[str, str]) -> Passed:
+        """`tags/list` or `referrers/<digest>` of a repository, at most some seconds old. Raises as `resolve`."""
+        key = (canonical(upstream), repository, tail, tuple(sorted(query.items())))
+        if key not in self._passed:
+            registry = self._find(upstream)
+            call = _Call(repository, tail, f"{tail} of {repository}", query)
+            passed = await registry.retrying(RESOLVE, call.what, lambda: registry.passed(call))
+            self._passed[key] = passed
+            return passed
+        return self._passed[key]
+
+    def _find(self, upstream: str) -> _Registry:
+        registry = self._registries.get(canonical(upstream))
+        if registry is None:
+            raise NotFoundError(f"{upstream} is not configured here; configured: {', '.join(self.names)}")
+        return registry
+
+
+class _Registry:
+    """One upstream: a connection pool, a breaker, and what it takes for authorization."""
+
+    def __init__(self, part: UpstreamPart, context: ssl.SSLContext, count: Count, rng: Random) -> None:
+        self.name = part.name
+        self.rng = rng
+        self.breaker = Breaker()
+        self.bodies = trio.Semaphore(max(1, part.connections - 1))
+        self.client = _client(part, context)
+        self._url = httpx.URL(part.url.rstrip("/"))
+        self._count = count
+        self._config = DockerConfig(part.docker_config)
+        self._authorized: LRUCache[str, tuple[str, float]] = LRUCache(MAX_AUTHORIZED)
+        self._authorizing = trio.Lock()
+        self._token_failure: tuple[float, _FailedError] | None = None
+
+    async def retrying(self, policy: RetryPolicy, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        attempts = _Attempts(self, policy, what)
+        while True:
+            try:
+                return await attempt()
+            except _FailedError as failure:
+                await attempts.pause(failure)
+
+    # One attempt each
+
+    async def still(self, call: _Call, known: Resolved) -> bool:
+        """Whether the registry confirms by HEAD that the call's reference stands for `known`."""
+        async with self._response("HEAD", call, {"Accept": ACCEPT}) as response:
+            if response.status_code in (404, *RETRIED_STATUS):
+                self._expect(response, call, 200)
+            digest = response.headers.get("docker-content-digest", "")
+            return bool(response.status_code == 200 and digest == str(known.ref.digest))
+
+    async def manifest(self, call: _Call, reference: str) -> tuple[Resolved, bytes]:
+        async with self._response("GET", call, {"Accept": ACCEPT}) as response:
+            self._expect(response, call, 200)
+            body = await self._bounded(response, call, MAX_MANIFEST)
+            digest = _digest_of(body, reference, response.headers.get("docker-content-digest", ""))
+            if digest is None:
+                raise CorruptObjectError(f"{self.name}: {call.what}: the bytes do not hash to the digest")
+            return Resolved(ObjectRef(digest, len(body)), _media_type(response)), body
+
+    async def size(self, call: _Call) -> int:
+        """A blob's size, from HEAD; from a range of one byte where HEAD is not answered (presigned URLs)."""
+        async with self._response("HEAD", call, {}) as response:
+            length = response.headers.get("content-length", "")
+            if response.status_code == 200 and length.isascii() and length.isdigit():
+                return int(length)
+            if response.status_code == 404 and not response.history:
+                self._expect(response, call, 200)
+        async with self._response("GET", call, {"Range": "bytes=0-0"}) as response:
+            if response.status_code == 416:
+                return 0
+            self._expect(response, call, 200, 206)
+            match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+            total = match[3] if match and response.status_code == 206 else response.headers.get("content-length", "")
+            if (response.status_code == 206 and not match) or not total.isdigit():
+                raise _FailedError("tells no size", again=False)
+            return int(total)
+
+    async def body(self, call: _Call, start: int, stop: int, size: int) -> AsyncGenerator[bytes, None]:
+        """The bytes [start, stop), from one connection. Raises _FailedError where fewer come."""
+        whole = (start, stop) == (0, size) or call.tail.startswith("manifests/")
+        headers = {"Accept": ACCEPT} | ({} if whole else {"Range": f"bytes={start}-{stop - 1}"})
+        async with self._response("GET", call, headers) as response:
+            self._expect(response, call, 200, 206)
+            position = _body_start(response, start, stop, size)
+            async with aclosing(self._chunks(response)) as chunks:
+                async for chunk in chunks:
+                    skipped = min(len(chunk), max(0, start - position))
+                    position += len(chunk)
+                    if skipped < len(chunk):
+                        yield chunk[skipped:] if skipped else chunk
+                    if position >= stop:
+                        return
+        raise _FailedError("the body ended early", again=True)
+
+    async def passed(self, call: _Call) -> Passed:
+        async with self._response("GET", call, {"Accept": "*/*"}) as response:
+            self._expect(response, call, 200)
+            body = await self._bounded(response, call, MAX_MANIFEST)
+            link, filters = response.headers.get("link", ""), response.headers.get("oci-filters-applied", "")
+            return Passed(body, _media_type(response), link, filters)
+
+    # What they are made of
+
+    @asynccontextmanager
+    async def _response(self, method: str, call: _Call, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
+        """The answer, after authorization and redirects; its body not yet read."""
+        url = self._url.copy_with(raw_path=(self._url.path.rstrip("/") + call.path).encode("ascii"))
+        if call.query:
+            url = url.copy_merge_params(call.query)
+        async with AsyncExitStack() as stack:
+            used = self._remembered(call.repository)
+            response = await self._send(method, url, headers, used)
+            stack.push_async_callback(response.aclose)
+            if response.status_code == 401 and not response.history:
+                challenges = parse_challenges(response.headers.get("www-authenticate", ""))
+                await response.aclose()
+                header = await self._authorize(call, challenges, used)
+                response = await self._send(method, url, headers, header)
+                stack.push_async_callback(response.aclose)
+            yield response
+
+    async def _send(
+        self, method: str, url: httpx.URL, headers: Mapping[str, str], authorization: str | None
+    ) -> httpx.Response:
+        sent = dict(headers) | ({"Authorization": authorization} if authorization else {})
+        try:
+            response = await self.client.send(self.client.build_request(method, url, headers=sent), stream=True)
+        except (httpx.PoolTimeout, httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise _FailedError(_reason(error), again=False) from error
+        except httpx.TimeoutException as error:
+            raise _FailedError(_reason(error), again=False, breaks=True) from error
+        except httpx.HTTPError as error:
+            raise _FailedError(_reason(error), again=True, breaks=isinstance(error, httpx.ConnectError)) from error
+        self.breaker.succeeded()
+        return response
+
+    def _expect(self, response: httpx.Response, call: _Call, *expected: int) -> None:
+        status = response.status_code
+        if status in expected:
+            return
+        if status == 404:
+            raise NotFoundError(f"{self.name}: {call.what}: not found")
+        if status in (401, 403):
+            raise DeniedError(f"{self.name}: {call.what}: access denied ({status})")
+        after = response.headers.get("retry-after", "")
+        retry_after_s = float(after) if after.isascii() and after.isdigit() else None
+        raise _FailedError(f"answered {status}", again=status in RETRIED_STATUS, retry_after_s=retry_after_s)
+
+    async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
+        try:
+            async for chunk in response.aiter_raw():
+                self._count(self.name, len(chunk))
+                yield chunk
+        except httpx.HTTPError as error:
+            raise _FailedError(_reason(error), again=True) from error
+
+    async def _bounded(self, response: httpx.Response, call: _Call, limit: int) -> bytes:
+        body = bytearray()
+        async with aclosing(self._chunks(response)) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) > limit:
+                    raise UnavailableError(f"{self.name}: {call.what}: larger than {limit} bytes")
+        return bytes(body)
+
+    # Authorization
+
+    def _remembered(self, repository: str) -> str | None:
+        header, until = self._authorized.get(repository, (None, 0.0))
+        return header if trio.current_time() < until else None
+
+    async def _authorize(self, call: _Call, challenges: list[Challenge], used: str | None) -> str:
+        """An Authorization header other than the one that was refused; one task asks, the others wait for it."""
+        async with self._authorizing:
+            remembered = self._remembered(call.repository)
+            if remembered is not None and remembered != used:
+                return remembered
+            if self._token_failure and trio.current_time() < self._token_failure[0]:
+                raise self._token_failure[1]
+            try:
+                header, lifetime_s = await self._meet(call, challenges)
+            except _FailedError as failure:
+                self._token_failure = (trio.current_time() + TOKEN_FAILURE_S, failure)
+                raise
+            self._authorized[call.repository] = (header, trio.current_time() + lifetime_s)
+            return header
+
+    async def _meet(self, call: _Call, challenges: list[Challenge]) -> tuple[str, float]:
+        credentials = self._config.find(self.name, self._url.netloc.decode("ascii"))
+        for challenge in challenges:
+            if challenge.scheme == "bearer":
+                return await self._token(call, challenge, credentials.header if credentials else None)
+            if challenge.scheme == "basic" and credentials:
+                return credentials.header, BASIC_LIFETIME_S
+        hint = "" if credentials else "; no credentials for it in docker_config"
+        raise DeniedError(f"{self.name}: {call.what}: access denied{hint}")
+
+    async def _token(self, call: _Call, challenge: Challenge, authorization: str | None) -> tuple[str, float]:
+        scope = f"repository:{call.repository}:pull"
+        asked = token_request(challenge, insecure=self._url.scheme == "http", scope=scope)
+        if asked is None:
+            raise DeniedError(f"{self.name}: {call.what}: the token service it names is not https")
+        try:
+            url = httpx.URL(asked.realm).copy_merge_params(asked.query)
+        except httpx.InvalidURL as error:
+            raise DeniedError(f"{self.name}: {call.what}: the token service it names is not a URL") from error
+        response = await self._send("GET", url, {}, authorization)
+        try:
+            if response.status_code in (400, 404):
+                raise DeniedError(f"{self.name}: {call.what}: the token service answered {response.status_code}")
+            self._expect(response, call, 200)
+            token = parse_token(await self._bounded(response, call, MAX_TOKEN_REPLY))
+        finally:
+            await response.aclose()
+        if token is None:
+            raise _FailedError("the token service sent no token", again=False)
+        return f"Bearer {token[0]}", token[1]
+
+
+class _Attempts:
+    """The attempts at one call: admitted by the breaker, spaced by the policy, ended with UnavailableError."""
+
+    def __init__(self, registry: _Registry, policy: RetryPolicy, what: str) -> None:
+        self._registry = registry
+        self._policy = policy
+        self._what = what
+        self._failures = 0
+        wait_s = registry.breaker.wait_s(trio.current_time())
+        if wait_s:
+            raise UnavailableError(f"{registry.name}: {what}: out of reach, next attempt in {wait_s:.0f} s")
+
+    def progressed(self) -> None:
+        self._failures = 0
+
+    async def pause(self, failure: _FailedError) -> None:
+        registry = self._registry
+        self._failures += 1
+        again = self._policy.delay(self._failures, failure.retry_after_s, registry.rng) if failure.again else None
+        if again is None:
+            if failure.breaks:
+                registry.breaker.failed(trio.current_time())
+            raise UnavailableError(f"{registry.name}: {self._what}: {failure}") from failure
+        log.info("%s: %s: %s; %s again in %.1f s", registry.name, self._what, failure, self._policy.name, again)
+        await trio.sleep(again)
+
+
+def _client(part: UpstreamPart, default: ssl.SSLContext) -> httpx.AsyncClient:
+    try:
+        context = ssl.create_default_context(cafile=part.ca) if part.ca else default
+    except (OSError, ssl.SSLError) as error:
+        raise BadInputError(f'upstream "{part.name}": ca = "{part.ca}": {error}') from error
+    return httpx.AsyncClient(
+        verify=context,
+        timeout=TIMEOUT,
+        limits=httpx.Limits(max_connections=part.connections),
+        follow_redirects=True,
+        max_redirects=MAX_REDIRECTS,
+        headers={"User-Agent": "shoal", "Accept-Encoding": "identity"},
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What happened, without the library's text, which may hold a URL."""
+    names: dict[type[Exception], str] = {
+        httpx.ConnectTimeout: "no connection in time",
+        httpx.ReadTimeout: "silent for too long",
+        httpx.ConnectError: "cannot be reached",
+        httpx.TooManyRedirects: "redirects without end",
+    }
+    return names.get(type(error), f"the connection broke ({type(error).__name__})")
+
+
+def _sized(digest: Digest, size: int) -> ObjectRef:
+    try:
+        return ObjectRef(digest, size)
+    except BadInputError as error:
+        raise UnavailableError(str(error)) from error
+
+
+def _media_type(response: httpx.Response) -> str:
+    media_type = str(response.headers.get("content-type", "")).partition(";")[0].strip()
+    return media_type if _MEDIA_TYPE.fullmatch(media_type) else "application/octet-stream"
+
+
+def _digest_of(body: bytes, reference: str, header: str) -> Digest | None:
+    """The digest of `body`; None where it is not what was asked for, or not what the registry says it is."""
+    expected = reference if is_digest(reference) else header
+    algorithm = "sha512" if expected.startswith("sha512:") else "sha256"
+    digest = Digest(algorithm, hashlib.new(algorithm, body).hexdigest())
+    return digest if expected in ("", str(digest)) else None
+
+
+def _body_start(response: httpx.Response, start: int, stop: int, size: int) -> int:
+    """The object's offset of the body's first byte."""
+    if response.status_code == 200:
+        if response.headers.get("content-length", str(size)) != str(size):
+            raise _FailedError("the object has another size than was told", again=False)
+        return 0
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+    if not match or int(match[1]) != start or not start < int(match[2]) + 1 <= stop or match[3] not in ("*", str(size)):
+        raise _FailedError("answered another range than was asked for", again=False)
+    return start
