@@ -1,20 +1,25 @@
 """Counters of this node, and their Prometheus form.
 
-The registry is the node's own, so that several nodes run in one process. Gauges are read through callbacks when
-somebody asks. Names and meanings: docs/OPERATIONS.md, "Metrics".
+The registry is the node's own, so that several nodes run in one process. What others count already is read through
+callbacks when somebody asks. Names and meanings: docs/OPERATIONS.md, "Metrics".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import Metric
 
 from cache.store import StoreStatistics
 from node.objects import Source
+
+_V = TypeVar("_V", covariant=True)
+ByName = Callable[[], Mapping[str, _V]]
+"""Asked when metrics are: values by source or by tier (a StrEnum is a str)."""
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -29,8 +34,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._served = self._counter("p2pd_bytes_served", "Bytes sent to clients, by where they came from", "source")
-        self._requests = self._counter("p2pd_requests", "Reads of blocks for clients, by who answered", "source")
         self._origin = self._counter("p2pd_origin_bytes", "Bytes read from registries", "upstream")
         self._peer_bytes = self._counter("p2pd_peer_bytes", "Bytes exchanged with members", "direction")
         self._retries = self._counter("p2pd_retries", "Requests made again after a failure", "source")
@@ -43,21 +46,10 @@ class Metrics:
             "p2pd_tag_age_seconds", "Time since the registry confirmed a tag, when it was served",
             buckets=_TAG_AGE_SECONDS, registry=self.registry,
         )  # fmt: skip
-        for source in Source:
-            self._served.labels(source.value)
-            self._requests.labels(source.value)
         ProcessCollector(registry=self.registry)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(name, text, [label], registry=self.registry)
-
-    def served(self, source: Source, count: int) -> None:
-        """`count` bytes were handed to a client."""
-        self._served.labels(source.value).inc(count)
-
-    def requested(self, source: Source) -> None:
-        """A block was asked for on behalf of a client, and `source` gave it."""
-        self._requests.labels(source.value).inc()
 
     def read(self, source: Source, seconds: float) -> None:
         self._reads.labels(source.value).observe(seconds)
@@ -80,18 +72,16 @@ class Metrics:
     def tag_served(self, age_s: float) -> None:
         self._tag_age.observe(age_s)
 
-    def watch_cache(self, statistics: Callable[[], Mapping[str, StoreStatistics]]) -> None:
+    def watch_served(self, bytes_served: ByName[int], requests: ByName[int]) -> None:
+        """Show what clients were given, by source; both only ever grow."""
+        self.registry.register(_ServedCounters(bytes_served, requests))
+
+    def watch_cache(self, statistics: ByName[StoreStatistics]) -> None:
         """Show what the tiers hold; `statistics` gives it by tier."""
         self.registry.register(_CacheGauges(statistics))
 
     def watch_members(self, alive: Callable[[], int], quarantined: Callable[[], int]) -> None:
         self.registry.register(_MemberGauges(alive, quarantined))
-
-    def bytes_served(self) -> dict[str, int]:
-        return _totals(self._served)
-
-    def requests(self) -> dict[str, int]:
-        return _totals(self._requests)
 
     def origin_bytes(self) -> int:
         return sum(_totals(self._origin).values())
@@ -112,8 +102,25 @@ def _totals(counter: Counter) -> dict[str, int]:
     }
 
 
+class _ServedCounters:
+    def __init__(self, bytes_served: ByName[int], requests: ByName[int]) -> None:
+        self._bytes_served = bytes_served
+        self._requests = requests
+
+    def collect(self) -> Iterator[Metric]:
+        yield _by_source("p2pd_bytes_served", "Bytes sent to clients, by where they came from", self._bytes_served())
+        yield _by_source("p2pd_requests", "Blocks read for clients, by who gave them", self._requests())
+
+
+def _by_source(name: str, text: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=["source"])
+    for source in Source:
+        family.add_metric([source.value], values.get(source.value, 0))
+    return family
+
+
 class _CacheGauges:
-    def __init__(self, statistics: Callable[[], Mapping[str, StoreStatistics]]) -> None:
+    def __init__(self, statistics: ByName[StoreStatistics]) -> None:
         self._statistics = statistics
 
     def collect(self) -> Iterator[Metric]:
