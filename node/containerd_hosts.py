@@ -166,6 +166,14 @@ def _masked(certs_dir: Path, folder: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def points_at(certs_dir: Path, mirror: str, name: str) -> bool:
+    """Whether containerd asks `mirror` for this registry. Raises BadInputError on a file that is malformed."""
+    folder = _folder(certs_dir, check_upstream(name))
+    path = (folder if folder.is_dir() else certs_dir / "_default") / "hosts.toml"
+    text = _read(path)
+    return text is not None and mirror in _table(_parse(text, path), "host")
+
+
 # Text
 
 

@@ -153,6 +153,15 @@ def check_hosts(unconfigured: Sequence[str], configured: Sequence[str], problem:
 # Facts
 
 
+def http_status(address: str) -> tuple[int | None, str]:
+    """The status of http://address/v2/, or None and why there is none. Blocks."""
+    try:
+        response = httpx.get(f"http://{address}/v2/", timeout=PROBE_S, trust_env=False)
+    except httpx.HTTPError as error:
+        return None, f"http://{address}/v2/: {error}"
+    return response.status_code, ""
+
+
 def clock_skew(date: str | None, now: float) -> float | None:
     """Seconds that `now` (Unix time) is ahead of an HTTP Date header; None where that is missing or malformed."""
     if not date:

@@ -1,0 +1,443 @@
+"""p2pctl: asks the daemon through its control socket, and shows what it says.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. With --json the only thing on standard
+output is the document. What takes long to import (rich, httpx) is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+import msgspec
+
+from node.config import DEFAULT_UPSTREAMS, Config
+from node.control_client import ControlClient, DaemonUnreachableError
+from node.locator import ImageName
+from node.status import (
+    CacheReport,
+    Check,
+    DoctorReport,
+    ImagesReport,
+    PeersReport,
+    PullEvent,
+    PullResult,
+    Status,
+    WhyReport,
+)
+from node.version import version
+from protocol.errors import BadInputError, ShoalError
+
+if TYPE_CHECKING:
+    from node.containerd_hosts import Change, Registry
+
+FAILED = 1
+UNREACHABLE = 3
+
+_DEFAULTS = Config()
+_Document = TypeVar("_Document", bound=msgspec.Struct)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the options before and after the command's name say together."""
+
+    socket: Path
+    json: bool
+
+    @property
+    def client(self) -> ControlClient:
+        return ControlClient(self.socket)
+
+
+class _Failure(click.ClickException):
+    exit_code = FAILED
+
+
+class _Unreachable(click.ClickException):
+    exit_code = UNREACHABLE
+
+
+class _Group(click.Group):
+    """Turns what goes wrong in operation into one line and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DaemonUnreachableError as error:
+            raise _Unreachable(str(error)) from error
+        except ShoalError as error:
+            raise _Failure(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            raise _Failure(f"{error.filename or 'p2pctl'}: {error.strerror or error}") from error
+
+
+class _Image(click.ParamType[str]):
+    name = "image"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            ImageName.parse(value)
+        except BadInputError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value and param.name:
+        ctx.obj = replace(ctx.obj, **{param.name: value})
+
+
+def _common(command: _Command) -> _Command:
+    """--json and --socket are understood after the command's name, too."""
+    path = click.Path(path_type=Path)
+    command = click.option("--json", is_flag=True, expose_value=False, callback=_set, help="Print JSON.")(command)
+    return click.option("--socket", type=path, expose_value=False, callback=_set, hidden=True)(command)
+
+
+def _decode(data: bytes, kind: type[_Document]) -> _Document:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise DaemonUnreachableError(f"what answers is not a p2pd of this version ({version()}): {error}") from error
+
+
+def _show(session: Session, path: str, kind: type[msgspec.Struct]) -> None:
+    data = session.client.get(path)
+    document = _decode(data, kind)
+    if session.json:
+        click.echo(data.rstrip())
+    else:
+        from node.render import console, show
+
+        show(document, console())
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--socket", type=click.Path(path_type=Path), envvar="P2PD_SOCKET", show_envvar=True, show_default=True,
+    default=Path(_DEFAULTS.control.socket), help="The daemon's control socket.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
+@click.pass_context
+def main(ctx: click.Context, socket: Path, as_json: bool) -> None:
+    """See and steer the p2pd daemon of this node."""
+    ctx.obj = Session(socket, as_json)
+
+
+@main.command()
+@_common
+@click.pass_obj
+def status(session: Session) -> None:
+    """This node: who it is, what it served and from where, what it holds."""
+    _show(session, "/status", Status)
+
+
+@main.command()
+@_common
+@click.pass_obj
+def peers(session: Session) -> None:
+    """The other members, their health and what was exchanged with them."""
+    _show(session, "/peers", PeersReport)
+
+
+@main.command()
+@_common
+@click.pass_obj
+def images(session: Session) -> None:
+    """Images that went through this node, and how much of each it holds."""
+    _show(session, "/images", ImagesReport)
+
+
+@main.command()
+@_common
+@click.pass_obj
+def cache(session: Session) -> None:
+    """The cache's tiers, and what they hold of which object."""
+    _show(session, "/cache", CacheReport)
+
+
+# Pull
+
+
+@main.command()
+@click.argument("image", type=_Image())
+@click.option("--all-platforms", is_flag=True, help="Not only this machine's platform.")
+@_common
+@click.pass_obj
+def pull(session: Session, image: str, all_platforms: bool) -> None:
+    """Read IMAGE into this node, and through it into the site."""
+    query = {"image": image, "all_platforms": "1" if all_platforms else "0"}
+    with closing(session.client.stream("/pull", **query)) as lines:
+        result = _echo_events(lines) if session.json else _show_events(lines, image)
+    if result is None:
+        raise DaemonUnreachableError("p2pd went away before the pull was over: systemctl status p2pd")
+    if not result.ok:
+        raise _Failure(f"{result.image} was not pulled: {result.error}")
+    if not session.json:
+        from node.render import console, show_pulled
+
+        show_pulled(console(), result)
+
+
+def _events(lines: Iterator[bytes]) -> Iterator[tuple[bytes, PullEvent]]:
+    decoder = msgspec.json.Decoder(PullEvent)
+    for line in lines:
+        try:
+            yield line, decoder.decode(line)
+        except msgspec.DecodeError as error:
+            raise DaemonUnreachableError(f"the pull's answer broke off, or is of another version: {error}") from error
+
+
+def _echo_events(lines: Iterator[bytes]) -> PullResult | None:
+    result = None
+    for line, event in _events(lines):
+        click.echo(line.rstrip())
+        result = event if isinstance(event, PullResult) else result
+    return result
+
+
+def _show_events(lines: Iterator[bytes], image: str) -> PullResult | None:
+    """The bar goes to standard error, and only to a terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    err = Console(stderr=True)
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(escape(image), total=None)
+        for _, event in _events(lines):
+            if isinstance(event, PullResult):
+                return event
+            progress.update(task, completed=event.bytes_done, total=event.bytes_total or None)
+    return None
+
+
+# Why
+
+
+@main.command()
+@click.argument("image", type=_Image())
+@click.option("--blocks", is_flag=True, help="A line for every block, not for every run of blocks from one source.")
+@_common
+@click.pass_obj
+def why(session: Session, image: str, blocks: bool) -> None:
+    """Where each block of IMAGE came from, how long it took and what it took."""
+    data = session.client.get("/why", image=image)
+    report = _decode(data, WhyReport)
+    if session.json:
+        click.echo(data.rstrip())
+        return
+    from node.render import console, show_why
+
+    rows = _decode(session.client.get("/peers"), PeersReport).peers
+    show_why(console(), report, {row.peer_id: row.name for row in rows}, every_block=blocks)
+
+
+# containerd
+
+
+@main.group(cls=_Group)
+def containerd() -> None:
+    """Have containerd pull through this node's mirror."""
+
+
+def _certs_dir(command: _Command) -> _Command:
+    option = click.option(
+        "--certs-dir", type=click.Path(path_type=Path), default=Path("/etc/containerd/certs.d"), show_default=True,
+        help="containerd's config_path.",
+    )  # fmt: skip
+    return option(command)
+
+
+@containerd.command()
+@_certs_dir
+@click.option("--mirror", help="The mirror's address.  [default: the daemon's, else http://127.0.0.1:5050]")
+@click.option("--upstream", "upstreams", multiple=True, help="A registry; repeatable.  [default: the daemon's]")
+@click.option("--dry-run", is_flag=True, help="Print the changes as a diff, and make none.")
+@_common
+@click.pass_obj
+def install(session: Session, certs_dir: Path, mirror: str | None, upstreams: tuple[str, ...], dry_run: bool) -> None:
+    """Add the mirror to each registry's hosts.toml, before the hosts that are there."""
+    from node.containerd_hosts import plan_install
+
+    running = _running(session)
+    address = mirror or _mirror_url(running.mirror if running else "")
+    changes = plan_install(certs_dir, address, _registries(running, upstreams))
+    _change(session, changes, certs_dir, dry_run=dry_run)
+
+
+@containerd.command()
+@_certs_dir
+@click.option("--dry-run", is_flag=True, help="Print the changes as a diff, and make none.")
+@_common
+@click.pass_obj
+def uninstall(session: Session, certs_dir: Path, dry_run: bool) -> None:
+    """Take out of every hosts.toml exactly what `install` added."""
+    from node.containerd_hosts import plan_uninstall
+
+    _change(session, plan_uninstall(certs_dir), certs_dir, dry_run=dry_run)
+
+
+def _running(session: Session) -> Status | None:
+    """The daemon's status, where it can be had."""
+    try:
+        return _decode(session.client.get("/status"), Status)
+    except DaemonUnreachableError:
+        click.echo(f"p2pd does not answer on {session.socket}: its default configuration is assumed", err=True)
+        return None
+
+
+def _mirror_url(listen: str) -> str:
+    """What a client on this machine calls the mirror that listens there."""
+    host, _, port = (listen or _DEFAULTS.mirror.listen).rpartition(":")
+    anywhere = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+    return f"http://{anywhere.get(host, host)}:{port}"
+
+
+def _registries(running: Status | None, wanted: Sequence[str]) -> list[Registry]:
+    from node.containerd_hosts import Registry, default_server
+
+    known = {row.name: row.url for row in (running.upstreams if running else DEFAULT_UPSTREAMS)}
+    return [Registry(name, known.get(name) or default_server(name)) for name in dict.fromkeys(wanted or known)]
+
+
+def _change(session: Session, changes: Sequence[Change], certs_dir: Path, *, dry_run: bool) -> None:
+    from node.containerd_hosts import apply, config_path_advice
+
+    advice = config_path_advice(certs_dir)
+    for change in changes:
+        if not dry_run:
+            apply(change)
+    if session.json:
+        rows = [
+            {"path": str(change.path), "changed": change.is_needed, "diff": change.diff(), "notes": change.notes}
+            for change in changes
+        ]
+        click.echo(json.dumps({"changes": rows, "dry_run": dry_run, "containerd": advice}))
+        return
+    for change in changes:
+        _tell(change, dry_run=dry_run)
+    if not changes:
+        click.echo(f"nothing to remove under {certs_dir}", err=True)
+    click.echo(f"note: {advice}", err=True)
+
+
+def _tell(change: Change, *, dry_run: bool) -> None:
+    if dry_run:
+        click.echo(change.diff(), nl=False)
+    elif change.is_needed:
+        click.echo(f"{'removed' if change.after is None else 'wrote'} {change.path}")
+    if not change.is_needed:
+        click.echo(f"unchanged {change.path}", err=dry_run)
+    for note in change.notes:
+        click.echo(f"note: {change.path}: {note}", err=True)
+
+
+# The rest
+
+
+@main.group(cls=_Group)
+def cluster() -> None:
+    """The cluster's key, by which its nodes know each other."""
+
+
+@cluster.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_common
+@click.pass_obj
+def init(session: Session, file: Path) -> None:
+    """Make a new cluster's key in FILE: copy it to every node, and name it there as [cluster] key."""
+    from node.certificates import create_authority
+
+    create_authority(file)
+    if session.json:
+        click.echo(json.dumps({"file": str(file)}))
+    else:
+        click.echo(f"made {file}: whoever has it can add nodes to the cluster, so keep it as a secret")
+
+
+@main.command()
+@_certs_dir
+@_common
+@click.pass_obj
+def doctor(session: Session, certs_dir: Path) -> None:
+    """Look for what is wrong with this node, and say what to do about it."""
+    try:
+        running = _decode(session.client.get("/status"), Status)
+        found = _decode(session.client.get("/doctor"), DoctorReport).checks
+    except DaemonUnreachableError as error:
+        checks = [Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
+        checks += _outside(certs_dir, None)
+        _show_checks(session, checks)
+        _quit(UNREACHABLE)
+    socket = Check(name="daemon", level="ok", text=f"p2pd {running.version} answers on {session.socket}")
+    checks = [socket, *_outside(certs_dir, running), *found]
+    _show_checks(session, checks)
+    if any(check.level == "fail" for check in checks):
+        _quit(FAILED)
+
+
+def _quit(code: int) -> NoReturn:
+    raise click.exceptions.Exit(code)
+
+
+def _show_checks(session: Session, checks: Sequence[Check]) -> None:
+    if session.json:
+        click.echo(msgspec.json.encode(DoctorReport(checks=tuple(checks))))
+        return
+    from node.render import console, show_checks
+
+    show_checks(console(), checks)
+
+
+def _outside(certs_dir: Path, running: Status | None) -> list[Check]:
+    """What is seen from outside the daemon."""
+    from node.doctor import check_hosts, check_mirror, http_status
+
+    mirror = _mirror_url(running.mirror if running else "")
+    address = mirror.removeprefix("http://")
+    checks = [check_mirror(address, *http_status(address))]
+    if not certs_dir.parent.is_dir():
+        return [*checks, Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})")]
+    return [*checks, check_hosts(*_pointing(certs_dir, mirror, running))]
+
+
+def _pointing(certs_dir: Path, mirror: str, running: Status | None) -> tuple[list[str], list[str], str]:
+    """Registries that containerd pulls past the mirror, those that it pulls through it, and what hinders telling."""
+    from node.containerd_hosts import points_at
+
+    names = [registry.name for registry in _registries(running, ())]
+    try:
+        through = [name for name in names if points_at(certs_dir, mirror, name)]
+    except BadInputError as error:
+        return [], [], str(error)
+    return [name for name in names if name not in through], through, ""
+
+
+@main.command(name="version")
+@_common
+@click.pass_obj
+def show_version(session: Session) -> None:
+    """The versions of p2pctl and of the daemon that runs."""
+    try:
+        daemon = _decode(session.client.get("/status"), Status).version
+    except ShoalError:
+        daemon = None
+    if session.json:
+        click.echo(json.dumps({"p2pctl": version(), "p2pd": daemon}))
+    else:
+        click.echo(f"p2pctl {version()}\np2pd   {daemon or 'not reached'}")

@@ -1,0 +1,259 @@
+"""The control API's documents as a person reads them. Text from elsewhere is stripped of terminal controls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import singledispatch
+from itertools import groupby
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from node.status import (
+    NOT_READ,
+    CacheReport,
+    Check,
+    ImagesReport,
+    PeerRow,
+    PeersReport,
+    PullResult,
+    Status,
+    TierRow,
+    WhyBlock,
+    WhyObject,
+    WhyReport,
+)
+
+PIPED_WIDTH = 200
+"""Columns where there is no terminal to measure: tables stay on one line, for grep."""
+SHORT_DIGEST = len("sha256:") + 12
+SHORT_PEER = 8
+"""The last characters of a peer id; the first are the same for all."""
+
+
+def console() -> Console:
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    return Console(markup=False, emoji=False, highlight=False, width=width)
+
+
+def plain(value: object) -> str:
+    return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def size(count: float) -> str:
+    """Binary units: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float | None) -> str:
+    """`350 ms`, `12 s`, `5 m 12 s`, `3 h 4 m`, `2 d 3 h`; a dash where it is not known."""
+    if seconds is None:
+        return "-"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    whole = int(seconds)
+    for unit, inner, length, part in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
+        if whole >= length:
+            return f"{whole // length} {unit} {whole % length // part} {inner}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """A column whose name starts with `>` is a number's."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in columns:
+        justify = "right" if name.startswith(">") else "left"
+        table.add_column(name.lstrip(">"), justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    table.add_row(*map(plain, cells))
+
+
+@singledispatch
+def show(document: msgspec.Struct, out: Console) -> None:
+    """Print one of the documents below."""
+    raise TypeError(f"no table for {type(document).__name__}")
+
+
+@show.register
+def _status(status: Status, out: Console) -> None:
+    facts = _table("", "")
+    facts.show_header = False
+    for name, value in (
+        ("node", f"{status.name} (site {status.site})"),
+        ("peer id", status.peer_id),
+        ("addresses", " ".join(status.addresses) or "-"),
+        ("mirror", f"http://{status.mirror}" if status.mirror else "-"),
+        ("upstreams", " ".join(upstream.name for upstream in status.upstreams) or "-"),
+        ("state", f"{'ready' if status.ready else 'starting'}, up {duration(status.uptime_s)}, p2pd {status.version}"),
+        ("peers alive", status.peers_alive),
+        ("from registries", size(status.origin_bytes)),
+        ("bulk channel", f"{size(status.bulk.bytes_sent)} sent, {size(status.bulk.bytes_received)} received"),
+        ("memory in use", size(status.rss_bytes)),
+    ):
+        _row(facts, name, value)
+    out.print(facts)
+    out.print()
+    show_sources(out, status.bytes_served, status.requests)
+    out.print()
+    show_tiers(out, status.cache)
+
+
+def show_sources(out: Console, by_bytes: Mapping[str, int], requests: Mapping[str, int] | None = None) -> None:
+    total = sum(by_bytes.values())
+    table = _table("source", ">bytes", ">share", *([">blocks"] if requests is not None else []))
+    for source, count in by_bytes.items():
+        share = f"{100 * count / total:.1f} %" if total else "-"
+        _row(table, source, size(count), share, *([requests.get(source, 0)] if requests is not None else []))
+    out.print(table)
+
+
+def show_tiers(out: Console, tiers: Mapping[str, TierRow]) -> None:
+    table = _table("tier", ">held", ">budget", ">entries")
+    for name, tier in tiers.items():
+        _row(table, name, size(tier.bytes), size(tier.budget_bytes) if tier.budget_bytes else "-", tier.entries)
+    out.print(table)
+
+
+@show.register
+def _peers(report: PeersReport, out: Console) -> None:
+    if not report.peers:
+        out.print("no other member is known")
+        return
+    table = _table(
+        "name", "site", "state", ">for", ">rtt ms", ">read ms", ">failed", ">received", ">sent", "addresses", "id"
+    )
+    for peer in report.peers:
+        _row(
+            table, peer.name, peer.site, _peer_state(peer), duration(peer.since_s), milliseconds(peer.rtt_ms),
+            milliseconds(peer.health.latency_ms), peer.health.failures, size(peer.bytes_received),
+            size(peer.bytes_sent), " ".join(peer.addresses), short_peer(peer.peer_id),
+        )  # fmt: skip
+    out.print(table)
+
+
+def _peer_state(peer: PeerRow) -> str:
+    return f"quarantined: {peer.quarantine}" if peer.quarantine else peer.state
+
+
+def short_peer(peer_id: str) -> str:
+    return peer_id[-SHORT_PEER:]
+
+
+@show.register
+def _images(report: ImagesReport, out: Console) -> None:
+    if not report.images:
+        out.print("no image was asked for yet")
+        return
+    table = _table("image", "digest", ">size", ">held", "whole", ">layers", ">confirmed")
+    for image in report.images:
+        _row(
+            table, image.image, image.digest[:SHORT_DIGEST], size(image.size), size(image.bytes_held),
+            "yes" if image.complete else "no", image.layers, duration(image.age_s),
+        )  # fmt: skip
+    out.print(table)
+
+
+@show.register
+def _cache(report: CacheReport, out: Console) -> None:
+    show_tiers(out, report.tiers)
+    if not report.objects:
+        return
+    out.print()
+    table = _table("object", "tier", ">blocks", ">shards", ">bytes")
+    for row in sorted(report.objects, key=lambda row: (-row.bytes, row.digest)):
+        _row(table, row.digest[:SHORT_DIGEST], row.tier, row.blocks, row.shards, size(row.bytes))
+    out.print(table)
+
+
+def show_pulled(out: Console, result: PullResult) -> None:
+    rate = size(result.bytes_total / result.seconds) if result.seconds > 0 else "-"
+    out.print(plain(f"{result.image} {result.digest}"), soft_wrap=True)
+    out.print(f"{size(result.bytes_total)} in {duration(result.seconds)} ({rate}/s)")
+    out.print()
+    show_sources(out, result.by_source)
+
+
+# Why
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive blocks from one source. `slowest_ms` is None where no time is known."""
+
+    first: int
+    last: int
+    bytes: int
+    source: str
+    peers: tuple[str, ...]
+    slowest_ms: float | None
+    retries: int
+
+
+def runs(blocks: Iterable[WhyBlock]) -> Iterator[Run]:
+    """Split by source; every block is in exactly one run. `peers` are all that answered for one of its blocks."""
+    for source, group in groupby(blocks, key=lambda block: block.source):
+        same = list(group)
+        times = [block.milliseconds for block in same if block.milliseconds is not None]
+        peers = {peer for block in same for peer in block.peers}
+        yield Run(
+            same[0].index, same[-1].index, sum(block.length for block in same), source, tuple(sorted(peers)),
+            max(times, default=None), sum(block.retries for block in same),
+        )  # fmt: skip
+
+
+def show_why(out: Console, report: WhyReport, names: Mapping[str, str], *, every_block: bool) -> None:
+    """`names` by peer id; a peer that is not in it is shown by the end of its id."""
+    out.print(plain(f"{report.image} {report.digest}"), soft_wrap=True)
+    for listing in report.objects:
+        out.print()
+        out.print(plain(f"{listing.digest} {size(listing.size)} {listing.media_type}"), soft_wrap=True)
+        _show_object(out, listing, names, every_block=every_block)
+    out.print()
+    out.print(totals_line(report), soft_wrap=True)
+
+
+def _show_object(out: Console, listing: WhyObject, names: Mapping[str, str], *, every_block: bool) -> None:
+    table = _table("blocks", ">size", "source", ">slowest ms", ">retries", "peers")
+    single = (run for block in listing.blocks for run in runs([block]))
+    for run in single if every_block else runs(listing.blocks):
+        span = str(run.first) if run.first == run.last else f"{run.first}-{run.last}"
+        peers = ", ".join(names.get(peer) or short_peer(peer) for peer in run.peers)
+        retries = "-" if run.source == NOT_READ else run.retries
+        _row(table, span, size(run.bytes), run.source, milliseconds(run.slowest_ms), retries, peers)
+    out.print(table)
+
+
+def totals_line(report: WhyReport) -> str:
+    """Accounts for all blocks of the image."""
+    count = sum(total.blocks for total in report.totals.values())
+    whole = sum(total.bytes for total in report.totals.values())
+    parts = (f"{total.blocks} {plain(source)} ({size(total.bytes)})" for source, total in report.totals.items())
+    return f"all {count} blocks, {size(whole)}: {', '.join(parts) or 'none'}"
+
+
+# Doctor
+
+_MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+
+
+def show_checks(out: Console, checks: Iterable[Check]) -> None:
+    for check in checks:
+        mark, colour = _MARKS[check.level]
+        out.print(mark, style=colour, end=" ")
+        out.print(plain(f"{check.name}: {check.text}"), soft_wrap=True)
+        if check.hint and check.level != "ok":
+            out.print(f"       {plain(check.hint)}", soft_wrap=True)
