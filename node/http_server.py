@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, unquote
 import h11
 import trio
 
-from protocol.errors import ShoalError
+from protocol.errors import ShoalError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,6 @@ class Limits:
     methods: tuple[str, ...] = ("GET", "HEAD", "POST")
 
 
-class BodyEndedEarlyError(ShoalError):
-    """Raised by a body generator: no more bytes will come, for a reason that is already told in the log."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """`path` is percent-decoded; header names are lower-case; of repeated query fields the last one stands."""
@@ -93,7 +89,8 @@ class Response:
     """An answer. Content-Length is added for bytes and files; a generator without one is sent chunked.
 
     `first` goes out before what the generator yields: for a handler that takes the first buffer itself, to be sure of
-    its source before it promises 200. A HEAD is answered like a GET; give Content-Length where the body is left out.
+    its source before it promises 200. Where a generator raises, the body ends early. A HEAD is answered like a GET;
+    give Content-Length where the body is left out.
     """
 
     status: int
@@ -229,8 +226,8 @@ class _Connection:
             response = _malformed(error)
         try:
             await self._send(response)
-        except BodyEndedEarlyError as error:
-            log.debug("body ended early: %s", error)
+        except ShoalError as error:
+            log.warning("a body ends early: %s", error)
             return False
         except _ClientLeftError:
             raise
@@ -371,7 +368,7 @@ class _Connection:
             except ConnectionError as error:
                 raise _ClientLeftError("while a file was sent") from error
             if not sent:
-                raise BodyEndedEarlyError(f"the file ends at {start}, not {stop}")
+                raise UnavailableError(f"the file ends at {start}, not {stop}")
             start += sent
             await trio.lowlevel.checkpoint()
 

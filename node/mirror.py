@@ -15,13 +15,14 @@ import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import trio
 
 from node.http_range import Span, parse_range
-from node.http_server import BodyEndedEarlyError, Buffer, FileBody, Request, Response, error_response
-from node.locator import Kind, Locator, check_reference
+from node.http_server import Buffer, FileBody, Request, Response, error_response
+from node.locator import Kind, Locator, check_reference, is_digest
 from node.objects import Library, Resolved
 from node.registry_auth import canonical
 from node.upstream import Passed
@@ -38,6 +39,8 @@ BOUNDARY = "shoal-1d2f7f3e9a5c4b68"
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<what>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
 _PASSED_QUERY = ("n", "last", "artifactType")
+
+_T = TypeVar("_T")
 
 Passthrough = Callable[[str, str, str, Mapping[str, str]], Awaitable[Passed]]
 """(upstream, repository, `tags/list` or `referrers/<digest>`, query); raises as `Upstreams.passthrough`."""
@@ -74,8 +77,6 @@ class Mirror:
                 return await self._route(request)
         except _ProblemError as problem:
             return problem.response
-        except BadInputError as error:
-            return _problem(400, "DIGEST_INVALID" if "digest" in str(error) else "NAME_INVALID", error)
         except NotFoundError as error:
             return _problem(404, "BLOB_UNKNOWN" if "/blobs/" in what else "MANIFEST_UNKNOWN", error)
         except DeniedError as error:
@@ -95,10 +96,12 @@ class Mirror:
         if target.what in ("tags", "referrers"):
             return await self._passed(request, target)
         kind: Kind = "blobs" if target.what == "blobs" else "manifests"
-        locator = Locator(target.upstream, target.repository, kind)
-        if kind == "blobs":
-            Digest.parse(target.reference)
-        found = await self._library.resolve(locator, check_reference(target.reference))
+        locator = _valid("NAME_INVALID", lambda name: Locator(target.upstream, name, kind), target.repository)
+        if kind == "blobs" or is_digest(target.reference):
+            _valid("DIGEST_INVALID", Digest.parse, target.reference)
+        else:
+            _valid("TAG_INVALID", check_reference, target.reference)
+        found = await self._library.resolve(locator, target.reference)
         return await self._object(request, locator, found)
 
     # Which upstream
@@ -179,8 +182,9 @@ class Mirror:
         async def parts() -> AsyncGenerator[Buffer, None]:
             for head, span in zip(heads, spans, strict=True):
                 async with aclosing(self._read(locator, found, span)) as chunks:
-                    async for number, chunk in _numbered(chunks):
-                        yield chunk if number else b"".join([head, chunk])
+                    async for chunk in chunks:
+                        yield b"".join([head, chunk]) if head else chunk
+                        head = b""
             yield end
 
         headers["Content-Type"] = f"multipart/byteranges; boundary={BOUNDARY}"
@@ -204,9 +208,9 @@ class Mirror:
     # What is handed on
 
     async def _passed(self, request: Request, target: _Target) -> Response:
-        Locator(target.upstream, target.repository, "manifests")
+        _valid("NAME_INVALID", lambda name: Locator(target.upstream, name, "manifests"), target.repository)
         if target.what == "referrers":
-            Digest.parse(target.reference)
+            _valid("DIGEST_INVALID", Digest.parse, target.reference)
         elif target.reference != "list":
             raise _ProblemError(404, "NAME_UNKNOWN", "not a path of the pull API")
         query = {name: request.query[name] for name in _PASSED_QUERY if name in request.query}
@@ -222,32 +226,14 @@ class Mirror:
 
 async def _begun(status: int, headers: Mapping[str, str], body: AsyncGenerator[Buffer, None]) -> Response:
     """A response whose first bytes are there already; what fails later ends the body early."""
-    stream = _cut_short(body)
+    return Response(status, headers, body, first=await anext(body))
+
+
+def _valid(code: str, parse: Callable[[str], _T], text: str) -> _T:
     try:
-        first = await anext(stream, b"")
-    except BodyEndedEarlyError as ended:
-        raise (ended.__cause__ or ended) from None
-    except BaseException:
-        await stream.aclose()
-        raise
-    return Response(status, headers, stream, first=first)
-
-
-async def _cut_short(body: AsyncGenerator[Buffer, None]) -> AsyncGenerator[Buffer, None]:
-    async with aclosing(body):
-        try:
-            async for chunk in body:
-                yield chunk
-        except (UnavailableError, CorruptObjectError, NotFoundError, DeniedError) as error:
-            log.warning("a body ends early: %s", error)
-            raise BodyEndedEarlyError(str(error)) from error
-
-
-async def _numbered(chunks: AsyncGenerator[Buffer, None]) -> AsyncGenerator[tuple[int, Buffer], None]:
-    number = 0
-    async for chunk in chunks:
-        yield number, chunk
-        number += 1
+        return parse(text)
+    except BadInputError as error:
+        raise _ProblemError(400, code, str(error)) from error
 
 
 def _problem(status: int, code: str, error: object) -> Response:
