@@ -1,0 +1,413 @@
+"""The registry client against a registry in this process, over real sockets, with every fault that registries have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
+from random import Random
+
+import httpx
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from node import upstream as upstream_module
+from node.config import UpstreamPart
+from node.http_server import Buffer, Request, Response, serve_http
+from node.locator import Locator
+from node.objects import Resolved
+from node.upstream import BlockCutter, Upstreams
+from protocol.errors import CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+
+BLOB = Random(7).randbytes(3 * BLOCK_SIZE + 77)
+MANIFEST = b'{"schemaVersion": 2}'
+MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
+BLOBS = Locator("fake", "org/app", "blobs")
+MANIFESTS = Locator("fake", "org/app", "manifests")
+
+
+def ref_of(data: bytes) -> ObjectRef:
+    return ObjectRef(Digest("sha256", hashlib.sha256(data).hexdigest()), len(data))
+
+
+BLOB_REF, MANIFEST_REF = ref_of(BLOB), ref_of(MANIFEST)
+
+
+class FakeRegistry:
+    """A registry of one repository; `faults` are taken one for each request to /v2/, None for a good answer."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.faults: list[int | str | None] = []
+        self.scheme = ""
+        self.password = ""
+        self.tokens = 0
+        self.valid_token = ""
+        self.elsewhere = ""
+        self.retry_after = "0"
+        self.manifest = MANIFEST
+
+    async def handle(self, request: Request) -> Response:
+        self.requests.append(request)
+        if request.path == "/token":
+            return self._token(request)
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, int):
+            return Response(fault, {"Retry-After": self.retry_after} if fault == 429 else {})
+        if not self._allowed(request):
+            realm = f'realm="http://{request.headers["host"]}/token?x=1",service="fake"'
+            return Response(401, {"WWW-Authenticate": f"{self.scheme} {realm}"})
+        if "/manifests/" in request.path:
+            return self._manifest(request)
+        if request.path.endswith("/tags/list"):
+            return Response(
+                200, {"Content-Type": "application/json", "Link": "<x>"}, json.dumps(request.query).encode()
+            )
+        if self.elsewhere:
+            return Response(307, {"Location": f"{self.elsewhere}/data?signature=hush"})
+        return blob(request, fault)
+
+    def _token(self, request: Request) -> Response:
+        if self.password and request.headers.get("authorization") != httpx.BasicAuth("u", self.password)._auth_header:
+            return Response(401)
+        self.tokens += 1
+        self.valid_token = f"t{self.tokens}"
+        assert request.query == {"x": "1", "service": "fake", "scope": "repository:org/app:pull"}
+        return Response(200, {}, json.dumps({"token": self.valid_token, "expires_in": 100}).encode())
+
+    def _allowed(self, request: Request) -> bool:
+        sent = request.headers.get("authorization", "")
+        basic = httpx.BasicAuth("u", self.password)._auth_header
+        return {
+            "": True,
+            "Basic": sent == basic,
+            "Bearer": bool(self.valid_token) and sent == f"Bearer {self.valid_token}",
+        }[self.scheme]
+
+    def _manifest(self, request: Request) -> Response:
+        if request.path.rpartition("/")[2] not in ("latest", str(MANIFEST_REF.digest)):
+            return Response(404)
+        digest = ref_of(self.manifest).digest if self.manifest != b"forged" else MANIFEST_REF.digest
+        headers = {"Docker-Content-Digest": str(digest), "Content-Type": f"{MEDIA_TYPE}; charset=utf-8"}
+        return Response(200, headers, self.manifest)
+
+
+def blob(request: Request, fault: int | str | None) -> Response:
+    if not request.path.endswith((str(BLOB_REF.digest), "/data")):
+        return Response(404)
+    if request.method == "HEAD":
+        return Response(403) if fault == "no head" else Response(200, {"Content-Length": str(len(BLOB))})
+    match = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
+    if fault == "no ranges" or not match:
+        return Response(200, {"Content-Length": str(len(BLOB))}, pieces(BLOB, fault))
+    start, stop = int(match[1]), int(match[2]) + 1
+    shown = start + 1 if fault == "other range" else start
+    headers = {"Content-Range": f"bytes {shown}-{stop - 1}/{len(BLOB)}", "Content-Length": str(stop - start)}
+    return Response(206, headers, pieces(BLOB[start:stop], fault))
+
+
+async def pieces(data: bytes, fault: int | str | None) -> AsyncGenerator[Buffer, None]:
+    for start in range(0, len(data), 300_000):
+        if fault == "breaks" and start:
+            raise UnavailableError("fault on purpose")
+        if fault == "stalls" and start:
+            await trio.sleep_forever()
+        yield data[start : start + 300_000]
+
+
+class Fixture:
+    def __init__(self) -> None:
+        self.registry = FakeRegistry()
+        self.counted = 0
+        self.url = ""
+        self.part: dict[str, object] = {}
+
+    def count(self, upstream: str, size: int) -> None:
+        assert upstream == "fake"
+        self.counted += size
+
+    def upstreams(self) -> Upstreams:
+        part = UpstreamPart(name="fake", **({"url": self.url} | self.part))
+        return Upstreams([part], count=self.count, rng=Random(1))
+
+    async def read(self, upstreams: Upstreams, first: int = 0, count: int = 4) -> list[bytes]:
+        async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, first, count)) as blocks:
+            return [bytes(block) async for block in blocks]
+
+
+def run(check: Callable[[Fixture, Upstreams], Awaitable[None]], **part: object) -> Fixture:
+    fixture = Fixture()
+    fixture.part = part
+
+    async def main() -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        fixture.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve_http, listeners, fixture.registry.handle))
+            with trio.fail_after(20):
+                async with fixture.upstreams() as upstreams:
+                    await check(fixture, upstreams)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    return fixture
+
+
+def cut(first: int, count: int) -> list[bytes]:
+    return [BLOB[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] for i in range(first, first + count)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 3 * BLOCK_SIZE), data=st.data())
+def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
+    content = (BLOB * 2)[:size]
+    ref = ref_of(content)
+    first = data.draw(st.integers(0, ref.block_count - 1))
+    count = data.draw(st.integers(1, ref.block_count - first))
+    cutter = BlockCutter(ref, first, count)
+    portion = data.draw(st.integers(1000, 2 * BLOCK_SIZE))
+    found = []
+    while not cutter.done:
+        found += list(cutter.feed(content[cutter.position : cutter.position + portion]))
+    assert [bytes(block) for block in found] == [
+        content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] for i in range(first, first + count)
+    ]
+    assert list(cutter.feed(b"beyond")) == []
+
+
+def test_a_manifest_is_resolved_and_revalidated() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
+        assert (resolved, body) == (Resolved(MANIFEST_REF, MEDIA_TYPE), MANIFEST)
+        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (resolved, None)
+        fixture.registry.manifest = b"{}"
+        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(ref_of(b"{}"), MEDIA_TYPE), b"{}")
+        with pytest.raises(CorruptObjectError):
+            await upstreams.resolve(MANIFESTS, str(MANIFEST_REF.digest))
+        fixture.registry.manifest = b"forged"
+        with pytest.raises(CorruptObjectError):
+            await upstreams.resolve(MANIFESTS, "latest")
+
+    methods = [request.method for request in run(check).registry.requests]
+    assert methods == ["GET", "HEAD", "HEAD", "GET", "GET", "GET"]
+
+
+@pytest.mark.parametrize("fault", [None, "no head"])
+def test_a_blobs_size_comes_from_head_or_from_one_byte(fault: str | None) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.faults = [fault]
+        resolved, body = await upstreams.resolve(BLOBS, str(BLOB_REF.digest))
+        assert (resolved.ref, body) == (BLOB_REF, None)
+
+    assert run(check).counted == 0
+
+
+@pytest.mark.parametrize("faults", [[], ["no ranges"], ["breaks"] * 3, ["breaks", 503, "no ranges", 429]])
+def test_blocks_come_whole_through_broken_bodies_and_missing_ranges(faults) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        for first, count in ((0, 4), (1, 2), (3, 1), (2, 0)):
+            fixture.registry.faults = list(faults)
+            assert await fixture.read(upstreams, first, count) == cut(first, count)
+        assert fixture.counted >= len(BLOB)
+
+    run(check)
+
+
+def test_a_manifest_is_read_in_blocks_too() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        async with aclosing(upstreams.blocks(MANIFESTS, MANIFEST_REF, 0, 1)) as blocks:
+            assert [bytes(block) async for block in blocks] == [MANIFEST]
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("faults", "error", "requests"),
+    [
+        ([404], NotFoundError, 1),
+        ([403], DeniedError, 1),
+        ([401], DeniedError, 1),
+        ([500], UnavailableError, 1),
+        ([503] * 9, UnavailableError, 3),
+        ([416], UnavailableError, 1),
+    ],
+)
+def test_errors_name_the_registry_and_the_object(faults, error: type[ShoalError], requests: int) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.faults = list(faults)
+        with pytest.raises(error, match=r"fake: manifest org/app:latest: "):
+            await upstreams.resolve(MANIFESTS, "latest")
+        assert len(fixture.registry.requests) == requests
+
+    run(check)
+
+
+def test_an_answer_with_another_range_is_refused() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.faults = ["other range"]
+        with pytest.raises(UnavailableError, match="another range"):
+            await fixture.read(upstreams, 1, 1)
+
+    run(check)
+
+
+def test_a_silent_body_is_resumed_and_a_long_retry_after_is_not_waited_for(monkeypatch) -> None:
+    monkeypatch.setattr(upstream_module, "TIMEOUT", httpx.Timeout(0.2))
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.faults = ["stalls", None]
+        assert await fixture.read(upstreams) == cut(0, 4)
+        fixture.registry.faults = [429]
+        fixture.registry.retry_after = "3600"
+        with pytest.raises(UnavailableError, match="429"):
+            await fixture.read(upstreams)
+
+    run(check)
+
+
+def test_one_token_serves_everybody_until_it_is_refused(tmp_path) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.scheme = "Bearer"
+        fixture.registry.password = "hunter2"
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(upstreams.resolve, MANIFESTS, "latest")
+        assert fixture.registry.tokens == 1
+        fixture.registry.valid_token = "revoked"
+        assert await fixture.read(upstreams) == cut(0, 4)
+        assert fixture.registry.tokens == 2
+        fixture.registry.password = "changed"
+        fixture.registry.valid_token = "revoked"
+        with pytest.raises(DeniedError) as caught:
+            await upstreams.resolve(MANIFESTS, "latest")
+        assert "hunter2" not in str(caught.value)
+
+    path = tmp_path / "config.json"
+    path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
+    run(check, docker_config=str(path))
+
+
+def test_basic_needs_credentials(tmp_path) -> None:
+    path = tmp_path / "config.json"
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.scheme = "Basic"
+        fixture.registry.password = "hunter2"
+        with pytest.raises(DeniedError, match="no credentials"):
+            await upstreams.resolve(MANIFESTS, "latest")
+        path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert await fixture.read(upstreams) == cut(0, 4)
+        assert len(fixture.registry.requests) == 4, "the header is remembered"
+
+    run(check, docker_config=str(path))
+
+
+def test_a_redirect_to_another_host_takes_no_authorization_along(caplog) -> None:
+    other = FakeRegistry()
+
+    async def handle(request: Request) -> Response:
+        other.requests.append(request)
+        return blob(request, "no head")
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.scheme = "Bearer"
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        fixture.registry.elsewhere = f"http://localhost:{listeners[0].socket.getsockname()[1]}"
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve_http, listeners, handle))
+            assert await fixture.read(upstreams, 1, 2) == cut(1, 2)
+            assert (await upstreams.resolve(BLOBS, str(BLOB_REF.digest)))[0].ref == BLOB_REF
+            nursery.cancel_scope.cancel()
+        with pytest.raises(UnavailableError) as caught:
+            await fixture.read(upstreams)
+        assert "hush" not in str(caught.value)
+
+    with caplog.at_level(logging.INFO):
+        run(check)
+    assert [request.method for request in other.requests] == ["GET", "HEAD", "GET"]
+    assert all("authorization" not in request.headers for request in other.requests)
+    assert not any("hush" in record.getMessage() for record in caplog.records if record.name.startswith("node"))
+
+
+def test_passed_answers_are_kept_for_a_short_time() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        for _ in range(2):
+            passed = await upstreams.passthrough("fake", "org/app", "tags/list", {"n": "1"})
+            assert (passed.body, passed.media_type, passed.link) == (b'{"n": "1"}', "application/json", "<x>")
+        assert len(fixture.registry.requests) == 1
+
+    run(check)
+
+
+def test_an_unknown_registry_is_told_with_the_known_ones() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        with pytest.raises(NotFoundError, match="configured: fake"):
+            await upstreams.resolve(Locator("other", "a", "manifests"), "b")
+
+    run(check)
+
+
+def test_bodies_leave_a_connection_for_names_and_are_bounded() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4)) as one:
+            await anext(one)
+            second = upstreams.blocks(BLOBS, BLOB_REF, 0, 4)
+            with trio.move_on_after(0.1) as waited:
+                await anext(second)
+            assert waited.cancelled_caught
+            assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert await fixture.read(upstreams) == cut(0, 4)
+
+    run(check, connections=2)
+
+
+class DeadNetwork(trio.abc.HostnameResolver):
+    """Names are never answered, as at a site that is offline."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def getaddrinfo(self, *args: object, **kwargs: object) -> list:
+        self.asked += 1
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def getnameinfo(self, *args: object, **kwargs: object) -> tuple[str, str]:
+        raise NotImplementedError
+
+
+def test_an_offline_site_waits_for_one_timeout_and_then_for_none() -> None:
+    network = DeadNetwork()
+
+    async def main() -> None:
+        trio.socket.set_custom_hostname_resolver(network)
+        part = UpstreamPart(name="fake", url="http://registry.invalid")
+        async with Upstreams([part], count=lambda name, size: None, rng=Random(1)) as upstreams:
+            start = trio.current_time()
+            for expected in (5.0, 5.0, 5.0):
+                with pytest.raises(UnavailableError, match="fake"):
+                    await upstreams.resolve(MANIFESTS, "latest")
+                assert trio.current_time() - start == pytest.approx(expected)
+            assert network.asked == 1
+            await trio.sleep(3)
+            with pytest.raises(UnavailableError, match="no connection in time"):
+                await upstreams.resolve(MANIFESTS, "latest")
+            assert network.asked == 2
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_bad_ca_file_names_the_upstream(tmp_path) -> None:
+    (tmp_path / "ca").write_text("x")
+    part = UpstreamPart(name="fake", url="https://registry.invalid", ca=str(tmp_path / "ca"))
+    with pytest.raises(ShoalError, match='upstream "fake": ca = '):
+        Upstreams([part], count=lambda name, size: None, rng=Random(1))
