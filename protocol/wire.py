@@ -275,14 +275,21 @@ def _holdings(message: msg.HoldingsFound) -> None:
         _need(len(bitmap) <= MAX_BITMAP, "bitmap")
 
 
+def _text(text: str, most: int) -> None:
+    """For what operators will see: no control characters."""
+    _need(len(text) <= most and text.isprintable(), "text")
+
+
 def _updates(updates: tuple[Update, ...], most: int) -> None:
     _need(len(updates) <= most, "updates")
     for update in updates:
         member = update.member
         _peer(member.peer_id)
-        _need(len(member.name) <= MAX_NAME and len(member.site) <= MAX_NAME, "name")
+        _text(member.name, MAX_NAME)
+        _text(member.site, MAX_NAME)
         _need(len(member.addresses) <= MAX_ADDRESSES, "addresses")
-        _need(all(len(address) <= MAX_ADDRESS for address in member.addresses), "address")
+        for address in member.addresses:
+            _text(address, MAX_ADDRESS)
         _need(0 <= member.weight <= MAX_WEIGHT, "weight")
         _need(0 <= update.incarnation <= MAX_INCARNATION, "incarnation")
 

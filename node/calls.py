@@ -1,0 +1,145 @@
+"""What both ends of a request do whatever carries it: wait no longer than the silence allows, and always answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import trio
+
+from node.exchange import Answer, Handler, Heard
+from protocol.errors import (
+    BadInputError,
+    DeniedError,
+    NotFoundError,
+    PeerMisbehavedError,
+    PeerUnavailableError,
+    ShoalError,
+    UnavailableError,
+)
+from protocol.ids import PeerId
+from protocol.messages import Failed, Request
+from protocol.wire import MAX_FAILURE_TEXT
+
+log = logging.getLogger(__name__)
+
+WAITING_FIRST_S = 0.25
+"""Most answers take less, and cost no `Waiting`."""
+WAITING_EVERY_S = 0.5
+"""Half the shortest silence that a caller may sensibly allow."""
+REQUESTS_PER_CONNECTION = 64
+"""At work at once. Beyond it nothing more is read from the connection: the asker's requests queue on its own side."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+_CODES: tuple[tuple[type[ShoalError], str], ...] = (
+    (NotFoundError, "not-found"),
+    (DeniedError, "denied"),
+    (UnavailableError, "unavailable"),
+    (PeerUnavailableError, "unavailable"),
+    (BadInputError, "bad-request"),
+    (PeerMisbehavedError, "bad-request"),
+)
+
+
+class Call:
+    """One request on the asking side. Ends with an answer, an error or `silence_s` in which nothing was heard of it."""
+
+    def __init__(self, peer: PeerId, message: Request, silence_s: float, heard: Heard | None) -> None:
+        self.peer = peer
+        self.message = message
+        self._silence_s = silence_s
+        self._heard = heard
+        self._scope = trio.CancelScope(deadline=trio.current_time() + silence_s)
+        self._ended = trio.Event()
+        self._result: Answer | ShoalError | None = None
+
+    async def wait(self) -> Answer:
+        try:
+            with self._scope:
+                await self._ended.wait()
+        finally:
+            self._heard = None
+        if self._result is None:
+            self._result = PeerUnavailableError(f"{self.peer} was silent for {self._silence_s} s")
+        if isinstance(self._result, Answer):
+            return self._result
+        # A new error for each asker: one that many tasks raise would gather all their tracebacks.
+        raise type(self._result)(*self._result.args) from self._result
+
+    def progress(self) -> None:
+        """A byte of the answer came."""
+        self._scope.deadline = trio.current_time() + self._silence_s
+
+    def waiting(self) -> None:
+        """A `Waiting` came."""
+        self.progress()
+        if self._heard is not None:
+            self._heard()
+
+    def end(self, result: Answer | ShoalError) -> None:
+        """Only the first end counts."""
+        if self._result is None:
+            self._result = result
+            self._ended.set()
+
+
+async def answer(handler: Handler, peer: PeerId, message: Request) -> Answer:
+    """What the handler says, and `Failed` for every error that it raises."""
+    try:
+        return await handler(peer, message)
+    except ShoalError as error:
+        code = next((code for kind, code in _CODES if isinstance(error, kind)), "unavailable")
+        return failed(code, str(error))
+    except Exception:  # noqa: BLE001 # the boundary of a task that a peer started: our bug must not end the daemon
+        return bug(peer, message)
+
+
+def bug(peer: PeerId, message: Request) -> Answer:
+    """Log the exception that is being handled, which none of the protocol's is, and tell the peer no more than that."""
+    log.exception("answering %s to %s failed", type(message).__name__, peer)
+    return failed("unavailable", "internal error")
+
+
+def failed(code: str, text: str) -> Answer:
+    return Answer(Failed(code, text[:MAX_FAILURE_TEXT]))
+
+
+class AtWork(Generic[Key]):
+    """The requests of one connection that have no answer yet, and when each is due for its next `Waiting`.
+
+    One task for all of them, which sleeps while there are none: a request that is answered quickly costs two entries
+    in a dictionary.
+    """
+
+    def __init__(self, first_s: float = WAITING_FIRST_S, every_s: float = WAITING_EVERY_S) -> None:
+        self._first_s = first_s
+        self._every_s = every_s
+        self._due: dict[Key, float] = {}
+        self._busy = trio.Event()
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._due
+
+    def begin(self, key: Key) -> None:
+        self._due[key] = trio.current_time() + self._first_s
+        self._busy.set()
+
+    def end(self, key: Key) -> None:
+        del self._due[key]
+
+    async def keep_alive(self, say: Callable[[Key], None]) -> None:
+        """Calls `say` for each request as long as it is at work."""
+        while True:
+            await self._busy.wait()
+            while self._due:
+                now = trio.current_time()
+                for key in [key for key, due in self._due.items() if due <= now]:
+                    self._due[key] = now + self._every_s
+                    say(key)
+                await trio.sleep_until(min(now + self._first_s, *self._due.values()))
+            self._busy = trio.Event()

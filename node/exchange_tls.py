@@ -1,0 +1,621 @@
+"""Requests between members over mutual TLS: the bulk channel of docs/PROTOCOL.md.
+
+A connection carries the requests of the side that opened it, and the other side's answers. Each side of a connection
+has one task that reads and one that writes; a request is answered in a task of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, NamedTuple, TypeVar
+
+import msgspec
+import trio
+from cachetools import LRUCache
+
+from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S, AtWork, Call, answer, bug
+from node.channel import TlsChannel, Traffic
+from node.config import HostPort, parse_host_port
+from node.exchange import Answer, Body, Handler, Heard, Lane
+from protocol import wire
+from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.ids import PeerId
+from protocol.members import MAX_MEMBERS, Member
+from protocol.messages import Reply, Request, Waiting
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 16384
+"""Small frames that wait to be written go together, as one TLS record; reads of heads are as long."""
+BACKLOG = 1024
+
+Message = TypeVar("Message")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds."""
+
+    connect_s: float = 1.0
+    """For each address of a member, within a site."""
+    handshake_s: float = 3.0
+    """TLS and hello: a small board needs a tenth of that for its signatures, also when many connect at once."""
+    retry_s: float = 0.75
+    """A member that could not be reached is not tried again for so long: a dead one costs nothing, a new one little."""
+    waiting_first_s: float = WAITING_FIRST_S
+    waiting_every_s: float = WAITING_EVERY_S
+    stall_s: float = 10.0
+    """A peer that takes no byte for so long is dropped."""
+    quiet_s: float = 5.0
+    """A connection with open requests on which nothing came for so long is dead: a live peer sends `Waiting`."""
+    idle_s: float = 60.0
+    """Without a request the asking side closes a connection after this time; the answering side after three of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the peers may take together and each; the asking side's own requests, last."""
+
+    connections: int = 4096
+    """Of incoming ones: three lanes from each node of a site of a thousand, and room."""
+    connections_per_peer: int = 6
+    """One for each lane, and the ones they replace while those are not yet known to be dead."""
+    handshakes: int = 128
+    requests: int = 2048
+    """At work for all peers together; a single one can hold a fifth."""
+    requests_per_connection: int = REQUESTS_PER_CONNECTION
+    pending_per_connection: int = 512
+    """Requests that have no answer yet, the cancelled ones among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeStatistics:
+    """`traffic`: bytes of frames by peer, since the start."""
+
+    connections_in: int
+    connections_out: int
+    requests_in: int
+    requests_out: int
+    bytes_sent: int
+    bytes_received: int
+    traffic: Mapping[PeerId, Traffic]
+
+
+DEFAULT_TIMING = Timing()
+DEFAULT_LIMITS = Limits()
+
+
+class _Frame(NamedTuple):
+    """`leaving` is called when the frame's turn has come."""
+
+    head: bytes
+    body: Body | None = None
+    leaving: Callable[[], None] | None = None
+
+
+class _Writer:
+    """The frames that wait for a connection. Those without a body go first and together: a `Waiting` that stood behind
+    a megabyte on a slow link would come too late. How many wait is bounded by who puts them."""
+
+    def __init__(self, channel: TlsChannel) -> None:
+        self._channel = channel
+        self._small: deque[_Frame] = deque()
+        self._large: deque[_Frame] = deque()
+        self._work = trio.lowlevel.ParkingLot()
+
+    def put(self, frame: _Frame) -> None:
+        (self._large if frame.body else self._small).append(frame)
+        self._work.unpark()
+
+    @property
+    def small_waiting(self) -> int:
+        return len(self._small)
+
+    async def run(self) -> None:
+        """Until the channel closes."""
+        try:
+            while True:
+                if self._small:
+                    await self._channel.send_all(self._next_small())
+                elif self._large:
+                    await self._channel.send_all(*self._next_large())
+                else:
+                    await self._work.park()
+        except PeerUnavailableError:
+            self._channel.close()  # wakes the reader, which ends the connection
+
+    def _next_small(self) -> bytes:
+        heads, size = [], 0
+        while self._small and size < BATCH_BYTES:
+            frame = self._small.popleft()
+            heads.append(frame.head)
+            size += len(frame.head)
+            if frame.leaving is not None:
+                frame.leaving()
+        return b"".join(heads)
+
+    def _next_large(self) -> tuple[bytes, Body]:
+        head, body, leaving = self._large.popleft()
+        if leaving is not None:
+            leaving()
+        return head, body or b""
+
+
+class _Reader(Generic[Message]):
+    """Hello, heads and bodies from a channel; bodies go straight into fresh memory."""
+
+    def __init__(self, channel: TlsChannel, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
+        self.channel = channel
+        self._heads = wire.Heads(kind)
+        self._scratch = memoryview(bytearray(BATCH_BYTES))
+
+    async def hello(self) -> wire.Hello:
+        while (hello := self._heads.hello()) is None:
+            await self._feed()
+        return hello
+
+    async def head(self) -> wire.Head[Message]:
+        while (head := self._heads.next()) is None:
+            await self._feed()
+        return head
+
+    async def body(self, length: int, progress: Callable[[], None]) -> bytearray:
+        body = bytearray(length)
+        view = memoryview(body)
+        position = self._heads.take(view)
+        while position < length:
+            position += await self._receive(view[position:])
+            progress()
+        return body
+
+    async def _feed(self) -> None:
+        size = await self._receive(self._scratch)
+        self._heads.feed(self._scratch[:size])
+
+    async def _receive(self, view: memoryview) -> int:
+        size = await self.channel.recv_into(view)
+        if not size:
+            raise PeerUnavailableError("the peer closed the connection")
+        return size
+
+
+class _Outgoing:
+    """The connection to a peer for one lane, from the first request for it until it ends."""
+
+    def __init__(self, peer: PeerId, lane: Lane, pending_limit: int) -> None:
+        self.peer = peer
+        self.lane = lane
+        self.scope = trio.CancelScope()
+        self.calls: dict[int, Call] = {}
+        self.used_at = trio.current_time()
+        self.heard_at = math.inf
+        self._pending_limit = pending_limit
+        self._unsent: list[_Frame] = []
+        self._writer: _Writer | None = None
+        self._last_id = 0
+
+    def submit(self, call: Call) -> None:
+        """Raises PeerUnavailableError where too many requests have no answer yet."""
+        if len(self.calls) >= self._pending_limit:
+            raise PeerUnavailableError(f"{self.peer} owes {len(self.calls)} answers on one connection")
+        request_id = self._next_id()
+        frame = _Frame(wire.encode_head(request_id, call.message, 0))
+        self.used_at = trio.current_time()
+        if not self.calls:
+            self.heard_at = max(self.heard_at, self.used_at)
+        self.calls[request_id] = call
+        if self._writer is None:
+            self._unsent.append(frame)
+        else:
+            self._writer.put(frame)
+
+    def connected(self, writer: _Writer) -> None:
+        self._writer = writer
+        self.heard_at = trio.current_time()
+        for frame in self._unsent:
+            writer.put(frame)
+        self._unsent.clear()
+
+    def call(self, request_id: int) -> Call:
+        """Raises PeerMisbehavedError where nothing of this number was asked."""
+        if request_id not in self.calls:
+            raise PeerMisbehavedError("an answer to what was not asked")
+        return self.calls[request_id]
+
+    def quiet_s(self) -> float:
+        """How long nothing was heard although something was asked; negative before the connection stands."""
+        return trio.current_time() - self.heard_at if self.calls else 0.0
+
+    def end(self, error: ShoalError) -> None:
+        for call in self.calls.values():
+            call.end(error)
+        self.calls.clear()
+
+    def _next_id(self) -> int:
+        while True:
+            self._last_id = (self._last_id + 1) & 0xFFFFFFFF
+            if self._last_id not in self.calls:
+                return self._last_id
+
+
+class _Incoming:
+    """A connection that a peer opened, with the requests on it that have no answer yet."""
+
+    def __init__(self, peer: PeerId, writer: _Writer, slots: int, timing: Timing) -> None:
+        self.peer = peer
+        self.writer = writer
+        self.scope = trio.CancelScope()
+        self.slots = trio.Semaphore(slots)
+        self.at_work = AtWork[int](timing.waiting_first_s, timing.waiting_every_s)
+        self.used_at = trio.current_time()
+
+    def check_number(self, request_id: int) -> None:
+        if request_id in self.at_work:
+            raise PeerMisbehavedError("a request with the number of one that is at work")
+
+
+class TlsExchange:
+    """`Exchange` over mutual TLS; see there for the promises.
+
+    `peer_of` tells the peer id of a verified certificate (DER), `locate` where a member listens, `refused` whose
+    connections are not accepted. It listens from its construction and answers while it runs; a port of 0 in `listen`
+    takes a free one, and `address` tells which.
+    """
+
+    def __init__(
+        self,
+        server_context: ssl.SSLContext,
+        client_context: ssl.SSLContext,
+        peer_of: Callable[[bytes], PeerId],
+        *,
+        listen: HostPort,
+        locate: Callable[[PeerId], Member | None],
+        refused: Callable[[PeerId], bool],
+        handler: Handler,
+        timing: Timing = DEFAULT_TIMING,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        """Raises BadInputError where `listen` is not to be had."""
+        self._server_context = server_context
+        self._client_context = client_context
+        self._peer_of = peer_of
+        self._locate = locate
+        self._refused = refused
+        self._handler = handler
+        self._timing = timing
+        self._limits = limits
+        self._listener = _listen(listen)
+        self._outgoing: dict[tuple[PeerId, Lane], _Outgoing] = {}
+        self._incoming: set[_Incoming] = set()
+        self._unreached: dict[PeerId, tuple[float, Member, str]] = {}
+        self._traffic: LRUCache[PeerId, Traffic] = LRUCache(MAX_MEMBERS)
+        self._handshakes = trio.Semaphore(limits.handshakes)
+        self._requests = trio.Semaphore(limits.requests)
+        # What waits in it is in `_outgoing` too, which is bounded.
+        self._to_dial, self._dials = trio.open_memory_channel[_Outgoing](math.inf)
+
+    @property
+    def address(self) -> HostPort:
+        host, port = self._listener.getsockname()[:2]
+        return HostPort(host, port)
+
+    def statistics(self) -> ExchangeStatistics:
+        traffic = {peer: Traffic(one.sent, one.received) for peer, one in self._traffic.items()}
+        return ExchangeStatistics(
+            connections_in=len(self._incoming),
+            connections_out=len(self._outgoing),
+            requests_in=sum(len(connection.at_work) for connection in self._incoming),
+            requests_out=sum(len(connection.calls) for connection in self._outgoing.values()),
+            bytes_sent=sum(one.sent for one in traffic.values()),
+            bytes_received=sum(one.received for one in traffic.values()),
+            traffic=traffic,
+        )
+
+    def disconnect(self, peer: PeerId) -> None:
+        for outgoing in [one for one in self._outgoing.values() if one.peer == peer]:
+            self._drop(outgoing)
+        for incoming in self._incoming:
+            if incoming.peer == peer:
+                incoming.scope.cancel()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._accept, nursery)
+                nursery.start_soon(self._close_idle)
+                task_status.started()
+                async for connection in self._dials:
+                    nursery.start_soon(self._serve_outgoing, connection)
+        finally:
+            trio.lowlevel.notify_closing(self._listener)
+            self._listener.close()
+
+    async def _close_idle(self) -> None:
+        idle_s = self._timing.idle_s
+        while True:
+            await trio.sleep(idle_s / 4)
+            now = trio.current_time()
+            for outgoing in [one for one in self._outgoing.values() if not one.calls]:
+                if now - outgoing.used_at > idle_s:
+                    self._drop(outgoing)
+            for incoming in self._incoming:
+                if not incoming.at_work and now - incoming.used_at > 3 * idle_s:
+                    incoming.scope.cancel()
+            self._unreached = {peer: failure for peer, failure in self._unreached.items() if failure[0] > now}
+
+    # The asking side
+
+    async def request(
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard | None = None
+    ) -> Answer:
+        connection = self._connection(peer, lane)
+        call = Call(peer, message, silence_s, heard)
+        connection.submit(call)
+        try:
+            return await call.wait()
+        finally:
+            if connection.quiet_s() > self._timing.quiet_s:
+                self._drop(connection)
+
+    def _connection(self, peer: PeerId, lane: Lane) -> _Outgoing:
+        """The open one, or one that is about to be dialled. Raises PeerUnavailableError where that is known to fail."""
+        connection = self._outgoing.get((peer, lane))
+        if connection is not None:
+            return connection
+        failure = self._unreached.get(peer)
+        if failure is not None and trio.current_time() < failure[0] and self._locate(peer) == failure[1]:
+            raise PeerUnavailableError(failure[2])
+        if len(self._outgoing) >= self._limits.connections:
+            raise PeerUnavailableError(f"too many connections are open for one more to {peer}")
+        connection = _Outgoing(peer, lane, self._limits.pending_per_connection)
+        self._outgoing[peer, lane] = connection
+        self._to_dial.send_nowait(connection)
+        return connection
+
+    def _drop(self, connection: _Outgoing) -> None:
+        """It ends; a request from here on gets a new one."""
+        if self._outgoing.get((connection.peer, connection.lane)) is connection:
+            del self._outgoing[connection.peer, connection.lane]
+        connection.scope.cancel()
+
+    async def _serve_outgoing(self, connection: _Outgoing) -> None:
+        error: ShoalError = PeerUnavailableError(f"the connection to {connection.peer} was closed")
+        try:
+            with connection.scope:
+                error = await self._converse(connection)
+        finally:
+            self._drop(connection)
+            connection.end(error)
+        if isinstance(error, PeerMisbehavedError):
+            log.warning("%s broke the protocol: %s", connection.peer, error)
+
+    async def _converse(self, connection: _Outgoing) -> ShoalError:
+        """Returns why the conversation ended."""
+        try:
+            reader = await self._dial(connection.peer, connection.lane)
+        except PeerUnavailableError as error:
+            return error
+        try:
+            async with trio.open_nursery() as nursery:
+                writer = _Writer(reader.channel)
+                nursery.start_soon(writer.run)
+                connection.connected(writer)
+                reason = await self._read_replies(connection, reader)
+                nursery.cancel_scope.cancel()
+        finally:
+            reader.channel.close()
+        return reason
+
+    async def _read_replies(self, connection: _Outgoing, reader: _Reader[Reply]) -> ShoalError:
+        try:
+            while True:
+                head = await reader.head()
+                call = connection.call(head.request_id)
+                wire.check_answer(call.message, head.message)
+                if isinstance(head.message, Waiting):
+                    connection.heard_at = trio.current_time()
+                    call.waiting()
+                    continue
+                body = await _read_body(connection, call, reader, head.body_length)
+                del connection.calls[head.request_id]
+                call.end(Answer(head.message, body))
+        except (PeerMisbehavedError, PeerUnavailableError) as error:
+            return type(error)(f"{connection.peer}: {error}")
+
+    async def _dial(self, peer: PeerId, lane: Lane) -> _Reader[Reply]:
+        """Raises PeerUnavailableError when none of the member's addresses leads to it, and remembers that."""
+        member = self._locate(peer)
+        if member is None:
+            raise PeerUnavailableError(f"no address of {peer} is known")
+        reasons = []
+        for address in member.addresses:
+            try:
+                return await self._dial_address(peer, lane, parse_host_port(address, "address"))
+            except (PeerUnavailableError, PeerMisbehavedError, BadInputError) as error:
+                reasons.append(f"{address}: {error}")
+        reason = f"{peer} cannot be reached: {'; '.join(reasons) or 'it has no address'}"
+        self._unreached[peer] = (trio.current_time() + self._timing.retry_s, member, reason)
+        raise PeerUnavailableError(reason)
+
+    async def _dial_address(self, peer: PeerId, lane: Lane, where: HostPort) -> _Reader[Reply]:
+        sock = await _connect(where, self._timing.connect_s)
+        with trio.move_on_after(self._timing.handshake_s):
+            return await self._introduce(sock, peer, lane)
+        raise PeerUnavailableError("no handshake in time")
+
+    async def _introduce(self, sock: socket.socket, peer: PeerId, lane: Lane) -> _Reader[Reply]:
+        channel = await TlsChannel.open(sock, self._client_context, server_side=False, stall_s=self._timing.stall_s)
+        try:
+            _expect(peer, self._peer_of(channel.peer_certificate()))
+            channel.traffic = self._traffic.setdefault(peer, Traffic())
+            reader = _Reader(channel, wire.REPLIES)
+            await channel.send_all(wire.encode_hello(lane))
+            await reader.hello()
+        except BaseException:
+            channel.close()
+            raise
+        return reader
+
+    # The answering side
+
+    async def _accept(self, nursery: trio.Nursery) -> None:
+        while True:
+            await self._handshakes.acquire()
+            nursery.start_soon(self._serve_incoming, await self._accept_one())
+
+    async def _accept_one(self) -> socket.socket:
+        while True:
+            await trio.lowlevel.wait_readable(self._listener)
+            try:
+                return self._listener.accept()[0]
+            except OSError as error:
+                # Other errors say that the connection was gone before it was accepted: accept(2), "Error handling".
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    log.error("connections cannot be accepted: %s", error)  # noqa: TRY400 # the reason is all of it
+                    await trio.sleep(self._timing.retry_s)
+
+    async def _serve_incoming(self, sock: socket.socket) -> None:
+        try:
+            try:
+                peer, reader, lane = await self._welcome_in_time(sock)
+            finally:
+                self._handshakes.release()
+            try:
+                await self._attend(peer, reader, lane)
+            finally:
+                reader.channel.close()
+        except PeerUnavailableError as error:
+            log.debug("an incoming connection ended: %s", error)
+        except PeerMisbehavedError as error:
+            log.warning("an incoming connection broke the protocol: %s", error)
+
+    async def _welcome_in_time(self, sock: socket.socket) -> tuple[PeerId, _Reader[Request], str]:
+        with trio.move_on_after(self._timing.handshake_s):
+            return await self._welcome(sock)
+        raise PeerUnavailableError("no handshake in time")
+
+    async def _welcome(self, sock: socket.socket) -> tuple[PeerId, _Reader[Request], str]:
+        channel = await TlsChannel.open(sock, self._server_context, server_side=True, stall_s=self._timing.stall_s)
+        try:
+            peer = self._peer_of(channel.peer_certificate())
+            channel.traffic = self._traffic.setdefault(peer, Traffic())
+            reader = _Reader(channel, wire.REQUESTS)
+            hello = await reader.hello()
+        except BaseException:
+            channel.close()
+            raise
+        return peer, reader, hello.lane
+
+    async def _attend(self, peer: PeerId, reader: _Reader[Request], lane: str) -> None:
+        """Answer until the connection ends; raises why."""
+        if self._refused(peer) or not self._has_room(peer):
+            raise PeerUnavailableError(f"{peer} is refused, or has too many connections")
+        writer = _Writer(reader.channel)
+        writer.put(_Frame(wire.encode_hello(lane)))
+        connection = _Incoming(peer, writer, self._limits.requests_per_connection, self._timing)
+        reason: ShoalError = PeerUnavailableError("disconnected")
+        self._incoming.add(connection)
+        self._unreached.pop(peer, None)
+        try:
+            with connection.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(writer.run)
+                    nursery.start_soon(connection.at_work.keep_alive, partial(self._say_waiting, connection))
+                    reason = await self._read_requests(connection, reader, nursery)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._incoming.discard(connection)
+            for _ in range(len(connection.at_work)):
+                self._requests.release()
+        raise reason
+
+    def _has_room(self, peer: PeerId) -> bool:
+        same = sum(connection.peer == peer for connection in self._incoming)
+        return len(self._incoming) < self._limits.connections and same < self._limits.connections_per_peer
+
+    async def _read_requests(
+        self, connection: _Incoming, reader: _Reader[Request], nursery: trio.Nursery
+    ) -> ShoalError:
+        try:
+            while True:
+                head = await reader.head()
+                connection.check_number(head.request_id)
+                await _acquire(connection.slots)
+                await _acquire(self._requests)
+                connection.at_work.begin(head.request_id)
+                connection.used_at = trio.current_time()
+                nursery.start_soon(self._answer, connection, head)
+        except (PeerMisbehavedError, PeerUnavailableError) as error:
+            return type(error)(f"{connection.peer}: {error}")
+
+    async def _answer(self, connection: _Incoming, request: wire.Head[Request]) -> None:
+        reply = await answer(self._handler, connection.peer, request.message)
+        try:
+            head = wire.encode_head(request.request_id, reply.message, len(reply.body or b""))
+        except ValueError:
+            reply = bug(connection.peer, request.message)
+            head = wire.encode_head(request.request_id, reply.message, 0)
+
+        def leaving() -> None:
+            # Also the end of its `Waiting`s: none may come after the answer.
+            connection.at_work.end(request.request_id)
+            connection.slots.release()
+            self._requests.release()
+
+        connection.writer.put(_Frame(head, reply.body, leaving))
+
+    def _say_waiting(self, connection: _Incoming, request_id: int) -> None:
+        """Unless the peer does not read: there they would pile up."""
+        if connection.writer.small_waiting < self._limits.requests_per_connection:
+            connection.writer.put(_Frame(wire.encode_head(request_id, Waiting(), 0)))
+
+
+async def _read_body(connection: _Outgoing, call: Call, reader: _Reader[Reply], length: int) -> bytearray | None:
+    def progress() -> None:
+        connection.heard_at = trio.current_time()
+        call.progress()
+
+    progress()
+    return await reader.body(length, progress) if length else None
+
+
+def _expect(peer: PeerId, found: PeerId) -> None:
+    """An address may have passed to another member."""
+    if found != peer:
+        raise PeerUnavailableError(f"{found} is there now")
+
+
+async def _acquire(semaphore: trio.Semaphore) -> None:
+    """Without a checkpoint where there is no need to wait: this stands in the way of every request."""
+    try:
+        semaphore.acquire_nowait()
+    except trio.WouldBlock:
+        await semaphore.acquire()
+
+
+async def _connect(where: HostPort, within_s: float) -> socket.socket:
+    with trio.move_on_after(within_s):
+        try:
+            stream = await trio.open_tcp_stream(where.host, where.port)
+        except (OSError, ValueError) as error:  # ValueError: a host that is no name at all
+            raise PeerUnavailableError(str(error)) from error
+        return socket.socket(fileno=stream.socket.detach())
+    raise PeerUnavailableError("no connection in time")
+
+
+def _listen(where: HostPort) -> socket.socket:
+    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+    try:
+        listener = socket.create_server((where.host, where.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise BadInputError(f"cannot listen on {where}: {error.strerror or error}") from error
+    listener.setblocking(False)
+    return listener

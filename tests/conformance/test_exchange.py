@@ -1,0 +1,520 @@
+"""What every Exchange promises (node/exchange.py): over memory in virtual time, and over TLS on loopback."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from node.certificates import Credentials, own_authority, peer_of
+from node.config import HostPort
+from node.exchange import Answer, Exchange, Handler, Lane
+from node.exchange_memory import MemoryExchange, MemoryNetwork
+from node.exchange_tls import Limits, Timing, TlsExchange
+from node.identity import Identity
+from protocol.errors import (
+    BadInputError,
+    DeniedError,
+    NotFoundError,
+    PeerMisbehavedError,
+    PeerUnavailableError,
+    UnavailableError,
+)
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
+from protocol.members import Member
+from protocol.messages import (
+    BlockFound,
+    Done,
+    Failed,
+    GetBlock,
+    GetHoldings,
+    GetShard,
+    Holders,
+    HoldingsFound,
+    Ping,
+    Pong,
+    Request,
+    ShardFound,
+)
+from protocol.records import Record, make_record
+
+SIZE = 2 * BLOCK_SIZE + 5
+REF = ObjectRef(Digest("sha256", "ab" * 32), SIZE)
+SIGNER = PeerId("12D3KooWSigner")
+PING, PONG = Ping(()), Pong(())
+SLOTS = 4
+
+
+def bytes_of(index: int) -> bytes:
+    return sha256(bytes([index])).digest() * (BLOCK_SIZE // 32)
+
+
+def record_of(index: int) -> Record:
+    data = bytes_of(index)[: REF.block_length(index)]
+    return make_record(REF, index, sha256(data).digest(), SIGNER, lambda payload: bytes(64))
+
+
+def get_block(index: int) -> GetBlock:
+    return GetBlock(str(REF.digest), index, SIZE)
+
+
+def block_found(index: int) -> Answer:
+    return Answer(BlockFound(record_of(index)), bytes_of(index)[: REF.block_length(index)])
+
+
+@dataclass
+class Node:
+    peer: PeerId
+    exchange: Exchange
+    refused: set[PeerId] = field(default_factory=set)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+class MemorySite:
+    silence_s = 1.0
+
+    def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
+        self._nursery = nursery
+        self._network = MemoryNetwork(latency_s=0.001)
+        self._count = 0
+
+    async def add(self, handler: Handler, mute: bool = False) -> Node:
+        self._count += 1
+        peer = PeerId("12D3KooWMember" + "x" * self._count)
+        refused: set[PeerId] = set()
+        exchange = MemoryExchange(
+            self._network, peer, refused=refused.__contains__, handler=handler, requests_per_connection=SLOTS
+        )
+        node = Node(peer, exchange, refused)
+        await self._nursery.start(run_within, node)
+        if mute:
+            self._network.stop(peer)
+        return node
+
+    def absent(self) -> PeerId:
+        return PeerId("12D3KooWAbsent")
+
+
+class TlsSite:
+    silence_s = 0.4
+
+    def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
+        self._nursery = nursery
+        self._authority = own_authority(folder)
+        self._members: dict[PeerId, Member] = {}
+
+    async def add(self, handler: Handler, mute: bool = False) -> Node:
+        identity = Identity.of(Ed25519PrivateKey.generate())
+        credentials = Credentials.issued(self._authority, identity, "")
+        refused: set[PeerId] = set()
+        exchange = TlsExchange(
+            credentials.server_context(),
+            credentials.client_context(),
+            peer_of,
+            listen=HostPort("127.0.0.1", 0),
+            locate=self._members.get,
+            refused=refused.__contains__,
+            handler=handler,
+            timing=Timing(waiting_first_s=0.02, waiting_every_s=0.02, retry_s=0.001),
+            limits=Limits(requests_per_connection=SLOTS),
+        )
+        self._join(identity.peer_id, str(exchange.address))
+        node = Node(identity.peer_id, exchange, refused)
+        if not mute:  # else the kernel accepts connections, and nobody answers
+            await self._nursery.start(run_within, node)
+        return node
+
+    def absent(self) -> PeerId:
+        peer = PeerId("12D3KooWAbsent")
+        self._join(peer, "127.0.0.1:1")
+        return peer
+
+    def _join(self, peer: PeerId, address: str) -> None:
+        self._members[peer] = Member(peer, "node", "site", (address,))
+
+
+async def run_within(node: Node, *, task_status: trio.TaskStatus[None]) -> None:
+    with node.scope:
+        await node.exchange.run(task_status=task_status)
+
+
+Site = MemorySite | TlsSite
+Scenario = Callable[[Site], Awaitable[None]]
+Play = Callable[[Scenario], None]
+
+
+@pytest.fixture(params=["memory", "tls"])
+def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
+    """Runs a scenario on a site of the implementation; everything that the site started ends with it."""
+    memory = request.param == "memory"
+
+    def run(scenario: Scenario) -> None:
+        async def main() -> None:
+            with trio.fail_after(60):
+                async with trio.open_nursery() as nursery:
+                    await scenario((MemorySite if memory else TlsSite)(nursery, tmp_path))
+                    nursery.cancel_scope.cancel()
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0) if memory else None)
+
+    return run
+
+
+async def answer_all(peer: PeerId, request: Request) -> Answer:
+    if isinstance(request, GetBlock):
+        return block_found(request.index)
+    if isinstance(request, GetHoldings):
+        return Answer(HoldingsFound(b"\x07", ((4, 1, 2, b"\x01"),)))
+    return Answer(PONG)
+
+
+async def ask(site: Site, node: Node, to: Node | PeerId, message: Request, lane: Lane = Lane.CONTROL) -> Answer:
+    peer = to.peer if isinstance(to, Node) else to
+    return await node.exchange.request(peer, message, lane=lane, silence_s=10 * site.silence_s)
+
+
+def test_requests_of_both_directions_and_all_lanes_are_answered(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(answer_all)
+        for asker, asked in ((one, two), (two, one)):
+            for lane in Lane:
+                assert await ask(site, asker, asked, PING, lane) == Answer(PONG)
+        holdings = await ask(site, one, two, GetHoldings(str(REF.digest)))
+        assert holdings.message == HoldingsFound(b"\x07", ((4, 1, 2, b"\x01"),))
+
+    play(scenario)
+
+
+def test_the_handler_is_told_who_asks(play: Play) -> None:
+    askers: list[PeerId] = []
+
+    async def note(peer: PeerId, request: Request) -> Answer:
+        askers.append(peer)
+        return Answer(PONG)
+
+    async def scenario(site: Site) -> None:
+        one, two, asked = await site.add(answer_all), await site.add(answer_all), await site.add(note)
+        await ask(site, one, asked, PING)
+        await ask(site, two, asked, PING)
+        assert askers == [one.peer, two.peer]
+
+    play(scenario)
+
+
+def test_bodies_arrive_whole_among_small_answers(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(answer_all)
+        right = []
+
+        async def get(index: int) -> None:
+            answer = await ask(site, one, two, get_block(index), Lane.BULK)
+            assert answer == block_found(index)
+            assert (await ask(site, one, two, PING, Lane.BULK)).body is None
+            right.append(index)
+
+        async with trio.open_nursery() as nursery:
+            for index in (0, 1, 2, 0, 1, 2):
+                nursery.start_soon(get, index)
+        assert sorted(right) == [0, 0, 1, 1, 2, 2]
+
+    play(scenario)
+
+
+def test_shards_arrive(play: Play) -> None:
+    async def shard(peer: PeerId, request: Request) -> Answer:
+        assert isinstance(request, GetShard)
+        return Answer(ShardFound(request.k, request.m, 3, record_of(0)), b"s" * (BLOCK_SIZE // 4))
+
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(shard)
+        request = GetShard(str(REF.digest), 0, SIZE, 4, 1, want=2, reach=2, source="r.example/a#blobs")
+        answer = await ask(site, one, two, request, Lane.URGENT)
+        assert answer == Answer(ShardFound(4, 1, 3, record_of(0)), b"s" * (BLOCK_SIZE // 4))
+
+    play(scenario)
+
+
+def test_a_slow_answer_holds_up_no_other(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        release = trio.Event()
+        order: list[str] = []
+
+        async def slow_blocks(peer: PeerId, request: Request) -> Answer:
+            if isinstance(request, GetBlock):
+                await release.wait()
+            return await answer_all(peer, request)
+
+        one, two = await site.add(answer_all), await site.add(slow_blocks)
+
+        async def slow() -> None:
+            await ask(site, one, two, get_block(0))
+            order.append("slow")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slow)
+            await trio.testing.wait_all_tasks_blocked()
+            await ask(site, one, two, PING)
+            order.append("fast")
+            release.set()
+        assert order == ["fast", "slow"]
+
+    play(scenario)
+
+
+def test_waiting_keeps_a_request_alive(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        heard: list[float] = []
+        enough = trio.Event()
+
+        def hear() -> None:
+            heard.append(trio.current_time())
+            if heard[-1] - start > 3 * site.silence_s:
+                enough.set()
+
+        async def late(peer: PeerId, request: Request) -> Answer:
+            await enough.wait()
+            return Answer(PONG)
+
+        one, two = await site.add(answer_all), await site.add(late)
+        start = trio.current_time()
+        answer = await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=site.silence_s, heard=hear)
+        assert answer == Answer(PONG)
+        assert len(heard) >= 3
+
+    play(scenario)
+
+
+def test_a_fast_answer_is_not_preceded_by_waiting(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        heard: list[int] = []
+        one, two = await site.add(answer_all), await site.add(answer_all)
+        await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=5, heard=lambda: heard.append(1))
+        assert not heard
+
+    play(scenario)
+
+
+def test_silence_ends_a_request(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(answer_all, mute=True)
+        start = trio.current_time()
+        with pytest.raises(PeerUnavailableError):
+            await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=site.silence_s)
+        assert site.silence_s <= trio.current_time() - start < 5 * site.silence_s
+
+    play(scenario)
+
+
+def test_a_peer_that_is_not_there_is_unavailable_at_once(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        one = await site.add(answer_all)
+        for _ in range(3):
+            with pytest.raises(PeerUnavailableError), trio.fail_after(site.silence_s):
+                await ask(site, one, site.absent(), PING)
+
+    play(scenario)
+
+
+def test_a_cancelled_request_costs_the_connection_nothing(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        release = trio.Event()
+        served: list[int] = []
+
+        async def late(peer: PeerId, request: Request) -> Answer:
+            served.append(1)
+            if isinstance(request, GetBlock):
+                await release.wait()
+            return await answer_all(peer, request)
+
+        one, two = await site.add(answer_all), await site.add(late)
+        heard_late: list[int] = []
+        with trio.move_on_after(site.silence_s / 4) as scope:
+            await one.exchange.request(
+                two.peer, get_block(1), lane=Lane.BULK, silence_s=9, heard=lambda: served and heard_late.append(1)
+            )
+        assert scope.cancelled_caught
+        told = len(heard_late)
+        assert await ask(site, one, two, PING, Lane.BULK) == Answer(PONG)
+        release.set()
+        assert await ask(site, one, two, get_block(2), Lane.BULK) == block_found(2)
+        assert len(heard_late) == told
+        assert len(served) == 3
+
+    play(scenario)
+
+
+def test_a_killed_peer_fails_its_requests_at_once(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        asked = trio.Event()
+
+        async def never(peer: PeerId, request: Request) -> Answer:
+            asked.set()
+            await trio.sleep_forever()
+            raise AssertionError
+
+        one, two = await site.add(answer_all), await site.add(never)
+        failed: list[float] = []
+
+        async def fail() -> None:
+            with pytest.raises(PeerUnavailableError):
+                await ask(site, one, two, get_block(0))
+            failed.append(trio.current_time())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail)
+            await asked.wait()
+            start = trio.current_time()
+            two.scope.cancel()
+        assert failed[0] - start < site.silence_s
+        with pytest.raises(PeerUnavailableError):
+            await ask(site, one, two, PING)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NotFoundError("gone"), "not-found"),
+        (DeniedError("no"), "denied"),
+        (UnavailableError("out"), "unavailable"),
+        (PeerUnavailableError("away"), "unavailable"),
+        (BadInputError("what"), "bad-request"),
+        (PeerMisbehavedError("bad"), "bad-request"),
+    ],
+)
+def test_errors_of_the_handler_become_failures(play: Play, error: Exception, code: str) -> None:
+    async def fail(peer: PeerId, request: Request) -> Answer:
+        raise error
+
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(fail)
+        assert await ask(site, one, two, PING) == Answer(Failed(code, str(error)))
+
+    play(scenario)
+
+
+def test_a_bug_in_a_handler_is_logged_and_ends_nothing(play: Play, caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(peer: PeerId, request: Request) -> Answer:
+        if isinstance(request, GetBlock):
+            raise KeyError("secret")
+        if isinstance(request, GetHoldings):
+            return Answer(BlockFound(record_of(0)), b"not its length")
+        return Answer(PONG)
+
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(broken)
+        for request in (get_block(0), GetHoldings(str(REF.digest))):
+            assert await ask(site, one, two, request) == Answer(Failed("unavailable", "internal error"))
+        assert await ask(site, one, two, PING) == Answer(PONG)
+
+    with caplog.at_level(logging.ERROR):
+        play(scenario)
+    assert "KeyError" in caplog.text
+
+
+def test_an_answer_to_another_question_is_misbehaviour(play: Play) -> None:
+    async def confused(peer: PeerId, request: Request) -> Answer:
+        if isinstance(request, GetBlock):
+            return block_found(1 - request.index)
+        if isinstance(request, GetShard):
+            other = (request.want + 1) % 5
+            return Answer(ShardFound(request.k, request.m, other, record_of(0)), bytes(BLOCK_SIZE // 4))
+        return Answer(Holders(()) if isinstance(request, GetHoldings) else Done())
+
+    async def scenario(site: Site) -> None:
+        one, two, good = await site.add(answer_all), await site.add(confused), await site.add(answer_all)
+        exact = GetShard(str(REF.digest), 0, SIZE, 4, 1, want=0, reach=0, source="", exact=True)
+        for request in (get_block(0), exact, GetHoldings(str(REF.digest)), PING):
+            with pytest.raises(PeerMisbehavedError):
+                await ask(site, one, two, request)
+        assert await ask(site, one, good, PING) == Answer(PONG)
+
+    play(scenario)
+
+
+def test_a_malformed_request_harms_only_its_own_connection(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(answer_all)
+        with pytest.raises(PeerUnavailableError):
+            await ask(site, one, two, GetBlock("sha256:short", 0, 1))
+        assert await ask(site, one, two, PING) == Answer(PONG)
+
+    play(scenario)
+
+
+def test_disconnect_and_refusal(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        started = trio.Event()
+
+        async def never(peer: PeerId, request: Request) -> Answer:
+            if isinstance(request, GetBlock):
+                started.set()
+                await trio.sleep_forever()
+            return Answer(PONG)
+
+        one, two, other = await site.add(never), await site.add(never), await site.add(never)
+
+        async def cut_off(asker: Node, asked: Node) -> None:
+            with pytest.raises(PeerUnavailableError):
+                await ask(site, asker, asked, get_block(0))
+
+        for asker, asked in ((one, two), (two, one)):
+            started = trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cut_off, asker, asked)
+                await started.wait()
+                two.refused.add(one.peer)
+                two.exchange.disconnect(one.peer)
+        with pytest.raises(PeerUnavailableError):
+            await ask(site, one, two, PING)
+        assert await ask(site, other, two, PING) == Answer(PONG)
+        two.refused.clear()
+        await trio.sleep(0.002)  # as long as a failure is remembered here
+        assert await ask(site, one, two, PING) == Answer(PONG)
+
+    play(scenario)
+
+
+def test_what_one_peer_asks_at_once_is_bounded_and_all_answered(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        at_work, most, answered = 0, 0, 0
+        full, release = trio.Event(), trio.Event()
+
+        async def count(peer: PeerId, request: Request) -> Answer:
+            nonlocal at_work, most
+            if isinstance(request, Ping):
+                return Answer(PONG)
+            at_work += 1
+            most = max(most, at_work)
+            if at_work == SLOTS:
+                full.set()
+            await release.wait()
+            at_work -= 1
+            return await answer_all(peer, request)
+
+        one, other, two = await site.add(answer_all), await site.add(answer_all), await site.add(count)
+
+        async def get(index: int) -> None:
+            nonlocal answered
+            assert await ask(site, one, two, get_block(index), Lane.BULK) == block_found(index)
+            answered += 1
+
+        async with trio.open_nursery() as nursery:
+            for index in range(3 * SLOTS):
+                nursery.start_soon(get, index % 3)
+            await full.wait()
+            assert await ask(site, other, two, PING, Lane.BULK) == Answer(PONG)
+            assert await ask(site, one, two, PING, Lane.URGENT) == Answer(PONG)
+            release.set()
+        assert most == SLOTS
+        assert answered == 3 * SLOTS
+
+    play(scenario)
