@@ -1,0 +1,131 @@
+"""A ControlApi over fixed values, and a server of it in a thread, for tests of its clients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from node.control import serve_control
+from node.locator import ImageName
+from node.status import (
+    CachedObject,
+    CacheReport,
+    Check,
+    DoctorReport,
+    ImageRow,
+    ImagesReport,
+    PeerRow,
+    PeersReport,
+    PullEvent,
+    PullProgress,
+    PullResult,
+    Status,
+    TierRow,
+    UpstreamRow,
+    WhyBlock,
+    WhyReport,
+    why_object,
+    why_report,
+)
+from protocol.errors import NotFoundError, UnavailableError
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+
+DIGEST = Digest("sha256", "ab" * 32)
+PEER = "12D3KooWPeerOfTheTests"
+SOURCES = ("memory", "disk", "containerd", "peer", "origin")
+
+
+class FakeControl:
+    """`mirror` is the address it tells; images whose name contains `missing` or `failing` are."""
+
+    def __init__(self, mirror: str = "127.0.0.1:1") -> None:
+        self.mirror = mirror
+        self.pulls: list[tuple[str, bool]] = []
+        self.checks: tuple[Check, ...] = (Check(name="clock", level="ok", text="agrees"),)
+
+    async def status(self) -> Status:
+        await trio.lowlevel.checkpoint()
+        return Status(
+            name="edge-1", site="lab", peer_id=PEER, addresses=("/ip4/127.0.0.1/tcp/4501/p2p/" + PEER,),
+            uptime_s=3700.0, version="1.2.3", ready=True, peers_alive=4,
+            bytes_served=dict.fromkeys(SOURCES, 0) | {"peer": 3 << 20, "origin": 1 << 20},
+            requests=dict.fromkeys(SOURCES, 0) | {"peer": 3, "origin": 1},
+            cache={"memory": TierRow(bytes=1 << 20, budget_bytes=64 << 20, entries=1)},
+            origin_bytes=1 << 20, rss_bytes=90 << 20, mirror=self.mirror,
+            upstreams=(UpstreamRow(name="r.example:5000", url="http://r.example:5000"),),
+        )  # fmt: skip
+
+    async def peers(self) -> PeersReport:
+        await trio.lowlevel.checkpoint()
+        bad = PeerRow(peer_id="12D3bad", name="evil\x1b[2J", site="lab", state="alive", quarantine="wrong bytes")
+        return PeersReport(peers=(PeerRow(peer_id=PEER, name="edge-2", site="lab", state="alive", rtt_ms=0.4), bad))
+
+    async def images(self) -> ImagesReport:
+        await trio.lowlevel.checkpoint()
+        row = ImageRow(
+            image="docker.io/library/alpine:latest", digest=str(DIGEST), media_type="m", size=10, bytes_held=5,
+            complete=False, layers=1, age_s=12.0,
+        )  # fmt: skip
+        return ImagesReport(images=(row,))
+
+    async def cache(self) -> CacheReport:
+        held = CachedObject(digest=str(DIGEST), tier="disk", blocks=2, shards=1, bytes=BLOCK_SIZE)
+        return CacheReport(tiers=(await self.status()).cache, objects=(held,))
+
+    async def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[PullEvent, None]:
+        self.pulls.append((str(image), all_platforms))
+        yield PullProgress(phase="resolving")
+        if "missing" in image.repository:
+            raise NotFoundError(f"{image} does not exist")
+        yield PullProgress(phase="pulling", bytes_done=5, bytes_total=10, by_source={"peer": 5})
+        if "failing" in image.repository:
+            raise UnavailableError("nobody has it")
+        yield PullResult(
+            ok=True, image=str(image), seconds=0.5, digest=str(DIGEST), bytes_total=10, by_source={"peer": 10}
+        )
+
+    async def why(self, image: ImageName) -> WhyReport:
+        await trio.lowlevel.checkpoint()
+        if "missing" in image.repository:
+            raise NotFoundError(f"{image} was not asked for here")
+        ref = ObjectRef(DIGEST, 40 * BLOCK_SIZE + 7)
+        read = {
+            index: WhyBlock(index=index, length=BLOCK_SIZE, source="peer", peers=(PEER,), milliseconds=2.0, when=1.0)
+            for index in range(30)
+        }
+        read[30] = WhyBlock(index=30, length=BLOCK_SIZE, source="origin", milliseconds=90.0, retries=2, when=1.0)
+        return why_report(str(image), str(DIGEST), [why_object(ref, "layer", read)])
+
+    async def doctor(self) -> DoctorReport:
+        await trio.lowlevel.checkpoint()
+        return DoctorReport(checks=self.checks)
+
+
+@contextmanager
+def served(api: FakeControl, path: Path) -> Iterator[None]:
+    """The control socket at `path` answers, from another thread, while the context lasts."""
+    ready = threading.Event()
+    stop: list[trio.CancelScope] = []
+    tokens: list[trio.lowlevel.TrioToken] = []
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_control, api, path)
+            stop.append(nursery.cancel_scope)
+            tokens.append(trio.lowlevel.current_trio_token())
+            ready.set()
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    try:
+        assert ready.wait(10), "the control socket did not come up"
+        yield
+    finally:
+        if tokens:
+            tokens[0].run_sync_soon(stop[0].cancel)
+        thread.join(10)
+    assert not thread.is_alive()
