@@ -16,8 +16,8 @@ from protocol.ids import PeerId
 MAX_PEERS = 16384
 FIRST_GUESS_S = 0.02
 """A peer nothing is known of is asked before one that is known to be slow."""
-LATE_FLOOR_S = 0.1
-"""Scheduling noise on small machines; below it a spare is asked for nothing."""
+LATE_FLOOR_S = 0.4
+"""Above the time after which a keeper says `Waiting`: a block that is cold must not look like a peer that is slow."""
 LATE_CAP_S = 1.0
 BACKOFF_FIRST_S = 1.0
 BACKOFF_CAP_S = 30.0

@@ -1,0 +1,93 @@
+"""The tiers of one node as one store: memory, disk, and what containerd already holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import BinaryIO, Literal, Protocol
+
+from cache.store import BlockStore, Buffer, Held, Holdings, StoreStatistics
+from protocol.ids import Digest, ObjectRef, Piece, Shard
+from protocol.records import Record
+
+Tier = Literal["memory", "disk", "containerd"]
+
+
+class FileStore(BlockStore, Protocol):
+    """A store that can hand out a whole object as a file."""
+
+    def open_sealed(self, digest: Digest) -> AbstractContextManager[BinaryIO] | None: ...
+
+
+class DiskTier(FileStore, Protocol):
+    def seal(self, ref: ObjectRef) -> bool: ...
+
+    async def drop_object(self, digest: Digest) -> None: ...
+
+
+class ContentTier(FileStore, Protocol):
+    def has_object(self, digest: Digest) -> bool: ...
+
+
+class Tiers:
+    """Reads ask memory, disk, containerd in this order; a block that containerd holds is not written to disk."""
+
+    def __init__(self, memory: BlockStore, disk: DiskTier, containerd: ContentTier) -> None:
+        self.memory, self.disk, self.containerd = memory, disk, containerd
+        self._all: Mapping[Tier, BlockStore] = {"memory": memory, "disk": disk, "containerd": containerd}
+
+    async def get(self, piece: Piece) -> tuple[Held, Tier] | None:
+        for tier, store in self._all.items():
+            held = await store.get(piece)
+            if held is not None:
+                if tier != "memory" and piece.shard is None:
+                    await self.memory.put(piece, held.data, held.record)
+                return held, tier
+        return None
+
+    async def put(self, piece: Piece, data: Buffer, record: Record) -> None:
+        """Stores where there is room; bytes that no tier takes are lost to nobody, since the caller has them."""
+        await self.memory.put(piece, data, record)
+        if not self.containerd.has_object(piece.block.digest):
+            await self.disk.put(piece, data, record)
+
+    async def discard(self, piece: Piece) -> None:
+        await self.memory.discard(piece)
+        await self.disk.discard(piece)
+
+    def holds(self, piece: Piece) -> bool:
+        return any(store.holds(piece) for store in self._all.values())
+
+    def holdings(self, digest: Digest) -> Holdings:
+        blocks = 0
+        shards: dict[Shard, int] = {}
+        for store in self._all.values():
+            held = store.holdings(digest)
+            blocks |= held.blocks
+            for shard, bits in held.shards.items():
+                shards[shard] = shards.get(shard, 0) | bits
+        return Holdings(blocks, shards)
+
+    def objects(self) -> set[Digest]:
+        return {digest for store in self._all.values() for digest in store.objects()}
+
+    def statistics(self) -> dict[str, StoreStatistics]:
+        return {tier: store.statistics() for tier, store in self._all.items()}
+
+    def seal(self, ref: ObjectRef) -> None:
+        """The object's digest was just checked over what these tiers hold."""
+        self.disk.seal(ref)
+
+    def open_sealed(self, digest: Digest) -> tuple[AbstractContextManager[BinaryIO], Tier] | None:
+        for tier, store in (("disk", self.disk), ("containerd", self.containerd)):
+            file = store.open_sealed(digest)
+            if file is not None:
+                return file, "disk" if tier == "disk" else "containerd"
+        return None
+
+    async def drop_doubles(self) -> int:
+        """Remove from disk what containerd has meanwhile stored itself; the number of objects removed."""
+        doubles = [digest for digest in self.disk.objects() if self.containerd.has_object(digest)]
+        for digest in doubles:
+            await self.disk.drop_object(digest)
+        return len(doubles)

@@ -1,0 +1,434 @@
+"""What a node does for others, and for itself as a keeper: answer from what it holds, keep its shard, act as home.
+
+Waits never form a circle: reader, keeper, home, holder or origin. A keeper waits for the home only (`reach` 2), a home
+for holders, who answer from what they hold (`reach` 0), and for the origin. Nobody waits for his own read of a block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+
+import cachetools
+import trio
+
+from cache.store import Buffer, Held, Holdings
+from cache.tiered import Tiers
+from node.exchange import Answer, Exchange, Lane
+from node.locator import Locator
+from node.objects import Source
+from node.origin import Origin
+from node.single_flight import SingleFlight
+from node.trust import Trust
+from node.view import View
+from protocol.directory import Directory
+from protocol.erasure import decode_block, encode_shard
+from protocol.errors import (
+    DeniedError,
+    NotFoundError,
+    PeerMisbehavedError,
+    PeerUnavailableError,
+    ShoalError,
+    UnavailableError,
+)
+from protocol.health import Health
+from protocol.ids import BlockId, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
+from protocol.messages import (
+    Announce,
+    BlockFound,
+    Done,
+    Failed,
+    FindHolders,
+    GetBlock,
+    GetHoldings,
+    GetShard,
+    Holders,
+    HoldingsFound,
+    ShardFound,
+)
+from protocol.placement import Placement
+from protocol.records import Record, make_record
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 2.0
+"""A keeper that lives says `Waiting` four times in this time, also on a machine that is short of processor time."""
+SMALL_SILENCE_S = 1.0
+"""For questions that are answered from memory."""
+UNSETTLED_S = 30.0
+"""After a change of the view the keepers that were may hold what the keepers that are lack: they are asked first."""
+HOLDINGS_TTL_S = 2.0
+MAX_CANDIDATES = 8
+MAX_HOMES = 3
+"""A home and two that act for it: when three cannot give a block, the reader's own way to the origin is next."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockAddress:
+    """A block, and where the origin has its object."""
+
+    locator: Locator
+    ref: ObjectRef
+    index: int
+
+    @property
+    def block(self) -> BlockId:
+        return BlockId(self.ref.digest, self.index)
+
+    @property
+    def length(self) -> int:
+        return self.ref.block_length(self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Obtained:
+    """A block, where it came from, and what that took."""
+
+    held: Held
+    source: Source
+    peers: tuple[PeerId, ...] = ()
+    retries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What seeder and fetcher share of the node."""
+
+    own: PeerId
+    view: View
+    placement: Callable[[], Placement]
+    exchange: Exchange
+    health: Health
+    trust: Trust
+    tiers: Tiers
+
+
+def is_copy(shard: Shard) -> bool:
+    """Whether the shard's bytes are the block itself."""
+    return shard.k == 1 and (shard.index == 0 or shard.m == 1)
+
+
+def raise_failed(failed: Failed) -> None:
+    kinds: dict[str, type[ShoalError]] = {"not-found": NotFoundError, "denied": DeniedError}
+    raise kinds.get(failed.code, UnavailableError)(failed.text)
+
+
+class Seeder:
+    def __init__(
+        self, site: Site, origin: Origin, directory: Directory, sign: Callable[[bytes], bytes], nursery: trio.Nursery
+    ) -> None:
+        self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
+        self._homes: SingleFlight[BlockId, Obtained] = SingleFlight(nursery, (ShoalError,))
+        self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery, (ShoalError,))
+        self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
+            4096, HOLDINGS_TTL_S, timer=trio.current_time
+        )
+        self._holders: cachetools.TTLCache[Digest, tuple[PeerId, ...]] = cachetools.TTLCache(
+            4096, HOLDINGS_TTL_S, timer=trio.current_time
+        )
+
+    # Answers
+
+    async def handle(self, peer: PeerId, request: object) -> Answer:
+        """Answers a member's GetShard, GetBlock, GetHoldings, FindHolders and Announce."""
+        match request:
+            case GetShard():
+                return await self._answer_shard(request)
+            case GetBlock():
+                ref = ObjectRef(Digest.parse(request.digest), request.size)
+                found = await self._site.tiers.get(Piece(ref.block(request.index)))
+                return Answer(BlockFound(found[0].record), found[0].data) if found else _not_held()
+            case GetHoldings():
+                return Answer(_pack(self._site.tiers.holdings(Digest.parse(request.digest))))
+            case FindHolders():
+                return Answer(Holders(self._directory.holders(Digest.parse(request.digest), trio.current_time())))
+            case Announce():
+                for digest in request.digests:
+                    self._directory.announce(Digest.parse(digest), peer, trio.current_time())
+                return Answer(Done())
+            case _:
+                return Answer(Failed("bad-request", f"not a request for blocks: {type(request).__name__}"))
+
+    async def _answer_shard(self, request: GetShard) -> Answer:
+        ref = ObjectRef(Digest.parse(request.digest), request.size)
+        block = ref.block(request.index)
+        shard = Shard(request.k, request.m, request.want)
+        found = await self._held_shard(block, shard, exact=request.exact)
+        if found is None:
+            if request.reach == 0:
+                return _not_held()
+            address = BlockAddress(Locator.parse(request.source), ref, request.index)
+            if request.reach == 1:
+                obtained = await self.home(address)
+                found = _cut(obtained.held, shard)
+            else:
+                found = await self.keep(address, shard)
+        shard, body, record = found
+        return Answer(ShardFound(shard.k, shard.m, shard.index, record), body)
+
+    async def _held_shard(self, block: BlockId, shard: Shard, *, exact: bool) -> tuple[Shard, Buffer, Record] | None:
+        """The shard that is wanted, or one of the same code that an earlier view had this node keep."""
+        whole = await self._site.tiers.get(Piece(block))
+        if whole is not None:
+            return _cut(whole[0], shard)
+        held = self._site.tiers.holdings(block.digest).shards
+        indices = [s.index for s, bits in held.items() if (s.k, s.m) == (shard.k, shard.m) and bits >> block.index & 1]
+        if exact or shard.index in indices:
+            indices = [shard.index] if shard.index in indices else []
+        for index in indices[:1]:
+            piece = Piece(block, Shard(shard.k, shard.m, index))
+            found = await self._site.tiers.get(piece)
+            if found is not None and piece.shard is not None:
+                return piece.shard, found[0].data, found[0].record
+        return None
+
+    # Keeping
+
+    async def keep(self, address: BlockAddress, shard: Shard) -> tuple[Shard, Buffer, Record]:
+        """This node's shard of a block, from the home where it is not held; it is kept from then on."""
+        found = await self._held_shard(address.block, shard, exact=False)
+        if found is not None:
+            return found
+        data, record = await self._keeping.do(Piece(address.block, shard), lambda: self._obtain_shard(address, shard))
+        return shard, data, record
+
+    async def _obtain_shard(self, address: BlockAddress, shard: Shard) -> tuple[Buffer, Record]:
+        site = self._site
+        _, keepers = site.placement().keepers(address.block, address.length)
+        now = trio.current_time()
+        homes = [peer for peer in keepers if peer == site.own or not site.health.avoided(peer, now)]
+        failure: ShoalError = UnavailableError(f"no home of {address.ref.digest} #{address.index} answers")
+        for home in homes[:MAX_HOMES]:
+            if home == site.own:
+                _, data, record = _cut((await self.home(address)).held, shard)
+                return data, record
+            try:
+                data, record = await self._ask_home(home, address, shard)
+            except (PeerUnavailableError, UnavailableError) as error:
+                failure = error
+                continue
+            except PeerMisbehavedError as error:
+                site.view.quarantine(home, str(error))
+                failure = error
+                continue
+            await self._store_shard(address.block, shard, data, record)
+            return data, record
+        raise UnavailableError(str(failure)) from failure
+
+    async def _ask_home(self, home: PeerId, address: BlockAddress, shard: Shard) -> tuple[Buffer, Record]:
+        ref = address.ref
+        question = GetShard(
+            str(ref.digest), address.index, ref.size, shard.k, shard.m, shard.index, 1, str(address.locator), True
+        )
+        answer = await self.ask(home, question, Lane.BULK, SILENCE_S)
+        if not isinstance(answer.message, ShardFound) or answer.message.index != shard.index:
+            raise UnavailableError(f"{home} does not have shard {shard.index}")
+        return self._checked_shard(address, shard, answer)
+
+    def _checked_shard(self, address: BlockAddress, shard: Shard, answer: Answer) -> tuple[Buffer, Record]:
+        """Raises PeerMisbehavedError unless the answer can be a shard of this code of this block."""
+        message, body = answer.message, answer.body
+        if not isinstance(message, ShardFound) or body is None or (message.k, message.m) != (shard.k, shard.m):
+            raise PeerMisbehavedError(f"an answer that is no shard {shard.k}+{shard.m}")
+        self._site.trust.check(message.record, address.ref, address.index)
+        if len(body) != shard_length(address.length, shard.k):
+            raise PeerMisbehavedError(f"a shard of {len(body)} bytes")
+        if is_copy(shard) and not message.record.matches(body):
+            raise PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
+        return body, message.record
+
+    async def _store_shard(self, block: BlockId, shard: Shard, data: Buffer, record: Record) -> None:
+        piece = Piece(block) if is_copy(shard) else Piece(block, shard)
+        if not self._site.tiers.holds(Piece(block)):
+            await self._site.tiers.put(piece, data, record)
+
+    # Being home
+
+    async def home(self, address: BlockAddress) -> Obtained:
+        """The whole block: held, or from members that hold it, or from the origin, once however many wait."""
+        found = await self._site.tiers.get(Piece(address.block))
+        if found is not None:
+            return Obtained(found[0], Source(found[1]))
+        return await self._homes.do(address.block, lambda: self._obtain_block(address))
+
+    async def _obtain_block(self, address: BlockAddress) -> Obtained:
+        obtained = await self._from_site(address)
+        if obtained is None:
+            data = await self._origin.read(address.locator, address.ref, address.index)
+            obtained = Obtained(Held(data, self._claim(address, data)), Source.ORIGIN)
+        await self._site.tiers.put(Piece(address.block), obtained.held.data, obtained.held.record)
+        return obtained
+
+    async def reread(self, address: BlockAddress) -> Held:
+        """The block as the origin gives it now, whatever this node or the site holds."""
+        data = await self._origin.read(address.locator, address.ref, address.index)
+        return Held(data, self._claim(address, data))
+
+    def _claim(self, address: BlockAddress, data: Buffer) -> Record:
+        return make_record(address.ref, address.index, sha256(data).digest(), self._site.own, self._sign)
+
+    async def admit(self, locator: Locator, ref: ObjectRef, body: bytes) -> None:
+        """Store an object that came whole from the origin and was checked against its digest."""
+        view = memoryview(body)
+        for index in range(ref.block_count):
+            address = BlockAddress(locator, ref, index)
+            data = bytes(view[index << 20 : (index << 20) + address.length])
+            await self._site.tiers.put(Piece(address.block), data, self._claim(address, data))
+
+    async def _from_site(self, address: BlockAddress) -> Obtained | None:
+        """From members that hold the block, or k shards of it between them."""
+        candidates = await self._candidates(address)
+        if not candidates:
+            return None
+        async with trio.open_nursery() as nursery:
+            for peer in candidates:
+                nursery.start_soon(self._learn_holdings, peer, address.ref.digest)
+        known = {peer: self._holdings.get((peer, address.ref.digest), Holdings()) for peer in candidates}
+        for peer, holdings in known.items():
+            if holdings.blocks >> address.index & 1:
+                held = await self._whole_from(peer, address)
+                if held is not None:
+                    return Obtained(held, Source.PEER, (peer,))
+        return await self._decoded_from(known, address)
+
+    async def _candidates(self, address: BlockAddress) -> list[PeerId]:
+        site = self._site
+        if len(site.view.site) < 2:
+            return []
+        now = trio.current_time()
+        _, keepers = site.placement().keepers(address.block, address.length)
+        named = list(await self._find_holders(address.ref.digest))
+        if named or keepers[0] != site.own or now - site.view.changed_at < UNSETTLED_S:
+            named += keepers
+        alive = {member.peer_id for member in site.view.site} - {site.own}
+        unique = [peer for peer in dict.fromkeys(named) if peer in alive and not site.health.avoided(peer, now)]
+        return unique[:MAX_CANDIDATES]
+
+    async def _find_holders(self, digest: Digest) -> tuple[PeerId, ...]:
+        found = self._holders.get(digest)
+        if found is not None:
+            return found
+        found = ()
+        for peer in self._site.placement().directory(digest):
+            if peer == self._site.own:
+                found = self._directory.holders(digest, trio.current_time())
+            else:
+                found = await self._ask_directory(peer, digest)
+            if found:
+                break
+        self._holders[digest] = found
+        return found
+
+    async def _ask_directory(self, peer: PeerId, digest: Digest) -> tuple[PeerId, ...]:
+        try:
+            answer = await self.ask(peer, FindHolders(str(digest)), Lane.URGENT, SMALL_SILENCE_S)
+        except ShoalError as error:
+            log.debug("directory %s: %s", peer, error)
+            return ()
+        return answer.message.peers if isinstance(answer.message, Holders) else ()
+
+    async def _learn_holdings(self, peer: PeerId, digest: Digest) -> None:
+        if (peer, digest) in self._holdings:
+            return
+        holdings = Holdings()
+        try:
+            answer = await self.ask(peer, GetHoldings(str(digest)), Lane.URGENT, SMALL_SILENCE_S)
+            if isinstance(answer.message, HoldingsFound):
+                holdings = _unpack(answer.message)
+        except ShoalError as error:
+            log.debug("holdings of %s: %s", peer, error)
+        self._holdings[peer, digest] = holdings
+
+    async def _whole_from(self, peer: PeerId, address: BlockAddress) -> Held | None:
+        ref = address.ref
+        try:
+            answer = await self.ask(peer, GetBlock(str(ref.digest), address.index, ref.size), Lane.BULK, SILENCE_S)
+            if not isinstance(answer.message, BlockFound) or answer.body is None:
+                return None
+            self._site.trust.check(answer.message.record, ref, address.index)
+            if not answer.message.record.matches(answer.body):
+                raise PeerMisbehavedError(f"wrong bytes for {ref.digest} #{address.index}")
+        except PeerMisbehavedError as error:
+            self._site.view.quarantine(peer, str(error))
+            return None
+        except ShoalError as error:
+            log.debug("block from %s: %s", peer, error)
+            return None
+        return Held(answer.body, answer.message.record)
+
+    async def _decoded_from(self, known: dict[PeerId, Holdings], address: BlockAddress) -> Obtained | None:
+        """From shards that an earlier view had members keep, whatever code that used."""
+        by_code: dict[tuple[int, int], dict[int, PeerId]] = {}
+        for peer, holdings in known.items():
+            for shard, bits in holdings.shards.items():
+                if bits >> address.index & 1:
+                    by_code.setdefault((shard.k, shard.m), {}).setdefault(shard.index, peer)
+        for (k, m), owners in by_code.items():
+            if len(owners) >= k:
+                chosen = dict(list(owners.items())[:k])
+                held = await self._gather(chosen, k, m, address)
+                if held is not None:
+                    return Obtained(held, Source.PEER, tuple(chosen.values()))
+        return None
+
+    async def _gather(self, owners: dict[int, PeerId], k: int, m: int, address: BlockAddress) -> Held | None:
+        shards: dict[int, tuple[Buffer, Record]] = {}
+
+        async def take(index: int, peer: PeerId) -> None:
+            question = GetShard(
+                str(address.ref.digest), address.index, address.ref.size, k, m, index, 0, str(address.locator), True
+            )
+            try:
+                answer = await self.ask(peer, question, Lane.BULK, SILENCE_S)
+                if isinstance(answer.message, ShardFound) and answer.message.index == index:
+                    shards[index] = self._checked_shard(address, Shard(k, m, index), answer)
+            except ShoalError as error:
+                log.debug("shard from %s: %s", peer, error)
+
+        async with trio.open_nursery() as nursery:
+            for index, peer in owners.items():
+                nursery.start_soon(take, index, peer)
+        if len(shards) < k:
+            return None
+        record = next(iter(shards.values()))[1]
+        data = decode_block({index: body for index, (body, _) in shards.items()}, k, m, address.length)
+        return Held(data, record) if record.matches(data) else None
+
+    async def ask(self, peer: PeerId, question: object, lane: Lane, silence_s: float) -> Answer:
+        """One question to a member; what comes of it is noted in its health. A `Failed` is raised as an error."""
+        site = self._site
+        try:
+            answer = await site.exchange.request(peer, question, lane=lane, silence_s=silence_s)  # type: ignore[arg-type] # any of the requests
+        except PeerUnavailableError:
+            site.health.failed(peer, trio.current_time())
+            site.view.report_failure(peer)
+            raise
+        if isinstance(answer.message, Failed):
+            raise_failed(answer.message)
+        return answer
+
+
+def _not_held() -> Answer:
+    return Answer(Failed("not-held", "not held"))
+
+
+def _cut(held: Held, shard: Shard) -> tuple[Shard, Buffer, Record]:
+    return shard, encode_shard(held.data, shard.k, shard.m, shard.index), held.record
+
+
+def _pack(holdings: Holdings) -> HoldingsFound:
+    def bits(value: int) -> bytes:
+        return value.to_bytes((value.bit_length() + 7) // 8, "little")
+
+    return HoldingsFound(
+        bits(holdings.blocks), tuple((s.k, s.m, s.index, bits(value)) for s, value in holdings.shards.items())
+    )
+
+
+def _unpack(found: HoldingsFound) -> Holdings:
+    shards: Iterable[tuple[Shard, int]] = (
+        (Shard(k, m, index), int.from_bytes(bits, "little")) for k, m, index, bits in found.shards
+    )
+    return Holdings(int.from_bytes(found.blocks, "little"), dict(shards))

@@ -1,0 +1,30 @@
+"""Whose word about a block is taken: records with a member's signature, members that are not in quarantine."""
+
+from __future__ import annotations
+
+import cachetools
+
+from node.view import View
+from protocol.errors import PeerMisbehavedError
+from protocol.ids import ObjectRef, PeerId
+from protocol.records import Record, check_record
+
+_REMEMBERED = 8192
+"""Each record comes with every shard of its block: checking a signature (100 us) once is enough."""
+
+
+class Trust:
+    def __init__(self, own: PeerId, view: View) -> None:
+        self._own, self._view = own, view
+        self._good: cachetools.LRUCache[Record, bool] = cachetools.LRUCache(_REMEMBERED)
+
+    def check(self, record: Record, ref: ObjectRef, index: int) -> None:
+        """Raises PeerMisbehavedError unless a member that is in good standing signed that this is the block."""
+        signer = record.signer
+        if signer != self._own and (self._view.find(signer) is None or self._view.is_quarantined(signer)):
+            raise PeerMisbehavedError(f"record of {ref.digest} #{index} signed by {signer}, who is no member")
+        if record not in self._good:
+            check_record(record, ref, index)
+            self._good[record] = True
+        elif (record.digest, record.index, record.size) != (str(ref.digest), index, ref.size):
+            raise PeerMisbehavedError(f"record of another block than {ref.digest} #{index}")
