@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import trio
 
 from node.http_range import Span, parse_range
-from node.http_server import Buffer, FileBody, Request, Response, error_response
+from node.http_server import Buffer, FileBody, Limits, Request, Response, error_response
 from node.locator import Kind, Locator, check_reference, is_digest
 from node.objects import Library, Resolved
 from node.registry_auth import canonical
@@ -35,6 +35,8 @@ HEAD_S = 25.0
 """containerd waits 30 s for the headers; an error before that lets it go on to the registry itself."""
 STALL_S = 25.0
 """A body without progress for so long is cut: longer than the library's own deadlines, far below clients' 5 minutes."""
+LIMITS = Limits(methods=("GET", "HEAD"), body_bytes=0)
+"""For the server: whatever tries to push is turned away before its body is read."""
 BOUNDARY = "shoal-1d2f7f3e9a5c4b68"
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<what>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}

@@ -166,6 +166,10 @@ class Upstreams:
     def names(self) -> tuple[str, ...]:
         return tuple(self._registries)
 
+    def connections(self, upstream: str) -> int:
+        """How many `blocks` of it can be read at once; one connection is left for names."""
+        return self._find(upstream).body_connections
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -231,7 +235,8 @@ class _Registry:
         self.name = part.name
         self.rng = rng
         self.breaker = Breaker()
-        self.bodies = trio.Semaphore(max(1, part.connections - 1))
+        self.body_connections = max(1, part.connections - 1)
+        self.bodies = trio.Semaphore(self.body_connections)
         self.client = _client(part, context)
         self._url = httpx.URL(part.url.rstrip("/"))
         self._count = count
