@@ -1,0 +1,140 @@
+"""The registry client and the mirror against Debian's docker-registry: a real process, real HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractContextManager, aclosing
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import BinaryIO
+
+import httpx
+import pytest
+import trio
+
+from node.config import UpstreamPart
+from node.http_server import serve_http
+from node.locator import Locator
+from node.mirror import Mirror
+from node.objects import Resolved
+from node.upstream import Upstreams
+from protocol.errors import NotFoundError
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+from tests.support.registry import docker_registry, installed
+
+LAYER = Random(3).randbytes(5 * BLOCK_SIZE + 4321)
+CONFIG = b'{"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}'
+MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
+BLOBS = Locator("docker.io", "library/app", "blobs")
+
+needs_registry = pytest.mark.skipif(not installed(), reason="Debian package docker-registry is not installed")
+needs_skopeo = pytest.mark.skipif(shutil.which("skopeo") is None, reason="Debian package skopeo is not installed")
+
+
+def digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def descriptor(data: bytes, media_type: str) -> dict[str, object]:
+    return {"mediaType": media_type, "digest": digest(data), "size": len(data)}
+
+
+MANIFEST = json.dumps(
+    {
+        "schemaVersion": 2,
+        "mediaType": MEDIA_TYPE,
+        "config": descriptor(CONFIG, "application/vnd.oci.image.config.v1+json"),
+        "layers": [descriptor(LAYER, "application/vnd.oci.image.layer.v1.tar")],
+    }
+).encode()
+
+
+def push(url: str) -> None:
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        for data in (LAYER, CONFIG):
+            location = client.post("/v2/library/app/blobs/uploads/").headers["location"]
+            put = client.put(httpx.URL(location).copy_merge_params({"digest": digest(data)}), content=data)
+            assert put.status_code == 201
+        put = client.put("/v2/library/app/manifests/v1", content=MANIFEST, headers={"Content-Type": MEDIA_TYPE})
+        assert put.status_code == 201
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a docker-registry that holds library/app:v1."""
+    with docker_registry(tmp_path_factory.mktemp("registry")) as running:
+        push(running.url)
+        yield running.url
+
+
+def upstreams_of(url: str) -> Upstreams:
+    return Upstreams([UpstreamPart(name="docker.io", url=url)], count=lambda name, size: None, rng=Random(1))
+
+
+class PassingLibrary:
+    """Every read goes straight to the registry."""
+
+    def __init__(self, upstreams: Upstreams) -> None:
+        self._upstreams = upstreams
+
+    async def resolve(self, locator: Locator, reference: str) -> Resolved:
+        return (await self._upstreams.resolve(locator, reference))[0]
+
+    async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[memoryview, None]:
+        first, last = start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)
+        async with aclosing(self._upstreams.blocks(locator, ref, first, last - first)) as blocks:
+            position = first * BLOCK_SIZE
+            async for block in blocks:
+                yield memoryview(block)[max(0, start - position) : stop - position]
+                position += len(block)
+
+    def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
+        return None
+
+
+@needs_registry
+def test_names_sizes_and_blocks(registry: str) -> None:
+    async def main() -> None:
+        async with upstreams_of(registry) as upstreams:
+            manifests = BLOBS.of_kind("manifests")
+            resolved, body = await upstreams.resolve(manifests, "v1")
+            assert (str(resolved.ref.digest), resolved.media_type, body) == (digest(MANIFEST), MEDIA_TYPE, MANIFEST)
+            assert await upstreams.resolve(manifests, "v1", resolved) == (resolved, None)
+            layer = (await upstreams.resolve(BLOBS, digest(LAYER)))[0].ref
+            assert layer.size == len(LAYER)
+            for first, count in ((0, layer.block_count), (2, 2), (layer.block_count - 1, 1)):
+                async with aclosing(upstreams.blocks(BLOBS, layer, first, count)) as blocks:
+                    data = b"".join([bytes(block) async for block in blocks])
+                assert data == LAYER[first * BLOCK_SIZE : (first + count) * BLOCK_SIZE]
+            tags = await upstreams.passthrough("docker.io", "library/app", "tags/list", {})
+            assert json.loads(tags.body)["tags"] == ["v1"]
+            for locator, reference in ((manifests, "v2"), (BLOBS, f"sha256:{'0' * 64}")):
+                with pytest.raises(NotFoundError):
+                    await upstreams.resolve(locator, reference)
+
+    trio.run(main)
+
+
+@needs_registry
+@needs_skopeo
+@pytest.mark.parametrize("prefix", ["", "docker.io/"])
+def test_skopeo_pulls_through_the_mirror(registry: str, tmp_path: Path, prefix: str) -> None:
+    async def main() -> None:
+        async with upstreams_of(registry) as upstreams, trio.open_nursery() as nursery:
+            mirror = Mirror(PassingLibrary(upstreams), upstreams.names, upstreams.passthrough)
+            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            await nursery.start(partial(serve_http, listeners, mirror.handle))
+            port = listeners[0].socket.getsockname()[1]
+            source = f"docker://127.0.0.1:{port}/{prefix}library/app:v1"
+            command = ["skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", source, f"dir:{tmp_path}/out"]
+            with trio.fail_after(30):
+                await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == MANIFEST
+    assert (tmp_path / "out" / digest(LAYER).partition(":")[2]).read_bytes() == LAYER
