@@ -1,0 +1,364 @@
+"""Framing of the bulk channel: everything that can be said comes through, and nothing hostile does."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from typing import Any
+
+import msgpack
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol import wire
+from protocol.errors import PeerMisbehavedError
+from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, PeerId
+from protocol.members import MAX_MEMBERS, Member, State, Update
+from protocol.messages import (
+    FAILURES,
+    Announce,
+    BlockFound,
+    Done,
+    Failed,
+    FindHolders,
+    GetBlock,
+    GetHoldings,
+    GetShard,
+    Holders,
+    HoldingsFound,
+    Ping,
+    PingRequest,
+    Pong,
+    Reply,
+    Request,
+    Resolve,
+    Resolved,
+    ShardFound,
+    Sync,
+    SyncReply,
+    Waiting,
+)
+from protocol.records import Record
+
+B58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+DIGEST = "sha256:" + "0" * 64
+PEER = PeerId("12D3KooW" + "x" * 44)
+
+hexadecimal = st.text("0123456789abcdef", min_size=64, max_size=64)
+digests = hexadecimal.map(lambda text: f"sha256:{text}") | hexadecimal.map(lambda text: f"sha512:{text}{text}")
+peers = st.text(B58, min_size=1, max_size=64).map(PeerId)
+sizes = st.integers(1, MAX_OBJECT_SIZE)
+blocks = sizes.flatmap(lambda size: st.tuples(st.integers(0, (size - 1) // BLOCK_SIZE), st.just(size)))
+codes = st.tuples(st.integers(1, wire.MAX_K), st.integers(0, wire.MAX_M)).flatmap(
+    lambda code: st.tuples(st.just(code[0]), st.just(code[1]), st.integers(0, sum(code) - 1))
+)
+texts = st.text(st.characters(codec="utf-8"), max_size=60)
+printable = texts.filter(str.isprintable)
+bitmaps = st.binary(max_size=40)
+members = st.builds(Member, peers, printable, printable, st.lists(printable, max_size=8).map(tuple), st.floats(0, 1e6))
+updates = st.lists(
+    st.builds(Update, members, st.sampled_from(State), st.integers(0, wire.MAX_INCARNATION)), max_size=4
+).map(tuple)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Record:
+    index, size = draw(blocks)
+    digest = draw(digests)
+    length = ObjectRef(Digest.parse(digest), size).block_length(index)
+    sha, signature = draw(st.binary(min_size=32, max_size=32)), draw(st.binary(min_size=64, max_size=64))
+    return Record(digest, index, length, size, sha, draw(peers), signature)
+
+
+requests: st.SearchStrategy[Request] = st.one_of(
+    st.builds(
+        lambda digest, block, code, *rest: GetShard(digest, *block, *code, *rest),
+        digests, blocks, codes, st.integers(0, 2), texts, st.booleans(),
+    ),
+    st.builds(lambda digest, block: GetBlock(digest, *block), digests, blocks),
+    st.builds(GetHoldings, digests),
+    st.builds(FindHolders, digests),
+    st.builds(Announce, st.lists(digests, max_size=5).map(tuple)),
+    st.builds(Resolve, texts, texts, st.integers(0, 1)),
+    st.builds(Ping, updates),
+    st.builds(PingRequest, peers, updates),
+    st.builds(Sync, updates),
+)  # fmt: skip
+replies: st.SearchStrategy[Reply] = st.one_of(
+    st.builds(lambda code, record: ShardFound(*code, record), codes, records()),
+    st.builds(BlockFound, records()),
+    st.builds(
+        HoldingsFound,
+        bitmaps,
+        st.lists(st.builds(lambda code, bits: (*code, bits), codes, bitmaps), max_size=5).map(tuple),
+    ),
+    st.builds(Holders, st.lists(peers, max_size=5).map(tuple)),
+    st.just(Done()),
+    st.builds(Resolved, digests, st.integers(0, MAX_OBJECT_SIZE), texts, st.floats(0, 1e9)),
+    st.builds(Pong, updates),
+    st.builds(SyncReply, updates),
+    st.just(Waiting()),
+    st.builds(Failed, st.sampled_from(FAILURES), texts),
+)
+ids = st.integers(0, 2**32 - 1)
+
+
+def frame(header: bytes, body_length: int = 0) -> bytes:
+    return struct.pack(">II", len(header), body_length) + header
+
+
+def body_of(length: int) -> bytes:
+    return (bytes(range(251)) * (length // 251 + 1))[:length]
+
+
+def encoded(request_id: int, message: Request | Reply) -> bytes:
+    length = wire.body_length_of(message)
+    return wire.encode_head(request_id, message, length) + body_of(length)
+
+
+def read_all(kind: Any, data: bytes, chunk: int) -> list[tuple[wire.Head[Any], bytes]]:
+    """As a connection reads: heads from what was fed, the rest of a body past the decoder."""
+    heads, position, read = wire.Heads(kind), 0, []
+    while True:
+        while (head := heads.next()) is None:
+            if position == len(data):
+                return read
+            heads.feed(data[position : position + chunk])
+            position += chunk
+            position = min(position, len(data))
+        body = bytearray(head.body_length)
+        taken = heads.take(memoryview(body))
+        body[taken:] = data[position : position + head.body_length - taken]
+        position += head.body_length - taken
+        read.append((head, bytes(body)))
+
+
+@given(st.lists(st.tuples(ids, requests), max_size=4), st.integers(1, 100))
+def test_requests_come_through_however_they_are_cut(said: list[tuple[int, Request]], chunk: int) -> None:
+    data = b"".join(encoded(*one) for one in said)
+    for size in (1, chunk, len(data) + 1):
+        assert [(head.request_id, head.message) for head, _ in read_all(wire.REQUESTS, data, size)] == said
+
+
+@given(st.lists(st.tuples(ids, replies), max_size=4), st.integers(1, 20000))
+@settings(max_examples=60, deadline=None)
+def test_replies_and_bodies_come_through_however_they_are_cut(said: list[tuple[int, Reply]], chunk: int) -> None:
+    data = b"".join(encoded(*one) for one in said)
+    for size in (1, chunk, len(data) + 1):
+        read = read_all(wire.REPLIES, data, size)
+        assert [(head.request_id, head.message) for head, _ in read] == said
+        assert all(body == body_of(wire.body_length_of(head.message)) for head, body in read)
+
+
+@given(st.binary(max_size=300), st.integers(0, 2**32 - 1))
+def test_garbage_is_misbehaviour_or_not_yet_a_frame(header: bytes, body_length: int) -> None:
+    for kind in (wire.REQUESTS, wire.REPLIES):
+        for data in (header, frame(header, body_length), frame(header)):
+            heads = wire.Heads(kind)
+            heads.feed(data)
+            try:
+                heads.next()
+            except PeerMisbehavedError:
+                continue
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | texts
+    | st.binary(max_size=70)
+    | digests,
+    lambda inner: st.lists(inner, max_size=10) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=30,
+)
+
+
+@given(st.sampled_from([*range(1, 10), *range(32, 42), 99]), st.lists(values, max_size=10))
+def test_hostile_values_are_misbehaviour_or_within_the_bounds(tag: int, fields: list[Any]) -> None:
+    header = msgpack.packb([1, [tag, *fields]])
+    for kind in (wire.REQUESTS, wire.REPLIES):
+        heads = wire.Heads(kind)
+        heads.feed(frame(header))
+        try:
+            head = heads.next()
+        except PeerMisbehavedError:
+            continue
+        assert head is not None
+        assert head.body_length == wire.body_length_of(head.message) == 0
+
+
+@given(requests | replies, st.data())
+def test_a_valid_header_that_was_altered_never_breaks_the_reader(message: Request | Reply, data: st.DataObject) -> None:
+    raw = bytearray(encoded(7, message)[: 8 + len(msgspec.msgpack.encode((7, message)))])
+    position = data.draw(st.integers(0, len(raw) - 1))
+    raw[position] ^= data.draw(st.integers(1, 255))
+    for kind in (wire.REQUESTS, wire.REPLIES):
+        heads = wire.Heads(kind)
+        heads.feed(raw)
+        try:
+            head = heads.next()
+        except PeerMisbehavedError:
+            continue
+        assert head is None or head.body_length <= BLOCK_SIZE
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\x92\x01\x92\x03\xa2\xff\xfe",
+        b"\x92\x01\x93\x03\xa1a" + b"\x91" * 300_000,
+        b"\x92\x01\x92\x05\xdd\xff\xff\xff\xff",
+        b"\x92\x01\x92\x03\xdb\xff\xff\xff\xff",
+        b"\xdd\xff\xff\xff\xff",
+        b"\x92\x01\x92\x07\xdd\x7f\xff\xff\xff" + b"\x93" * 1000,
+    ],
+    ids=["utf-8", "nesting", "array length", "string length", "outer length", "updates length"],
+)
+def test_lengths_that_are_claimed_allocate_nothing(header: bytes) -> None:
+    tracemalloc.start()
+    heads = wire.Heads(wire.REQUESTS)
+    heads.feed(frame(header))
+    with pytest.raises(PeerMisbehavedError):
+        heads.next()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(header) + 100_000
+
+
+@pytest.mark.parametrize(
+    "prefix", [(wire.MAX_HEADER + 1, 0), (2**32 - 1, 0), (10, BLOCK_SIZE + 1), (0, 2**32 - 1), (2**32 - 1, 2**32 - 1)]
+)
+def test_a_prefix_over_the_bounds_is_refused_before_its_header_comes(prefix: tuple[int, int]) -> None:
+    heads = wire.Heads(wire.REPLIES)
+    heads.feed(struct.pack(">II", *prefix))
+    with pytest.raises(PeerMisbehavedError):
+        heads.next()
+
+
+UPDATE = Update(Member(PEER, "node-1", "default", ("10.0.0.1:4502",)), State.ALIVE, 1)
+RECORD = Record(DIGEST, 0, 10, 10, bytes(32), PEER, bytes(64))
+
+
+def altered(**changes: Any) -> Record:
+    return msgspec.structs.replace(RECORD, **changes)
+
+
+def with_member(**changes: Any) -> Update:
+    return Update(msgspec.structs.replace(UPDATE.member, **changes), State.ALIVE, 1)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        GetShard(DIGEST, 0, 10, 0, 1, 0, 0, ""),
+        GetShard(DIGEST, 0, 10, 33, 1, 0, 0, ""),
+        GetShard(DIGEST, 0, 10, 4, 9, 0, 0, ""),
+        GetShard(DIGEST, 0, 10, 4, -1, 0, 0, ""),
+        GetShard(DIGEST, 0, 10, 4, 1, 5, 0, ""),
+        GetShard(DIGEST, 0, 10, 4, 1, -1, 0, ""),
+        GetShard(DIGEST, 0, 10, 4, 1, 0, 3, ""),
+        GetShard(DIGEST, 0, 10, 4, 1, 0, 0, "x" * 601),
+        GetShard(DIGEST, 1, 10, 4, 1, 0, 0, ""),
+        GetBlock(DIGEST, -1, 10),
+        GetBlock(DIGEST, 0, 0),
+        GetBlock(DIGEST, 0, MAX_OBJECT_SIZE + 1),
+        GetBlock(DIGEST.upper(), 0, 10),
+        GetHoldings("md5:00"),
+        FindHolders(DIGEST + "0"),
+        Announce((DIGEST,) * 1025),
+        Announce((DIGEST, "")),
+        Resolve("x" * 601, "latest", 1),
+        Resolve("", "x" * 161, 1),
+        Resolve("", "latest", 2),
+        Ping((UPDATE,) * 257),
+        Ping((with_member(weight=float("nan")),)),
+        Ping((with_member(weight=-1.0),)),
+        Ping((with_member(name="\x1b[2J"),)),
+        Ping((with_member(addresses=("a:1",) * 9),)),
+        Ping((with_member(addresses=("a\0:1",)),)),
+        Ping((with_member(peer_id="../../etc"),)),
+        Ping((Update(UPDATE.member, State.ALIVE, -1),)),
+        PingRequest(PeerId(""), ()),
+        Sync((UPDATE,) * (MAX_MEMBERS + 1)),
+        ShardFound(4, 1, 5, RECORD),
+        BlockFound(altered(length=9)),
+        BlockFound(altered(length=0, size=0)),
+        BlockFound(altered(sha256=b"")),
+        BlockFound(altered(signature=bytes(65))),
+        BlockFound(altered(signer=PeerId("0"))),
+        HoldingsFound(bytes(wire.MAX_BITMAP + 1), ()),
+        HoldingsFound(b"", ((4, 1, 0, b""),) * 65),
+        HoldingsFound(b"", ((4, 1, 5, b""),)),
+        Holders((PeerId("not base58!"),)),
+        Holders((PEER,) * 1025),
+        Resolved(DIGEST, -1, "", 0.0),
+        Resolved(DIGEST, 1, "", float("inf")),
+        Resolved(DIGEST, 1, "", -1.0),
+        Failed("oops", ""),
+        Failed("busy", "x" * 501),
+    ],
+)
+def test_bounds(message: Request | Reply) -> None:
+    heads = wire.Heads(wire.REQUESTS if type(message).__struct_config__.tag < 32 else wire.REPLIES)
+    heads.feed(wire.encode_head(1, message, wire.body_length_of(message)))
+    with pytest.raises(PeerMisbehavedError):
+        heads.next()
+
+
+def test_a_body_must_be_as_long_as_its_message_says() -> None:
+    for message, length in ((BlockFound(RECORD), 9), (ShardFound(4, 1, 0, RECORD), 10), (Done(), 1)):
+        with pytest.raises(ValueError, match="cannot be sent"):
+            wire.encode_head(1, message, length)
+        heads = wire.Heads(wire.REPLIES)
+        heads.feed(frame(msgspec.msgpack.encode((1, message)), length))
+        with pytest.raises(PeerMisbehavedError):
+            heads.next()
+
+
+def test_a_view_of_the_largest_size_fits_a_frame() -> None:
+    everybody = SyncReply((UPDATE,) * MAX_MEMBERS)
+    heads = wire.Heads(wire.REPLIES)
+    heads.feed(wire.encode_head(1, everybody, 0))
+    head = heads.next()
+    assert head is not None
+    assert head.message == everybody
+
+
+def test_the_fullest_holdings_fit_a_frame() -> None:
+    shards = tuple((4, 1, index % 5, bytes(wire.MAX_BITMAP)) for index in range(16))
+    assert wire.encode_head(1, HoldingsFound(bytes(wire.MAX_BITMAP), shards), 0)
+
+
+@pytest.mark.parametrize("lane", ["control", "urgent", "bulk"])
+def test_hello(lane: str) -> None:
+    heads = wire.Heads(wire.REQUESTS)
+    for byte in wire.encode_hello(lane) + encoded(3, Ping(())):
+        heads.feed(bytes([byte]))
+    hello = heads.hello()
+    assert hello is not None
+    assert hello.lane == lane
+    head = heads.next()
+    assert head is not None
+    assert head.request_id == 3
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        [b"shoal-bulk", 2, "bulk"],
+        [b"other-bulk", 1, "bulk"],
+        [b"shoal-bulk", 1, "express"],
+        ["shoal-bulk", 1, "bulk"],
+        [b"shoal-bulk", 1],
+        [b"shoal-bulk", 1, "bulk", "x" * 100],
+    ],
+)
+def test_another_hello_is_refused(hello: list[Any]) -> None:
+    heads = wire.Heads(wire.REQUESTS)
+    heads.feed(frame(msgpack.packb(hello)))
+    with pytest.raises(PeerMisbehavedError):
+        heads.hello()
