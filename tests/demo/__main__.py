@@ -35,7 +35,7 @@ KILL_AT = 0.05
 """The part of the image that the clients have written when the node is killed."""
 MB = 1e6
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Pulled:
 
 
 def step(text: str) -> None:
-    console.print(f"[bold cyan]==>[/] {text}")
+    console.print(f"[bold cyan]==>[/] {text}", soft_wrap=True)
 
 
 def build_image(folder: Path) -> images.Image:
@@ -107,7 +107,9 @@ def run_demo(folder: Path, stack: ExitStack) -> bool:
     step("building an image from this machine's files: a Debian root file system, Python's library, Python wheels")
     image = build_image(folder / "image")
     sizes = ", ".join(f"{layer.size / MB:.1f}" for layer in image.layers)
-    console.print(f"    {image.size / MB:.1f} MB compressed; layers of {sizes} MB; {image.index.digest}")
+    console.print(
+        f"    {image.size / MB:.1f} MB compressed; layers of {sizes} MB; {image.index.digest}", soft_wrap=True
+    )
 
     if registries.installed():
         origin = stack.enter_context(registries.docker_registry(folder / "registry"))
@@ -233,6 +235,9 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             held = run_demo(folder, stack)
+    except AssertionError as error:  # a pull or a start that failed: what it said is the report
+        console.print(f"[bold red]FAILED[/] {type(error).__name__}: {error}", soft_wrap=True)
+        held = False
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     console.print(f"{'Everything held' if held else 'NOT everything held'}; {time.monotonic() - started:.0f} s.")

@@ -183,6 +183,7 @@ class Node:
 @contextlib.contextmanager
 def site(folder: Path, url: str, count: int = 5, *, start: bool = True, **keys: Any) -> Iterator[list[Node]]:
     """`count` daemons of one cluster; the first two are the seeds of all. `folder` must have a short path (sockets)."""
+    folder.mkdir(parents=True, exist_ok=True)
     key = folder / "cluster.key"
     answer = run([*P2PCTL, "cluster", "init", str(key)])
     assert answer.returncode == 0, answer.stderr
