@@ -1,0 +1,83 @@
+"""What is shipped for operators: it parses, it says what the code does, and systemd takes it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from node.config import Config, UpstreamPart, load
+from node.containerd_hosts import default_server
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+MIRROR = Config().mirror.listen
+
+
+def keys() -> set[tuple[str, str]]:
+    parts = {part.name: part.type for part in msgspec.structs.fields(Config)} | {"upstream": UpstreamPart}
+    return {(name, field.name) for name, kind in parts.items() for field in msgspec.structs.fields(kind)}
+
+
+def test_the_example_is_the_defaults() -> None:
+    assert load(DEPLOY / "p2pd.toml") == Config()
+
+
+def test_the_example_has_every_key_with_its_reason() -> None:
+    found = set()
+    section = ""
+    for line in (DEPLOY / "p2pd.toml").read_text().splitlines():
+        if header := re.match(r"\[+(\w+)\]+$", line):
+            section = header[1]
+        elif key := re.match(r"(?:# )?(\w+) = [^#]*?( +# .+)?$", line):
+            reason = key[2] or (section, key[1]) in found
+            assert reason, f"{section}.{key[1]} says nothing of its trade-off"
+            found.add((section, key[1]))
+    assert found == keys()
+
+
+def test_client_snippets_point_at_the_mirror() -> None:
+    hosts = tomllib.loads((DEPLOY / "hosts.toml").read_text())
+    assert hosts == {
+        "server": default_server("docker.io"),
+        "host": {f"http://{MIRROR}": {"capabilities": ["pull", "resolve"]}},
+    }
+    registries = tomllib.loads((DEPLOY / "registries.conf").read_text())["registry"]
+    upstreams = {upstream.name for upstream in Config().upstream}
+    for registry in registries:
+        assert registry["prefix"] in upstreams
+        assert registry["mirror"] == [{"location": f"{MIRROR}/{registry['prefix']}", "insecure": True}]
+    buildkit = tomllib.loads((DEPLOY / "buildkitd.toml").read_text())["registry"]
+    assert buildkit == {"docker.io": {"mirrors": [MIRROR]}, MIRROR: {"http": True}}
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / "p2pd.service"
+    program = shutil.which("true")
+    unit.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={program}", (DEPLOY / "p2pd.service").read_text()))
+    verify = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    complaints = [line for line in verify.stderr.splitlines() if "p2pd.service" in line]
+    assert complaints == []
+    rating = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=20", unit],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert rating.returncode == 0, rating.stdout[-300:]
+
+
+def test_the_unit_fits_the_configuration() -> None:
+    text = (DEPLOY / "p2pd.service").read_text()
+    config = Config()
+    assert config.node.data_dir == "/var/lib/p2pd"
+    assert "\nStateDirectory=p2pd\n" in text
+    assert config.control.socket == "/run/p2pd/p2pd.sock"
+    assert "\nRuntimeDirectory=p2pd\n" in text
+    assert "\nType=notify\n" in text
+    assert "\nWatchdogSec=" in text
