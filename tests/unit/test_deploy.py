@@ -58,6 +58,8 @@ def test_client_snippets_point_at_the_mirror() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "p2pd.service"
+    (tmp_path / "p2pd.service.d").mkdir()
+    shutil.copy(DEPLOY / "containerd-store.conf", tmp_path / "p2pd.service.d")
     program = shutil.which("true")
     unit.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={program}", (DEPLOY / "p2pd.service").read_text()))
     verify = subprocess.run(
