@@ -1,0 +1,160 @@
+"""LRU-K as a cachetools policy (O'Neil, O'Neil & Weikum, SIGMOD 1993).
+
+LRU asks when an entry was last used, so one pass over many entries that are used once empties it. LRU-K asks when the
+k-th last use was, and remembers uses beyond eviction; entries with fewer than k known uses go first.
+
+The classical rule loses to LRU in large caches, where it holds on to what was used often, long ago. `horizon` closes
+that: the k-th last reference never counts as older than `horizon` before the last one, so that the order of eviction
+runs from LRU (horizon 0) to LRU-K (infinite). tests/benchmarks/lru_k.py measures it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import NamedTuple, TypeVar
+
+from cachetools import Cache
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+HISTORY_FLOOR = 64
+"""Evicted entries that are remembered however few are held, so that a cache of few large entries learns too."""
+
+HEAP_FLOOR = 64
+"""Below this, clearing the heap of the entries that are gone is not worth the while."""
+
+
+class _Past(NamedTuple):
+    """References to one key: the times of the last k uncorrelated ones (oldest first), and the time and number of the
+    very last."""
+
+    times: tuple[float, ...]
+    last: float
+    turn: int
+
+
+_UNKNOWN = _Past((), -math.inf, 0)
+
+
+class LRUKCache(Cache[K, V]):
+    """Evicts the entry whose k-th last reference is oldest, and the least recently used among equals.
+
+    - A reference is a `get`, `[]` or assignment of an entry held, and the assignment that inserts it; `in` is none.
+      References less than `correlated` after the previous one to the same key belong to it.
+    - The references to `history` times as many keys as are held (and HISTORY_FLOOR) outlive their eviction or
+      deletion; those that went first are forgotten first.
+    - `correlated` and `horizon` are in the timer's units; the timer never goes back.
+
+    The heap has each entry under an order that it had once. As references only raise an entry's order, that is a
+    lower bound, corrected when it comes to the top: a hit costs O(1), an eviction O(log n) amortised.
+    """
+
+    def __init__(
+        self,
+        maxsize: float,
+        getsizeof: Callable[[V], float] | None = None,
+        *,
+        k: int = 2,
+        correlated: float = 0.0,
+        history: float = 8.0,
+        horizon: float = math.inf,
+        timer: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if k < 1 or correlated < 0 or history < 0 or horizon < 0:
+            raise ValueError("k must be positive; correlated, history and horizon must be non-negative")
+        super().__init__(maxsize, getsizeof)
+        self._k = k
+        self._correlated = correlated
+        self._history = history
+        self._horizon = horizon
+        self._timer = timer
+        self._turn = 0
+        self._held: dict[K, _Past] = {}
+        self._gone: OrderedDict[K, _Past] = OrderedDict()
+        self._heap: list[tuple[float, int, K]] = []
+
+    def __getitem__(self, key: K) -> V:
+        if key in self._held:  # else __missing__ may insert it, which is a reference by itself
+            self._refer(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        self._refer(key)
+
+    def __delitem__(self, key: K) -> None:
+        super().__delitem__(key)
+        self._gone[key] = self._held.pop(key)
+        while len(self._gone) > self._history * len(self._held) + HISTORY_FLOOR:
+            self._gone.popitem(last=False)
+
+    def popitem(self) -> tuple[K, V]:
+        """Evict, which is no reference. Raises KeyError when the cache is empty."""
+        key = self._oldest()
+        value = super().__getitem__(key)
+        del self[key]
+        return key, value
+
+    def victims(self, need: float) -> list[K]:
+        """The keys to delete, in order, so that `need` more fits; nothing is deleted or referenced.
+
+        The next call names the same ones until they are deleted. Raises ValueError if `need` can never fit.
+        """
+        if need > self.maxsize:
+            raise ValueError("value too large")
+        room = self.maxsize - self.currsize
+        named: dict[K, tuple[float, int, K]] = {}
+        while room < need and len(named) < len(self):
+            key = self._oldest()
+            entry = heappop(self._heap)
+            if key not in named:
+                named[key] = entry
+                room += self.getsizeof(super().__getitem__(key))
+        for entry in named.values():
+            heappush(self._heap, entry)
+        return list(named)
+
+    def clear(self) -> None:
+        """Drop everything, history too."""
+        super().clear()
+        self._held.clear()
+        self._gone.clear()
+        self._heap.clear()
+
+    def _refer(self, key: K) -> None:
+        now = self._timer()
+        self._turn += 1
+        held = self._held.get(key)
+        past = held or self._gone.pop(key, _UNKNOWN)
+        times = past.times if now - past.last < self._correlated else (*past.times, now)[-self._k :]
+        self._held[key] = _Past(times, now, self._turn)
+        if held is None:
+            self._enqueue(key)
+
+    def _order(self, key: K) -> tuple[float, int]:
+        """What is lowest is evicted first."""
+        times, last, turn = self._held[key]
+        return max(times[0] if len(times) == self._k else -math.inf, last - self._horizon), turn
+
+    def _enqueue(self, key: K) -> None:
+        heappush(self._heap, (*self._order(key), key))
+        if len(self._heap) > 2 * len(self._held) + HEAP_FLOOR:
+            self._heap = [(*self._order(each), each) for each in self._held]
+            heapify(self._heap)
+
+    def _oldest(self) -> K:
+        """The key to evict next, which is then at the top of the heap."""
+        while self._heap:
+            score, turn, key = self._heap[0]
+            if key not in self._held:
+                heappop(self._heap)
+            elif (order := self._order(key)) != (score, turn):
+                heapreplace(self._heap, (*order, key))
+            else:
+                return key
+        raise KeyError(f"{type(self).__name__} is empty")
