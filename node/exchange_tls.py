@@ -119,8 +119,8 @@ class _Writer:
     def small_waiting(self) -> int:
         return len(self._small)
 
-    async def run(self) -> None:
-        """Until the channel closes."""
+    async def run(self, scope: trio.CancelScope) -> None:
+        """Until the channel fails; cancels `scope` then, for who reads may be waiting for anything else."""
         try:
             while True:
                 if self._small:
@@ -129,8 +129,9 @@ class _Writer:
                     await self._channel.send_all(*self._next_large())
                 else:
                     await self._work.park()
-        except PeerUnavailableError:
-            self._channel.close()  # wakes the reader, which ends the connection
+        except PeerUnavailableError as error:
+            log.debug("writing ended: %s", error)
+            scope.cancel()
 
     def _next_small(self) -> bytes:
         heads, size = [], 0
@@ -403,10 +404,11 @@ class TlsExchange:
             reader = await self._dial(connection.peer, connection.lane)
         except PeerUnavailableError as error:
             return error
+        reason: ShoalError = PeerUnavailableError(f"{connection.peer} takes nothing more")
         try:
             async with trio.open_nursery() as nursery:
                 writer = _Writer(reader.channel)
-                nursery.start_soon(writer.run)
+                nursery.start_soon(writer.run, nursery.cancel_scope)
                 connection.connected(writer)
                 reason = await self._read_replies(connection, reader)
                 nursery.cancel_scope.cancel()
@@ -527,7 +529,7 @@ class TlsExchange:
         try:
             with connection.scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(writer.run)
+                    nursery.start_soon(writer.run, nursery.cancel_scope)
                     nursery.start_soon(connection.at_work.keep_alive, partial(self._say_waiting, connection))
                     reason = await self._read_requests(connection, reader, nursery)
                     nursery.cancel_scope.cancel()

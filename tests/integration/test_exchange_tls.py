@@ -1,0 +1,457 @@
+"""The bulk channel against peers that do what ours never would, on loopback."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import msgspec
+import pytest
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from node.certificates import Authority, Credentials, own_authority, peer_of
+from node.config import HostPort
+from node.exchange import Answer, Lane
+from node.exchange_tls import Limits, Timing, TlsExchange
+from node.identity import Identity
+from protocol import wire
+from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
+from protocol.ids import BLOCK_SIZE, PeerId
+from protocol.members import Member
+from protocol.messages import BlockFound, Done, GetBlock, Holders, Ping, Pong, Request
+from protocol.records import Record
+
+DIGEST = "sha256:" + "ab" * 32
+PING, PONG = Ping(()), Pong(())
+GET = GetBlock(DIGEST, 0, BLOCK_SIZE)
+RECORD = Record(DIGEST, 0, BLOCK_SIZE, BLOCK_SIZE, bytes(32), PeerId("12D3KooW"), bytes(64))
+BLOCK = bytes(range(256)) * 4096
+TIMING = Timing(
+    connect_s=0.5, handshake_s=0.5, retry_s=0.05, waiting_first_s=0.05, waiting_every_s=0.05, stall_s=0.3, quiet_s=0.2
+)
+
+
+async def answer_all(peer: PeerId, request: Request) -> Answer:
+    return Answer(BlockFound(RECORD), BLOCK) if isinstance(request, GetBlock) else Answer(PONG)
+
+
+class Cluster:
+    """Members of one authority: real exchanges, and raw ones that say what a test tells them to."""
+
+    def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
+        self.nursery = nursery
+        self.authority: Authority = own_authority(folder)
+        self.members: dict[PeerId, Member] = {}
+
+    def credentials(self) -> Credentials:
+        return Credentials.issued(self.authority, Identity.of(Ed25519PrivateKey.generate()), "")
+
+    def locate(self, peer: PeerId, *addresses: str) -> None:
+        self.members[peer] = Member(peer, "node", "site", addresses)
+
+    def exchange(self, credentials: Credentials | None = None, *, port: int = 0, **changes: Any) -> Node:
+        credentials = credentials or self.credentials()
+        arguments: dict[str, Any] = {"handler": answer_all, "timing": TIMING, "refused": lambda peer: False} | changes
+        exchange = TlsExchange(
+            credentials.server_context(), credentials.client_context(), peer_of,
+            listen=HostPort("127.0.0.1", port), locate=self.members.get, **arguments,
+        )  # fmt: skip
+        peer = credentials.identity.peer_id
+        self.locate(peer, str(exchange.address))
+        return Node(peer, exchange, credentials)
+
+    async def start(self, **changes: Any) -> Node:
+        node = self.exchange(**changes)
+        await self.nursery.start(node.run)
+        return node
+
+    async def serve_raw(self, serve: Callable[[Raw], Awaitable[None]]) -> PeerId:
+        """A member that listens, says hello and then does what `serve` says."""
+        credentials = self.credentials()
+
+        async def one(stream: trio.SSLStream[trio.SocketStream]) -> None:
+            raw = Raw(stream)
+            await raw.read_frame()
+            await raw.send(wire.encode_hello("bulk"))
+            await serve(raw)
+            stream.transport_stream.socket.close()
+
+        listeners = await self.nursery.start(
+            partial(trio.serve_ssl_over_tcp, one, 0, credentials.server_context(), host="127.0.0.1")
+        )
+        host, port = listeners[0].transport_listener.socket.getsockname()
+        self.locate(credentials.identity.peer_id, f"{host}:{port}")
+        return credentials.identity.peer_id
+
+    async def dial_raw(self, node: Node, context: ssl.SSLContext | None = None) -> Raw:
+        """A member (or another, by `context`) that connected and said nothing yet."""
+        address = node.exchange.address
+        transport = await trio.open_tcp_stream(address.host, address.port)
+        return Raw(trio.SSLStream(transport, context or self.credentials().client_context()))
+
+
+class Node:
+    def __init__(self, peer: PeerId, exchange: TlsExchange, credentials: Credentials) -> None:
+        self.peer = peer
+        self.exchange = exchange
+        self.credentials = credentials
+        self.scope = trio.CancelScope()
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with self.scope:
+            await self.exchange.run(task_status=task_status)
+
+    async def ask(self, peer: PeerId, message: Request, silence_s: float = 5.0) -> Answer:
+        return await self.exchange.request(peer, message, lane=Lane.BULK, silence_s=silence_s)
+
+
+class Raw:
+    def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        self.stream = stream
+
+    async def send(self, data: bytes) -> None:
+        await self.stream.send_all(data)
+
+    async def say(self, request_id: int, message: Any, body_length: int = 0) -> None:
+        header = msgspec.msgpack.encode((request_id, message))
+        await self.send(struct.pack(">II", len(header), body_length) + header)
+
+    async def read_frame(self) -> Any:
+        header_length, body_length = struct.unpack(">II", await self._read(8))
+        header = msgpack.unpackb(await self._read(header_length))
+        await self._read(body_length)
+        return header
+
+    async def ended(self) -> bool:
+        """Reads on until the other side closes."""
+        try:
+            while await self.stream.receive_some(65536):
+                pass
+        except trio.BrokenResourceError:
+            return True
+        return True
+
+    async def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            more = await self.stream.receive_some(size - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+
+def play(folder: Path, scenario: Callable[[Cluster], Awaitable[None]]) -> None:
+    async def main() -> None:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                await scenario(Cluster(nursery, folder))
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+HELLO = wire.encode_hello("bulk")
+PING_HEADER = msgpack.packb([1, [7, []]])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        struct.pack(">II", 10, 0) + bytes(10),
+        HELLO + b"\xff" * 8,
+        HELLO + struct.pack(">II", 5, 0) + b"\xc1" * 5,
+        HELLO + struct.pack(">II", len(PING_HEADER), 7) + PING_HEADER,
+        HELLO + HELLO,
+        HELLO + 2 * (struct.pack(">II", 4 + 75, 0) + msgpack.packb([1, [3, DIGEST]])[:79].ljust(79)),
+    ],
+    ids=["http", "zeros", "lengths", "header", "body with a request", "hello twice", "cut"],
+)
+def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one, two = await cluster.start(), await cluster.start()
+        assert await one.ask(two.peer, PING) == Answer(PONG)
+        raw = await cluster.dial_raw(two)
+        await raw.send(data)
+        assert await raw.ended()
+        assert await one.ask(two.peer, PING) == Answer(PONG)
+        assert two.exchange.statistics().connections_in == 1
+
+    play(tmp_path, scenario)
+
+
+def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
+    async def never(peer: PeerId, request: Request) -> Answer:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(handler=never, limits=Limits(requests=3))
+        for _ in range(2):  # what the first took is given back
+            raw = await cluster.dial_raw(node)
+            await raw.send(HELLO)
+            for request_id in (1, 2, 2):
+                await raw.say(request_id, PING)
+            assert await raw.ended()
+            assert node.exchange.statistics().requests_in == 0
+
+    play(tmp_path, scenario)
+
+
+def test_only_members_are_let_in(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        node, client = await cluster.start(), await cluster.start()
+        (tmp_path / "other").mkdir()
+        stranger = Credentials.issued(own_authority(tmp_path / "other"), client.credentials.identity, "")
+        nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        nobody.check_hostname, nobody.verify_mode = False, ssl.CERT_NONE
+        trusting = stranger.client_context()
+        trusting.verify_mode = ssl.CERT_NONE
+        for context in (nobody, trusting):
+            raw = await cluster.dial_raw(node, context)
+            with pytest.raises((trio.BrokenResourceError, EOFError)):  # noqa: PT012 # either may be the first to see it
+                await raw.send(HELLO)
+                await raw.read_frame()
+        cluster.exchange(stranger)  # listens, and is of another cluster
+        node = await cluster.start()
+        with pytest.raises(PeerUnavailableError):
+            await node.ask(stranger.identity.peer_id, PING, silence_s=1.0)
+        assert client.exchange.statistics().connections_in == 0
+
+    play(tmp_path, scenario)
+
+
+def test_a_client_that_says_nothing_is_dropped_in_time(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        node, client = await cluster.start(limits=Limits(handshakes=1)), await cluster.start(timing=Timing())
+        address = node.exchange.address
+        idle = await trio.open_tcp_stream(address.host, address.port)
+        assert await client.ask(node.peer, PING) == Answer(PONG)
+        assert await idle.receive_some(10) == b""
+
+    play(tmp_path, scenario)
+
+
+def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
+    async def half(raw: Raw) -> None:
+        request_id, _ = await raw.read_frame()
+        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        await raw.send(BLOCK[: BLOCK_SIZE // 2])
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(), await cluster.serve_raw(half)
+        with pytest.raises(PeerUnavailableError):
+            await node.ask(peer, GET)
+
+    play(tmp_path, scenario)
+
+
+def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(tmp_path: Path) -> None:
+    async def drip(raw: Raw) -> None:
+        request_id, _ = await raw.read_frame()
+        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        for start in range(0, BLOCK_SIZE, BLOCK_SIZE // 8):
+            await raw.send(BLOCK[start : start + BLOCK_SIZE // 8])
+            await trio.sleep(0.06)
+        request_id, _ = await raw.read_frame()
+        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        await raw.send(BLOCK[:-1])
+        await trio.sleep_forever()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(), await cluster.serve_raw(drip)
+        answer = await node.ask(peer, GET, silence_s=0.3)
+        assert answer == Answer(BlockFound(RECORD), BLOCK)
+        with pytest.raises(PeerUnavailableError):
+            await node.ask(peer, GET, silence_s=0.3)
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("offset", "message", "length"),
+    [(1, PONG, 0), (0, Holders(()), 0), (0, BlockFound(RECORD), BLOCK_SIZE - 1), (0, Done(), 1), (0, PING, 0)],
+    ids=["unasked", "other kind", "other length", "body without cause", "a request"],
+)
+def test_a_reply_out_of_place_is_misbehaviour(tmp_path: Path, offset: int, message: Any, length: int) -> None:
+    asked: list[int] = []
+
+    async def wrong_once(raw: Raw) -> None:
+        request_id, _ = await raw.read_frame()
+        asked.append(request_id)
+        if len(asked) == 1:
+            await raw.say(request_id + offset, message, length)
+        else:
+            await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+            await raw.send(BLOCK)
+        await raw.ended()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(), await cluster.serve_raw(wrong_once)
+        with pytest.raises(PeerMisbehavedError):
+            await node.ask(peer, GET)
+        assert (await node.ask(peer, GET)).body == BLOCK
+
+    play(tmp_path, scenario)
+
+
+def test_a_connection_on_which_nothing_comes_is_replaced(tmp_path: Path) -> None:
+    connections: list[Raw] = []
+
+    async def mute_first(raw: Raw) -> None:
+        connections.append(raw)
+        while len(connections) > 1:
+            request_id, _ = await raw.read_frame()
+            await raw.say(request_id, PONG)
+        await raw.ended()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(), await cluster.serve_raw(mute_first)
+        with pytest.raises(PeerUnavailableError):
+            await node.ask(peer, PING, silence_s=2 * TIMING.quiet_s)
+        assert await node.ask(peer, PING) == Answer(PONG)
+
+    play(tmp_path, scenario)
+
+
+def test_a_peer_that_does_not_read_is_dropped(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(limits=Limits(requests=64))
+        raw = await cluster.dial_raw(node)
+        await raw.send(HELLO)
+
+        async def ask_on() -> None:
+            for request_id in range(1 << 20):
+                await raw.say(request_id, GET)
+
+        with pytest.raises(trio.BrokenResourceError):
+            await ask_on()
+        await trio.testing.wait_all_tasks_blocked()
+        assert node.exchange.statistics().requests_in == 0
+        other = await cluster.start()
+        assert (await other.ask(node.peer, GET)).body == BLOCK
+
+    play(tmp_path, scenario)
+
+
+def test_an_address_that_passed_to_another_member_is_passed_over(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one, two, three = await cluster.start(), await cluster.start(), await cluster.start()
+        addresses = ["127.0.0.1:1", "not an address", "a\0b:1", str(three.exchange.address), str(two.exchange.address)]
+        cluster.locate(two.peer, *addresses)
+        assert await one.ask(two.peer, PING) == Answer(PONG)
+        cluster.locate(three.peer, *addresses[:3], str(two.exchange.address))
+        with pytest.raises(PeerUnavailableError, match="is there now"):
+            await one.ask(three.peer, PING)
+
+    play(tmp_path, scenario)
+
+
+def test_a_failure_is_remembered_until_the_member_moves_or_comes(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        timing = Timing(retry_s=1000.0)
+        one, two = await cluster.start(timing=timing), await cluster.start()
+        good = str(two.exchange.address)
+        cluster.locate(two.peer, "127.0.0.1:1")
+        for _ in range(2):
+            with pytest.raises(PeerUnavailableError):
+                await one.ask(two.peer, PING)
+        cluster.locate(two.peer, good)
+        assert await one.ask(two.peer, PING) == Answer(PONG)
+        one.exchange.disconnect(two.peer)
+        two.scope.cancel()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        with pytest.raises(PeerUnavailableError):
+            await one.ask(two.peer, PING)
+        again = await cluster.start(credentials=two.credentials, port=int(good.rpartition(":")[2]))
+        with pytest.raises(PeerUnavailableError):
+            await one.ask(two.peer, PING)
+        await again.ask(one.peer, PING)
+        assert await one.ask(two.peer, PING) == Answer(PONG)
+
+    play(tmp_path, scenario)
+
+
+def test_requests_at_once_share_one_connection(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one, two = await cluster.start(), await cluster.start()
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(one.ask, two.peer, GET)
+        asking, asked = one.exchange.statistics(), two.exchange.statistics()
+        assert (asking.connections_out, asking.connections_in, asking.requests_out) == (1, 0, 0)
+        assert (asked.connections_out, asked.connections_in, asked.requests_in) == (0, 1, 0)
+        assert asking.bytes_received == asked.traffic[one.peer].sent > 20 * BLOCK_SIZE
+        assert asking.traffic[two.peer].sent == asked.bytes_received < BLOCK_SIZE
+
+    play(tmp_path, scenario)
+
+
+def test_a_peer_has_only_so_many_connections(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one, two = await cluster.start(), await cluster.start(limits=Limits(connections_per_peer=2))
+        for lane in (Lane.BULK, Lane.URGENT):
+            await one.exchange.request(two.peer, PING, lane=lane, silence_s=5)
+        with pytest.raises(PeerUnavailableError):
+            await one.exchange.request(two.peer, PING, lane=Lane.CONTROL, silence_s=5)
+        other = await cluster.start()
+        assert await other.ask(two.peer, PING) == Answer(PONG)
+
+    play(tmp_path, scenario)
+
+
+def test_both_sides_close_idle_connections(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(timing=Timing(idle_s=0.05))
+        raw = await cluster.dial_raw(node)
+        await raw.send(HELLO)
+        assert await raw.ended()
+        assert node.exchange.statistics().connections_in == 0
+
+        closed = trio.Event()
+
+        async def answer_once(raw: Raw) -> None:
+            request_id, _ = await raw.read_frame()
+            await raw.say(request_id, PONG)
+            await raw.ended()
+            closed.set()
+
+        peer = await cluster.serve_raw(answer_once)
+        for _ in range(2):
+            closed = trio.Event()
+            assert await node.ask(peer, PING) == Answer(PONG)
+            await closed.wait()
+
+    play(tmp_path, scenario)
+
+
+def test_requests_without_answers_are_bounded(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one = await cluster.start(limits=Limits(pending_per_connection=3))
+        mute = cluster.exchange()
+        for _ in range(3):
+            with trio.move_on_after(0):
+                await one.ask(mute.peer, PING)
+        with pytest.raises(PeerUnavailableError, match="owes 3 answers"):
+            await one.ask(mute.peer, PING)
+
+    play(tmp_path, scenario)
+
+
+def test_an_address_in_use_is_named(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(BadInputError, match=str(port)):
+                cluster.exchange(port=port)
+
+    play(tmp_path, scenario)
