@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from node.objects import Source
-from protocol.ids import Digest, ObjectRef, PeerId
+from protocol.ids import Digest, PeerId
 
 MAX_OBJECTS = 1024
 MAX_BLOCKS = 1 << 18
@@ -32,12 +32,12 @@ class Ledger:
         self._bytes = dict.fromkeys(Source, 0)
         self._requests = dict.fromkeys(Source, 0)
 
-    def note(self, ref: ObjectRef, index: int, read: Read, served: int) -> None:
+    def note(self, digest: Digest, index: int, read: Read, served: int) -> None:
         """A client was given `served` bytes of this block."""
         self._bytes[read.source] += served
         self._requests[read.source] += 1
-        reads = self._objects.setdefault(ref.digest, {})
-        self._objects.move_to_end(ref.digest)
+        reads = self._objects.setdefault(digest, {})
+        self._objects.move_to_end(digest)
         self._blocks += index not in reads
         reads[index] = read
         while len(self._objects) > MAX_OBJECTS or (self._blocks > MAX_BLOCKS and len(self._objects) > 1):

@@ -1,0 +1,153 @@
+"""The node's answer to its clients: names by node/names.py, bytes block by block in order, with read-ahead."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager
+from typing import BinaryIO
+
+import trio
+
+from cache.store import Buffer
+from node.fetcher import Fetcher
+from node.ledger import Ledger, Read
+from node.locator import Locator
+from node.metrics import Metrics
+from node.names import Names
+from node.objects import Resolved, Source
+from node.seeder import BlockAddress, Obtained, Seeder, Site
+from node.single_flight import Ticket
+from protocol.errors import CorruptObjectError, ShoalError
+from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, Piece
+
+log = logging.getLogger(__name__)
+
+WINDOW = 16
+"""Blocks that one client's read has under way: enough to keep a quarter-speed uplink and four peers busy at once."""
+WINDOWS = 64
+"""The same over all clients, so that memory does not grow with their number; each may always have one."""
+
+Finished = Callable[[ObjectRef], None]
+
+
+class _Reading:
+    __slots__ = ("address", "since", "ticket")
+
+    def __init__(self, address: BlockAddress, ticket: Ticket[BlockId, Obtained]) -> None:
+        self.address, self.ticket, self.since = address, ticket, trio.current_time()
+
+
+class SiteLibrary:
+    """Implements node/objects.py's Library over the site and the registry."""
+
+    def __init__(
+        self, site: Site, names: Names, seeder: Seeder, fetcher: Fetcher, ledger: Ledger, metrics: Metrics,
+        finished: Finished,
+    ) -> None:  # fmt: skip
+        self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
+        self._ledger, self._metrics, self._finished = ledger, metrics, finished
+        self._under_way = 0
+
+    async def resolve(self, locator: Locator, reference: str) -> Resolved:
+        return await self._names.resolve(locator, reference)
+
+    async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[Buffer, None]:
+        if stop <= start:
+            return
+        whole = start == 0 and stop == ref.size
+        hasher = hashlib.new(ref.digest.algorithm) if whole else None
+        parts: list[bytes] = []
+        urgent = stop - start <= BLOCK_SIZE
+        readings: deque[_Reading] = deque()
+        following = start // BLOCK_SIZE
+        end = -(-stop // BLOCK_SIZE)
+        try:
+            for index in range(following, end):
+                while following < end and self._room(len(readings)):
+                    address = BlockAddress(locator, ref, following)
+                    readings.append(_Reading(address, self._fetcher.begin(address, urgent)))
+                    self._under_way += 1
+                    following += 1
+                data = await self._next(readings[0], start, stop)
+                if hasher is not None:
+                    hasher.update(data)
+                    if index == end - 1:
+                        await self._check(locator, ref, hasher.hexdigest())
+                if whole and locator.kind == "manifests":
+                    parts.append(bytes(data))
+                    if index == end - 1:
+                        self._names.learn(locator, b"".join(parts))
+                self._release(readings.popleft())
+                offset = index * BLOCK_SIZE
+                yield memoryview(data)[max(0, start - offset) : stop - offset]
+        finally:
+            while readings:
+                self._release(readings.popleft())
+
+    def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
+        found = self._site.tiers.open_sealed(digest)
+        if found is None:
+            return None
+        file, tier = found
+        self._note_range(digest, start, stop, Read(Source(tier), 0.0, 0, (), time.time()))
+        return file
+
+    def _room(self, own: int) -> bool:
+        return own == 0 or (own < WINDOW and self._under_way < WINDOWS)
+
+    def _release(self, reading: _Reading) -> None:
+        reading.ticket.release()
+        self._under_way -= 1
+
+    async def _next(self, reading: _Reading, start: int, stop: int) -> Buffer:
+        obtained = await reading.ticket.wait()
+        address = reading.address
+        seconds = trio.current_time() - reading.since
+        self._metrics.read(obtained.source, seconds)
+        for _ in range(obtained.retries):
+            self._metrics.retried(obtained.source)
+        offset = address.index * BLOCK_SIZE
+        served = min(stop, offset + address.length) - max(start, offset)
+        read = Read(obtained.source, seconds, obtained.retries, obtained.peers, time.time())
+        self._ledger.note(address.ref.digest, address.index, read, served)
+        return obtained.held.data
+
+    def _note_range(self, digest: Digest, start: int, stop: int, read: Read) -> None:
+        for index in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
+            offset = index * BLOCK_SIZE
+            served = min(stop, offset + BLOCK_SIZE) - max(start, offset)
+            self._ledger.note(digest, index, read, served)
+
+    async def _check(self, locator: Locator, ref: ObjectRef, found: str) -> None:
+        """Before the last block is given away: are these the bytes that the digest names?"""
+        if found == ref.digest.hex:
+            self._site.tiers.seal(ref)
+            self._finished(ref)
+            return
+        log.error("%s came with wrong bytes: reading it again from the registry", ref.digest)
+        await self._repair(locator, ref)
+        raise CorruptObjectError(f"{ref.digest}: its blocks did not make the object; they were dropped")
+
+    async def _repair(self, locator: Locator, ref: ObjectRef) -> None:
+        """Compare every block with the registry's; who signed a false record is quarantined, and the block dropped."""
+        for index in range(ref.block_count):
+            address = BlockAddress(locator, ref, index)
+            found = await self._site.tiers.get(Piece(address.block))
+            if found is None:
+                continue
+            try:
+                truth = await self._seeder.reread(address)
+            except ShoalError as error:
+                log.warning("%s #%d cannot be compared, and is dropped: %s", ref.digest, index, error)
+                await self._site.tiers.discard(Piece(address.block))
+                continue
+            record = found[0].record
+            if record.sha256 != truth.record.sha256:
+                await self._site.tiers.discard(Piece(address.block))
+                await self._site.tiers.put(Piece(address.block), truth.data, truth.record)
+                if record.signer != self._site.own:
+                    self._site.view.quarantine(record.signer, f"signed a false record of {ref.digest} #{index}")

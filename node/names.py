@@ -1,0 +1,269 @@
+"""What names stand for: tags and digests to descriptors, for the whole site, through one node that asks the registry.
+
+The first alive of a name's three homes asks the origin and remembers; the others ask it. A tag is as old as the
+registry's last word on it, wherever that was heard, so that two nodes never disagree for longer than its time to live.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from node.exchange import Answer, Lane
+from node.locator import Locator, is_digest
+from node.objects import Resolved
+from node.seeder import Seeder, Site
+from node.single_flight import SingleFlight
+from node.upstream import Upstreams
+from protocol import messages
+from protocol.errors import BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
+from protocol.ids import Digest, ObjectRef
+
+log = logging.getLogger(__name__)
+
+ASK_S = 5.0
+"""A home says `Waiting` while it asks the registry; silence this long is a home that is gone."""
+LAST_RESORT_MEMBERS = 16
+"""Asked for what they know when neither a home nor the registry answers."""
+MAX_MANIFEST_ENTRIES = 1024
+_MAX_ROWS = 100_000
+
+
+class _Descriptor(msgspec.Struct, frozen=True, rename="camel"):
+    digest: str
+    size: int
+    media_type: str = ""
+    platform: dict[str, Any] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The part of a manifest or an index that names other objects."""
+
+    config: _Descriptor | None = None
+    layers: tuple[_Descriptor, ...] = ()
+    manifests: tuple[_Descriptor, ...] = ()
+
+
+def parse_manifest(body: bytes) -> Manifest:
+    """Empty for what is no manifest of the two families; what it names is checked by whoever uses it."""
+    try:
+        return msgspec.json.decode(body, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return Manifest()
+
+
+def descriptors(manifest: Manifest, kind: str) -> Iterator[Resolved]:
+    """The well-formed descriptors of one kind, bounded."""
+    found = manifest.manifests if kind == "manifests" else (*filter(None, (manifest.config,)), *manifest.layers)
+    for one in found[:MAX_MANIFEST_ENTRIES]:
+        try:
+            yield Resolved(ObjectRef(Digest.parse(one.digest), one.size), one.media_type)
+        except BadInputError as error:
+            log.debug("descriptor left out: %s", error)
+
+
+class NameTable:
+    """Names that this node learnt, in SQLite: they outlive a restart, and a registry that is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database.executescript(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
+            "CREATE TABLE IF NOT EXISTS name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
+            " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID;"
+        )
+
+    def close(self) -> None:
+        self._database.close()
+
+    def get(self, source: str, reference: str) -> Resolved | None:
+        row = self._database.execute(
+            "SELECT digest, size, media_type, confirmed FROM name WHERE source = ? AND reference = ?",
+            (source, reference),
+        ).fetchone()
+        return _resolved(*row) if row else None
+
+    def put(self, source: str, reference: str, resolved: Resolved) -> None:
+        self._database.execute(
+            "INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)",
+            (source, reference, str(resolved.ref.digest), resolved.ref.size, resolved.media_type,
+             time.time() - resolved.age_s),
+        )  # fmt: skip
+
+    def put_many(self, source: str, found: list[Resolved]) -> None:
+        """Digests stand for themselves; known ones are kept as they are."""
+        self._database.executemany(
+            "INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)",
+            [(source, str(r.ref.digest), str(r.ref.digest), r.ref.size, r.media_type, time.time()) for r in found],
+        )
+
+    def images(self) -> list[tuple[str, str, Resolved]]:
+        """(source, reference, what it stands for) of manifests, the newest first."""
+        rows = self._database.execute(
+            "SELECT source, reference, digest, size, media_type, confirmed FROM name"
+            " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000"
+        ).fetchall()
+        return [(row[0], row[1], _resolved(*row[2:])) for row in rows]
+
+    def trim(self) -> None:
+        """Forget the names that were confirmed longest ago."""
+        self._database.execute(
+            "DELETE FROM name WHERE confirmed < (SELECT confirmed FROM name ORDER BY confirmed DESC LIMIT 1 OFFSET ?)",
+            (_MAX_ROWS,),
+        )
+
+
+def _resolved(digest: str, size: int, media_type: str, confirmed: float) -> Resolved:
+    # A clock that was set back makes the age unknown: the name is asked for again as soon as can be.
+    age = time.time() - confirmed
+    return Resolved(ObjectRef(Digest.parse(digest), size), media_type, age if age >= 0 else 1e9)
+
+
+class Names:
+    def __init__(
+        self,
+        site: Site,
+        table: NameTable,
+        upstreams: Upstreams,
+        seeder: Seeder,
+        nursery: trio.Nursery,
+        ttl_s: float,
+        max_age_s: float,
+        served: Callable[[float], None],
+    ) -> None:
+        self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
+        self._ttl_s, self._max_age_s, self._served = ttl_s, max_age_s, served
+        self._asking: SingleFlight[tuple[str, str], Resolved] = SingleFlight(nursery, (ShoalError,))
+        self._origin: SingleFlight[tuple[str, str], Resolved] = SingleFlight(nursery, (ShoalError,))
+
+    async def resolve(self, locator: Locator, reference: str) -> Resolved:
+        """For a client of this node. Raises NotFoundError, DeniedError or UnavailableError."""
+        found = self._fresh(locator, reference)
+        if found is None:
+            key = (str(locator), reference)
+            found = await self._asking.do(key, lambda: self._ask_site(locator, reference))
+        if not is_digest(reference):
+            self._served(found.age_s)
+        return found
+
+    async def handle(self, request: messages.Resolve) -> Answer:
+        """For a member."""
+        locator = Locator.parse(request.source)
+        found = self._fresh(locator, request.reference)
+        if found is None and request.reach == 0:
+            found = self._usable(locator, request.reference)
+            if found is None:
+                return Answer(messages.Failed("not-held", "not known here"))
+        if found is None:
+            found = await self._ask_origin(locator, request.reference)
+        return Answer(messages.Resolved(str(found.ref.digest), found.ref.size, found.media_type, found.age_s))
+
+    def learn(self, locator: Locator, body: bytes) -> None:
+        """A manifest was read: what it names needs not be asked for."""
+        manifest = parse_manifest(body)
+        for kind in ("manifests", "blobs"):
+            self._table.put_many(
+                str(Locator(locator.upstream, locator.repository, kind)),  # type: ignore[arg-type] # both literals
+                list(descriptors(manifest, kind)),
+            )
+
+    def known(self, locator: Locator, reference: str) -> Resolved | None:
+        """What this node remembers, however old."""
+        return self._table.get(str(locator), reference)
+
+    def images(self) -> list[tuple[str, str, Resolved]]:
+        return self._table.images()
+
+    def _fresh(self, locator: Locator, reference: str) -> Resolved | None:
+        found = self.known(locator, reference)
+        return found if found and (is_digest(reference) or found.age_s < self._ttl_s) else None
+
+    def _usable(self, locator: Locator, reference: str) -> Resolved | None:
+        """Stale, but within the age limit: for when nobody knows better."""
+        found = self.known(locator, reference)
+        return found if found and (is_digest(reference) or found.age_s < self._max_age_s) else None
+
+    async def _ask_site(self, locator: Locator, reference: str) -> Resolved:
+        site, now = self._site, trio.current_time()
+        homes = site.placement().name_homes(f"{locator}@{reference}")
+        for home in homes:
+            if home == site.own:
+                break
+            if site.health.avoided(home, now):
+                continue
+            try:
+                return await self._ask_member(home, locator, reference, reach=1)
+            except UnavailableError:
+                break
+            except (NotFoundError, DeniedError):
+                raise
+            except ShoalError as error:
+                log.debug("name home %s: %s", home, error)
+        try:
+            return await self._ask_origin(locator, reference)
+        except UnavailableError:
+            found = await self._ask_everybody(locator, reference)
+            if found is None:
+                raise
+            return found
+
+    async def _ask_member(self, peer: str, locator: Locator, reference: str, reach: int) -> Resolved:
+        question = messages.Resolve(str(locator), reference, reach)
+        answer = await self._seeder.ask(peer, question, Lane.URGENT, ASK_S)  # type: ignore[arg-type] # a peer id
+        message = answer.message
+        if not isinstance(message, messages.Resolved):
+            raise UnavailableError(f"{peer} does not tell what {reference} is")
+        digest = Digest.parse(message.digest)
+        if is_digest(reference) and str(digest) != reference:
+            raise UnavailableError(f"{peer} tells another digest than {reference}")
+        found = Resolved(ObjectRef(digest, message.size), message.media_type, max(0.0, message.age_s))
+        self._table.put(str(locator), reference, found)
+        return found
+
+    async def _ask_everybody(self, locator: Locator, reference: str) -> Resolved | None:
+        """The last resort, without any home or registry: the youngest answer of those who know."""
+        answers: list[Resolved] = []
+
+        async def ask(peer: str) -> None:
+            try:
+                answers.append(await self._ask_member(peer, locator, reference, reach=0))
+            except ShoalError as error:
+                log.debug("%s: %s", peer, error)
+
+        others = [member.peer_id for member in self._site.view.site if member.peer_id != self._site.own]
+        async with trio.open_nursery() as nursery:
+            for peer in others[:LAST_RESORT_MEMBERS]:
+                nursery.start_soon(ask, peer)
+        if not answers:
+            return None
+        youngest = min(answers, key=lambda found: found.age_s)
+        self._table.put(str(locator), reference, youngest)
+        return youngest
+
+    async def _ask_origin(self, locator: Locator, reference: str) -> Resolved:
+        return await self._origin.do((str(locator), reference), lambda: self._revalidate(locator, reference))
+
+    async def _revalidate(self, locator: Locator, reference: str) -> Resolved:
+        known = self.known(locator, reference)
+        try:
+            found, body = await self._upstreams.resolve(locator, reference, known)
+        except UnavailableError as error:
+            stale = self._usable(locator, reference)
+            if stale is None:
+                raise
+            log.warning("%s@%s is served %.0f s old: %s", locator, reference, stale.age_s, error)
+            return stale
+        self._table.put(str(locator), reference, found)
+        if locator.kind == "manifests":
+            self._table.put(str(locator), str(found.ref.digest), found)
+        if body is not None:
+            await self._seeder.admit(locator, found.ref, body)
+            self.learn(locator, body)
+        return found
