@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tests.support import image as images
 from tests.support import registry as registries
-from tests.support.pull import Pull, skopeo_installed, verify
+from tests.support.pull import Pull, best_tool, pull_with, verify
 from tests.support.site import UPSTREAM, site
 
 REPOSITORY, TAG = "demo/app", "v1"
@@ -35,7 +35,7 @@ def timed(start: Callable[[Path], Pull], folder: Path, image: images.Image) -> f
 
 def main() -> int:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
-    clients = [False, *([True] if skopeo_installed() else [])]
+    tools = sorted({"built-in", best_tool()})
     folder = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
     table = Table("client", "registry s", "warm mirror s", "mirror / registry", title=f"medians of {rounds}")
     try:
@@ -46,13 +46,13 @@ def main() -> int:
             site(folder / "site", registry.url, 1) as (node,),
         ):
             registries.push(registry, image, REPOSITORY, TAG)
-            for skopeo in clients:
+            for tool in tools:
 
-                def straight(into: Path, skopeo: bool = skopeo) -> Pull:
-                    return Pull(registry.url, REPOSITORY, TAG, into, skopeo=skopeo)
+                def straight(into: Path, tool: str = tool) -> Pull:
+                    return pull_with(tool, registry.url, REPOSITORY, TAG, into)
 
-                def mirror(into: Path, skopeo: bool = skopeo) -> Pull:
-                    return Pull(node.mirror, f"{UPSTREAM}/{REPOSITORY}", TAG, into, skopeo=skopeo)
+                def mirror(into: Path, tool: str = tool) -> Pull:
+                    return pull_with(tool, node.mirror, f"{UPSTREAM}/{REPOSITORY}", TAG, into)
 
                 timed(mirror, folder / "out", image)
                 timed(straight, folder / "out", image)
@@ -61,8 +61,7 @@ def main() -> int:
                     for _ in range(rounds)
                 ]
                 direct, mirrored = (statistics.median(column) for column in zip(*pairs, strict=True))
-                name = "skopeo" if skopeo else "built-in"
-                table.add_row(name, f"{direct:.3f}", f"{mirrored:.3f}", f"{mirrored / direct:.2f}")
+                table.add_row(tool, f"{direct:.3f}", f"{mirrored:.3f}", f"{mirrored / direct:.2f}")
         Console().print(f"image of {image.size / 1e6:.0f} MB, everything on this machine", table)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,7 @@ from tests.support import image as images
 from tests.support import registry as registries
 from tests.support.processes import wait_for
 from tests.support.proxy import CountingProxy
-from tests.support.pull import Pull, skopeo_installed, verify, wait_all
+from tests.support.pull import Pull, best_tool, pull_with, verify, wait_all
 from tests.support.site import UPSTREAM, Node, site
 
 REPOSITORY = "demo/app"
@@ -81,22 +81,19 @@ def build_image(folder: Path) -> images.Image:
     return images.build(folder, layers, command=["/bin/sh", "-c", "echo hello"])
 
 
-def pull_all(
-    phase: str, bases: dict[str, str], repository: str, image: images.Image, folder: Path
-) -> tuple[list[Pull], list[str]]:
-    names = list(bases)
-    pulls = [
-        Pull(bases[name], repository, TAG, folder / f"{phase}-{name}".replace(" ", "-"), skopeo=skopeo_installed())
-        for name in names
-    ]
-    return pulls, names
+def start_pulls(phase: str, bases: dict[str, str], repository: str, folder: Path) -> dict[str, Pull]:
+    """One client for each of `bases`, which are URLs by name; all at once."""
+    return {
+        name: pull_with(best_tool(), base, repository, TAG, folder / f"{phase}-{name}".replace(" ", "-"))
+        for name, base in bases.items()
+    }
 
 
-def finish(phase: str, pulls: Sequence[Pull], names: Sequence[str], image: images.Image) -> list[Pulled]:
+def finish(phase: str, pulls: dict[str, Pull], image: images.Image) -> list[Pulled]:
     """Wait, hash everything that was written, and remove it."""
-    wait_all(list(pulls))
+    wait_all(list(pulls.values()))
     done = []
-    for pull, name in zip(pulls, names, strict=True):
+    for name, pull in pulls.items():
         done.append(Pulled(name, phase, pull.seconds, verify(pull.folder, image), len(image.blobs) + 1))
         shutil.rmtree(pull.folder)
     return done
@@ -117,7 +114,7 @@ def run_demo(folder: Path, stack: ExitStack) -> bool:
     else:
         step("docker-registry can't be had here: a small embedded read-only origin takes its place")
         origin = stack.enter_context(registries.embedded_origin(image, REPOSITORY, TAG, folder / "registry"))
-    client = "skopeo" if skopeo_installed() else "the built-in client (skopeo is not installed)"
+    client = "skopeo" if best_tool() == "skopeo" else "the built-in client (skopeo is not installed)"
     proxy = stack.enter_context(CountingProxy(origin.host, origin.port, rate=UPLINK))
     step(f"{origin.kind} at {origin.url}, behind a counting proxy that lets {UPLINK * 8 / 1e6:.0f} Mbit/s through")
 
@@ -153,29 +150,29 @@ def run_demo(folder: Path, stack: ExitStack) -> bool:
 
 def _first_phase(folder: Path, nodes: Sequence[Node], image: images.Image, client: str) -> list[Pulled]:
     step(f"first pull: {client} reads the image through node-1, node-2 and node-3 at once; nobody has any of it")
-    pulls, names = pull_all("cold", {n.name: n.mirror for n in nodes[:3]}, f"{UPSTREAM}/{REPOSITORY}", image, folder)
-    return finish("cold", pulls, names, image)
+    pulls = start_pulls("cold", {node.name: node.mirror for node in nodes[:3]}, f"{UPSTREAM}/{REPOSITORY}", folder)
+    return finish("cold", pulls, image)
 
 
 def _second_phase(folder: Path, nodes: Sequence[Node], image: images.Image) -> tuple[list[Pulled], bool]:
     """Whether both clients were still reading when the node died is the second value."""
     step("second pull: through node-4 and node-5; node-3 is killed (SIGKILL) in the middle of it")
-    pulls, names = pull_all("kill", {n.name: n.mirror for n in nodes[3:]}, f"{UPSTREAM}/{REPOSITORY}", image, folder)
+    pulls = start_pulls("kill", {node.name: node.mirror for node in nodes[3:]}, f"{UPSTREAM}/{REPOSITORY}", folder)
     wait_for(
         "both clients read",
-        lambda: all(pull.written() > KILL_AT * image.size or not pull.running for pull in pulls),
+        lambda: all(pull.written() > KILL_AT * image.size or not pull.running for pull in pulls.values()),
         seconds=60,
     )
     nodes[2].kill()
-    in_the_middle = all(pull.running for pull in pulls)
-    return finish("with a node killed", pulls, names, image), in_the_middle
+    in_the_middle = all(pull.running for pull in pulls.values())
+    return finish("with a node killed", pulls, image), in_the_middle
 
 
 def _straight(folder: Path, origin: registries.Registry, image: images.Image, stack: ExitStack) -> list[Pulled]:
     proxy = stack.enter_context(CountingProxy(origin.host, origin.port, rate=UPLINK))
     clients = {f"client {number}": proxy.url for number in (1, 2, 3)}
-    pulls, names = pull_all("straight", clients, REPOSITORY, image, folder)
-    return finish("straight from the registry", pulls, names, image)
+    pulls = start_pulls("straight", clients, REPOSITORY, folder)
+    return finish("straight from the registry", pulls, image)
 
 
 def pulls_table(pulled: Sequence[Pulled]) -> Table:

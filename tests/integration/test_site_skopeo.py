@@ -9,7 +9,7 @@ import pytest
 from tests.support.clients import REPOSITORY, TAG, pull_through
 from tests.support.image import Image
 from tests.support.proxy import CountingProxy
-from tests.support.pull import Pull, verify
+from tests.support.pull import pull_with_skopeo, verify
 from tests.support.site import UPSTREAM, Node, site
 
 MAX_COPIES = 1.05
@@ -62,6 +62,6 @@ def test_the_mirror_of_a_registries_conf_serves_by_tag_and_by_digest(
         )
         for name, reference in (("tag", TAG), ("digest", image.index.digest)):
             repository = REPOSITORY.removeprefix(f"{UPSTREAM}/")
-            pull = Pull(UPSTREAM, repository, reference, folder / name, env={"CONTAINERS_REGISTRIES_CONF": str(conf)})
+            pull = pull_with_skopeo(UPSTREAM, repository, reference, folder / name, registries_conf=conf)
             pull.wait()
             verify(pull.folder, image)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.image import Image
-from tests.support.pull import Pull, verify, wait_all
+from tests.support.pull import Pull, pull_with_skopeo, verify, wait_all
 from tests.support.site import UPSTREAM, Node
 
 REPOSITORY = f"{UPSTREAM}/demo/app"
@@ -16,7 +16,7 @@ TAG = "v1"
 def start_pulls(nodes: Sequence[Node], folder: Path, reference: str = TAG) -> list[Pull]:
     """One skopeo for each node, all at once; `folder` is new for each call."""
     folder.mkdir(parents=True)
-    return [Pull(node.mirror, REPOSITORY, reference, folder / node.name) for node in nodes]
+    return [pull_with_skopeo(node.mirror, REPOSITORY, reference, folder / node.name) for node in nodes]
 
 
 def finish_pulls(pulls: Sequence[Pull], image: Image) -> list[float]:

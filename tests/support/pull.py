@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,28 +33,17 @@ class PullFailedError(AssertionError):
     """The client said so, or what it wrote is not the image."""
 
 
-def skopeo_installed() -> bool:
-    return shutil.which("skopeo") is not None
-
-
 class Pull:
     """One running client. `wait` returns the seconds that it took."""
 
-    def __init__(
-        self, base: str, repository: str, reference: str, folder: Path, *,
-        skopeo: bool = True, env: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        """`base` is `http://host:port` of a mirror or a registry, or with `env` (registries.conf) a registry's name."""
+    def __init__(self, command: Sequence[str | Path], folder: Path) -> None:
+        """`command` writes the image to `folder`; what it says is beside it, in `folder`.log."""
         self.folder = folder
         self.seconds = 0.0
         self._log = folder.with_suffix(".log")
-        command = skopeo_command if skopeo else built_in_command
         self._started = time.monotonic()
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command(base, repository, reference, folder),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})},
-            )  # fmt: skip
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     @property
     def running(self) -> bool:
@@ -86,15 +75,30 @@ def wait_all(pulls: list[Pull]) -> list[float]:
         return list(pool.map(Pull.wait, pulls))
 
 
-def skopeo_command(base: str, repository: str, reference: str, folder: Path) -> list[str]:
+def pull_with_skopeo(
+    base: str, repository: str, reference: str, folder: Path, *, registries_conf: Path | None = None
+) -> Pull:
+    """`base` is `http://host:port` of a mirror or a registry, or with `registries_conf` a registry's name."""
     separator = "@" if ":" in reference else ":"
     source = f"docker://{base.removeprefix('http://')}/{repository}{separator}{reference}"
     options = ["--insecure-policy", "--override-os=linux", f"--override-arch={ARCHITECTURE}"]
-    return ["skopeo", *options, "copy", "--quiet", "--src-tls-verify=false", source, f"dir:{folder}"]
+    if registries_conf:
+        options.append(f"--registries-conf={registries_conf}")
+    return Pull(["skopeo", *options, "copy", "--quiet", "--src-tls-verify=false", source, f"dir:{folder}"], folder)
 
 
-def built_in_command(base: str, repository: str, reference: str, folder: Path) -> list[str]:
-    return [sys.executable, "-m", "tests.support.pull", f"{base}/{repository}", reference, str(folder)]
+def pull_built_in(base: str, repository: str, reference: str, folder: Path) -> Pull:
+    return Pull([sys.executable, "-m", "tests.support.pull", f"{base}/{repository}", reference, folder], folder)
+
+
+def pull_with(tool: str, base: str, repository: str, reference: str, folder: Path) -> Pull:
+    """`tool` is "skopeo" or "built-in"."""
+    start = pull_with_skopeo if tool == "skopeo" else pull_built_in
+    return start(base, repository, reference, folder)
+
+
+def best_tool() -> str:
+    return "skopeo" if shutil.which("skopeo") else "built-in"
 
 
 def verify(folder: Path, image: Image) -> int:
