@@ -32,36 +32,38 @@ class ContentTier(FileStore, Protocol):
 class Tiers:
     """Reads ask memory, disk, containerd in this order; a block that containerd holds is not written to disk."""
 
-    def __init__(self, memory: BlockStore, disk: DiskTier, containerd: ContentTier) -> None:
-        self.memory, self.disk, self.containerd = memory, disk, containerd
-        self._all: Mapping[Tier, BlockStore] = {"memory": memory, "disk": disk, "containerd": containerd}
+    def __init__(self, memory: BlockStore, disk: DiskTier, containerd: ContentTier | None) -> None:
+        self._memory, self._disk, self._containerd = memory, disk, containerd
+        self.stores: Mapping[Tier, BlockStore] = {"memory": memory, "disk": disk}
+        if containerd is not None:
+            self.stores = {**self.stores, "containerd": containerd}
 
     async def get(self, piece: Piece) -> tuple[Held, Tier] | None:
-        for tier, store in self._all.items():
+        for tier, store in self.stores.items():
             held = await store.get(piece)
             if held is not None:
                 if tier != "memory" and piece.shard is None:
-                    await self.memory.put(piece, held.data, held.record)
+                    await self._memory.put(piece, held.data, held.record)
                 return held, tier
         return None
 
     async def put(self, piece: Piece, data: Buffer, record: Record) -> None:
         """Stores where there is room; bytes that no tier takes are lost to nobody, since the caller has them."""
-        await self.memory.put(piece, data, record)
-        if not self.containerd.has_object(piece.block.digest):
-            await self.disk.put(piece, data, record)
+        await self._memory.put(piece, data, record)
+        if not self._in_containerd(piece.block.digest):
+            await self._disk.put(piece, data, record)
 
     async def discard(self, piece: Piece) -> None:
-        await self.memory.discard(piece)
-        await self.disk.discard(piece)
+        await self._memory.discard(piece)
+        await self._disk.discard(piece)
 
     def holds(self, piece: Piece) -> bool:
-        return any(store.holds(piece) for store in self._all.values())
+        return any(store.holds(piece) for store in self.stores.values())
 
     def holdings(self, digest: Digest) -> Holdings:
         blocks = 0
         shards: dict[Shard, int] = {}
-        for store in self._all.values():
+        for store in self.stores.values():
             held = store.holdings(digest)
             blocks |= held.blocks
             for shard, bits in held.shards.items():
@@ -69,25 +71,28 @@ class Tiers:
         return Holdings(blocks, shards)
 
     def objects(self) -> set[Digest]:
-        return {digest for store in self._all.values() for digest in store.objects()}
+        return {digest for store in self.stores.values() for digest in store.objects()}
 
     def statistics(self) -> dict[str, StoreStatistics]:
-        return {tier: store.statistics() for tier, store in self._all.items()}
+        return {tier: store.statistics() for tier, store in self.stores.items()}
 
     def seal(self, ref: ObjectRef) -> None:
         """The object's digest was just checked over what these tiers hold."""
-        self.disk.seal(ref)
+        self._disk.seal(ref)
 
     def open_sealed(self, digest: Digest) -> tuple[AbstractContextManager[BinaryIO], Tier] | None:
-        for tier, store in (("disk", self.disk), ("containerd", self.containerd)):
-            file = store.open_sealed(digest)
-            if file is not None:
-                return file, "disk" if tier == "disk" else "containerd"
-        return None
+        file = self._disk.open_sealed(digest)
+        if file is not None:
+            return file, "disk"
+        file = self._containerd.open_sealed(digest) if self._containerd else None
+        return (file, "containerd") if file is not None else None
+
+    def _in_containerd(self, digest: Digest) -> bool:
+        return self._containerd is not None and self._containerd.has_object(digest)
 
     async def drop_doubles(self) -> int:
         """Remove from disk what containerd has meanwhile stored itself; the number of objects removed."""
-        doubles = [digest for digest in self.disk.objects() if self.containerd.has_object(digest)]
+        doubles = [digest for digest in self._disk.objects() if self._in_containerd(digest)]
         for digest in doubles:
-            await self.disk.drop_object(digest)
+            await self._disk.drop_object(digest)
         return len(doubles)

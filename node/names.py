@@ -170,7 +170,7 @@ class Names:
         manifest = parse_manifest(body)
         for kind in ("manifests", "blobs"):
             self._table.put_many(
-                str(Locator(locator.upstream, locator.repository, kind)),  # type: ignore[arg-type] # both literals
+                str(Locator(locator.upstream, locator.repository, kind)),
                 list(descriptors(manifest, kind)),
             )
 

@@ -1,0 +1,295 @@
+"""p2pd: everything is constructed here, once, and runs in one nursery.
+
+The order is that of need: what is stored, who takes part, what carries requests, what answers them, what clients see.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import click
+import trio
+
+from cache.content_store import ContentStore
+from cache.disk import DiskStore
+from cache.memory import MemoryStore
+from cache.tiered import Tiers
+from node import mirror as mirror_module
+from node.addresses import bulk_addresses
+from node.announcer import Announcer
+from node.certificates import Credentials, load_authority, own_authority, peer_of
+from node.channel import tune_allocator
+from node.config import Config, HostPort, check, load, parse_duration, parse_floor, parse_host_port, parse_size
+from node.control import metrics_handler, serve_control
+from node.exchange import Answer
+from node.exchange_tls import TlsExchange
+from node.fetcher import Fetcher
+from node.http_server import Handler, Limits, serve_http
+from node.identity import Identity, load_or_create
+from node.ledger import Ledger
+from node.library import SiteLibrary
+from node.logs import configure
+from node.membership import Membership, MembershipService
+from node.metrics import Metrics
+from node.mirror import Mirror
+from node.names import Names, NameTable
+from node.notify import Notifier
+from node.operator import Operator, Parts
+from node.origin import Origin
+from node.remembered import RememberedPeers
+from node.seeder import Seeder, Site
+from node.swarm_libp2p import LibP2PSwarm
+from node.trust import Trust
+from node.upstream import Upstreams
+from node.version import version
+from node.view import View
+from protocol.directory import Directory
+from protocol.errors import BadInputError
+from protocol.health import Health
+from protocol.ids import ObjectRef, PeerId
+from protocol.members import Member
+from protocol.messages import Ping, PingRequest, Request, Resolve, Sync
+from protocol.placement import Placement
+from protocol.records import Record, make_record
+
+log = logging.getLogger(__name__)
+
+STOP_S = 15.0
+"""For running bodies to end, the index to be written and the members to be told; systemd is given longer."""
+
+
+class CurrentPlacement:
+    """The placement for the view as it is now, made anew when the view has changed."""
+
+    def __init__(self, view: View, k: int, m: int) -> None:
+        self._view, self._k, self._m = view, k, m
+        self._version = -1
+        self._placement = Placement(view.site, k, m)
+
+    def __call__(self) -> Placement:
+        if self._version != self._view.version:
+            self._version = self._view.version
+            self._placement = Placement(self._view.site, self._k, self._m)
+        return self._placement
+
+
+@dataclass(slots=True)
+class Dispatcher:
+    """Which part answers which request of a member."""
+
+    membership: MembershipService
+    names: Names
+    seeder: Seeder
+
+    async def __call__(self, peer: PeerId, request: Request) -> Answer:
+        match request:
+            case Ping() | PingRequest() | Sync():
+                return await self.membership.handle(peer, request)
+            case Resolve():
+                return await self.names.handle(request)
+            case _:
+                return await self.seeder.handle(peer, request)
+
+
+class _Late:
+    """The exchange is built before what answers its requests is; it serves nothing until that is there."""
+
+    target: Dispatcher
+
+    async def __call__(self, peer: PeerId, request: Request) -> Answer:
+        return await self.target(peer, request)
+
+
+async def _listeners(address: HostPort, key: str) -> list[trio.SocketListener]:
+    try:
+        return await trio.open_tcp_listeners(address.port, host=address.host)
+    except OSError as error:
+        raise BadInputError(f'{key} = "{address}": cannot listen there: {error.strerror or error}') from error
+
+
+def _data_dir(config: Config) -> Path:
+    path = Path(config.node.data_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise BadInputError(f"node.data_dir: cannot make {path}: {error.strerror}") from error
+    return path
+
+
+def _credentials(config: Config, data_dir: Path, identity: Identity) -> Credentials:
+    key = config.cluster.key
+    authority = load_authority(Path(key)) if key else own_authority(data_dir)
+    return Credentials.issued(authority, identity, config.node.name)
+
+
+def _record_for(identity: Identity) -> Callable[[ObjectRef, int, bytes], Record]:
+    def record_for(ref: ObjectRef, index: int, sha: bytes) -> Record:
+        return make_record(ref, index, sha, identity.peer_id, identity.sign)
+
+    return record_for
+
+
+async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
+    """The node, until `stop` is set. Raises BadInputError where the configuration cannot be carried out."""
+    started_at = trio.current_time()
+    data_dir = _data_dir(config)
+    identity = load_or_create(data_dir)
+    credentials = _credentials(config, data_dir, identity)
+    metrics, ledger, health, directory = Metrics(), Ledger(), Health(), Directory()
+    async with AsyncExitStack() as stack:
+        mirror_listeners = await _listeners(parse_host_port(config.mirror.listen, "mirror.listen"), "mirror.listen")
+        tiers = await _open_tiers(config, data_dir, identity, stack)
+        upstreams = await stack.enter_async_context(Upstreams(config.upstream, count=metrics.origin, rng=Random()))
+        table = NameTable(data_dir / "names.sqlite")
+        stack.callback(table.close)
+        work = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(work.cancel_scope.cancel)
+
+        bulk = parse_host_port(config.peers.bulk, "peers.bulk")
+        own = Member(identity.peer_id, config.node.name, config.node.site, bulk_addresses(bulk))
+        membership = Membership(own, int(time.time() * 1000), Random())
+        answers = _Late()
+        exchange = TlsExchange(
+            credentials.server_context(),
+            credentials.client_context(),
+            peer_of,
+            listen=bulk,
+            locate=membership.find,
+            refused=membership.is_quarantined,
+            handler=answers,
+        )
+        service = MembershipService(membership, exchange)
+        site = Site(
+            identity.peer_id,
+            membership,
+            CurrentPlacement(membership, config.peers.k, config.peers.m),
+            exchange,
+            health,
+            Trust(identity.peer_id, membership),
+            tiers,
+        )
+        seeder = Seeder(site, Origin(upstreams, work), directory, identity.sign, work)
+        names = Names(
+            site, table, upstreams, seeder, work,
+            parse_duration(config.mirror.tag_ttl, "mirror.tag_ttl"),
+            parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
+            metrics.tag_served,
+        )  # fmt: skip
+        answers.target = Dispatcher(service, names, seeder)
+        announcer = Announcer(site, seeder, directory, membership, table)
+        library = SiteLibrary(site, names, seeder, Fetcher(site, seeder, work), ledger, metrics, announcer.finished)
+        swarm = LibP2PSwarm(
+            credentials,
+            own=lambda: membership.own,
+            listen=config.peers.listen,
+            bootstrap=config.peers.bootstrap,
+            mdns=config.peers.mdns,
+            introduced=membership.introduced,
+            current=membership.current,
+        )
+        operator = Operator(
+            Parts(
+                config, site, membership, swarm, exchange, names, library, ledger, metrics, config.mirror.listen,
+                started_at,
+            )
+        )  # fmt: skip
+        metrics.watch_served(
+            lambda: {source.value: count for source, count in ledger.bytes_served.items()},
+            lambda: {source.value: count for source, count in ledger.requests.items()},
+        )
+        metrics.watch_cache(tiers.statistics)
+        metrics.watch_members(
+            lambda: len(membership.site) - 1, lambda: sum(bool(row.quarantine) for row in membership.table())
+        )
+
+        await work.start(exchange.run)
+        await work.start(service.run)
+        await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))
+        await work.start(announcer.run)
+        await work.start(swarm.run)
+        await work.start(partial(serve_control, operator, Path(config.control.socket)))
+        if config.control.metrics:
+            address = parse_host_port(config.control.metrics, "control.metrics")
+            await _serve(work, await _listeners(address, "control.metrics"), metrics_handler(metrics), Limits(), None)
+        handler = Mirror(library, upstreams.names, upstreams.passthrough).handle
+        async with trio.open_nursery() as serving:
+            await _serve(serving, mirror_listeners, handler, mirror_module.LIMITS, stop)
+            await work.start(notifier.watchdog)
+            notifier.ready(f"mirror on {config.mirror.listen}")
+            log.info("ready", extra={"mirror": config.mirror.listen, "peer_id": identity.peer_id})
+            await stop.wait()
+            notifier.stopping()
+            log.info("stopping")
+        with trio.move_on_after(STOP_S):
+            await service.leave()
+        work.cancel_scope.cancel()
+    log.info("stopped")
+
+
+async def _serve(
+    nursery: trio.Nursery,
+    listeners: list[trio.SocketListener],
+    handler: Handler,
+    limits: Limits,
+    stop: trio.Event | None,
+) -> None:
+    await nursery.start(partial(serve_http, listeners, handler, limits=limits, stop=stop))
+
+
+async def _open_tiers(config: Config, data_dir: Path, identity: Identity, stack: AsyncExitStack) -> Tiers:
+    share, least = parse_floor(config.cache.min_free, "cache.min_free")
+    disk = await stack.enter_async_context(
+        DiskStore.open(data_dir / "cache", parse_size(config.cache.disk, "cache.disk"), share, least)
+    )
+    memory = MemoryStore(parse_size(config.cache.memory, "cache.memory"), trio.current_time)
+    folder = config.cache.containerd_store
+    content = ContentStore(Path(folder), record_for=_record_for(identity)) if folder else None
+    return Tiers(memory, disk, content)
+
+
+async def _run_until_signal(config: Config) -> None:
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+
+            async def watch() -> None:
+                async for _ in signals:
+                    stop.set()
+                    return
+
+            nursery.start_soon(watch)
+            await run(config, Notifier(), stop)
+            nursery.cancel_scope.cancel()
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), help="The configuration file (TOML).")
+@click.option("--print-peer-id", is_flag=True, help="Print this node's peer id, making its key if need be, and exit.")
+@click.version_option(version(), prog_name="p2pd")
+def main(path: Path | None, print_peer_id: bool) -> None:
+    """Serve a pull-through registry mirror that shares blocks with the other nodes of its site."""
+    try:
+        config = load(path)
+        check(config)
+        if print_peer_id:
+            click.echo(load_or_create(_data_dir(config)).peer_id)
+            return
+        configure(config.node.log)
+        tune_allocator()
+        trio.run(_run_until_signal, config, strict_exception_groups=False)
+    except BadInputError as error:
+        click.echo(f"p2pd: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
