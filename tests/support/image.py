@@ -77,7 +77,7 @@ def blob_path(layout: Path, digest: str) -> Path:
 class _Hashing(io.RawIOBase):
     """A writable file that hashes what passes."""
 
-    def __init__(self, target: IO[bytes]) -> None:
+    def __init__(self, target: IO[bytes] | gzip.GzipFile) -> None:
         self.sha256 = hashlib.sha256()
         self.size = 0
         self._target = target

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tests.support.image import INDEX, blob_path
 
+CHUNK = 1 << 20
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
                 file.seek(start)
                 left = stop - start
                 while left:
-                    chunk = file.read(min(left, shutil.COPY_BUFSIZE))
+                    chunk = file.read(min(left, CHUNK))
                     self.wfile.write(chunk)
                     left -= len(chunk)
         return None

@@ -7,7 +7,7 @@ import http.client
 import shutil
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -66,7 +66,7 @@ def embedded_origin(image: Image, repository: str, tag: str, folder: Path) -> It
 
 
 @contextlib.contextmanager
-def _answering(registry: Registry, command: list[str | Path], folder: Path) -> Iterator[Registry]:
+def _answering(registry: Registry, command: Sequence[str | Path], folder: Path) -> Iterator[Registry]:
     log = folder / "log"
     with running(command, log) as process:
 
