@@ -163,6 +163,9 @@ class Membership:
         self._swim.synced(peer)
         self._settle()
 
+    def abandoned(self) -> None:
+        self._swim.abandoned()
+
     # What is to be said and done
 
     def updates_for(self, peer: PeerId) -> tuple[Update, ...]:
@@ -180,9 +183,9 @@ class Membership:
             now = trio.current_time()
             due = self._swim.due(now)
             if due <= now:
+                await trio.lowlevel.checkpoint()  # before the tick: what it returns must not be lost
                 actions = self._swim.tick(now)
                 self._settle()
-                await trio.lowlevel.checkpoint()
                 return actions
             self._touched = trio.Event()
             with trio.move_on_at(due):
@@ -214,11 +217,14 @@ class Gossiper:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Works until it is cancelled; a clean stop calls `leave` first."""
-        async with trio.open_nursery() as nursery:
-            task_status.started()
-            while True:
-                for action in await self._membership.next_actions():
-                    nursery.start_soon(self._perform, action)
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    for action in await self._membership.next_actions():
+                        nursery.start_soon(self._perform, action)
+        finally:
+            self._membership.abandoned()
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         """Raises DeniedError to the quarantined, BadInputError for requests that are not of membership."""

@@ -285,14 +285,13 @@ class Swim:
         and news."""
         about = self._known.get(peer)
         accused = about is not None and about.update.state is not State.ALIVE
-        told = [one for one in self._rumours.pick(self._config.piggyback) if one != peer]
+        told = self._rumours.pick(self._config.piggyback)
         if not accused:  # what is told to a dead peer is not counted as told
             self._rumours.count(told, self._config.retransmit_limit(len(self.site)))
-        updates = [self._own]
+        told = [one for one in told if one not in (peer, self._own.member.peer_id)]
         if about is not None and accused and not about.is_hint:
-            updates.append(about.update)
-        updates += [self._known[one].update for one in told if one != self._own.member.peer_id]
-        return tuple(updates)
+            told.insert(0, peer)
+        return (self._own, *(self._known[one].update for one in told))
 
     def take_changes(self) -> list[Change]:
         """What changed in the own site since the last call."""
@@ -356,6 +355,11 @@ class Swim:
     def synced(self, peer: PeerId) -> None:
         """The sync with `peer` ended, well or not."""
         self._syncing.discard(peer)
+
+    def abandoned(self) -> None:
+        """Nothing is under way any more: whoever did the I/O was cancelled."""
+        self._probing.clear()
+        self._syncing.clear()
 
     def doubt(self, peer: PeerId, now: float) -> None:
         """Something else found `peer` failing: probe it at once, at most once in each probe interval."""

@@ -1,0 +1,546 @@
+"""Sites of nodes in virtual time, over the in-memory exchange: what the membership promises, and how fast."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterable
+from hashlib import sha256
+from random import Random
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.exchange import Answer, Heard, Lane
+from node.exchange_memory import MemoryExchange, MemoryNetwork
+from node.membership import Gossiper, Membership
+from node.remembered import MAX_REMEMBERED, RememberedPeers
+from protocol.errors import BadInputError, DeniedError, PeerUnavailableError
+from protocol.ids import PeerId
+from protocol.members import Member, State, Update
+from protocol.messages import GetHoldings, Ping, PingRequest, Pong, Request
+from protocol.records import peer_id_of
+from protocol.swim import SwimConfig
+
+LATENCY_S = 0.002
+QUARANTINE_S = 300.0
+
+
+def member(index: int, generation: int = 0) -> Member:
+    peer = peer_id_of(sha256(str(index).encode()).digest())
+    return Member(peer, f"node-{index}", "lab", (f"10.0.{generation}.{index % 250}:4502",))
+
+
+class Node:
+    """One member: its membership, and the exchange with what the network does to it."""
+
+    def __init__(self, site: Site, own: Member, incarnation: int, config: SwimConfig | None) -> None:
+        self.site = site
+        self.own = own
+        self.membership = Membership(own, incarnation, Random(site.rng.random()), config, QUARANTINE_S)
+        self.exchange = MemoryExchange(
+            site.network, own.peer_id, refused=self.membership.is_quarantined, handler=self._handle
+        )
+        self.gossiper = Gossiper(self.membership, self)
+        self.scope = trio.CancelScope()
+        self.asked: list[PeerId] = []
+
+    async def request(
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard | None = None
+    ) -> Answer:
+        self.asked.append(peer)
+        if self.site.loses(self.own.peer_id, peer):
+            await trio.sleep(silence_s)
+            raise PeerUnavailableError("the request was lost")
+        answer = await self.exchange.request(peer, message, lane=lane, silence_s=silence_s, heard=heard)
+        if self.site.loses(peer, self.own.peer_id):
+            await trio.sleep(silence_s)
+            raise PeerUnavailableError("the answer was lost")
+        return answer
+
+    def disconnect(self, peer: PeerId) -> None:
+        self.exchange.disconnect(peer)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.exchange.run)
+                await nursery.start(self.gossiper.run)
+                task_status.started()
+
+    async def _handle(self, peer: PeerId, request: Request) -> Answer:
+        return await self.gossiper.handle(peer, request)
+
+    def sees(self) -> set[PeerId]:
+        return {one.peer_id for one in self.membership.site}
+
+
+class Site:
+    def __init__(self, nursery: trio.Nursery, seed: int) -> None:
+        self.nursery = nursery
+        self.rng = Random(seed)
+        self.network = MemoryNetwork(LATENCY_S)
+        self.loss = 0.0
+        self.islands: dict[PeerId, int] = {}
+        self.nodes: list[Node] = []
+
+    def loses(self, sender: PeerId, receiver: PeerId) -> bool:
+        return self.islands.get(sender, 0) != self.islands.get(receiver, 0) or self.rng.random() < self.loss
+
+    async def start(self, own: Member, incarnation: int = 1000, config: SwimConfig | None = None) -> Node:
+        node = Node(self, own, incarnation, config)
+        self.nodes.append(node)
+        await self.nursery.start(node.run)
+        return node
+
+    async def grow(self, count: int) -> None:
+        """`count` nodes, all introduced to the first, and the views agree."""
+        for index in range(count):
+            introduce(await self.start(member(index)), self.nodes[0])
+        await self.agree(15)
+
+    def kill(self, node: Node) -> None:
+        self.nodes.remove(node)
+        node.scope.cancel()
+
+    async def agree(self, within_s: float, among: list[Node] | None = None) -> float:
+        """Until each of `among` sees exactly these; returns how long that took."""
+        nodes = among if among is not None else self.nodes
+        wanted = {node.own.peer_id for node in nodes}
+        return await until(lambda: all(node.sees() == wanted for node in nodes), within_s)
+
+
+def introduce(node: Node, other: Node) -> None:
+    if node is not other:
+        node.membership.introduced(other.membership.current())
+        other.membership.introduced(node.membership.current())
+
+
+async def until(holds: Callable[[], bool], within_s: float) -> float:
+    started = trio.current_time()
+    while not holds():
+        assert trio.current_time() - started < within_s, f"not within {within_s} s"
+        await trio.sleep(0.02)
+    return trio.current_time() - started
+
+
+def run(scenario: Callable[[Site], Awaitable[None]], seed: int = 1) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await scenario(Site(nursery, seed))
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def states(node: Node) -> dict[PeerId, State]:
+    return {row.member.peer_id: row.state for row in node.membership.table()}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+def test_nodes_with_one_bootstrap_find_each_other(count: int) -> None:
+    async def scenario(site: Site) -> None:
+        for index in range(count):
+            introduce(await site.start(member(index)), site.nodes[0])
+        took = await site.agree(3)
+        for node in site.nodes:
+            view = [one.peer_id for one in node.membership.site]
+            assert view == sorted(view)
+            assert set(node.membership.current()) == set(node.membership.site)
+        print(f"{count} nodes agree after {took:.2f} s")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(2, 10), (5, 30), (20, 6)])
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_dead_node_leaves_every_view_within_10_s(count: int, seeds: int, silent: bool) -> None:
+    times = []
+
+    async def scenario(site: Site) -> None:
+        await site.grow(count)
+        await trio.sleep(site.rng.random() * 5)
+        victim = site.nodes[site.rng.randrange(count)]
+        if silent:
+            site.network.stop(victim.own.peer_id)
+            site.nodes.remove(victim)
+        else:
+            site.kill(victim)
+        times.append(await site.agree(10))
+
+    for seed in range(seeds):
+        run(scenario, seed)
+    print(f"{count} nodes, silent={silent}: mean {sum(times) / len(times):.2f} s, max {max(times):.2f} s")
+    assert max(times) < 10
+
+
+@pytest.mark.parametrize("pause_s", [1.5, 20.0, 400.0])
+def test_a_stopped_node_is_back_within_10_s_of_resuming(pause_s: float) -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(5)
+        victim = site.nodes[2]
+        site.network.stop(victim.own.peer_id)
+        await trio.sleep(pause_s)
+        site.network.resume(victim.own.peer_id)
+        took = await site.agree(10)
+        print(f"back {took:.2f} s after a pause of {pause_s} s")
+
+    run(scenario)
+
+
+def test_both_sides_of_a_partition_go_on_and_join_again() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(10)
+        left, right = site.nodes[:4], site.nodes[4:]
+        site.islands = {node.own.peer_id: 1 for node in left}
+        await site.agree(12, left)
+        await site.agree(12, right)
+        await trio.sleep(60)
+        site.islands = {}
+        took = await site.agree(10)
+        print(f"healed after {took:.2f} s")
+
+    run(scenario)
+
+
+def test_nobody_is_dropped_by_mistake_at_5_percent_loss(caplog: pytest.LogCaptureFixture) -> None:
+    """Each message of each direction is lost with 5 %: a ping fails with 9.75 %."""
+    suspicions = []
+
+    async def scenario(site: Site) -> None:
+        await site.grow(10)
+        site.loss = 0.05
+        caplog.clear()
+        versions = [node.membership.version for node in site.nodes]
+        await trio.sleep(600)
+        assert [node.membership.version for node in site.nodes] == versions
+        suspicions.append(sum(record.message == "suspected" for record in caplog.records))
+
+    caplog.set_level(logging.INFO, "node.membership")
+    run(scenario)
+    print(f"suspected {suspicions[0]} times (10 nodes, 10 minutes), dropped never")
+
+
+def test_a_node_that_stood_still_drops_nobody() -> None:
+    """The clock jumps: all timers of everybody are over at once, as on a host that was suspended."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            site = Site(nursery, 1)
+            await site.grow(5)
+            for _ in range(5):
+                await trio.sleep(site.rng.random() * 3)
+                versions = [node.membership.version for node in site.nodes]
+                clock.jump(300)
+                await trio.sleep(20)
+                assert [node.membership.version for node in site.nodes] == versions
+            nursery.cancel_scope.cancel()
+
+    clock = MockClock(autojump_threshold=0)
+    trio.run(main, clock=clock)
+
+
+@pytest.mark.parametrize("incarnation", [2000, 1])
+@pytest.mark.parametrize("away_s", [0.5, 30.0])
+def test_a_restarted_node_is_known_by_its_new_address(incarnation: int, away_s: float) -> None:
+    """Also where its clock went backwards, so that its incarnation is below that of its former life."""
+
+    async def scenario(site: Site) -> None:
+        await site.grow(5)
+        old = site.nodes[3]
+        site.kill(old)
+        await trio.sleep(away_s)
+        new = await site.start(member(3, generation=1), incarnation)
+        introduce(new, site.nodes[0])
+        await until(lambda: all(new.own in node.membership.site for node in site.nodes), 5)
+        await trio.sleep(20)
+        assert all(old.own not in node.membership.site for node in site.nodes)
+        await site.agree(0.1)
+
+    run(scenario)
+
+
+def test_a_node_that_leaves_is_gone_within_2_s() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(20)
+        leaver = site.nodes[7]
+        started = trio.current_time()
+        await leaver.gossiper.leave()
+        assert trio.current_time() - started <= SwimConfig().probe_timeout_s
+        site.kill(leaver)
+        took = await site.agree(2)
+        assert {states(node)[leaver.own.peer_id] for node in site.nodes} == {State.LEFT}
+        print(f"gone after {took:.2f} s")
+
+    run(scenario)
+
+
+def test_a_quarantined_peer_is_out_of_the_view_and_left_alone_for_a_time() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(5)
+        node, bad = site.nodes[0], site.nodes[1]
+        version = node.membership.version
+        node.membership.quarantine(bad.own.peer_id, "signed a false record")
+        assert node.membership.is_quarantined(bad.own.peer_id)
+        assert bad.own not in node.membership.site
+        assert node.membership.version == version + 1
+        assert node.membership.changed_at == trio.current_time()
+        assert node.membership.find(bad.own.peer_id) == bad.own
+        row = next(row for row in node.membership.table() if row.member == bad.own)
+        assert row.quarantine == "signed a false record"
+        with pytest.raises(DeniedError):
+            await node.gossiper.handle(bad.own.peer_id, Ping(()))
+        await trio.sleep(1)
+        node.asked.clear()
+        await trio.sleep(120)
+        assert bad.own.peer_id not in node.asked
+        assert all(bad.own in other.membership.site for other in site.nodes[2:])
+        await trio.sleep(QUARANTINE_S - 121.5)
+        assert bad.own not in node.membership.site
+        await site.agree(10)
+        assert all(not row.quarantine for row in node.membership.table())
+
+    run(scenario)
+
+
+def test_a_node_cannot_quarantine_itself() -> None:
+    async def scenario(site: Site) -> None:
+        node = await site.start(member(0))
+        node.membership.quarantine(node.own.peer_id, "a bug")
+        assert node.membership.site == (node.own,)
+        assert not node.membership.is_quarantined(node.own.peer_id)
+
+    run(scenario)
+
+
+def test_a_failed_read_speeds_detection() -> None:
+    config = SwimConfig(probe_interval_s=30.0, suspicion_base=0.1)
+
+    async def scenario(site: Site) -> None:
+        for index in range(3):
+            introduce(await site.start(member(index), config=config), site.nodes[0])
+        await site.agree(5)
+        await trio.sleep(31 - trio.current_time() % 30)
+        victim = site.nodes[2]
+        site.network.stop(victim.own.peer_id)
+        before = len(site.nodes[0].asked)
+        for _ in range(50):
+            site.nodes[0].membership.report_failure(victim.own.peer_id)
+        await until(lambda: states(site.nodes[0])[victim.own.peer_id] is State.SUSPECT, 1.2)
+        pings = [peer for peer in site.nodes[0].asked[before:] if peer == victim.own.peer_id]
+        assert 1 <= len(pings) <= 2  # one probe, and perhaps the ring's
+
+    run(scenario)
+
+
+def test_reports_about_strangers_and_the_dead_do_nothing() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(2)
+        node = site.nodes[0]
+        node.membership.report_failure(member(9).peer_id)
+        dead = site.nodes[1].own.peer_id
+        site.kill(site.nodes[1])
+        await site.agree(10)
+        node.membership.report_failure(dead)
+        await trio.sleep(1)
+        assert node.sees() == {node.own.peer_id}
+        assert node.membership.find(member(9).peer_id) is None
+
+    run(scenario)
+
+
+def test_members_of_other_sites_are_remembered_and_not_probed() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(3)
+        stranger = msgspec.structs.replace(member(7), site="elsewhere")
+        far = await site.start(stranger)
+        introduce(far, site.nodes[0])
+        await trio.sleep(5)
+        for node in site.nodes[:3]:
+            assert stranger not in node.membership.site
+            assert node.membership.find(stranger.peer_id) == stranger
+            node.asked.clear()
+        assert far.membership.site == (stranger,)
+        await trio.sleep(60)
+        assert not any(stranger.peer_id in node.asked for node in site.nodes[:3])
+
+    run(scenario)
+
+
+def test_a_helper_pings_for_others_and_only_members() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(3)
+        helper, asker, target = site.nodes
+        handle = helper.gossiper.handle
+        answer = await handle(asker.own.peer_id, PingRequest(target.own.peer_id, ()))
+        assert isinstance(answer.message, Pong)
+        codes = []
+        for peer in (member(9).peer_id, helper.own.peer_id):
+            codes.append((await handle(asker.own.peer_id, PingRequest(peer, ()))).message.code)
+        site.network.stop(target.own.peer_id)
+        codes.append((await handle(asker.own.peer_id, PingRequest(target.own.peer_id, ()))).message.code)
+        assert codes == ["not-found", "not-found", "unavailable"]
+        with pytest.raises(BadInputError):
+            await handle(asker.own.peer_id, GetHoldings("sha256:" + "0" * 64))
+
+    run(scenario)
+
+
+def test_a_node_that_only_one_link_fails_is_kept_by_its_helpers() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(4)
+        one, other = site.nodes[0].own.peer_id, site.nodes[1].own.peer_id
+        versions = [node.membership.version for node in site.nodes]
+        loses = site.loses
+        site.loses = lambda sender, receiver: {sender, receiver} == {one, other} or loses(sender, receiver)
+        await trio.sleep(60)
+        assert [node.membership.version for node in site.nodes] == versions
+
+    run(scenario)
+
+
+def test_a_liar_about_others_is_refuted() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(5)
+        victim = site.nodes[1]
+        lies = (Update(victim.own, State.DEAD, 5000), Update(victim.own, State.LEFT, 6000))
+        await site.nodes[2].gossiper.handle(site.nodes[3].own.peer_id, Ping(lies))
+        assert victim.own not in site.nodes[2].membership.site
+        took = await site.agree(5)
+        print(f"refuted after {took:.2f} s")
+
+    run(scenario)
+
+
+def test_whatever_is_cancelled_the_view_stays_whole() -> None:
+    """Cancel one node at many moments of its start; the same membership then serves a new run."""
+
+    async def scenario(site: Site) -> None:
+        await site.grow(4)
+        node = site.nodes[1]
+        for step in range(60):
+            node.scope.cancel()
+            await trio.sleep(0.001)
+            node.scope = trio.CancelScope()
+            node.exchange = MemoryExchange(
+                site.network, node.own.peer_id, refused=node.membership.is_quarantined, handler=node._handle
+            )
+            await site.nursery.start(node.run)
+            await trio.sleep(step * 0.0371)
+        node.asked.clear()
+        await site.agree(10)
+        await trio.sleep(10)
+        assert set(node.asked) == {one.own.peer_id for one in site.nodes if one is not node}
+
+    run(scenario)
+
+
+def test_waiting_for_a_change() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(2)
+        watched = site.nodes[0].membership
+        version = watched.version
+        site.nursery.start_soon(site.start, member(5))
+        await trio.sleep(0.1)
+        introduce(site.nodes[2], site.nodes[1])
+        with trio.fail_after(5):
+            await watched.wait_changed()
+        assert watched.version > version
+        assert member(5) in watched.site
+
+    run(scenario)
+
+
+def test_the_table_tells_ages_and_round_trips() -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(3)
+        await trio.sleep(30)
+        for row in site.nodes[0].membership.table():
+            assert row.state is State.ALIVE
+            assert row.incarnation == 1000
+            assert 25 < row.since_s < 40
+            assert row.seen_s is not None
+            assert row.seen_s < 5
+            assert row.rtt_s is not None
+            assert math.isclose(row.rtt_s, 2 * LATENCY_S, rel_tol=0.1)
+
+    run(scenario)
+
+
+def test_a_restarted_node_finds_its_site_without_bootstrap(tmp_path: pytest.TempPathFactory) -> None:
+    path = tmp_path / "peers"
+
+    async def scenario(site: Site) -> None:
+        await site.grow(5)
+        node = site.nodes[4]
+        with trio.CancelScope() as scope:
+            await site.nursery.start(run_scoped, scope, RememberedPeers(path), node.membership)
+            await trio.sleep(1)
+            site.kill(node)
+            scope.cancel()
+            await trio.sleep(0.1)
+        assert {one.peer_id for one in RememberedPeers(path).load()} == {one.own.peer_id for one in site.nodes}
+        await trio.sleep(60)
+        again = await site.start(member(4), 2000)
+        await site.nursery.start(RememberedPeers(path).run, again.membership)
+        assert again.sees() == {again.own.peer_id}  # nobody is shown before it has answered
+        took = await site.agree(5)
+        print(f"back in the site after {took:.2f} s")
+
+    run(scenario)
+
+
+async def run_scoped(
+    scope: trio.CancelScope,
+    peers: RememberedPeers,
+    membership: Membership,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(peers.run, membership)
+        task_status.started()
+
+
+def test_the_file_is_written_at_most_once_a_minute(tmp_path: pytest.TempPathFactory) -> None:
+    path = tmp_path / "peers"
+
+    async def scenario(site: Site) -> None:
+        await site.grow(2)
+        await site.nursery.start(RememberedPeers(path).run, site.nodes[0].membership)
+        await trio.sleep(1)
+        introduce(await site.start(member(2)), site.nodes[1])
+        await site.agree(5)
+        assert len(RememberedPeers(path).load()) == 1
+        await trio.sleep(60)
+        assert len(RememberedPeers(path).load()) == 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xc1", b"\x92\x02\x90", b"\x92\x01\x91\x91\x01", b"\x92\x01\x91\x94" + b"\xa1\xff" * 4]
+)
+def test_a_damaged_file_of_remembered_peers_is_passed_over(tmp_path: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path / "peers"
+    path.write_bytes(data)
+    assert RememberedPeers(path).load() == ()
+
+
+def test_remembered_peers_are_bounded_and_never_forgotten_for_nothing(tmp_path: pytest.TempPathFactory) -> None:
+    path = tmp_path / "peers"
+
+    async def main() -> None:
+        membership = Membership(member(0), 1, Random(1))
+        membership.remembered(members(range(1, MAX_REMEMBERED + 50)))
+        RememberedPeers(path).save(membership)
+        RememberedPeers(path).save(Membership(member(0), 1, Random(1)))
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert len(RememberedPeers(path).load()) == MAX_REMEMBERED
+
+
+def members(indexes: Iterable[int]) -> list[Member]:
+    return [member(index) for index in indexes]
