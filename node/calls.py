@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 
 import trio
 
-from node.exchange import Answer, Handler, Heard
+from node.exchange import Answer, Body, Handler, Heard
+from protocol import wire
 from protocol.errors import (
     BadInputError,
     DeniedError,
@@ -20,7 +21,6 @@ from protocol.errors import (
 )
 from protocol.ids import PeerId
 from protocol.messages import Failed, Request
-from protocol.wire import MAX_FAILURE_TEXT
 
 log = logging.getLogger(__name__)
 
@@ -85,25 +85,20 @@ class Call:
             self._ended.set()
 
 
-async def answer(handler: Handler, peer: PeerId, message: Request) -> Answer:
-    """What the handler says, and `Failed` for every error that it raises."""
+async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) -> tuple[bytes, Body | None]:
+    """The frame that answers: prefix and header, and the body. `Failed` for every error of the handler."""
     try:
-        return await handler(peer, message)
+        reply = await handler(peer, request.message)
+        head = wire.encode_head(request.request_id, reply.message, len(reply.body or b""))
     except ShoalError as error:
         code = next((code for kind, code in _CODES if isinstance(error, kind)), "unavailable")
-        return failed(code, str(error))
-    except Exception:  # noqa: BLE001 # the boundary of a task that a peer started: our bug must not end the daemon
-        return bug(peer, message)
-
-
-def bug(peer: PeerId, message: Request) -> Answer:
-    """Log the exception that is being handled, which none of the protocol's is, and tell the peer no more than that."""
-    log.exception("answering %s to %s failed", type(message).__name__, peer)
-    return failed("unavailable", "internal error")
-
-
-def failed(code: str, text: str) -> Answer:
-    return Answer(Failed(code, text[:MAX_FAILURE_TEXT]))
+        failed = Failed(code, str(error)[: wire.MAX_FAILURE_TEXT])
+    except Exception:  # the boundary of a task that a peer started: our bug must not end the daemon
+        log.exception("answering %s to %s failed", type(request.message).__name__, peer)
+        failed = Failed("unavailable", "internal error")
+    else:
+        return head, reply.body
+    return wire.encode_head(request.request_id, failed, 0), None
 
 
 class AtWork(Generic[Key]):

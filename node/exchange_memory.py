@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from node.calls import REQUESTS_PER_CONNECTION, AtWork, Call, answer, bug
+from node.calls import REQUESTS_PER_CONNECTION, AtWork, Call, answer
 from node.exchange import Answer, Handler, Heard, Lane
 from protocol import wire
 from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError
@@ -161,30 +161,28 @@ class MemoryExchange:
         request = line.call.message
         self._at_work.begin(line)
         try:
-            reply = await answer(self._handler, line.asker, request)
+            head, body = await answer(self._handler, line.asker, wire.Head(0, request, 0))
         finally:
             self._at_work.end(line)
         try:
-            message = _through(wire.REPLIES, reply.message, len(reply.body or b""))
+            message = _read(wire.REPLIES, head)
             wire.check_answer(request, message)
-        except ValueError:
-            return bug(line.asker, request)
         except PeerMisbehavedError as error:
             return error
-        return Answer(message, reply.body)
+        return Answer(message, body)
 
 
 def _checked(message: Request) -> Request:
     """Raises PeerUnavailableError for what a peer would not take, as it would close the connection."""
     try:
-        return _through(wire.REQUESTS, message, 0)
+        return _read(wire.REQUESTS, wire.encode_head(0, message, 0))
     except PeerMisbehavedError as error:
         raise PeerUnavailableError(f"the request is malformed: {error}") from error
 
 
-def _through(kind: msgspec.msgpack.Decoder[tuple[int, Message]], message: Message, body_length: int) -> Message:
+def _read(kind: msgspec.msgpack.Decoder[tuple[int, Message]], frame: bytes) -> Message:
     heads = wire.Heads(kind)
-    heads.feed(wire.encode_head(0, message, body_length))
+    heads.feed(frame)
     head = heads.next()
     assert head is not None
     return head.message

@@ -21,7 +21,7 @@ import msgspec
 import trio
 from cachetools import LRUCache
 
-from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S, AtWork, Call, answer, bug
+from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S, AtWork, Call, answer
 from node.channel import TlsChannel, Traffic
 from node.config import HostPort, parse_host_port
 from node.exchange import Answer, Body, Handler, Heard, Lane
@@ -344,8 +344,9 @@ class TlsExchange:
         while True:
             await trio.sleep(idle_s / 4)
             now = trio.current_time()
-            for outgoing in [one for one in self._outgoing.values() if not one.calls]:
-                if now - outgoing.used_at > idle_s:
+            for outgoing in [*self._outgoing.values()]:
+                idle = not outgoing.calls and now - outgoing.used_at > idle_s
+                if idle or outgoing.quiet_s() > self._timing.quiet_s:
                     self._drop(outgoing)
             for incoming in self._incoming:
                 if not incoming.at_work and now - incoming.used_at > 3 * idle_s:
@@ -559,12 +560,7 @@ class TlsExchange:
             return type(error)(f"{connection.peer}: {error}")
 
     async def _answer(self, connection: _Incoming, request: wire.Head[Request]) -> None:
-        reply = await answer(self._handler, connection.peer, request.message)
-        try:
-            head = wire.encode_head(request.request_id, reply.message, len(reply.body or b""))
-        except ValueError:
-            reply = bug(connection.peer, request.message)
-            head = wire.encode_head(request.request_id, reply.message, 0)
+        head, body = await answer(self._handler, connection.peer, request)
 
         def leaving() -> None:
             # Also the end of its `Waiting`s: none may come after the answer.
@@ -572,7 +568,7 @@ class TlsExchange:
             connection.slots.release()
             self._requests.release()
 
-        connection.writer.put(_Frame(head, reply.body, leaving))
+        connection.writer.put(_Frame(head, body, leaving))
 
     def _say_waiting(self, connection: _Incoming, request_id: int) -> None:
         """Unless the peer does not read: there they would pile up."""

@@ -407,11 +407,14 @@ def test_a_bug_in_a_handler_is_logged_and_ends_nothing(play: Play, caplog: pytes
             raise KeyError("secret")
         if isinstance(request, GetHoldings):
             return Answer(BlockFound(record_of(0)), b"not its length")
+        if isinstance(request, GetShard):
+            return Answer(ShardFound(0, 0, 0, record_of(0)), b"a code of no shards")
         return Answer(PONG)
 
     async def scenario(site: Site) -> None:
         one, two = await site.add(answer_all), await site.add(broken)
-        for request in (get_block(0), GetHoldings(str(REF.digest))):
+        shard = GetShard(str(REF.digest), 0, SIZE, 4, 1, want=0, reach=0, source="")
+        for request in (get_block(0), GetHoldings(str(REF.digest)), shard):
             assert await ask(site, one, two, request) == Answer(Failed("unavailable", "internal error"))
         assert await ask(site, one, two, PING) == Answer(PONG)
 

@@ -1,0 +1,139 @@
+"""The memory network's faults, and the exact times that both sides of a request promise."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+import trio.testing
+
+from node.calls import WAITING_EVERY_S, WAITING_FIRST_S, AtWork
+from node.exchange import Answer, Handler, Lane
+from node.exchange_memory import MemoryExchange, MemoryNetwork
+from protocol.errors import PeerUnavailableError
+from protocol.ids import PeerId
+from protocol.messages import Ping, Pong, Request
+
+ONE, TWO = PeerId("12D3KooWone"), PeerId("12D3KooWtwo")
+PING, PONG = Ping(()), Answer(Pong(()))
+
+
+def play(scenario: Callable[[trio.Nursery], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await scenario(nursery)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def after(seconds: float) -> Handler:
+    async def handler(peer: PeerId, request: Request) -> Answer:
+        await trio.sleep(seconds)
+        return PONG
+
+    return handler
+
+
+async def pair(nursery: trio.Nursery, network: MemoryNetwork, handler: Handler) -> MemoryExchange:
+    """The exchange of ONE, beside which TWO answers with `handler`."""
+    exchanges = [MemoryExchange(network, peer, refused=lambda peer: False, handler=handler) for peer in (ONE, TWO)]
+    for exchange in exchanges:
+        await nursery.start(exchange.run)
+    return exchanges[0]
+
+
+def test_waiting_comes_at_its_times() -> None:
+    times: list[float] = []
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        one = await pair(nursery, MemoryNetwork(), after(1.5))
+        start = trio.current_time()
+        await one.request(
+            TWO, PING, lane=Lane.BULK, silence_s=0.6, heard=lambda: times.append(trio.current_time() - start)
+        )
+
+    play(scenario)
+    assert times == pytest.approx([WAITING_FIRST_S, WAITING_FIRST_S + WAITING_EVERY_S, 1.25])
+
+
+def test_requests_that_begin_at_any_time_get_their_first_waiting_in_time() -> None:
+    said: list[tuple[int, float]] = []
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        at_work = AtWork[int]()
+        nursery.start_soon(at_work.keep_alive, lambda key: said.append((key, round(trio.current_time() - start, 6))))
+        start = trio.current_time()
+        for key in range(3):
+            at_work.begin(key)
+            await trio.sleep(0.3)
+        at_work.end(1)
+        await trio.sleep(0.3)
+
+    play(scenario)
+    assert [when for key, when in said if key == 0] == [0.25, 0.75]
+    assert [when for key, when in said if key == 1] == pytest.approx([0.55], abs=WAITING_FIRST_S)
+    assert [when for key, when in said if key == 2] == pytest.approx([0.85], abs=WAITING_FIRST_S)
+
+
+def test_latency_is_paid_both_ways() -> None:
+    async def scenario(nursery: trio.Nursery) -> None:
+        one = await pair(nursery, MemoryNetwork(latency_s=0.2), after(0.1))
+        start = trio.current_time()
+        assert await one.request(TWO, PING, lane=Lane.BULK, silence_s=1.0) == PONG
+        assert trio.current_time() - start == pytest.approx(0.5)
+
+    play(scenario)
+
+
+def test_a_stopped_peer_is_silent_and_answers_once_resumed() -> None:
+    async def scenario(nursery: trio.Nursery) -> None:
+        network = MemoryNetwork()
+        one = await pair(nursery, network, after(0.0))
+        network.stop(TWO)
+        start = trio.current_time()
+        with pytest.raises(PeerUnavailableError):
+            await one.request(TWO, PING, lane=Lane.BULK, silence_s=2.0)
+        assert trio.current_time() - start == pytest.approx(2.0)
+        with trio.move_on_after(1.0):
+            await one.request(TWO, PING, lane=Lane.BULK, silence_s=2.0)
+        network.resume(TWO)
+        assert await one.request(TWO, PING, lane=Lane.BULK, silence_s=2.0) == PONG
+
+    play(scenario)
+
+
+def test_a_killed_peer_is_unavailable_until_it_runs_anew() -> None:
+    async def scenario(nursery: trio.Nursery) -> None:
+        network = MemoryNetwork()
+        one = await pair(nursery, network, after(10.0))
+
+        async def kill() -> None:
+            await trio.sleep(1.0)
+            network.kill(TWO)
+
+        nursery.start_soon(kill)
+        start = trio.current_time()
+        for _ in range(2):
+            with pytest.raises(PeerUnavailableError):
+                await one.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
+        assert trio.current_time() - start == pytest.approx(1.0)
+        again = MemoryExchange(network, TWO, refused=lambda peer: False, handler=after(0.0))
+        await nursery.start(again.run)
+        assert await one.request(TWO, PING, lane=Lane.BULK, silence_s=5.0) == PONG
+
+    play(scenario)
+
+
+def test_a_killed_peer_can_ask_no_more() -> None:
+    async def scenario(nursery: trio.Nursery) -> None:
+        network = MemoryNetwork()
+        one = await pair(nursery, network, after(10.0))
+        with trio.move_on_after(1.0):
+            await one.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
+        network.kill(ONE)
+        with pytest.raises(PeerUnavailableError):
+            await one.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
+
+    play(scenario)
