@@ -9,9 +9,6 @@ import trio
 
 from protocol.members import Member
 
-MAX_INTRODUCED = 1024
-"""Members that one introduction may name: one site and its neighbours, well under a message's bound."""
-
 
 class Swarm(Protocol):
     """Finds peers (static bootstrap addresses, mDNS), proves both sides to be of one cluster, and introduces them.

@@ -1,0 +1,114 @@
+"""The messages of an introduction: bytes to values and back, and all checks of what the other side says.
+
+Who sends what when, and the bytes: docs/PROTOCOL.md, "Introduction".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+
+from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.ids import PeerId
+from protocol.members import MAX_ADDRESSES, Member
+from protocol.records import public_key_of
+from protocol.wire import MAX_ADDRESS, MAX_NAME, MAX_WEIGHT
+
+VERSION = 1
+PREFIX = struct.Struct(">I")
+MAX_HELLO = 8192
+"""A certificate of at most 4 KiB, and room for what a later version adds."""
+MAX_MEMBERS_BYTES = 1 << 20
+"""1024 members at some 200 bytes are 0.2 MB."""
+MAX_INTRODUCED = 1024
+"""Members that one introduction may name: one site and its neighbours, well under a message's bound."""
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True):
+    """The first message of each side. `certificate` is DER; nothing about members is told before it is verified."""
+
+    version: int
+    certificate: bytes
+
+
+_Members = tuple[Member, ...]
+_ENCODER = msgspec.msgpack.Encoder()
+_HELLOS = msgspec.msgpack.Decoder(Hello)
+_MEMBERS = msgspec.msgpack.Decoder(_Members)
+_Decoded = TypeVar("_Decoded")
+
+
+def encode_hello(certificate: bytes) -> bytes:
+    return _frame(_ENCODER.encode(Hello(VERSION, certificate)))
+
+
+def encode_members(me: Member, known: Sequence[Member]) -> bytes:
+    """The sender first, then whom it knows: as many as the bounds allow."""
+    others = [member for member in known if member.peer_id != me.peer_id][: MAX_INTRODUCED - 1]
+    body = _ENCODER.encode((me, *others))
+    while len(body) > MAX_MEMBERS_BYTES:
+        others = others[: len(others) // 2]
+        body = _ENCODER.encode((me, *others))
+    return _frame(body)
+
+
+def body_length(prefix: bytes, most: int) -> int:
+    """Bytes that follow a frame's prefix. Raises PeerMisbehavedError above `most`."""
+    length: int = PREFIX.unpack(prefix)[0]
+    if length > most:
+        raise PeerMisbehavedError(f"message of {length} bytes in an introduction")
+    return length
+
+
+def decode_hello(body: bytes) -> bytes:
+    """The certificate (DER, not verified yet). Raises PeerMisbehavedError."""
+    hello = _decode(_HELLOS, body)
+    if hello.version != VERSION:
+        raise PeerMisbehavedError(f"speaks version {hello.version} of the introduction, not {VERSION}")
+    return hello.certificate
+
+
+def decode_members(body: bytes, peer: PeerId) -> tuple[Member, ...]:
+    """What `peer` said of itself and of others, itself first. Raises PeerMisbehavedError."""
+    members = _decode(_MEMBERS, body)
+    if not 1 <= len(members) <= MAX_INTRODUCED:
+        raise PeerMisbehavedError(f"introduction that names {len(members)} members")
+    for member in members:
+        _check(member)
+    if members[0].peer_id != peer:
+        raise PeerMisbehavedError(f"speaks for {members[0].peer_id}, which it is not")
+    return members
+
+
+def _frame(body: bytes) -> bytes:
+    return PREFIX.pack(len(body)) + body
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decoded:
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise PeerMisbehavedError(f"message cannot be decoded: {error}") from error
+
+
+def _check(member: Member) -> None:
+    try:
+        public_key_of(member.peer_id)
+    except BadInputError as error:
+        raise PeerMisbehavedError(f"names a member by a false id: {error}") from error
+    bounded = (
+        _is_text(member.name, MAX_NAME)
+        and _is_text(member.site, MAX_NAME)
+        and len(member.addresses) <= MAX_ADDRESSES
+        and all(_is_text(address, MAX_ADDRESS) for address in member.addresses)
+        and 0 <= member.weight <= MAX_WEIGHT
+    )
+    if not bounded:
+        raise PeerMisbehavedError(f"what it says of member {member.peer_id} is out of bounds")
+
+
+def _is_text(text: str, most: int) -> bool:
+    return len(text) <= most and text.isprintable()
