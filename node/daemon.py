@@ -38,12 +38,12 @@ from node.identity import Identity, load_or_create
 from node.ledger import Ledger
 from node.library import SiteLibrary
 from node.logs import configure
-from node.membership import Membership, MembershipService
+from node.membership import Membership, Gossiper
 from node.metrics import Metrics
 from node.mirror import Mirror
 from node.names import Names, NameTable
 from node.notify import Notifier
-from node.operator import Operator, Parts
+from node.control_api import NodeControl, Parts
 from node.origin import Origin
 from node.remembered import RememberedPeers
 from node.seeder import Seeder, Site
@@ -86,7 +86,7 @@ class CurrentPlacement:
 class Dispatcher:
     """Which part answers which request of a member."""
 
-    membership: MembershipService
+    membership: Gossiper
     names: Names
     seeder: Seeder
 
@@ -167,7 +167,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             refused=membership.is_quarantined,
             handler=answers,
         )
-        service = MembershipService(membership, exchange)
+        service = Gossiper(membership, exchange)
         site = Site(
             identity.peer_id,
             membership,
@@ -189,14 +189,14 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         library = SiteLibrary(site, names, seeder, Fetcher(site, seeder, work), ledger, metrics, announcer.finished)
         swarm = LibP2PSwarm(
             credentials,
-            own=lambda: membership.own,
+            lambda: membership.own,
             listen=config.peers.listen,
             bootstrap=config.peers.bootstrap,
             mdns=config.peers.mdns,
             introduced=membership.introduced,
             current=membership.current,
         )
-        operator = Operator(
+        control = NodeControl(
             Parts(
                 config, site, membership, swarm, exchange, names, library, ledger, metrics, config.mirror.listen,
                 started_at,
@@ -216,7 +216,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))
         await work.start(announcer.run)
         await work.start(swarm.run)
-        await work.start(partial(serve_control, operator, Path(config.control.socket)))
+        await work.start(partial(serve_control, control, Path(config.control.socket)))
         if config.control.metrics:
             address = parse_host_port(config.control.metrics, "control.metrics")
             await _serve(work, await _listeners(address, "control.metrics"), metrics_handler(metrics), Limits(), None)
@@ -248,7 +248,9 @@ async def _serve(
 async def _open_tiers(config: Config, data_dir: Path, identity: Identity, stack: AsyncExitStack) -> Tiers:
     share, least = parse_floor(config.cache.min_free, "cache.min_free")
     disk = await stack.enter_async_context(
-        DiskStore.open(data_dir / "cache", parse_size(config.cache.disk, "cache.disk"), share, least)
+        DiskStore.open(
+            data_dir / "cache", parse_size(config.cache.disk, "cache.disk"), free_share=share, free_bytes=least
+        )
     )
     memory = MemoryStore(parse_size(config.cache.memory, "cache.memory"), trio.current_time)
     folder = config.cache.containerd_store

@@ -80,7 +80,7 @@ def rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * _PAGE
 
 
-class Operator:
+class NodeControl:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
@@ -286,7 +286,7 @@ class _Pull:
                     pending.append(following)
         yield self._progress("pulling", self._digest)
 
-    def _following(self, where: Locator, body: bytes) -> Iterator[tuple[Locator, Resolved]]:
+    def _following(self, where: Locator, body: bytearray) -> Iterator[tuple[Locator, Resolved]]:
         manifest = parse_manifest(bytes(body)) if body else Manifest()
         wanted = {one.digest for one in manifest.manifests if self._all or _fits(one.platform)}
         for one in descriptors(manifest, "manifests"):
