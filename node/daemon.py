@@ -284,13 +284,23 @@ def main(path: Path | None, print_peer_id: bool) -> None:
         check(config)
         if print_peer_id:
             click.echo(load_or_create(_data_dir(config)).peer_id)
-            return
-        configure(config.node.log)
-        tune_allocator()
-        trio.run(_run_until_signal, config, strict_exception_groups=False)
-    except BadInputError as error:
-        click.echo(f"p2pd: {error}", err=True)
+        else:
+            configure(config.node.log)
+            tune_allocator()
+            trio.run(_run_until_signal, config)
+    except* BadInputError as group:
+        for error in _leaves(group):
+            click.echo(f"p2pd: {error}", err=True)
         sys.exit(2)
+
+
+def _leaves(group: BaseExceptionGroup[BadInputError]) -> list[BaseException]:
+    """The errors themselves, out of the nurseries that they came through."""
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    ]
 
 
 if __name__ == "__main__":
