@@ -43,9 +43,10 @@ def encode_shard(block: Buffer, k: int, m: int, index: int) -> memoryview:
         data = memoryview(block)[index * size : (index + 1) * size]
         return data if len(data) == size else memoryview(bytes(data).ljust(size, b"\0"))
     whole = np.frombuffer(block, np.uint8)
-    target = np.zeros(size, np.uint8)
-    _add_up(target, _parity_matrix(k, m)[index - k], [whole[j * size : (j + 1) * size] for j in range(k)])
-    return target.data
+    shard = bytearray(size)
+    slices = [whole[j * size : (j + 1) * size] for j in range(k)]
+    _add_up(np.frombuffer(shard, np.uint8), _parity_matrix(k, m)[index - k], slices)
+    return memoryview(shard)
 
 
 def decode_block(shards: Mapping[int, Buffer], k: int, m: int, length: int, out: bytearray | None = None) -> bytearray:
