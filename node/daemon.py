@@ -30,6 +30,7 @@ from node.certificates import Credentials, load_authority, own_authority, peer_o
 from node.channel import tune_allocator
 from node.config import Config, HostPort, check, load, parse_duration, parse_floor, parse_host_port, parse_size
 from node.control import metrics_handler, serve_control
+from node.control_api import NodeControl, Parts
 from node.exchange import Answer
 from node.exchange_tls import TlsExchange
 from node.fetcher import Fetcher
@@ -38,12 +39,11 @@ from node.identity import Identity, load_or_create
 from node.ledger import Ledger
 from node.library import SiteLibrary
 from node.logs import configure
-from node.membership import Membership, Gossiper
+from node.membership import Gossiper, Membership
 from node.metrics import Metrics
 from node.mirror import Mirror
 from node.names import Names, NameTable
 from node.notify import Notifier
-from node.control_api import NodeControl, Parts
 from node.origin import Origin
 from node.remembered import RememberedPeers
 from node.seeder import Seeder, Site

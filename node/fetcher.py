@@ -54,7 +54,7 @@ class Fetcher:
     def __init__(self, site: Site, seeder: Seeder, nursery: trio.Nursery) -> None:
         self._site, self._seeder = site, seeder
         self._budget = SpareBudget()
-        self._reads: SingleFlight[BlockId, Obtained] = SingleFlight(nursery, (ShoalError,))
+        self._reads: SingleFlight[BlockId, Obtained] = SingleFlight(nursery)
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket[BlockId, Obtained]:
         """Start reading a block, or join its read that is under way. Raises UnavailableError and its like in `wait`."""

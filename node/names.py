@@ -140,8 +140,8 @@ class Names:
     ) -> None:
         self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
         self._ttl_s, self._max_age_s, self._served = ttl_s, max_age_s, served
-        self._asking: SingleFlight[tuple[str, str], Resolved] = SingleFlight(nursery, (ShoalError,))
-        self._origin: SingleFlight[tuple[str, str], Resolved] = SingleFlight(nursery, (ShoalError,))
+        self._asking: SingleFlight[tuple[str, str], Resolved] = SingleFlight(nursery)
+        self._origin: SingleFlight[tuple[str, str], Resolved] = SingleFlight(nursery)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         """For a client of this node. Raises NotFoundError, DeniedError or UnavailableError."""

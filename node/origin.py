@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
 
-import outcome
 import trio
 
 from node.locator import Locator
@@ -31,12 +30,13 @@ class Registry(Protocol):
 
 
 class _Wanted:
-    __slots__ = ("done", "locator", "ref", "result")
+    __slots__ = ("data", "done", "error", "locator", "ref")
 
     def __init__(self, locator: Locator, ref: ObjectRef) -> None:
         self.locator, self.ref = locator, ref
         self.done = trio.Event()
-        self.result: outcome.Outcome[bytearray] | None = None
+        self.data: bytearray | None = None
+        self.error: ShoalError | None = None
 
 
 class Origin:
@@ -61,8 +61,9 @@ class Origin:
         finally:
             if queue.get(block) is wanted:
                 del queue[block]
-        assert wanted.result is not None
-        return wanted.result.unwrap()
+        if wanted.data is None:
+            raise wanted.error or UnavailableError(f"{ref.digest} was not read")
+        return wanted.data
 
     async def _work(self, upstream: str) -> None:
         queue = self._queues[upstream]
@@ -88,20 +89,18 @@ class Origin:
     async def _fetch(self, run: list[tuple[int, _Wanted]]) -> None:
         first, (locator, ref) = run[0][0], (run[0][1].locator, run[0][1].ref)
         waiting = [wanted for _, wanted in run]
-        failure: Exception = UnavailableError(f"{locator.upstream} ended {ref.digest} early")
+        failure: ShoalError = UnavailableError(f"{locator.upstream} ended {ref.digest} early")
         try:
             async with aclosing(self._registry.blocks(locator, ref, first, len(run))) as blocks:
                 async for data in blocks:
                     if not waiting:
                         break
-                    self._settle(waiting.pop(0), outcome.Value(data))
+                    wanted = waiting.pop(0)
+                    wanted.data = data
+                    wanted.done.set()
         except ShoalError as error:
             failure = error
         finally:
             for wanted in waiting:
-                self._settle(wanted, outcome.Error(type(failure)(*failure.args)))
-
-    @staticmethod
-    def _settle(wanted: _Wanted, result: outcome.Outcome[bytearray]) -> None:
-        wanted.result = result
-        wanted.done.set()
+                wanted.error = type(failure)(*failure.args)
+                wanted.done.set()

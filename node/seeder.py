@@ -120,8 +120,8 @@ class Seeder:
         self, site: Site, origin: Origin, directory: Directory, sign: Callable[[bytes], bytes], nursery: trio.Nursery
     ) -> None:
         self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
-        self._homes: SingleFlight[BlockId, Obtained] = SingleFlight(nursery, (ShoalError,))
-        self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery, (ShoalError,))
+        self._homes: SingleFlight[BlockId, Obtained] = SingleFlight(nursery)
+        self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery)
         self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
             4096, HOLDINGS_TTL_S, timer=trio.current_time
         )

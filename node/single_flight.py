@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
-import outcome
 import trio
+
+from protocol.errors import UnavailableError
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
 class _Flight(Generic[V]):
-    __slots__ = ("done", "result", "scope", "waiting")
+    __slots__ = ("done", "error", "scope", "value", "waiting")
 
     def __init__(self) -> None:
         self.done = trio.Event()
         self.scope = trio.CancelScope()
         self.waiting = 0
-        self.result: outcome.Outcome[V] | None = None
+        self.value: V | None = None
+        self.error: Exception | None = None
 
 
 class Ticket(Generic[K, V]):
@@ -39,12 +41,12 @@ class Ticket(Generic[K, V]):
     async def wait(self) -> V:
         """The result, or the error that the work ended with."""
         await self._flight.done.wait()
-        assert self._flight.result is not None
-        # The error is shared by all who wait: raising the one object in several tasks would chain their tracebacks.
-        if isinstance(self._flight.result, outcome.Error):
-            error = self._flight.result.error
+        error = self._flight.error
+        if error is not None:
+            # All who wait share the error: raising the one object in several tasks would chain their tracebacks.
             raise type(error)(*error.args) from error
-        return self._flight.result.unwrap()
+        assert self._flight.value is not None
+        return self._flight.value
 
     def release(self) -> None:
         if self._released:
@@ -56,17 +58,11 @@ class Ticket(Generic[K, V]):
 
 
 class SingleFlight(Generic[K, V]):
-    """`errors` are those that the work may end with; anything else is a bug and ends the nursery."""
+    """Errors go to all who wait, bugs too: whoever asked logs and answers them, and the other flights go on."""
 
-    def __init__(self, nursery: trio.Nursery, errors: tuple[type[Exception], ...]) -> None:
-        self._nursery, self._errors = nursery, errors
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
         self._flights: dict[K, _Flight[V]] = {}
-
-    def __len__(self) -> int:
-        return len(self._flights)
-
-    def __contains__(self, key: K) -> bool:
-        return key in self._flights
 
     def join(self, key: K, work: Callable[[], Awaitable[V]]) -> Ticket[K, V]:
         """A ticket for the work under `key`, which is started where it does not run yet."""
@@ -88,16 +84,16 @@ class SingleFlight(Generic[K, V]):
         self._forget(key, flight)
 
     async def _run(self, key: K, flight: _Flight[V], work: Callable[[], Awaitable[V]]) -> None:
-        with flight.scope:
-            try:
-                flight.result = outcome.Value(await work())
-            except self._errors as error:
-                flight.result = outcome.Error(error)
-            finally:
-                self._forget(key, flight)
-                if flight.result is None:
-                    flight.result = outcome.Error(trio.ClosedResourceError("the work was cancelled"))
-                flight.done.set()
+        flight.error = UnavailableError("the node is stopping")
+        try:
+            with flight.scope:
+                flight.value = await work()
+                flight.error = None
+        except Exception as error:  # noqa: BLE001 - raised again, unchanged in kind, in every task that waits
+            flight.error = error
+        finally:
+            self._forget(key, flight)
+            flight.done.set()
 
     def _forget(self, key: K, flight: _Flight[V]) -> None:
         if self._flights.get(key) is flight:
