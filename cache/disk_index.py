@@ -1,0 +1,159 @@
+"""The disk store's index: one SQLite row for each piece whose bytes are on the disk. See docs/FORMATS.md, "Disk store".
+
+The store works from memory; this is what outlives the process, read once and written in batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from sys import intern
+
+import msgspec
+
+from cache.pieces import piece_length
+from protocol.errors import BadInputError
+from protocol.ids import PeerId, Piece, Shard
+from protocol.records import Record
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+_CREATE = f"""
+BEGIN;
+CREATE TABLE piece (
+    digest TEXT NOT NULL, block INTEGER NOT NULL,
+    k INTEGER NOT NULL, m INTEGER NOT NULL, shard INTEGER NOT NULL,
+    sha256 BLOB NOT NULL, record BLOB NOT NULL, used INTEGER NOT NULL,
+    PRIMARY KEY (digest, block, k, m, shard)
+) STRICT, WITHOUT ROWID;
+PRAGMA user_version = {SCHEMA};
+COMMIT;
+"""
+_WHERE_KEY = "digest = ? AND block = ? AND k = ? AND m = ? AND shard = ?"
+
+Key = tuple[str, int, int, int, int]
+"""digest, block, k, m, shard; of a whole block the last three are 0."""
+
+Row = tuple[str, int, int, int, int, bytes, bytes, int]
+"""A key, the sha256 of the piece's bytes, the record in msgpack, and the place of its last reference among all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A row's content. `used` orders pieces by their last reference."""
+
+    piece: Piece
+    sha256: bytes
+    record: Record
+    used: int
+
+
+def key_of(piece: Piece) -> Key:
+    digest, shard = str(piece.block.digest), piece.shard
+    k, m, index = (0, 0, 0) if shard is None else (shard.k, shard.m, shard.index)
+    return digest, piece.block.index, k, m, index
+
+
+def _row_of(stored: Stored) -> Row:
+    return (*key_of(stored.piece), stored.sha256, msgspec.msgpack.encode(stored.record), stored.used)
+
+
+def _parse(row: Row) -> Stored:
+    """Raises BadInputError on a row that no version of this program wrote."""
+    digest, block, k, m, index, sha256, raw, used = row
+    try:
+        record = _share_text(msgspec.msgpack.decode(raw, type=Record))
+    except (msgspec.DecodeError, TypeError) as error:
+        raise BadInputError(f"record in the row of {digest} #{block} is not readable: {error}") from error
+    piece = Piece(record.block, Shard(k, m, index) if k else None)
+    piece_length(piece, record)
+    if key_of(piece) != (digest, block, k, m, index):
+        raise BadInputError(f"row of {digest} #{block} has another block's record")
+    return Stored(piece, sha256, record, used)
+
+
+def _share_text(record: Record) -> Record:
+    """The same record; its digest and signer are in memory once for all records."""
+    signer = PeerId(intern(record.signer))
+    rest = record.length, record.size, record.sha256
+    return Record(intern(record.digest), record.index, *rest, signer, record.signature)
+
+
+class DiskIndex:
+    """An open index file. One thread at a time."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def rows(self) -> tuple[list[Stored], list[Key]]:
+        """All rows, the most recently used first, and the keys of those that are malformed. Raises sqlite3.Error."""
+        good, bad = [], []
+        for row in self._database.execute("SELECT * FROM piece ORDER BY used DESC"):
+            try:
+                good.append(_parse(row))
+            except BadInputError as error:
+                logger.warning("index: %s", error)
+                bad.append(row[:5])
+        return good, bad
+
+    def apply(self, removed: Iterable[Key], added: Iterable[Stored], used: Iterable[tuple[Piece, int]]) -> None:
+        """One transaction. Raises sqlite3.Error, and then nothing of it is done."""
+        with self._database:
+            self._database.execute("BEGIN")
+            self._database.executemany(f"DELETE FROM piece WHERE {_WHERE_KEY}", removed)
+            self._database.executemany(
+                f"UPDATE piece SET used = ? WHERE {_WHERE_KEY}", ((n, *key_of(p)) for p, n in used)
+            )
+            self._database.executemany("INSERT OR REPLACE INTO piece VALUES (?,?,?,?,?,?,?,?)", map(_row_of, added))
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def open_index(path: Path) -> DiskIndex:
+    """Open or make the index; one that SQLite finds damaged is moved aside, since it only describes a cache.
+
+    Raises BadInputError where it cannot be opened, or another version of this program made it.
+    """
+    try:
+        return _open(path)
+    except sqlite3.OperationalError as error:
+        raise BadInputError(f"cannot open {path}: {error}") from error
+    except sqlite3.DatabaseError as error:
+        aside = path.with_suffix(".corrupt")
+        logger.warning("%s is damaged (%s): moved to %s, the cache starts empty", path, error, aside)
+        path.replace(aside)
+        for leftover in (f"{path}-wal", f"{path}-shm"):
+            Path(leftover).unlink(missing_ok=True)
+        return _open(path)
+
+
+def _open(path: Path) -> DiskIndex:
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        _check_version(database, path)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        problem = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+    except BaseException:
+        database.close()
+        raise
+    return DiskIndex(database)
+
+
+def _check_version(database: sqlite3.Connection, path: Path) -> None:
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    tables = database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+    if version == 0 and tables == 0:
+        database.executescript(_CREATE)
+    elif version != SCHEMA:
+        raise BadInputError(
+            f"{path} has schema version {version}, this program knows {SCHEMA}: use the program that wrote it, "
+            f"or remove the folder {path.parent}, which is only a cache"
+        )

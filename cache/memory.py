@@ -1,0 +1,85 @@
+"""The memory tier: pieces under a budget of bytes, evicted by LRU-K."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+
+import trio
+
+from cache.lru_k import LRUKCache
+from cache.pieces import CORRELATED_S, Bitmaps, check_piece
+from cache.store import Buffer, Held, Holdings, StoreStatistics
+from protocol.ids import Digest, Piece
+from protocol.records import Record
+
+ENTRY_BYTES = 1024
+"""Charged to each piece for its record, key and place in the policy."""
+
+
+def _owner(data: Buffer) -> Buffer:
+    """What must live for `data` to live."""
+    return data.obj if isinstance(data, memoryview) and isinstance(data.obj, bytes | bytearray) else data
+
+
+def _sole(data: Buffer) -> Buffer:
+    """`data` itself, or a copy of it where keeping it would keep more bytes than it has."""
+    if not isinstance(data, memoryview):
+        return data
+    owner = _owner(data)
+    return data if owner is not data and len(owner) == data.nbytes and data.contiguous else bytes(data)
+
+
+def _bytes_held(held: Held) -> int:
+    return sys.getsizeof(_owner(held.data)) + ENTRY_BYTES
+
+
+class MemoryStore:
+    """A BlockStore. Its bytes cannot change outside this process, so a read needs no hash.
+
+    The budget counts what the process really holds: whole buffers, and ENTRY_BYTES for each piece.
+    """
+
+    def __init__(self, budget_bytes: int, timer: Callable[[], float]) -> None:
+        self._cache: LRUKCache[Piece, Held] = LRUKCache(budget_bytes, _bytes_held, correlated=CORRELATED_S, timer=timer)
+        self._pieces = Bitmaps()
+
+    async def get(self, piece: Piece) -> Held | None:
+        await trio.lowlevel.checkpoint()
+        return self._cache.get(piece)
+
+    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+        check_piece(piece, data, record)
+        await trio.lowlevel.checkpoint()
+        if piece in self._pieces:
+            return True
+        held = Held(_sole(data), record)
+        need = _bytes_held(held)
+        if need > self._cache.maxsize:
+            return False
+        for victim in list(self._cache.victims(need)):
+            self._remove(victim)
+        self._cache[piece] = held
+        self._pieces.add(piece)
+        return True
+
+    async def discard(self, piece: Piece) -> None:
+        await trio.lowlevel.checkpoint()
+        if piece in self._pieces:
+            self._remove(piece)
+
+    def _remove(self, piece: Piece) -> None:
+        del self._cache[piece]
+        self._pieces.remove(piece)
+
+    def holds(self, piece: Piece) -> bool:
+        return piece in self._pieces
+
+    def holdings(self, digest: Digest) -> Holdings:
+        return self._pieces.holdings(digest)
+
+    def objects(self) -> Iterable[Digest]:
+        return self._pieces.objects()
+
+    def statistics(self) -> StoreStatistics:
+        return StoreStatistics(int(self._cache.currsize), int(self._cache.maxsize), len(self._cache))

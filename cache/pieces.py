@@ -1,0 +1,83 @@
+"""What the stores share: is a piece what it says, and which pieces are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cache.store import Buffer, Holdings
+from protocol.errors import BadInputError
+from protocol.ids import BlockId, Digest, Piece, Shard, shard_length
+from protocol.records import Record
+
+MAX_SHARDS = 255
+"""k + m is below the size of the code's field, GF(256)."""
+
+CORRELATED_S = 30.0
+"""References closer than this count as one: a pull puts a block, reads it back and serves it to the site's other
+nodes within seconds, which says nothing of whether anyone will want it again."""
+
+MAX_ENTRIES = 1 << 18
+"""Pieces in one store. Each costs about 1 KiB of memory beside its bytes, whatever its size."""
+
+
+def piece_length(piece: Piece, record: Record) -> int:
+    """Bytes in the piece. Raises BadInputError unless there is such a piece and `record` is of its block."""
+    if record.block != piece.block or record.length != record.object.block_length(record.index):
+        raise BadInputError(f"record of {record.digest} #{record.index} given with {piece}")
+    shard = piece.shard
+    if shard is None:
+        return record.length
+    if not (shard.k >= 1 and shard.m >= 0 and 0 <= shard.index < shard.k + shard.m <= MAX_SHARDS):
+        raise BadInputError(f"no such shard: {shard}")
+    return shard_length(record.length, shard.k)
+
+
+def check_piece(piece: Piece, data: Buffer, record: Record) -> None:
+    """Raises BadInputError unless `data` has the length of this piece and `record` is of its block."""
+    if len(data) != piece_length(piece, record):
+        raise BadInputError(f"{len(data)} bytes are not {piece}")
+
+
+class Bitmaps:
+    """Which pieces are there: for each object a bitmap of blocks for each shard, and one for whole blocks."""
+
+    def __init__(self) -> None:
+        self._objects: dict[Digest, dict[Shard | None, int]] = {}
+
+    def add(self, piece: Piece) -> None:
+        shelves = self._objects.setdefault(piece.block.digest, {})
+        shelves[piece.shard] = shelves.get(piece.shard, 0) | 1 << piece.block.index
+
+    def remove(self, piece: Piece) -> None:
+        shelves = self._objects[piece.block.digest]
+        shelves[piece.shard] &= ~(1 << piece.block.index)
+        if not shelves[piece.shard]:
+            del shelves[piece.shard]
+        if not shelves:
+            del self._objects[piece.block.digest]
+
+    def __contains__(self, piece: Piece) -> bool:
+        return bool(self.bitmap(piece.block.digest, piece.shard) >> piece.block.index & 1)
+
+    def bitmap(self, digest: Digest, shard: Shard | None = None) -> int:
+        return self._objects.get(digest, {}).get(shard, 0)
+
+    def holdings(self, digest: Digest) -> Holdings:
+        shelves = self._objects.get(digest, {})
+        return Holdings(shelves.get(None, 0), {shard: bits for shard, bits in shelves.items() if shard is not None})
+
+    def shards_of(self, block: BlockId) -> list[Piece]:
+        """The shards of one block that are there."""
+        shelves = self._objects.get(block.digest, {})
+        return [Piece(block, shard) for shard, bits in shelves.items() if shard is not None and bits >> block.index & 1]
+
+    def pieces(self, digest: Digest) -> list[Piece]:
+        return [
+            Piece(BlockId(digest, index), shard)
+            for shard, bits in self._objects.get(digest, {}).items()
+            for index in range(bits.bit_length())
+            if bits >> index & 1
+        ]
+
+    def objects(self) -> Iterable[Digest]:
+        return list(self._objects)
