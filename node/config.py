@@ -18,13 +18,14 @@ import msgspec
 from node.locator import check_upstream
 from protocol.errors import BadInputError
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
 _UNITS = {
     None: 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+_DURATION = re.compile(r"(\d{1,15}(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PORT = re.compile(r"\d{1,5}", re.ASCII)
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
@@ -140,7 +141,7 @@ def parse_host_port(text: str, key: str) -> HostPort:
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not _PORT.fullmatch(port) or int(port) > 65535:
         raise BadInputError(f'{key} = "{text}": not an address; write for example "127.0.0.1:5050"')
     return HostPort(host, int(port))
 
@@ -180,12 +181,23 @@ def check(config: Config) -> None:
     names = [upstream.name for upstream in config.upstream]
     for upstream in config.upstream:
         check_upstream(upstream.name)
-        parts = urlsplit(upstream.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        if not _is_registry_url(upstream.url):
             raise BadInputError(
                 f'upstream "{upstream.name}": url = "{upstream.url}": write for example "https://{upstream.name}"'
             )
     if len(set(names)) != len(names):
         raise BadInputError(f"upstream: a name stands twice in {names}")
+    for key, value in (("name", config.node.name), ("site", config.node.site), ("data_dir", config.node.data_dir)):
+        if not value:
+            raise BadInputError(f'node.{key} = "": must not be empty')
     if config.node.log not in ("debug", "info", "warning", "error"):
         raise BadInputError(f'node.log = "{config.node.log}": one of debug, info, warning, error')
+
+
+def _is_registry_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 # checks it
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
