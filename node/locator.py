@@ -92,7 +92,7 @@ class ImageName:
         name, colon, tag = path.partition(":")
         if upstream == "docker.io" and "/" not in name:
             name = f"library/{name}"
-        if (at and not digest) or (colon and not tag):
+        if (at and not digest) or (colon and not _TAG.fullmatch(tag)):
             raise BadInputError(f"not an image name: {text[:300]!r}")
         reference = digest or tag or "latest"
         Locator(upstream, name, "manifests")
