@@ -1,0 +1,426 @@
+"""Introductions over libp2p: TCP, Noise, yamux. The only file that imports libp2p. docs/PROTOCOL.md, "Introduction".
+
+Of libp2p the transport's parts are used (multistream, Noise, yamux, peer ids), not its Host and Swarm: there one
+exception in one peer's task ends the whole service, a connection that was closed keeps its task and its place among
+the inbound ones for ever, a peer that could not be dialled is not dialled again for a minute, and identify runs in
+trio's system tasks, where an error ends the process. Here a connection lives for one introduction, under one
+deadline and one budget of bytes, and whatever libp2p raises ends that connection alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+from cachetools import TTLCache
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from libp2p.protocol_muxer.multiselect import Multiselect
+from libp2p.protocol_muxer.multiselect_client import MultiselectClient
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
+from libp2p.transport.upgrader import TransportUpgrader
+
+from node import mdns
+from node.addresses import Target, concrete_hosts, parse_listen, parse_target, to_multiaddr, with_observed
+from node.certificates import Credentials
+from node.config import HostPort
+from node.swarm import Current, Introduced
+from protocol import introduction
+from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.ids import PeerId
+from protocol.members import Member
+
+log = logging.getLogger(__name__)
+# libp2p cuts its loggers off from the root, so its warnings would go to stderr unformatted; what matters of them is
+# said here, with the peer. LIBP2P_DEBUG=DEBUG shows them all.
+logging.getLogger("libp2p").addHandler(logging.NullHandler())
+
+PROTOCOL = TProtocol("/shoal/introduce/1")
+MAX_INBOUND = 32
+"""Connections that are being introduced at once; more are closed at once, and their nodes come again."""
+MAX_DIALS = 8
+MAX_DISCOVERED = 256
+"""Peers that mDNS may make this node dial: anyone on the LAN can announce any number."""
+MAX_RECEIVED = 3 << 20
+"""Bytes of one connection: a whole introduction is below 1.1 MiB, handshakes and framing included."""
+_READ = 1 << 16
+_RATE_LIMITED = 1024
+"""Peers and addresses whose last warning is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. Retries are spread by +-25 %, so that a site that comes up together does not dial in step."""
+
+    deadline: float = 10.0
+    """For one introduction from its connect to its end."""
+    first_retry: float = 0.5
+    last_retry: float = 10.0
+    recheck: float = 6.5
+    """How often a peer that was introduced is looked for among the current members."""
+    linger: float = 1.0
+    """How long the side that speaks last waits for the other to have read it."""
+    silence: float = 300.0
+    """The same warning about the same peer is not repeated within this."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Discovered:
+    ways: tuple[Target, ...]
+    scope: trio.CancelScope
+
+
+class LibP2PSwarm:
+    """See node.swarm.Swarm. `addresses` are known for certain once `run` has started (a port 0 is chosen then)."""
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        me: Callable[[], Member],
+        *,
+        listen: str,
+        bootstrap: Sequence[str],
+        mdns: bool,
+        introduced: Introduced,
+        current: Current,
+        timing: Timing | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`listen` and `bootstrap` are multiaddrs; raises BadInputError for one that is malformed."""
+        self._credentials = credentials
+        self._me = me
+        self._listen = parse_listen(listen)
+        self._hosts = concrete_hosts(self._listen.host)
+        self._port = self._listen.port
+        self._bootstrap = [target for target in map(parse_target, bootstrap) if target.peer != self._own_id]
+        self._with_mdns = mdns
+        self._introduced = introduced
+        self._current = current
+        self._timing = timing or Timing()
+        self._rng = rng or random.Random()
+        self._upgrader = _upgrader(credentials)
+        self._inbound = trio.CapacityLimiter(MAX_INBOUND)
+        self._dials = trio.CapacityLimiter(MAX_DIALS)
+        self._busy: set[PeerId] = set()
+        self._discovered: dict[PeerId, _Discovered] = {}
+        self._logged: TTLCache[str, None] = TTLCache(_RATE_LIMITED, self._timing.silence, timer=trio.current_time)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(to_multiaddr(host, self._port, self._own_id) for host in self._hosts)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Raises BadInputError where it cannot listen."""
+        listeners = await self._open_listeners()
+        self._port = listeners[0].socket.getsockname()[1]
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, self._answer, listeners)
+            for target in self._bootstrap:
+                nursery.start_soon(self._keep_introduced, (target,), logging.WARNING)
+            if self._with_mdns:
+                nursery.start_soon(self._discover, nursery)
+            task_status.started()
+
+    @property
+    def _own_id(self) -> PeerId:
+        return self._credentials.identity.peer_id
+
+    async def _open_listeners(self) -> list[trio.SocketListener]:
+        try:
+            return await trio.open_tcp_listeners(self._listen.port, host=self._listen.host)
+        except OSError as error:
+            raise BadInputError(f"peers.listen: cannot listen on {self._listen}: {error}") from error
+
+    # Whom to dial, and when.
+
+    async def _keep_introduced(self, ways: Sequence[Target], level: int) -> None:
+        """Dial one peer, by its ways in turn, whenever it is not among the current members."""
+        failures = 0
+        while True:
+            if self._is_current(ways[0].peer) or await self._dial(ways[failures % len(ways)], level):
+                failures = 0
+                await trio.sleep(self._spread(self._timing.recheck))
+            else:
+                await trio.sleep(self._spread(self._back_off(failures)))
+                failures += 1
+
+    def _is_current(self, peer: PeerId) -> bool:
+        return any(member.peer_id == peer for member in self._current())
+
+    def _back_off(self, failures: int) -> float:
+        return min(self._timing.last_retry, self._timing.first_retry * 2.0 ** min(failures, 16))
+
+    def _spread(self, seconds: float) -> float:
+        return seconds * self._rng.uniform(0.75, 1.25)
+
+    async def _dial(self, target: Target, level: int) -> bool:
+        """Whether the peer was introduced; a failure is logged at `level`, once in a while."""
+        if target.peer in self._busy:
+            return False
+        async with self._dials:
+            try:
+                with self._occupied(target.peer), _deadline(self._timing.deadline):
+                    async with await _connect(target) as stream:
+                        return await self._introduce(stream, target.peer)
+            except PeerUnavailableError as error:
+                self._log_rarely(level, str(target), f"cannot reach {target}, which is tried again: {error}")
+                return False
+
+    async def _discover(self, nursery: trio.Nursery) -> None:
+        tag = mdns.cluster_tag(self._credentials.authority)
+        mine = mdns.Announcement(self._own_id, tag, self._hosts, self._port)
+        await mdns.run(mine, partial(self._found, nursery), self._lost)
+
+    def _found(self, nursery: trio.Nursery, ways: tuple[Target, ...]) -> None:
+        peer = ways[0].peer
+        known = self._discovered.get(peer)
+        if known and known.ways == ways:
+            return
+        self._lost(peer)
+        if len(self._discovered) < MAX_DISCOVERED:
+            self._discovered[peer] = _Discovered(ways, trio.CancelScope())
+            nursery.start_soon(self._keep_discovered, self._discovered[peer])
+
+    def _lost(self, peer: PeerId) -> None:
+        known = self._discovered.pop(peer, None)
+        if known:
+            known.scope.cancel()
+
+    async def _keep_discovered(self, found: _Discovered) -> None:
+        """Starts at a random moment: all nodes of a site hear of a new one at once."""
+        with found.scope:
+            await trio.sleep(self._rng.uniform(0, self._timing.first_retry))
+            await self._keep_introduced(found.ways, logging.DEBUG)
+
+    # One connection.
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        try:
+            self._inbound.acquire_nowait()
+        except trio.WouldBlock:
+            await trio.aclose_forcefully(stream)
+            return
+        try:
+            with _deadline(self._timing.deadline):
+                await self._introduce(stream, None)
+        except PeerUnavailableError as error:
+            log.debug("a connection came to nothing: %s", error)
+        finally:
+            self._inbound.release()
+            await trio.aclose_forcefully(stream)
+
+    async def _introduce(self, stream: trio.SocketStream, expected: PeerId | None) -> bool:
+        """False where either is refused. `expected` is whom this node dialled. Raises PeerUnavailableError."""
+        remote = _remote(stream)
+        async with _libp2p_stream(self._upgrader, stream, expected) as line:
+            try:
+                with self._occupied(line.peer):
+                    members = await self._exchange(line, first=expected is not None)
+            except PeerMisbehavedError as error:
+                self._log_rarely(logging.WARNING, line.peer, f"refused {line.peer} at {remote}: {error}")
+                return False
+        log.info(
+            "introduced to %s (%s) at %s, who named %d others", members[0].name, line.peer, remote, len(members) - 1
+        )
+        self._introduced((with_observed(members[0], remote.host), *members[1:]))
+        return True
+
+    async def _exchange(self, line: _Line, *, first: bool) -> tuple[Member, ...]:
+        """Raises PeerMisbehavedError for a peer of another cluster, before anything was said about members."""
+        if first:
+            await line.send(introduction.encode_hello(self._credentials.certificate))
+            self._verify(line.peer, await line.receive(introduction.MAX_HELLO))
+            await line.send(self._members())
+            return introduction.decode_members(await line.receive(introduction.MAX_MEMBERS_BYTES), line.peer)
+        try:
+            hello = await line.receive(introduction.MAX_HELLO)
+            await line.send(introduction.encode_hello(self._credentials.certificate))
+            self._verify(line.peer, hello)
+            members = introduction.decode_members(await line.receive(introduction.MAX_MEMBERS_BYTES), line.peer)
+            await line.send(self._members())
+            return members
+        finally:
+            with trio.move_on_after(self._timing.linger):
+                await line.wait_closed()
+
+    def _verify(self, peer: PeerId, hello: bytes) -> None:
+        named = self._credentials.verify(introduction.decode_hello(hello))
+        if named != peer:
+            raise PeerMisbehavedError(f"shows the certificate of {named}")
+
+    def _members(self) -> bytes:
+        return introduction.encode_members(self._me(), self._current())
+
+    @contextmanager
+    def _occupied(self, peer: PeerId) -> Iterator[None]:
+        self._busy.add(peer)
+        try:
+            yield
+        finally:
+            self._busy.discard(peer)
+
+    def _log_rarely(self, level: int, subject: str, text: str) -> None:
+        log.log(logging.DEBUG if subject in self._logged else level, text)
+        self._logged[subject] = None
+
+
+class _Line:
+    """A libp2p stream to a peer that Noise authenticated; carries prefixed messages. Raises PeerUnavailableError."""
+
+    def __init__(self, peer: PeerId, stream: YamuxStream) -> None:
+        self.peer = peer
+        self._stream = stream
+
+    async def send(self, message: bytes) -> None:
+        with _translated():
+            await self._stream.write(message)
+
+    async def receive(self, most: int) -> bytes:
+        """The body of one message. Raises PeerMisbehavedError above `most` bytes, before they are received."""
+        prefix = await self._receive_exactly(introduction.PREFIX.size)
+        return await self._receive_exactly(introduction.body_length(prefix, most))
+
+    async def wait_closed(self) -> None:
+        """Until the peer closes its end; what it still says is dropped."""
+        try:
+            while True:
+                await self._receive_exactly(1)
+        except PeerUnavailableError:
+            return
+
+    async def _receive_exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            with _translated():
+                chunk = await self._stream.read(size - len(data))
+            if not chunk:
+                raise PeerUnavailableError("closed in the middle of an introduction")
+            data += chunk
+        return bytes(data)
+
+
+class _BoundedTcp(TrioTCPStream):
+    """libp2p reads as much at once, and as often, as a length that the peer sent makes it."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__(stream)
+        self._left = MAX_RECEIVED
+
+    async def read(self, n: int | None = None) -> bytes:
+        data = await super().read(_READ if n is None else min(n, _READ))
+        self._left -= len(data)
+        if self._left < 0:
+            raise PeerMisbehavedError(f"sent more than {MAX_RECEIVED} bytes for one introduction")
+        return data
+
+
+def _upgrader(credentials: Credentials) -> TransportUpgrader:
+    """Noise and yamux only: no plaintext, no secio, no mplex."""
+    keys = create_new_key_pair(credentials.identity.private_key.private_bytes_raw())
+    noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
+    return TransportUpgrader({NOISE: noise}, {TProtocol(YAMUX): Yamux})
+
+
+@asynccontextmanager
+async def _libp2p_stream(
+    upgrader: TransportUpgrader, tcp: trio.SocketStream, expected: PeerId | None
+) -> AsyncIterator[_Line]:
+    """Secure and multiplex `tcp`, and open (to `expected`) or accept the one stream. Raises PeerUnavailableError."""
+    failure: ShoalError | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            with _translated():
+                connection = await _upgrade(upgrader, tcp, expected)
+            nursery.start_soon(_pump, connection)
+            with _translated():
+                stream = await _negotiate(connection, dialled=expected is not None)
+            yield _Line(PeerId(connection.peer_id.to_base58()), stream)
+        except ShoalError as error:
+            failure = error  # raised in here, the nursery would wrap it in a group
+        nursery.cancel_scope.cancel()
+    if failure:
+        raise failure
+
+
+async def _upgrade(upgrader: TransportUpgrader, tcp: trio.SocketStream, expected: PeerId | None) -> Yamux:
+    peer = None if expected is None else ID.from_base58(expected)
+    raw = RawConnection(_BoundedTcp(tcp), expected is not None)
+    secured = await upgrader.upgrade_security(raw, expected is not None, peer)
+    connection = await upgrader.upgrade_connection(secured, secured.get_remote_peer())
+    assert isinstance(connection, Yamux)  # the only muxer that is offered
+    return connection
+
+
+async def _negotiate(connection: Yamux, *, dialled: bool) -> YamuxStream:
+    await connection.event_started.wait()
+    if dialled:
+        stream = await connection.open_stream()
+        await MultiselectClient().select_one_of([PROTOCOL], MultiselectCommunicator(stream))
+        return stream
+    accepted = await connection.accept_stream()
+    assert isinstance(accepted, YamuxStream)
+    await Multiselect({PROTOCOL: None}).negotiate(MultiselectCommunicator(accepted))
+    return accepted
+
+
+async def _pump(connection: Yamux) -> None:
+    """yamux's own tasks, whose end shows in the stream."""
+    try:
+        with _translated():
+            await connection.start()
+    except PeerUnavailableError as error:
+        log.debug("yamux with %s ended: %s", connection.peer_id, error)
+
+
+async def _connect(target: Target) -> trio.SocketStream:
+    """DNS names are resolved, and their addresses raced, by trio (RFC 8305)."""
+    try:
+        return await trio.open_tcp_stream(target.host, target.port)
+    except OSError as error:
+        raise PeerUnavailableError(str(error)) from error
+
+
+def _remote(stream: trio.SocketStream) -> HostPort:
+    try:
+        host, port = stream.socket.getpeername()[:2]
+    except OSError as error:
+        raise PeerUnavailableError("closed before it was introduced") from error
+    return HostPort(host, port)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What libp2p raises for bytes that it did not expect is documented nowhere: any Exception, and groups of them."""
+    try:
+        yield
+    except Exception as error:
+        raise PeerUnavailableError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """libp2p's outermost error only says which step failed; the innermost says why."""
+    while error.__cause__:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError as error:
+        raise PeerUnavailableError(f"no introduction within {seconds:g} s") from error

@@ -1,0 +1,548 @@
+"""Introductions over real libp2p connections on loopback: friends, strangers, liars, and bytes that mean nothing."""
+
+import logging
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from node import certificates, mdns, swarm_libp2p
+from node.addresses import Target, parse_target
+from node.certificates import Authority, Credentials
+from node.identity import Identity
+from node.swarm_libp2p import LibP2PSwarm, Timing
+from protocol import introduction
+from protocol.errors import BadInputError, PeerUnavailableError
+from protocol.ids import PeerId
+from protocol.members import Member
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+QUICK = Timing(deadline=3.0, first_retry=0.01, last_retry=0.02, recheck=0.02, linger=0.2)
+LIMIT_S = 20.0
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return certificates.own_authority(tmp_path)
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Authority:
+    (tmp_path / "other").mkdir()
+    return certificates.own_authority(tmp_path / "other")
+
+
+class Log(logging.Handler):
+    """What the swarms log, waited for by a part of its text."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+        self._changed = trio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def having(self, text: str, level: int = logging.DEBUG) -> list[logging.LogRecord]:
+        return [record for record in self.records if text in record.getMessage() and record.levelno >= level]
+
+    async def wait(self, text: str, count: int = 1) -> None:
+        while len(self.having(text)) < count:
+            await self._changed.wait()
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    handler = Log()
+    logger = logging.getLogger("node")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+class Node:
+    """A swarm and a membership that believes every introduction."""
+
+    def __init__(
+        self,
+        authority: Authority,
+        name: str,
+        bootstrap: Sequence[str] = (),
+        *,
+        listen: str = LOOPBACK,
+        identity: Identity | None = None,
+        timing: Timing = QUICK,
+        multicast: bool = False,
+    ) -> None:
+        self.identity = identity or Identity.of(Ed25519PrivateKey.generate())
+        self.me = Member(self.identity.peer_id, name, "site", ("127.0.0.1:4502",))
+        self.known: dict[PeerId, Member] = {}
+        self.introductions: list[tuple[Member, ...]] = []
+        self._changed = trio.Event()
+        self.swarm = LibP2PSwarm(
+            Credentials.issued(authority, self.identity, name),
+            lambda: self.me,
+            listen=listen,
+            bootstrap=bootstrap,
+            mdns=multicast,
+            introduced=self._introduced,
+            current=lambda: (self.me, *self.known.values()),
+            timing=timing,
+            rng=random.Random(1),
+        )
+
+    def _introduced(self, members: tuple[Member, ...]) -> None:
+        self.introductions.append(members)
+        self.known.update({member.peer_id: member for member in members if member != self.me})
+        self._changed.set()
+        self._changed = trio.Event()
+
+    @property
+    def address(self) -> str:
+        return self.swarm.addresses[0]
+
+    @property
+    def port(self) -> int:
+        return parse_target(self.address).port
+
+    async def wait_known(self, *others: "Node") -> None:
+        while not {other.me.peer_id for other in others} <= self.known.keys():
+            await self._changed.wait()
+
+    async def wait_introductions(self, count: int) -> None:
+        while len(self.introductions) < count:
+            await self._changed.wait()
+
+
+@asynccontextmanager
+async def running(*nodes: Node) -> AsyncIterator[trio.Nursery]:
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                await nursery.start(node.swarm.run)
+            yield nursery
+            nursery.cancel_scope.cancel()
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def wrapped() -> None:
+        await main()
+
+    trio.run(wrapped)
+
+
+@pytest.mark.parametrize("host", ["ip4/127.0.0.1", "dns4/localhost", "dns/localhost"])
+def test_two_nodes_introduce_each_other(authority: Authority, host: str) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        async with running(a) as nursery:
+            b = Node(authority, "b", [f"/{host}/tcp/{a.port}/p2p/{a.me.peer_id}"])
+            await nursery.start(b.swarm.run)
+            await b.wait_known(a)
+            await a.wait_known(b)
+            assert b.introductions == [(a.me,)]
+            assert a.introductions == [(b.me,)]
+
+    run(main)
+
+
+def test_ipv6(authority: Authority) -> None:
+    async def main() -> None:
+        a = Node(authority, "a", listen="/ip6/::1/tcp/0")
+        async with running(a) as nursery:
+            assert a.address.startswith("/ip6/::1/tcp/")
+            b = Node(authority, "b", [a.address])
+            await nursery.start(b.swarm.run)
+            await b.wait_known(a)
+
+    if not socket.has_ipv6:
+        pytest.skip("this Python has no IPv6")
+    run(main)
+
+
+def test_a_third_node_hears_of_the_second(authority: Authority) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        async with running(a) as nursery:
+            b = Node(authority, "b", [a.address])
+            await nursery.start(b.swarm.run)
+            await a.wait_known(b)
+            c = Node(authority, "c", [a.address])
+            await nursery.start(c.swarm.run)
+            await c.wait_known(a, b)
+            assert c.introductions == [(a.me, b.me)]
+
+    run(main)
+
+
+def test_nodes_that_dial_each_other_meet(authority: Authority) -> None:
+    async def main() -> None:
+        one, two = (Identity.of(Ed25519PrivateKey.generate()) for _ in range(2))
+        ports = free_ports(2)
+        ways = [f"/ip4/127.0.0.1/tcp/{port}/p2p/{who.peer_id}" for port, who in zip(ports, (one, two), strict=True)]
+        a = Node(authority, "a", ways, listen=f"/ip4/127.0.0.1/tcp/{ports[0]}", identity=one)
+        b = Node(authority, "b", ways, listen=f"/ip4/127.0.0.1/tcp/{ports[1]}", identity=two)
+        async with running(a, b):
+            await a.wait_known(b)
+            await b.wait_known(a)
+        assert a.me.peer_id not in a.known
+
+    run(main)
+
+
+def free_ports(count: int) -> list[int]:
+    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [holder.getsockname()[1] for holder in holders]
+    for holder in holders:
+        holder.close()
+    return ports
+
+
+def test_a_node_of_another_cluster_is_refused_and_logged_once(
+    authority: Authority, stranger: Authority, log: Log
+) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        async with running(a) as nursery:
+            b = Node(stranger, "b", [a.address])
+            await nursery.start(b.swarm.run)
+            await log.wait(f"refused {a.me.peer_id} at", 3)
+            await log.wait(f"refused {b.me.peer_id} at", 3)
+            assert a.introductions == b.introductions == []
+            for peer in (a.me.peer_id, b.me.peer_id):
+                (warning,) = log.having(f"refused {peer}", logging.WARNING)
+                assert "of another cluster" in warning.getMessage()
+                assert "127.0.0.1:" in warning.getMessage()
+
+    run(main)
+
+
+def test_a_dead_bootstrap_address_is_tried_until_it_answers(authority: Authority, log: Log) -> None:
+    async def main() -> None:
+        identity = Identity.of(Ed25519PrivateKey.generate())
+        (port,) = free_ports(1)
+        b = Node(authority, "b", [f"/ip4/127.0.0.1/tcp/{port}/p2p/{identity.peer_id}"])
+        async with running(b) as nursery:
+            await log.wait("cannot reach", 3)
+            assert len(log.having("cannot reach", logging.WARNING)) == 1
+            a = Node(authority, "a", listen=f"/ip4/127.0.0.1/tcp/{port}", identity=identity)
+            await nursery.start(a.swarm.run)
+            await b.wait_known(a)
+
+    run(main)
+
+
+def test_a_peer_that_is_forgotten_is_introduced_again(authority: Authority) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        async with running(a) as nursery:
+            b = Node(authority, "b", [a.address])
+            await nursery.start(b.swarm.run)
+            await b.wait_known(a)
+            b.known.clear()
+            await b.wait_introductions(2)
+
+    run(main)
+
+
+def test_another_peer_at_the_address_is_not_introduced(authority: Authority, log: Log) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        async with running(a) as nursery:
+            other = Identity.of(Ed25519PrivateKey.generate()).peer_id
+            b = Node(authority, "b", [f"/ip4/127.0.0.1/tcp/{a.port}/p2p/{other}"])
+            await nursery.start(b.swarm.run)
+            await log.wait(a.me.peer_id)
+            assert not b.introductions
+
+    run(main)
+
+
+async def closes(stream: trio.SocketStream) -> bool:
+    """Whether the other side closes; what it says before is dropped."""
+    try:
+        while await stream.receive_some():
+            pass
+    except trio.BrokenResourceError:
+        return True
+    return True
+
+
+GARBAGE = {
+    "nothing": b"",
+    "half a line": b"\x13/multistream",
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "tls": bytes.fromhex("160301020001fc0303") + bytes(64),
+    "zeros": bytes(4096),
+    "a long length": b"\xff\xff\xff\xff\x7f" + bytes(1000),
+    "a longer length": b"\xff" * 9 + b"\x01" + bytes(1000),
+    "noise, then garbage": b"\x13/multistream/1.0.0\n\x07/noise\n" + b"\x00\x20" + bytes(32),
+    "not text": b"\x05\xff\xfe\xfd\xfc\n",
+    "random": random.Random(7).randbytes(20000),
+}
+
+
+def test_garbage_on_the_port_harms_nobody(authority: Authority) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        async with running(a) as nursery:
+            for payload in GARBAGE.values():
+                for abrupt in (False, True):
+                    stream = await trio.open_tcp_stream("127.0.0.1", a.port)
+                    if abrupt:
+                        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    await stream.send_all(payload)
+                    if not abrupt:
+                        await stream.send_eof()
+                        assert await closes(stream)
+                    await stream.aclose()
+            b = Node(authority, "b", [a.address])
+            await nursery.start(b.swarm.run)
+            await b.wait_known(a)
+
+    run(main)
+
+
+def test_idle_connections_are_bounded_and_cut(authority: Authority) -> None:
+    async def main() -> None:
+        a = Node(authority, "a", timing=Timing(deadline=0.5, linger=0.1))
+        async with running(a) as nursery:
+            idle = [await trio.open_tcp_stream("127.0.0.1", a.port) for _ in range(swarm_libp2p.MAX_INBOUND)]
+            for stream in idle:
+                assert await stream.receive_some(1) != b""
+            extra = await trio.open_tcp_stream("127.0.0.1", a.port)
+            assert await extra.receive_some(1) == b""
+            for stream in idle:
+                assert await closes(stream)
+            b = Node(authority, "b", [a.address])
+            await nursery.start(b.swarm.run)
+            await b.wait_known(a)
+
+    run(main)
+
+
+def test_what_a_connection_may_send_is_bounded(authority: Authority, log: Log) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        async with running(a):
+            stream = await trio.open_tcp_stream("127.0.0.1", a.port)
+            await stream.send_all(b"\x13/multistream/1.0.0\n" + b"\xff\xff\xff\xff\x07")
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.send_all(bytes(64 * swarm_libp2p.MAX_RECEIVED))
+            await log.wait("came to nothing")
+
+    run(main)
+
+
+Lie = Callable[["swarm_libp2p._Line", Credentials], Awaitable[None]]
+
+
+async def say(line: "swarm_libp2p._Line", credentials: Credentials, *members: Member) -> None:
+    await line.send(introduction.encode_hello(credentials.certificate))
+    await line.receive(introduction.MAX_HELLO)
+    await line.send(introduction.encode_members(members[0], members[1:]))
+
+
+async def oversize(line: "swarm_libp2p._Line", _: Credentials) -> None:
+    await line.send(introduction.PREFIX.pack(introduction.MAX_HELLO + 1))
+
+
+async def no_msgpack(line: "swarm_libp2p._Line", _: Credentials) -> None:
+    await line.send(introduction.PREFIX.pack(4) + b"\xc1\xc1\xc1\xc1")
+
+
+async def later_version(line: "swarm_libp2p._Line", credentials: Credentials) -> None:
+    body = introduction.encode_hello(credentials.certificate)[introduction.PREFIX.size :]
+    await line.send(introduction.PREFIX.pack(len(body)) + body.replace(b"\x92\x01", b"\x92\x09", 1))
+
+
+async def speaks_for_another(line: "swarm_libp2p._Line", credentials: Credentials) -> None:
+    other = Identity.of(Ed25519PrivateKey.generate()).peer_id
+    await say(line, credentials, Member(other, "x", "s", ("127.0.0.1:1",)))
+
+
+async def false_name(line: "swarm_libp2p._Line", credentials: Credentials) -> None:
+    await say(line, credentials, Member(line.peer, "x", "s", ()), Member(PeerId("nobody"), "y", "s", ()))
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (oversize, "message of"),
+        (no_msgpack, "cannot be decoded"),
+        (later_version, "version 9"),
+        (speaks_for_another, "speaks for"),
+        (false_name, "false id"),
+    ],
+)
+def test_a_liar_of_the_own_cluster_is_refused(authority: Authority, log: Log, lie: Lie, reason: str) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        async with running(a):
+            credentials = Credentials.issued(authority, Identity.of(Ed25519PrivateKey.generate()), "liar")
+            await talk(a, credentials, lie)
+            await log.wait(reason)
+            (warning,) = log.having(f"refused {credentials.identity.peer_id}", logging.WARNING)
+            assert reason in warning.getMessage()
+            assert not a.introductions
+
+    run(main)
+
+
+async def talk(to: Node, credentials: Credentials, words: Lie) -> None:
+    upgrader = swarm_libp2p._upgrader(credentials)
+    stream = await trio.open_tcp_stream("127.0.0.1", to.port)
+    async with stream, swarm_libp2p._libp2p_stream(upgrader, stream, to.me.peer_id) as line:
+        await words(line, credentials)
+        await line.wait_closed()
+
+
+def test_a_certificate_of_somebody_else_is_refused(authority: Authority, stranger: Authority, log: Log) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        victim = Credentials.issued(authority, Identity.of(Ed25519PrivateKey.generate()), "victim")
+        thief = Credentials.issued(stranger, Identity.of(Ed25519PrivateKey.generate()), "thief")
+
+        async def borrow(line: swarm_libp2p._Line, _: Credentials) -> None:
+            await line.send(introduction.encode_hello(victim.certificate))
+
+        async with running(a):
+            await talk(a, thief, borrow)
+            await log.wait(f"shows the certificate of {victim.identity.peer_id}")
+            assert not a.introductions
+
+    run(main)
+
+
+def test_nothing_about_members_is_told_to_a_stranger(authority: Authority, stranger: Authority) -> None:
+    async def main() -> None:
+        a = Node(authority, "a")
+        outsider = Credentials.issued(stranger, Identity.of(Ed25519PrivateKey.generate()), "outsider")
+
+        async def listen(line: swarm_libp2p._Line, credentials: Credentials) -> None:
+            me = Member(line.peer, "x", "s", ())
+            await say(line, credentials, me)
+            with pytest.raises(PeerUnavailableError):
+                await line.receive(introduction.MAX_MEMBERS_BYTES)
+
+        async with running(a):
+            await talk(a, outsider, listen)
+
+    run(main)
+
+
+def test_a_silent_peer_costs_one_deadline(authority: Authority, log: Log) -> None:
+    async def main() -> None:
+        server = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = server[0].socket.getsockname()[1]
+
+        async def silent(_: trio.SocketStream) -> None:
+            await trio.sleep_forever()
+
+        other = Identity.of(Ed25519PrivateKey.generate()).peer_id
+        timing = Timing(deadline=0.2, first_retry=0.01, last_retry=0.01)
+        b = Node(authority, "b", [f"/ip4/127.0.0.1/tcp/{port}/p2p/{other}"], timing=timing)
+        async with running(b) as nursery:
+            nursery.start_soon(partial(trio.serve_listeners, silent, server))
+            await log.wait("no introduction within 0.2 s", 2)
+
+    run(main)
+
+
+def test_a_port_that_is_taken_is_named(authority: Authority) -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            listen = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+            with pytest.raises(BadInputError, match="cannot listen on 127"):
+                await Node(authority, "a", listen=listen).swarm.run()
+
+    run(main)
+
+
+@pytest.mark.parametrize("wrong", ["", "10.0.0.1:4501", "/ip4/10.0.0.1/tcp/4501", "/ip4/10.0.0.1/tcp/4501/p2p/Qm1"])
+def test_malformed_bootstrap_addresses_are_named_at_once(authority: Authority, wrong: str) -> None:
+    with pytest.raises(BadInputError, match=f'"{wrong}"'):
+        Node(authority, "a", [wrong])
+
+
+def multicast_works_on_loopback() -> str:
+    """Why not, or nothing: a datagram to mDNS's group, on another port, must come back over loopback."""
+    group, loopback = socket.inet_aton("224.0.0.251"), socket.inet_aton("127.0.0.1")
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        try:
+            receiver.bind(("", 0))
+            receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group + loopback)
+            receiver.settimeout(1)
+            sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, loopback)
+            sender.sendto(b"probe", ("224.0.0.251", receiver.getsockname()[1]))
+            receiver.recv(16)
+        except OSError as error:
+            return f"no multicast on the loopback interface: {error}"
+    return ""
+
+
+def test_mdns_introduces_nodes_of_one_cluster_only(authority: Authority, stranger: Authority) -> None:
+    why_not = multicast_works_on_loopback()
+    if why_not:
+        pytest.skip(why_not)
+
+    async def main() -> None:
+        a, b = (Node(authority, name, multicast=True) for name in "ab")
+        c = Node(stranger, "c", multicast=True)
+        async with running(c, a, b):
+            await a.wait_known(b)
+            await b.wait_known(a)
+        assert not c.introductions
+        assert a.known.keys() == {b.me.peer_id}
+
+    run(main)
+
+
+def test_mdns_tells_of_peers_that_leave(authority: Authority) -> None:
+    why_not = multicast_works_on_loopback()
+    if why_not:
+        pytest.skip(why_not)
+
+    async def main() -> None:
+        one, two = (Identity.of(Ed25519PrivateKey.generate()).peer_id for _ in range(2))
+        told, heard = trio.open_memory_channel[tuple[Target, ...] | PeerId](16)
+        async with trio.open_nursery() as nursery:
+            mine = mdns.Announcement(one, "c", ("127.0.0.1",), 4001)
+            nursery.start_soon(mdns.run, mine, told.send_nowait, told.send_nowait)
+            with trio.CancelScope() as other, trio.fail_after(LIMIT_S):
+                async with trio.open_nursery() as inner:
+                    theirs = mdns.Announcement(two, "c", ("127.0.0.1",), 4002)
+                    inner.start_soon(mdns.run, theirs, lambda _: None, lambda _: None)
+                    assert await heard.receive() == (Target(two, "127.0.0.1", 4002),)
+                    other.cancel()
+            with trio.fail_after(LIMIT_S):
+                assert await heard.receive() == two
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize("host", ["203.0.113.9", "::1"])
+def test_mdns_that_cannot_work_costs_one_warning(log: Log, host: str) -> None:
+    async def main() -> None:
+        peer = Identity.of(Ed25519PrivateKey.generate()).peer_id
+        with trio.fail_after(LIMIT_S):
+            await mdns.run(mdns.Announcement(peer, "c", (host,), 4001), lambda _: None, lambda _: None)
+
+    run(main)
+    assert len(log.having("mDNS does not work here", logging.WARNING)) == 1
