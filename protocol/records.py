@@ -30,7 +30,7 @@ def peer_id_of(public_key: bytes) -> PeerId:
 
 def public_key_of(peer: PeerId) -> bytes:
     """The raw Ed25519 key inside a peer id. Raises BadInputError where there is none."""
-    if len(peer) > 64:
+    if len(peer) > 64 or not peer.isalnum():  # b58decode forgives spaces, and one key must not have two names
         raise BadInputError(f"not an Ed25519 peer id: {peer[:80]!r}")
     try:
         raw = base58.b58decode(peer)
