@@ -1,0 +1,269 @@
+"""containerd's content store as a read-only tier: what it holds is neither stored twice nor fetched.
+
+Layout (containerd, docs/content-flow.md): `<root>/blobs/<algorithm>/<hex>`, one finished blob in each file. The files
+are somebody else's, so a blob is trusted only once its whole digest was right in this process, and as long as its file
+keeps the identity that it had then. A wrong blob counts as absent until its file changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import trio
+from cachetools import LRUCache, TTLCache
+
+from cache.files import READ, Identity, identity_of, opened, read_at
+from cache.store import Buffer, Held, Holdings, StoreStatistics
+from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, Piece
+from protocol.records import Record
+
+logger = logging.getLogger(__name__)
+
+RecordFor = Callable[[ObjectRef, int, bytes], Record]
+"""Signs the record of a block from the object, the block's index and its sha256."""
+
+_PLUGIN = "io.containerd.content.v1.content"
+_HEX = {"sha256": re.compile(r"[0-9a-f]{64}", re.ASCII), "sha512": re.compile(r"[0-9a-f]{128}", re.ASCII)}
+
+STATUS_AGE_S = 1.0
+"""How long `holds` may repeat an answer of stat."""
+
+LISTING_AGE_S = 10.0
+MAX_LISTED = 16384
+"""Blobs told by `objects` and counted: a site's node holds hundreds; listing this many takes 50 ms."""
+
+MAX_STATUSES = 4096
+MAX_RECORDS = 8192
+"""Signed records that are kept, about 0.5 KiB each; signing one anew takes 0.1 ms."""
+
+MAX_TRUSTED_BLOCKS = (MAX_OBJECT_SIZE // BLOCK_SIZE) + 16
+"""Blocks whose sha256 is kept, 32 bytes each: enough for the largest object. A forgotten blob is checked again."""
+
+_CHECK_BYTES = 64 << 20
+"""A check goes on in a thread for so long (0.1 s) before it can be cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What a check of a whole file found. `hashes` has the sha256 of each block, end to end; empty if it was wrong."""
+
+    identity: Identity
+    right: bool
+    hashes: bytes
+
+    @property
+    def weight(self) -> int:
+        return 16 + len(self.hashes) // 32
+
+
+class _Check:
+    """Hashes an open file, block by block, in bounded memory."""
+
+    def __init__(self, fd: int, digest: Digest) -> None:
+        self._fd = fd
+        self._digest = digest
+        self._whole = hashlib.new(digest.algorithm)
+        self._hashes = bytearray()
+        self._offset = 0
+        self._before = identity_of(os.fstat(fd))
+        self._buffer = bytearray(BLOCK_SIZE)
+
+    def go_on(self) -> bool:
+        """Hash up to _CHECK_BYTES more; False at the end of the file. Raises OSError."""
+        stop = self._offset + _CHECK_BYTES
+        while self._offset < min(stop, self._before.size):
+            length = os.preadv(self._fd, [self._buffer], self._offset)
+            if length < min(BLOCK_SIZE, self._before.size - self._offset):
+                return False
+            block = memoryview(self._buffer)[:length]
+            self._whole.update(block)
+            self._hashes += sha256(block).digest()
+            self._offset += length
+        return self._offset < self._before.size
+
+    def verdict(self) -> _Verdict:
+        identity = identity_of(os.fstat(self._fd))
+        right = identity == self._before and self._whole.hexdigest() == self._digest.hex
+        return _Verdict(self._before, right, bytes(self._hashes) if right else b"")
+
+
+class ContentStore:
+    """A BlockStore that takes nothing. It has whole blocks only; their records are signed when they are read."""
+
+    def __init__(self, root: Path, *, record_for: RecordFor, timer: Callable[[], float] = time.monotonic) -> None:
+        self._roots = root, root / _PLUGIN
+        self._record_for = record_for
+        self._timer = timer
+        self._verdicts: LRUCache[Digest, _Verdict] = LRUCache(MAX_TRUSTED_BLOCKS, lambda verdict: verdict.weight)
+        self._records: LRUCache[tuple[Digest, int], Record] = LRUCache(MAX_RECORDS)
+        self._statuses: TTLCache[Digest, Identity | None] = TTLCache(MAX_STATUSES, STATUS_AGE_S, timer)
+        self._listing: TTLCache[None, dict[Digest, int]] = TTLCache(1, LISTING_AGE_S, timer)
+        self._checking = trio.Lock()
+        if not any(os.path.isdir(folder / "blobs") for folder in self._roots):
+            logger.warning("containerd's content store: %s has no readable folder `blobs`: taken for empty", root)
+
+    # What is there
+
+    def size_of(self, digest: Digest) -> int | None:
+        """The size of the object, None where it is not there or known to be wrong."""
+        identity = self._status(digest)
+        return None if identity is None or self._known_wrong(digest, identity) else identity.size
+
+    def has_object(self, digest: Digest) -> bool:
+        return self.size_of(digest) is not None
+
+    def holds(self, piece: Piece) -> bool:
+        if piece.shard is not None:
+            return False
+        size = self.size_of(piece.block.digest)
+        return size is not None and 0 <= piece.block.index * BLOCK_SIZE < size
+
+    def holdings(self, digest: Digest) -> Holdings:
+        size = self.size_of(digest) or 0
+        return Holdings((1 << ObjectRef(digest, size).block_count) - 1)
+
+    def objects(self) -> Iterable[Digest]:
+        return list(self._list())
+
+    def statistics(self) -> StoreStatistics:
+        """What containerd holds; it has no budget of ours."""
+        sizes = self._list().values()
+        return StoreStatistics(sum(sizes), sum(sizes), len(sizes))
+
+    def _status(self, digest: Digest) -> Identity | None:
+        try:
+            return self._statuses[digest]
+        except KeyError:
+            found = self._find(digest)
+            self._statuses[digest] = found and found[1]
+            return self._statuses[digest]
+
+    def _find(self, digest: Digest) -> tuple[Path, Identity] | None:
+        for folder in self._roots:
+            path = folder / "blobs" / digest.algorithm / digest.hex
+            try:
+                status = path.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_OBJECT_SIZE:
+                return path, identity_of(status)
+        return None
+
+    def _list(self) -> dict[Digest, int]:
+        listing = self._listing.get(None)
+        if listing is None:
+            sizes = ((digest, self.size_of(digest)) for digest in islice(self._scan(), MAX_LISTED))
+            listing = self._listing[None] = {digest: size for digest, size in sizes if size is not None}
+        return listing
+
+    def _scan(self) -> Iterable[Digest]:
+        for folder in self._roots:
+            for algorithm, pattern in _HEX.items():
+                try:
+                    with os.scandir(folder / "blobs" / algorithm) as entries:
+                        yield from (Digest(algorithm, each.name) for each in entries if pattern.fullmatch(each.name))
+                except OSError:
+                    continue  # no such folder
+
+    # Checking and reading
+
+    async def get(self, piece: Piece) -> Held | None:
+        await trio.lowlevel.checkpoint()
+        if not self.holds(piece):
+            return None
+        digest, index = piece.block.digest, piece.block.index
+        trusted = await self._trusted(digest)
+        if trusted is None or index * BLOCK_SIZE >= trusted[1].identity.size:
+            return None
+        path, verdict = trusted
+        data = bytearray(min(BLOCK_SIZE, verdict.identity.size - index * BLOCK_SIZE))
+        try:
+            with opened(path, READ) as fd:
+                complete = await read_at(fd, data, index * BLOCK_SIZE)
+                unchanged = identity_of(os.fstat(fd)) == verdict.identity
+        except OSError as error:
+            logger.warning("containerd's content store: cannot read %s: %s", digest, error.strerror)
+            return None
+        return Held(data, self._record(digest, index, verdict)) if complete and unchanged else None
+
+    async def check(self, digest: Digest) -> bool:
+        """Whether the object is there and right, reading all of it if that is not known yet."""
+        return await self._trusted(digest) is not None
+
+    async def _trusted(self, digest: Digest) -> tuple[Path, _Verdict] | None:
+        """The file and what is known of it as it is now, if it is right. Unknown files are checked one at a time."""
+        if self._known(digest) is None:
+            async with self._checking:
+                found = self._find(digest)
+                if found is not None and self._known(digest) is None:
+                    await self._check(found[0], digest)
+        known = self._known(digest)
+        return known if known is not None and known[1].right else None
+
+    def _known(self, digest: Digest) -> tuple[Path, _Verdict] | None:
+        """The verdict on the file as it is now, if there is one."""
+        verdict = self._verdicts.get(digest)
+        found = self._find(digest)
+        return (
+            (found[0], verdict) if verdict is not None and found is not None and found[1] == verdict.identity else None
+        )
+
+    async def _check(self, path: Path, digest: Digest) -> None:
+        try:
+            with opened(path, READ) as fd:
+                check = _Check(fd, digest)
+                while await trio.to_thread.run_sync(check.go_on):
+                    pass
+                verdict = check.verdict()
+        except OSError as error:
+            logger.warning("containerd's content store: cannot read %s: %s", digest, error.strerror)
+            return
+        if not verdict.right:
+            logger.warning("containerd's content store: the bytes of %s are wrong: ignored until they change", digest)
+        self._verdicts[digest] = verdict
+        self._statuses.pop(digest, None)
+
+    def _known_wrong(self, digest: Digest, identity: Identity) -> bool:
+        verdict = self._verdicts.get(digest)
+        return verdict is not None and not verdict.right and verdict.identity == identity
+
+    def _record(self, digest: Digest, index: int, verdict: _Verdict) -> Record:
+        record = self._records.get((digest, index))
+        if record is None:
+            ref = ObjectRef(digest, verdict.identity.size)
+            record = self._record_for(ref, index, verdict.hashes[index * 32 : index * 32 + 32])
+            self._records[digest, index] = record
+        return record
+
+    def open_sealed(self, digest: Digest) -> BinaryIO | None:
+        """The object's file, if it was checked in this process and is unchanged since."""
+        known = self._known(digest)
+        if known is None or not known[1].right:
+            return None
+        path, verdict = known
+        try:
+            file = open(os.open(path, READ), "rb", buffering=0)  # noqa: SIM115 # the caller closes it
+        except OSError:
+            return None
+        if identity_of(os.fstat(file.fileno())) != verdict.identity:
+            file.close()
+            return None
+        return file
+
+    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+        await trio.lowlevel.checkpoint()
+        return False
+
+    async def discard(self, piece: Piece) -> None:
+        await trio.lowlevel.checkpoint()
