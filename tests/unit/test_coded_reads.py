@@ -1,0 +1,265 @@
+"""Seeder, fetcher and origin of several nodes over the memory network, in virtual time, against a counting registry."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from hashlib import sha256
+from random import Random
+
+import pytest
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cache.memory import MemoryStore
+from cache.store import Held
+from cache.tiered import Tiers
+from node.exchange import Answer
+from node.exchange_memory import MemoryExchange, MemoryNetwork
+from node.fetcher import Fetcher
+from node.identity import Identity
+from node.locator import Locator
+from node.objects import Source
+from node.origin import Origin
+from node.seeder import BlockAddress, Obtained, Seeder, Site
+from node.trust import Trust
+from protocol.directory import Directory
+from protocol.errors import UnavailableError
+from protocol.health import Health
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
+from protocol.members import Member
+from protocol.messages import Request, ShardFound
+from protocol.placement import Placement
+
+LOCATOR = Locator("origin.test", "app", "blobs")
+BODY = Random(7).randbytes(3 * BLOCK_SIZE + 100_000)
+REF = ObjectRef(Digest("sha256", sha256(BODY).hexdigest()), len(BODY))
+
+
+class Registry:
+    """Gives BODY block by block, and counts."""
+
+    def __init__(self, block_s: float = 0.05) -> None:
+        self.asked: Counter[int] = Counter()
+        self.down = False
+        self._block_s = block_s
+
+    def connections(self, upstream: str) -> int:
+        return 4
+
+    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]:
+        for index in range(first, first + count):
+            if self.down:
+                raise UnavailableError("the registry is down")
+            self.asked[index] += 1
+            await trio.sleep(self._block_s)
+            yield bytearray(BODY[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+
+
+class FixedView:
+    """A view that the test sets."""
+
+    def __init__(self, members: list[Member]) -> None:
+        self.site = tuple(sorted(members, key=lambda member: member.peer_id))
+        self._known = {member.peer_id: member for member in members}
+        self.version = 0
+        self.changed_at = -1000.0
+        self.failures: list[PeerId] = []
+        self.quarantined: dict[PeerId, str] = {}
+
+    def find(self, peer: PeerId) -> Member | None:
+        return self._known.get(peer)
+
+    def report_failure(self, peer: PeerId) -> None:
+        self.failures.append(peer)
+
+    def quarantine(self, peer: PeerId, reason: str) -> None:
+        self.quarantined[peer] = reason
+
+    def is_quarantined(self, peer: PeerId) -> bool:
+        return peer in self.quarantined
+
+
+class DiskLike(MemoryStore):
+    """A second memory store in the place of the disk: simulations have no files."""
+
+    def open_sealed(self, digest: Digest) -> None:
+        return None
+
+    def seal(self, ref: ObjectRef) -> bool:
+        return False
+
+    async def drop_object(self, digest: Digest) -> None:
+        return None
+
+
+class Node:
+    def __init__(
+        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Registry,
+        nursery: trio.Nursery,
+    ) -> None:  # fmt: skip
+        self.own = identity.peer_id
+        self.view = FixedView(members)
+        self.tiers = Tiers(
+            MemoryStore(1 << 26, trio.current_time), DiskLike(1 << 26, trio.current_time), containerd=None
+        )
+        self.exchange = MemoryExchange(network, self.own, refused=self.view.is_quarantined, handler=self.handle)
+        placement = Placement(self.view.site, 4, 1)
+        self.site = Site(
+            self.own, self.view, lambda: placement, self.exchange, Health(), Trust(self.own, self.view), self.tiers
+        )
+        self.seeder = Seeder(self.site, Origin(registry, nursery), Directory(), identity.sign, nursery)
+        self.fetcher = Fetcher(self.site, self.seeder, nursery)
+        self.spoil: Callable[[Answer], Answer] | None = None
+
+    async def handle(self, peer: PeerId, request: Request) -> Answer:
+        answer = await self.seeder.handle(peer, request)
+        return self.spoil(answer) if self.spoil else answer
+
+    async def read(self, index: int) -> Obtained:
+        ticket = self.fetcher.begin(BlockAddress(LOCATOR, REF, index), urgent=False)
+        try:
+            return await ticket.wait()
+        finally:
+            ticket.release()
+
+    async def read_all(self) -> list[Obtained]:
+        found = [await self.read(index) for index in range(REF.block_count)]
+        assert b"".join(bytes(one.held.data) for one in found) == BODY
+        return found
+
+
+Scenario = Callable[[list[Node], Registry, MemoryNetwork], Awaitable[None]]
+
+
+def play(count: int, scenario: Scenario) -> None:
+    """Run a scenario on `count` nodes, whose registry and network it may break."""
+
+    async def main() -> None:
+        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
+        identities = [Identity.of(key) for key in keys]
+        members = [Member(one.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, one in enumerate(identities)]
+        network, registry = MemoryNetwork(0.001), Registry()
+        async with trio.open_nursery() as nursery:
+            nodes = [Node(one, members, network, registry, nursery) for one in identities]
+            for node in nodes:
+                await nursery.start(node.exchange.run)
+            with trio.fail_after(60):
+                await scenario(nodes, registry, network)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def all_read(nodes: list[Node]) -> None:
+    async with trio.open_nursery() as nursery:
+        for node in nodes:
+            nursery.start_soon(node.read_all)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 9])
+def test_however_many_read_at_once_the_registry_gives_each_block_once(count: int) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes)
+        assert registry.asked == Counter(range(REF.block_count))
+
+    play(count, scenario)
+
+
+def test_what_the_site_holds_outlives_the_registry() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await nodes[0].read_all()
+        registry.down = True
+        for node in nodes[1:]:
+            found = await node.read_all()
+            assert {one.source for one in found} <= {Source.PEER, Source.MEMORY, Source.DISK}
+
+    play(6, scenario)
+
+
+def test_a_killed_keeper_costs_no_copy_and_little_time() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes[:3])
+        network.kill(nodes[2].own)
+        before = trio.current_time()
+        await nodes[3].read_all()
+        assert trio.current_time() - before < 1
+        assert registry.asked == Counter(range(REF.block_count))
+
+    play(5, scenario)
+
+
+def test_a_stopped_keeper_is_waited_for_once() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes[:3])
+        network.stop(nodes[2].own)
+        before = trio.current_time()
+        await all_read(nodes[3:])
+        assert trio.current_time() - before < 4
+        assert registry.asked == Counter(range(REF.block_count))
+
+    play(5, scenario)
+
+
+def test_without_any_peer_that_answers_the_node_asks_the_registry() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        for node in nodes[1:]:
+            network.stop(node.own)
+        await nodes[0].read_all()
+        assert registry.asked == Counter(range(REF.block_count))
+
+    play(5, scenario)
+
+
+def test_a_liar_is_found_out_by_its_shards() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        def lie(answer: Answer) -> Answer:
+            if not isinstance(answer.message, ShardFound) or answer.body is None:
+                return answer
+            wrong = bytearray(answer.body)
+            wrong[len(wrong) // 2] ^= 1
+            return Answer(answer.message, wrong)
+
+        await all_read(nodes[:4])
+        liar, reader = nodes[1], nodes[4]
+        liar.spoil = lie
+        await reader.read_all()
+        assert set(reader.view.quarantined) == {liar.own}
+        assert registry.asked == Counter(range(REF.block_count))
+
+    play(5, scenario)
+
+
+def test_a_record_that_no_member_signed_is_not_believed() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        stranger = Identity.of(Ed25519PrivateKey.generate())
+        address = BlockAddress(LOCATOR, REF, 0)
+        forged = bytearray(address.length)
+        others = Seeder(nodes[0].site, Origin(registry, None), Directory(), stranger.sign, None)  # type: ignore[arg-type] # only signs
+        record = others._claim(address, forged)
+        record = type(record)(*(getattr(record, name) for name in record.__struct_fields__[:5]), stranger.peer_id, b"")
+        for node in nodes[1:]:
+            await node.tiers.put(Piece(address.block), forged, record)
+        held: Held = (await nodes[0].read(0)).held
+        assert bytes(held.data) == BODY[:BLOCK_SIZE]
+
+    play(5, scenario)
+
+
+def test_a_new_home_asks_those_who_kept_before_it_asks_the_registry() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes[:2])
+        for node in nodes:
+            network.kill(nodes[4].own)
+            node.view.site = tuple(member for member in node.view.site if member.peer_id != nodes[4].own)
+            node.view.changed_at = trio.current_time()
+            node.site = Site(
+                node.own, node.view, lambda view=node.view: Placement(view.site, 4, 1), node.exchange,
+                node.site.health, node.site.trust, node.tiers,
+            )  # fmt: skip
+            node.seeder._site = node.fetcher._site = node.site
+        registry.down = True
+        await all_read(nodes[2:4])
+
+    play(5, scenario)
