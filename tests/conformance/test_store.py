@@ -1,0 +1,274 @@
+"""What every store promises (cache/store.py)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from cache.content_store import ContentStore
+from cache.disk import DiskStore
+from cache.memory import ENTRY_BYTES, MemoryStore
+from cache.store import BlockStore, Holdings
+from protocol.errors import BadInputError
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece, Shard
+from protocol.records import Record, make_record
+from tests.support.blobs import SIGNER, Blob
+
+BUDGET = 4 * (BLOCK_SIZE + 2 * ENTRY_BYTES)
+"""Room for four whole blocks and not five, in memory and on disk."""
+
+BLOB = Blob.random(1, 3 * BLOCK_SIZE + 5000)
+DATA = Shard(4, 1, 2)
+PARITY = Shard(3, 1, 3)
+
+Open = Callable[[], AbstractAsyncContextManager[BlockStore]]
+
+
+class Timer:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def timer() -> Timer:
+    return Timer()
+
+
+@pytest.fixture(params=["memory", "disk", "disk without holes"])
+def open_store(request, tmp_path: Path, timer: Timer, monkeypatch) -> Open:
+    if request.param == "disk without holes":
+        monkeypatch.setattr("cache.disk.can_punch", lambda directory: False)
+    if request.param != "memory":
+        return lambda: DiskStore.open(tmp_path / "cache", BUDGET, timer=timer)
+
+    @asynccontextmanager
+    async def memory() -> AsyncIterator[BlockStore]:
+        yield MemoryStore(BUDGET, timer)
+
+    return memory
+
+
+def run(open_store: Open, test: Callable[[BlockStore], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with open_store() as store:
+            await test(store)
+
+    trio.run(main)
+
+
+async def put(store: BlockStore, blob: Blob, piece: Piece) -> bool:
+    return await store.put(piece, blob.bytes_of(piece), blob.record(piece))
+
+
+async def got(store: BlockStore, blob: Blob, piece: Piece) -> bool:
+    """Whether the piece was there; if so, it was right."""
+    held = await store.get(piece)
+    assert store.holds(piece) == (held is not None)
+    if held is None:
+        return False
+    assert (bytes(held.data), held.record) == (blob.bytes_of(piece), blob.record(piece))
+    return True
+
+
+def test_gives_back_what_was_put(open_store: Open) -> None:
+    async def test(store: BlockStore) -> None:
+        pieces = [BLOB.pieces[0], BLOB.pieces[3], BLOB.shard(1, DATA), BLOB.shard(2, DATA), BLOB.shard(2, PARITY)]
+        for piece in pieces:
+            assert not await got(store, BLOB, piece)
+            assert await put(store, BLOB, piece)
+        for piece in pieces:
+            assert await got(store, BLOB, piece)
+        assert not store.holds(BLOB.pieces[1])
+        assert not store.holds(BLOB.shard(1, PARITY))
+        assert store.holdings(BLOB.digest) == Holdings(0b1001, {DATA: 0b0110, PARITY: 0b0100})
+        assert list(store.objects()) == [BLOB.digest]
+        assert store.statistics().entries == len(pieces)
+        assert sum(len(BLOB.bytes_of(piece)) for piece in pieces) <= store.statistics().bytes <= BUDGET
+
+    run(open_store, test)
+
+
+def test_holds_nothing_of_an_object_that_it_never_saw(open_store: Open) -> None:
+    async def test(store: BlockStore) -> None:
+        assert await store.get(BLOB.pieces[0]) is None
+        assert not store.holds(BLOB.pieces[0])
+        assert store.holdings(BLOB.digest) == Holdings()
+        assert list(store.objects()) == []
+        assert (store.statistics().bytes, store.statistics().entries) == (0, 0)
+
+    run(open_store, test)
+
+
+def test_putting_twice_changes_nothing(open_store: Open) -> None:
+    async def test(store: BlockStore) -> None:
+        for piece in (BLOB.pieces[0], BLOB.shard(1, DATA)):
+            assert await put(store, BLOB, piece)
+            before = store.statistics()
+            assert await put(store, BLOB, piece)
+            assert store.statistics() == before
+
+    run(open_store, test)
+
+
+def test_discards_one_piece_and_no_other(open_store: Open) -> None:
+    async def test(store: BlockStore) -> None:
+        for piece in (BLOB.pieces[0], BLOB.shard(1, DATA)):
+            await put(store, BLOB, piece)
+        await store.discard(BLOB.pieces[0])
+        await store.discard(BLOB.pieces[2])
+        assert not await got(store, BLOB, BLOB.pieces[0])
+        assert await got(store, BLOB, BLOB.shard(1, DATA))
+        assert await put(store, BLOB, BLOB.pieces[0])
+        assert await got(store, BLOB, BLOB.pieces[0])
+
+    run(open_store, test)
+
+
+def test_refuses_what_is_not_the_piece(open_store: Open) -> None:
+    async def test(store: BlockStore) -> None:
+        first, second = BLOB.pieces[:2]
+        wrong = [
+            (first, BLOB.bytes_of(first)[:-1], BLOB.record(first)),
+            (first, BLOB.bytes_of(first), BLOB.record(second)),
+            (BLOB.shard(0, DATA), BLOB.bytes_of(first), BLOB.record(first)),
+            (BLOB.shard(0, Shard(4, 1, 5)), bytes(BLOCK_SIZE // 4), BLOB.record(first)),
+            (BLOB.shard(0, Shard(0, 1, 0)), b"", BLOB.record(first)),
+            (BLOB.shard(0, Shard(2, -1, 0)), bytes(BLOCK_SIZE // 2), BLOB.record(first)),
+        ]
+        for piece, data, record in wrong:
+            with pytest.raises(BadInputError):
+                await store.put(piece, data, record)
+            assert not store.holds(piece)
+        assert store.statistics().entries == 0
+
+    run(open_store, test)
+
+
+def test_evicts_what_was_not_used_twice_and_keeps_the_budget(open_store: Open, timer: Timer) -> None:
+    used, unused = Blob.random(2, BLOCK_SIZE), Blob.random(3, BLOCK_SIZE)
+
+    async def test(store: BlockStore) -> None:
+        for blob in (used, unused):
+            assert await put(store, blob, blob.pieces[0])
+        timer.now += 3600
+        assert await got(store, used, used.pieces[0])
+        for seed in range(10, 20):
+            timer.now += 3600
+            blob = Blob.random(seed, BLOCK_SIZE)
+            assert await put(store, blob, blob.pieces[0])
+            assert store.statistics().bytes <= store.statistics().budget_bytes == BUDGET
+        assert await got(store, used, used.pieces[0])
+        assert not await got(store, unused, unused.pieces[0])
+
+    run(open_store, test)
+
+
+def test_declines_what_is_larger_than_the_budget(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with DiskStore.open(tmp_path, BLOCK_SIZE - 1) as disk:
+            for store in (MemoryStore(BLOCK_SIZE, trio.current_time), disk):
+                assert not await put(store, BLOB, BLOB.pieces[0])
+                assert not store.holds(BLOB.pieces[0])
+                assert store.statistics().bytes == 0
+
+    trio.run(main)
+
+
+def test_a_view_of_a_large_buffer_costs_no_more_than_its_bytes(open_store: Open) -> None:
+    buffer = bytearray(BLOB.content)
+
+    async def test(store: BlockStore) -> None:
+        piece = BLOB.pieces[1]
+        view = memoryview(buffer)[BLOCK_SIZE : 2 * BLOCK_SIZE]
+        assert await store.put(piece, view, BLOB.record(piece))
+        assert store.statistics().bytes < BLOCK_SIZE + 2 * ENTRY_BYTES
+        held = await store.get(piece)
+        assert held is not None
+        assert getattr(held.data, "obj", None) is not buffer
+        assert await got(store, BLOB, piece)
+
+    run(open_store, test)
+
+
+def test_a_cancelled_call_leaves_the_store_whole(open_store: Open) -> None:
+    async def test(store: BlockStore) -> None:
+        await put(store, BLOB, BLOB.pieces[0])
+        before = store.statistics()
+        calls = (
+            lambda: put(store, BLOB, BLOB.pieces[1]),
+            lambda: store.get(BLOB.pieces[0]),
+            lambda: store.discard(BLOB.pieces[0]),
+        )
+        for call in calls:
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await call()
+            assert scope.cancelled_caught
+            assert store.statistics() == before
+        assert await got(store, BLOB, BLOB.pieces[0])
+        assert await put(store, BLOB, BLOB.pieces[1])
+
+    run(open_store, test)
+
+
+def test_many_at_once(open_store: Open) -> None:
+    blobs = [Blob.random(seed, BLOCK_SIZE + 77) for seed in range(30, 36)]
+
+    async def test(store: BlockStore) -> None:
+        async def use(blob: Blob) -> None:
+            for piece in blob.pieces * 3:
+                await put(store, blob, piece)
+                assert store.statistics().bytes <= BUDGET
+                await got(store, blob, piece)
+
+        async with trio.open_nursery() as nursery:
+            for blob in blobs * 2:
+                nursery.start_soon(use, blob)
+        assert store.statistics().entries >= 4
+
+    run(open_store, test)
+
+
+@pytest.fixture(params=["", "io.containerd.content.v1.content"])
+def content(request, tmp_path: Path) -> ContentStore:
+    folder = tmp_path / request.param / "blobs" / "sha256"
+    folder.mkdir(parents=True)
+    (folder / BLOB.digest.hex).write_bytes(BLOB.content)
+
+    def record_for(ref: ObjectRef, index: int, sha: bytes) -> Record:
+        return make_record(ref, index, sha, SIGNER, lambda payload: bytes(64))
+
+    return ContentStore(tmp_path, record_for=record_for)
+
+
+def test_a_read_only_store(content: ContentStore) -> None:
+    other = Blob.random(9, 100)
+
+    async def main() -> None:
+        assert content.holdings(BLOB.digest) == Holdings(0b1111)
+        assert list(content.objects()) == [BLOB.digest]
+        assert content.statistics().bytes == len(BLOB.content)
+        for piece in BLOB.pieces:
+            assert content.holds(piece)
+            held = await content.get(piece)
+            assert held is not None
+            assert bytes(held.data) == BLOB.bytes_of(piece)
+            assert held.record.matches(held.data)
+            assert held.record.block == piece.block
+        beyond = Piece(BLOB.pieces[0].block.__class__(BLOB.digest, 4))
+        for piece in (BLOB.shard(0, DATA), beyond, other.pieces[0]):
+            assert not content.holds(piece)
+            assert await content.get(piece) is None
+        assert not await put(content, other, other.pieces[0])
+        await content.discard(BLOB.pieces[0])
+        assert content.holds(BLOB.pieces[0])
+        assert content.holdings(Digest("sha256", "0" * 64)) == Holdings()
+
+    trio.run(main)
