@@ -40,7 +40,7 @@ from protocol.records import Record
 
 logger = logging.getLogger(__name__)
 
-FLUSH_S = 2.0
+FLUSH_S = 1.0
 """A kill loses at most what was put within this time. Shorter means more syncs, which wear an eMMC."""
 
 FLUSH_PIECES = 64
@@ -506,6 +506,7 @@ class DiskStore:
         except OSError:
             return False
         file.sealed = file.found(identity) and identity.size == ref.size
+        self._full.set()  # a whole object is made durable now: a kill from here on loses nothing of it
         return file.sealed
 
     def open_sealed(self, digest: Digest) -> BinaryIO | None:
