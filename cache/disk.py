@@ -24,6 +24,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from sys import intern
 from typing import BinaryIO
 
 import trio
@@ -31,11 +32,11 @@ import trio
 from cache.disk_index import DiskIndex, Stored, key_of, open_index
 from cache.files import CHANGE, READ, WRITE, Identity, identity_of, opened, punch, read_at, write_at
 from cache.lru_k import LRUKCache
-from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, check_piece, piece_length
+from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, check_bytes, length_of
 from cache.recovery import can_punch, offset_of, reconcile, relative_path, space
 from cache.store import Buffer, Held, Holdings, StoreStatistics
 from protocol.errors import BadInputError
-from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, Piece, Shard
+from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ MAX_TOLD = 64
 class _File:
     """`checked` has a bit for each block that was right in this process since the file's identity was noted."""
 
+    digest: Digest
+    shard: Shard | None
     path: str
     pieces: int = 0
     identity: Identity | None = None
@@ -148,12 +151,11 @@ class _LeasedFile(io.FileIO):
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A store's folder, opened. Closing `lock` lets another process have it; `rows` are the latest used first."""
+    """A store's folder, opened. Closing `lock` lets another process have it."""
 
     path: Path
     lock: int
     index: DiskIndex
-    rows: list[Stored]
     punching: bool
 
     def close(self) -> None:
@@ -179,7 +181,7 @@ class DiskStore:
         self._removed: dict[Piece, _Entry] = {}
         self._removed_bytes = 0
         self._referenced: set[Piece] = set()
-        self._used = itertools.count(max((row.used for row in folder.rows), default=0) + 1)
+        self._used = itertools.count(1)
         self._trash = itertools.count()
         self._spare = 0
         self._spare_at = -math.inf
@@ -203,10 +205,11 @@ class DiskStore:
         At least `free_share` of the file system, and `free_bytes`, are left free. Raises BadInputError naming the
         folder where it cannot be used, another process uses it, or another version's index is in it.
         """
-        folder = await trio.to_thread.run_sync(_open_folder, directory)
+        folder, rows = await trio.to_thread.run_sync(_open_folder, directory)
         try:
             store = cls(folder, budget_bytes, free_share, free_bytes, timer)
-            store._adopt(folder.rows)
+            store._adopt(rows)
+            del rows  # it is large
             await store.flush()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(store._flush_often)
@@ -223,6 +226,7 @@ class DiskStore:
     def _adopt(self, rows: list[Stored]) -> None:
         """Hold what `rows` name, the latest used as far as the budget goes."""
         total, kept = 0, 0
+        self._used = itertools.count(max((row.used for row in rows), default=0) + 1)
         entries = [self._entry(row.piece, row.record, row.sha256, row.used) for row in rows]
         for entry in entries[:MAX_ENTRIES]:
             total += entry.space
@@ -274,7 +278,7 @@ class DiskStore:
         return None
 
     async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
-        check_piece(piece, data, record)
+        check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
         if piece in self._entries:
             return True
@@ -305,7 +309,7 @@ class DiskStore:
         file.checked |= 1 << piece.block.index
         self._spare -= entry.space
         self._add(entry)
-        self._dirty[piece] = entry
+        self._dirty[entry.piece] = entry
         if piece.shard is None and self._folder.punching:
             for shard in self._bitmaps.shards_of(piece.block):
                 self._remove(self._entries[shard])
@@ -326,10 +330,17 @@ class DiskStore:
     # The index in memory
 
     def _entry(self, piece: Piece, record: Record, sha: bytes, used: int) -> _Entry:
+        """All that is long is in memory once for all entries."""
         key = piece.block.digest, piece.shard
-        if key not in self._files:
-            self._files[key] = _File(f"{self._folder.path}/{relative_path(*key)}")
-        return _Entry(piece, record, sha, piece_length(piece, record), used, self._files[key])
+        file = self._files.get(key)
+        if file is None:
+            file = self._files[key] = _File(*key, f"{self._folder.path}/{relative_path(*key)}")
+        record = Record(
+            intern(record.digest), record.index, record.length, record.size,
+            sha if sha == record.sha256 else record.sha256, PeerId(intern(record.signer)), record.signature,
+        )  # fmt: skip
+        own = Piece(BlockId(file.digest, piece.block.index), file.shard)
+        return _Entry(own, record, sha, length_of(own, record), used, file)
 
     def _add(self, entry: _Entry) -> None:
         self._policy[entry.piece] = entry.space
@@ -460,7 +471,7 @@ class DiskStore:
             if entry.file.pieces or entry.file in trash:
                 continue
             trash[entry.file] = f"{self._folder.path}/{TRASH}/{next(self._trash)}"
-            self._files.pop((entry.piece.block.digest, entry.piece.shard), None)
+            self._files.pop((entry.file.digest, entry.file.shard), None)
             try:
                 os.rename(entry.file.path, trash[entry.file])
             except OSError as error:
@@ -579,8 +590,8 @@ def _give_back(batch: _Batch, outcome: _Outcome) -> None:
             outcome.problems.append(("cannot remove a file", error))
 
 
-def _open_folder(directory: Path) -> _Folder:
-    """In a thread. Raises BadInputError."""
+def _open_folder(directory: Path) -> tuple[_Folder, list[Stored]]:
+    """In a thread. What was held is told in the order of its last use, the latest first. Raises BadInputError."""
     with ExitStack() as undo:
         try:
             (directory / TRASH).mkdir(parents=True, exist_ok=True)
@@ -589,21 +600,21 @@ def _open_folder(directory: Path) -> _Folder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             index = open_index(directory / "index.sqlite")
             undo.callback(index.close)
-            folder = _recover(directory, lock, index)
+            punching = can_punch(directory)
+            rows = _recover(directory, index, punching)
         except BlockingIOError as error:
             raise BadInputError(f"{directory} is in use by another p2pd: give each its own folder") from error
         except (OSError, sqlite3.Error) as error:
             raise BadInputError(f"cannot use the folder {directory}: {error}") from error
         undo.pop_all()
-    return folder
+    return _Folder(directory, lock, index, punching), rows
 
 
-def _recover(directory: Path, lock: int, index: DiskIndex) -> _Folder:
-    punching = can_punch(directory)
+def _recover(directory: Path, index: DiskIndex, punching: bool) -> list[Stored]:
     for leftover in (directory / TRASH).iterdir():
         leftover.unlink()
     rows, malformed = index.rows()
     present = reconcile(directory, rows, punching)
-    pieces = {row.piece for row in present}
-    index.apply(malformed + [key_of(row.piece) for row in rows if row.piece not in pieces], [], [])
-    return _Folder(directory, lock, index, present, punching)
+    lost = [key_of(row.piece) for row in rows if row.piece not in present]
+    index.apply(malformed + lost, [], [])
+    return [row for row in rows if row.piece in present]

@@ -10,13 +10,12 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from sys import intern
 
 import msgspec
 
-from cache.pieces import piece_length
+from cache.pieces import check_piece
 from protocol.errors import BadInputError
-from protocol.ids import PeerId, Piece, Shard
+from protocol.ids import BlockId, Digest, Piece, Shard
 from protocol.records import Record
 
 logger = logging.getLogger(__name__)
@@ -66,21 +65,12 @@ def _parse(row: Row) -> Stored:
     """Raises BadInputError on a row that no version of this program wrote."""
     digest, block, k, m, index, sha256, raw, used = row
     try:
-        record = _share_text(msgspec.msgpack.decode(raw, type=Record))
-    except (msgspec.DecodeError, TypeError) as error:
+        record = msgspec.msgpack.decode(raw, type=Record)
+    except msgspec.DecodeError as error:
         raise BadInputError(f"record in the row of {digest} #{block} is not readable: {error}") from error
-    piece = Piece(record.block, Shard(k, m, index) if k else None)
-    piece_length(piece, record)
-    if key_of(piece) != (digest, block, k, m, index):
-        raise BadInputError(f"row of {digest} #{block} has another block's record")
+    piece = Piece(BlockId(Digest.parse(digest), block), Shard(k, m, index) if k else None)
+    check_piece(piece, record)
     return Stored(piece, sha256, record, used)
-
-
-def _share_text(record: Record) -> Record:
-    """The same record; its digest and signer are in memory once for all records."""
-    signer = PeerId(intern(record.signer))
-    rest = record.length, record.size, record.sha256
-    return Record(intern(record.digest), record.index, *rest, signer, record.signature)
 
 
 class DiskIndex:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import trio
 
 from cache.lru_k import LRUKCache
-from cache.pieces import CORRELATED_S, Bitmaps, check_piece
+from cache.pieces import CORRELATED_S, Bitmaps, check_bytes
 from cache.store import Buffer, Held, Holdings, StoreStatistics
 from protocol.ids import Digest, Piece
 from protocol.records import Record
@@ -49,7 +49,7 @@ class MemoryStore:
         return self._cache.get(piece)
 
     async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
-        check_piece(piece, data, record)
+        check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
         if piece in self._pieces:
             return True

@@ -20,21 +20,24 @@ MAX_ENTRIES = 1 << 18
 """Pieces in one store. Each costs about 1 KiB of memory beside its bytes, whatever its size."""
 
 
-def piece_length(piece: Piece, record: Record) -> int:
-    """Bytes in the piece. Raises BadInputError unless there is such a piece and `record` is of its block."""
-    if record.block != piece.block or record.length != record.object.block_length(record.index):
+def length_of(piece: Piece, record: Record) -> int:
+    """Bytes in a piece of the record's block."""
+    return record.length if piece.shard is None else shard_length(record.length, piece.shard.k)
+
+
+def check_piece(piece: Piece, record: Record) -> None:
+    """Raises BadInputError unless there is such a piece and `record` is of its block."""
+    ref, shard = record.object, piece.shard
+    if ref.block(record.index) != piece.block or record.length != ref.block_length(record.index):
         raise BadInputError(f"record of {record.digest} #{record.index} given with {piece}")
-    shard = piece.shard
-    if shard is None:
-        return record.length
-    if not (shard.k >= 1 and shard.m >= 0 and 0 <= shard.index < shard.k + shard.m <= MAX_SHARDS):
+    if shard and not (shard.k >= 1 and shard.m >= 0 and 0 <= shard.index < shard.k + shard.m <= MAX_SHARDS):
         raise BadInputError(f"no such shard: {shard}")
-    return shard_length(record.length, shard.k)
 
 
-def check_piece(piece: Piece, data: Buffer, record: Record) -> None:
+def check_bytes(piece: Piece, data: Buffer, record: Record) -> None:
     """Raises BadInputError unless `data` has the length of this piece and `record` is of its block."""
-    if len(data) != piece_length(piece, record):
+    check_piece(piece, record)
+    if len(data) != length_of(piece, record):
         raise BadInputError(f"{len(data)} bytes are not {piece}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cache.disk_index import Stored
 from cache.files import CHANGE, WRITE, opened, punch
-from cache.pieces import piece_length
+from cache.pieces import length_of
 from protocol.ids import BLOCK_SIZE, Digest, Piece, Shard, shard_length
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ def can_punch(directory: Path) -> bool:
     return True
 
 
-def reconcile(directory: Path, rows: Iterable[Stored], punching: bool) -> list[Stored]:
-    """Those of `rows` whose bytes are there. What else is in the folder's files is given back. Raises OSError."""
+def reconcile(directory: Path, rows: Iterable[Stored], punching: bool) -> set[Piece]:
+    """The pieces whose bytes are there. What else is in the folder's files is given back. Raises OSError."""
     named: dict[str, list[Stored]] = {}
     for row in rows:
         named.setdefault(relative_path(row.piece.block.digest, row.piece.shard), []).append(row)
@@ -75,7 +75,7 @@ def reconcile(directory: Path, rows: Iterable[Stored], punching: bool) -> list[S
             present |= _reconcile_file(directory / path, pieces, punching)
         except OSError as error:
             logger.warning("%s: %s: its %d pieces are forgotten", path, error.strerror, len(pieces))
-    return [row for pieces in named.values() for row in pieces if row.piece in present]
+    return present
 
 
 def _files(directory: Path) -> list[str]:
@@ -95,7 +95,7 @@ def _reconcile_file(path: Path, rows: list[Stored], punching: bool) -> set[Piece
     with opened(path, CHANGE) as fd:
         status = os.fstat(fd)
         for row in sorted(rows, key=lambda row: row.piece.block.index):
-            start, length = offset_of(row.piece), piece_length(row.piece, row.record)
+            start, length = offset_of(row.piece), length_of(row.piece, row.record)
             if start + length > status.st_size or not _is_data(fd, start):
                 continue
             if punching and start > kept_to:
