@@ -15,7 +15,9 @@ HEX = "0123456789abcdef"
 SHA256 = Digest("sha256", "0a" * 32)
 
 sizes = st.integers(0, MAX_OBJECT_SIZE) | st.builds(
-    lambda blocks, more: max(0, blocks * BLOCK_SIZE + more), st.integers(0, 1 << 20), st.integers(-1, 1)
+    lambda blocks, more: min(MAX_OBJECT_SIZE, max(0, blocks * BLOCK_SIZE + more)),
+    st.integers(0, 1 << 20),
+    st.integers(-1, 1),
 )
 
 
