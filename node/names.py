@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,20 @@ from node.locator import Locator, is_digest
 from node.objects import Resolved
 from node.seeder import Seeder, Site
 from node.single_flight import SingleFlight
-from node.upstream import Upstreams
+from node.upstream import MEDIA_TYPE, Upstreams
 from protocol import messages
 from protocol.errors import BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 
 log = logging.getLogger(__name__)
 
-ASK_S = 5.0
+ASK_S = 2.0
 """A home says `Waiting` while it asks the registry; silence this long is a home that is gone."""
 LAST_RESORT_MEMBERS = 16
 """Asked for what they know when neither a home nor the registry answers."""
 MAX_MANIFEST_ENTRIES = 1024
 _MAX_ROWS = 100_000
+_COLUMNS = "digest, size, media_type, confirmed"
 
 
 class _Descriptor(msgspec.Struct, frozen=True, rename="camel"):
@@ -55,7 +56,7 @@ def parse_manifest(body: bytes) -> Manifest:
     """Empty for what is no manifest of the two families; what it names is checked by whoever uses it."""
     try:
         return msgspec.json.decode(body, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Manifest()
 
 
@@ -64,7 +65,8 @@ def descriptors(manifest: Manifest, kind: str) -> Iterator[Resolved]:
     found = manifest.manifests if kind == "manifests" else (*filter(None, (manifest.config,)), *manifest.layers)
     for one in found[:MAX_MANIFEST_ENTRIES]:
         try:
-            yield Resolved(ObjectRef(Digest.parse(one.digest), one.size), one.media_type)
+            media_type = one.media_type if MEDIA_TYPE.fullmatch(one.media_type) else "application/octet-stream"
+            yield Resolved(ObjectRef(Digest.parse(one.digest), one.size), media_type)
         except BadInputError as error:
             log.debug("descriptor left out: %s", error)
 
@@ -73,51 +75,68 @@ class NameTable:
     """Names that this node learnt, in SQLite: they outlive a restart, and a registry that is gone."""
 
     def __init__(self, path: Path) -> None:
-        self._database = sqlite3.connect(path, isolation_level=None)
-        self._database.executescript(
-            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
-            "CREATE TABLE IF NOT EXISTS name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
-            " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID;"
-        )
+        try:
+            self._database = _open(path)
+        except sqlite3.DatabaseError as error:
+            log.warning("%s is damaged (%s): starting without the names it had", path, error)
+            for name in (path.name, path.name + "-wal", path.name + "-shm"):
+                path.with_name(name).unlink(missing_ok=True)
+            self._database = _open(path)
 
     def close(self) -> None:
         self._database.close()
 
     def get(self, source: str, reference: str) -> Resolved | None:
-        row = self._database.execute(
-            "SELECT digest, size, media_type, confirmed FROM name WHERE source = ? AND reference = ?",
-            (source, reference),
-        ).fetchone()
-        return _resolved(*row) if row else None
+        rows = self._do(f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", [(source, reference)])
+        return _resolved(*rows[0]) if rows else None
 
     def put(self, source: str, reference: str, resolved: Resolved) -> None:
-        self._database.execute(
-            "INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)",
-            (source, reference, str(resolved.ref.digest), resolved.ref.size, resolved.media_type,
-             time.time() - resolved.age_s),
-        )  # fmt: skip
+        self._do("INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)", [_row(source, reference, resolved)])
 
     def put_many(self, source: str, found: list[Resolved]) -> None:
         """Digests stand for themselves; known ones are kept as they are."""
-        self._database.executemany(
-            "INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)",
-            [(source, str(r.ref.digest), str(r.ref.digest), r.ref.size, r.media_type, time.time()) for r in found],
-        )
+        rows = [_row(source, str(one.ref.digest), one) for one in found]
+        self._do("INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def images(self) -> list[tuple[str, str, Resolved]]:
         """(source, reference, what it stands for) of manifests, the newest first."""
-        rows = self._database.execute(
-            "SELECT source, reference, digest, size, media_type, confirmed FROM name"
-            " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000"
-        ).fetchall()
+        rows = self._do(
+            f"SELECT source, reference, {_COLUMNS} FROM name"
+            " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000",
+            [()],
+        )
         return [(row[0], row[1], _resolved(*row[2:])) for row in rows]
 
     def trim(self) -> None:
         """Forget the names that were confirmed longest ago."""
-        self._database.execute(
+        self._do(
             "DELETE FROM name WHERE confirmed < (SELECT confirmed FROM name ORDER BY confirmed DESC LIMIT 1 OFFSET ?)",
-            (_MAX_ROWS,),
+            [(_MAX_ROWS,)],
         )
+
+    def _do(self, statement: str, rows: Iterable[tuple[object, ...]]) -> list[Any]:
+        """Without the disk the node goes on: it asks for names instead of remembering them."""
+        found: list[Any] = []
+        try:
+            for row in rows:
+                found += self._database.execute(statement, row).fetchall()
+        except sqlite3.Error as error:
+            log.warning("names.sqlite: %s", error)
+        return found
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, isolation_level=None)
+    database.executescript(
+        "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
+        "CREATE TABLE IF NOT EXISTS name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
+        " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID;"
+    )
+    return database
+
+
+def _row(source: str, reference: str, one: Resolved) -> tuple[object, ...]:
+    return source, reference, str(one.ref.digest), one.ref.size, one.media_type, time.time() - one.age_s
 
 
 def _resolved(digest: str, size: int, media_type: str, confirmed: float) -> Resolved:

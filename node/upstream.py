@@ -66,7 +66,7 @@ ACCEPT = ", ".join(
         "*/*;q=0.1",
     ]
 )
-_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}", re.ASCII)
+MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASCII)
 
 Count = Callable[[str, int], None]
@@ -494,7 +494,7 @@ def _sized(digest: Digest, size: int) -> ObjectRef:
 
 def _media_type(response: httpx.Response) -> str:
     media_type = str(response.headers.get("content-type", "")).partition(";")[0].strip()
-    return media_type if _MEDIA_TYPE.fullmatch(media_type) else "application/octet-stream"
+    return media_type if MEDIA_TYPE.fullmatch(media_type) else "application/octet-stream"
 
 
 def _digest_of(body: bytes, reference: str, header: str) -> Digest | None:

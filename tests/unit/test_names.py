@@ -1,0 +1,70 @@
+"""What names stand for, remembered on disk, and manifests of any shape."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from node.names import MAX_MANIFEST_ENTRIES, NameTable, descriptors, parse_manifest
+from node.objects import Resolved
+from protocol.ids import Digest, ObjectRef
+
+SOURCE = "origin.test/app#manifests"
+FOUND = Resolved(ObjectRef(Digest("sha256", "ab" * 32), 123), "application/vnd.oci.image.index.v1+json", 5.0)
+
+
+def test_a_name_is_remembered_with_its_age_across_a_restart(tmp_path: Path) -> None:
+    table = NameTable(tmp_path / "names.sqlite")
+    table.put(SOURCE, "v1", FOUND)
+    table.close()
+    found = NameTable(tmp_path / "names.sqlite").get(SOURCE, "v1")
+    assert found is not None
+    assert (found.ref, found.media_type) == (FOUND.ref, FOUND.media_type)
+    assert 5.0 <= found.age_s < 15.0
+
+
+def test_a_clock_that_was_set_back_makes_a_name_old_not_young(tmp_path: Path) -> None:
+    table = NameTable(tmp_path / "names.sqlite")
+    table.put(SOURCE, "v1", Resolved(FOUND.ref, FOUND.media_type, -3600.0))
+    found = table.get(SOURCE, "v1")
+    assert found is not None
+    assert found.age_s > 1e6
+
+
+def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
+    path = tmp_path / "names.sqlite"
+    path.write_bytes(b"this is no database" * 1000)
+    table = NameTable(path)
+    table.put(SOURCE, "v1", FOUND)
+    assert table.get(SOURCE, "v1") is not None
+
+
+def test_a_disk_that_takes_nothing_costs_only_the_memory_of_names(tmp_path: Path) -> None:
+    table = NameTable(tmp_path / "names.sqlite")
+    table._database.execute("PRAGMA query_only = ON")
+    table.put(SOURCE, "v1", FOUND)
+    table.trim()
+    assert table.get(SOURCE, "v1") is None
+    with pytest.raises(sqlite3.OperationalError):
+        table._database.execute("DELETE FROM name")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{", b"\xff", b'{"layers": 3}', b'{"layers": [{"digest": "x", "size": -1}]}', b"[" * 100_000,
+     b'{"manifests": [{"digest": "sha256:' + b"ab" * 32 + b'", "size": 1, "platform": ' + b"[" * 5000],
+)  # fmt: skip
+def test_what_is_no_manifest_names_nothing(body: bytes) -> None:
+    manifest = parse_manifest(body)
+    assert [*descriptors(manifest, "blobs"), *descriptors(manifest, "manifests")] == []
+
+
+def test_descriptors_are_bounded_and_their_media_types_clean() -> None:
+    layer = {"digest": "sha256:" + "cd" * 32, "size": 7, "mediaType": "a/b\r\nX-Evil: 1"}
+    manifest = parse_manifest(msgspec.json.encode({"layers": [layer] * (MAX_MANIFEST_ENTRIES + 5)}))
+    found = list(descriptors(manifest, "blobs"))
+    assert len(found) == MAX_MANIFEST_ENTRIES
+    assert {one.media_type for one in found} == {"application/octet-stream"}
