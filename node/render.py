@@ -173,9 +173,9 @@ def _cache(report: CacheReport, out: Console) -> None:
     if not report.objects:
         return
     out.print()
-    table = _table("object", "tier", ">blocks", ">shards", ">bytes")
-    for row in sorted(report.objects, key=lambda row: (-row.bytes, row.digest)):
-        _row(table, row.digest[:SHORT_DIGEST], row.tier, row.blocks, row.shards, size(row.bytes))
+    table = _table("object", "tier", ">blocks", ">shards")
+    for row in sorted(report.objects, key=lambda row: (-row.blocks, row.digest)):
+        _row(table, row.digest[:SHORT_DIGEST], row.tier, row.blocks, row.shards)
     out.print(table)
 
 

@@ -112,7 +112,6 @@ class CachedObject(_Document, frozen=True):
     tier: str
     blocks: int
     shards: int
-    bytes: int
 
 
 class CacheReport(_Document, frozen=True):

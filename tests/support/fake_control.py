@@ -73,7 +73,7 @@ class FakeControl:
         return ImagesReport(images=(row,))
 
     async def cache(self) -> CacheReport:
-        held = CachedObject(digest=str(DIGEST), tier="disk", blocks=2, shards=1, bytes=BLOCK_SIZE)
+        held = CachedObject(digest=str(DIGEST), tier="disk", blocks=2, shards=1)
         return CacheReport(tiers=(await self.status()).cache, objects=(held,))
 
     async def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[PullEvent, None]:
