@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import BinaryIO, Literal, Protocol
 
 from cache.store import BlockStore, Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import Digest, ObjectRef, Piece, Shard
+from protocol.ids import BlockId, Digest, ObjectRef, Piece, Shard
 from protocol.records import Record
 
 Tier = Literal["memory", "disk", "containerd"]
@@ -38,10 +38,11 @@ class Tiers:
         if containerd is not None:
             self.stores = {**self.stores, "containerd": containerd}
 
-    async def get(self, piece: Piece) -> tuple[Held, Tier] | None:
+    async def get(self, piece: Piece, size: int | None = None) -> tuple[Held, Tier] | None:
+        """A piece of an object of `size` bytes: a digest that somebody gives another size to is another object."""
         for tier, store in self.stores.items():
             held = await store.get(piece)
-            if held is not None:
+            if held is not None and size in (None, held.record.size):
                 if tier != "memory" and piece.shard is None:
                     await self._memory.put(piece, held.data, held.record)
                 return held, tier
@@ -50,8 +51,16 @@ class Tiers:
     async def put(self, piece: Piece, data: Buffer, record: Record) -> None:
         """Stores where there is room; bytes that no tier takes are lost to nobody, since the caller has them."""
         await self._memory.put(piece, data, record)
+        if piece.shard is None:
+            await self._drop_shards(piece.block)
         if not self._in_containerd(piece.block.digest):
             await self._disk.put(piece, data, record)
+
+    async def _drop_shards(self, block: BlockId) -> None:
+        """Of a block that is held whole, its shards are derived; the disk does the same."""
+        for shard, bits in self._memory.holdings(block.digest).shards.items():
+            if bits >> block.index & 1:
+                await self._memory.discard(Piece(block, shard))
 
     async def discard(self, piece: Piece) -> None:
         await self._memory.discard(piece)

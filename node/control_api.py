@@ -46,6 +46,7 @@ from node.status import (
     why_report,
 )
 from node.swarm import Swarm
+from node.upstream import MAX_MANIFEST
 from node.version import version
 from protocol.errors import NotFoundError, ShoalError
 from protocol.ids import Digest, ObjectRef, Piece
@@ -167,9 +168,11 @@ class NodeControl:
         return found
 
     async def _held_manifest(self, found: Resolved) -> Manifest | None:
+        if found.ref.size > MAX_MANIFEST:
+            return None
         parts = []
         for index in range(found.ref.block_count):
-            held = await self._parts.site.tiers.get(Piece(found.ref.block(index)))
+            held = await self._parts.site.tiers.get(Piece(found.ref.block(index)), found.ref.size)
             if held is None:
                 return None
             parts.append(bytes(held[0].data))
@@ -275,7 +278,7 @@ class _Pull:
             async with aclosing(self._parts.library.read(where, one.ref, 0, one.ref.size)) as chunks:
                 async for chunk in chunks:
                     self._done += len(chunk)
-                    if where.kind == "manifests":
+                    if where.kind == "manifests" and one.ref.size <= MAX_MANIFEST:
                         body += chunk
                     if trio.current_time() - self._told >= PROGRESS_EVERY_S:
                         yield self._progress("pulling", str(one.ref.digest))
@@ -340,4 +343,4 @@ def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, TierRow]:
 
 def _cached(digest: Digest, tier: str, holdings: Holdings) -> CachedObject:
     shards = sum(bits.bit_count() for bits in holdings.shards.values())
-    return CachedObject(digest=str(digest), tier=tier, blocks=holdings.blocks.bit_count(), shards=shards, bytes=0)
+    return CachedObject(digest=str(digest), tier=tier, blocks=holdings.blocks.bit_count(), shards=shards)

@@ -14,7 +14,7 @@ from node.objects import Source
 from node.seeder import SILENCE_S, BlockAddress, Obtained, Seeder, Site
 from node.single_flight import SingleFlight, Ticket
 from protocol.erasure import decode_block, encode_shard
-from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError, UnavailableError
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
 from protocol.ids import BlockId, PeerId, Piece, Shard, shard_length
@@ -54,15 +54,15 @@ class Fetcher:
     def __init__(self, site: Site, seeder: Seeder, nursery: trio.Nursery) -> None:
         self._site, self._seeder = site, seeder
         self._budget = SpareBudget()
-        self._reads: SingleFlight[BlockId, Obtained] = SingleFlight(nursery)
+        self._reads: SingleFlight[tuple[BlockId, int], Obtained] = SingleFlight(nursery)
 
-    def begin(self, address: BlockAddress, urgent: bool) -> Ticket[BlockId, Obtained]:
+    def begin(self, address: BlockAddress, urgent: bool) -> Ticket[tuple[BlockId, int], Obtained]:
         """Start reading a block, or join its read that is under way. Raises UnavailableError and its like in `wait`."""
-        return self._reads.join(address.block, lambda: self._read(address, urgent))
+        return self._reads.join((address.block, address.ref.size), lambda: self._read(address, urgent))
 
     async def _read(self, address: BlockAddress, urgent: bool) -> Obtained:
         site = self._site
-        found = await site.tiers.get(Piece(address.block))
+        found = await site.tiers.get(Piece(address.block), address.ref.size)
         if found is not None:
             return Obtained(found[0], Source(found[1]))
         shape, keepers = site.placement().keepers(address.block, address.length)
@@ -76,7 +76,7 @@ class Fetcher:
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
         obtained = await self._seeder.home(address)
         if attempt is not None:
-            self._blame(attempt, obtained.held)
+            await self._blame(attempt, obtained)
             return Obtained(obtained.held, obtained.source, obtained.peers, attempt.plan.retries + 1)
         return obtained
 
@@ -172,6 +172,9 @@ class Fetcher:
         except PeerMisbehavedError as error:
             site.view.quarantine(ask.peer, str(error))
             return None
+        except UnavailableError as error:
+            log.debug("shard of %s from %s: %s", address.block, ask.peer, error)
+            return None
         finally:
             if not settled:
                 site.health.dropped(ask.peer)
@@ -219,7 +222,7 @@ class Fetcher:
             data = self._decode(attempt, chosen)
             if record.matches(data):
                 held = Held(data, record)
-                self._blame(attempt, held)
+                await self._blame(attempt, Obtained(held, Source.PEER))
                 return held
         return None
 
@@ -228,13 +231,19 @@ class Fetcher:
         shards = {index: attempt.shards[index][1] for index in chosen}
         return decode_block(shards, shape.k, shape.m, attempt.address.length)
 
-    def _blame(self, attempt: _Attempt, truth: Held) -> None:
-        """Quarantine those whose shards are not those of the true block."""
-        if attempt.record is not None and attempt.record.sha256 != truth.record.sha256:
-            return  # two claims: which is true is known when the object is whole, and blamed on the signer then
+    async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
+        """Quarantine those whose shards are not those of the true block; of this node's own, drop it."""
+        site, shape, claim = self._site, attempt.shape, attempt.record
+        if claim is not None and claim.sha256 != truth.held.record.sha256:
+            # Two claims. What this node itself just read from the registry decides; else the whole object will.
+            if truth.source is Source.ORIGIN and claim.signer != site.own:
+                site.view.quarantine(claim.signer, f"signed a false record of {attempt.address.block}")
+            return
         for index, (peer, body) in attempt.shards.items():
-            right = encode_shard(truth.data, attempt.shape.k, attempt.shape.m, index)
-            if memoryview(body) != memoryview(right) and peer != self._site.own:
-                self._site.view.quarantine(
-                    peer, f"wrong shard of {attempt.address.ref.digest} #{attempt.address.index}"
-                )
+            right = encode_shard(truth.held.data, shape.k, shape.m, index)
+            if memoryview(body) == memoryview(right):
+                continue
+            if peer == site.own:
+                await site.tiers.discard(Piece(attempt.address.block, Shard(shape.k, shape.m, index)))
+            else:
+                site.view.quarantine(peer, f"wrong shard of {attempt.address.ref.digest} #{attempt.address.index}")

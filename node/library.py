@@ -21,6 +21,7 @@ from node.names import Names
 from node.objects import Resolved, Source
 from node.seeder import BlockAddress, Obtained, Seeder, Site
 from node.single_flight import Ticket
+from node.upstream import MAX_MANIFEST
 from protocol.errors import CorruptObjectError, ShoalError
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, Piece
 
@@ -37,7 +38,7 @@ Finished = Callable[[ObjectRef], None]
 class _Reading:
     __slots__ = ("address", "since", "ticket")
 
-    def __init__(self, address: BlockAddress, ticket: Ticket[BlockId, Obtained]) -> None:
+    def __init__(self, address: BlockAddress, ticket: Ticket[tuple[BlockId, int], Obtained]) -> None:
         self.address, self.ticket, self.since = address, ticket, trio.current_time()
 
 
@@ -77,7 +78,7 @@ class SiteLibrary:
                     hasher.update(data)
                     if index == end - 1:
                         await self._check(locator, ref, hasher.hexdigest())
-                if whole and locator.kind == "manifests":
+                if whole and locator.kind == "manifests" and ref.size <= MAX_MANIFEST:
                     parts.append(bytes(data))
                     if index == end - 1:
                         self._names.learn(locator, b"".join(parts))
@@ -136,7 +137,7 @@ class SiteLibrary:
         """Compare every block with the registry's; who signed a false record is quarantined, and the block dropped."""
         for index in range(ref.block_count):
             address = BlockAddress(locator, ref, index)
-            found = await self._site.tiers.get(Piece(address.block))
+            found = await self._site.tiers.get(Piece(address.block), ref.size)
             if found is None:
                 continue
             try:

@@ -6,6 +6,7 @@ waits longest together with those that follow it in the same object.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -16,6 +17,8 @@ import trio
 from node.locator import Locator
 from protocol.errors import ShoalError, UnavailableError
 from protocol.ids import BlockId, ObjectRef
+
+log = logging.getLogger(__name__)
 
 MAX_RUN = 8
 """Blocks in one request: the cost of a request is spread thin, and other objects need not wait long for their turn."""
@@ -40,7 +43,7 @@ class _Wanted:
 
 
 class Origin:
-    """`read` may be called for a block once at a time; whoever calls shares the result (node/seeder.py does)."""
+    """A second `read` of a block waits for the first and reads again: sharing one result is node/seeder.py's work."""
 
     def __init__(self, registry: Registry, nursery: trio.Nursery) -> None:
         self._registry, self._nursery = registry, nursery
@@ -49,11 +52,14 @@ class Origin:
 
     async def read(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
         """Block `index` as the registry gives it. Raises NotFoundError, DeniedError or UnavailableError."""
+        limit = self._registry.connections(locator.upstream)  # raises for an unknown upstream before anything is queued
         wanted = _Wanted(locator, ref)
         queue = self._queues.setdefault(locator.upstream, OrderedDict())
         block = ref.block(index)
+        while (before := queue.get(block)) is not None:
+            await before.done.wait()
         queue[block] = wanted
-        if self._workers.get(locator.upstream, 0) < self._registry.connections(locator.upstream):
+        if self._workers.get(locator.upstream, 0) < limit:
             self._workers[locator.upstream] = self._workers.get(locator.upstream, 0) + 1
             self._nursery.start_soon(self._work, locator.upstream)
         try:
@@ -61,6 +67,7 @@ class Origin:
         finally:
             if queue.get(block) is wanted:
                 del queue[block]
+            wanted.done.set()  # also where this read was cancelled: another may wait for its place
         if wanted.data is None:
             raise wanted.error or UnavailableError(f"{ref.digest} was not read")
         return wanted.data
@@ -100,6 +107,9 @@ class Origin:
                     wanted.done.set()
         except ShoalError as error:
             failure = error
+        except Exception as error:  # a bug in one transfer is told, and must not end the daemon
+            log.exception("reading %s failed", ref.digest)
+            failure = UnavailableError(f"reading {ref.digest}: {type(error).__name__}")
         finally:
             for wanted in waiting:
                 wanted.error = type(failure)(*failure.args)

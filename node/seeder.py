@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 
 import cachetools
 import trio
@@ -50,6 +51,7 @@ from protocol.messages import (
 )
 from protocol.placement import Placement
 from protocol.records import Record, make_record
+from protocol.wire import MAX_BITMAPS
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class Seeder:
         self, site: Site, origin: Origin, directory: Directory, sign: Callable[[bytes], bytes], nursery: trio.Nursery
     ) -> None:
         self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
-        self._homes: SingleFlight[BlockId, Obtained] = SingleFlight(nursery)
+        self._homes: SingleFlight[tuple[BlockId, int], Obtained] = SingleFlight(nursery)
         self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery)
         self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
             4096, HOLDINGS_TTL_S, timer=trio.current_time
@@ -138,7 +140,7 @@ class Seeder:
                 return await self._answer_shard(request)
             case GetBlock():
                 ref = ObjectRef(Digest.parse(request.digest), request.size)
-                found = await self._site.tiers.get(Piece(ref.block(request.index)))
+                found = await self._given(Piece(ref.block(request.index)), ref)
                 return Answer(BlockFound(found[0].record), found[0].data) if found else _not_held()
             case GetHoldings():
                 return Answer(_pack(self._site.tiers.holdings(Digest.parse(request.digest))))
@@ -153,9 +155,9 @@ class Seeder:
 
     async def _answer_shard(self, request: GetShard) -> Answer:
         ref = ObjectRef(Digest.parse(request.digest), request.size)
-        block = ref.block(request.index)
+        ref.block(request.index)
         shard = Shard(request.k, request.m, request.want)
-        found = await self._held_shard(block, shard, exact=request.exact)
+        found = await self._held_shard(ref, request.index, shard, exact=request.exact)
         if found is None:
             if request.reach == 0:
                 return _not_held()
@@ -168,27 +170,35 @@ class Seeder:
         shard, body, record = found
         return Answer(ShardFound(shard.k, shard.m, shard.index, record), body)
 
-    async def _held_shard(self, block: BlockId, shard: Shard, *, exact: bool) -> tuple[Shard, Buffer, Record] | None:
+    async def _held_shard(
+        self, ref: ObjectRef, index: int, shard: Shard, *, exact: bool
+    ) -> tuple[Shard, Buffer, Record] | None:
         """The shard that is wanted, or one of the same code that an earlier view had this node keep."""
-        whole = await self._site.tiers.get(Piece(block))
+        block = ref.block(index)
+        whole = await self._given(Piece(block), ref)
         if whole is not None:
             return _cut(whole[0], shard)
         held = self._site.tiers.holdings(block.digest).shards
         indices = [s.index for s, bits in held.items() if (s.k, s.m) == (shard.k, shard.m) and bits >> block.index & 1]
         if exact or shard.index in indices:
             indices = [shard.index] if shard.index in indices else []
-        for index in indices[:1]:
-            piece = Piece(block, Shard(shard.k, shard.m, index))
-            found = await self._site.tiers.get(piece)
+        for other in indices[:1]:
+            piece = Piece(block, Shard(shard.k, shard.m, other))
+            found = await self._given(piece, ref)
             if found is not None and piece.shard is not None:
                 return piece.shard, found[0].data, found[0].record
         return None
+
+    async def _given(self, piece: Piece, ref: ObjectRef) -> tuple[Held, str] | None:
+        """What is held and others will take: a signer whom this node does not know, they may not know either."""
+        found = await self._site.tiers.get(piece, ref.size)
+        return found if found and self._site.trust.accepts(found[0].record.signer) else None
 
     # Keeping
 
     async def keep(self, address: BlockAddress, shard: Shard) -> tuple[Shard, Buffer, Record]:
         """This node's shard of a block, from the home where it is not held; it is kept from then on."""
-        found = await self._held_shard(address.block, shard, exact=False)
+        found = await self._held_shard(address.ref, address.index, shard, exact=False)
         if found is not None:
             return found
         data, record = await self._keeping.do(Piece(address.block, shard), lambda: self._obtain_shard(address, shard))
@@ -248,16 +258,18 @@ class Seeder:
 
     async def home(self, address: BlockAddress) -> Obtained:
         """The whole block: held, or from members that hold it, or from the origin, once however many wait."""
-        found = await self._site.tiers.get(Piece(address.block))
+        found = await self._given(Piece(address.block), address.ref)
         if found is not None:
             return Obtained(found[0], Source(found[1]))
-        return await self._homes.do(address.block, lambda: self._obtain_block(address))
+        return await self._homes.do((address.block, address.ref.size), lambda: self._obtain_block(address))
 
     async def _obtain_block(self, address: BlockAddress) -> Obtained:
         obtained = await self._from_site(address)
         if obtained is None:
             data = await self._origin.read(address.locator, address.ref, address.index)
             obtained = Obtained(Held(data, self._claim(address, data)), Source.ORIGIN)
+        if self._site.tiers.holds(Piece(address.block)):
+            await self._site.tiers.discard(Piece(address.block))  # of another size, or signed by nobody who is known
         await self._site.tiers.put(Piece(address.block), obtained.held.data, obtained.held.record)
         return obtained
 
@@ -312,6 +324,8 @@ class Seeder:
             return found
         found = ()
         for peer in self._site.placement().directory(digest):
+            if self._site.health.avoided(peer, trio.current_time()):
+                continue
             if peer == self._site.own:
                 found = self._directory.holders(digest, trio.current_time())
             else:
@@ -423,7 +437,8 @@ def _pack(holdings: Holdings) -> HoldingsFound:
         return value.to_bytes((value.bit_length() + 7) // 8, "little")
 
     return HoldingsFound(
-        bits(holdings.blocks), tuple((s.k, s.m, s.index, bits(value)) for s, value in holdings.shards.items())
+        bits(holdings.blocks),
+        tuple((s.k, s.m, s.index, bits(value)) for s, value in islice(holdings.shards.items(), MAX_BITMAPS)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cachetools
 
 from node.view import View
-from protocol.errors import PeerMisbehavedError
+from protocol.errors import PeerMisbehavedError, UnavailableError
 from protocol.ids import ObjectRef, PeerId
 from protocol.records import Record, check_record
 
@@ -18,11 +18,16 @@ class Trust:
         self._own, self._view = own, view
         self._good: cachetools.LRUCache[Record, bool] = cachetools.LRUCache(_REMEMBERED)
 
+    def accepts(self, signer: PeerId) -> bool:
+        return signer == self._own or (self._view.find(signer) is not None and not self._view.is_quarantined(signer))
+
     def check(self, record: Record, ref: ObjectRef, index: int) -> None:
-        """Raises PeerMisbehavedError unless a member that is in good standing signed that this is the block."""
-        signer = record.signer
-        if signer != self._own and (self._view.find(signer) is None or self._view.is_quarantined(signer)):
-            raise PeerMisbehavedError(f"record of {ref.digest} #{index} signed by {signer}, who is no member")
+        """Raises UnavailableError unless the signer is a member in good standing: who carries the record may know him.
+
+        Raises PeerMisbehavedError where the record is of another block, or its signature is wrong.
+        """
+        if not self.accepts(record.signer):
+            raise UnavailableError(f"record of {ref.digest} #{index} signed by {record.signer}, who is no member")
         if record not in self._good:
             check_record(record, ref, index)
             self._good[record] = True

@@ -67,6 +67,8 @@ class Health:
         """No answer in time, or a broken connection: the peer is asked last until its back-off has passed."""
         state = self._of(peer)
         state.outstanding = max(0, state.outstanding - 1)
+        if now < state.avoid_until:
+            return  # of requests that were under way together the first failure counts
         state.failures += 1
         state.avoid_until = now + min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(state.failures - 1, 8))
 

@@ -263,3 +263,39 @@ def test_a_new_home_asks_those_who_kept_before_it_asks_the_registry() -> None:
         await all_read(nodes[2:4])
 
     play(5, scenario)
+
+
+def test_a_wrong_size_harms_nobody() -> None:
+    """A manifest may say any size of a digest that the site holds: it names another object then."""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes[:4])
+        wrong = BlockAddress(LOCATOR, ObjectRef(REF.digest, REF.size + 1), 0)
+        ticket = nodes[4].fetcher.begin(wrong, urgent=False)
+        await ticket.wait()
+        ticket.release()
+        assert not any(node.view.quarantined for node in nodes)
+        await all_read(nodes)
+
+    play(5, scenario)
+
+
+def test_who_carries_the_record_of_a_stranger_is_no_liar() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes[:4])
+        del nodes[4].view._known[nodes[0].own]
+        await nodes[4].read_all()
+        assert not nodes[4].view.quarantined
+
+    play(5, scenario)
+
+
+def test_two_rereads_of_one_block_both_end() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        address = BlockAddress(LOCATOR, REF, 0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nodes[0].seeder.reread, address)
+            nursery.start_soon(nodes[0].seeder.reread, address)
+        assert registry.asked[0] == 2
+
+    play(1, scenario)
