@@ -206,6 +206,9 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             lambda: {source.value: count for source, count in ledger.bytes_served.items()},
             lambda: {source.value: count for source, count in ledger.requests.items()},
         )
+        metrics.watch_members_traffic(
+            lambda: {"sent": exchange.statistics().bytes_sent, "received": exchange.statistics().bytes_received}
+        )
         metrics.watch_cache(tiers.statistics)
         metrics.watch_members(
             lambda: len(membership.site) - 1, lambda: sum(bool(row.quarantine) for row in membership.table())

@@ -35,9 +35,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._origin = self._counter("p2pd_origin_bytes", "Bytes read from registries", "upstream")
-        self._peer_bytes = self._counter("p2pd_peer_bytes", "Bytes exchanged with members", "direction")
         self._retries = self._counter("p2pd_retries", "Requests made again after a failure", "source")
-        self._evictions = self._counter("p2pd_evictions", "Pieces evicted to make room", "tier")
         self._reads = Histogram(
             "p2pd_block_read_seconds", "Time to get one block", ["source"],
             buckets=_READ_SECONDS, registry=self.registry,
@@ -57,17 +55,8 @@ class Metrics:
     def origin(self, upstream: str, count: int) -> None:
         self._origin.labels(upstream).inc(count)
 
-    def peer_sent(self, count: int) -> None:
-        self._peer_bytes.labels("sent").inc(count)
-
-    def peer_received(self, count: int) -> None:
-        self._peer_bytes.labels("received").inc(count)
-
     def retried(self, source: Source) -> None:
         self._retries.labels(source.value).inc()
-
-    def evicted(self, tier: str, count: int = 1) -> None:
-        self._evictions.labels(tier).inc(count)
 
     def tag_served(self, age_s: float) -> None:
         self._tag_age.observe(age_s)
@@ -75,6 +64,10 @@ class Metrics:
     def watch_served(self, bytes_served: ByName[int], requests: ByName[int]) -> None:
         """Show what clients were given, by source; both only ever grow."""
         self.registry.register(_ServedCounters(bytes_served, requests))
+
+    def watch_members_traffic(self, traffic: ByName[int]) -> None:
+        """Show what was exchanged with members: bytes by direction, `sent` and `received`."""
+        self.registry.register(_TrafficCounters(traffic))
 
     def watch_cache(self, statistics: ByName[StoreStatistics]) -> None:
         """Show what the tiers hold; `statistics` gives it by tier."""
@@ -85,10 +78,6 @@ class Metrics:
 
     def origin_bytes(self) -> int:
         return sum(_totals(self._origin).values())
-
-    def peer_bytes(self) -> dict[str, int]:
-        """By direction: `sent`, `received`."""
-        return {"sent": 0, "received": 0} | _totals(self._peer_bytes)
 
     def render(self) -> bytes:
         """Prometheus' text format 0.0.4."""
@@ -117,6 +106,17 @@ def _by_source(name: str, text: str, values: Mapping[str, int]) -> Metric:
     for source in Source:
         family.add_metric([source.value], values.get(source.value, 0))
     return family
+
+
+class _TrafficCounters:
+    def __init__(self, traffic: ByName[int]) -> None:
+        self._traffic = traffic
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily("p2pd_peer_bytes", "Bytes exchanged with members", labels=["direction"])
+        for direction, count in self._traffic().items():
+            family.add_metric([direction], count)
+        yield family
 
 
 class _CacheGauges:

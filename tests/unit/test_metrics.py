@@ -28,20 +28,16 @@ def test_counters() -> None:
     metrics = Metrics()
     metrics.origin("docker.io", 10)
     metrics.origin("ghcr.io", 5)
-    metrics.peer_sent(3)
-    metrics.peer_received(4)
+    metrics.watch_members_traffic(lambda: {"sent": 3, "received": 4})
     metrics.retried(Source.PEER)
-    metrics.evicted("disk", 2)
     metrics.read(Source.MEMORY, 0.0001)
     metrics.read(Source.ORIGIN, 60.0)
     metrics.tag_served(90000.0)
     assert metrics.origin_bytes() == 15
-    assert metrics.peer_bytes() == {"sent": 3, "received": 4}
     shown = samples(metrics)
     assert shown["p2pd_origin_bytes_total", ("docker.io",)] == 10
     assert shown["p2pd_peer_bytes_total", ("sent",)] == 3
     assert shown["p2pd_retries_total", ("peer",)] == 1
-    assert shown["p2pd_evictions_total", ("disk",)] == 2
     assert shown["p2pd_block_read_seconds_bucket", ("0.0005", "memory")] == 1
     assert shown["p2pd_block_read_seconds_bucket", ("30.0", "origin")] == 0
     assert shown["p2pd_block_read_seconds_count", ("origin",)] == 1
@@ -69,5 +65,5 @@ def test_gauges_are_asked_when_shown() -> None:
 
 def test_two_nodes_in_one_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
-    one.peer_sent(1)
-    assert other.peer_bytes() == {"sent": 0, "received": 0}
+    one.origin("ghcr.io", 1)
+    assert other.origin_bytes() == 0
