@@ -15,7 +15,7 @@ from tests.support.proxy import CountingProxy
 from tests.support.registry import Registry
 from tests.support.site import Node, site
 
-UPLINK = 20_000_000
+UPLINK = 10_000_000
 """Bytes per second from the registry, so that a pull lasts long enough to have a middle."""
 FAULT_AT = 0.2
 """The part of the image that every client has written when the fault strikes."""
