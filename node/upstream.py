@@ -304,6 +304,10 @@ class _Registry:
                     if skipped < len(chunk):
                         yield chunk[skipped:] if skipped else chunk
                     if position >= stop:
+                        if response.status_code == 206 or position >= size:
+                            # Only a body whose end was read leaves the connection fit for the next request.
+                            async for _ in chunks:
+                                break
                         return
         raise _FailedError("the body ended early", again=True)
 

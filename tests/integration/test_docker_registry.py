@@ -24,6 +24,7 @@ from node.objects import Resolved
 from node.upstream import Upstreams
 from protocol.errors import NotFoundError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+from tests.support.proxy import CountingProxy
 from tests.support.registry import docker_registry, installed
 
 LAYER = Random(3).randbytes(5 * BLOCK_SIZE + 4321)
@@ -138,3 +139,21 @@ def test_skopeo_pulls_through_the_mirror(registry: str, tmp_path: Path, prefix: 
     trio.run(main)
     assert (tmp_path / "out" / "manifest.json").read_bytes() == MANIFEST
     assert (tmp_path / "out" / digest(LAYER).partition(":")[2]).read_bytes() == LAYER
+
+
+@needs_registry
+def test_blocks_one_after_another_travel_on_one_connection(registry: str) -> None:
+    url = httpx.URL(registry)
+
+    async def main(through: CountingProxy) -> None:
+        async with upstreams_of(through.url) as upstreams:
+            layer = (await upstreams.resolve(BLOBS, digest(LAYER)))[0].ref
+            for index in range(layer.block_count):
+                async with aclosing(upstreams.blocks(BLOBS, layer, index, 1)) as blocks:
+                    found = [bytes(block) async for block in blocks]
+                assert found == [LAYER[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]]
+
+    with CountingProxy(url.host, url.port or 80) as proxy:
+        trio.run(main, proxy)
+        assert proxy.count.requests == 1 + 6
+        assert proxy.count.connections <= 2  # one more for the name, asked with HEAD
