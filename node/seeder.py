@@ -55,8 +55,8 @@ from protocol.wire import MAX_BITMAPS
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 2.0
-"""A keeper that lives says `Waiting` four times in this time, also on a machine that is short of processor time."""
+SILENCE_S = 1.5
+"""A keeper that lives says `Waiting` three times in this time, also on a machine that is short of processor time."""
 SMALL_SILENCE_S = 1.0
 """For questions that are answered from memory."""
 UNSETTLED_S = 30.0

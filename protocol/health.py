@@ -19,7 +19,8 @@ FIRST_GUESS_S = 0.02
 LATE_FLOOR_S = 0.4
 """Above the time after which a keeper says `Waiting`: a block that is cold must not look like a peer that is slow."""
 LATE_CAP_S = 1.0
-BACKOFF_FIRST_S = 1.0
+BACKOFF_FIRST_S = 3.0
+"""With the silence before it about as long as the membership takes to drop a dead node: it is waited for once."""
 BACKOFF_CAP_S = 30.0
 _GAIN = 0.125
 _DEVIATION_GAIN = 0.25
@@ -117,7 +118,7 @@ class Health:
 class SpareBudget:
     """A token bucket for spare requests: `share` of a token for each request, never more than `burst` saved up."""
 
-    def __init__(self, share: float = 0.05, burst: float = 8.0) -> None:
+    def __init__(self, share: float = 0.05, burst: float = 16.0) -> None:
         self._share, self._burst, self._tokens = share, burst, burst
 
     def earned(self, requests: int) -> None:
