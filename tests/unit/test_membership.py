@@ -195,7 +195,8 @@ def test_both_sides_of_a_partition_go_on_and_join_again() -> None:
         await site.grow(10)
         left, right = site.nodes[:4], site.nodes[4:]
         site.islands = {node.own.peer_id: 1 for node in left}
-        await site.agree(15, left)  # most of those who would probe for a node are gone too, so it takes longer than for one
+        # Most of those who would probe for a node are gone too, so it takes longer than for one.
+        await site.agree(15, left)
         await site.agree(15, right)
         await trio.sleep(60)
         site.islands = {}
