@@ -155,7 +155,6 @@ class Seeder:
 
     async def _answer_shard(self, request: GetShard) -> Answer:
         ref = ObjectRef(Digest.parse(request.digest), request.size)
-        ref.block(request.index)
         shard = Shard(request.k, request.m, request.want)
         found = await self._held_shard(ref, request.index, shard, exact=request.exact)
         if found is None:

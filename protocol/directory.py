@@ -31,8 +31,3 @@ class Directory:
         """The latest to announce, first."""
         found = self._holders.get(digest)
         return tuple(peer for peer, until in reversed(found.items()) if until > now) if found else ()
-
-    def forget(self, peer: PeerId) -> None:
-        """The peer is gone, or is not to be believed."""
-        for holders in self._holders.values():
-            holders.pop(peer, None)

@@ -31,7 +31,6 @@ class ShardPlan:
         self._k = k
         self._asked: dict[PeerId, int] = {}
         self._have: dict[int, PeerId] = {}
-        self.spares = 0
         self.retries = 0
 
     @property
@@ -42,10 +41,6 @@ class ShardPlan:
     def stuck(self) -> bool:
         """Nobody is left who could bring what is missing."""
         return not self.done and not self._asked and not self._left
-
-    @property
-    def outstanding(self) -> tuple[PeerId, ...]:
-        return tuple(self._asked)
 
     def start(self, urgent: bool) -> list[Ask]:
         """The first requests: k of the keepers, or all at once where a client waits for this very block."""
@@ -71,9 +66,7 @@ class ShardPlan:
 
     def late(self) -> list[Ask]:
         """A shard is late and the budget allows a spare."""
-        asks = self._next(1)
-        self.spares += len(asks)
-        return asks
+        return self._next(1)
 
     def _top_up(self) -> list[Ask]:
         return self._next(self._k - len(self._have) - len(self._asked))

@@ -45,7 +45,6 @@ def test_a_spare_is_one_more_request() -> None:
     plan.start(urgent=False)
     assert plan.late() == [Ask("e", 4)]
     assert plan.late() == []
-    assert plan.spares == 1
 
 
 def test_a_shard_that_was_there_already_is_asked_for_by_its_number() -> None:
