@@ -562,12 +562,18 @@ class TlsExchange:
     async def _answer(self, connection: _Incoming, request: wire.Head[Request]) -> None:
         head, body = await answer(self._handler, connection.peer, request)
 
-        def leaving() -> None:
-            # Also the end of its `Waiting`s: none may come after the answer.
+        def done() -> None:
+            """No `Waiting` may come after the answer: behind a small one it would stand in the queue."""
             connection.at_work.end(request.request_id)
-            connection.slots.release()
             self._requests.release()
 
+        def leaving() -> None:
+            if body:
+                done()
+            connection.slots.release()
+
+        if not body:
+            done()
         connection.writer.put(_Frame(head, body, leaving))
 
     def _say_waiting(self, connection: _Incoming, request_id: int) -> None:

@@ -343,6 +343,31 @@ def test_a_peer_that_does_not_read_is_dropped(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Path) -> None:
+    blocks = 32
+    """More than fits into the buffers of a connection on which nothing is read."""
+
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start()
+        raw = await cluster.dial_raw(node)
+        await raw.send(HELLO)
+        await raw.read_frame()
+        for request_id in range(blocks):
+            await raw.say(request_id, GET)
+        await raw.say(blocks, PING)
+        (incoming,) = node.exchange._incoming
+        while incoming.writer.small_waiting <= blocks:  # the pong, and at least one `Waiting` for all that wait
+            await trio.lowlevel.checkpoint()
+        answered: list[int] = []
+        while len(answered) <= blocks:
+            number, (tag, *_) = await raw.read_frame()
+            assert number not in answered
+            if tag != 40:
+                answered.append(number)
+
+    play(tmp_path, scenario)
+
+
 def test_an_address_that_passed_to_another_member_is_passed_over(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         one, two, three = await cluster.start(), await cluster.start(), await cluster.start()
