@@ -1,6 +1,7 @@
 """A TCP proxy that counts what passes: what a registry was asked for is measured outside the daemons.
 
-It also makes the registry slow (a rate for all connections together), silent (`stall`) or unreachable (`cut`).
+It also makes the registry slow (a rate for all connections together), distant (a delay each way), silent (`stall`) or
+unreachable (`cut`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from typing import Self
 
 import trio
 
+from tests.support.lab import Namespace
 from tests.support.processes import wait_for
 
 CHUNK = 1 << 18
+ON_THE_WAY = 4096
+"""Chunks that a delay holds: all that a fast link has in flight, and no more of a fast registry's."""
 _REQUEST_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.[01]\r\n(.*?)\r\n\r\n", re.DOTALL)
 _RANGE = re.compile(rb"(?im)^range: *(.*?)\r?$")
 _MAX_HEAD = 1 << 16
@@ -35,12 +39,17 @@ class Count:
 class CountingProxy:
     """A context manager; the proxy lives in a thread with a trio loop of its own."""
 
-    def __init__(self, host: str, port: int, *, rate: float | None = None) -> None:
-        """`rate` is in bytes per second."""
+    def __init__(
+        self, host: str, port: int, *, rate: float | None = None, delay_s: float = 0.0,
+        namespace: Namespace | None = None, listen: str = "127.0.0.1",
+    ) -> None:  # fmt: skip
+        """`rate` is in bytes per second; `delay_s` holds up the bytes of each way, those of a new connection too."""
         self.count = Count()
         self.rate = rate
         self.port = 0
-        self.host = "127.0.0.1"
+        self.host = listen
+        self._delay_s = delay_s
+        self._namespace = namespace
         self._target = (host, port)
         self._thread = threading.Thread(target=trio.run, args=(self._main,), name="counting-proxy")
 
@@ -97,9 +106,20 @@ class CountingProxy:
         self._paid_until = trio.current_time()
         with trio.CancelScope() as self._scope:
             async with trio.open_nursery() as nursery:
-                listeners = await nursery.start(_serve, self._handle, self.host)
-                self.port = listeners[0].socket.getsockname()[1]
+                listener = await self._listener()
+                nursery.start_soon(trio.serve_listeners, self._handle, [listener])
+                self.port = listener.socket.getsockname()[1]
                 self._ready.set()
+
+    async def _listener(self) -> trio.SocketListener:
+        if self._namespace is not None:
+            return self._namespace.listener(self.host, 0)
+        return (await trio.open_tcp_listeners(0, host=self.host))[0]
+
+    async def _connect(self) -> trio.SocketStream:
+        if self._namespace is not None:
+            return await self._namespace.connect(*self._target)
+        return await trio.open_tcp_stream(*self._target)
 
     async def _handle(self, client: trio.SocketStream) -> None:
         if not self._reachable:
@@ -108,7 +128,8 @@ class CountingProxy:
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:
-                server = await trio.open_tcp_stream(*self._target)
+                await trio.sleep(2 * self._delay_s)
+                server = await self._connect()
                 async with client, server, trio.open_nursery() as nursery:
                     nursery.start_soon(self._forward_requests, client, server)
                     await self._forward_answers(server, client)
@@ -128,6 +149,7 @@ class CountingProxy:
                 end = match.end()
             seen = seen[max(end, len(seen) - _MAX_HEAD) :]
             await self._gate.wait()
+            await trio.sleep(self._delay_s)
             await server.send_all(data)
         await server.send_eof()
 
@@ -138,14 +160,20 @@ class CountingProxy:
         self.count.asked[f"{match[1].decode()} {match[2].decode()}{span}"] += 1
 
     async def _forward_answers(self, server: trio.SocketStream, client: trio.SocketStream) -> None:
-        while data := await server.receive_some(CHUNK):
+        send, receive = trio.open_memory_channel[tuple[float, bytes | bytearray]](ON_THE_WAY if self._delay_s else 0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._deliver, receive, client)
+            async with send:
+                while data := await server.receive_some(CHUNK):
+                    await send.send((trio.current_time() + self._delay_s, data))
+
+    async def _deliver(
+        self, arriving: trio.MemoryReceiveChannel[tuple[float, bytes | bytearray]], client: trio.SocketStream
+    ) -> None:
+        async for due, data in arriving:
             await self._gate.wait()
             if self.rate:
                 self._paid_until = max(self._paid_until, trio.current_time()) + len(data) / self.rate
-                await trio.sleep_until(self._paid_until)
+            await trio.sleep_until(max(due, self._paid_until) if self.rate else due)
             self.count.received += len(data)
             await client.send_all(data)
-
-
-async def _serve(handler: object, host: str, *, task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
-    await trio.serve_tcp(handler, 0, host=host, task_status=task_status)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.support.image import Blob, Image, blob_path
+from tests.support.lab import Namespace
 from tests.support.processes import free_ports, running, tail, wait_for
 
 HOST = "127.0.0.1"
@@ -45,13 +46,14 @@ def installed() -> bool:
 
 
 @contextlib.contextmanager
-def docker_registry(folder: Path) -> Iterator[Registry]:
-    """An empty docker-registry that stores in `folder`; it is ended with the context."""
+def docker_registry(folder: Path, namespace: Namespace | None = None) -> Iterator[Registry]:
+    """A docker-registry that stores in `folder`, with what was stored there; it is ended with the context."""
     (port,) = free_ports(HOST, 1)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yml"
     config.write_text(CONFIG.format(root=folder / "data", host=HOST, port=port))
-    with _answering(Registry("docker-registry", HOST, port), ["docker-registry", "serve", config], folder) as registry:
+    command = [*(namespace.prefix if namespace else ()), "docker-registry", "serve", config]
+    with _answering(Registry("docker-registry", HOST, port), command, folder, namespace) as registry:
         yield registry
 
 
@@ -66,7 +68,9 @@ def embedded_origin(image: Image, repository: str, tag: str, folder: Path) -> It
 
 
 @contextlib.contextmanager
-def _answering(registry: Registry, command: Sequence[str | Path], folder: Path) -> Iterator[Registry]:
+def _answering(
+    registry: Registry, command: Sequence[str | Path], folder: Path, namespace: Namespace | None = None
+) -> Iterator[Registry]:
     log = folder / "log"
     with running(command, log) as process:
 
@@ -74,7 +78,10 @@ def _answering(registry: Registry, command: Sequence[str | Path], folder: Path) 
             if process.poll() is not None:
                 raise AssertionError(f"{registry.kind} ended with {process.returncode}:\n{tail(log)}")
             try:
-                with urllib.request.urlopen(f"{registry.url}/v2/", timeout=1) as response:
+                with (
+                    namespace.entered() if namespace else contextlib.nullcontext(),
+                    urllib.request.urlopen(f"{registry.url}/v2/", timeout=1) as response,
+                ):
                     return bool(response.status == 200)
             except OSError:
                 return False

@@ -14,11 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from node.control_client import ControlClient
+from protocol.errors import ShoalError
+from tests.support.lab import Lab, Namespace
 from tests.support.processes import free_ports, tail, terminate, wait_for
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = "origin.test"
 """The registry's name in every test: what stands in the path and in `ns=`."""
+PORTS = (5050, 4501, 4502)
+"""Mirror, libp2p and bulk of a node that has a namespace of its own."""
 
 CONFIG = """\
 [node]
@@ -69,7 +74,7 @@ class Node:
 
     def __init__(
         self, name: str, host: str, folder: Path, url: str, *, key: Path | None = None,
-        memory: str = "64MiB", containerd_store: str = "",
+        memory: str = "64MiB", containerd_store: str = "", namespace: Namespace | None = None,
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True)
         self.name = name
@@ -80,7 +85,8 @@ class Node:
         self.log = folder / "log"
         self.ready_s = 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        self.mirror_port, self.libp2p_port, self.bulk_port = free_ports(host, 3)
+        self._namespace = namespace
+        self.mirror_port, self.libp2p_port, self.bulk_port = PORTS if namespace else free_ports(host, 3)
         self._keys: dict[str, object] = {
             "name": name, "host": host, "folder": folder, "mirror": self.mirror_port, "libp2p": self.libp2p_port,
             "bulk": self.bulk_port, "upstream": UPSTREAM, "url": url, "key": key or "", "memory": memory,
@@ -119,9 +125,8 @@ class Node:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self._started = time.monotonic()
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*P2PD, "--config", str(self.config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
-            )
+            command = [*(self._namespace.prefix if self._namespace else ()), *P2PD, "--config", str(self.config)]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
     def wait_ready(self, seconds: float = 20.0) -> None:
         """Until the mirror answers `GET /v2/`; `ready_s` is the time since `launch`."""
@@ -136,7 +141,8 @@ class Node:
         if self.process.poll() is not None:
             raise AssertionError(f"{self.name} ended with {self.process.returncode}:\n{tail(self.log)}")
         connection = http.client.HTTPConnection(self.host, self.mirror_port, timeout=1)
-        with contextlib.closing(connection):
+        inside = self._namespace.entered() if self._namespace else contextlib.nullcontext()
+        with inside, contextlib.closing(connection):
             try:
                 connection.request("GET", "/v2/")
                 return connection.getresponse().status == 200
@@ -167,10 +173,16 @@ class Node:
         return run([*P2PCTL, "--socket", str(self.socket), *arguments])
 
     def status(self) -> dict[str, Any]:
-        answer = self.ctl("status", "--json")
-        assert answer.returncode == 0, f"{self.name}: {answer.stderr}\n{tail(self.log)}"
-        document: dict[str, Any] = json.loads(answer.stdout)
+        try:
+            document: dict[str, Any] = json.loads(ControlClient(self.socket).get("/status"))
+        except ShoalError as error:
+            raise AssertionError(f"{self.name}: {error}\n{tail(self.log)}") from error
         return document
+
+    def cpu_s(self) -> float:
+        """Processor time that it has used, kernel included."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def rss_bytes(self) -> int:
         """Resident memory as the kernel tells it."""
@@ -181,39 +193,48 @@ class Node:
 
 
 @contextlib.contextmanager
-def site(folder: Path, url: str, count: int = 5, *, start: bool = True, **keys: Any) -> Iterator[list[Node]]:
+def site(
+    folder: Path, url: str, count: int = 5, *, start: bool = True, lab: Lab | None = None, **keys: Any
+) -> Iterator[list[Node]]:
     """`count` daemons of one cluster; the first two are the seeds of all. `folder` must have a short path (sockets)."""
     folder.mkdir(parents=True, exist_ok=True)
     key = folder / "cluster.key"
     answer = run([*P2PCTL, "cluster", "init", str(key)])
     assert answer.returncode == 0, answer.stderr
-    nodes = [Node(f"node-{i}", f"127.0.0.{i}", folder / f"node-{i}", url, key=key, **keys) for i in range(1, count + 1)]
+
+    def node(index: int) -> Node:
+        name = f"node-{index + 1}"
+        if lab is None:
+            return Node(name, f"127.0.0.{index + 1}", folder / name, url, key=key, **keys)
+        return Node(name, lab.address(index), folder / name, url, key=key, namespace=lab.nodes[index], **keys)
+
+    nodes = [node(index) for index in range(count)]
     try:
         seeds: Mapping[Node, str] = {node: node.address() for node in nodes[:2]} if count > 1 else {}
-        for node in nodes:
-            node.bootstrap([address for seed, address in seeds.items() if seed is not node])
+        for one in nodes:
+            one.bootstrap([address for seed, address in seeds.items() if seed is not one])
         if start:
             start_all(nodes)
         yield nodes
     finally:
-        for node in nodes:
-            node.end()
+        for one in nodes:
+            one.end()
 
 
-def start_all(nodes: Sequence[Node]) -> None:
-    """Start, and wait until every one sees all the others."""
+def start_all(nodes: Sequence[Node], joined: int | None = None) -> None:
+    """Start, and wait until every one sees all the others (`joined` members in all)."""
     for node in nodes:
         node.launch()
     for node in nodes:
-        node.wait_ready()
-    wait_joined(nodes)
+        node.wait_ready(20.0 + len(nodes))
+    wait_joined(nodes, joined if joined is not None else len(nodes))
 
 
-def wait_joined(nodes: Sequence[Node], seconds: float = 30.0) -> None:
+def wait_joined(nodes: Sequence[Node], joined: int, seconds: float = 30.0) -> None:
     for node in nodes:
         wait_for(
-            f"{node.name} sees {len(nodes) - 1} others",
-            lambda node=node: node.status()["peers_alive"] >= len(nodes) - 1,  # type: ignore[misc]
+            f"{node.name} sees {joined - 1} others",
+            lambda node=node: node.status()["peers_alive"] >= joined - 1,  # type: ignore[misc]
             seconds=seconds,
             every=0.2,
         )

@@ -1,0 +1,106 @@
+"""A client that costs little: pulls an image as containerd does, checks every digest and keeps nothing.
+
+Many of them run in one trio program, each with connections of its own namespace, so that the processor is left to the
+daemons that are measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import h11
+import trio
+
+from tests.support.image import ARCHITECTURE, INDEX, MANIFEST
+from tests.support.pull import PullFailedError
+
+LAYERS_AT_ONCE = 3
+"""containerd's max_concurrent_downloads."""
+RECEIVE = 1 << 18
+MAX_MANIFEST = 4 << 20
+
+Connect = Callable[[], Awaitable[trio.SocketStream]]
+
+
+@dataclass(slots=True)
+class Client:
+    """`repository` is the path after /v2/. `received` counts body bytes as they come; all of it is right at the end."""
+
+    connect: Connect
+    repository: str
+    reference: str
+    received: int = 0
+    started: float = 0.0
+    ended: float = 0.0
+    progress: list[tuple[float, int]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+    async def pull(self) -> None:
+        """Raises PullFailedError."""
+        self.started = trio.current_time()
+        index = await self._manifest(self.reference)
+        entry = next(one for one in index["manifests"] if one["platform"]["architecture"] == ARCHITECTURE)
+        manifest = await self._manifest(entry["digest"])
+        limit = trio.CapacityLimiter(LAYERS_AT_ONCE)
+        async with trio.open_nursery() as nursery:
+            for blob in (manifest["config"], *manifest["layers"]):
+                nursery.start_soon(self._blob, blob["digest"], limit)
+        self.ended = trio.current_time()
+
+    async def _manifest(self, reference: str) -> dict[str, Any]:
+        body = bytearray()
+        await self._get(f"manifests/{reference}", body.extend)
+        found = f"sha256:{hashlib.sha256(body).hexdigest()}"
+        if ":" in reference and found != reference:
+            raise PullFailedError(f"{reference} has the bytes of {found}")
+        document: dict[str, Any] = json.loads(body)
+        return document
+
+    async def _blob(self, digest: str, limit: trio.CapacityLimiter) -> None:
+        hasher = hashlib.sha256()
+        async with limit:
+            await self._get(f"blobs/{digest}", hasher.update)
+        if f"sha256:{hasher.hexdigest()}" != digest:
+            raise PullFailedError(f"{digest} has the bytes of sha256:{hasher.hexdigest()}")
+
+    async def _get(self, tail: str, take: Callable[[memoryview], object]) -> None:
+        async with await self.connect() as stream:
+            connection = h11.Connection(h11.CLIENT)
+            headers = [("Host", "bench"), ("Accept", f"{INDEX}, {MANIFEST}"), ("Connection", "close")]
+            await stream.send_all(
+                connection.send(h11.Request(method="GET", target=f"/v2/{self.repository}/{tail}", headers=headers))
+                or b""
+            )
+            head = connection.next_event()
+            while head is h11.NEED_DATA:
+                connection.receive_data(await stream.receive_some(RECEIVE))
+                head = connection.next_event()
+            if not isinstance(head, h11.Response) or head.status_code != 200:
+                raise PullFailedError(f"{tail}: {head!r}")
+            await self._body(stream, dict(head.headers), connection.trailing_data[0], tail, take)
+
+    async def _body(
+        self, stream: trio.SocketStream, headers: dict[bytes, bytes], came: bytes, tail: str,
+        take: Callable[[memoryview], object],
+    ) -> None:  # fmt: skip
+        left = int(headers[b"content-length"])
+        buffer = memoryview(bytearray(RECEIVE))
+        part = memoryview(came)
+        while True:
+            take(part)
+            left -= len(part)
+            self.received += len(part)
+            self.progress.append((trio.current_time(), self.received))
+            if not left:
+                return
+            size = await stream.socket.recv_into(buffer[: min(left, RECEIVE)])
+            if not size:
+                raise PullFailedError(f"{tail} ended {left} bytes early")
+            part = buffer[:size]
