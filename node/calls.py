@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -28,6 +29,8 @@ WAITING_FIRST_S = 0.25
 """Most answers take less, and cost no `Waiting`."""
 WAITING_EVERY_S = 0.5
 """Half the shortest silence that a caller may sensibly allow."""
+STARVED_S = 10.0
+"""A request that nothing is heard of for so long has failed, whatever else comes from the peer."""
 REQUESTS_PER_CONNECTION = 64
 """At work at once. Beyond it nothing more is read from the connection: the asker's requests queue on its own side."""
 
@@ -44,21 +47,29 @@ _CODES: tuple[tuple[type[ShoalError], str], ...] = (
 
 
 class Call:
-    """One request on the asking side. Ends with an answer, an error or `silence_s` in which nothing was heard of it."""
+    """One request on the asking side. Ends with an answer, an error or silence.
 
-    def __init__(self, peer: PeerId, message: Request, silence_s: float, heard: Heard | None) -> None:
+    `came` tells when anything last came from the peer: behind a long answer on a slow link nothing of this one can.
+    """
+
+    def __init__(
+        self, peer: PeerId, message: Request, silence_s: float, heard: Heard | None,
+        came: Callable[[], float] = lambda: -math.inf,
+    ) -> None:  # fmt: skip
         self.peer = peer
         self.message = message
         self._silence_s = silence_s
         self._heard = heard
-        self._scope = trio.CancelScope(deadline=trio.current_time() + silence_s)
+        self._came = came
+        self._heard_at = trio.current_time()
         self._ended = trio.Event()
         self._result: Answer | ShoalError | None = None
 
     async def wait(self) -> Answer:
         try:
-            with self._scope:
-                await self._ended.wait()
+            while not self._ended.is_set() and (until := self._silent_at()) > trio.current_time():
+                with trio.move_on_at(until):
+                    await self._ended.wait()
         finally:
             self._heard = None
         if self._result is None:
@@ -68,15 +79,19 @@ class Call:
         # A new error for each asker: one that many tasks raise would gather all their tracebacks.
         raise type(self._result)(*self._result.args) from self._result
 
+    def _silent_at(self) -> float:
+        came = min(self._came(), self._heard_at + max(0.0, STARVED_S - self._silence_s))
+        return max(self._heard_at, came) + self._silence_s
+
     def progress(self) -> None:
         """A byte of the answer came."""
-        self._scope.deadline = trio.current_time() + self._silence_s
+        self._heard_at = trio.current_time()
 
-    def waiting(self) -> None:
-        """A `Waiting` came."""
+    def waiting(self, ready: bool) -> None:
+        """A `Waiting` came, or `ready` the head of the answer."""
         self.progress()
         if self._heard is not None:
-            self._heard()
+            self._heard(ready)
 
     def end(self, result: Answer | ShoalError) -> None:
         """Only the first end counts."""

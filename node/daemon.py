@@ -177,7 +177,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             Trust(identity.peer_id, membership),
             tiers,
         )
-        seeder = Seeder(site, Origin(upstreams, work), directory, identity.sign, work)
+        seeder = Seeder(site, Origin(upstreams, work, lambda: len(membership.site)), directory, identity.sign, work)
         names = Names(
             site, table, upstreams, seeder, work,
             parse_duration(config.mirror.tag_ttl, "mirror.tag_ttl"),

@@ -38,17 +38,18 @@ class Answer:
 Handler = Callable[[PeerId, Request], Awaitable[Answer]]
 """Answers one request of an authenticated member. Errors of protocol.errors become `Failed`."""
 
-Heard = Callable[[], None]
+Heard = Callable[[bool], None]
+"""Told True where the answer is ready: it is on its way, or waits for its turn on the connection."""
 
 
 class Exchange(Protocol):
     """Asks members, and answers them.
 
     - `request` connects where it must, and returns the reply (also a `Failed`; never a `Waiting`). It raises
-      PeerUnavailableError when the peer cannot be reached, its connection breaks, or nothing at all is heard of this
-      request (no `Waiting`, no byte of the answer) for `silence_s`; PeerMisbehavedError when it breaks the protocol.
-      `heard` is called for each `Waiting`. A request that is cancelled costs the connection nothing: its answer is
-      dropped when it comes.
+      PeerUnavailableError when the peer cannot be reached, its connection breaks, nothing comes on it for `silence_s`,
+      or nothing of this request (no `Waiting`, no byte of the answer) for STARVED_S; PeerMisbehavedError when it breaks
+      the protocol. `heard` is called for each `Waiting` and at the first byte of the answer's body. A request that is
+      cancelled costs the connection nothing: its answer is dropped when it comes.
     - `run` listens and answers until it is cancelled; `started()` once it listens. A request whose handler takes
       longer is kept alive with `Waiting`. What one peer does never disturbs another.
     - `disconnect` closes all connections with a peer, and refuses new ones from it while `refused(peer)` says so.

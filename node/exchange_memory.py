@@ -146,7 +146,7 @@ class MemoryExchange:
 
     def _say_waiting(self, line: _Line) -> None:
         if not self._network.is_stopped(self._own) and not self._network.is_stopped(line.asker):
-            line.call.waiting()
+            line.call.waiting(False)
 
     async def _serve(self, line: _Line) -> None:
         with line.scope:

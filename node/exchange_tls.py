@@ -231,6 +231,10 @@ class _Outgoing:
             raise PeerMisbehavedError("an answer to what was not asked")
         return self.calls[request_id]
 
+    def came(self) -> float:
+        """When anything last came on it; before it stands, never."""
+        return self.heard_at if self._writer is not None else -math.inf
+
     def quiet_s(self) -> float:
         """How long nothing was heard although something was asked; negative before the connection stands."""
         return trio.current_time() - self.heard_at if self.calls else 0.0
@@ -256,6 +260,8 @@ class _Incoming:
         self.scope = trio.CancelScope()
         self.slots = trio.Semaphore(slots)
         self.at_work = AtWork[int](timing.waiting_first_s, timing.waiting_every_s)
+        self.ready: set[int] = set()
+        """Those at work whose answers wait for their turn."""
         self.used_at = trio.current_time()
 
     def check_number(self, request_id: int) -> None:
@@ -359,7 +365,7 @@ class TlsExchange:
         self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard | None = None
     ) -> Answer:
         connection = self._connection(peer, lane)
-        call = Call(peer, message, silence_s, heard)
+        call = Call(peer, message, silence_s, heard, connection.came)
         connection.submit(call)
         try:
             return await call.wait()
@@ -425,7 +431,7 @@ class TlsExchange:
                 wire.check_answer(call.message, head.message)
                 if isinstance(head.message, Waiting):
                     connection.heard_at = trio.current_time()
-                    call.waiting()
+                    call.waiting(head.message.ready)
                     continue
                 body = await _read_body(connection, call, reader, head.body_length)
                 del connection.calls[head.request_id]
@@ -565,6 +571,7 @@ class TlsExchange:
         def done() -> None:
             """No `Waiting` may come after the answer: behind a small one it would stand in the queue."""
             connection.at_work.end(request.request_id)
+            connection.ready.discard(request.request_id)
             self._requests.release()
 
         def leaving() -> None:
@@ -572,14 +579,17 @@ class TlsExchange:
                 done()
             connection.slots.release()
 
-        if not body:
+        if body:
+            connection.ready.add(request.request_id)
+        else:
             done()
         connection.writer.put(_Frame(head, body, leaving))
 
     def _say_waiting(self, connection: _Incoming, request_id: int) -> None:
         """Unless the peer does not read: there they would pile up."""
         if connection.writer.small_waiting < self._limits.requests_per_connection:
-            connection.writer.put(_Frame(wire.encode_head(request_id, Waiting(), 0)))
+            waiting = Waiting(request_id in connection.ready)
+            connection.writer.put(_Frame(wire.encode_head(request_id, waiting, 0)))
 
 
 async def _read_body(connection: _Outgoing, call: Call, reader: _Reader[Reply], length: int) -> bytearray | None:
@@ -588,7 +598,10 @@ async def _read_body(connection: _Outgoing, call: Call, reader: _Reader[Reply], 
         call.progress()
 
     progress()
-    return await reader.body(length, progress) if length else None
+    if not length:
+        return None
+    call.waiting(True)
+    return await reader.body(length, progress)
 
 
 def _expect(peer: PeerId, found: PeerId) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 
 import trio
@@ -11,10 +12,11 @@ import trio
 from cache.store import Buffer, Held
 from node.exchange import Answer, Lane
 from node.objects import Source
+from node.planned import carry_out
 from node.seeder import SILENCE_S, BlockAddress, Obtained, Seeder, Site
 from node.single_flight import SingleFlight, Ticket
 from protocol.erasure import decode_block, encode_shard
-from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError, UnavailableError
+from protocol.errors import PeerMisbehavedError, ShoalError
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
 from protocol.ids import BlockId, PeerId, Piece, Shard, shard_length
@@ -28,24 +30,14 @@ MAX_UNTANGLED = 64
 """Ways to choose k of the shards that are tried to find the wrong one; 4 of 5 has 5, 10 of 12 has 66."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Event:
-    """What came of one request; `answer` is None where nothing did, `heard` is an interim sign of life."""
-
-    ask: Ask
-    answer: Answer | None = None
-    heard: bool = False
-
-
 @dataclass(slots=True)
 class _Attempt:
-    """One coded read as it goes. `asked` has when each peer was asked, until it was heard from or found late."""
+    """One coded read as it goes."""
 
     address: BlockAddress
     shape: Geometry
     plan: ShardPlan
     lane: Lane
-    asked: dict[PeerId, float] = field(default_factory=dict)
     shards: dict[int, tuple[PeerId, Buffer]] = field(default_factory=dict)
     record: Record | None = None
 
@@ -58,7 +50,11 @@ class Fetcher:
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket[tuple[BlockId, int], Obtained]:
         """Start reading a block, or join its read that is under way. Raises UnavailableError and its like in `wait`."""
-        return self._reads.join((address.block, address.ref.size), lambda: self._read(address, urgent))
+        return self._reads.join((address.block, address.ref.size), lambda: self._timed(address, urgent))
+
+    async def _timed(self, address: BlockAddress, urgent: bool) -> Obtained:
+        began = trio.current_time()
+        return replace(await self._read(address, urgent), seconds=trio.current_time() - began)
 
     async def _read(self, address: BlockAddress, urgent: bool) -> Obtained:
         site = self._site
@@ -87,48 +83,31 @@ class Fetcher:
     ) -> _Attempt:
         """Ask until k shards are there or nobody is left."""
         site = self._site
-        order = site.health.order((peer for peer in keepers if peer != site.own), trio.current_time())
+        health = site.health
+        # The home also feeds the other keepers: of equals it is asked last.
+        others = (peer for peer in (*keepers[1:], keepers[0]) if peer != site.own)
+        order = health.order(others, trio.current_time())
         if site.own in keepers:
             # Others will want this node's shard anyway, so it is had first, and once.
             order.insert(0, site.own)
-        plan = ShardPlan(keepers, order, shape.k)
+        plan = ShardPlan(keepers, order, shape.k, health.late_after_s)
         attempt = _Attempt(address, shape, plan, Lane.URGENT if urgent else Lane.BULK)
-        send, receive = trio.open_memory_channel[_Event](len(keepers) * 2)
         self._budget.earned(shape.k)
-        async with trio.open_nursery() as nursery:
 
-            def launch(asks: list[Ask]) -> None:
-                for ask in asks:
-                    attempt.asked[ask.peer] = trio.current_time()
-                    nursery.start_soon(self._ask, ask, attempt, send)
+        async def ask(what: Ask) -> Answer | None:
+            return await (self._ask_self if what.peer == site.own else self._ask_peer)(what, attempt)
 
-            launch(plan.start(urgent))
-            while not plan.done and not plan.stuck:
-                with trio.move_on_at(self._next_late(attempt)) as waiting:
-                    launch(self._note(attempt, await receive.receive()))
-                if waiting.cancelled_caught:
-                    launch(self._spare(attempt))
-            nursery.cancel_scope.cancel()
+        await carry_out(
+            plan, plan.start(urgent, trio.current_time()), ask, partial(self._note, attempt), partial(self._spare, plan)
+        )
         return attempt
 
-    def _next_late(self, attempt: _Attempt) -> float:
-        times = (since + self._site.health.late_after_s(peer) for peer, since in attempt.asked.items())
-        return min(times, default=float("inf"))
-
-    def _spare(self, attempt: _Attempt) -> list[Ask]:
-        now = trio.current_time()
-        late = [
-            peer for peer, since in attempt.asked.items() if now >= since + self._site.health.late_after_s(peer) - 1e-6
-        ]
-        for peer in late:
-            self._site.health.overdue(peer, now - attempt.asked.pop(peer))
-        return attempt.plan.late() if late and self._budget.spend() else []
-
-    async def _ask(self, ask: Ask, attempt: _Attempt, send: trio.MemorySendChannel[_Event]) -> None:
-        if ask.peer == self._site.own:
-            await send.send(_Event(ask, await self._ask_self(ask, attempt)))
-        else:
-            await send.send(_Event(ask, await self._ask_peer(ask, attempt)))
+    def _spare(self, plan: ShardPlan) -> list[Ask]:
+        late, asks = self._seeder.note_overdue(plan)
+        for _ in late:
+            if self._budget.spend():
+                asks += plan.spare(trio.current_time())
+        return asks
 
     async def _ask_self(self, ask: Ask, attempt: _Attempt) -> Answer | None:
         shape = attempt.shape
@@ -140,44 +119,24 @@ class Fetcher:
         return Answer(ShardFound(shard.k, shard.m, shard.index, record), data)
 
     async def _ask_peer(self, ask: Ask, attempt: _Attempt) -> Answer | None:
-        site, address, started = self._site, attempt.address, trio.current_time()
-        waited = False
-
-        def heard() -> None:
-            nonlocal waited
-            waited = True
-            attempt.asked.pop(ask.peer, None)
-
+        site, address, plan = self._site, attempt.address, attempt.plan
         question = GetShard(
             str(address.ref.digest), address.index, address.ref.size, attempt.shape.k, attempt.shape.m,
             ask.want, 2, str(address.locator), ask.exact,
         )  # fmt: skip
-        site.health.asked(ask.peer)
-        settled = False
         try:
-            answer = await site.exchange.request(
-                ask.peer, question, lane=attempt.lane, silence_s=SILENCE_S, heard=heard
-            )
-            settled = True
-            site.health.answered(ask.peer, None if waited else trio.current_time() - started)
-            if not isinstance(answer.message, ShardFound):
-                return None
+            answer = await self._seeder.ask(
+                ask.peer, question, attempt.lane, SILENCE_S,
+                heard=lambda ready: plan.heard(ask.peer, ready, trio.current_time()),
+                took_s=lambda: plan.took_s(ask.peer, trio.current_time()),
+            )  # fmt: skip
             self._check(attempt, answer)
-        except PeerUnavailableError as error:
-            settled = True
-            site.health.failed(ask.peer, trio.current_time())
-            site.view.report_failure(ask.peer)
-            log.debug("shard of %s from %s: %s", address.block, ask.peer, error)
-            return None
         except PeerMisbehavedError as error:
             site.view.quarantine(ask.peer, str(error))
             return None
-        except UnavailableError as error:
+        except ShoalError as error:
             log.debug("shard of %s from %s: %s", address.block, ask.peer, error)
             return None
-        finally:
-            if not settled:
-                site.health.dropped(ask.peer)
         return answer
 
     def _check(self, attempt: _Attempt, answer: Answer) -> None:
@@ -189,18 +148,17 @@ class Fetcher:
             raise PeerMisbehavedError(f"a shard {message.index} of {len(body)} bytes")
         self._site.trust.check(message.record, attempt.address.ref, attempt.address.index)
 
-    def _note(self, attempt: _Attempt, event: _Event) -> list[Ask]:
-        peer, answer = event.ask.peer, event.answer
-        attempt.asked.pop(peer, None)
+    def _note(self, attempt: _Attempt, ask: Ask, answer: Answer | None) -> list[Ask]:
+        peer, now = ask.peer, trio.current_time()
         if answer is None or answer.body is None or not isinstance(answer.message, ShardFound):
-            return attempt.plan.failed(peer)
+            return attempt.plan.failed(peer, now)
         if attempt.record is None:
             attempt.record = answer.message.record
         elif attempt.record.sha256 != answer.message.record.sha256:
             log.warning("two records of %s disagree", attempt.address.block)
-            return attempt.plan.failed(peer)
+            return attempt.plan.failed(peer, now)
         attempt.shards.setdefault(answer.message.index, (peer, answer.body))
-        return attempt.plan.got(peer, answer.message.index)
+        return attempt.plan.got(peer, answer.message.index, now)
 
     # Checking
 
@@ -212,7 +170,7 @@ class Fetcher:
         if record.matches(data):
             return Held(data, record)
         log.warning("shards of %s do not make the block: looking for the wrong one", attempt.address.block)
-        for ask in attempt.plan.late():
+        for ask in attempt.plan.spare(trio.current_time()):
             answer = await self._ask_peer(ask, attempt)
             if answer is not None and answer.body is not None and isinstance(answer.message, ShardFound):
                 attempt.shards.setdefault(answer.message.index, (ask.peer, answer.body))

@@ -10,8 +10,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
 from typing import BinaryIO
 
-import trio
-
 from cache.store import Buffer
 from node.fetcher import Fetcher
 from node.ledger import Ledger, Read
@@ -24,22 +22,18 @@ from node.single_flight import Ticket
 from node.upstream import MAX_MANIFEST
 from protocol.errors import CorruptObjectError, ShoalError
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, Piece
+from protocol.window import ReadWindow
 
 log = logging.getLogger(__name__)
-
-WINDOW = 16
-"""Blocks that one client's read has under way: enough to keep a quarter-speed uplink and four peers busy at once."""
-WINDOWS = 64
-"""The same over all clients, so that memory does not grow with their number; each may always have one."""
 
 Finished = Callable[[ObjectRef], None]
 
 
 class _Reading:
-    __slots__ = ("address", "since", "ticket")
+    __slots__ = ("address", "ticket")
 
     def __init__(self, address: BlockAddress, ticket: Ticket[tuple[BlockId, int], Obtained]) -> None:
-        self.address, self.ticket, self.since = address, ticket, trio.current_time()
+        self.address, self.ticket = address, ticket
 
 
 class SiteLibrary:
@@ -51,7 +45,7 @@ class SiteLibrary:
     ) -> None:  # fmt: skip
         self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
         self._ledger, self._metrics, self._finished = ledger, metrics, finished
-        self._under_way = 0
+        self._window = ReadWindow()
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         return await self._names.resolve(locator, reference)
@@ -66,12 +60,13 @@ class SiteLibrary:
         readings: deque[_Reading] = deque()
         following = start // BLOCK_SIZE
         end = -(-stop // BLOCK_SIZE)
+        self._window.entered()
         try:
             for index in range(following, end):
-                while following < end and self._room(len(readings)):
+                while following < end and self._window.has_room(len(readings)):
                     address = BlockAddress(locator, ref, following)
                     readings.append(_Reading(address, self._fetcher.begin(address, urgent)))
-                    self._under_way += 1
+                    self._window.began()
                     following += 1
                 data = await self._next(readings[0], start, stop)
                 if hasher is not None:
@@ -86,6 +81,7 @@ class SiteLibrary:
                 offset = index * BLOCK_SIZE
                 yield memoryview(data)[max(0, start - offset) : stop - offset]
         finally:
+            self._window.left()
             while readings:
                 self._release(readings.popleft())
 
@@ -97,23 +93,20 @@ class SiteLibrary:
         self._note_range(digest, start, stop, Read(Source(tier), 0.0, 0, (), time.time()))
         return file
 
-    def _room(self, own: int) -> bool:
-        return own == 0 or (own < WINDOW and self._under_way < WINDOWS)
-
     def _release(self, reading: _Reading) -> None:
         reading.ticket.release()
-        self._under_way -= 1
+        self._window.ended()
 
     async def _next(self, reading: _Reading, start: int, stop: int) -> Buffer:
         obtained = await reading.ticket.wait()
         address = reading.address
-        seconds = trio.current_time() - reading.since
-        self._metrics.read(obtained.source, seconds)
+        self._window.came(obtained.seconds)
+        self._metrics.read(obtained.source, obtained.seconds)
         for _ in range(obtained.retries):
             self._metrics.retried(obtained.source)
         offset = address.index * BLOCK_SIZE
         served = min(stop, offset + address.length) - max(start, offset)
-        read = Read(obtained.source, seconds, obtained.retries, obtained.peers, time.time())
+        read = Read(obtained.source, obtained.seconds, obtained.retries, obtained.peers, time.time())
         self._ledger.note(address.ref.digest, address.index, read, served)
         return obtained.held.data
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Protocol
 
@@ -45,14 +45,16 @@ class _Wanted:
 class Origin:
     """A second `read` of a block waits for the first and reads again: sharing one result is node/seeder.py's work."""
 
-    def __init__(self, registry: Registry, nursery: trio.Nursery) -> None:
-        self._registry, self._nursery = registry, nursery
+    def __init__(self, registry: Registry, nursery: trio.Nursery, sharing: Callable[[], int] = lambda: 1) -> None:
+        """`sharing` tells how many nodes the site has: they share the uplink, and what one may have open at a time."""
+        self._registry, self._nursery, self._sharing = registry, nursery, sharing
         self._queues: dict[str, OrderedDict[BlockId, _Wanted]] = {}
         self._workers: dict[str, int] = {}
 
     async def read(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
         """Block `index` as the registry gives it. Raises NotFoundError, DeniedError or UnavailableError."""
-        limit = self._registry.connections(locator.upstream)  # raises for an unknown upstream before anything is queued
+        # Raises for an unknown upstream before anything is queued.
+        limit = max(1, round(self._registry.connections(locator.upstream) / self._sharing()))
         wanted = _Wanted(locator, ref)
         queue = self._queues.setdefault(locator.upstream, OrderedDict())
         block = ref.block(index)

@@ -17,10 +17,11 @@ import trio
 
 from cache.store import Buffer, Held, Holdings
 from cache.tiered import Tiers
-from node.exchange import Answer, Exchange, Lane
+from node.exchange import Answer, Exchange, Heard, Lane
 from node.locator import Locator
 from node.objects import Source
 from node.origin import Origin
+from node.planned import carry_out
 from node.single_flight import SingleFlight
 from node.trust import Trust
 from node.view import View
@@ -34,6 +35,7 @@ from protocol.errors import (
     ShoalError,
     UnavailableError,
 )
+from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import Health
 from protocol.ids import BlockId, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
 from protocol.messages import (
@@ -47,6 +49,7 @@ from protocol.messages import (
     GetShard,
     Holders,
     HoldingsFound,
+    Request,
     ShardFound,
 )
 from protocol.placement import Placement
@@ -59,6 +62,8 @@ SILENCE_S = 1.5
 """A keeper that lives says `Waiting` three times in this time, also on a machine that is short of processor time."""
 SMALL_SILENCE_S = 1.0
 """For questions that are answered from memory."""
+HOME_PATIENCE_S = 4.0
+"""A late home is waited for so much longer before another one acts for it: that costs a copy from the origin."""
 UNSETTLED_S = 30.0
 """After a change of the view the keepers that were may hold what the keepers that are lack: they are asked first."""
 HOLDINGS_TTL_S = 2.0
@@ -86,12 +91,13 @@ class BlockAddress:
 
 @dataclass(frozen=True, slots=True)
 class Obtained:
-    """A block, where it came from, and what that took."""
+    """A block, where it came from, and what that took: `seconds` where it was read for a client."""
 
     held: Held
     source: Source
     peers: tuple[PeerId, ...] = ()
     retries: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,34 +210,59 @@ class Seeder:
         return shard, data, record
 
     async def _obtain_shard(self, address: BlockAddress, shard: Shard) -> tuple[Buffer, Record]:
-        site = self._site
+        """From the home; the next rank acts as home where that fails, lags, or takes far longer than it is used to."""
+        site, now = self._site, trio.current_time()
         _, keepers = site.placement().keepers(address.block, address.length)
-        now = trio.current_time()
-        homes = [peer for peer in keepers if peer == site.own or not site.health.avoided(peer, now)]
-        failure: ShoalError = UnavailableError(f"no home of {address.ref.digest} #{address.index} answers")
-        for home in homes[:MAX_HOMES]:
-            if home == site.own:
-                _, data, record = _cut((await self.home(address)).held, shard)
-                return data, record
-            try:
-                data, record = await self._ask_home(home, address, shard)
-            except (PeerUnavailableError, UnavailableError) as error:
-                failure = error
-                continue
-            except PeerMisbehavedError as error:
-                site.view.quarantine(home, str(error))
-                failure = error
-                continue
-            await self._store_shard(address.block, shard, data, record)
-            return data, record
-        raise UnavailableError(str(failure)) from failure
+        usable = site.health.usable((peer for peer in keepers if peer != site.own), now)
+        homes = [peer for peer in keepers if peer == site.own or peer in usable][:MAX_HOMES]
+        plan = ShardPlan(homes, homes, 1, site.health.late_after_s, HOME_PATIENCE_S)
+        found: list[tuple[Buffer, Record]] = []
+        failures: list[ShoalError] = [UnavailableError(f"no home of {address.ref.digest} #{address.index} answers")]
 
-    async def _ask_home(self, home: PeerId, address: BlockAddress, shard: Shard) -> tuple[Buffer, Record]:
+        async def ask(what: Ask) -> tuple[Buffer, Record] | None:
+            try:
+                return await self._ask_home(what.peer, address, shard, plan)
+            except PeerMisbehavedError as error:
+                site.view.quarantine(what.peer, str(error))
+                failures.append(error)
+            except ShoalError as error:
+                failures.append(error)
+            return None
+
+        def note(what: Ask, answer: tuple[Buffer, Record] | None) -> list[Ask]:
+            if answer is None:
+                return plan.failed(what.peer, trio.current_time())
+            found.append(answer)
+            return plan.got(what.peer, what.want, trio.current_time())
+
+        await carry_out(plan, plan.start(False, now), ask, note, lambda: self.note_overdue(plan)[1])
+        if not found:
+            raise failures[-1]
+        await self._store_shard(address.block, shard, *found[0])
+        return found[0]
+
+    def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
+        """Who is late by the plan, which counts against them, and whom to ask for those given up."""
+        now = trio.current_time()
+        late, asks = plan.overdue(now)
+        for peer in late:
+            self._site.health.overdue(peer, plan.took_s(peer, now) or 0.0, now)
+        return late, asks
+
+    async def _ask_home(
+        self, home: PeerId, address: BlockAddress, shard: Shard, plan: ShardPlan
+    ) -> tuple[Buffer, Record]:
+        if home == self._site.own:
+            return _cut((await self.home(address)).held, shard)[1:]
         ref = address.ref
         question = GetShard(
             str(ref.digest), address.index, ref.size, shard.k, shard.m, shard.index, 1, str(address.locator), True
         )
-        answer = await self.ask(home, question, Lane.BULK, SILENCE_S)
+        answer = await self.ask(
+            home, question, Lane.URGENT, SILENCE_S,
+            heard=lambda ready: plan.heard(home, ready, trio.current_time()),
+            took_s=lambda: plan.took_s(home, trio.current_time()),
+        )  # fmt: skip
         if not isinstance(answer.message, ShardFound) or answer.message.index != shard.index:
             raise UnavailableError(f"{home} does not have shard {shard.index}")
         return self._checked_shard(address, shard, answer)
@@ -409,15 +440,28 @@ class Seeder:
         data = decode_block({index: body for index, (body, _) in shards.items()}, k, m, address.length)
         return Held(data, record) if record.matches(data) else None
 
-    async def ask(self, peer: PeerId, question: object, lane: Lane, silence_s: float) -> Answer:
-        """One question to a member; what comes of it is noted in its health. A `Failed` is raised as an error."""
-        site = self._site
+    async def ask(
+        self, peer: PeerId, question: Request, lane: Lane, silence_s: float, *,
+        heard: Heard | None = None, took_s: Callable[[], float | None] = lambda: None,
+    ) -> Answer:  # fmt: skip
+        """One question to a member; what comes of it is noted in its health. A `Failed` is raised as an error.
+
+        `took_s` tells once the answer is there what of the time was the peer's own, None where that is not known.
+        """
+        site, settled = self._site, False
+        site.health.asked(peer)
         try:
-            answer = await site.exchange.request(peer, question, lane=lane, silence_s=silence_s)  # type: ignore[arg-type] # any of the requests
+            answer = await site.exchange.request(peer, question, lane=lane, silence_s=silence_s, heard=heard)
+            settled = True
+            site.health.answered(peer, took_s(), trio.current_time())
         except PeerUnavailableError:
+            settled = True
             site.health.failed(peer, trio.current_time())
             site.view.report_failure(peer)
             raise
+        finally:
+            if not settled:
+                site.health.dropped(peer)
         if isinstance(answer.message, Failed):
             raise_failed(answer.message)
         return answer

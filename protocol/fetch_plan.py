@@ -1,16 +1,29 @@
-"""Reading one coded block: which keepers to ask for which shards, and when to ask one more.
+"""Reading one coded block: which keepers to ask for which shards, when one is late, and when to ask one more.
 
 A plan is told what happened and returns the requests still to be made. It ends when k distinct shards of one record
 are there, or when nobody is left to ask. Asking k and a spare for the late one: "On-demand Container Loading in AWS
 Lambda" (USENIX ATC'23), section 3.2; when to stop waiting: Dean and Barroso, "The Tail at Scale" (CACM 2013).
+
+**Whose time it is.** A keeper that lacks its shard says `Waiting` while the block comes from the registry, and that is
+not its fault: its clock stands still until it says that its answer is ready, or until another keeper's shard shows that
+the block is in the site by now. What a peer is known to take is measured by the same clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from protocol.ids import PeerId
+
+COLD_FLOOR_S = 0.4
+"""Nothing is late before it while no shard came: until a keeper says `Waiting` (0.25 s) a cold block looks like a slow
+peer."""
+WARM_FLOOR_S = 0.03
+"""The same once one came: beyond what the loops of two busy nodes take."""
+PATIENCE_FACTOR, PATIENCE_S = 2.0, 0.5
+"""A late peer is given up after so much more: then another one is asked, whatever the budget for spares says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +35,32 @@ class Ask:
     exact: bool = False
 
 
-class ShardPlan:
-    """`order` is the keepers, the best to ask first; the rank of a keeper is the shard that it keeps."""
+@dataclass(slots=True)
+class _Asked:
+    """A request under way. `since` is infinite while its clock stands still."""
 
-    def __init__(self, keepers: Sequence[PeerId], order: Sequence[PeerId], k: int) -> None:
+    want: int
+    since: float
+    late: bool = False
+    given_up: bool = False
+
+
+class ShardPlan:
+    """`order` is the keepers, the best to ask first; the rank of a keeper is the shard that it keeps.
+
+    `late_after_s` tells for a peer after which time its answer is an outlier. `now` is monotonic seconds.
+    """
+
+    def __init__(
+        self, keepers: Sequence[PeerId], order: Sequence[PeerId], k: int, late_after_s: Callable[[PeerId], float],
+        patience_s: float = PATIENCE_S,
+    ) -> None:  # fmt: skip
         self._rank = {peer: rank for rank, peer in enumerate(keepers)}
         self._left = list(order)
         self._k = k
-        self._asked: dict[PeerId, int] = {}
+        self._late_after_s = late_after_s
+        self._patience_s = patience_s
+        self._asked: dict[PeerId, _Asked] = {}
         self._have: dict[int, PeerId] = {}
         self.retries = 0
 
@@ -42,41 +73,81 @@ class ShardPlan:
         """Nobody is left who could bring what is missing."""
         return not self.done and not self._asked and not self._left
 
-    def start(self, urgent: bool) -> list[Ask]:
+    def start(self, urgent: bool, now: float) -> list[Ask]:
         """The first requests: k of the keepers, or all at once where a client waits for this very block."""
-        return self._next(len(self._left) if urgent else self._k)
+        return self._next(len(self._left) if urgent else self._k, now)
 
-    def got(self, peer: PeerId, index: int) -> list[Ask]:
+    def heard(self, peer: PeerId, ready: bool, now: float) -> None:
+        """A sign of life: `ready` where the answer is on its way or waits for its turn, else the peer lacks it yet."""
+        asked = self._asked.get(peer)
+        if asked is not None and not self._have:
+            asked.since = min(asked.since, now) if ready else math.inf
+
+    def took_s(self, peer: PeerId, now: float) -> float | None:
+        """What the peer has taken by its own clock; None where that stands still."""
+        asked = self._asked.get(peer)
+        return None if asked is None or math.isinf(asked.since) else now - asked.since
+
+    def got(self, peer: PeerId, index: int, now: float) -> list[Ask]:
         """A good shard came; when it was there already, the peer is asked once more for exactly its own."""
-        want = self._asked.pop(peer)
+        want = self._asked.pop(peer).want
         if index not in self._have:
+            for asked in self._asked.values():
+                asked.since = min(asked.since, now)
             self._have[index] = peer
             return []
         self.retries += 1
-        if want not in self._have and want != index and want not in self._asked.values():
-            self._asked[peer] = want
+        if want not in self._have and want != index and all(want != asked.want for asked in self._asked.values()):
+            self._asked[peer] = _Asked(want, now)
             return [Ask(peer, want, exact=True)]
-        return self._top_up()
+        return self._top_up(now)
 
-    def failed(self, peer: PeerId) -> list[Ask]:
+    def failed(self, peer: PeerId, now: float) -> list[Ask]:
         """The peer will not bring its shard; the next one is asked, whatever the spare budget says."""
         self._asked.pop(peer, None)
         self.retries += 1
-        return self._top_up()
+        return self._top_up(now)
 
-    def late(self) -> list[Ask]:
-        """A shard is late and the budget allows a spare."""
-        return self._next(1)
+    def next_check(self) -> float:
+        """When `overdue` has something to tell, unless something comes before; infinity for never."""
+        return min((at for _, _, at in self._deadlines()), default=math.inf)
 
-    def _top_up(self) -> list[Ask]:
-        return self._next(self._k - len(self._have) - len(self._asked))
+    def overdue(self, now: float) -> tuple[list[PeerId], list[Ask]]:
+        """Who became late just now, for each of whom a spare may be asked; and whom to ask for those given up."""
+        late: list[PeerId] = []
+        for peer, asked, at in list(self._deadlines()):
+            if at > now:
+                continue
+            if asked.late:
+                asked.given_up = True
+                self.retries += 1
+            else:
+                asked.late = True
+                late.append(peer)
+        return late, self._top_up(now)
 
-    def _next(self, count: int) -> list[Ask]:
+    def spare(self, now: float) -> list[Ask]:
+        """A shard is late and the budget allows another."""
+        return self._next(1, now)
+
+    def _deadlines(self) -> Iterator[tuple[PeerId, _Asked, float]]:
+        floor = WARM_FLOOR_S if self._have else COLD_FLOOR_S
+        for peer, asked in self._asked.items():
+            if not asked.given_up:
+                after = max(floor, self._late_after_s(peer))
+                after += PATIENCE_FACTOR * after + self._patience_s if asked.late else 0.0
+                yield peer, asked, asked.since + after
+
+    def _top_up(self, now: float) -> list[Ask]:
+        under_way = sum(not asked.given_up for asked in self._asked.values())
+        return self._next(self._k - len(self._have) - under_way, now)
+
+    def _next(self, count: int, now: float) -> list[Ask]:
         asks = []
         for _ in range(max(0, count)):
             if not self._left:
                 break
             peer = self._left.pop(0)
-            self._asked[peer] = self._rank[peer]
+            self._asked[peer] = _Asked(self._rank[peer], now)
             asks.append(Ask(peer, self._rank[peer]))
         return asks

@@ -137,7 +137,12 @@ class SyncReply(_Message, frozen=True, tag=39):
 
 
 class Waiting(_Message, frozen=True, tag=40):
-    """Interim: the request is being worked on and its work makes progress. Repeated until the answer."""
+    """Interim: the request is being worked on and its work makes progress. Repeated until the answer.
+
+    `ready`: the answer is there, and only waits for its turn on the connection.
+    """
+
+    ready: bool = False
 
 
 class Failed(_Message, frozen=True, tag=41):

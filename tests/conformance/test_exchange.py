@@ -273,7 +273,7 @@ def test_waiting_keeps_a_request_alive(play: Play) -> None:
         heard: list[float] = []
         enough = trio.Event()
 
-        def hear() -> None:
+        def hear(ready: bool) -> None:
             heard.append(trio.current_time())
             if heard[-1] - start > 3 * site.silence_s:
                 enough.set()
@@ -295,7 +295,7 @@ def test_a_fast_answer_is_not_preceded_by_waiting(play: Play) -> None:
     async def scenario(site: Site) -> None:
         heard: list[int] = []
         one, two = await site.add(answer_all), await site.add(answer_all)
-        await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=5, heard=lambda: heard.append(1))
+        await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=5, heard=lambda ready: heard.append(1))
         assert not heard
 
     play(scenario)
@@ -337,7 +337,7 @@ def test_a_cancelled_request_costs_the_connection_nothing(play: Play) -> None:
         heard_late: list[int] = []
         with trio.move_on_after(site.silence_s / 4) as scope:
             await one.exchange.request(
-                two.peer, get_block(1), lane=Lane.BULK, silence_s=9, heard=lambda: served and heard_late.append(1)
+                two.peer, get_block(1), lane=Lane.BULK, silence_s=9, heard=lambda ready: served and heard_late.append(1)
             )
         assert scope.cancelled_caught
         told = len(heard_late)

@@ -51,7 +51,7 @@ def test_waiting_comes_at_its_times() -> None:
         one = await pair(nursery, MemoryNetwork(), after(1.5))
         start = trio.current_time()
         await one.request(
-            TWO, PING, lane=Lane.BULK, silence_s=0.6, heard=lambda: times.append(trio.current_time() - start)
+            TWO, PING, lane=Lane.BULK, silence_s=0.6, heard=lambda ready: times.append(trio.current_time() - start)
         )
 
     play(scenario)

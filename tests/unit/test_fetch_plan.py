@@ -2,57 +2,122 @@
 
 from __future__ import annotations
 
-from protocol.fetch_plan import Ask, ShardPlan
-from protocol.health import BACKOFF_FIRST_S, LATE_CAP_S, LATE_FLOOR_S, Health, SpareBudget
+import math
+
+from protocol.fetch_plan import COLD_FLOOR_S, PATIENCE_FACTOR, PATIENCE_S, WARM_FLOOR_S, Ask, ShardPlan
+from protocol.health import BACKOFF_FIRST_S, FADE_S, LATE_CAP_S, Health, SpareBudget
 from protocol.ids import PeerId
 
 KEEPERS = [PeerId(name) for name in "abcde"]
 
 
+def plan_of(order: str = "abcde", k: int = 4, late_after_s: float = 0.0) -> ShardPlan:
+    return ShardPlan(KEEPERS, [PeerId(name) for name in order], k, lambda peer: late_after_s)
+
+
 def test_k_of_the_keepers_are_asked_each_for_its_own_shard() -> None:
-    plan = ShardPlan(KEEPERS, ["e", "a", "b", "c", "d"], 4)
-    assert plan.start(urgent=False) == [Ask("e", 4), Ask("a", 0), Ask("b", 1), Ask("c", 2)]
+    plan = plan_of("eabcd")
+    assert plan.start(urgent=False, now=0.0) == [Ask("e", 4), Ask("a", 0), Ask("b", 1), Ask("c", 2)]
 
 
 def test_an_urgent_read_asks_all_at_once() -> None:
-    assert len(ShardPlan(KEEPERS, KEEPERS, 4).start(urgent=True)) == 5
+    assert len(plan_of().start(urgent=True, now=0.0)) == 5
 
 
 def test_any_k_distinct_shards_end_it() -> None:
-    plan = ShardPlan(KEEPERS, KEEPERS, 4)
-    plan.start(urgent=True)
+    plan = plan_of()
+    plan.start(urgent=True, now=0.0)
     for index in (4, 2, 1):
-        assert plan.got(KEEPERS[index], index) == []
+        assert plan.got(KEEPERS[index], index, 0.0) == []
         assert not plan.done
-    plan.got("a", 0)
+    plan.got("a", 0, 0.0)
     assert plan.done
 
 
 def test_a_failure_asks_the_next_keeper_and_a_second_one_is_the_end() -> None:
-    plan = ShardPlan(KEEPERS, KEEPERS, 4)
-    plan.start(urgent=False)
-    assert plan.failed("a") == [Ask("e", 4)]
-    assert plan.failed("b") == []
+    plan = plan_of()
+    plan.start(urgent=False, now=0.0)
+    assert plan.failed("a", 0.0) == [Ask("e", 4)]
+    assert plan.failed("b", 0.0) == []
     assert not plan.stuck
     for peer in "cde":
-        plan.got(peer, KEEPERS.index(peer))
+        plan.got(peer, KEEPERS.index(peer), 0.0)
     assert plan.stuck
     assert plan.retries == 2
 
 
 def test_a_spare_is_one_more_request() -> None:
-    plan = ShardPlan(KEEPERS, KEEPERS, 4)
-    plan.start(urgent=False)
-    assert plan.late() == [Ask("e", 4)]
-    assert plan.late() == []
+    plan = plan_of()
+    plan.start(urgent=False, now=0.0)
+    assert plan.spare(0.0) == [Ask("e", 4)]
+    assert plan.spare(0.0) == []
 
 
 def test_a_shard_that_was_there_already_is_asked_for_by_its_number() -> None:
     """After a change of the view a keeper may answer with the shard that it kept before."""
-    plan = ShardPlan(KEEPERS, KEEPERS, 4)
-    plan.start(urgent=False)
-    plan.got("b", 1)
-    assert plan.got("a", 1) == [Ask("a", 0, exact=True)]
+    plan = plan_of()
+    plan.start(urgent=False, now=0.0)
+    plan.got("b", 1, 0.0)
+    assert plan.got("a", 1, 0.0) == [Ask("a", 0, exact=True)]
+
+
+def test_a_warm_answer_is_late_as_soon_as_another_came_a_cold_one_is_given_time() -> None:
+    plan = plan_of()
+    plan.start(urgent=False, now=0.0)
+    assert plan.next_check() == COLD_FLOOR_S
+    plan.got(KEEPERS[0], 0, 0.01)
+    assert plan.next_check() == WARM_FLOOR_S
+    late, asks = plan.overdue(WARM_FLOOR_S)
+    assert (late, asks) == (KEEPERS[1:4], [])
+
+
+def test_the_clock_of_who_waits_for_the_registry_stands_still_until_the_block_is_in_the_site() -> None:
+    plan = plan_of()
+    plan.start(urgent=False, now=0.0)
+    for peer in KEEPERS[:4]:
+        plan.heard(peer, False, 0.25)
+    assert plan.next_check() == math.inf
+    assert plan.took_s(KEEPERS[1], 5.0) is None
+    plan.got(KEEPERS[0], 0, 5.0)
+    plan.heard(KEEPERS[1], False, 5.01)
+    assert plan.next_check() == 5.0 + WARM_FLOOR_S
+    assert plan.took_s(KEEPERS[1], 6.0) == 1.0
+
+
+def test_the_clock_runs_on_once_the_answer_is_ready() -> None:
+    plan = plan_of(k=1)
+    plan.start(urgent=False, now=0.0)
+    plan.heard(KEEPERS[0], False, 0.25)
+    plan.heard(KEEPERS[0], True, 2.0)
+    plan.heard(KEEPERS[0], True, 2.3)
+    assert plan.next_check() == 2.0 + COLD_FLOOR_S
+
+
+def test_who_stays_late_is_given_up_and_another_is_asked_but_may_still_answer() -> None:
+    plan = plan_of(k=1, late_after_s=1.0)
+    plan.start(urgent=False, now=0.0)
+    assert plan.overdue(1.0) == ([KEEPERS[0]], [])
+    given_up_at = 1.0 + PATIENCE_FACTOR * 1.0 + PATIENCE_S
+    assert plan.next_check() == given_up_at
+    assert plan.overdue(given_up_at) == ([], [Ask(KEEPERS[1], 1)])
+    plan.got(KEEPERS[0], 0, 4.0)
+    assert plan.done
+
+
+def test_a_laggard_is_left_out_until_what_is_known_of_it_fades() -> None:
+    health = Health()
+    for peer in KEEPERS:
+        for _ in range(30):
+            health.answered(peer, 5.0 if peer == "c" else 0.05, 100.0)
+    assert health.usable(KEEPERS, 100.0) == [peer for peer in KEEPERS if peer != "c"]
+    assert health.usable(KEEPERS, 100.0 + 3 * FADE_S) == KEEPERS
+
+
+def test_where_all_are_slow_nobody_lags() -> None:
+    health = Health()
+    for peer in KEEPERS:
+        health.overdue(peer, 20.0, 100.0)
+    assert health.usable(KEEPERS, 100.0) == KEEPERS
 
 
 def test_the_quickest_is_asked_first_and_the_failing_last() -> None:
@@ -60,7 +125,7 @@ def test_the_quickest_is_asked_first_and_the_failing_last() -> None:
     for peer, seconds in (("a", 0.5), ("b", 0.001)):
         for _ in range(20):
             health.asked(PeerId(peer))
-            health.answered(PeerId(peer), seconds)
+            health.answered(PeerId(peer), seconds, 10.0)
     health.asked(PeerId("c"))
     health.failed(PeerId("c"), 10.0)
     assert health.order([PeerId("c"), PeerId("a"), PeerId("b")], 10.0) == ["b", "a", "c"]
@@ -76,11 +141,11 @@ def test_of_equals_the_one_with_the_least_outstanding_is_asked() -> None:
     assert health.order([PeerId("a"), PeerId("b")], 0.0) == ["a", "b"]
 
 
-def test_lateness_follows_what_was_seen_between_floor_and_cap() -> None:
+def test_lateness_follows_what_was_seen_up_to_a_cap() -> None:
     health = Health()
-    assert health.late_after_s(PeerId("a")) == LATE_FLOOR_S
+    assert health.late_after_s(PeerId("a")) < WARM_FLOOR_S * 2
     for _ in range(50):
-        health.answered(PeerId("a"), 30.0)
+        health.answered(PeerId("a"), 30.0, 0.0)
     assert health.late_after_s(PeerId("a")) == LATE_CAP_S
 
 
