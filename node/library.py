@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 WINDOW = 16
 """Blocks that one client's read has under way: enough to keep a quarter-speed uplink and four peers busy at once."""
-WINDOWS = 64
-"""The same over all clients, so that memory does not grow with their number; each may always have one."""
+WINDOWS = 32
+"""The same over all clients, in equal parts, with the blocks that are being sent. A block under way is a buffer of
+1 MiB, and as much again in shards until they make it. Clients beyond this many wait for their turn, block by block."""
 
 Finished = Callable[[ObjectRef], None]
 
@@ -51,7 +52,8 @@ class SiteLibrary:
     ) -> None:  # fmt: skip
         self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
         self._ledger, self._metrics, self._finished = ledger, metrics, finished
-        self._under_way = 0
+        self._room = trio.Semaphore(WINDOWS)
+        self._readers = 0
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         return await self._names.resolve(locator, reference)
@@ -66,12 +68,12 @@ class SiteLibrary:
         readings: deque[_Reading] = deque()
         following = start // BLOCK_SIZE
         end = -(-stop // BLOCK_SIZE)
+        self._readers += 1
         try:
             for index in range(following, end):
-                while following < end and self._room(len(readings)):
+                while following < end and await self._may_begin(len(readings)):
                     address = BlockAddress(locator, ref, following)
                     readings.append(_Reading(address, self._fetcher.begin(address, urgent)))
-                    self._under_way += 1
                     following += 1
                 data = await self._next(readings[0], start, stop)
                 if hasher is not None:
@@ -82,10 +84,12 @@ class SiteLibrary:
                     parts.append(bytes(data))
                     if index == end - 1:
                         self._names.learn(locator, b"".join(parts))
-                self._release(readings.popleft())
                 offset = index * BLOCK_SIZE
                 yield memoryview(data)[max(0, start - offset) : stop - offset]
+                del data
+                self._release(readings.popleft())
         finally:
+            self._readers -= 1
             while readings:
                 self._release(readings.popleft())
 
@@ -97,12 +101,22 @@ class SiteLibrary:
         self._note_range(digest, start, stop, Read(Source(tier), 0.0, 0, (), time.time()))
         return file
 
-    def _room(self, own: int) -> bool:
-        return own == 0 or (own < WINDOW and self._under_way < WINDOWS)
+    async def _may_begin(self, own: int) -> bool:
+        """Whether a read that has `own` blocks under way has room for one more; one without any waits until it has."""
+        if own == 0:
+            await self._room.acquire()
+            return True
+        if own >= min(WINDOW, WINDOWS // self._readers):
+            return False
+        try:
+            self._room.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        return True
 
     def _release(self, reading: _Reading) -> None:
         reading.ticket.release()
-        self._under_way -= 1
+        self._room.release()
 
     async def _next(self, reading: _Reading, start: int, stop: int) -> Buffer:
         obtained = await reading.ticket.wait()
