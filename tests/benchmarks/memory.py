@@ -150,9 +150,7 @@ def measure(scenario: Scenario, folder: Path) -> Result:
         with sampled(nodes) as memories:
             start = time.monotonic()
             clients = [
-                drain(node, digest, scenario.rate)
-                for node in nodes
-                for digest in origin.digests[: scenario.clients]
+                drain(node, digest, scenario.rate) for node in nodes for digest in origin.digests[: scenario.clients]
             ]
             while any(client.poll() is None for client in clients) and time.monotonic() < start + scenario.seconds:
                 time.sleep(SAMPLE_S)
