@@ -1,8 +1,8 @@
 """Resident memory while 8 clients of a node pull 8 different 1 GiB layers at once.
 
-`python -m tests.benchmarks.memory [alone|site|slow|one ...]`; 2 minutes for all. The registry makes its bytes while it sends them
-(tests/support/generated_origin.py), everything else is real: p2pd with the default cache in memory, its disk store,
-TLS between the nodes. The pulls of a site are cut after a time, since five nodes share this machine.
+`python -m tests.benchmarks.memory [one|alone|site|slow ...]`; about 2 minutes for all but `one`. The registry makes its
+bytes while it sends them (tests/support/generated_origin.py); everything else is real: p2pd with the default budget in
+memory, its disk store, TLS between the nodes. Pulls are cut after a time, since five nodes share one machine.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main() -> None:
         sock.connect((host, int(port)))
         sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         _drain(sock, rate, count)
-    print(count[0])  # noqa: T201
+    print(count[0])
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), _Handler)
     names = digests()
     _Handler.blobs = {digest: blob for blob, digest in enumerate(names)}
-    print(" ".join(names), flush=True)  # noqa: T201
+    print(" ".join(names), flush=True)
     server.serve_forever()
 
 
