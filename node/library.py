@@ -31,7 +31,10 @@ WINDOW = 16
 """Blocks that one client's read has under way: enough to keep a quarter-speed uplink and four peers busy at once."""
 WINDOWS = 32
 """The same over all clients, in equal parts, with the blocks that are being sent. A block under way is a buffer of
-1 MiB, and as much again in shards until they make it. Clients beyond this many wait for their turn, block by block."""
+1 MiB, and as much again in shards until they make it. Half of REQUESTS_PER_CONNECTION (node/calls.py): were all of
+those taken by reads that wait for homes, two nodes could wait for each other."""
+FIRST_BLOCKS = 8
+"""Beside that for clients that have none: so some that stand still do not stop others. Who finds none left waits."""
 
 Finished = Callable[[ObjectRef], None]
 
@@ -52,7 +55,7 @@ class SiteLibrary:
     ) -> None:  # fmt: skip
         self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
         self._ledger, self._metrics, self._finished = ledger, metrics, finished
-        self._room = trio.Semaphore(WINDOWS)
+        self._room = trio.Semaphore(WINDOWS + FIRST_BLOCKS)
         self._readers = 0
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
@@ -106,12 +109,9 @@ class SiteLibrary:
         if own == 0:
             await self._room.acquire()
             return True
-        if own >= min(WINDOW, WINDOWS // self._readers):
+        if own >= min(WINDOW, WINDOWS // self._readers) or self._room.value <= FIRST_BLOCKS:
             return False
-        try:
-            self._room.acquire_nowait()
-        except trio.WouldBlock:
-            return False
+        self._room.acquire_nowait()
         return True
 
     def _release(self, reading: _Reading) -> None:
