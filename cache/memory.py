@@ -22,7 +22,7 @@ def _owner(data: Buffer) -> Buffer:
     return data.obj if isinstance(data, memoryview) and isinstance(data.obj, bytes | bytearray) else data
 
 
-def _sole(data: Buffer) -> Buffer:
+def sole(data: Buffer) -> Buffer:
     """`data` itself, or a copy of it where keeping it would keep more bytes than it has."""
     if not isinstance(data, memoryview):
         return data
@@ -53,7 +53,7 @@ class MemoryStore:
         await trio.lowlevel.checkpoint()
         if piece in self._pieces:
             return True
-        held = Held(_sole(data), record)
+        held = Held(sole(data), record)
         need = _bytes_held(held)
         if need > self._cache.maxsize:
             return False

@@ -21,6 +21,7 @@ import msgspec
 import trio
 from cachetools import LRUCache
 
+from cache.memory import sole
 from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S, AtWork, Call, answer
 from node.channel import TlsChannel, Traffic
 from node.config import HostPort, parse_host_port
@@ -29,13 +30,16 @@ from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import PeerId
 from protocol.members import MAX_MEMBERS, Member
-from protocol.messages import Reply, Request, Waiting
+from protocol.messages import Failed, Reply, Request, Waiting
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 16384
 """Small frames that wait to be written go together, as one TLS record; reads of heads are as long."""
 BACKLOG = 1024
+VIEWS = 4
+"""Bodies that may wait on a connection as views of whole blocks. Where more do, the link is slower than this machine,
+and the next are copied out, since each could keep a megabyte in memory for its part of it."""
 
 Message = TypeVar("Message")
 
@@ -72,6 +76,9 @@ class Limits:
     requests: int = 2048
     """At work for all peers together; a single one can hold a fifth."""
     requests_per_connection: int = REQUESTS_PER_CONNECTION
+    answer_bytes: int = 64 << 20
+    """Bodies that wait for the peers to take them. Beyond it the answer is `busy`. The reads of a site leave half of
+    this here at most, whatever its size: each node has WINDOWS blocks under way (node/library.py)."""
     pending_per_connection: int = 512
     """Requests that have no answer yet, the cancelled ones among them."""
 
@@ -118,6 +125,14 @@ class _Writer:
     @property
     def small_waiting(self) -> int:
         return len(self._small)
+
+    @property
+    def large_waiting(self) -> int:
+        return len(self._large)
+
+    @property
+    def bytes_waiting(self) -> int:
+        return sum(len(frame.body or b"") for frame in self._large)
 
     async def run(self, scope: trio.CancelScope) -> None:
         """Until the channel fails; cancels `scope` then, for who reads may be waiting for anything else."""
@@ -306,6 +321,7 @@ class TlsExchange:
         self._traffic: LRUCache[PeerId, Traffic] = LRUCache(MAX_MEMBERS)
         self._handshakes = trio.Semaphore(limits.handshakes)
         self._requests = trio.Semaphore(limits.requests)
+        self._answer_bytes = 0
         # What waits in it is in `_outgoing` too, which is bounded.
         self._to_dial, self._dials = trio.open_memory_channel[_Outgoing](math.inf)
 
@@ -542,6 +558,7 @@ class TlsExchange:
                     nursery.cancel_scope.cancel()
         finally:
             self._incoming.discard(connection)
+            self._answer_bytes -= writer.bytes_waiting
             for _ in range(len(connection.at_work)):
                 self._requests.release()
         raise reason
@@ -567,6 +584,13 @@ class TlsExchange:
 
     async def _answer(self, connection: _Incoming, request: wire.Head[Request]) -> None:
         head, body = await answer(self._handler, connection.peer, request)
+        size = len(body or b"")
+        if self._answer_bytes + size > self._limits.answer_bytes:
+            size, body = 0, None
+            head = wire.encode_head(request.request_id, Failed("busy", "too many answers wait to be taken"), 0)
+        elif body and connection.writer.large_waiting >= VIEWS:
+            body = sole(body)
+        self._answer_bytes += size
 
         def done() -> None:
             """No `Waiting` may come after the answer: behind a small one it would stand in the queue."""
@@ -575,6 +599,7 @@ class TlsExchange:
             self._requests.release()
 
         def leaving() -> None:
+            self._answer_bytes -= size
             if body:
                 done()
             connection.slots.release()

@@ -67,8 +67,9 @@ class Fetcher:
             attempt = await self._coded(address, shape, keepers, urgent)
             held = await self._assemble(attempt)
             if held is not None:
-                await site.tiers.put(Piece(address.block), held.data, held.record)
                 peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
+                attempt.shards.clear()  # a megabyte, which is not to wait for the disk
+                await site.tiers.put(Piece(address.block), held.data, held.record)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
         obtained = await self._seeder.home(address)
         if attempt is not None:

@@ -89,14 +89,15 @@ class Response:
     """An answer. Content-Length is added for bytes and files; a generator without one is sent chunked.
 
     `first` goes out before what the generator yields: for a handler that takes the first buffer itself, to be sure of
-    its source before it promises 200. Where a generator raises, the body ends early. A HEAD is answered like a GET;
-    give Content-Length where the body is left out.
+    its source before it promises 200. It is taken out of the list then, so as not to live as long as the body. Where a
+    generator raises, the body ends early. A HEAD is answered like a GET; give Content-Length where the body is left
+    out.
     """
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Buffer | FileBody | AsyncGenerator[Buffer, None] = b""
-    first: Buffer = b""
+    first: list[Buffer] = field(default_factory=list)
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -316,10 +317,13 @@ class _Connection:
             await self._write(*self._head(response, len(body)), *self._data(body), *self._end())
         else:
             async with aclosing(body):
-                await self._write(*self._head(response, None), *self._data(response.first))
+                await self._write(
+                    *self._head(response, None), *self._data(response.first.pop() if response.first else b"")
+                )
                 if self._method != b"HEAD":
                     async for buffer in body:
                         await self._write(*self._data(buffer))
+                        del buffer  # a block, which is not to be kept while the next one is waited for
                 await self._write(*self._end())
 
     async def _send_file(self, response: Response, body: FileBody, file: BinaryIO) -> None:

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
 from typing import BinaryIO
 
+import trio
+
 from cache.store import Buffer
 from node.fetcher import Fetcher
 from node.ledger import Ledger, Read
@@ -22,9 +24,13 @@ from node.single_flight import Ticket
 from node.upstream import MAX_MANIFEST
 from protocol.errors import CorruptObjectError, ShoalError
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, Piece
-from protocol.window import ReadWindow
+from protocol.window import MOST, ReadWindow
 
 log = logging.getLogger(__name__)
+
+FIRST_BLOCKS = 8
+"""Beside the window, for clients that have none of it: some that stand still do not stop others; who finds none left
+waits. A block under way is a buffer of 1 MiB, and as much again in shards until they make it."""
 
 Finished = Callable[[ObjectRef], None]
 
@@ -46,6 +52,7 @@ class SiteLibrary:
         self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
         self._ledger, self._metrics, self._finished = ledger, metrics, finished
         self._window = ReadWindow()
+        self._room = trio.Semaphore(MOST + FIRST_BLOCKS)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         return await self._names.resolve(locator, reference)
@@ -63,10 +70,9 @@ class SiteLibrary:
         self._window.entered()
         try:
             for index in range(following, end):
-                while following < end and self._window.has_room(len(readings)):
+                while following < end and await self._may_begin(len(readings)):
                     address = BlockAddress(locator, ref, following)
                     readings.append(_Reading(address, self._fetcher.begin(address, urgent)))
-                    self._window.began()
                     following += 1
                 data = await self._next(readings[0], start, stop)
                 if hasher is not None:
@@ -77,9 +83,10 @@ class SiteLibrary:
                     parts.append(bytes(data))
                     if index == end - 1:
                         self._names.learn(locator, b"".join(parts))
-                self._release(readings.popleft())
                 offset = index * BLOCK_SIZE
                 yield memoryview(data)[max(0, start - offset) : stop - offset]
+                del data
+                self._release(readings.popleft())
         finally:
             self._window.left()
             while readings:
@@ -93,9 +100,21 @@ class SiteLibrary:
         self._note_range(digest, start, stop, Read(Source(tier), 0.0, 0, (), time.time()))
         return file
 
+    async def _may_begin(self, own: int) -> bool:
+        """Whether a read that has `own` blocks under way has room for one more; one without any waits until it has."""
+        if own == 0:
+            await self._room.acquire()
+        elif not self._window.has_room(own):
+            return False
+        else:
+            self._room.acquire_nowait()  # the window has less room than there is
+        self._window.began()
+        return True
+
     def _release(self, reading: _Reading) -> None:
         reading.ticket.release()
         self._window.ended()
+        self._room.release()
 
     async def _next(self, reading: _Reading, start: int, stop: int) -> Buffer:
         obtained = await reading.ticket.wait()

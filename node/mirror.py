@@ -228,7 +228,7 @@ class Mirror:
 
 async def _begun(status: int, headers: Mapping[str, str], body: AsyncGenerator[Buffer, None]) -> Response:
     """A response whose first bytes are there already; what fails later ends the body early."""
-    return Response(status, headers, body, first=await anext(body))
+    return Response(status, headers, body, first=[await anext(body)])
 
 
 def _valid(code: str, parse: Callable[[str], _T], text: str) -> _T:

@@ -9,6 +9,9 @@ deadline and one budget of bytes, and whatever libp2p raises ends that connectio
 
 from __future__ import annotations
 
+import node.libp2p_parts  # noqa: F401 # before libp2p: see there
+
+# isort: split
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -44,9 +47,9 @@ from protocol.ids import PeerId
 from protocol.members import Member
 
 log = logging.getLogger(__name__)
-# libp2p cuts its loggers off from the root, so its warnings would go to stderr unformatted; what matters of them is
-# said here, with the peer. LIBP2P_DEBUG=DEBUG shows them all.
+# What matters of libp2p's warnings is said here, with the peer.
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
+logging.getLogger("libp2p").propagate = False
 
 PROTOCOL = TProtocol("/shoal/introduce/1")
 MAX_INBOUND = 32

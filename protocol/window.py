@@ -7,6 +7,8 @@ every one that did not, between bounds (additive increase and decrease, as TCP V
 
 from __future__ import annotations
 
+FIRST = 3
+"""The sooner the first block is there, the sooner the site has something to share."""
 LEAST = 6
 """Keeps the uplink busy while some blocks are on their way within the site."""
 MOST = 16
@@ -15,10 +17,10 @@ TARGET_S = 4.0
 
 
 class ReadWindow:
-    """Shared by all clients of a node; each may always have one block under way."""
+    """Shared by all clients of a node. Beside it each may have one block under way."""
 
     def __init__(self) -> None:
-        self._size = 3
+        self._size = FIRST
         self._readers = 0
         self._under_way = 0
 
@@ -31,7 +33,7 @@ class ReadWindow:
 
     def has_room(self, own: int) -> bool:
         """Whether a client with `own` blocks under way may ask for another: an equal share for each."""
-        return own == 0 or (self._under_way < self._size and own < -(-self._size // max(1, self._readers)))
+        return self._under_way < self._size and own < -(-self._size // max(1, self._readers))
 
     def began(self) -> None:
         self._under_way += 1
@@ -42,4 +44,7 @@ class ReadWindow:
 
     def came(self, seconds: float) -> None:
         """A block took so long."""
-        self._size = min(MOST, self._size + 1) if seconds < TARGET_S else max(LEAST, self._size - 1)
+        if seconds < TARGET_S:
+            self._size = min(MOST, self._size + 1)
+        else:
+            self._size = max(min(LEAST, self._size), self._size - 1)

@@ -26,7 +26,7 @@ from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId
 from protocol.members import Member
-from protocol.messages import BlockFound, Done, GetBlock, Holders, Ping, Pong, Request
+from protocol.messages import BlockFound, Done, Failed, GetBlock, Holders, Ping, Pong, Request
 from protocol.records import Record
 
 DIGEST = "sha256:" + "ab" * 32
@@ -364,6 +364,28 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
             assert number not in answered
             if tag != 40:
                 answered.append(number)
+
+    play(tmp_path, scenario)
+
+
+def test_answers_that_nobody_takes_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """What waits for the peer that does not read is bounded, others hear `busy`; it is given back with the peer."""
+
+    async def scenario(cluster: Cluster) -> None:
+        limits = Limits(answer_bytes=8 * BLOCK_SIZE)
+        node, other = await cluster.start(limits=limits, timing=Timing(stall_s=1000.0)), await cluster.start()
+        raw = await cluster.dial_raw(node)
+        await raw.send(HELLO)
+        for request_id in range(60):
+            await raw.say(request_id, GET)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        failed = (await other.ask(node.peer, GET)).message
+        assert isinstance(failed, Failed)
+        assert failed.code == "busy"
+        raw.stream.transport_stream.socket.close()
+        while node.exchange.statistics().connections_in > 1:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (await other.ask(node.peer, GET)).body == BLOCK
 
     play(tmp_path, scenario)
 

@@ -4,6 +4,8 @@ import logging
 import random
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -546,3 +548,10 @@ def test_mdns_that_cannot_work_costs_one_warning(log: Log, host: str) -> None:
 
     run(main)
     assert len(log.having("mDNS does not work here", logging.WARNING)) == 1
+
+
+def test_the_daemon_loads_no_more_of_libp2p_than_it_uses() -> None:
+    script = "import sys, node.daemon; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "libp2p.security.noise.transport" in loaded
+    assert not {"libp2p.host", "libp2p.kad_dht", "libp2p.relay", "requests", "dns.resolver"} & set(loaded)

@@ -176,7 +176,7 @@ def test_generators_and_files_are_sent_whole_and_closed(tmp_path) -> None:
             files.append(file)
             return Response(200, {}, FileBody(file, 5, len(BIG) - 3))
         headers = {"Content-Length": str(len(BIG))} if request.path == "/sized" else {}
-        return Response(200, headers, generate(), first=b"" if headers else b"first")
+        return Response(200, headers, generate(), first=[] if headers else [b"first"])
 
     files: list = []
 

@@ -1,0 +1,181 @@
+"""Resident memory while 8 clients of a node pull 8 different 1 GiB layers at once.
+
+`python -m tests.benchmarks.memory [one|alone|site|slow ...]`; about 2 minutes for all but `one`. The registry makes its
+bytes while it sends them (tests/support/generated_origin.py); everything else is real: p2pd with the default budget in
+memory, its disk store, TLS between the nodes. Pulls are cut after a time, since five nodes share one machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.support.generated_origin import REPOSITORY
+from tests.support.processes import free_ports, terminate
+from tests.support.site import ROOT, UPSTREAM, Node, site
+
+BOUND_MIB = 256
+IDLE_BOUND_MIB = 128
+SAMPLE_S = 0.1
+SLOW_BYTES_PER_S = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`seconds`: when the pulls are cut. `rate`: bytes a second that each client reads, 0 for all it gets."""
+
+    title: str
+    nodes: int
+    clients: int
+    seconds: float
+    rate: int = 0
+    headings: tuple[str, ...] = ()
+
+
+SCENARIOS = {
+    "one": Scenario("alone, 1 client", 1, 1, 20),
+    "alone": Scenario("alone, 8 clients", 1, 8, 50),
+    "site": Scenario("site of five, 8 clients at each", 5, 8, 30),
+    "slow": Scenario("alone, 8 clients at 1 MB/s", 1, 8, 8, SLOW_BYTES_PER_S),
+}
+
+
+@dataclass(slots=True)
+class Memory:
+    """The largest values seen of one process, in MiB."""
+
+    idle: float = 0
+    rss: float = 0
+    anon: float = 0
+    high_water: float = 0
+
+    def sample(self, pid: int) -> None:
+        lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        fields = {words[0]: float(words[1]) / 1024 for words in lines if words[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
+        self.idle = self.idle or fields["VmRSS:"]
+        self.rss = max(self.rss, fields["VmRSS:"])
+        self.anon = max(self.anon, fields["RssAnon:"])
+        self.high_water = fields["VmHWM:"]
+
+
+@dataclass(slots=True)
+class Origin:
+    url: str
+    digests: list[str]
+
+    def asked(self) -> int:
+        with urllib.request.urlopen(f"{self.url}/asked", timeout=10) as response:
+            return int(response.read())
+
+
+@contextmanager
+def generated_origin() -> Iterator[Origin]:
+    (port,) = free_ports("127.0.0.1", 1)
+    command = [sys.executable, "-m", "tests.support.generated_origin", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield Origin(f"http://127.0.0.1:{port}", process.stdout.readline().split())
+        finally:
+            process.kill()
+
+
+@contextmanager
+def sampled(nodes: Sequence[Node]) -> Iterator[dict[str, Memory]]:
+    memories = {node.name: Memory() for node in nodes}
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(SAMPLE_S):
+            for node in nodes:
+                memories[node.name].sample(node.process.pid)
+
+    for node in nodes:
+        memories[node.name].sample(node.process.pid)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield memories
+    finally:
+        ended.set()
+        thread.join()
+
+
+def drain(node: Node, digest: str, rate: int) -> subprocess.Popen[str]:
+    path = f"/v2/{UPSTREAM}/{REPOSITORY}/blobs/{digest}"
+    command = [sys.executable, "-m", "tests.support.drain", node.host, str(node.mirror_port), path, str(rate)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def read_by(client: subprocess.Popen[str]) -> int:
+    terminate(client)  # type: ignore[arg-type]
+    assert client.stdout is not None
+    return int(client.stdout.read() or 0)
+
+
+@dataclass(slots=True)
+class Result:
+    scenario: Scenario
+    seconds: float
+    read: int
+    asked: int
+    memories: list[Memory] = field(default_factory=list)
+
+    def row(self) -> tuple[str, ...]:
+        worst = max(self.memories, key=lambda memory: memory.high_water)
+        return (
+            self.scenario.title,
+            f"{worst.idle:.0f}", f"{worst.rss:.0f}", f"{worst.anon:.0f}", f"{worst.high_water:.0f}", str(BOUND_MIB),
+            f"{self.read / 2**30:.2f}", f"{self.read / self.seconds / 1e6:.0f}", f"{self.asked / 2**30:.2f}",
+            f"{(self.asked - self.read) / 2**20:.0f}" if self.scenario.nodes == 1 else "",
+        )  # fmt: skip
+
+
+def measure(scenario: Scenario, folder: Path) -> Result:
+    with ExitStack() as stack:
+        origin = stack.enter_context(generated_origin())
+        nodes = stack.enter_context(site(folder, origin.url, scenario.nodes))
+        with sampled(nodes) as memories:
+            start = time.monotonic()
+            clients = [
+                drain(node, digest, scenario.rate) for node in nodes for digest in origin.digests[: scenario.clients]
+            ]
+            while any(client.poll() is None for client in clients) and time.monotonic() < start + scenario.seconds:
+                time.sleep(SAMPLE_S)
+            seconds, asked = time.monotonic() - start, origin.asked()
+            read = sum(map(read_by, clients))
+    return Result(scenario, seconds, read, asked, list(memories.values()))
+
+
+def main() -> int:
+    table = Table(
+        "", "idle", "peak RSS", "anon", "VmHWM", "bound", "GiB read", "MB/s", "GiB asked of registry", "MiB ahead",
+        title="MiB of the node that used most",
+    )  # fmt: skip
+    worst = 0.0
+    for name in sys.argv[1:] or ["alone", "site", "slow"]:
+        folder = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
+        try:
+            result = measure(SCENARIOS[name], folder / "site")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        worst = max(worst, *(memory.high_water for memory in result.memories))
+        table.add_row(*result.row())
+    Console(width=140).print(table)
+    return int(worst > BOUND_MIB)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

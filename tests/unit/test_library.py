@@ -1,0 +1,191 @@
+"""How much one node reads ahead for its clients: never more than a budget, and all of it given back. Virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from random import Random
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cache.memory import MemoryStore
+from cache.store import Buffer, Held
+from cache.tiered import Tiers
+from node.fetcher import Fetcher
+from node.identity import Identity
+from node.ledger import Ledger
+from node.library import FIRST_BLOCKS, SiteLibrary
+from node.locator import Locator
+from node.membership import Membership
+from node.metrics import Metrics
+from node.objects import Source
+from node.origin import Origin
+from node.seeder import BlockAddress, Obtained, Seeder, Site
+from node.trust import Trust
+from protocol.directory import Directory
+from protocol.health import Health
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
+from protocol.members import Member
+from protocol.placement import Placement
+from protocol.records import Record
+from protocol.window import MOST
+
+LOCATOR = Locator("origin.test", "app", "blobs")
+BLOCKS = 40
+BLOCK = bytes(BLOCK_SIZE)
+BLOCK_S = 0.1
+
+
+def ref(number: int) -> ObjectRef:
+    return ObjectRef(Digest("sha256", f"{number:064x}"), BLOCKS * BLOCK_SIZE)
+
+
+class Blocks:
+    """A fetcher whose blocks take BLOCK_S; `held` counts those that were begun and not yet let go of."""
+
+    def __init__(self) -> None:
+        self.held = self.most = 0
+
+    def begin(self, address: BlockAddress, urgent: bool) -> Blocks:
+        self.held += 1
+        self.most = max(self.most, self.held)
+        return self
+
+    async def wait(self) -> Obtained:
+        await trio.sleep(BLOCK_S)
+        return Obtained(Held(BLOCK, cast(Record, None)), Source.ORIGIN)
+
+    def release(self) -> None:
+        self.held -= 1
+
+
+def library(fetcher: object) -> SiteLibrary:
+    unused: Any = None
+    return SiteLibrary(unused, unused, unused, cast(Fetcher, fetcher), Ledger(), Metrics(), unused)
+
+
+async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:
+    """Read all but the last byte, so that no digest is asked for, `seconds` for each block; how many blocks came."""
+    count = 0
+    async with aclosing(shelf.read(LOCATOR, ref(number), 0, BLOCKS * BLOCK_SIZE - 1)) as chunks:
+        async for _ in chunks:
+            count += 1
+            await trio.sleep(seconds)
+    return count
+
+
+def play(scenario: Callable[[], Awaitable[None]]) -> None:
+    trio.run(scenario, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize(("clients", "most"), [(1, MOST), (2, MOST), (8, MOST), (100, MOST + FIRST_BLOCKS)])
+def test_clients_share_the_read_ahead(clients: int, most: int) -> None:
+    async def scenario() -> None:
+        blocks = Blocks()
+        shelf = library(blocks)
+        ended = []
+
+        async def client(number: int) -> None:
+            ended.append(await read(shelf, number, seconds=1.0))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(clients):
+                nursery.start_soon(client, number)
+        assert ended == [BLOCKS] * clients
+        assert blocks.most == most
+        assert blocks.held == 0
+
+    play(scenario)
+
+
+def test_clients_that_stand_still_with_all_of_the_read_ahead_do_not_stop_others() -> None:
+    async def scenario() -> None:
+        blocks = Blocks()
+        shelf = library(blocks)
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(read, shelf, number, 1e6)
+                await trio.sleep(1)
+            assert 4 <= blocks.held <= MOST
+            with trio.fail_after(2 * BLOCKS * BLOCK_S):
+                assert await read(shelf, 5) == BLOCKS
+            nursery.cancel_scope.cancel()
+        assert blocks.held == 0
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("after_s", [0.0, BLOCK_S / 2, 1.0, 1.0 + BLOCK_S / 2, 7.5, 300.0])
+def test_a_read_that_is_cancelled_gives_back_what_it_had(after_s: float) -> None:
+    """While it waits for room, for a block, or for its client; then as many clients as there is room for all read."""
+
+    async def scenario() -> None:
+        blocks = Blocks()
+        shelf = library(blocks)
+        with trio.move_on_after(after_s):
+            async with trio.open_nursery() as nursery:
+                for number in range(2 * (MOST + FIRST_BLOCKS)):
+                    nursery.start_soon(read, shelf, number, 1.0)
+        assert blocks.held == 0
+        await trio.testing.wait_all_tasks_blocked()
+        blocks.most = 0
+        async with trio.open_nursery() as nursery:
+            for number in range(MOST + FIRST_BLOCKS):
+                nursery.start_soon(read, shelf, number)
+        assert blocks.most == MOST + FIRST_BLOCKS
+
+    play(scenario)
+
+
+class Registry:
+    def __init__(self) -> None:
+        self.given = 0
+
+    def connections(self, upstream: str) -> int:
+        return 5
+
+    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]:
+        for _ in range(count):
+            await trio.sleep(BLOCK_S)
+            self.given += 1
+            yield bytearray(BLOCK)
+
+
+class SlowDisk(MemoryStore):
+    """A disk tier that stands still until `moves`."""
+
+    def __init__(self) -> None:
+        super().__init__(BLOCK_SIZE, trio.current_time)
+        self.moves = trio.Event()
+
+    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+        await self.moves.wait()
+        return False
+
+
+def test_a_disk_that_stands_still_stops_the_registry() -> None:
+    async def scenario() -> None:
+        registry, disk = Registry(), SlowDisk()
+        identity = Identity.of(Ed25519PrivateKey.generate())
+        own = Member(identity.peer_id, "one", "site", ())
+        view = Membership(own, 1, Random(1))
+        unused: Any = None
+        site = Site(
+            own.peer_id, view, lambda: Placement((own,), 4, 1), unused, Health(), Trust(own.peer_id, view),
+            Tiers(MemoryStore(4 * BLOCK_SIZE, trio.current_time), cast(Any, disk), None),
+        )  # fmt: skip
+        async with trio.open_nursery() as nursery:
+            seeder = Seeder(site, Origin(registry, nursery), Directory(), identity.sign, nursery)
+            shelf = library(Fetcher(site, seeder, nursery))
+            for number in range(8):
+                nursery.start_soon(read, shelf, number)
+            await trio.sleep(60)
+            assert registry.given <= MOST
+            disk.moves.set()
+        assert registry.given == 8 * BLOCKS
+
+    play(scenario)
