@@ -77,8 +77,8 @@ class Limits:
     """At work for all peers together; a single one can hold a fifth."""
     requests_per_connection: int = REQUESTS_PER_CONNECTION
     answer_bytes: int = 64 << 20
-    """Bodies that wait for the peers to take them; beyond it the answer is `busy`. The site's nodes, with WINDOWS blocks
-    under way at each (node/library.py), can leave half of this here while no link takes a byte."""
+    """Bodies that wait for the peers to take them; beyond it the answer is `busy`. While no link takes a byte the reads
+    of a site leave half of this here: WINDOWS blocks (node/library.py) of each node, by turns at all of them."""
     pending_per_connection: int = 512
     """Requests that have no answer yet, the cancelled ones among them."""
 
