@@ -77,8 +77,8 @@ class Limits:
     """At work for all peers together; a single one can hold a fifth."""
     requests_per_connection: int = REQUESTS_PER_CONNECTION
     answer_bytes: int = 64 << 20
-    """Bodies that wait for the peers to take them. Beyond it the answer is `busy`. The reads of a site leave half of
-    this here at most, whatever its size: each node has WINDOWS blocks under way (node/library.py)."""
+    """Bodies that wait for the peers to take them; beyond it the answer is `busy`. While no link takes a byte the reads
+    of a site leave half of this here: MOST blocks (protocol/window.py) of each node, by turns at all of them."""
     pending_per_connection: int = 512
     """Requests that have no answer yet, the cancelled ones among them."""
 

@@ -10,8 +10,9 @@ from node.objects import Source
 from protocol.ids import Digest, PeerId
 
 MAX_OBJECTS = 1024
-MAX_BLOCKS = 1 << 18
-"""256 GiB of image data told block by block, in about 60 MB if all of it were used; older objects are dropped."""
+MAX_BLOCKS = 1 << 16
+"""64 GiB of image data told block by block, in 16 MB if all of it is used; older objects, and of the last one the
+blocks read first, are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,9 @@ class Ledger:
         reads[index] = read
         while len(self._objects) > MAX_OBJECTS or (self._blocks > MAX_BLOCKS and len(self._objects) > 1):
             self._blocks -= len(self._objects.popitem(last=False)[1])
+        if self._blocks > MAX_BLOCKS:
+            del reads[next(iter(reads))]
+            self._blocks -= 1
 
     def reads(self, digest: Digest) -> Mapping[int, Read]:
         return self._objects.get(digest, {})
