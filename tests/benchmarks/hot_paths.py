@@ -95,7 +95,8 @@ class Client:
             size = self._sock.recv_into(self._view[got:])
             assert size, "the server closed"
             got += size
-        assert got == length and self._buffer.startswith(b"HTTP/1.1 200"), self._buffer[:200]
+        assert got == length
+        assert self._buffer.startswith(b"HTTP/1.1 200"), self._buffer[:200]
 
     def ask(self, request: bytes) -> tuple[int, int]:
         """Send; read the head. How long the body is, and how much of it is still to come."""
