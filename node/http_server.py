@@ -360,8 +360,9 @@ class _Connection:
     async def _sendfile(self, source: int, start: int, stop: int) -> None:
         target = self._stream.socket
         while start < stop:
+            turn = min(SENDFILE_BYTES, stop - start)
             try:
-                sent = os.sendfile(target.fileno(), source, start, min(SENDFILE_BYTES, stop - start))
+                sent = os.sendfile(target.fileno(), source, start, turn)
             except BlockingIOError:
                 await self._progress(trio.lowlevel.wait_writable, target)
                 continue
@@ -370,7 +371,10 @@ class _Connection:
             if not sent:
                 raise UnavailableError(f"the file ends at {start}, not {stop}")
             start += sent
-            await trio.lowlevel.checkpoint()
+            if sent == turn:
+                await trio.lowlevel.checkpoint()
+            elif start < stop:  # the socket is full: asking again would only tell so
+                await self._progress(trio.lowlevel.wait_writable, target)
 
     async def _progress(self, write: Callable[[_T], Awaitable[_U]], argument: _T) -> _U:
         """`write(argument)`, which must make progress within the stall bound."""
