@@ -1,7 +1,8 @@
 """Blocks from the registry, once each, in as few requests as can be.
 
-Blocks that are wanted while every connection is busy are gathered, and a connection that falls free takes the one that
-waits longest together with those that follow it in the same object.
+A connection that falls free takes the block that waits longest, together with those that follow it in the same object.
+As Nagle's algorithm does with bytes, few blocks that follow a run which is being read wait for its end or for more of
+them: a client reads in order, wants the next block as each one comes, and would cost a request for each.
 """
 
 from __future__ import annotations
@@ -33,13 +34,35 @@ class Registry(Protocol):
 
 
 class _Wanted:
-    __slots__ = ("data", "done", "error", "locator", "ref")
+    __slots__ = ("data", "done", "error", "index", "locator", "ref")
 
-    def __init__(self, locator: Locator, ref: ObjectRef) -> None:
-        self.locator, self.ref = locator, ref
+    def __init__(self, locator: Locator, ref: ObjectRef, index: int) -> None:
+        self.locator, self.ref, self.index = locator, ref, index
         self.done = trio.Event()
         self.data: bytearray | None = None
         self.error: ShoalError | None = None
+
+
+class _Queue:
+    """What is wanted of one upstream."""
+
+    __slots__ = ("following", "wanted", "workers")
+
+    def __init__(self) -> None:
+        self.wanted: OrderedDict[BlockId, _Wanted] = OrderedDict()
+        self.following: set[BlockId] = set()
+        """The blocks behind the runs that are being read."""
+        self.workers = 0
+
+    def take_run(self) -> list[_Wanted]:
+        """Empty where what waits has to wait: the worker that reads the run before it comes back for it."""
+        for block in self.wanted:
+            run = [block] if _beside(block, -1) not in self.wanted else []
+            while run and len(run) < MAX_RUN and (following := _beside(run[-1], 1)) in self.wanted:
+                run.append(following)
+            if len(run) == MAX_RUN or (run and block not in self.following):
+                return [self.wanted.pop(each) for each in run]
+        return []
 
 
 class Origin:
@@ -48,56 +71,48 @@ class Origin:
     def __init__(self, registry: Registry, nursery: trio.Nursery, sharing: Callable[[], int] = lambda: 1) -> None:
         """`sharing` tells how many nodes the site has: they share the uplink, and what one may have open at a time."""
         self._registry, self._nursery, self._sharing = registry, nursery, sharing
-        self._queues: dict[str, OrderedDict[BlockId, _Wanted]] = {}
-        self._workers: dict[str, int] = {}
+        self._queues: dict[str, _Queue] = {}
 
     async def read(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
         """Block `index` as the registry gives it. Raises NotFoundError, DeniedError or UnavailableError."""
         # Raises for an unknown upstream before anything is queued.
         limit = max(1, round(self._registry.connections(locator.upstream) / self._sharing()))
-        wanted = _Wanted(locator, ref)
-        queue = self._queues.setdefault(locator.upstream, OrderedDict())
+        wanted = _Wanted(locator, ref, index)
+        queue = self._queues.setdefault(locator.upstream, _Queue())
         block = ref.block(index)
-        while (before := queue.get(block)) is not None:
+        while (before := queue.wanted.get(block)) is not None:
             await before.done.wait()
-        queue[block] = wanted
-        if self._workers.get(locator.upstream, 0) < limit:
-            self._workers[locator.upstream] = self._workers.get(locator.upstream, 0) + 1
-            self._nursery.start_soon(self._work, locator.upstream)
+        queue.wanted[block] = wanted
+        if queue.workers < limit:
+            queue.workers += 1
+            self._nursery.start_soon(self._work, queue)
         try:
             await wanted.done.wait()
         finally:
-            if queue.get(block) is wanted:
-                del queue[block]
+            if queue.wanted.get(block) is wanted:
+                del queue.wanted[block]
             wanted.done.set()  # also where this read was cancelled: another may wait for its place
         if wanted.data is None:
             raise wanted.error or UnavailableError(f"{ref.digest} was not read")
         return wanted.data
 
-    async def _work(self, upstream: str) -> None:
-        queue = self._queues[upstream]
+    async def _work(self, queue: _Queue) -> None:
         try:
             # Let every task of this tick say what it wants, so that neighbours travel in one request.
             await trio.lowlevel.checkpoint()
-            while queue:
-                await self._fetch(self._next_run(queue))
+            while run := queue.take_run():
+                following = BlockId(run[0].ref.digest, run[-1].index + 1)
+                queue.following.add(following)
+                try:
+                    await self._fetch(run)
+                finally:
+                    queue.following.discard(following)
         finally:
-            self._workers[upstream] -= 1
+            queue.workers -= 1
 
-    @staticmethod
-    def _next_run(queue: OrderedDict[BlockId, _Wanted]) -> list[tuple[int, _Wanted]]:
-        block, wanted = queue.popitem(last=False)
-        run = [(block.index, wanted)]
-        while len(run) < MAX_RUN:
-            following = queue.pop(BlockId(block.digest, run[-1][0] + 1), None)
-            if following is None:
-                break
-            run.append((run[-1][0] + 1, following))
-        return run
-
-    async def _fetch(self, run: list[tuple[int, _Wanted]]) -> None:
-        first, (locator, ref) = run[0][0], (run[0][1].locator, run[0][1].ref)
-        waiting = [wanted for _, wanted in run]
+    async def _fetch(self, run: list[_Wanted]) -> None:
+        first, locator, ref = run[0].index, run[0].locator, run[0].ref
+        waiting = list(run)
         failure: ShoalError = UnavailableError(f"{locator.upstream} ended {ref.digest} early")
         try:
             async with aclosing(self._registry.blocks(locator, ref, first, len(run))) as blocks:
@@ -116,3 +131,7 @@ class Origin:
             for wanted in waiting:
                 wanted.error = type(failure)(*failure.args)
                 wanted.done.set()
+
+
+def _beside(block: BlockId, step: int) -> BlockId:
+    return BlockId(block.digest, block.index + step)

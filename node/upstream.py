@@ -14,18 +14,19 @@ import hashlib
 import logging
 import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from random import Random
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import httpx
 import trio
 from cachetools import LRUCache, TTLCache
 
 from node.config import UpstreamPart
+from node.http_client import Body, DirectTransport
 from node.locator import Locator, is_digest
 from node.objects import Resolved
 from node.registry_auth import (
@@ -51,6 +52,7 @@ MAX_AUTHORIZED = 256
 BASIC_LIFETIME_S = 300.0
 TOKEN_FAILURE_S = 1.0
 """Whoever waited for a token while that failed fails with it, rather than trying in turn."""
+SKIPPED_BYTES = 256 << 10
 PASSED_TTL_S = 10.0
 PASSED_BYTES = 8 << 20
 TIMEOUT = httpx.Timeout(connect=5.0, read=10.0, write=10.0, pool=30.0)
@@ -122,7 +124,7 @@ class BlockCutter:
         self._stop_index = first + count
         self._index = first
         self._filled = 0
-        self._block = bytearray(ref.block_length(first) if count else 0)
+        self._block = bytearray()
         self.stop = min(self._stop_index * BLOCK_SIZE, ref.size)
 
     @property
@@ -133,22 +135,19 @@ class BlockCutter:
     def done(self) -> bool:
         return self._index >= self._stop_index
 
-    def feed(self, data: bytes) -> Iterator[bytearray]:
-        """The blocks that `data` completes; what is beyond the last is dropped."""
-        rest = memoryview(data)
-        while rest and not self.done:
-            taken = min(len(rest), len(self._block) - self._filled)
-            self._block[self._filled : self._filled + taken] = rest[:taken]
-            self._filled += taken
-            rest = rest[taken:]
-            if self._filled == len(self._block):
-                yield self._next()
+    def room(self) -> memoryview:
+        """Where the next bytes belong; made only when it is asked for."""
+        if not self._block:
+            self._block = bytearray(self._ref.block_length(self._index))
+        return memoryview(self._block)[self._filled :]
 
-    def _next(self) -> bytearray:
-        block = self._block
+    def filled(self, count: int) -> bytearray | None:
+        """`count` more bytes are there; the block that they complete."""
+        self._filled += count
+        if self._filled < len(self._block):
+            return None
+        block, self._block, self._filled = self._block, bytearray(), 0
         self._index += 1
-        self._filled = 0
-        self._block = bytearray(0 if self.done else self._ref.block_length(self._index))
         return block
 
 
@@ -202,11 +201,10 @@ class Upstreams:
             attempts = _Attempts(registry, BODY, call.what)
             while not cutter.done:
                 try:
-                    async with aclosing(registry.body(call, cutter.position, cutter.stop, ref.size)) as chunks:
-                        async for chunk in chunks:
-                            for block in cutter.feed(chunk):
-                                attempts.progressed()
-                                yield block
+                    async with aclosing(registry.body(call, cutter, ref.size)) as blocks:
+                        async for block in blocks:
+                            attempts.progressed()
+                            yield block
                 except _FailedError as failure:
                     await attempts.pause(failure)
 
@@ -290,26 +288,36 @@ class _Registry:
                 raise _FailedError("tells no size", again=False)
             return int(total)
 
-    async def body(self, call: _Call, start: int, stop: int, size: int) -> AsyncGenerator[bytes, None]:
-        """The bytes [start, stop), from one connection. Raises _FailedError where fewer come."""
+    async def body(self, call: _Call, cutter: BlockCutter, size: int) -> AsyncGenerator[bytearray, None]:
+        """The blocks that are still wanted, from one connection. Raises _FailedError where fewer come."""
+        start, stop = cutter.position, cutter.stop
         whole = (start, stop) == (0, size) or call.tail.startswith("manifests/")
         headers = {"Accept": ACCEPT} | ({} if whole else {"Range": f"bytes={start}-{stop - 1}"})
         async with self._response("GET", call, headers) as response:
             self._expect(response, call, 200, 206)
-            position = _body_start(response, start, stop, size)
-            async with aclosing(self._chunks(response)) as chunks:
-                async for chunk in chunks:
-                    skipped = min(len(chunk), max(0, start - position))
-                    position += len(chunk)
-                    if skipped < len(chunk):
-                        yield chunk[skipped:] if skipped else chunk
-                    if position >= stop:
-                        if response.status_code == 206 or position >= size:
-                            # Only a body whose end was read leaves the connection fit for the next request.
-                            async for _ in chunks:
-                                break
-                        return
-        raise _FailedError("the body ended early", again=True)
+            skipped = start - _body_start(response, start, stop, size)
+            body = _body_of(response)
+            scratch = memoryview(bytearray(min(skipped, SKIPPED_BYTES)))
+            while skipped:
+                skipped -= await self._receive(body, scratch[:skipped])
+            while not cutter.done:
+                block = cutter.filled(await self._receive(body, cutter.room()))
+                if block is not None:
+                    yield block
+            if response.status_code == 206 or stop == size:
+                # Only a body whose end was read leaves the connection fit for the next request.
+                with suppress(httpx.HTTPError):
+                    await body.recv_into(memoryview(bytearray(1)))
+
+    async def _receive(self, body: _Receiver, view: memoryview) -> int:
+        try:
+            count = await body.recv_into(view)
+        except httpx.HTTPError as error:
+            raise _FailedError(_reason(error), again=True) from error
+        if not count:
+            raise _FailedError("the body ended early", again=True)
+        self._count(self.name, count)
+        return count
 
     async def passed(self, call: _Call) -> Passed:
         async with self._response("GET", call, {"Accept": "*/*"}) as response:
@@ -468,8 +476,12 @@ def _client(part: UpstreamPart, default: ssl.SSLContext) -> httpx.AsyncClient:
         context = ssl.create_default_context(cafile=part.ca) if part.ca else default
     except (OSError, ssl.SSLError) as error:
         raise BadInputError(f'upstream "{part.name}": ca = "{part.ca}": {error}') from error
+    context.set_alpn_protocols(["http/1.1"])
     return httpx.AsyncClient(
         verify=context,
+        mounts={
+            "all://*": DirectTransport(context, part.connections)
+        },  # what an environment's proxy is for comes first
         timeout=TIMEOUT,
         limits=httpx.Limits(max_connections=part.connections),
         follow_redirects=True,
@@ -487,6 +499,30 @@ def _reason(error: Exception) -> str:
         httpx.TooManyRedirects: "redirects without end",
     }
     return names.get(type(error), f"the connection broke ({type(error).__name__})")
+
+
+class _Receiver(Protocol):
+    async def recv_into(self, view: memoryview) -> int: ...
+
+
+class _Portions:
+    """A body as httpx's own transport gives it, which the environment's proxies need."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._portions = response.aiter_raw()
+        self._rest = memoryview(b"")
+
+    async def recv_into(self, view: memoryview) -> int:
+        if not self._rest:
+            self._rest = memoryview(await anext(self._portions, b""))
+        count = min(len(view), len(self._rest))
+        view[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
+def _body_of(response: httpx.Response) -> _Receiver:
+    direct: Body | None = response.extensions.get("body")
+    return direct or _Portions(response)
 
 
 def _sized(digest: Digest, size: int) -> ObjectRef:

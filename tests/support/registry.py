@@ -8,7 +8,7 @@ import shutil
 import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,6 +35,7 @@ class Registry:
     kind: str
     host: str
     port: int
+    pid: int = 0
 
     @property
     def url(self) -> str:
@@ -87,7 +88,7 @@ def _answering(
                 return False
 
         wait_for(f"{registry.kind} answers", ready)
-        yield registry
+        yield replace(registry, pid=process.pid)
 
 
 def push(registry: Registry, image: Image, repository: str, tag: str) -> None:
