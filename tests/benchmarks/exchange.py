@@ -44,7 +44,7 @@ RECORD = make_record(REF, 0, sha256(BLOCK).digest(), PeerId("12D3KooWSigner"), l
 GET_BLOCK = GetBlock(str(REF.digest), 0, BLOCK_SIZE)
 GET_SHARD = GetShard(str(REF.digest), 0, BLOCK_SIZE, K, 1, 0, 0, "docker.io/library/alpine#blobs")
 SLOTS = 256
-RAW, TLS = "raw TCP", "TLS"
+RAW, TLS, PLAIN = "raw TCP", "TLS", "plain"
 WARM_S = 0.1
 
 
@@ -69,9 +69,10 @@ LINES = (
             ("1 MiB, received, hashed", True, False),
             ("1 MiB, received, hashed, written", True, True),
         )
-        for channel in (RAW, TLS)
+        for channel in (RAW, TLS, PLAIN)
     ),
     Line("256 KiB, received, hashed, written", TLS, GET_SHARD, BLOCK_SIZE // K, 16, True, True),
+    Line("256 KiB, received, hashed, written", PLAIN, GET_SHARD, BLOCK_SIZE // K, 16, True, True),
     Line("small, one at a time", TLS, Ping(()), 0, 1),
     Line("small, 32 at once", TLS, Ping(()), 0, 32),
 )
@@ -117,12 +118,13 @@ async def answer(peer: PeerId, request: Request) -> Answer:
     return Answer(Pong(()))
 
 
-def exchange_of(folder: Path, members: dict[PeerId, Member]) -> tuple[PeerId, TlsExchange]:
+def exchange_of(folder: Path, members: dict[PeerId, Member], plain: bool) -> tuple[PeerId, TlsExchange]:
     identity = Identity.of(Ed25519PrivateKey.generate())
     credentials = Credentials.issued(own_authority(folder), identity, "")
     return identity.peer_id, TlsExchange(
         credentials.server_context(), credentials.client_context(), peer_of,
         listen=HostPort("127.0.0.1", 0), locate=members.get, refused=lambda peer: False, handler=answer,
+        plain=plain,
     )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def pour(listener: socket.socket) -> None:
 
 
 async def serve(folder: Path) -> None:
-    peer, exchange = exchange_of(folder, {})
+    peer, exchange = exchange_of(folder, {}, True)
     raw = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=pour, args=(raw,), daemon=True).start()
     click.echo(f"{peer} {exchange.address} {raw.getsockname()[1]}")
@@ -203,7 +205,7 @@ async def ask(folder: Path, server: int, told: str, lines: list[Line], rounds: i
     name, address, raw_port = told.split()
     peer = PeerId(name)
     members = {peer: Member(peer, "server", "site", (address,))}
-    exchanges = {TLS: exchange_of(folder, members)[1]}
+    exchanges = {channel: exchange_of(folder, members, channel == PLAIN)[1] for channel in (TLS, PLAIN)}
     asker = Asker(exchanges, server, peer, int(raw_port), Sink(folder / "written"))
     results = [Runs() for _ in lines]
     async with trio.open_nursery() as nursery:
