@@ -174,17 +174,18 @@ class _Reader(Generic[Message]):
         return head
 
     async def body(self, length: int, room: Callable[[], memoryview | None], progress: Callable[[], None]) -> None:
-        """Into `room()`, asked anew after each wait; what it has no room for is read and dropped."""
+        """Into `room()`, asked anew after each wait; what it has no room for is read and dropped. `progress` is called
+        when some of it has come and the rest has not."""
         position = 0
         while position < length:
             view = room()
             view = self._scratch[: length - position] if view is None else view[position:]
             size = self._heads.take(view) or self.channel.receive_nowait(view)
-            if size:
-                position += size
-                progress()
-            else:
+            position += size
+            if not size:
                 await self.channel.wait_readable()
+            elif position < length:
+                progress()
 
     async def _feed(self) -> None:
         """A checkpoint in any case, so that a peer that says much holds up nobody; a body is short enough without."""
