@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from node.exchange import Answer, Body, Handler, Heard
+from node.exchange import Answer, Body, Handler, Heard, Into
 from protocol import wire
 from protocol.errors import (
     BadInputError,
@@ -21,7 +21,7 @@ from protocol.errors import (
     UnavailableError,
 )
 from protocol.ids import PeerId
-from protocol.messages import Failed, Request
+from protocol.messages import Failed, Reply, Request
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Call:
     """
 
     def __init__(
-        self, peer: PeerId, message: Request, silence_s: float, heard: Heard | None,
+        self, peer: PeerId, message: Request, silence_s: float, heard: Heard | None = None, into: Into | None = None,
         came: Callable[[], float] = lambda: -math.inf,
     ) -> None:  # fmt: skip
         self.peer = peer
@@ -62,8 +62,11 @@ class Call:
         self._heard = heard
         self._came = came
         self._heard_at = trio.current_time()
+        self._into = into
+        self._body: bytearray | memoryview | None = None
+        self._view: memoryview | None = None
         self._ended = trio.Event()
-        self._result: Answer | ShoalError | None = None
+        self._result: Answer | Exception | None = None
 
     async def wait(self) -> Answer:
         try:
@@ -71,9 +74,9 @@ class Call:
                 with trio.move_on_at(until):
                     await self._ended.wait()
         finally:
-            self._heard = None
-        if self._result is None:
-            self._result = PeerUnavailableError(f"{self.peer} was silent for {self._silence_s} s")
+            if self._result is None:
+                self._result = PeerUnavailableError(f"{self.peer} was silent for {self._silence_s} s")
+            self._release()
         if isinstance(self._result, Answer):
             return self._result
         # A new error for each asker: one that many tasks raise would gather all their tracebacks.
@@ -93,11 +96,45 @@ class Call:
         if self._heard is not None:
             self._heard(ready)
 
-    def end(self, result: Answer | ShoalError) -> None:
+    def expect(self, message: Reply, length: int) -> None:
+        """A body of `length` bytes, at least one, begins to come: find memory for it, unless nobody waits any more."""
+        if self._result is not None:
+            return
+        given = self._into(message) if self._into is not None else None
+        if given is not None and given.nbytes != length:
+            self.end(ValueError(f"memory of {given.nbytes} bytes for a body of {length}"))
+            return
+        self._body = bytearray(length) if given is None else given
+        self._view = memoryview(self._body).cast("B")
+
+    def room(self) -> memoryview | None:
+        """All of the memory for the body; None as soon as nobody waits for it. To be asked anew before each write."""
+        return self._view
+
+    def answered(self, message: Reply) -> None:
+        """The answer came; its body, where it has one, is in the memory for it."""
+        self.end(Answer(message, self._body))
+
+    def deliver(self, answer: Answer) -> None:
+        """An answer that is here with all of its body."""
+        if answer.body is None or self._into is None:
+            self.end(answer)
+            return
+        self.expect(answer.message, len(answer.body))
+        if self._view is not None:
+            self._view[:] = answer.body
+            self.answered(answer.message)
+
+    def end(self, result: Answer | Exception) -> None:
         """Only the first end counts."""
         if self._result is None:
             self._result = result
+            self._release()
             self._ended.set()
+
+    def _release(self) -> None:
+        """The memory is the caller's again."""
+        self._heard = self._into = self._body = self._view = None
 
 
 async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) -> tuple[bytes, Body | None]:

@@ -1,4 +1,4 @@
-"""A byte channel over TLS 1.3 on a non-blocking socket.
+"""A byte channel on a non-blocking socket: TLS 1.3, and where both sides want it so, plain TCP after that.
 
 `ssl.SSLSocket` reads and writes the socket itself and says when it would block; trio only waits for it then. That is
 twice as fast as trio.SSLStream, which carries every byte through memory BIOs and Python buffers.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import socket
 import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -53,7 +55,7 @@ class Traffic:
     received: int = 0
 
 
-class TlsChannel:
+class Channel(ABC):
     """One task may read while one other writes.
 
     Every method raises PeerUnavailableError when the connection is closed (by either side) or fails. A write that is
@@ -61,12 +63,96 @@ class TlsChannel:
     lengths, so a cut is seen.
     """
 
-    def __init__(self, tls: ssl.SSLSocket, stall_s: float) -> None:
-        """`tls`: connected and non-blocking. `stall_s`: how long a peer may take nothing of what is written to it."""
+    def __init__(self, sock: socket.socket, stall_s: float) -> None:
+        """`sock`: connected and non-blocking. `stall_s`: how long a peer may take nothing of what is written to it."""
         self.traffic = Traffic()
-        self._tls = tls
         self._stall_s = stall_s
+        self._sock = sock
         self._closed = False
+
+    def receive_nowait(self, view: memoryview) -> int:
+        """Takes what is there, up to the length of `view`; 0 where nothing is there yet."""
+        try:
+            received = self._receive(view)
+        except OSError as error:
+            raise PeerUnavailableError(f"connection lost: {error}") from error
+        self.traffic.received += received
+        return received
+
+    @abstractmethod
+    def _receive(self, view: memoryview) -> int:
+        """As `receive_nowait`. Raises PeerUnavailableError at the end, OSError."""
+
+    async def send_all(self, *buffers: Buffer) -> None:
+        """One writer at a time. Raises PeerUnavailableError also when the peer takes nothing for `stall_s`."""
+        waited = False
+        views = [memoryview(buffer) for buffer in buffers]
+        try:
+            while views:
+                try:
+                    sent = self._send(views)
+                except (BlockingIOError, ssl.SSLWantWriteError):
+                    waited = True
+                    await self._wait_taken()
+                except OSError as error:
+                    raise PeerUnavailableError(f"connection lost: {error}") from error
+                else:
+                    self.traffic.sent += sent
+                    views = _after(views, sent)
+        except BaseException:
+            self.close()
+            raise
+        if not waited:
+            await trio.lowlevel.checkpoint()
+
+    @abstractmethod
+    def _send(self, views: list[memoryview]) -> int:
+        """How much of the front it took. Raises OSError, and of these what says that it would block."""
+
+    async def _wait_taken(self) -> None:
+        with trio.move_on_after(self._stall_s):
+            await self._wait_writable()
+            return
+        raise PeerUnavailableError(f"peer takes no bytes for {self._stall_s} s")
+
+    async def wait_readable(self) -> None:
+        try:
+            await trio.lowlevel.wait_readable(self._sock)
+        except (trio.ClosedResourceError, ValueError, OSError) as error:
+            raise PeerUnavailableError("connection closed") from error
+
+    async def _wait_writable(self) -> None:
+        try:
+            await trio.lowlevel.wait_writable(self._sock)
+        except (trio.ClosedResourceError, ValueError, OSError) as error:
+            raise PeerUnavailableError("connection closed") from error
+
+    def close(self) -> None:
+        """At once; wakes tasks that wait for this channel with PeerUnavailableError. May be repeated."""
+        if not self._closed:
+            self._closed = True
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+
+
+class PlainChannel(Channel):
+    def _receive(self, view: memoryview) -> int:
+        try:
+            received = self._sock.recv_into(view)
+        except BlockingIOError:
+            return 0
+        if not received:
+            raise PeerUnavailableError("the peer closed the connection")
+        return received
+
+    def _send(self, views: list[memoryview]) -> int:
+        return self._sock.sendmsg(views)
+
+
+class TlsChannel(Channel):
+    def __init__(self, tls: ssl.SSLSocket, stall_s: float) -> None:
+        super().__init__(tls, stall_s)
+        self._tls = tls
 
     @classmethod
     async def open(
@@ -88,107 +174,70 @@ class TlsChannel:
             raise PeerUnavailableError(f"connection lost: {error}") from error
         channel = cls(tls, stall_s)
         try:
-            await channel._handshake()
+            await channel._carry_out(tls.do_handshake, "TLS handshake")
         except BaseException:
             channel.close()
             raise
         return channel
 
-    async def _handshake(self) -> None:
+    async def _carry_out(self, step: Callable[[], object], what: str) -> None:
         while True:
             try:
-                self._tls.do_handshake()
+                step()
             except ssl.SSLWantReadError:
-                await self._wait_readable()
+                await self.wait_readable()
             except ssl.SSLWantWriteError:
                 await self._wait_writable()
             except (OSError, ValueError) as error:
-                raise PeerUnavailableError(f"TLS handshake failed: {error}") from error
+                raise PeerUnavailableError(f"{what} failed: {error}") from error
             else:
                 return
+
+    async def to_plain(self) -> PlainChannel:
+        """Closes TLS on both sides (close_notify) and leaves the connection to a channel in the clear.
+
+        This one is of no use then, except to be closed where that fails; the deadline is the caller's. OpenSSL reads
+        record by record, so what the peer sends behind its close_notify is still in the socket.
+        """
+        await self._carry_out(self._tls.unwrap, "the end of TLS")
+        plain = PlainChannel(socket.socket(fileno=self._tls.detach()), self._stall_s)
+        plain.traffic = self.traffic
+        self._closed = True
+        return plain
 
     def peer_certificate(self) -> bytes:
         """The peer's certificate, DER; empty where it gave none."""
         return self._tls.getpeercert(binary_form=True) or b""
 
-    async def recv_into(self, view: memoryview) -> int:
-        """Waits for bytes and takes what is there, up to the length of `view`; returns how many, 0 at the end.
-
-        OpenSSL hands out one record (16 KiB) at a time and may hold one that the socket no longer shows as readable,
-        so it is asked until it has no more, and the socket is waited for only then.
-        """
-        waited = False
-        while True:
-            received, ended = self._read_ready(view)
-            if received or ended:
-                self.traffic.received += received
-                if not waited:
-                    await trio.lowlevel.checkpoint()
-                return received
-            waited = True
-            await self._wait_readable()
-
-    def _read_ready(self, view: memoryview) -> tuple[int, bool]:
-        """Bytes read, and whether that was the end."""
+    def _receive(self, view: memoryview) -> int:
+        """OpenSSL hands out one record (16 KiB) at a time and may hold one that the socket no longer shows as readable,
+        so it is asked until it has no more, and the socket is waited for only then."""
         received = 0
         try:
             while received < len(view):
                 size = self._tls.recv_into(view[received:])
                 if not size:
-                    return received, True
+                    break
                 received += size
         except ssl.SSLWantReadError:
-            pass
-        except OSError as error:
+            return received
+        except OSError:
             # SSLWantWriteError too: only a key update that we answer could ask for it, and no member sends any.
             if not received:
-                raise PeerUnavailableError(f"connection lost: {error}") from error
-        return received, False
+                raise
+        if not received:
+            raise PeerUnavailableError("the peer closed the connection")
+        return received
 
-    async def send_all(self, *buffers: Buffer) -> None:
-        """One writer at a time. Raises PeerUnavailableError also when the peer takes nothing for `stall_s`."""
-        waited = False
-        try:
-            for buffer in buffers:
-                waited |= await self._send(memoryview(buffer))
-                self.traffic.sent += len(buffer)
-        except BaseException:
-            self.close()
-            raise
-        if not waited:
-            await trio.lowlevel.checkpoint()
+    def _send(self, views: list[memoryview]) -> int:
+        """OpenSSL wants a write that would block again with the same bytes: so it gets them."""
+        return self._tls.send(views[0])
 
-    async def _send(self, view: memoryview) -> bool:
-        """Whether it had to wait. OpenSSL wants a write that would block again with the same bytes: so it gets them."""
-        sent, waited = 0, False
-        while sent < len(view):
-            try:
-                sent += self._tls.send(view[sent:])
-            except ssl.SSLWantWriteError:
-                waited = True
-                with trio.move_on_after(self._stall_s) as stall:
-                    await self._wait_writable()
-                if stall.cancelled_caught:
-                    raise PeerUnavailableError(f"peer takes no bytes for {self._stall_s} s") from None
-            except OSError as error:
-                raise PeerUnavailableError(f"connection lost: {error}") from error
-        return waited
 
-    async def _wait_readable(self) -> None:
-        try:
-            await trio.lowlevel.wait_readable(self._tls)
-        except (trio.ClosedResourceError, ValueError, OSError) as error:
-            raise PeerUnavailableError("connection closed") from error
-
-    async def _wait_writable(self) -> None:
-        try:
-            await trio.lowlevel.wait_writable(self._tls)
-        except (trio.ClosedResourceError, ValueError, OSError) as error:
-            raise PeerUnavailableError("connection closed") from error
-
-    def close(self) -> None:
-        """At once; wakes tasks that wait for this channel with PeerUnavailableError. May be repeated."""
-        if not self._closed:
-            self._closed = True
-            trio.lowlevel.notify_closing(self._tls)
-            self._tls.close()
+def _after(views: list[memoryview], sent: int) -> list[memoryview]:
+    """What is left when `sent` bytes of the front are gone."""
+    for index, view in enumerate(views):
+        if sent < len(view):
+            return [view[sent:], *views[index + 1 :]]
+        sent -= len(view)
+    return []

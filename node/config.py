@@ -52,6 +52,7 @@ class PeersPart(_Part, frozen=True):
     bulk: str = "0.0.0.0:4502"
     bootstrap: tuple[str, ...] = ()
     mdns: bool = True
+    plain: bool = False
     k: Annotated[int, msgspec.Meta(ge=1, le=32)] = 4
     m: Annotated[int, msgspec.Meta(ge=0, le=8)] = 1
 

@@ -166,6 +166,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             locate=membership.find,
             refused=membership.is_quarantined,
             handler=answers,
+            plain=config.peers.plain,
         )
         service = Gossiper(membership, exchange)
         site = Site(

@@ -41,6 +41,9 @@ Handler = Callable[[PeerId, Request], Awaitable[Answer]]
 Heard = Callable[[bool], None]
 """Told True where the answer is ready: it is on its way, or waits for its turn on the connection."""
 
+Into = Callable[[Reply], memoryview | None]
+"""Where the body that comes with this reply shall go: writable bytes of just its length, or None for fresh memory."""
+
 
 class Exchange(Protocol):
     """Asks members, and answers them.
@@ -49,14 +52,23 @@ class Exchange(Protocol):
       PeerUnavailableError when the peer cannot be reached, its connection breaks, nothing comes on it for `silence_s`,
       or nothing of this request (no `Waiting`, no byte of the answer) for STARVED_S; PeerMisbehavedError when it breaks
       the protocol. `heard` is called for each `Waiting` and at the first byte of the answer's body. A request that is
-      cancelled costs the connection nothing: its answer is dropped when it comes.
+      cancelled costs the connection nothing: its answer is dropped when it comes. `into` is called at most once, when
+      the reply is known and fits the request; the memory that it gives is written to until `request` returns or raises,
+      and never after that. It must not raise.
     - `run` listens and answers until it is cancelled; `started()` once it listens. A request whose handler takes
       longer is kept alive with `Waiting`. What one peer does never disturbs another.
     - `disconnect` closes all connections with a peer, and refuses new ones from it while `refused(peer)` says so.
     """
 
     async def request(
-        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard | None = None
+        self,
+        peer: PeerId,
+        message: Request,
+        *,
+        lane: Lane,
+        silence_s: float,
+        heard: Heard | None = None,
+        into: Into | None = None,
     ) -> Answer: ...
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...

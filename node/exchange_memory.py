@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from node.calls import REQUESTS_PER_CONNECTION, AtWork, Call, answer
-from node.exchange import Answer, Handler, Heard, Lane
+from node.exchange import Answer, Handler, Heard, Into, Lane
 from protocol import wire
 from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import PeerId
@@ -106,10 +106,17 @@ class MemoryExchange:
         self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # what is in it, its askers wait for
 
     async def request(
-        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard | None = None
+        self,
+        peer: PeerId,
+        message: Request,
+        *,
+        lane: Lane,
+        silence_s: float,
+        heard: Heard | None = None,
+        into: Into | None = None,
     ) -> Answer:
         self._network.node(self._own)
-        line = _Line(self._own, lane, Call(peer, _checked(message), silence_s, heard))
+        line = _Line(self._own, lane, Call(peer, _checked(message), silence_s, heard, into))
         self._network.node(peer).accept(line)
         self._asked.add(line)
         try:
@@ -154,7 +161,10 @@ class MemoryExchange:
             async with self._slots[line.asker, line.lane]:
                 result = await self._answer(line)
             await self._network.travel(self._own, line.asker)
-            line.call.end(result)
+            if isinstance(result, Answer):
+                line.call.deliver(result)
+            else:
+                line.call.end(result)
         self._answering.discard(line)
 
     async def _answer(self, line: _Line) -> Answer | ShoalError:

@@ -1,4 +1,4 @@
-"""Requests between members over mutual TLS: the bulk channel of docs/PROTOCOL.md.
+"""Requests between members over mutual TLS, and in the clear where both want it: the bulk channel of docs/PROTOCOL.md.
 
 A connection carries the requests of the side that opened it, and the other side's answers. Each side of a connection
 has one task that reads and one that writes; a request is answered in a task of its own.
@@ -23,14 +23,14 @@ from cachetools import LRUCache
 
 from cache.memory import sole
 from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S, AtWork, Call, answer
-from node.channel import TlsChannel, Traffic
+from node.channel import Channel, PlainChannel, TlsChannel, Traffic
 from node.config import HostPort, parse_host_port
-from node.exchange import Answer, Body, Handler, Heard, Lane
+from node.exchange import Answer, Body, Handler, Heard, Into, Lane
 from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import PeerId
 from protocol.members import MAX_MEMBERS, Member
-from protocol.messages import Failed, Reply, Request, Waiting
+from protocol.messages import Failed, GetBlock, GetShard, Reply, Request, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ BACKLOG = 1024
 VIEWS = 4
 """Bodies that may wait on a connection as views of whole blocks. Where more do, the link is slower than this machine,
 and the next are copied out, since each could keep a megabyte in memory for its part of it."""
+PLAIN_LANES = (Lane.URGENT, Lane.BULK)
 
 Message = TypeVar("Message")
 
@@ -112,7 +113,7 @@ class _Writer:
     """The frames that wait for a connection. Those without a body go first and together: a `Waiting` that stood behind
     a megabyte on a slow link would come too late. How many wait is bounded by who puts them."""
 
-    def __init__(self, channel: TlsChannel) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._small: deque[_Frame] = deque()
         self._large: deque[_Frame] = deque()
@@ -166,12 +167,16 @@ class _Writer:
 
 
 class _Reader(Generic[Message]):
-    """Hello, heads and bodies from a channel; bodies go straight into fresh memory."""
+    """Hello, heads and bodies from a channel; bodies go straight to where they are wanted."""
 
-    def __init__(self, channel: TlsChannel, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
+    def __init__(self, channel: Channel, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
         self.channel = channel
         self._heads = wire.Heads(kind)
         self._scratch = memoryview(bytearray(BATCH_BYTES))
+
+    @property
+    def at_rest(self) -> bool:
+        return self._heads.at_rest
 
     async def hello(self) -> wire.Hello:
         while (hello := self._heads.hello()) is None:
@@ -183,24 +188,29 @@ class _Reader(Generic[Message]):
             await self._feed()
         return head
 
-    async def body(self, length: int, progress: Callable[[], None]) -> bytearray:
-        body = bytearray(length)
-        view = memoryview(body)
-        position = self._heads.take(view)
+    async def body(self, length: int, room: Callable[[], memoryview | None], progress: Callable[[], None]) -> None:
+        """Into `room()`, asked anew after each wait; what it has no room for is read and dropped. `progress` is called
+        when some of it has come and the rest has not."""
+        position = 0
         while position < length:
-            position += await self._receive(view[position:])
-            progress()
-        return body
+            view = room()
+            view = self._scratch[: length - position] if view is None else view[position:]
+            size = self._heads.take(view) or self.channel.receive_nowait(view)
+            position += size
+            if not size:
+                await self.channel.wait_readable()
+            elif position < length:
+                progress()
 
     async def _feed(self) -> None:
-        size = await self._receive(self._scratch)
+        """A checkpoint in any case, so that a peer that says much holds up nobody; a body is short enough without."""
+        size = self.channel.receive_nowait(self._scratch)
+        if size:
+            await trio.lowlevel.checkpoint()
+        while not size:
+            await self.channel.wait_readable()
+            size = self.channel.receive_nowait(self._scratch)
         self._heads.feed(self._scratch[:size])
-
-    async def _receive(self, view: memoryview) -> int:
-        size = await self.channel.recv_into(view)
-        if not size:
-            raise PeerUnavailableError("the peer closed the connection")
-        return size
 
 
 class _Outgoing:
@@ -289,7 +299,8 @@ class TlsExchange:
 
     `peer_of` tells the peer id of a verified certificate (DER), `locate` where a member listens, `refused` whose
     connections are not accepted. It listens from its construction and answers while it runs; a port of 0 in `listen`
-    takes a free one, and `address` tells which.
+    takes a free one, and `address` tells which. With `plain`, blocks go in the clear to and from members that want it
+    too.
     """
 
     def __init__(
@@ -302,6 +313,7 @@ class TlsExchange:
         locate: Callable[[PeerId], Member | None],
         refused: Callable[[PeerId], bool],
         handler: Handler,
+        plain: bool = False,
         timing: Timing = DEFAULT_TIMING,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
@@ -312,6 +324,7 @@ class TlsExchange:
         self._locate = locate
         self._refused = refused
         self._handler = handler
+        self._plain = plain
         self._timing = timing
         self._limits = limits
         self._listener = _listen(listen)
@@ -378,10 +391,19 @@ class TlsExchange:
     # The asking side
 
     async def request(
-        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard | None = None
+        self,
+        peer: PeerId,
+        message: Request,
+        *,
+        lane: Lane,
+        silence_s: float,
+        heard: Heard | None = None,
+        into: Into | None = None,
     ) -> Answer:
+        if self._plain and not _is_for_block(message):
+            lane = Lane.CONTROL  # it is encrypted, whatever the peer wants
         connection = self._connection(peer, lane)
-        call = Call(peer, message, silence_s, heard, connection.came)
+        call = Call(peer, message, silence_s, heard, into, connection.came)
         connection.submit(call)
         try:
             return await call.wait()
@@ -449,9 +471,9 @@ class TlsExchange:
                     connection.heard_at = trio.current_time()
                     call.waiting(head.message.ready)
                     continue
-                body = await _read_body(connection, call, reader, head.body_length)
+                await _read_body(connection, call, reader, head)
                 del connection.calls[head.request_id]
-                call.end(Answer(head.message, body))
+                call.answered(head.message)
         except (PeerMisbehavedError, PeerUnavailableError) as error:
             return type(error)(f"{connection.peer}: {error}")
 
@@ -482,12 +504,13 @@ class TlsExchange:
             _expect(peer, self._peer_of(channel.peer_certificate()))
             channel.traffic = self._traffic.setdefault(peer, Traffic())
             reader = _Reader(channel, wire.REPLIES)
-            await channel.send_all(wire.encode_hello(lane))
-            await reader.hello()
+            plain = self._plain and lane in PLAIN_LANES
+            await channel.send_all(wire.encode_hello(lane, plain))
+            hello = await reader.hello()
+            return await _in_the_clear(reader, wire.REPLIES) if plain and hello.plain else reader
         except BaseException:
             channel.close()
             raise
-        return reader
 
     # The answering side
 
@@ -510,11 +533,11 @@ class TlsExchange:
     async def _serve_incoming(self, sock: socket.socket) -> None:
         try:
             try:
-                peer, reader, lane = await self._welcome_in_time(sock)
+                peer, reader = await self._welcome_in_time(sock)
             finally:
                 self._handshakes.release()
             try:
-                await self._attend(peer, reader, lane)
+                await self._attend(peer, reader)
             finally:
                 reader.channel.close()
         except PeerUnavailableError as error:
@@ -522,29 +545,30 @@ class TlsExchange:
         except PeerMisbehavedError as error:
             log.warning("an incoming connection broke the protocol: %s", error)
 
-    async def _welcome_in_time(self, sock: socket.socket) -> tuple[PeerId, _Reader[Request], str]:
+    async def _welcome_in_time(self, sock: socket.socket) -> tuple[PeerId, _Reader[Request]]:
         with trio.move_on_after(self._timing.handshake_s):
             return await self._welcome(sock)
         raise PeerUnavailableError("no handshake in time")
 
-    async def _welcome(self, sock: socket.socket) -> tuple[PeerId, _Reader[Request], str]:
+    async def _welcome(self, sock: socket.socket) -> tuple[PeerId, _Reader[Request]]:
         channel = await TlsChannel.open(sock, self._server_context, server_side=True, stall_s=self._timing.stall_s)
         try:
             peer = self._peer_of(channel.peer_certificate())
             channel.traffic = self._traffic.setdefault(peer, Traffic())
             reader = _Reader(channel, wire.REQUESTS)
             hello = await reader.hello()
+            self._admit(peer)
+            plain = self._plain and hello.lane in PLAIN_LANES
+            await channel.send_all(wire.encode_hello(hello.lane, plain))
+            return peer, await _in_the_clear(reader, wire.REQUESTS) if plain and hello.plain else reader
         except BaseException:
             channel.close()
             raise
-        return peer, reader, hello.lane
 
-    async def _attend(self, peer: PeerId, reader: _Reader[Request], lane: str) -> None:
+    async def _attend(self, peer: PeerId, reader: _Reader[Request]) -> None:
         """Answer until the connection ends; raises why."""
-        if self._refused(peer) or not self._has_room(peer):
-            raise PeerUnavailableError(f"{peer} is refused, or has too many connections")
+        self._admit(peer)  # again: others came while this one said hello
         writer = _Writer(reader.channel)
-        writer.put(_Frame(wire.encode_hello(lane)))
         connection = _Incoming(peer, writer, self._limits.requests_per_connection, self._timing)
         reason: ShoalError = PeerUnavailableError("disconnected")
         self._incoming.add(connection)
@@ -563,17 +587,23 @@ class TlsExchange:
                 self._requests.release()
         raise reason
 
-    def _has_room(self, peer: PeerId) -> bool:
+    def _admit(self, peer: PeerId) -> None:
+        """Raises PeerUnavailableError where there is no place for one more connection of this peer."""
         same = sum(connection.peer == peer for connection in self._incoming)
-        return len(self._incoming) < self._limits.connections and same < self._limits.connections_per_peer
+        full = len(self._incoming) >= self._limits.connections or same >= self._limits.connections_per_peer
+        if full or self._refused(peer):
+            raise PeerUnavailableError(f"{peer} is refused, or has too many connections")
 
     async def _read_requests(
         self, connection: _Incoming, reader: _Reader[Request], nursery: trio.Nursery
     ) -> ShoalError:
+        plain = isinstance(reader.channel, PlainChannel)
         try:
             while True:
                 head = await reader.head()
                 connection.check_number(head.request_id)
+                if plain and not _is_for_block(head.message):
+                    raise PeerMisbehavedError(f"{type(head.message).__name__} came in the clear")
                 await _acquire(connection.slots)
                 await _acquire(self._requests)
                 connection.at_work.begin(head.request_id)
@@ -617,16 +647,31 @@ class TlsExchange:
             connection.writer.put(_Frame(wire.encode_head(request_id, waiting, 0)))
 
 
-async def _read_body(connection: _Outgoing, call: Call, reader: _Reader[Reply], length: int) -> bytearray | None:
+async def _read_body(connection: _Outgoing, call: Call, reader: _Reader[Reply], head: wire.Head[Reply]) -> None:
     def progress() -> None:
         connection.heard_at = trio.current_time()
         call.progress()
 
     progress()
-    if not length:
-        return None
-    call.waiting(True)
-    return await reader.body(length, progress)
+    if head.body_length:
+        call.waiting(True)
+        call.expect(head.message, head.body_length)
+        await reader.body(head.body_length, call.room, progress)
+
+
+async def _in_the_clear(
+    reader: _Reader[Message], kind: msgspec.msgpack.Decoder[tuple[int, Message]]
+) -> _Reader[Message]:
+    """What follows is plain. Raises PeerMisbehavedError where more than the hello was said inside TLS."""
+    if not reader.at_rest:
+        raise PeerMisbehavedError("more than a hello came before plain mode")
+    assert isinstance(reader.channel, TlsChannel)
+    return _Reader(await reader.channel.to_plain(), kind)
+
+
+def _is_for_block(message: Request) -> bool:
+    """What is answered by nothing that is not checked by itself."""
+    return isinstance(message, GetShard | GetBlock)
 
 
 def _expect(peer: PeerId, found: PeerId) -> None:

@@ -63,6 +63,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     magic: bytes
     version: int
     lane: Literal["control", "urgent", "bulk"]
+    plain: bool = False
 
 
 Message = TypeVar("Message")
@@ -80,8 +81,8 @@ class Head(Generic[Message]):
     body_length: int
 
 
-def encode_hello(lane: str) -> bytes:
-    header = _ENCODER.encode([MAGIC, VERSION, lane])
+def encode_hello(lane: str, plain: bool = False) -> bytes:
+    header = _ENCODER.encode([MAGIC, VERSION, lane, plain] if plain else [MAGIC, VERSION, lane])
     return PREFIX.pack(len(header), 0) + header
 
 
@@ -113,6 +114,11 @@ class Heads(Generic[Message]):
     def __init__(self, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
         self._kind = kind
         self._buffer = bytearray()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is left of what was fed."""
+        return not self._buffer
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         self._buffer += data

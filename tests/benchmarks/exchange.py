@@ -1,18 +1,23 @@
-"""What the bulk channel carries between two processes over loopback: `python tests/benchmarks/exchange.py`.
+"""What the bulk channel carries between two processes over loopback: `python -m tests.benchmarks.exchange`.
 
-The asking process receives, and hashes what is long; CPU is that of each process, kernel included.
+Each line is measured once in every round, so that all of them see the same machine; the medians are shown. CPU is that
+of each process, kernel included. "Written" is as the disk tier does it, into pages that the cache does not hold yet.
+The raw lines are a plain TCP socket that reads into one and the same megabyte: what the others can at most become.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 
 import click
 import trio
@@ -20,8 +25,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
+from cache.files import WRITE, identity_of, opened, write_at
 from node.certificates import Credentials, own_authority, peer_of
-from node.channel import tune_allocator
+from node.channel import Buffer, tune_allocator
 from node.config import HostPort
 from node.exchange import Answer, Lane
 from node.exchange_tls import TlsExchange
@@ -35,23 +41,73 @@ K = 4
 REF = ObjectRef(Digest("sha256", "ab" * 32), BLOCK_SIZE)
 BLOCK = os.urandom(BLOCK_SIZE)
 RECORD = make_record(REF, 0, sha256(BLOCK).digest(), PeerId("12D3KooWSigner"), lambda payload: bytes(64))
-GIB = 1 << 30
+GET_BLOCK = GetBlock(str(REF.digest), 0, BLOCK_SIZE)
+GET_SHARD = GetShard(str(REF.digest), 0, BLOCK_SIZE, K, 1, 0, 0, "docker.io/library/alpine#blobs")
+SLOTS = 256
+RAW, TLS, PLAIN = "raw TCP", "TLS", "plain"
+WARM_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    name: str
-    count: int
-    size: int
-    took_s: float
-    cpu_s: float
-    server_cpu_s: float
+class Line:
+    """`size` is that of a body; 0 for small requests."""
 
-    def row(self) -> tuple[str, str, str, str, str]:
-        scale, unit = (GIB / self.size, "s/GiB") if self.size else (1e6, "µs each")
-        asking, answering = (f"{cpu / self.count * scale:.2f} {unit}" for cpu in (self.cpu_s, self.server_cpu_s))
-        throughput = f"{self.count * self.size / self.took_s / 1e6:.0f} MB/s" if self.size else ""
-        return self.name, f"{self.count / self.took_s:.0f}", throughput, asking, answering
+    what: str
+    channel: str
+    message: Request
+    size: int
+    depth: int
+    hashed: bool = False
+    written: bool = False
+
+
+LINES = (
+    *(
+        Line(what, channel, GET_BLOCK, BLOCK_SIZE, 4, *work)
+        for what, *work in (
+            ("1 MiB, received", False, False),
+            ("1 MiB, received, hashed", True, False),
+            ("1 MiB, received, hashed, written", True, True),
+        )
+        for channel in (RAW, TLS, PLAIN)
+    ),
+    Line("256 KiB, received, hashed, written", TLS, GET_SHARD, BLOCK_SIZE // K, 16, True, True),
+    Line("256 KiB, received, hashed, written", PLAIN, GET_SHARD, BLOCK_SIZE // K, 16, True, True),
+    Line("small, one at a time", TLS, Ping(()), 0, 1),
+    Line("small, 32 at once", TLS, Ping(()), 0, 32),
+)
+
+
+@dataclass(slots=True)
+class Runs:
+    """Of one line: requests a second, and CPU seconds a request of who asks and who answers."""
+
+    rate: list[float] = field(default_factory=list)
+    asking: list[float] = field(default_factory=list)
+    answering: list[float] = field(default_factory=list)
+
+
+class Sink:
+    """What is done with a body. The file has at most SLOTS bodies, and is emptied when it is full."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._slot = path, 0
+
+    def take(self, line: Line, body: Buffer) -> None:
+        if line.hashed:
+            sha256(body).digest()
+        if line.written:
+            with opened(self._path, WRITE) as fd:
+                if self._slot == SLOTS:
+                    self._slot = 0
+                    os.ftruncate(fd, 0)
+                identity_of(os.fstat(fd))
+                write_at(fd, body, self._slot * len(body))
+                identity_of(os.fstat(fd))
+            self._slot += 1
+
+
+# The answering process
 
 
 async def answer(peer: PeerId, request: Request) -> Answer:
@@ -62,100 +118,148 @@ async def answer(peer: PeerId, request: Request) -> Answer:
     return Answer(Pong(()))
 
 
-def exchange_of(folder: Path, members: dict[PeerId, Member]) -> tuple[PeerId, TlsExchange]:
+def exchange_of(folder: Path, members: dict[PeerId, Member], plain: bool) -> tuple[PeerId, TlsExchange]:
     identity = Identity.of(Ed25519PrivateKey.generate())
     credentials = Credentials.issued(own_authority(folder), identity, "")
     return identity.peer_id, TlsExchange(
         credentials.server_context(), credentials.client_context(), peer_of,
         listen=HostPort("127.0.0.1", 0), locate=members.get, refused=lambda peer: False, handler=answer,
+        plain=plain,
     )  # fmt: skip
 
 
+def pour(listener: socket.socket) -> None:
+    """Blocks without end to whoever connects, one after the other."""
+    while True:
+        with listener.accept()[0] as sock:
+            try:
+                while True:
+                    sock.sendall(BLOCK)
+            except OSError:
+                pass
+
+
 async def serve(folder: Path) -> None:
-    peer, exchange = exchange_of(folder, {})
-    click.echo(f"{peer} {exchange.address}")
+    peer, exchange = exchange_of(folder, {}, True)
+    raw = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=pour, args=(raw,), daemon=True).start()
+    click.echo(f"{peer} {exchange.address} {raw.getsockname()[1]}")
     await exchange.run()
 
 
-def cpu_of(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+# The asking process
 
 
-async def measure(exchange: TlsExchange, server: int, peer: PeerId, seconds: float) -> list[Result]:
-    digest = str(REF.digest)
-    shard = GetShard(digest, 0, BLOCK_SIZE, K, 1, 0, 0, "docker.io/library/alpine#blobs")
-    block = GetBlock(digest, 0, BLOCK_SIZE)
-    results = []
-    for name, message, size, depth in (
-        ("1 MiB blocks, depth 4", block, BLOCK_SIZE, 4),
-        ("256 KiB shards, depth 16", shard, BLOCK_SIZE // K, 16),
-        ("small, depth 1", Ping(()), 0, 1),
-        ("small, depth 32", Ping(()), 0, 32),
-    ):
-        await ask_for(exchange, peer, message, depth, 0.2)  # connected, and windows open
-        start, cpu, server_cpu = time.perf_counter(), time.process_time(), cpu_of(server)
-        count = await ask_for(exchange, peer, message, depth, seconds)
-        took = time.perf_counter() - start
-        results.append(Result(name, count, size, took, time.process_time() - cpu, cpu_of(server) - server_cpu))
-    return results
+class Asker:
+    """Runs lines against the answering process: its id, its peer, and the port of its raw socket."""
 
+    def __init__(self, exchanges: dict[str, TlsExchange], pid: int, peer: PeerId, raw_port: int, sink: Sink) -> None:
+        self._exchanges, self._pid, self._peer, self._sink = exchanges, pid, peer, sink
+        self._raw = socket.create_connection(("127.0.0.1", raw_port))
 
-async def ask_for(exchange: TlsExchange, peer: PeerId, message: Request, depth: int, seconds: float) -> int:
-    count, end = 0, time.perf_counter() + seconds
+    async def run(self, line: Line, runs: Runs, seconds: float) -> None:
+        await self._count(line, WARM_S)
+        started, asking, answering = time.perf_counter(), time.process_time(), self._answering_cpu_s()
+        count = await self._count(line, seconds)
+        runs.rate.append(count / (time.perf_counter() - started))
+        runs.asking.append((time.process_time() - asking) / count)
+        runs.answering.append((self._answering_cpu_s() - answering) / count)
 
-    async def one() -> None:
-        nonlocal count
+    def _answering_cpu_s(self) -> float:
+        return time.clock_gettime(~self._pid << 3 | 2)  # clock_getcpuclockid(3)
+
+    async def _count(self, line: Line, seconds: float) -> int:
+        """How many requests were answered."""
+        if line.channel == RAW:
+            return self._drain(line, seconds)
+        exchange = self._exchanges[line.channel]
+        count, end = 0, time.perf_counter() + seconds
+
+        async def one() -> None:
+            nonlocal count
+            while time.perf_counter() < end:
+                reply = await exchange.request(self._peer, line.message, lane=Lane.BULK, silence_s=5)
+                if reply.body is not None:
+                    self._sink.take(line, reply.body)
+                count += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(line.depth):
+                nursery.start_soon(one)
+        return count
+
+    def _drain(self, line: Line, seconds: float) -> int:
+        count, end = 0, time.perf_counter() + seconds
+        body = bytearray(line.size)
         while time.perf_counter() < end:
-            reply = await exchange.request(peer, message, lane=Lane.BULK, silence_s=5)
-            if reply.body is not None:
-                sha256(reply.body)
+            position = 0
+            while position < line.size:
+                position += self._raw.recv_into(memoryview(body)[position:])
+            self._sink.take(line, body)
             count += 1
+        return count
 
+
+async def ask(folder: Path, server: int, told: str, lines: list[Line], rounds: int, seconds: float) -> list[Runs]:
+    """`told`: the first line that the answering process wrote."""
+    name, address, raw_port = told.split()
+    peer = PeerId(name)
+    members = {peer: Member(peer, "server", "site", (address,))}
+    exchanges = {channel: exchange_of(folder, members, channel == PLAIN)[1] for channel in (TLS, PLAIN)}
+    asker = Asker(exchanges, server, peer, int(raw_port), Sink(folder / "written"))
+    results = [Runs() for _ in lines]
     async with trio.open_nursery() as nursery:
-        for _ in range(depth):
-            nursery.start_soon(one)
-    return count
-
-
-async def ask(folder: Path, server: int, told: str, seconds: float) -> list[Result]:
-    """`told`: the first line that the answering process wrote, its peer id and address."""
-    peer, address = told.split()
-    _, exchange = exchange_of(folder, {PeerId(peer): Member(PeerId(peer), "server", "site", (address,))})
-    async with trio.open_nursery() as nursery:
-        await nursery.start(exchange.run)
-        results = await measure(exchange, server, PeerId(peer), seconds)
+        for exchange in exchanges.values():
+            await nursery.start(exchange.run)
+        for _ in range(rounds):
+            for line, runs in zip(lines, results, strict=True):
+                await asker.run(line, runs, seconds)
         nursery.cancel_scope.cancel()
     return results
 
 
-def run_both(folder: Path, options: list[str], seconds: float) -> list[Result]:
-    command = [sys.executable, __file__, "--serve", str(folder), *options]
+def run_both(folder: Path, lines: list[Line], rounds: int, seconds: float) -> list[Runs]:
+    command = [sys.executable, "-m", "tests.benchmarks.exchange", "--serve", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            return trio.run(ask, folder, server.pid, server.stdout.readline(), seconds)
+            return trio.run(ask, folder, server.pid, server.stdout.readline(), lines, rounds, seconds)
         finally:
             server.kill()
 
 
+def table_of(lines: list[Line], results: list[Runs], title: str) -> Table:
+    """The ratio is to the raw socket that did the same with the bodies, in the same round."""
+    table = Table("", "channel", "a second", "MB/s", "of raw", "CPU asking", "CPU answering", title=title)
+    raw = {(line.hashed, line.written): runs for line, runs in zip(lines, results, strict=True) if line.channel == RAW}
+    for line, runs in zip(lines, results, strict=True):
+        scale, unit = (1e9 / line.size, "s/GB") if line.size else (1e6, "µs each")
+        asking, answering = (f"{median(cpu) * scale:.2f} {unit}" for cpu in (runs.asking, runs.answering))
+        throughput = f"{median(runs.rate) * line.size / 1e6:.0f}" if line.size else ""
+        base = raw.get((line.hashed, line.written)) if line.size else None
+        ratio = ""
+        if base is not None:
+            pairs = zip(runs.rate, base.rate, strict=True)
+            ratio = f"{median(mine * line.size / theirs / BLOCK_SIZE for mine, theirs in pairs):.2f}"
+        table.add_row(line.what, line.channel, f"{median(runs.rate):.0f}", throughput, ratio, asking, answering)
+    return table
+
+
 @click.command()
 @click.option("--serve", "folder", type=click.Path(path_type=Path), help="Answer, as the other process.")
-@click.option("--seconds", default=3.0, show_default=True, help="For each measurement.")
-@click.option("--untuned", is_flag=True, help="Leave the allocator as it is.")
-def main(folder: Path | None, seconds: float, untuned: bool) -> None:
-    if not untuned:
-        tune_allocator()
+@click.option("--seconds", default=0.8, show_default=True, help="For each line in each round.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--only", default="", help="Lines that have this in their text.")
+def main(folder: Path | None, seconds: float, rounds: int, only: str) -> None:
+    tune_allocator()
     if folder is not None:
         trio.run(serve, folder)
         return
+    lines = [line for line in LINES if only in f"{line.what} {line.channel}"]
     with tempfile.TemporaryDirectory() as scratch:
         own_authority(Path(scratch))
-        results = run_both(Path(scratch), ["--untuned"] * untuned, seconds)
-    table = Table("", "a second", "received", "CPU asking", "CPU answering", title="Bulk channel, TLS 1.3, loopback")
-    for result in results:
-        table.add_row(*result.row())
-    Console().print(table)
+        results = run_both(Path(scratch), lines, rounds, seconds)
+    Console().print(table_of(lines, results, f"Bulk channel over loopback, medians of {rounds}"))
 
 
 if __name__ == "__main__":

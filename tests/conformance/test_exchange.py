@@ -1,10 +1,11 @@
-"""What every Exchange promises (node/exchange.py): over memory in virtual time, and over TLS on loopback."""
+"""What every Exchange promises (node/exchange.py): in memory and virtual time; over TLS, and plain, on loopback."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.certificates import Credentials, own_authority, peer_of
 from node.config import HostPort
-from node.exchange import Answer, Exchange, Handler, Lane
+from node.exchange import Answer, Exchange, Handler, Into, Lane
 from node.exchange_memory import MemoryExchange, MemoryNetwork
 from node.exchange_tls import Limits, Timing, TlsExchange
 from node.identity import Identity
@@ -40,6 +41,7 @@ from protocol.messages import (
     HoldingsFound,
     Ping,
     Pong,
+    Reply,
     Request,
     ShardFound,
 )
@@ -104,6 +106,7 @@ class MemorySite:
 
 class TlsSite:
     silence_s = 0.4
+    plain = False
 
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
         self._nursery = nursery
@@ -122,6 +125,7 @@ class TlsSite:
             locate=self._members.get,
             refused=refused.__contains__,
             handler=handler,
+            plain=self.plain,
             timing=Timing(waiting_first_s=0.02, waiting_every_s=0.02, retry_s=0.001),
             limits=Limits(requests_per_connection=SLOTS),
         )
@@ -140,6 +144,10 @@ class TlsSite:
         self._members[peer] = Member(peer, "node", "site", (address,))
 
 
+class PlainSite(TlsSite):
+    plain = True
+
+
 async def run_within(node: Node, *, task_status: trio.TaskStatus[None]) -> None:
     with node.scope:
         await node.exchange.run(task_status=task_status)
@@ -150,7 +158,10 @@ Scenario = Callable[[Site], Awaitable[None]]
 Play = Callable[[Scenario], None]
 
 
-@pytest.fixture(params=["memory", "tls"])
+SITES: dict[str, type[Site]] = {"memory": MemorySite, "tls": TlsSite, "plain": PlainSite}
+
+
+@pytest.fixture(params=SITES)
 def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
     """Runs a scenario on a site of the implementation; everything that the site started ends with it."""
     memory = request.param == "memory"
@@ -159,7 +170,7 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
         async def main() -> None:
             with trio.fail_after(60):
                 async with trio.open_nursery() as nursery:
-                    await scenario((MemorySite if memory else TlsSite)(nursery, tmp_path))
+                    await scenario(SITES[request.param](nursery, tmp_path))
                     nursery.cancel_scope.cancel()
 
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0) if memory else None)
@@ -519,5 +530,61 @@ def test_what_one_peer_asks_at_once_is_bounded_and_all_answered(play: Play) -> N
             release.set()
         assert most == SLOTS
         assert answered == 3 * SLOTS
+
+    play(scenario)
+
+
+def test_a_body_goes_where_the_asker_wants_it(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(answer_all)
+        told: list[Reply] = []
+        memory = bytearray(b"x" * (REF.block_length(2) + 2))
+
+        def into(reply: Reply) -> memoryview:
+            told.append(reply)
+            return memoryview(memory)[1:-1]
+
+        async def get(index: int, into: Into | None) -> Answer:
+            return await one.exchange.request(
+                two.peer, get_block(index), lane=Lane.BULK, silence_s=10 * site.silence_s, into=into
+            )
+
+        assert await get(2, into) == block_found(2)
+        assert memory == b"x" + bytes_of(2)[: REF.block_length(2)] + b"x"
+        assert told == [BlockFound(record_of(2))]
+        assert await get(1, lambda reply: None) == block_found(1)
+        with pytest.raises(ValueError, match="memory of 5 bytes"):
+            await get(1, lambda reply: memoryview(bytearray(5)))
+        answer = await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=10 * site.silence_s, into=into)
+        assert answer == Answer(PONG)
+        assert len(told) == 1
+        assert await get(0, None) == block_found(0)
+
+    play(scenario)
+
+
+def test_memory_is_left_alone_after_a_request_was_cancelled(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(answer_all)
+        memory = bytearray(BLOCK_SIZE)
+        for moment in ("before the reply", "in the body"):
+            scope = trio.CancelScope()
+
+            def into(reply: Reply, scope: trio.CancelScope = scope) -> memoryview:
+                scope.cancel()
+                return memoryview(memory)
+
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(
+                        partial(one.exchange.request, two.peer, get_block(0), lane=Lane.BULK, silence_s=9, into=into)
+                    )
+                    if moment == "before the reply":
+                        await trio.testing.wait_all_tasks_blocked()
+                        scope.cancel()
+            assert scope.cancelled_caught
+            memory[:] = b"mine" * (BLOCK_SIZE // 4)
+            assert await ask(site, one, two, get_block(1), Lane.BULK) == block_found(1)
+            assert memory == b"mine" * (BLOCK_SIZE // 4)
 
     play(scenario)

@@ -26,11 +26,24 @@ from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId
 from protocol.members import Member
-from protocol.messages import BlockFound, Done, Failed, GetBlock, Holders, Ping, Pong, Request
+from protocol.messages import (
+    BlockFound,
+    Done,
+    Failed,
+    FindHolders,
+    GetBlock,
+    Holders,
+    Ping,
+    Pong,
+    Request,
+    Resolve,
+    Resolved,
+)
 from protocol.records import Record
 
 DIGEST = "sha256:" + "ab" * 32
 PING, PONG = Ping(()), Pong(())
+NAME, NAMED = Resolve("secret", "latest", 1), Resolved(DIGEST, 1, "secret", 0.0)
 GET = GetBlock(DIGEST, 0, BLOCK_SIZE)
 RECORD = Record(DIGEST, 0, BLOCK_SIZE, BLOCK_SIZE, bytes(32), PeerId("12D3KooW"), bytes(64))
 BLOCK = bytes(range(256)) * 4096
@@ -40,7 +53,9 @@ TIMING = Timing(
 
 
 async def answer_all(peer: PeerId, request: Request) -> Answer:
-    return Answer(BlockFound(RECORD), BLOCK) if isinstance(request, GetBlock) else Answer(PONG)
+    if isinstance(request, GetBlock):
+        return Answer(BlockFound(RECORD), BLOCK)
+    return Answer(NAMED if isinstance(request, Resolve) else PONG)
 
 
 class Cluster:
@@ -73,14 +88,14 @@ class Cluster:
         await self.nursery.start(node.run)
         return node
 
-    async def serve_raw(self, serve: Callable[[Raw], Awaitable[None]]) -> PeerId:
+    async def serve_raw(self, serve: Callable[[Raw], Awaitable[None]], plain: bool = False) -> PeerId:
         """A member that listens, says hello and then does what `serve` says."""
         credentials = self.credentials()
 
         async def one(stream: trio.SSLStream[trio.SocketStream]) -> None:
             raw = Raw(stream)
             await raw.read_frame()
-            await raw.send(wire.encode_hello("bulk"))
+            await raw.send(wire.encode_hello("bulk", plain))
             await serve(raw)
             stream.transport_stream.socket.close()
 
@@ -114,8 +129,9 @@ class Node:
 
 
 class Raw:
-    def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+    def __init__(self, stream: Any, received: bytes = b"") -> None:
         self.stream = stream
+        self.received = received
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
@@ -140,12 +156,12 @@ class Raw:
         return True
 
     async def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            more = await self.stream.receive_some(size - len(data))
+        while len(self.received) < size:
+            more = await self.stream.receive_some(size - len(self.received))
             if not more:
                 raise EOFError
-            data += more
+            self.received += more
+        data, self.received = self.received[:size], self.received[size:]
         return data
 
 
@@ -500,5 +516,220 @@ def test_an_address_in_use_is_named(tmp_path: Path) -> None:
             port = taken.getsockname()[1]
             with pytest.raises(BadInputError, match=str(port)):
                 cluster.exchange(port=port)
+
+    play(tmp_path, scenario)
+
+
+# Plain mode
+
+
+class Wiretap:
+    """Passes bytes on between an asker and a node, and keeps them."""
+
+    def __init__(self) -> None:
+        self.taken = bytearray()
+
+    async def run(self, port: int, *, task_status: trio.TaskStatus[str]) -> None:
+        async def one(asker: trio.SocketStream) -> None:
+            async with asker, await trio.open_tcp_stream("127.0.0.1", port) as node, trio.open_nursery() as nursery:
+                nursery.start_soon(self._pass_on, asker, node)
+                nursery.start_soon(self._pass_on, node, asker)
+
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(partial(trio.serve_tcp, one, 0, host="127.0.0.1"))
+            task_status.started("{}:{}".format(*listeners[0].socket.getsockname()))
+
+    async def _pass_on(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
+        async for data in source:
+            self.taken += data
+            await target.send_all(data)
+
+
+@pytest.mark.parametrize("lane", Lane)
+@pytest.mark.parametrize(("asking", "answering"), [(True, True), (True, False), (False, True), (False, False)])
+def test_blocks_go_in_the_clear_only_where_both_sides_want_it(
+    tmp_path: Path, asking: bool, answering: bool, lane: Lane
+) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        one, two = await cluster.start(plain=asking), await cluster.start(plain=answering)
+        tap = Wiretap()
+        cluster.locate(two.peer, await cluster.nursery.start(tap.run, two.exchange.address.port))
+        for _ in range(3):
+            assert await one.exchange.request(two.peer, GET, lane=lane, silence_s=5) == Answer(
+                BlockFound(RECORD), BLOCK
+            )
+        seen = DIGEST.encode() in tap.taken
+        assert seen == (BLOCK[:1000] in tap.taken) == (asking and answering and lane is not Lane.CONTROL)
+        tap.taken.clear()
+        assert await one.exchange.request(two.peer, NAME, lane=lane, silence_s=5) == Answer(NAMED)
+        assert b"secret" not in tap.taken
+        assert one.exchange.statistics().bytes_received == two.exchange.statistics().bytes_sent > 3 * BLOCK_SIZE
+
+    play(tmp_path, scenario)
+
+
+async def in_the_clear(raw: Raw) -> Raw:
+    """What a peer does that has said plain: it ends TLS, and goes on."""
+    return Raw(*await raw.stream.unwrap())
+
+
+def frame(request_id: int, message: Any, body_length: int = 0) -> bytes:
+    header = msgspec.msgpack.encode((request_id, message))
+    return struct.pack(">II", len(header), body_length) + header
+
+
+def test_a_request_right_behind_the_end_of_tls_is_not_lost(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(plain=True)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = cluster.credentials().client_context().wrap_bio(incoming, outgoing)
+        stream = await trio.open_tcp_stream("127.0.0.1", node.exchange.address.port)
+
+        async def exchange_until(step: Callable[[], object]) -> None:
+            while True:
+                try:
+                    step()
+                except ssl.SSLWantReadError:
+                    await stream.send_all(outgoing.read())
+                    incoming.write(await stream.receive_some(1))  # so that nothing beyond is taken here either
+                else:
+                    return
+
+        await exchange_until(tls.do_handshake)
+        tls.write(wire.encode_hello("bulk", True))
+        await exchange_until(lambda: tls.read(1000))
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.unwrap()
+        await stream.send_all(outgoing.read() + frame(7, GET) + frame(8, GET))
+        await exchange_until(tls.unwrap)
+        first, second = (frame(number, BlockFound(RECORD), BLOCK_SIZE) + BLOCK for number in (7, 8))
+        data = b""
+        while len(data) < len(first) + len(second):
+            data += await stream.receive_some()
+        assert data in (first + second, second + first)
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("request_", [PING, Holders(()), FindHolders(DIGEST)], ids=["ping", "a reply", "directory"])
+def test_in_the_clear_nothing_but_blocks_may_be_asked(tmp_path: Path, request_: Any) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(plain=True)
+        raw = await cluster.dial_raw(node)
+        await raw.send(wire.encode_hello("bulk", True))
+        await raw.read_frame()
+        clear = await in_the_clear(raw)
+        await clear.send(frame(1, request_))
+        assert await clear.ended()
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("behaviour", ["stalls", "goes on in TLS", "says more before it", "leaves", "speaks too soon"])
+def test_an_asker_that_says_plain_and_does_otherwise_is_dropped_in_time(tmp_path: Path, behaviour: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(plain=True, limits=Limits(handshakes=1))
+        raw = await cluster.dial_raw(node)
+        hello = wire.encode_hello("bulk", True)
+        await raw.send(hello + frame(1, GET) if behaviour == "says more before it" else hello)
+        if behaviour != "says more before it":
+            await raw.read_frame()
+        if behaviour == "goes on in TLS":
+            await raw.say(1, GET)
+        elif behaviour == "leaves":
+            await raw.stream.transport_stream.aclose()
+        elif behaviour == "speaks too soon":
+            await raw.stream.transport_stream.send_all(frame(1, GET))
+        other = await cluster.start(plain=True, timing=Timing())
+        assert (await other.ask(node.peer, GET)).body == BLOCK
+        assert node.exchange.statistics().connections_in == 1
+        if behaviour != "leaves":
+            with pytest.raises((trio.BrokenResourceError, trio.EndOfChannel)):  # noqa: PT012 # it depends on the moment
+                while await raw.stream.receive_some():
+                    pass
+                raise trio.EndOfChannel
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("behaviour", ["stalls", "goes on in TLS", "leaves", "garbage"])
+def test_an_answering_peer_that_says_plain_and_does_otherwise_is_unavailable(tmp_path: Path, behaviour: str) -> None:
+    async def serve(raw: Raw) -> None:
+        if behaviour == "goes on in TLS":
+            await raw.say(0, BlockFound(RECORD), BLOCK_SIZE)
+        elif behaviour == "garbage":
+            await (await in_the_clear(raw)).send(b"\xff" * 1000)
+        if behaviour != "leaves":
+            await trio.sleep_forever()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(plain=True), await cluster.serve_raw(serve, plain=True)
+        kind = PeerMisbehavedError if behaviour == "garbage" else PeerUnavailableError
+        with pytest.raises(kind), trio.fail_after(5 * TIMING.handshake_s):
+            await node.ask(peer, GET)
+        other = await cluster.start(plain=True)
+        assert (await node.ask(other.peer, GET)).body == BLOCK
+
+    play(tmp_path, scenario)
+
+
+def test_a_node_that_knows_nothing_of_plain_is_spoken_to_in_tls(tmp_path: Path) -> None:
+    """Its hello is that of before the field, and it takes the longer one as it takes later fields."""
+
+    async def serve(raw: Raw) -> None:
+        request_id, _ = await raw.read_frame()
+        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        await raw.send(BLOCK)
+        await raw.ended()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, old = await cluster.start(plain=True), await cluster.serve_raw(serve)
+        assert (await node.ask(old, GET)).body == BLOCK
+        raw = await cluster.dial_raw(node)
+        await raw.send(HELLO)
+        assert await raw.read_frame() == [b"shoal-bulk", 1, "bulk", True]
+        await raw.say(1, PING)
+        assert await raw.read_frame() == [1, [38, []]]
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) -> None:
+    release = trio.Event()
+    memory = bytearray(BLOCK_SIZE)
+
+    async def halves(raw: Raw) -> None:
+        if plain:
+            raw = await in_the_clear(raw)
+        request_id, _ = await raw.read_frame()
+        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        await raw.send(BLOCK[: BLOCK_SIZE // 2])
+        await release.wait()
+        await raw.send(BLOCK[BLOCK_SIZE // 2 :])
+        request_id, _ = await raw.read_frame()
+        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        await raw.send(BLOCK)
+        await raw.ended()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(plain=plain), await cluster.serve_raw(halves, plain=plain)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(
+                    partial(
+                        node.exchange.request, peer, GET, lane=Lane.BULK, silence_s=5,
+                        into=lambda reply: memoryview(memory),
+                    )
+                )  # fmt: skip
+                while node.exchange.statistics().bytes_received < BLOCK_SIZE // 2:
+                    await trio.testing.wait_all_tasks_blocked(0.001)
+                scope.cancel()
+        assert memory.startswith(BLOCK[: BLOCK_SIZE // 2])
+        memory[:] = bytes(BLOCK_SIZE)
+        release.set()
+        assert (await node.ask(peer, GET)).body == BLOCK
+        assert memory == bytes(BLOCK_SIZE)
+        assert node.exchange.statistics().connections_out == 1
 
     play(tmp_path, scenario)

@@ -333,17 +333,26 @@ def test_the_fullest_holdings_fit_a_frame() -> None:
     assert wire.encode_head(1, HoldingsFound(bytes(wire.MAX_BITMAP), shards), 0)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("lane", ["control", "urgent", "bulk"])
-def test_hello(lane: str) -> None:
+def test_hello(lane: str, plain: bool) -> None:
     heads = wire.Heads(wire.REQUESTS)
-    for byte in wire.encode_hello(lane) + encoded(3, Ping(())):
+    for byte in wire.encode_hello(lane, plain) + encoded(3, Ping(())):
         heads.feed(bytes([byte]))
     hello = heads.hello()
     assert hello is not None
-    assert hello.lane == lane
+    assert (hello.lane, hello.plain) == (lane, plain)
+    assert not heads.at_rest
     head = heads.next()
     assert head is not None
     assert head.request_id == 3
+    assert heads.at_rest
+
+
+def test_a_hello_has_room_for_more_fields_than_are_known() -> None:
+    heads = wire.Heads(wire.REQUESTS)
+    heads.feed(frame(msgpack.packb([b"shoal-bulk", 1, "bulk", True, "later"])))
+    assert heads.hello() == wire.Hello(b"shoal-bulk", 1, "bulk", True)
 
 
 @pytest.mark.parametrize(
@@ -355,6 +364,7 @@ def test_hello(lane: str) -> None:
         ["shoal-bulk", 1, "bulk"],
         [b"shoal-bulk", 1],
         [b"shoal-bulk", 1, "bulk", "x" * 100],
+        [b"shoal-bulk", 1, "bulk", 1],
     ],
 )
 def test_another_hello_is_refused(hello: list[Any]) -> None:
