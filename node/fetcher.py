@@ -98,15 +98,19 @@ class Fetcher:
         async def ask(what: Ask) -> Answer | None:
             return await (self._ask_self if what.peer == site.own else self._ask_peer)(what, attempt)
 
-        await carry_out(
-            plan, plan.start(urgent, trio.current_time()), ask, partial(self._note, attempt), partial(self._spare, plan)
-        )
+        # A spare takes its part of the reader's link: where answers come evenly it can wait until one is late.
+        all_at_once = urgent and not health.steady(peer for peer in order[: shape.k] if peer != site.own)
+        asks = plan.start(all_at_once, trio.current_time())
+        await carry_out(plan, asks, ask, partial(self._note, attempt), partial(self._spare, plan, urgent))
+        if plan.done:
+            for peer in plan.beaten:
+                health.beaten(peer, trio.current_time())
         return attempt
 
-    def _spare(self, plan: ShardPlan) -> list[Ask]:
+    def _spare(self, plan: ShardPlan, urgent: bool) -> list[Ask]:
         late, asks = self._seeder.note_overdue(plan)
         for _ in late:
-            if self._budget.spend():
+            if plan.has_spare and (urgent or self._budget.spend()):
                 asks += plan.spare(trio.current_time())
         return asks
 

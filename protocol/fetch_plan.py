@@ -22,6 +22,9 @@ COLD_FLOOR_S = 0.4
 peer."""
 WARM_FLOOR_S = 0.03
 """The same once one came: beyond what the loops of two busy nodes take."""
+LAST_FACTOR = 2.0
+"""The last shard that is missing is late after so many times what the slowest of the others took: they had the same
+links to share."""
 PATIENCE_FACTOR, PATIENCE_S = 2.0, 0.5
 """A late peer is given up after so much more: then another one is asked, whatever the budget for spares says."""
 
@@ -62,6 +65,7 @@ class ShardPlan:
         self._patience_s = patience_s
         self._asked: dict[PeerId, _Asked] = {}
         self._have: dict[int, PeerId] = {}
+        self._slowest_s = 0.0
         self.retries = 0
 
     @property
@@ -73,9 +77,19 @@ class ShardPlan:
         """Nobody is left who could bring what is missing."""
         return not self.done and not self._asked and not self._left
 
-    def start(self, urgent: bool, now: float) -> list[Ask]:
-        """The first requests: k of the keepers, or all at once where a client waits for this very block."""
-        return self._next(len(self._left) if urgent else self._k, now)
+    @property
+    def has_spare(self) -> bool:
+        """Somebody is left to ask."""
+        return bool(self._left)
+
+    @property
+    def beaten(self) -> list[PeerId]:
+        """Who was late and still owes its answer."""
+        return [peer for peer, asked in self._asked.items() if asked.late]
+
+    def start(self, all_at_once: bool, now: float) -> list[Ask]:
+        """The first requests: to k of the keepers, or to all."""
+        return self._next(len(self._left) if all_at_once else self._k, now)
 
     def heard(self, peer: PeerId, ready: bool, now: float) -> None:
         """A sign of life: `ready` where the answer is on its way or waits for its turn, else the peer lacks it yet."""
@@ -90,8 +104,10 @@ class ShardPlan:
 
     def got(self, peer: PeerId, index: int, now: float) -> list[Ask]:
         """A good shard came; when it was there already, the peer is asked once more for exactly its own."""
-        want = self._asked.pop(peer).want
+        answered = self._asked.pop(peer)
+        want = answered.want
         if index not in self._have:
+            self._slowest_s = max(self._slowest_s, now - answered.since)
             for asked in self._asked.values():
                 asked.since = min(asked.since, now)
             self._have[index] = peer
@@ -132,9 +148,10 @@ class ShardPlan:
 
     def _deadlines(self) -> Iterator[tuple[PeerId, _Asked, float]]:
         floor = WARM_FLOOR_S if self._have else COLD_FLOOR_S
+        bound = LAST_FACTOR * self._slowest_s if len(self._have) == self._k - 1 and self._have else math.inf
         for peer, asked in self._asked.items():
             if not asked.given_up:
-                after = max(floor, self._late_after_s(peer))
+                after = max(floor, min(bound, self._late_after_s(peer)))
                 after += PATIENCE_FACTOR * after + self._patience_s if asked.late else 0.0
                 yield peer, asked, asked.since + after
 

@@ -35,10 +35,13 @@ _DEVIATION_GAIN = 0.25
 class _Peer:
     mean_s: float = FIRST_GUESS_S
     deviation_s: float = FIRST_GUESS_S / 2
+    measured: bool = False
     seen_at: float = 0.0
     outstanding: int = 0
     failures: int = 0
     avoid_until: float = 0.0
+    beaten: int = 0
+    last_until: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,19 @@ class Health:
         state.outstanding = max(0, state.outstanding - 1)
         state.failures, state.avoid_until = 0, 0.0
         if elapsed_s is not None:
-            self._fade(state, now)
-            error = elapsed_s - state.mean_s
-            state.mean_s += _GAIN * error
-            state.deviation_s += _DEVIATION_GAIN * (abs(error) - state.deviation_s)
+            if elapsed_s <= self.late_after_s(peer):
+                state.beaten, state.last_until = 0, 0.0
+            self._measured(state, elapsed_s, now)
+
+    def _measured(self, state: _Peer, elapsed_s: float, now: float) -> None:
+        if not state.measured:
+            state.measured, state.seen_at = True, now
+            state.mean_s, state.deviation_s = elapsed_s, elapsed_s / 2
+            return
+        self._fade(state, now)
+        error = elapsed_s - state.mean_s
+        state.mean_s += _GAIN * error
+        state.deviation_s += _DEVIATION_GAIN * (abs(error) - state.deviation_s)
 
     def failed(self, peer: PeerId, now: float) -> None:
         """No answer in time, or a broken connection: the peer is asked last until its back-off has passed."""
@@ -78,7 +90,18 @@ class Health:
         if now < state.avoid_until:
             return  # of requests that were under way together the first failure counts
         state.failures += 1
-        state.avoid_until = now + min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(state.failures - 1, 8))
+        state.avoid_until = now + _backoff_s(state.failures)
+
+    def beaten(self, peer: PeerId, now: float) -> None:
+        """A read ended with a spare in the place of the peer's late answer: it lives, but is asked after the others.
+
+        Its mean can't tell: the answers that would have raised it are those that nobody waited for.
+        """
+        state = self._of(peer)
+        if now < state.last_until:
+            return  # by several reads at once, which counts once
+        state.beaten += 1
+        state.last_until = now + _backoff_s(state.beaten)
 
     def dropped(self, peer: PeerId) -> None:
         """The request was given up because others were quicker; it says nothing new."""
@@ -97,13 +120,17 @@ class Health:
         return state is not None and now < state.avoid_until
 
     def order(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """The peer that would answer first, first; those to avoid, last. Ties keep the given order."""
+        """The peer that would answer first, first; then those that were beaten; those to avoid, last.
 
-        def expected(peer: PeerId) -> tuple[bool, float]:
+        Ties keep the given order.
+        """
+
+        def expected(peer: PeerId) -> tuple[bool, bool, float]:
             state = self._peers.get(peer)
             if state is None:
-                return False, FIRST_GUESS_S
-            return now < state.avoid_until, (state.outstanding + 1) * self._faded_s(state, now)
+                return False, False, FIRST_GUESS_S
+            wait_s = (state.outstanding + 1) * self._faded_s(state, now)
+            return now < state.avoid_until, now < state.last_until, wait_s
 
         return sorted(peers, key=expected)
 
@@ -117,6 +144,13 @@ class Health:
         """The wait after which an answer is later than about 95 of 100 of this peer's."""
         state = self._of(peer)
         return min(LATE_CAP_S, state.mean_s + 3 * state.deviation_s)
+
+    def steady(self, peers: Iterable[PeerId]) -> bool:
+        """Whether each of which anything is known is late in less than twice its usual time.
+
+        Where all are asked at once, the last one is never measured: nothing is held against it.
+        """
+        return all(self.late_after_s(peer) < 2 * self._of(peer).mean_s for peer in peers if self._of(peer).measured)
 
     def report(self, peer: PeerId, now: float) -> PeerHealth:
         state = self._peers.get(peer) or _Peer()
@@ -137,10 +171,17 @@ class Health:
         return state
 
 
-class SpareBudget:
-    """A token bucket for spare requests: `share` of a token for each request, never more than `burst` saved up."""
+def _backoff_s(times: int) -> float:
+    return min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2.0 ** min(times - 1, 8))
 
-    def __init__(self, share: float = 0.04, burst: float = 4.0) -> None:
+
+class SpareBudget:
+    """A token bucket for spare requests: `share` of a token for each request, never more than `burst` saved up.
+
+    A peer that stops owes a shard of each block that is read ahead: the burst is for all of them.
+    """
+
+    def __init__(self, share: float = 0.04, burst: float = 16.0) -> None:
         self._share, self._burst, self._tokens = share, burst, burst
 
     def earned(self, requests: int) -> None:

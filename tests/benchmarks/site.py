@@ -153,7 +153,7 @@ def bench_site(
         proxy = stack.enter_context(
             CountingProxy(registry.host, registry.port, delay_s=DELAY_S, namespace=made.wan, listen=WAN)
         )
-        nodes = stack.enter_context(site(folder, proxy.url, count, lab=made, **keys))
+        nodes = stack.enter_context(site(folder, proxy.url, running or count, lab=made, **keys))
         yield Bench(made, proxy, nodes)
 
 

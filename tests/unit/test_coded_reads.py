@@ -26,6 +26,7 @@ from node.seeder import BlockAddress, Obtained, Seeder, Site
 from node.trust import Trust
 from protocol.directory import Directory
 from protocol.errors import UnavailableError
+from protocol.fetch_plan import WARM_FLOOR_S
 from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
 from protocol.members import Member
@@ -117,12 +118,15 @@ class Node:
         answer = await self.seeder.handle(peer, request)
         return self.spoil(answer) if self.spoil else answer
 
-    async def read(self, index: int) -> Obtained:
-        ticket = self.fetcher.begin(BlockAddress(LOCATOR, REF, index), urgent=False)
+    async def read(self, index: int, *, urgent: bool = False) -> Obtained:
+        ticket = self.fetcher.begin(BlockAddress(LOCATOR, REF, index), urgent)
         try:
             return await ticket.wait()
         finally:
             ticket.release()
+
+    async def forget(self, index: int) -> None:
+        await self.tiers.discard(Piece(REF.block(index)))
 
     async def read_all(self) -> list[Obtained]:
         found = [await self.read(index) for index in range(REF.block_count)]
@@ -200,6 +204,67 @@ def test_a_stopped_keeper_is_waited_for_once() -> None:
         assert registry.asked == Counter(range(REF.block_count))
 
     play(5, scenario)
+
+
+def not_keeping(nodes: list[Node], index: int) -> Node:
+    _, keepers = nodes[0].site.placement().keepers(REF.block(index), BLOCK_SIZE)
+    return next(node for node in nodes if node.own not in keepers)
+
+
+def test_an_urgent_read_asks_for_a_spare_only_where_answers_do_not_come_evenly() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        asked: list[int] = []
+
+        def count(answer: Answer) -> Answer:
+            asked[-1] += isinstance(answer.message, ShardFound)
+            return answer
+
+        await all_read(nodes)
+        reader = not_keeping(nodes, 0)
+        for node in nodes:
+            node.spoil = count
+        for _ in range(60):
+            asked.append(0)
+            await reader.forget(0)
+            await reader.read(0, urgent=True)
+        assert asked[0] == 5
+        assert asked[-5:] == [4] * 5
+
+    play(6, scenario)
+
+
+def test_an_urgent_read_waits_for_a_stopped_keeper_once_and_hardly() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes)
+        reader = not_keeping(nodes, 0)
+        took: list[float] = []
+        for number in range(60):
+            if number == 20:
+                network.stop(reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)[1][1])
+            await reader.forget(0)
+            took.append((await reader.read(0, urgent=True)).seconds)
+        slow = [one for one in took[20:] if one > 2 * took[19]]
+        assert len(slow) <= 1
+        assert max(took[20:]) < 2 * WARM_FLOOR_S
+
+    play(6, scenario)
+
+
+def test_a_spare_that_nobody_is_left_for_costs_nothing() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes)
+        reader = not_keeping(nodes, 0)
+        _, keepers = reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)
+        await reader.forget(0)
+        spent: list[bool] = []
+        spend = reader.fetcher._budget.spend
+        reader.fetcher._budget.spend = lambda: spent.append(True) or spend()  # type: ignore[method-assign, func-returns-value]
+        for peer in keepers:
+            network.stop(peer)
+        await reader.read(0)
+        assert len(spent) == 1
+
+    play(6, scenario)
 
 
 def test_without_any_peer_that_answers_the_node_asks_the_registry() -> None:

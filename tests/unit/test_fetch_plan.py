@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from protocol.fetch_plan import COLD_FLOOR_S, PATIENCE_FACTOR, PATIENCE_S, WARM_FLOOR_S, Ask, ShardPlan
+from protocol.fetch_plan import COLD_FLOOR_S, LAST_FACTOR, PATIENCE_FACTOR, PATIENCE_S, WARM_FLOOR_S, Ask, ShardPlan
 from protocol.health import BACKOFF_FIRST_S, FADE_S, LATE_CAP_S, Health, SpareBudget
 from protocol.ids import PeerId
 
@@ -17,16 +17,16 @@ def plan_of(order: str = "abcde", k: int = 4, late_after_s: float = 0.0) -> Shar
 
 def test_k_of_the_keepers_are_asked_each_for_its_own_shard() -> None:
     plan = plan_of("eabcd")
-    assert plan.start(urgent=False, now=0.0) == [Ask("e", 4), Ask("a", 0), Ask("b", 1), Ask("c", 2)]
+    assert plan.start(all_at_once=False, now=0.0) == [Ask("e", 4), Ask("a", 0), Ask("b", 1), Ask("c", 2)]
 
 
 def test_an_urgent_read_asks_all_at_once() -> None:
-    assert len(plan_of().start(urgent=True, now=0.0)) == 5
+    assert len(plan_of().start(all_at_once=True, now=0.0)) == 5
 
 
 def test_any_k_distinct_shards_end_it() -> None:
     plan = plan_of()
-    plan.start(urgent=True, now=0.0)
+    plan.start(all_at_once=True, now=0.0)
     for index in (4, 2, 1):
         assert plan.got(KEEPERS[index], index, 0.0) == []
         assert not plan.done
@@ -36,7 +36,7 @@ def test_any_k_distinct_shards_end_it() -> None:
 
 def test_a_failure_asks_the_next_keeper_and_a_second_one_is_the_end() -> None:
     plan = plan_of()
-    plan.start(urgent=False, now=0.0)
+    plan.start(all_at_once=False, now=0.0)
     assert plan.failed("a", 0.0) == [Ask("e", 4)]
     assert plan.failed("b", 0.0) == []
     assert not plan.stuck
@@ -48,22 +48,24 @@ def test_a_failure_asks_the_next_keeper_and_a_second_one_is_the_end() -> None:
 
 def test_a_spare_is_one_more_request() -> None:
     plan = plan_of()
-    plan.start(urgent=False, now=0.0)
+    plan.start(all_at_once=False, now=0.0)
+    assert plan.has_spare
     assert plan.spare(0.0) == [Ask("e", 4)]
+    assert not plan.has_spare
     assert plan.spare(0.0) == []
 
 
 def test_a_shard_that_was_there_already_is_asked_for_by_its_number() -> None:
     """After a change of the view a keeper may answer with the shard that it kept before."""
     plan = plan_of()
-    plan.start(urgent=False, now=0.0)
+    plan.start(all_at_once=False, now=0.0)
     plan.got("b", 1, 0.0)
     assert plan.got("a", 1, 0.0) == [Ask("a", 0, exact=True)]
 
 
 def test_a_warm_answer_is_late_as_soon_as_another_came_a_cold_one_is_given_time() -> None:
     plan = plan_of()
-    plan.start(urgent=False, now=0.0)
+    plan.start(all_at_once=False, now=0.0)
     assert plan.next_check() == COLD_FLOOR_S
     plan.got(KEEPERS[0], 0, 0.01)
     assert plan.next_check() == WARM_FLOOR_S
@@ -73,7 +75,7 @@ def test_a_warm_answer_is_late_as_soon_as_another_came_a_cold_one_is_given_time(
 
 def test_the_clock_of_who_waits_for_the_registry_stands_still_until_the_block_is_in_the_site() -> None:
     plan = plan_of()
-    plan.start(urgent=False, now=0.0)
+    plan.start(all_at_once=False, now=0.0)
     for peer in KEEPERS[:4]:
         plan.heard(peer, False, 0.25)
     assert plan.next_check() == math.inf
@@ -86,7 +88,7 @@ def test_the_clock_of_who_waits_for_the_registry_stands_still_until_the_block_is
 
 def test_the_clock_runs_on_once_the_answer_is_ready() -> None:
     plan = plan_of(k=1)
-    plan.start(urgent=False, now=0.0)
+    plan.start(all_at_once=False, now=0.0)
     plan.heard(KEEPERS[0], False, 0.25)
     plan.heard(KEEPERS[0], True, 2.0)
     plan.heard(KEEPERS[0], True, 2.3)
@@ -95,7 +97,7 @@ def test_the_clock_runs_on_once_the_answer_is_ready() -> None:
 
 def test_who_stays_late_is_given_up_and_another_is_asked_but_may_still_answer() -> None:
     plan = plan_of(k=1, late_after_s=1.0)
-    plan.start(urgent=False, now=0.0)
+    plan.start(all_at_once=False, now=0.0)
     assert plan.overdue(1.0) == ([KEEPERS[0]], [])
     given_up_at = 1.0 + PATIENCE_FACTOR * 1.0 + PATIENCE_S
     assert plan.next_check() == given_up_at
@@ -131,6 +133,67 @@ def test_the_quickest_is_asked_first_and_the_failing_last() -> None:
     assert health.order([PeerId("c"), PeerId("a"), PeerId("b")], 10.0) == ["b", "a", "c"]
     assert health.avoided(PeerId("c"), 10.0 + BACKOFF_FIRST_S / 2)
     assert not health.avoided(PeerId("c"), 10.0 + BACKOFF_FIRST_S * 1.01)
+
+
+def test_who_was_beaten_is_asked_after_the_others_until_it_answers_in_time() -> None:
+    """It has nothing outstanding then, for what it owed was given up: by its mean it would be the first to ask."""
+    health = Health()
+    for peer in "bc":
+        for _ in range(8):
+            health.asked(PeerId(peer))
+    health.failed(PeerId("c"), 10.0)
+    health.beaten(PeerId("a"), 10.0)
+    assert health.order([PeerId(name) for name in "abc"], 10.0) == ["b", "a", "c"]
+    assert not health.avoided(PeerId("a"), 10.0)
+    health.answered(PeerId("a"), 0.1, 11.0)
+    assert health.order([PeerId(name) for name in "ab"], 11.0) == ["b", "a"]
+    health.answered(PeerId("a"), 0.01, 11.0)
+    assert health.order([PeerId(name) for name in "ab"], 11.0) == ["a", "b"]
+
+
+def test_who_is_beaten_again_and_again_is_tried_less_often() -> None:
+    health = Health()
+    now = 0.0
+    for wait_s in (BACKOFF_FIRST_S, 2 * BACKOFF_FIRST_S):
+        health.beaten(PeerId("a"), now)
+        health.beaten(PeerId("a"), now)
+        health.asked(PeerId("b"))
+        assert health.order([PeerId(name) for name in "ab"], now + 0.99 * wait_s) == ["b", "a"]
+        now += 1.01 * wait_s
+        assert health.order([PeerId(name) for name in "ab"], now) == ["a", "b"]
+
+
+def test_the_last_shard_is_late_by_what_the_others_took() -> None:
+    """What is known of a peer may be from a busier time: the others share the links with it now."""
+    plan = plan_of(late_after_s=5.0)
+    plan.start(False, 0.0)
+    for index in range(2):
+        plan.got(KEEPERS[index], index, 0.1)
+    assert plan.next_check() == 5.0
+    plan.got(KEEPERS[2], 2, 0.3)
+    assert plan.next_check() == LAST_FACTOR * 0.3
+    assert plan.overdue(LAST_FACTOR * 0.3) == ([KEEPERS[3]], [])
+
+
+def test_a_read_tells_whom_it_beat() -> None:
+    plan = plan_of(k=1, late_after_s=1.0)
+    plan.start(False, 0.0)
+    plan.overdue(1.0)
+    plan.spare(1.0)
+    plan.got(KEEPERS[1], 1, 1.1)
+    assert plan.beaten == [KEEPERS[0]]
+
+
+def test_answers_are_steady_once_they_come_evenly() -> None:
+    health = Health()
+    health.answered(PeerId("a"), 0.1, 1.0)
+    assert not health.steady([PeerId("a"), PeerId("c")])
+    for _ in range(20):
+        health.answered(PeerId("a"), 0.04, 1.0)
+        health.answered(PeerId("b"), 0.04, 1.0)
+    assert health.steady([PeerId("a"), PeerId("b")])
+    health.answered(PeerId("b"), 0.3, 1.0)
+    assert not health.steady([PeerId("a"), PeerId("b")])
 
 
 def test_of_equals_the_one_with_the_least_outstanding_is_asked() -> None:

@@ -1,0 +1,462 @@
+"""Reads of a block while one of five keepers limps: `python -m tests.benchmarks.tail [--plot FILE]`.
+
+Five p2pd hold an image, each behind a link of its own; a sixth place in the lab is a reader made of the node's own
+parts, which holds nothing, so that each read goes to the peers. It reads by the policy that ships and by four plain
+ones, over the same exchange. Each run has new connections and reads a few blocks in good weather before the
+fault comes.
+
+Needs root (namespaces), iproute2 and docker-registry; the plot needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import click
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rich.table import Table
+
+from cache.memory import MemoryStore
+from cache.store import Buffer
+from cache.tiered import Tiers
+from node.certificates import Credentials, load_authority, peer_of
+from node.config import HostPort
+from node.exchange import Lane
+from node.exchange_tls import TlsExchange
+from node.fetcher import Fetcher
+from node.identity import Identity
+from node.locator import Locator
+from node.origin import Origin
+from node.seeder import SILENCE_S, BlockAddress, Seeder, Site
+from node.trust import Trust
+from protocol.directory import Directory
+from protocol.erasure import decode_block
+from protocol.errors import ShoalError, UnavailableError
+from protocol.health import Health
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
+from protocol.members import Member
+from protocol.messages import BlockFound, GetBlock, GetShard, ShardFound
+from protocol.placement import Placement
+from protocol.records import Record
+from tests.benchmarks.site import MB, MBIT, REPOSITORY, Bench, bench_site, console, noise_image
+from tests.support import registry as registries
+from tests.support.lab import NoLabError, Rates, check_lab
+from tests.support.site import UPSTREAM
+
+KEEPERS, READER = 5, 5
+SLOW, VICTIM = 50, 2
+"""How much slower the slow keeper's link becomes, and which keeper it is: no seed of the site."""
+WINDOW = 8
+WARM_UP = 12
+PATIENCE_S = 1.5
+"""A plain policy that a fault makes slow begins no block after this time."""
+DRAIN_S = 0.3
+"""For answers that are on their way when a run ends: they count as received."""
+LOCATOR = Locator(UPSTREAM, REPOSITORY, "blobs")
+
+
+class DiskLike(MemoryStore):
+    """Stands in for the disk of a node that keeps nothing."""
+
+    def open_sealed(self, digest: Digest) -> None:
+        return None
+
+    def seal(self, ref: ObjectRef) -> bool:
+        return False
+
+    async def drop_object(self, digest: Digest) -> None:
+        return None
+
+
+class NoRegistry:
+    """What the peers cannot give is a failure here."""
+
+    def connections(self, upstream: str) -> int:
+        return 1
+
+    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncIterator[bytearray]:
+        raise UnavailableError("the peers did not give the block")
+        yield bytearray()
+
+
+class FixedView:
+    """The site as it was before the fault: how the membership finds out is measured elsewhere."""
+
+    version, changed_at = 0, -math.inf
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.site = tuple(sorted(members, key=lambda member: member.peer_id))
+        self._members = {member.peer_id: member for member in members}
+
+    def find(self, peer: PeerId) -> Member | None:
+        return self._members.get(peer)
+
+    def report_failure(self, peer: PeerId) -> None:
+        pass
+
+    def quarantine(self, peer: PeerId, reason: str) -> None:
+        raise AssertionError(f"{peer}: {reason}")
+
+    def is_quarantined(self, peer: PeerId) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """The parts of a node that reads, as node/daemon.py puts them together."""
+
+    site: Site
+    exchange: TlsExchange
+    seeder: Seeder
+    fetcher: Fetcher
+    lane: Lane
+    rng: Random
+
+    def shuffled(self) -> list[PeerId]:
+        peers = [member.peer_id for member in self.site.view.site if member.weight]
+        self.rng.shuffle(peers)
+        return peers
+
+    async def block(self, peer: PeerId, address: BlockAddress) -> None:
+        """The whole block from one peer. Raises ShoalError."""
+        ref, began = address.ref, trio.current_time()
+        answer = await self.seeder.ask(
+            peer, GetBlock(str(ref.digest), address.index, ref.size), self.lane, SILENCE_S,
+            took_s=lambda: trio.current_time() - began,
+        )  # fmt: skip
+        assert isinstance(answer.message, BlockFound)
+        check(answer.message.record, answer.body or b"")
+
+    async def shard(self, peer: PeerId, want: int, address: BlockAddress) -> tuple[int, Buffer, Record]:
+        """Raises ShoalError."""
+        ref = address.ref
+        question = GetShard(str(ref.digest), address.index, ref.size, 4, 1, want, 0, str(address.locator), True)
+        answer = await self.seeder.ask(peer, question, self.lane, SILENCE_S)
+        assert isinstance(answer.message, ShardFound)
+        assert answer.body is not None
+        return answer.message.index, answer.body, answer.message.record
+
+
+def check(record: Record, data: Buffer) -> None:
+    assert record.matches(data), "a wrong block"
+
+
+Policy = Callable[[Reader, BlockAddress], Awaitable[None]]
+
+
+async def one_peer(reader: Reader, address: BlockAddress) -> None:
+    """Any peer; the next one when it fails."""
+    for peer in reader.shuffled():
+        with contextlib.suppress(ShoalError):
+            return await reader.block(peer, address)
+    raise UnavailableError("no peer gives the block")
+
+
+async def hedged(reader: Reader, address: BlockAddress) -> None:
+    """Any peer; a second one when the first takes longer than 95 of 100 of its answers (Dean and Barroso, 2013)."""
+    first, *others = reader.shuffled()
+    over = trio.Event()
+
+    async def from_first() -> None:
+        with contextlib.suppress(ShoalError):
+            await reader.block(first, address)
+            nursery.cancel_scope.cancel()
+        over.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(from_first)
+        with trio.move_on_after(reader.site.health.late_after_s(first)):
+            await over.wait()
+        for peer in others:
+            with contextlib.suppress(ShoalError):
+                await reader.block(peer, address)
+                nursery.cancel_scope.cancel()
+
+
+async def _shards(reader: Reader, address: BlockAddress, at_once: int) -> None:
+    """The shards of the first ranks; of the rest those that others fail to bring."""
+    shape, keepers = reader.site.placement().keepers(address.block, address.length)
+    left = list(range(at_once, len(keepers)))
+    found: dict[int, tuple[Buffer, Record]] = {}
+
+    async def take(rank: int) -> None:
+        try:
+            index, body, record = await reader.shard(keepers[rank], rank, address)
+        except ShoalError:
+            return await take(left.pop(0)) if left else None
+        found[index] = body, record
+        if len(found) >= shape.k:
+            nursery.cancel_scope.cancel()
+        return None
+
+    async with trio.open_nursery() as nursery:
+        for rank in range(at_once):
+            nursery.start_soon(take, rank)
+    record = next(iter(found.values()))[1]
+    check(record, decode_block({i: body for i, (body, _) in found.items()}, shape.k, shape.m, address.length))
+
+
+async def k_of_k(reader: Reader, address: BlockAddress) -> None:
+    await _shards(reader, address, 4)
+
+
+async def k_of_all(reader: Reader, address: BlockAddress) -> None:
+    await _shards(reader, address, 5)
+
+
+async def shipped(reader: Reader, address: BlockAddress) -> None:
+    ticket = reader.fetcher.begin(address, urgent=reader.lane is Lane.URGENT)
+    try:
+        await ticket.wait()
+    finally:
+        ticket.release()
+
+
+SHIPPED, K_OF_K = "shipped", "k of k"
+POLICIES: dict[str, Policy] = {
+    "one peer": one_peer, "one peer, hedged": hedged, K_OF_K: k_of_k, "k of k+m at once": k_of_all, SHIPPED: shipped,
+}  # fmt: skip
+LOADS = {"single": Lane.URGENT, "bulk": Lane.BULK}
+"""Single: one urgent block at a time. Bulk: in order, WINDOW blocks at a time."""
+Fault = Callable[[Bench], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def nothing(bench: Bench) -> Iterator[None]:
+    yield
+
+
+@contextlib.contextmanager
+def slow_link(bench: Bench) -> Iterator[None]:
+    bench.lab.set_node_rate(VICTIM, bench.lab.rates.node / SLOW)
+    yield
+    bench.lab.set_node_rate(VICTIM, bench.lab.rates.node)
+
+
+@contextlib.contextmanager
+def stopped(bench: Bench) -> Iterator[None]:
+    bench.nodes[VICTIM].pause()
+    yield
+    bench.nodes[VICTIM].resume()
+
+
+@contextlib.contextmanager
+def killed(bench: Bench) -> Iterator[None]:
+    """It stays so: the first run sees connections break, those after it see them refused."""
+    bench.nodes[VICTIM].kill()
+    yield
+
+
+HEALTHY, SLOW_LINK, STOPPED = "healthy", "one at 1/50 of its rate", "one stopped"
+SCENARIOS: dict[str, Fault] = {HEALTHY: nothing, SLOW_LINK: slow_link, STOPPED: stopped, "one killed": killed}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`seconds` of each block; `extra` is bytes received beyond those needed, as a share of these."""
+
+    seconds: list[float]
+    took_s: float
+    extra: float
+
+    def at(self, share: float) -> float:
+        """A quantile, in seconds: the smallest time that `share` of the blocks did not exceed."""
+        return sorted(self.seconds)[max(0, math.ceil(share * len(self.seconds)) - 1)]
+
+
+@contextlib.asynccontextmanager
+async def reading(bench: Bench, credentials: Credentials, members: list[Member], lane: Lane) -> AsyncIterator[Reader]:
+    own = members[-1]
+    view, health = FixedView(members), Health()
+    placement = Placement(view.site, 4, 1)
+
+    async def refuse(peer: PeerId, request: object) -> None:
+        raise UnavailableError("a reader only")
+
+    exchange = TlsExchange(
+        credentials.server_context(), credentials.client_context(), peer_of,
+        listen=HostPort(bench.lab.address(READER), 0), locate=view.find, refused=view.is_quarantined,
+        handler=refuse,  # type: ignore[arg-type] # never answers
+    )  # fmt: skip
+    tiers = Tiers(MemoryStore(0, trio.current_time), DiskLike(0, trio.current_time), None)
+    site = Site(own.peer_id, view, lambda: placement, exchange, health, Trust(own.peer_id, view), tiers)
+    async with trio.open_nursery() as work:
+        seeder = Seeder(site, Origin(NoRegistry(), work), Directory(), lambda data: b"", work)  # type: ignore[arg-type]
+        await work.start(exchange.run)
+        yield Reader(site, exchange, seeder, Fetcher(site, seeder, work), lane, Random(1))
+        work.cancel_scope.cancel()
+
+
+async def timed(policy: Policy, reader: Reader, addresses: Sequence[BlockAddress], window: int) -> list[float]:
+    """In order: a block is begun when the one `window` places before it, and all before that, are there."""
+    seconds: list[float] = []
+    done = [trio.Event() for _ in addresses]
+    deadline = trio.current_time() + (math.inf if policy is shipped else PATIENCE_S)
+
+    async def one(number: int) -> None:
+        began = trio.current_time()
+        await policy(reader, addresses[number])
+        seconds.append(trio.current_time() - began)
+        done[number].set()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(addresses)):
+            if number >= window:
+                await done[number - window].wait()
+            if trio.current_time() > deadline:
+                break
+            nursery.start_soon(one, number)
+    return seconds
+
+
+async def run(
+    bench: Bench, who: tuple[Credentials, list[Member]], load: str, policy: Policy, fault: Fault,
+    addresses: Sequence[BlockAddress],
+) -> Run:  # fmt: skip
+    window = 1 if load == "single" else WINDOW
+    async with reading(bench, *who, LOADS[load]) as reader:
+        await timed(policy, reader, addresses[:WARM_UP], window)
+        with fault(bench):
+            before, began = reader.exchange.statistics().bytes_received, trio.current_time()
+            seconds = await timed(policy, reader, addresses[WARM_UP:], window)
+            took_s = trio.current_time() - began
+            with trio.move_on_after(DRAIN_S):
+                while reader.exchange.statistics().requests_out:  # noqa: ASYNC110 # it is no event to the exchange
+                    await trio.sleep(0.01)
+            received = reader.exchange.statistics().bytes_received - before
+    return Run(seconds, took_s, received / (len(seconds) * BLOCK_SIZE) - 1)
+
+
+Runs = dict[tuple[str, str, str], Run]
+"""By scenario, load and policy."""
+
+
+def measure(bench: Bench, key: Path, addresses: Sequence[BlockAddress]) -> Runs:
+    keepers = [
+        Member(PeerId(node.status()["peer_id"]), node.name, "lab", (f"{node.host}:{node.bulk_port}",))
+        for node in bench.nodes
+    ]
+    identity = Identity.of(Ed25519PrivateKey.generate())
+    credentials = Credentials.issued(load_authority(key), identity, "reader")
+    members = [*keepers, Member(identity.peer_id, "reader", "lab", (), 0.0)]
+    runs: Runs = {}
+    # This thread's sockets belong to the reader's place in the lab.
+    with bench.lab.nodes[READER].entered():
+        for scenario, fault in SCENARIOS.items():
+            for load in LOADS:
+                for name, policy in POLICIES.items():
+                    runs[scenario, load, name] = trio.run(
+                        run, bench, (credentials, members), load, policy, fault, addresses
+                    )
+    return runs
+
+
+def table_of(runs: Runs, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("scenario", "load", "policy", "blocks", "p50 ms", "p95", "p99", "max", "MB/s", "extra bytes"):
+        table.add_column(column, justify="left" if column in ("scenario", "load", "policy") else "right")
+    for (scenario, load, name), one in runs.items():
+        times = [f"{one.at(share) * 1000:.0f}" for share in (0.5, 0.95, 0.99, 1.0)]
+        rate = f"{len(one.seconds) * BLOCK_SIZE / one.took_s / MB:.1f}"
+        count = str(len(one.seconds))
+        table.add_row(
+            scenario, load, name, count, *times, rate, f"{one.extra:.1%}", end_section=name == SHIPPED,
+            style="bold" if name == SHIPPED else "",
+        )  # fmt: skip
+    return table
+
+
+TIE = 1.1
+"""Within a tenth: what two runs of the same policy differ by."""
+
+
+def checks(runs: Runs) -> Iterator[tuple[str, str, bool]]:
+    """What was promised, what came out, and whether that holds."""
+    ours = {(scenario, load): one for (scenario, load, name), one in runs.items() if name == SHIPPED}
+    cut = 1 - ours[SLOW_LINK, "single"].at(0.95) / runs[SLOW_LINK, "single", K_OF_K].at(0.95)
+    yield "single, one slow: p95 at least 40 % below k of k", f"{cut:.0%} below", cut >= 0.4
+    extra = ours[HEALTHY, "bulk"].extra
+    yield "bulk, healthy: at most 5 % extra bytes", f"{extra:.1%}", extra <= 0.05
+    p99 = ours[STOPPED, "bulk"].at(0.99) / ours[HEALTHY, "bulk"].at(0.99)
+    yield "bulk, one stopped: p99 at most 1.5 times the healthy", f"{p99:.2f} times", p99 <= 1.5
+    took = ours[STOPPED, "bulk"].took_s / ours[HEALTHY, "bulk"].took_s
+    yield "bulk, one stopped: done in at most 1.2 times the healthy", f"{took:.2f} times", took <= 1.2
+    for (scenario, load), one in ours.items():
+        what = "p95" if load == "single" else "time for all"
+        best, name = min((_cost(runs[scenario, load, name], load), name) for name in POLICIES)
+        ratio = _cost(one, load) / best
+        yield f"{load}, {scenario}: {what} best or tied", f"{ratio:.2f} times {name}", ratio <= TIE
+
+
+def _cost(one: Run, load: str) -> float:
+    """Seconds: what a client waits for. In bulk most of a block's time is its turn on the link."""
+    return one.at(0.95) if load == "single" else one.took_s / len(one.seconds)
+
+
+def plot(runs: Runs, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 7.5), layout="constrained")
+    panels = figure.subplots(len(LOADS), len(SCENARIOS), sharey=True)
+    for row, load in zip(panels, LOADS, strict=True):
+        for axes, scenario in zip(row, SCENARIOS, strict=True):
+            for name in POLICIES:
+                times = sorted(one * 1000 for one in runs[scenario, load, name].seconds)
+                shares = [(number + 1) / len(times) for number in range(len(times))]
+                axes.step(times, shares, where="post", label=name, linewidth=2.5 if name == SHIPPED else 1.2)
+            axes.set(xscale="log", title=f"{load}: {scenario}", xlabel="ms")
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("share of blocks")
+    panels[0][0].legend()
+    figure.savefig(path)
+
+
+async def fill(bench: Bench, tag: str) -> None:
+    async with trio.open_nursery() as nursery:
+        for index in range(KEEPERS):
+            nursery.start_soon(bench.through_mirror(index, tag).pull)
+
+
+@click.command()
+@click.option("--rate", default=200.0, show_default=True, help="Of each node's link, Mbit/s.")
+@click.option("--blocks", default=30, show_default=True, help="Read in each run.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write the distributions there (.svg, .png).")
+def main(rate: float, blocks: int, picture: Path | None) -> None:
+    try:
+        check_lab()
+    except NoLabError as error:
+        sys.exit(f"{error}")
+    scratch = Path(tempfile.mkdtemp(prefix="shoal-"))
+    try:
+        image = noise_image(scratch / "image", (1, (blocks + WARM_UP) * BLOCK_SIZE))
+        with registries.docker_registry(scratch / "registry") as registry:
+            registries.push(registry, image, REPOSITORY, "v1")
+        layer = image.layers[0]
+        ref = ObjectRef(Digest.parse(layer.digest), layer.size)
+        addresses = [BlockAddress(LOCATOR, ref, index) for index in range(blocks + WARM_UP)]
+        rates = Rates(rate * MBIT, rate * MBIT)
+        with bench_site(
+            scratch / "site", scratch / "registry", READER + 1, rates, running=KEEPERS, memory="256MiB"
+        ) as bench:
+            trio.run(fill, bench, "v1")
+            runs = measure(bench, scratch / "site" / "cluster.key", addresses)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    console.print(table_of(runs, f"{KEEPERS} keepers, {rate:g} Mbit/s a node, {blocks} blocks of 1 MiB a run"))
+    for promise, result, kept in checks(runs):
+        console.print(f"{'yes' if kept else 'NO ':3}  {promise}: {result}")
+    if picture is not None:
+        plot(runs, picture)
+
+
+if __name__ == "__main__":
+    main()
