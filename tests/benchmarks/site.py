@@ -29,7 +29,7 @@ from tests.support import registry as registries
 from tests.support.lab import WAN, Lab, NoLabError, Rates, check_lab, lab
 from tests.support.lab_client import Client
 from tests.support.proxy import CountingProxy
-from tests.support.site import UPSTREAM, Node, site
+from tests.support.site import UPSTREAM, Node, site, start_all, wait_joined
 
 REPOSITORY = "bench/app"
 MBIT = 1e6
@@ -105,6 +105,11 @@ class Outcome:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def cpu_s_per_gb(self) -> float:
+        """Processor time for each GB that a client got, of all daemons together."""
+        return sum(one.cpu_s for one in self.used) / (self.size * len(self.seconds) / 1e9)
+
     def row(self) -> list[str]:
         size, count = self.size, len(self.seconds)
         row = [
@@ -117,7 +122,7 @@ class Outcome:
         sent = sum(one.sent + one.origin for one in self.used)
         return [
             *row, f"{max(received) / size:.3f}", f"{max(one.wire for one in self.used) / size:.3f}",
-            f"{sent / size / count:.3f}", f"{sum(one.cpu_s for one in self.used) / (size * count / 1e9):.1f}",
+            f"{sent / size / count:.3f}", f"{self.cpu_s_per_gb:.1f}",
         ]  # fmt: skip
 
 
@@ -159,7 +164,7 @@ def bench_site(
 
 def run_crowd(
     bench: Bench, name: str, size: int, clients: Sequence[Client], indices: Sequence[int], limit_s: float,
-    *, meanwhile: Callable[[], None] | None = None,
+    *, meanwhile: Callable[[trio.Nursery], None] | None = None,
 ) -> Outcome:  # fmt: skip
     """All clients at once. `indices` are the nodes whose use is told."""
     bench.proxy.reset()
@@ -170,42 +175,212 @@ def run_crowd(
             for client in clients:
                 nursery.start_soon(client.pull)
             if meanwhile is not None:
-                meanwhile()
+                meanwhile(nursery)
 
     trio.run(main)
     used = [read_counters(bench, index) - one for index, one in zip(indices, before, strict=True)]
     return Outcome(name, size, limit_s, [client.seconds for client in clients], bench.proxy.count.received, used)
 
 
-def flash_crowd(
-    scratch: Path, stored: Path, image: images.Image, tag: str, count: int, rates: Rates, name: str
-) -> Outcome:
-    with bench_site(scratch / "site", stored, count, rates) as bench:
-        everyone = range(count)
-        clients = [bench.through_mirror(index, tag) for index in everyone]
-        outcome = run_crowd(bench, name, image.size, clients, everyone, fluid_limit(image.size, count, rates))
-    shutil.rmtree(scratch / "site")
-    return outcome
+# Scenarios
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A registry's folder with the images of all scenarios, by tag; all of one repository."""
+
+    folder: Path
+    images: dict[str, images.Image]
+
+    def size(self, tag: str) -> int:
+        return self.images[tag].size
+
+
+STRAGGLERS = ("healthy", "slow", "stopped", "killed", "garbage")
+
+
+def make_store(scratch: Path, scale: float, wanted: Sequence[str]) -> Store:
+    """v2 shares all but one layer with v1."""
+    parts = {"v1": (1, 2, 3, 4), "v2": (5, 2, 3, 4), "straight": (1,), "crowd": (6,), "wave": (7, 8)}
+    parts |= {one: (20 + n, 30 + n) for n, one in enumerate(STRAGGLERS)}
+    sizes = {1: 10, 2: 20, 3: 30, 4: 40, 5: 10, 6: 16, 7: 10, 8: 10} | dict.fromkeys(range(20, 40), 20)
+    built = {
+        tag: noise_image(scratch / f"image-{tag}", *((n, int(sizes[n] * scale * MB)) for n in parts[tag]))
+        for tag in wanted
+    }
+    with registries.docker_registry(scratch / "registry") as registry:
+        for tag, image in built.items():
+            registries.push(registry, image, REPOSITORY, tag)
+    for tag in wanted:
+        shutil.rmtree(scratch / f"image-{tag}")
+    return Store(scratch / "registry", built)
+
+
+def crowd(bench: Bench, store: Store, tag: str, name: str, indices: Sequence[int], limit_s: float) -> Outcome:
+    clients = [bench.through_mirror(index, tag) for index in indices]
+    return run_crowd(bench, name, store.size(tag), clients, indices, limit_s)
+
+
+def flash(scratch: Path, store: Store) -> list[Outcome]:
+    """Ten cold nodes at once, on equal links and behind a slow uplink; the next version, one node after the other."""
+    rates, everyone, outcomes = Rates(40 * MBIT, 40 * MBIT), range(10), []
+    with bench_site(scratch / "flash", store.folder, 10, rates) as bench:
+        limit_s = fluid_limit(store.size("v1"), 10, rates)
+        outcomes.append(crowd(bench, store, "v1", "flash crowd", everyone, limit_s))
+        outcomes.append(rolling_update(bench, store))
+        clients = [bench.straight(index, "straight") for index in everyone]
+        small = store.size("straight")
+        limit_s = 10 * small * 8 / rates.uplink
+        outcomes.append(run_crowd(bench, "straight from the registry (limit 10 F/u)", small, clients, (), limit_s))
+    rates = Rates(40 * MBIT, 10 * MBIT)
+    with bench_site(scratch / "edge", store.folder, 10, rates) as bench:
+        limit_s = fluid_limit(store.size("v1"), 10, rates)
+        outcomes.append(crowd(bench, store, "v1", "flash crowd, uplink 10 Mbit/s", everyone, limit_s))
+    return outcomes
+
+
+def rolling_update(bench: Bench, store: Store) -> Outcome:
+    """Told as one: each node's seconds, bytes and processor time of all together. The limit is that of the first."""
+    changed = store.images["v2"].layers[0].size
+    outcomes = [
+        crowd(bench, store, "v2", "", (index,), changed * 8 / bench.lab.rates.uplink)
+        for index in range(len(bench.nodes))
+    ]
+    seconds = [outcome.last for outcome in outcomes]
+    copies = sum(outcome.origin_bytes for outcome in outcomes)
+    used = [outcome.used[0] for outcome in outcomes]
+    return Outcome("rolling update, 10 % changed", changed, outcomes[0].limit_s, seconds, copies, used)
+
+
+def stragglers(scratch: Path, store: Store) -> list[Outcome]:
+    """Five keepers, of which the last one limps, stands still, dies or lies while the other four pull."""
+    rates, outcomes = Rates(40 * MBIT, 40 * MBIT), []
+    with bench_site(scratch / "straggler", store.folder, 5, rates) as bench:
+        for trouble in STRAGGLERS:
+            limit_s = fluid_limit(store.size(trouble), 4, rates)
+            with troubled(bench, trouble) as later:
+                clients = [bench.through_mirror(index, trouble) for index in range(4)]
+                outcomes.append(
+                    run_crowd(
+                        bench, f"one of five keepers {trouble}", store.size(trouble), clients, range(4), limit_s,
+                        meanwhile=later,
+                    )
+                )  # fmt: skip
+    return outcomes
+
+
+AFTER_S = 2.0
+"""What befalls a node befalls it in the middle of the pull."""
+
+
+@contextlib.contextmanager
+def troubled(bench: Bench, trouble: str) -> Iterator[Callable[[trio.Nursery], None] | None]:
+    """Yields what is to be started with the pull. Afterwards the node is as it was."""
+    node, index = bench.nodes[-1], len(bench.nodes) - 1
+    if trouble == "slow":
+        bench.lab.set_node_rate(index, bench.lab.rates.node / 50)
+        yield None
+        bench.lab.set_node_rate(index, bench.lab.rates.node)
+        return
+    if trouble == "garbage":
+        node.stop()
+        node.program = [sys.executable, "-m", "tests.support.liar"]
+        start_all([node], len(bench.nodes))
+        yield None
+        return
+    if trouble == "healthy":
+        yield None
+        return
+
+    async def befall() -> None:
+        await trio.sleep(AFTER_S)
+        (node.pause if trouble == "stopped" else node.kill)()
+
+    yield lambda nursery: nursery.start_soon(befall)
+    if trouble == "stopped":
+        node.resume()
+    else:
+        node.start()
+    wait_joined(bench.nodes, len(bench.nodes), 60.0)
+
+
+def second_wave(scratch: Path, store: Store) -> list[Outcome]:
+    """Five nodes have the image; then the registry is cut off, and five more come."""
+    rates = Rates(40 * MBIT, 40 * MBIT)
+    with bench_site(scratch / "wave", store.folder, 10, rates, start=False) as bench:
+        start_all(bench.nodes[:5])
+        limit_s = fluid_limit(store.size("wave"), 5, rates)
+        first = crowd(bench, store, "wave", "first wave", range(5), limit_s)
+        start_all(bench.nodes[5:], 10)
+        bench.proxy.cut()
+        # Five that have it all feed five that have none of it.
+        limit_s = store.size("wave") * 8 / rates.node
+        return [first, crowd(bench, store, "wave", "second wave, no registry", range(5, 10), limit_s)]
+
+
+def growth(scratch: Path, store: Store, counts: Sequence[int]) -> list[Outcome]:
+    """The same crowd on ever more nodes, with links so slow that this machine is not the limit."""
+    outcomes = []
+    for count in counts:
+        rates = Rates(240 / max(counts) * MBIT, 240 / max(counts) * MBIT)
+        with bench_site(scratch / f"growth-{count}", store.folder, count, rates) as bench:
+            limit_s = fluid_limit(store.size("crowd"), count, rates)
+            outcomes.append(crowd(bench, store, "crowd", "growth", range(count), limit_s))
+    return outcomes
+
+
+def plot_growth(outcomes: Sequence[Outcome], target: Path) -> None:
+    from matplotlib import pyplot
+
+    counts = [len(outcome.seconds) for outcome in outcomes]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    left.plot(counts, [outcome.last / outcome.limit_s for outcome in outcomes], "o-", label="last completion / T_min")
+    left.plot(counts, [outcome.median / outcome.limit_s for outcome in outcomes], "o-", label="median / T_min")
+    left.plot(
+        counts, [outcome.origin_bytes / outcome.size for outcome in outcomes], "o-", label="copies from the registry"
+    )
+    left.set_ylim(bottom=0)
+    left.legend()
+    right.plot(counts, [outcome.cpu_s_per_gb for outcome in outcomes], "o-", label="CPU s/GB of each node")
+    right.set_ylim(bottom=0)
+    right.legend()
+    for axes in (left, right):
+        axes.set_xlabel("nodes that pull at once")
+    figure.tight_layout()
+    figure.savefig(target)
+
+
+SCENARIOS = {
+    "flash": ("v1", "v2", "straight"), "stragglers": STRAGGLERS, "wave": ("wave",), "growth": ("crowd",),
+}  # fmt: skip
 
 
 @click.command()
-@click.option("--nodes", default=10)
-@click.option("--node-rate", default=40.0, help="Mbit/s")
-@click.option("--uplink", default=40.0, help="Mbit/s")
-@click.option("--size", default=100, help="MB")
-def main(nodes: int, node_rate: float, uplink: float, size: int) -> None:
+@click.argument("scenarios", nargs=-1, type=click.Choice(list(SCENARIOS)))
+@click.option("--scale", default=1.0, show_default=True, help="Of all image sizes.")
+@click.option("--counts", default="5,10,20,40", show_default=True, help="Nodes in `growth`.")
+@click.option("--plot", type=click.Path(path_type=Path), help="A file for the plot of `growth`, SVG or PNG.")
+def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | None) -> None:
+    """Without a SCENARIO: all of them, in about eight minutes."""
     try:
         check_lab()
     except NoLabError as error:
-        sys.exit(f"{error}")
-    rates = Rates(node_rate * MBIT, uplink * MBIT)
+        sys.exit(f"site benchmark: {error}")
+    chosen = scenarios or tuple(SCENARIOS)
     scratch = Path(tempfile.mkdtemp(prefix="shoal-"))
     try:
-        image = noise_image(scratch / "image", *((n, size * 100_000 * n) for n in (1, 2, 3, 4)))
-        with registries.docker_registry(scratch / "registry") as registry:
-            registries.push(registry, image, REPOSITORY, "v1")
-        outcome = flash_crowd(scratch, scratch / "registry", image, "v1", nodes, rates, "flash crowd")
-        console.print(table_of([outcome], f"{node_rate:g} Mbit/s a node, uplink {uplink:g} Mbit/s"))
+        store = make_store(scratch, scale, [tag for name in chosen for tag in SCENARIOS[name]])
+        if "flash" in chosen:
+            console.print(table_of(flash(scratch, store), "Flash crowd and update, 40 Mbit/s a node, uplink 40 Mbit/s"))
+        if "stragglers" in chosen:
+            console.print(table_of(stragglers(scratch, store), "Stragglers, five nodes, four pull, 40 Mbit/s"))
+        if "wave" in chosen:
+            console.print(table_of(second_wave(scratch, store), "Second wave, 40 Mbit/s"))
+        if "growth" in chosen:
+            grown = growth(scratch, store, [int(count) for count in counts.split(",")])
+            console.print(table_of(grown, "Growth, node and uplink 240 Mbit/s over the largest N"))
+            if plot is not None:
+                plot_growth(grown, plot)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -84,6 +84,7 @@ class Node:
         self.socket = folder / "p2pd.sock"
         self.log = folder / "log"
         self.ready_s = 0.0
+        self.program: Sequence[str] = P2PD
         self._process: subprocess.Popen[bytes] | None = None
         self._namespace = namespace
         self.mirror_port, self.libp2p_port, self.bulk_port = PORTS if namespace else free_ports(host, 3)
@@ -125,7 +126,12 @@ class Node:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self._started = time.monotonic()
         with self.log.open("ab") as log:
-            command = [*(self._namespace.prefix if self._namespace else ()), *P2PD, "--config", str(self.config)]
+            command = [
+                *(self._namespace.prefix if self._namespace else ()),
+                *self.program,
+                "--config",
+                str(self.config),
+            ]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
     def wait_ready(self, seconds: float = 20.0) -> None:
