@@ -64,6 +64,9 @@ SMALL_SILENCE_S = 1.0
 """For questions that are answered from memory."""
 HOME_PATIENCE_S = 4.0
 """A late home is waited for so much longer before another one acts for it: that costs a copy from the origin."""
+COLD_FIRST_S, COLD_FLOOR_S, COLD_FACTOR = 2.5, 3.0, 4.0
+"""A home may read a block for some times as long as homes usually take; the first guess allows for a slow uplink.
+Longer than that it has a bad link of its own."""
 UNSETTLED_S = 30.0
 """After a change of the view the keepers that were may hold what the keepers that are lack: they are asked first."""
 HOLDINGS_TTL_S = 2.0
@@ -130,6 +133,7 @@ class Seeder:
         self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
         self._homes: SingleFlight[tuple[BlockId, int], Obtained] = SingleFlight(nursery)
         self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery)
+        self._home_s = COLD_FIRST_S
         self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
             4096, HOLDINGS_TTL_S, timer=trio.current_time
         )
@@ -215,7 +219,8 @@ class Seeder:
         _, keepers = site.placement().keepers(address.block, address.length)
         usable = site.health.usable((peer for peer in keepers if peer != site.own), now)
         homes = [peer for peer in keepers if peer == site.own or peer in usable][:MAX_HOMES]
-        plan = ShardPlan(homes, homes, 1, site.health.late_after_s, HOME_PATIENCE_S)
+        cold_s = max(COLD_FLOOR_S, COLD_FACTOR * self._home_s)
+        plan = ShardPlan(homes, homes, 1, site.health.late_after_s, HOME_PATIENCE_S, cold_s)
         found: list[tuple[Buffer, Record]] = []
         failures: list[ShoalError] = [UnavailableError(f"no home of {address.ref.digest} #{address.index} answers")]
 
@@ -233,9 +238,17 @@ class Seeder:
             if answer is None:
                 return plan.failed(what.peer, trio.current_time())
             found.append(answer)
+            # What is far beyond the usual counts for little, so that one bad home does not make all look slow.
+            self._home_s += (min(trio.current_time() - now, 2 * self._home_s) - self._home_s) / 8
             return plan.got(what.peer, what.want, trio.current_time())
 
-        await carry_out(plan, plan.start(False, now), ask, note, lambda: self.note_overdue(plan)[1])
+        def overdue() -> list[Ask]:
+            asks = self.note_overdue(plan)[1]
+            for peer, asked_at in plan.given_up:
+                site.health.gave_up(peer, trio.current_time() - asked_at, trio.current_time())
+            return asks
+
+        await carry_out(plan, plan.start(False, now), ask, note, overdue)
         if not found:
             raise failures[-1]
         await self._store_shard(address.block, shard, *found[0])

@@ -40,9 +40,10 @@ class Ask:
 
 @dataclass(slots=True)
 class _Asked:
-    """A request under way. `since` is infinite while its clock stands still."""
+    """A request under way; its clock runs from `since`, which lies in the future while it stands still."""
 
     want: int
+    asked_at: float
     since: float
     late: bool = False
     given_up: bool = False
@@ -56,13 +57,14 @@ class ShardPlan:
 
     def __init__(
         self, keepers: Sequence[PeerId], order: Sequence[PeerId], k: int, late_after_s: Callable[[PeerId], float],
-        patience_s: float = PATIENCE_S,
+        patience_s: float = PATIENCE_S, cold_s: float = math.inf,
     ) -> None:  # fmt: skip
+        """`patience_s`: until a late peer is given up; `cold_s`: how long a clock may stand still."""
         self._rank = {peer: rank for rank, peer in enumerate(keepers)}
         self._left = list(order)
         self._k = k
         self._late_after_s = late_after_s
-        self._patience_s = patience_s
+        self._patience_s, self._cold_s = patience_s, cold_s
         self._asked: dict[PeerId, _Asked] = {}
         self._have: dict[int, PeerId] = {}
         self._slowest_s = 0.0
@@ -95,26 +97,31 @@ class ShardPlan:
         """A sign of life: `ready` where the answer is on its way or waits for its turn, else the peer lacks it yet."""
         asked = self._asked.get(peer)
         if asked is not None and not self._have:
-            asked.since = min(asked.since, now) if ready else math.inf
+            asked.since = min(asked.since, now) if ready else asked.asked_at + self._cold_s
 
     def took_s(self, peer: PeerId, now: float) -> float | None:
         """What the peer has taken by its own clock; None where that stands still."""
         asked = self._asked.get(peer)
-        return None if asked is None or math.isinf(asked.since) else now - asked.since
+        return None if asked is None or asked.since > now else now - asked.since
+
+    @property
+    def given_up(self) -> list[tuple[PeerId, float]]:
+        """Who is not waited for any more, and when it was asked."""
+        return [(peer, asked.asked_at) for peer, asked in self._asked.items() if asked.given_up]
 
     def got(self, peer: PeerId, index: int, now: float) -> list[Ask]:
         """A good shard came; when it was there already, the peer is asked once more for exactly its own."""
         answered = self._asked.pop(peer)
         want = answered.want
         if index not in self._have:
-            self._slowest_s = max(self._slowest_s, now - answered.since)
+            self._slowest_s = max(self._slowest_s, now - min(now, answered.since))
             for asked in self._asked.values():
                 asked.since = min(asked.since, now)
             self._have[index] = peer
             return []
         self.retries += 1
         if want not in self._have and want != index and all(want != asked.want for asked in self._asked.values()):
-            self._asked[peer] = _Asked(want, now)
+            self._asked[peer] = _Asked(want, now, now)
             return [Ask(peer, want, exact=True)]
         return self._top_up(now)
 
@@ -165,6 +172,6 @@ class ShardPlan:
             if not self._left:
                 break
             peer = self._left.pop(0)
-            self._asked[peer] = _Asked(self._rank[peer], now)
+            self._asked[peer] = _Asked(self._rank[peer], now, now)
             asks.append(Ask(peer, self._rank[peer]))
         return asks

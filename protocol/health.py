@@ -115,6 +115,12 @@ class Health:
         if elapsed_s > state.mean_s:
             state.mean_s += _GAIN * (elapsed_s - state.mean_s)
 
+    def gave_up(self, peer: PeerId, elapsed_s: float, now: float) -> None:
+        """Nobody waits for its answer any more: it is known to take at least so long."""
+        state = self._of(peer)
+        self._fade(state, now)
+        state.mean_s = max(state.mean_s, elapsed_s)
+
     def avoided(self, peer: PeerId, now: float) -> bool:
         state = self._peers.get(peer)
         return state is not None and now < state.avoid_until

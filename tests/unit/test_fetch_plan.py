@@ -219,3 +219,14 @@ def test_spares_are_a_share_of_what_was_asked() -> None:
     assert not budget.spend()
     budget.earned(1)
     assert budget.spend()
+
+
+def test_a_clock_stands_still_for_a_bounded_time_where_another_can_do_the_same_work() -> None:
+    plan = ShardPlan(KEEPERS, KEEPERS, 1, lambda peer: 1.0, 4.0, 10.0)
+    plan.start(False, 0.0)
+    plan.heard(KEEPERS[0], False, 5.0)
+    assert plan.next_check() == 11.0
+    assert plan.overdue(11.0) == ([KEEPERS[0]], [])
+    assert plan.next_check() == 10.0 + 1.0 + PATIENCE_FACTOR + 4.0
+    assert plan.overdue(17.0) == ([], [Ask(KEEPERS[1], 1)])
+    assert plan.given_up == [(KEEPERS[0], 0.0)]
