@@ -403,7 +403,8 @@ class TlsExchange:
         if self._plain and not _is_for_block(message):
             lane = Lane.CONTROL  # it is encrypted, whatever the peer wants
         connection = self._connection(peer, lane)
-        call = Call(peer, message, silence_s, heard, into, connection.came)
+        # What is answered from memory needs no patience: another peer can be asked.
+        call = Call(peer, message, silence_s, heard, into, connection.came if _is_for_block(message) else _never)
         connection.submit(call)
         try:
             return await call.wait()
@@ -667,6 +668,10 @@ async def _in_the_clear(
         raise PeerMisbehavedError("more than a hello came before plain mode")
     assert isinstance(reader.channel, TlsChannel)
     return _Reader(await reader.channel.to_plain(), kind)
+
+
+def _never() -> float:
+    return -math.inf
 
 
 def _is_for_block(message: Request) -> bool:

@@ -18,7 +18,7 @@ from protocol.ids import PeerId
 MAX_PEERS = 16384
 FIRST_GUESS_S = 0.02
 """A peer nothing is known of is asked before one that is known to be slow."""
-FADE_S = 10.0
+FADE_S = 30.0
 """After this time half is left of what was known, after three times as long nothing."""
 LATE_CAP_S = 10.0
 """On a link of 4 Mbit/s eight shards of 256 KiB take 4 s: beyond that a peer is not slow, it is of no use."""
