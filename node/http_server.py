@@ -13,12 +13,13 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from functools import partial
-from typing import BinaryIO, TypeVar, cast
+from typing import BinaryIO, cast
 from urllib.parse import parse_qsl, unquote
 
 import h11
@@ -29,13 +30,11 @@ from protocol.errors import ShoalError, UnavailableError
 log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
-_T = TypeVar("_T")
-_U = TypeVar("_U")
 
 MAX_QUERY_FIELDS = 32
 """The distribution specification knows four."""
 JOINED_BYTES = 64 << 10
-"""Up to this size a copy of the body behind the head is cheaper than a second system call and packet."""
+"""Up to this size a copy of the body behind the head is cheaper than its own entry in a system call."""
 SENDFILE_BYTES = 1 << 20
 """One turn of sendfile: a block, so that one fast client does not hold the loop."""
 RECEIVE_BYTES = 16 << 10
@@ -146,6 +145,7 @@ class _Server:
         self._open = 0
         self._idle: dict[trio.CancelScope, None] = {}
         """In the order in which they became idle."""
+        self._date = (0, "")
 
     async def serve(self, stream: trio.SocketStream) -> None:
         full = self._open >= self.limits.connections
@@ -167,6 +167,13 @@ class _Server:
             finally:
                 del self._idle[scope]
         return not scope.cancelled_caught
+
+    def date(self) -> str:
+        """For the Date header, made once a second."""
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = now, formatdate(now, usegmt=True)
+        return self._date[1]
 
     def stop(self) -> None:
         self.stopping = True
@@ -207,6 +214,7 @@ class _Connection:
         self._refuse = refuse
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
         self._method = b""
+        self._request_until = 0.0
         self._slow = False
 
     async def run(self) -> None:
@@ -260,15 +268,16 @@ class _Connection:
     async def _receive(self) -> Request | None:
         """The next request; None when the client closed, or stayed idle too long."""
         event = self._h11.next_event()
-        if event is h11.NEED_DATA and not await self._server.idle(self._fill):
+        if event is not h11.NEED_DATA:
+            await trio.lowlevel.checkpoint()  # many requests that came together are not answered in one go
+        elif not await self._server.idle(self._fill):
             return None
-        with trio.move_on_after(self._limits.request_s):
-            if event is h11.NEED_DATA:
-                event = await self._next_event()
-            if isinstance(event, h11.ConnectionClosed):
-                return None
-            return await self._rest_of(cast(h11.Request, event))
-        raise _RefusedError(408, "TIMEOUT", f"the request took longer than {self._limits.request_s:.0f} s")
+        self._request_until = trio.current_time() + self._limits.request_s
+        if event is h11.NEED_DATA:
+            event = await self._next_event()
+        if isinstance(event, h11.ConnectionClosed):
+            return None
+        return await self._rest_of(cast(h11.Request, event))
 
     async def _rest_of(self, head: h11.Request) -> Request:
         self._method = head.method
@@ -295,13 +304,19 @@ class _Connection:
 
     async def _next_event(self) -> h11.Event:
         while (event := self._h11.next_event()) is h11.NEED_DATA:
-            await self._fill()
+            with trio.move_on_at(self._request_until) as late:
+                await self._fill()
+            if late.cancelled_caught:
+                raise _RefusedError(408, "TIMEOUT", f"the request took longer than {self._limits.request_s:.0f} s")
         return cast(h11.Event, event)
 
     async def _fill(self) -> None:
+        await trio.lowlevel.wait_readable(self._stream.socket)
         try:
-            self._h11.receive_data(bytes(await self._stream.receive_some(RECEIVE_BYTES)))
-        except trio.BrokenResourceError as error:
+            self._h11.receive_data(os.read(self._stream.socket.fileno(), RECEIVE_BYTES))
+        except BlockingIOError:
+            return  # woken for nothing; whoever needs bytes asks again
+        except OSError as error:
             raise _ClientLeftError("while a request was read") from error
 
     # Answering
@@ -320,7 +335,7 @@ class _Connection:
             with body.file as file:
                 await self._send_file(response, body, file)
         elif isinstance(body, bytes | bytearray | memoryview):
-            await self._write(*self._head(response, len(body)), *self._data(body), *self._end())
+            await self._send_bytes(response, body)
         else:
             async with aclosing(body):
                 await self._write(
@@ -332,15 +347,21 @@ class _Connection:
                         del buffer  # a block, which is not to be kept while the next one is waited for
                 await self._write(*self._end())
 
+    async def _send_bytes(self, response: Response, body: Buffer) -> None:
+        await self._write(*self._head(response, len(body)), *self._data(body), *self._end())
+
     async def _send_file(self, response: Response, body: FileBody, file: BinaryIO) -> None:
         length = body.stop - body.start
+        if length <= JOINED_BYTES and len(data := os.pread(file.fileno(), length, body.start)) == length:
+            await self._send_bytes(response, data)
+            return
         await self._write(*self._head(response, length))
         if self._data(cast(Buffer, _FilePart(length))):
             await self._sendfile(file.fileno(), body.start, body.stop)
         await self._write(*self._end())
 
     def _head(self, response: Response, length: int | None) -> list[Buffer]:
-        headers = [("Date", formatdate(usegmt=True)), *response.headers.items()]
+        headers = [("Date", self._server.date()), *response.headers.items()]
         if length is not None and response.status not in _BODILESS and "Content-Length" not in response.headers:
             headers.append(("Content-Length", str(length)))
         return self._event(h11.Response(status_code=response.status, headers=headers))
@@ -359,13 +380,18 @@ class _Connection:
     # Writing
 
     async def _write(self, *parts: Buffer) -> None:
-        """All of `parts`: small ones in one system call, large ones uncopied."""
-        if sum(map(len, parts)) <= JOINED_BYTES:
-            parts = (b"".join(parts),)
-        for part in parts:
-            rest = memoryview(part)
-            while rest:
-                rest = rest[await self._progress(self._stream.socket.send, rest) :]
+        """All of `parts`, uncopied where they are large."""
+        length = sum(map(len, parts))
+        rest = [memoryview(part) for part in ([b"".join(parts)] if length <= JOINED_BYTES else parts)]
+        while rest:
+            try:
+                _drop(rest, os.writev(self._stream.socket.fileno(), rest))
+            except BlockingIOError:
+                await self._room()
+            except OSError as error:
+                raise _ClientLeftError("while a body was sent") from error
+        if length > JOINED_BYTES:
+            await trio.lowlevel.checkpoint()
 
     async def _sendfile(self, source: int, start: int, stop: int) -> None:
         target = self._stream.socket
@@ -374,7 +400,7 @@ class _Connection:
             try:
                 sent = os.sendfile(target.fileno(), source, start, turn)
             except BlockingIOError:
-                await self._progress(trio.lowlevel.wait_writable, target)
+                await self._room()
                 continue
             except ConnectionError as error:
                 raise _ClientLeftError("while a file was sent") from error
@@ -384,25 +410,30 @@ class _Connection:
             if sent == turn:
                 await trio.lowlevel.checkpoint()
             elif start < stop:  # the socket is full: asking again would only tell so
-                await self._progress(trio.lowlevel.wait_writable, target)
+                await self._room()
 
-    async def _progress(self, write: Callable[[_T], Awaitable[_U]], argument: _T) -> _U:
-        """`write(argument)`, which must make progress within the stall bound."""
+    async def _room(self) -> None:
+        """Until the client takes more."""
         since = trio.current_time()
-        with trio.move_on_after(self._limits.write_stall_s):
-            try:
-                done = await write(argument)
-            except OSError as error:
-                raise _ClientLeftError("while a body was sent") from error
-            if trio.current_time() - since > SLOW_S and not self._slow:
-                self._expect_slowness()
-            return done
-        raise _ClientLeftError(f"took nothing for {self._limits.write_stall_s:.0f} s")
+        with trio.move_on_after(self._limits.write_stall_s) as stalled:
+            await trio.lowlevel.wait_writable(self._stream.socket)
+        if stalled.cancelled_caught:
+            raise _ClientLeftError(f"took nothing for {self._limits.write_stall_s:.0f} s")
+        if trio.current_time() - since > SLOW_S and not self._slow:
+            self._expect_slowness()
 
     def _expect_slowness(self) -> None:
         self._slow = True
         with contextlib.suppress(OSError):  # a unix socket has no such option
             self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, (1 << 31) - 1)
+
+
+def _drop(parts: list[memoryview], count: int) -> None:
+    """The first `count` bytes of `parts`, and what is empty then."""
+    while parts and count >= len(parts[0]):
+        count -= len(parts.pop(0))
+    if count:
+        parts[0] = parts[0][count:]
 
 
 def _parse(head: h11.Request) -> Request:

@@ -10,11 +10,13 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import trio
+from cachetools import LRUCache
 
 from node.exchange import Answer, Lane
 from node.locator import Locator, is_digest
@@ -34,6 +36,8 @@ LAST_RESORT_MEMBERS = 16
 """Asked for what they know when neither a home nor the registry answers."""
 MAX_MANIFEST_ENTRIES = 1024
 _MAX_ROWS = 100_000
+_MAX_RECENT = 4096
+"""Names that are answered without SQLite."""
 _COLUMNS = "digest, size, media_type, confirmed"
 
 
@@ -75,6 +79,8 @@ class NameTable:
     """Names that this node learnt, in SQLite: they outlive a restart, and a registry that is gone."""
 
     def __init__(self, path: Path) -> None:
+        self._recent: LRUCache[tuple[str, str], tuple[Resolved, float]] = LRUCache(_MAX_RECENT)
+        """With the wall-clock time at which the registry confirmed it."""
         try:
             self._database = _open(path)
         except sqlite3.DatabaseError as error:
@@ -87,10 +93,16 @@ class NameTable:
         self._database.close()
 
     def get(self, source: str, reference: str) -> Resolved | None:
-        rows = self._do(f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", [(source, reference)])
-        return _resolved(*rows[0]) if rows else None
+        known = self._recent.get((source, reference))
+        if known is None:
+            rows = self._do(f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", [(source, reference)])
+            if not rows:
+                return None
+            known = self._recent[source, reference] = _resolved(*rows[0]), rows[0][3]
+        return replace(known[0], age_s=_age(known[1]))
 
     def put(self, source: str, reference: str, resolved: Resolved) -> None:
+        self._recent[source, reference] = resolved, time.time() - resolved.age_s
         self._do("INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)", [_row(source, reference, resolved)])
 
     def put_many(self, source: str, found: list[Resolved]) -> None:
@@ -140,9 +152,13 @@ def _row(source: str, reference: str, one: Resolved) -> tuple[object, ...]:
 
 
 def _resolved(digest: str, size: int, media_type: str, confirmed: float) -> Resolved:
+    return Resolved(ObjectRef(Digest.parse(digest), size), media_type, _age(confirmed))
+
+
+def _age(confirmed: float) -> float:
     # A clock that was set back makes the age unknown: the name is asked for again as soon as can be.
     age = time.time() - confirmed
-    return Resolved(ObjectRef(Digest.parse(digest), size), media_type, age if age >= 0 else 1e9)
+    return age if age >= 0 else 1e9
 
 
 class Names:

@@ -222,6 +222,18 @@ def test_blocks_come_whole_through_broken_bodies_and_missing_ranges(faults) -> N
     run(check)
 
 
+def test_an_environments_proxy_is_asked_for_blocks_and_names(monkeypatch) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        monkeypatch.setenv("http_proxy", fixture.url)
+        fixture.url = "http://registry.invalid"
+        async with fixture.upstreams() as behind:
+            fixture.registry.faults = ["breaks", "no ranges"]
+            assert await fixture.read(behind, 1, 2) == cut(1, 2)
+            assert (await behind.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+
+    assert {request.headers["host"] for request in run(check).registry.requests} == {"registry.invalid"}
+
+
 def test_a_manifest_is_read_in_blocks_too() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         async with aclosing(upstreams.blocks(MANIFESTS, MANIFEST_REF, 0, 1)) as blocks:

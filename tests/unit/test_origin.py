@@ -1,0 +1,138 @@
+"""Which blocks travel in which requests: runs, what waits for them, and what does not."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import pytest
+import trio
+import trio.testing
+
+from node.locator import Locator
+from node.origin import MAX_RUN, Origin
+from protocol.errors import NotFoundError, ShoalError, UnavailableError
+from protocol.ids import Digest, ObjectRef
+
+BLOBS = Locator("fake", "org/app", "blobs")
+REF = ObjectRef(Digest("sha256", "ab" * 32), 200 << 20)
+BLOCK_S = 1.0
+
+
+class SlowRegistry:
+    """A block each second on every connection; what it gives is the block's number."""
+
+    def __init__(self, connections: int = 5) -> None:
+        self.runs: list[tuple[float, int, int]] = []
+        self.failing: ShoalError | None = None
+        self._connections = connections
+
+    def connections(self, upstream: str) -> int:
+        return self._connections
+
+    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]:
+        self.runs.append((trio.current_time(), first, count))
+        for index in range(first, first + count):
+            await trio.sleep(BLOCK_S)
+            if self.failing:
+                raise self.failing
+            yield bytearray(str(index).encode())
+
+
+def run(check: Callable[[SlowRegistry, Origin], Awaitable[None]], connections: int = 5) -> SlowRegistry:
+    registry = SlowRegistry(connections)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await check(registry, Origin(registry, nursery))
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    return registry
+
+
+async def read_in_order(origin: Origin, count: int, window: int) -> None:
+    """As a client's read does: so many blocks wanted at once, the next one as each comes."""
+    ready: dict[int, trio.Event] = {index: trio.Event() for index in range(count)}
+
+    async def one(index: int) -> None:
+        assert await origin.read(BLOBS, REF, index) == str(index).encode()
+        ready[index].set()
+
+    async with trio.open_nursery() as nursery:
+        for index in range(min(window, count)):
+            nursery.start_soon(one, index)
+        for index in range(count):
+            await ready[index].wait()
+            if index + window < count:
+                nursery.start_soon(one, index + window)
+
+
+def test_a_read_in_order_costs_a_request_for_each_full_run() -> None:
+    async def check(registry: SlowRegistry, origin: Origin) -> None:
+        start = trio.current_time()
+        await read_in_order(origin, 12 * MAX_RUN, 2 * MAX_RUN)
+        assert trio.current_time() - start <= 6 * MAX_RUN * BLOCK_S + 1, "two connections are always busy"
+
+    assert len(run(check).runs) <= 14
+
+
+def test_blocks_that_follow_no_run_are_asked_for_at_once() -> None:
+    async def check(registry: SlowRegistry, origin: Origin) -> None:
+        async with trio.open_nursery() as nursery:
+            for index in (3, 10, 11, 20, 30):
+                nursery.start_soon(origin.read, BLOBS, REF, index)
+
+    runs = run(check).runs
+    assert {(first, count) for _, first, count in runs} == {(3, 1), (10, 2), (20, 1), (30, 1)}
+    assert len({at for at, _, _ in runs}) == 1
+
+
+@pytest.mark.parametrize("failing", [None, UnavailableError("broken")])
+def test_what_follows_a_run_is_read_when_that_ends_however_it_ends(failing: ShoalError | None) -> None:
+    async def check(registry: SlowRegistry, origin: Origin) -> None:
+        registry.failing = failing
+        caught: list[ShoalError] = []
+
+        async def read(index: int) -> None:
+            try:
+                await origin.read(BLOBS, REF, index)
+            except UnavailableError as error:
+                caught.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, 4)
+            await trio.sleep(BLOCK_S / 2)
+            for index in (6, 5):
+                nursery.start_soon(read, index)
+        assert len(caught) == (3 if failing else 0)
+
+    assert [(first, count) for _, first, count in run(check).runs] == [(4, 1), (5, 2)]
+
+
+def test_a_reader_that_leaves_takes_its_block_along() -> None:
+    async def check(registry: SlowRegistry, origin: Origin) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(origin.read, BLOBS, REF, 0)
+            await trio.sleep(BLOCK_S / 2)
+            with trio.move_on_after(BLOCK_S / 4):
+                await origin.read(BLOBS, REF, 1)
+        assert await origin.read(BLOBS, REF, 9) == b"9"
+
+    assert [(first, count) for _, first, count in run(check).runs] == [(0, 1), (9, 1)]
+
+
+def test_an_error_keeps_its_kind_for_all_that_wait_and_connections_are_bounded() -> None:
+    async def check(registry: SlowRegistry, origin: Origin) -> None:
+        registry.failing = NotFoundError("gone")
+
+        async def read(index: int) -> None:
+            with pytest.raises(NotFoundError, match="gone"):
+                await origin.read(BLOBS, REF, index)
+
+        async with trio.open_nursery() as nursery:
+            for index in range(0, 60, 3):
+                nursery.start_soon(read, index)
+
+    runs = run(check, connections=2).runs
+    assert len(runs) == 20
+    assert max(sum(at == other for other, _, _ in runs) for at, _, _ in runs) == 2
