@@ -28,7 +28,7 @@ from node.config import HostPort, parse_host_port
 from node.exchange import Answer, Body, Handler, Heard, Into, Lane
 from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
-from protocol.ids import PeerId
+from protocol.ids import BLOCK_SIZE, PeerId
 from protocol.members import MAX_MEMBERS, Member
 from protocol.messages import Failed, GetBlock, GetShard, Reply, Request, Waiting
 
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 BATCH_BYTES = 16384
 """Small frames that wait to be written go together, as one TLS record; reads of heads are as long."""
+HEADS_WEIGHT = 4 * BATCH_BYTES
+"""What a read of heads counts among bytes of bodies: it may be hundreds of messages."""
 BACKLOG = 1024
 VIEWS = 4
 """Bodies that may wait on a connection as views of whole blocks. Where more do, the link is slower than this machine,
@@ -173,6 +175,8 @@ class _Reader(Generic[Message]):
         self.channel = channel
         self._heads = wire.Heads(kind)
         self._scratch = memoryview(bytearray(BATCH_BYTES))
+        self._body_came = False
+        self._turn = 0
 
     @property
     def at_rest(self) -> bool:
@@ -201,12 +205,18 @@ class _Reader(Generic[Message]):
                 await self.channel.wait_readable()
             elif position < length:
                 progress()
+        self._body_came = True
+        self._turn += length
 
     async def _feed(self) -> None:
-        """A checkpoint in any case, so that a peer that says much holds up nobody; a body is short enough without."""
+        """Lets others run, so that a peer that says much holds up nobody. But shards that are all there are taken a
+        block at a time: who waits for them then goes on, and asks for the next, at once (a tenth of the CPU)."""
         size = self.channel.receive_nowait(self._scratch)
-        if size:
+        self._turn += HEADS_WEIGHT
+        if size and (not self._body_came or self._turn >= BLOCK_SIZE):
+            self._turn = 0
             await trio.lowlevel.checkpoint()
+        self._body_came = False
         while not size:
             await self.channel.wait_readable()
             size = self.channel.receive_nowait(self._scratch)

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from node.certificates import Authority, Credentials, own_authority, peer_of
 from node.config import HostPort
 from node.exchange import Answer, Lane
-from node.exchange_tls import Limits, Timing, TlsExchange
+from node.exchange_tls import BATCH_BYTES, Limits, Timing, TlsExchange
 from node.identity import Identity
 from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
@@ -38,6 +38,7 @@ from protocol.messages import (
     Request,
     Resolve,
     Resolved,
+    Waiting,
 )
 from protocol.records import Record
 
@@ -731,5 +732,35 @@ def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) 
         assert (await node.ask(peer, GET)).body == BLOCK
         assert memory == bytes(BLOCK_SIZE)
         assert node.exchange.statistics().connections_out == 1
+
+    play(tmp_path, scenario)
+
+
+def test_a_peer_that_says_much_after_a_body_holds_up_nobody(tmp_path: Path) -> None:
+    async def flood(raw: Raw) -> None:
+        request_id, _ = await raw.read_frame()
+        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        await raw.send(BLOCK)
+        request_id, _ = await raw.read_frame()
+        await raw.send(frame(request_id, Waiting()) * 50_000)
+        await trio.sleep_forever()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(), await cluster.serve_raw(flood)
+        assert (await node.ask(peer, GET)).body == BLOCK
+        heard = [0]
+
+        def hear() -> None:
+            heard[-1] += 1
+
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(node.exchange.request, peer, GET, lane=Lane.BULK, silence_s=5, heard=hear))
+                while sum(heard) < 50_000:
+                    heard.append(0)
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+        most_in_a_read = BATCH_BYTES // len(frame(1, Waiting())) + 1
+        assert max(heard) <= 2 * most_in_a_read  # in one pass it comes first, in the next last
 
     play(tmp_path, scenario)
