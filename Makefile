@@ -57,7 +57,7 @@ imports: setup
 
 bench: setup
 	@for benchmark in tests/benchmarks/*.py; do \
-		name=$${benchmark%.py}; echo "== $$name"; $(BIN)/python -m "$${name//\//.}"; done
+		name=$${benchmark%.py}; echo "== $$name"; $(BIN)/python -m "$${name//\//.}" || failed=1; done; exit $${failed:-0}
 
 # PIP_FIND_LINKS is emptied: what lies on one machine must not decide what all machines install.
 lock:
