@@ -187,7 +187,7 @@ class SpareBudget:
     A peer that stops owes a shard of each block that is read ahead: the burst is for all of them.
     """
 
-    def __init__(self, share: float = 0.04, burst: float = 16.0) -> None:
+    def __init__(self, share: float = 0.03, burst: float = 8.0) -> None:
         self._share, self._burst, self._tokens = share, burst, burst
 
     def earned(self, requests: int) -> None:
