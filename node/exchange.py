@@ -51,8 +51,8 @@ class Exchange(Protocol):
       PeerUnavailableError when the peer cannot be reached, its connection breaks, or nothing at all is heard of this
       request (no `Waiting`, no byte of the answer) for `silence_s`; PeerMisbehavedError when it breaks the protocol.
       `heard` is called for each `Waiting`. A request that is cancelled costs the connection nothing: its answer is
-      dropped when it comes. `into` is called at most once, when the reply is known and fits the request; the memory
-      that it gives is written to until `request` returns or raises, and never after that. It must not raise.
+      dropped when it comes. `into` is called at most once, when a reply with a body is known and fits the request;
+      the memory that it gives is written to until `request` returns or raises, and never after that. It must not raise.
     - `run` listens and answers until it is cancelled; `started()` once it listens. A request whose handler takes
       longer is kept alive with `Waiting`. What one peer does never disturbs another.
     - `disconnect` closes all connections with a peer, and refuses new ones from it while `refused(peer)` says so.
