@@ -200,9 +200,11 @@ class TlsChannel(Channel):
         record by record, so what the peer sends behind its close_notify is still in the socket.
         """
         await self._carry_out(self._tls.unwrap, "the end of TLS")
-        plain = PlainChannel(socket.socket(fileno=self._tls.detach()), self._stall_s)
-        plain.traffic = self.traffic
         self._closed = True
+        sock = socket.socket(fileno=self._tls.detach())
+        sock.setblocking(False)
+        plain = PlainChannel(sock, self._stall_s)
+        plain.traffic = self.traffic
         return plain
 
     def peer_certificate(self) -> bytes:

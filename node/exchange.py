@@ -53,8 +53,8 @@ class Exchange(Protocol):
       or nothing of this request (no `Waiting`, no byte of the answer) for STARVED_S; PeerMisbehavedError when it breaks
       the protocol. `heard` is called for each `Waiting` and at the first byte of the answer's body. A request that is
       cancelled costs the connection nothing: its answer is dropped when it comes. `into` is called at most once, when
-      the reply is known and fits the request; the memory that it gives is written to until `request` returns or raises,
-      and never after that. It must not raise.
+      a reply with a body is known and fits the request; the memory that it gives is written to until `request` returns
+      or raises, and never after that. It must not raise.
     - `run` listens and answers until it is cancelled; `started()` once it listens. A request whose handler takes
       longer is kept alive with `Waiting`. What one peer does never disturbs another.
     - `disconnect` closes all connections with a peer, and refuses new ones from it while `refused(peer)` says so.

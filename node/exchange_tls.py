@@ -685,7 +685,7 @@ def _never() -> float:
 
 
 def _is_for_block(message: Request) -> bool:
-    """What is answered by nothing that is not checked by itself."""
+    """Whether what is found for it is checked by its own signed record."""
     return isinstance(message, GetShard | GetBlock)
 
 
