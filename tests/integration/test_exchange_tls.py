@@ -750,7 +750,7 @@ def test_a_peer_that_says_much_after_a_body_holds_up_nobody(tmp_path: Path) -> N
         assert (await node.ask(peer, GET)).body == BLOCK
         heard = [0]
 
-        def hear() -> None:
+        def hear(ready: bool) -> None:
             heard[-1] += 1
 
         with trio.CancelScope() as scope:

@@ -105,7 +105,6 @@ CHUNKED = answer(b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n", "Transfer-Encoding: chunk
         (CHUNKED, b"hello!", 1),
         (answer(b"hello", "Connection: close"), b"hello", 2),
         (answer(b"hello").replace(b"1.1", b"1.0"), b"hello", 2),
-        (answer(b"hello") + b"what nobody asked for", b"hello", 2),
     ],
 )
 def test_every_framing_gives_its_body_and_frees_the_connection(
@@ -120,6 +119,19 @@ def test_every_framing_gives_its_body_and_frees_the_connection(
 
     run(main)
     assert server.connections == connections
+
+
+def test_what_comes_behind_a_body_ends_the_connection() -> None:
+    """All at once: what comes only after the next request was sent makes that one fail, and be tried again."""
+    server = Scripted(answer(b"hello") + b"what nobody asked for", answer(b"second"))
+
+    async def main() -> None:
+        async with listening(server) as url, client_of(DirectTransport(PLAIN, 4)) as client:
+            assert (await client.get(url)).content == b"hello"
+            assert (await client.get(url)).content == b"second"
+
+    run(main)
+    assert server.connections == 2
 
 
 def test_a_body_lands_in_the_callers_buffer_and_what_is_not_read_ends_the_connection() -> None:
