@@ -64,7 +64,7 @@ SMALL_SILENCE_S = 1.0
 """For questions that are answered from memory."""
 HOME_PATIENCE_S = 4.0
 """A late home is waited for so much longer before another one acts for it: that costs a copy from the origin."""
-COLD_FIRST_S, COLD_FLOOR_S, COLD_FACTOR = 1.5, 3.0, 4.0
+COLD_FIRST_S, COLD_FLOOR_S, COLD_FACTOR = 2.5, 3.0, 5.0
 """A home may read a block for some times as long as homes usually take; the first guess allows for a slow uplink.
 Longer than that it has a bad link of its own."""
 UNSETTLED_S = 30.0
