@@ -44,6 +44,8 @@ def _as(error: type[httpx.TransportError]) -> Iterator[None]:
         yield
     except h11.RemoteProtocolError as found:
         raise httpx.RemoteProtocolError(str(found)) from found
+    except h11.LocalProtocolError as found:
+        raise httpx.LocalProtocolError(str(found)) from found
     except OSError as found:
         raise error(str(found)) from found
 
@@ -192,10 +194,9 @@ class DirectTransport(httpx.AsyncBaseTransport):
 
     async def _asked(self, wire: _Wire, request: httpx.Request, timeout: dict[str, float | None]) -> httpx.Response:
         parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
-        head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
-        data = (parser.send(head) or b"") + (parser.send(h11.EndOfMessage()) or b"")
         with _as(httpx.WriteError), _within(timeout["write"], httpx.WriteTimeout):
-            await wire.send(data)
+            head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
+            await wire.send((parser.send(head) or b"") + (parser.send(h11.EndOfMessage()) or b""))
         with _as(httpx.ReadError):
             event = await _next_event(wire, parser, timeout["read"])
             while isinstance(event, h11.InformationalResponse):
@@ -219,14 +220,15 @@ class DirectTransport(httpx.AsyncBaseTransport):
             self._idle.popleft().close()
         scheme, host, port = origin = _origin(url)
         with _as(httpx.ConnectError), _within(connect_s, httpx.ConnectTimeout):
-            stream = await trio.open_tcp_stream(host, port)
-            wire = _Wire(socket.socket(fileno=stream.socket.detach()), origin)
             try:
+                stream = await trio.open_tcp_stream(host, port)
+                wire = _Wire(socket.socket(fileno=stream.socket.detach()), origin)
                 if scheme == "https":
-                    await wire.secure(self._context)
-            except BaseException:
-                wire.close()
-                raise
+                    await _secured(wire, self._context)
+            except OSError:
+                raise  # also a certificate that is not right, which is a ValueError too
+            except ValueError as error:
+                raise httpx.ConnectError("a host name that cannot be asked for") from error
         return wire
 
     def _release(self, wire: _Wire | None, reusable: bool) -> None:
@@ -245,6 +247,14 @@ class DirectTransport(httpx.AsyncBaseTransport):
 def _came_with_head(parser: h11.Connection) -> bytes:
     event = parser.next_event()
     return bytes(event.data) if isinstance(event, h11.Data) else b""
+
+
+async def _secured(wire: _Wire, context: ssl.SSLContext) -> None:
+    try:
+        await wire.secure(context)
+    except BaseException:
+        wire.close()
+        raise
 
 
 async def _next_event(wire: _Wire, parser: h11.Connection, read_s: float | None) -> h11.Event:

@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from random import Random
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar, cast
 
 import httpx
 import trio
@@ -293,10 +293,9 @@ class _Registry:
         start, stop = cutter.position, cutter.stop
         whole = (start, stop) == (0, size) or call.tail.startswith("manifests/")
         headers = {"Accept": ACCEPT} | ({} if whole else {"Range": f"bytes={start}-{stop - 1}"})
-        async with self._response("GET", call, headers) as response:
+        async with self._response("GET", call, headers) as response, _body_of(response) as body:
             self._expect(response, call, 200, 206)
             skipped = start - _body_start(response, start, stop, size)
-            body = _body_of(response)
             scratch = memoryview(bytearray(min(skipped, SKIPPED_BYTES)))
             while skipped:
                 skipped -= await self._receive(body, scratch[:skipped])
@@ -479,9 +478,8 @@ def _client(part: UpstreamPart, default: ssl.SSLContext) -> httpx.AsyncClient:
     context.set_alpn_protocols(["http/1.1"])
     return httpx.AsyncClient(
         verify=context,
-        mounts={
-            "all://*": DirectTransport(context, part.connections)
-        },  # what an environment's proxy is for comes first
+        # The least specific of patterns: where the environment names a proxy, that is taken, by httpx's own transport.
+        mounts={"all://*": DirectTransport(context, part.connections)},
         timeout=TIMEOUT,
         limits=httpx.Limits(max_connections=part.connections),
         follow_redirects=True,
@@ -508,8 +506,8 @@ class _Receiver(Protocol):
 class _Portions:
     """A body as httpx's own transport gives it, which the environment's proxies need."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        self._portions = response.aiter_raw()
+    def __init__(self, portions: AsyncIterator[bytes]) -> None:
+        self._portions = portions
         self._rest = memoryview(b"")
 
     async def recv_into(self, view: memoryview) -> int:
@@ -520,9 +518,14 @@ class _Portions:
         return count
 
 
-def _body_of(response: httpx.Response) -> _Receiver:
+@asynccontextmanager
+async def _body_of(response: httpx.Response) -> AsyncIterator[_Receiver]:
     direct: Body | None = response.extensions.get("body")
-    return direct or _Portions(response)
+    if direct is not None:
+        yield direct
+        return
+    async with aclosing(cast(AsyncGenerator[bytes, None], response.aiter_raw())) as portions:
+        yield _Portions(portions)
 
 
 def _sized(digest: Digest, size: int) -> ObjectRef:

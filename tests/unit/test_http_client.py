@@ -271,6 +271,20 @@ def test_tls_gives_the_same_and_proves_the_name(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_name_or_a_header_that_cannot_be_sent_is_told_as_such(tmp_path: Path) -> None:
+    tls, trusting = certificate(tmp_path, "localhost")
+
+    async def main() -> None:
+        async with listening(Scripted(), tls) as url, client_of(DirectTransport(trusting, 1)) as client:
+            for name in (".local", "x" * 70):
+                with pytest.raises(httpx.ConnectError):
+                    await client.get(url.replace("127.0.0.1", name))
+            with pytest.raises(httpx.LocalProtocolError):
+                await client.get(url.replace("127.0.0.1", "localhost"), headers={"X": "a\nb"})
+
+    run(main)
+
+
 def test_where_nobody_listens() -> None:
     async def main() -> None:
         async with client_of(DirectTransport(PLAIN, 1)) as client:
