@@ -46,6 +46,11 @@ _CODES: tuple[tuple[type[ShoalError], str], ...] = (
 )
 
 
+def never() -> float:
+    """When something came that never did."""
+    return -math.inf
+
+
 class Call:
     """One request on the asking side. Ends with an answer, an error or silence.
 
@@ -54,7 +59,7 @@ class Call:
 
     def __init__(
         self, peer: PeerId, message: Request, silence_s: float, heard: Heard | None = None, into: Into | None = None,
-        came: Callable[[], float] = lambda: -math.inf,
+        came: Callable[[], float] = never,
     ) -> None:  # fmt: skip
         self.peer = peer
         self.message = message
@@ -100,6 +105,7 @@ class Call:
         """A body of `length` bytes, at least one, begins to come: find memory for it, unless nobody waits any more."""
         if self._result is not None:
             return
+        self.waiting(True)
         given = self._into(message) if self._into is not None else None
         if given is not None and given.nbytes != length:
             self.end(ValueError(f"memory of {given.nbytes} bytes for a body of {length}"))
@@ -118,6 +124,8 @@ class Call:
     def deliver(self, answer: Answer) -> None:
         """An answer that is here with all of its body."""
         if answer.body is None or self._into is None:
+            if answer.body is not None:
+                self.waiting(True)
             self.end(answer)
             return
         self.expect(answer.message, len(answer.body))

@@ -22,7 +22,7 @@ import trio
 from cachetools import LRUCache
 
 from cache.memory import sole
-from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S, AtWork, Call, answer
+from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S, AtWork, Call, answer, never
 from node.channel import Channel, PlainChannel, TlsChannel, Traffic
 from node.config import HostPort, parse_host_port
 from node.exchange import Answer, Body, Handler, Heard, Into, Lane
@@ -414,7 +414,7 @@ class TlsExchange:
             lane = Lane.CONTROL  # it is encrypted, whatever the peer wants
         connection = self._connection(peer, lane)
         # What is answered from memory needs no patience: another peer can be asked.
-        call = Call(peer, message, silence_s, heard, into, connection.came if _is_for_block(message) else _never)
+        call = Call(peer, message, silence_s, heard, into, connection.came if _is_for_block(message) else never)
         connection.submit(call)
         try:
             return await call.wait()
@@ -665,7 +665,6 @@ async def _read_body(connection: _Outgoing, call: Call, reader: _Reader[Reply], 
 
     progress()
     if head.body_length:
-        call.waiting(True)
         call.expect(head.message, head.body_length)
         await reader.body(head.body_length, call.room, progress)
 
@@ -678,10 +677,6 @@ async def _in_the_clear(
         raise PeerMisbehavedError("more than a hello came before plain mode")
     assert isinstance(reader.channel, TlsChannel)
     return _Reader(await reader.channel.to_plain(), kind)
-
-
-def _never() -> float:
-    return -math.inf
 
 
 def _is_for_block(message: Request) -> bool:

@@ -229,7 +229,7 @@ class Seeder:
                 return await self._ask_home(what.peer, address, shard, plan)
             except PeerMisbehavedError as error:
                 site.view.quarantine(what.peer, str(error))
-                failures.append(error)
+                failures.append(UnavailableError(str(error)))  # to the asker, who has done nothing wrong
             except ShoalError as error:
                 failures.append(error)
             return None

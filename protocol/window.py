@@ -7,10 +7,9 @@ every one that did not, between bounds (additive increase and decrease, as TCP V
 
 from __future__ import annotations
 
-FIRST = 3
-"""The sooner the first block is there, the sooner the site has something to share."""
 LEAST = 3
-"""Keeps a slow uplink busy: with more, ten nodes on 10 Mbit/s waited 25 s for a block."""
+"""At first, too: the sooner a block is there, the sooner the site has something to share. It keeps a slow uplink busy;
+with twice as many, ten nodes on 10 Mbit/s waited 25 s for a block."""
 MOST = 16
 """Enough for four peers at wire speed; also the bound of the memory that reads take."""
 TARGET_S = 4.0
@@ -20,7 +19,7 @@ class ReadWindow:
     """Shared by all clients of a node. Beside it each may have one block under way."""
 
     def __init__(self) -> None:
-        self._size = FIRST
+        self._size = LEAST
         self._readers = 0
         self._under_way = 0
 

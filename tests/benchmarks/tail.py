@@ -49,6 +49,7 @@ from protocol.placement import Placement
 from protocol.records import Record
 from tests.benchmarks.site import MB, MBIT, REPOSITORY, Bench, bench_site, console, noise_image
 from tests.support import registry as registries
+from tests.support.disk_like import DiskLike
 from tests.support.lab import NoLabError, Rates, check_lab
 from tests.support.site import UPSTREAM
 
@@ -62,19 +63,6 @@ PATIENCE_S = 1.5
 DRAIN_S = 0.3
 """For answers that are on their way when a run ends: they count as received."""
 LOCATOR = Locator(UPSTREAM, REPOSITORY, "blobs")
-
-
-class DiskLike(MemoryStore):
-    """Stands in for the disk of a node that keeps nothing."""
-
-    def open_sealed(self, digest: Digest) -> None:
-        return None
-
-    def seal(self, ref: ObjectRef) -> bool:
-        return False
-
-    async def drop_object(self, digest: Digest) -> None:
-        return None
 
 
 class NoRegistry:

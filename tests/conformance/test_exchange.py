@@ -279,6 +279,18 @@ def test_a_slow_answer_holds_up_no_other(play: Play) -> None:
     play(scenario)
 
 
+def test_a_body_is_told_of_when_it_begins(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        one, two = await site.add(answer_all), await site.add(answer_all)
+        heard: list[bool] = []
+        await one.exchange.request(two.peer, get_block(0), lane=Lane.BULK, silence_s=5, heard=heard.append)
+        assert heard == [True]
+        await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=5, heard=heard.append)
+        assert heard == [True]
+
+    play(scenario)
+
+
 def test_waiting_keeps_a_request_alive(play: Play) -> None:
     async def scenario(site: Site) -> None:
         heard: list[float] = []

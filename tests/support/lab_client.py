@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -36,7 +36,6 @@ class Client:
     received: int = 0
     started: float = 0.0
     ended: float = 0.0
-    progress: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -97,7 +96,6 @@ class Client:
             take(part)
             left -= len(part)
             self.received += len(part)
-            self.progress.append((trio.current_time(), self.received))
             if not left:
                 return
             size = await stream.socket.recv_into(buffer[: min(left, RECEIVE)])

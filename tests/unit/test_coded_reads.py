@@ -32,6 +32,7 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
 from protocol.members import Member
 from protocol.messages import Request, ShardFound
 from protocol.placement import Placement
+from tests.support.disk_like import DiskLike
 
 LOCATOR = Locator("origin.test", "app", "blobs")
 BODY = Random(7).randbytes(3 * BLOCK_SIZE + 100_000)
@@ -80,19 +81,6 @@ class FixedView:
 
     def is_quarantined(self, peer: PeerId) -> bool:
         return peer in self.quarantined
-
-
-class DiskLike(MemoryStore):
-    """A second memory store in the place of the disk: simulations have no files."""
-
-    def open_sealed(self, digest: Digest) -> None:
-        return None
-
-    def seal(self, ref: ObjectRef) -> bool:
-        return False
-
-    async def drop_object(self, digest: Digest) -> None:
-        return None
 
 
 class Node:
