@@ -29,6 +29,7 @@ from tests.support import registry as registries
 from tests.support.lab import WAN, Lab, NoLabError, Rates, check_lab, lab
 from tests.support.lab_client import Client
 from tests.support.proxy import CountingProxy
+from tests.support.pull import PullFailedError
 from tests.support.site import UPSTREAM, Node, site, start_all, wait_joined
 
 REPOSITORY = "bench/app"
@@ -252,21 +253,47 @@ def rolling_update(bench: Bench, store: Store) -> Outcome:
     return Outcome("rolling update, 10 % changed", changed, outcomes[0].limit_s, seconds, copies, used)
 
 
-def stragglers(scratch: Path, store: Store) -> list[Outcome]:
+class Results:
+    """What the crowds of a scenario took, and what the pulls that failed said."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self.failures: list[str] = []
+
+    def note(self, name: str, run: Callable[[], Outcome]) -> None:
+        try:
+            self.outcomes.append(run())
+        except* PullFailedError as group:
+            self.failures.append(f"{name}: {_first(group)}")
+
+    def show(self, title: str) -> None:
+        console.print(table_of(self.outcomes, title))
+        for failure in self.failures:
+            console.print(f"[bold red]FAILED[/] {failure}", soft_wrap=True)
+
+
+def stragglers(scratch: Path, store: Store) -> Results:
     """Five keepers, of which the last one limps, stands still, dies or lies while the other four pull."""
-    rates, outcomes = Rates(40 * MBIT, 40 * MBIT), []
+    rates, results = Rates(40 * MBIT, 40 * MBIT), Results()
     with bench_site(scratch / "straggler", store.folder, 5, rates) as bench:
         for trouble in STRAGGLERS:
-            limit_s = fluid_limit(store.size(trouble), 4, rates)
-            with troubled(bench, trouble) as later:
+            name = f"one of five keepers {trouble}"
+
+            def pull(trouble: str = trouble, name: str = name) -> Outcome:
+                size, limit_s = store.size(trouble), fluid_limit(store.size(trouble), 4, rates)
                 clients = [bench.through_mirror(index, trouble) for index in range(4)]
-                outcomes.append(
-                    run_crowd(
-                        bench, f"one of five keepers {trouble}", store.size(trouble), clients, range(4), limit_s,
-                        meanwhile=later,
-                    )
-                )  # fmt: skip
-    return outcomes
+                with troubled(bench, trouble) as later:
+                    return run_crowd(bench, name, size, clients, range(4), limit_s, meanwhile=later)
+
+            results.note(name, pull)
+    return results
+
+
+def _first(group: BaseExceptionGroup[PullFailedError]) -> str:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error)[:300]
 
 
 AFTER_S = 2.0
@@ -275,33 +302,30 @@ AFTER_S = 2.0
 
 @contextlib.contextmanager
 def troubled(bench: Bench, trouble: str) -> Iterator[Callable[[trio.Nursery], None] | None]:
-    """Yields what is to be started with the pull. Afterwards the node is as it was."""
+    """Yields what is to be started with the pull. Afterwards, also if that failed, the node is as it was."""
     node, index = bench.nodes[-1], len(bench.nodes) - 1
-    if trouble == "slow":
-        bench.lab.set_node_rate(index, bench.lab.rates.node / 50)
-        yield None
-        bench.lab.set_node_rate(index, bench.lab.rates.node)
-        return
-    if trouble == "garbage":
-        node.stop()
-        node.program = [sys.executable, "-m", "tests.support.liar"]
-        start_all([node], len(bench.nodes))
-        yield None
-        return
-    if trouble == "healthy":
-        yield None
-        return
 
     async def befall() -> None:
         await trio.sleep(AFTER_S)
         (node.pause if trouble == "stopped" else node.kill)()
 
-    yield lambda nursery: nursery.start_soon(befall)
-    if trouble == "stopped":
-        node.resume()
-    else:
-        node.start()
-    wait_joined(bench.nodes, len(bench.nodes), 60.0)
+    if trouble == "slow":
+        bench.lab.set_node_rate(index, bench.lab.rates.node / 50)
+    elif trouble == "garbage":
+        node.stop()
+        node.program = [sys.executable, "-m", "tests.support.liar"]
+        start_all([node], len(bench.nodes))
+    try:
+        yield (lambda nursery: nursery.start_soon(befall)) if trouble in ("stopped", "killed") else None
+    finally:
+        if trouble == "slow":
+            bench.lab.set_node_rate(index, bench.lab.rates.node)
+        elif trouble == "stopped":
+            node.resume()
+            wait_joined(bench.nodes, len(bench.nodes), 60.0)
+        elif trouble == "killed":
+            node.start()
+            wait_joined(bench.nodes, len(bench.nodes), 60.0)
 
 
 def second_wave(scratch: Path, store: Store) -> list[Outcome]:
@@ -318,15 +342,18 @@ def second_wave(scratch: Path, store: Store) -> list[Outcome]:
         return [first, crowd(bench, store, "wave", "second wave, no registry", range(5, 10), limit_s)]
 
 
-def growth(scratch: Path, store: Store, counts: Sequence[int]) -> list[Outcome]:
+def growth(scratch: Path, store: Store, counts: Sequence[int]) -> Results:
     """The same crowd on ever more nodes, with links so slow that this machine is not the limit."""
-    outcomes = []
+    rates, results = Rates(240 / max(counts) * MBIT, 240 / max(counts) * MBIT), Results()
     for count in counts:
-        rates = Rates(240 / max(counts) * MBIT, 240 / max(counts) * MBIT)
-        with bench_site(scratch / f"growth-{count}", store.folder, count, rates) as bench:
-            limit_s = fluid_limit(store.size("crowd"), count, rates)
-            outcomes.append(crowd(bench, store, "crowd", "growth", range(count), limit_s))
-    return outcomes
+
+        def pull(count: int = count) -> Outcome:
+            with bench_site(scratch / f"growth-{count}", store.folder, count, rates) as bench:
+                limit_s = fluid_limit(store.size("crowd"), count, rates)
+                return crowd(bench, store, "crowd", "growth", range(count), limit_s)
+
+        results.note(f"growth, {count} nodes at {rates.node / MBIT:g} Mbit/s", pull)
+    return results
 
 
 def plot_growth(outcomes: Sequence[Outcome], target: Path) -> None:
@@ -361,28 +388,33 @@ SCENARIOS = {
 @click.option("--counts", default="5,10,20,40", show_default=True, help="Nodes in `growth`.")
 @click.option("--plot", type=click.Path(path_type=Path), help="A file for the plot of `growth`, SVG or PNG.")
 def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | None) -> None:
-    """Without a SCENARIO: all of them, in about eight minutes."""
+    """Without a SCENARIO: all of them. Exit status 1 where a pull failed."""
     try:
         check_lab()
     except NoLabError as error:
         sys.exit(f"site benchmark: {error}")
     chosen = scenarios or tuple(SCENARIOS)
     scratch = Path(tempfile.mkdtemp(prefix="shoal-"))
+    failures: list[str] = []
     try:
         store = make_store(scratch, scale, [tag for name in chosen for tag in SCENARIOS[name]])
         if "flash" in chosen:
             console.print(table_of(flash(scratch, store), "Flash crowd and update, 40 Mbit/s a node, uplink 40 Mbit/s"))
         if "stragglers" in chosen:
-            console.print(table_of(stragglers(scratch, store), "Stragglers, five nodes, four pull, 40 Mbit/s"))
+            results = stragglers(scratch, store)
+            results.show("Stragglers, five nodes, four pull, 40 Mbit/s")
+            failures += results.failures
         if "wave" in chosen:
             console.print(table_of(second_wave(scratch, store), "Second wave, 40 Mbit/s"))
         if "growth" in chosen:
-            grown = growth(scratch, store, [int(count) for count in counts.split(",")])
-            console.print(table_of(grown, "Growth, node and uplink 240 Mbit/s over the largest N"))
-            if plot is not None:
-                plot_growth(grown, plot)
+            results = growth(scratch, store, [int(count) for count in counts.split(",")])
+            results.show("Growth, node and uplink 240 Mbit/s over the largest N")
+            failures += results.failures
+            if plot is not None and results.outcomes:
+                plot_growth(results.outcomes, plot)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":
