@@ -24,6 +24,11 @@ _TCP_NOTSENT_LOWAT = 25
 """linux/tcp.h; the socket module does not name it."""
 UNSENT_BYTES = 128 << 10
 """What the kernel may hold of ours that is not on the wire: on a slow link a `Waiting` stands behind no more."""
+GATHERED_BYTES, GATHER_S = 64 << 10, 0.25
+"""So much of a body, or what came in so long, is worth waking up for: nothing can be done with it before it is whole.
+The time is far below any silence that ends a request."""
+RECORD_BYTES = 16384 + 256 + 5
+"""A record of TLS at its longest (RFC 8446, 5.2). OpenSSL may hold all but a byte of one, which the socket no more does."""
 
 CONGESTION_CONTROL = b"reno"
 """On a LAN, where cubic does the same. BBR, where that is the machine's default, lost a fifth of its packets when ten
@@ -55,6 +60,27 @@ class Traffic:
     received: int = 0
 
 
+class Readable:
+    """Waits until a socket has something to read, or much where much is sure to come: a slow link would wake its
+    reader for every packet (SO_RCVLOWAT, socket(7); the end and errors of a connection wake it whatever the mark)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._mark = 1
+
+    async def wait(self, coming: int = 0) -> None:
+        """`coming`: how many more bytes the peer surely sends, if the connection lasts. May return with none there."""
+        mark = max(1, min(GATHERED_BYTES, coming - RECORD_BYTES))
+        if mark != self._mark:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+            self._mark = mark
+        if mark == 1:
+            await trio.lowlevel.wait_readable(self._sock)
+        else:
+            with trio.move_on_after(GATHER_S):
+                await trio.lowlevel.wait_readable(self._sock)
+
+
 class Channel(ABC):
     """One task may read while one other writes.
 
@@ -68,6 +94,7 @@ class Channel(ABC):
         self.traffic = Traffic()
         self._stall_s = stall_s
         self._sock = sock
+        self._readable = Readable(sock)
         self._closed = False
 
     def receive_nowait(self, view: memoryview) -> int:
@@ -115,9 +142,10 @@ class Channel(ABC):
             return
         raise PeerUnavailableError(f"peer takes no bytes for {self._stall_s} s")
 
-    async def wait_readable(self) -> None:
+    async def wait_readable(self, coming: int = 0) -> None:
+        """May return before anything is there; `coming` as in `Readable.wait`."""
         try:
-            await trio.lowlevel.wait_readable(self._sock)
+            await self._readable.wait(coming)
         except (trio.ClosedResourceError, ValueError, OSError) as error:
             raise PeerUnavailableError("connection closed") from error
 

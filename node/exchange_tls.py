@@ -202,7 +202,7 @@ class _Reader(Generic[Message]):
             size = self._heads.take(view) or self.channel.receive_nowait(view)
             position += size
             if not size:
-                await self.channel.wait_readable()
+                await self.channel.wait_readable(length - position)
             elif position < length:
                 progress()
         self._body_came = True
