@@ -162,10 +162,11 @@ async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) ->
 
 
 class AtWork(Generic[Key]):
-    """The requests of one connection that have no answer yet, and when each is due for its next `Waiting`.
+    """The requests that have no answer yet, and when each is due for its next `Waiting`.
 
-    One task for all of them, which sleeps while there are none: a request that is answered quickly costs two entries
-    in a dictionary.
+    One task for all of them, which looks after them in even steps and sleeps while there are none: a request that is
+    answered quickly costs two entries in a dictionary. After the first `Waiting` those of all requests come at the same
+    times, and so travel and are read together.
     """
 
     def __init__(self, first_s: float = WAITING_FIRST_S, every_s: float = WAITING_EVERY_S) -> None:
@@ -177,9 +178,6 @@ class AtWork(Generic[Key]):
     def __len__(self) -> int:
         return len(self._due)
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._due
-
     def begin(self, key: Key) -> None:
         self._due[key] = trio.current_time() + self._first_s
         self._busy.set()
@@ -188,13 +186,14 @@ class AtWork(Generic[Key]):
         del self._due[key]
 
     async def keep_alive(self, say: Callable[[Key], None]) -> None:
-        """Calls `say` for each request as long as it is at work."""
+        """Calls `say` for each request as long as it is at work, half of the first wait too late at most."""
         while True:
             await self._busy.wait()
             while self._due:
                 now = trio.current_time()
+                together = now + self._every_s - now % self._every_s
                 for key in [key for key, due in self._due.items() if due <= now]:
-                    self._due[key] = now + self._every_s
+                    self._due[key] = together
                     say(key)
-                await trio.sleep_until(min(now + self._first_s, *self._due.values()))
+                await trio.sleep(self._first_s / 2)
             self._busy = trio.Event()

@@ -14,7 +14,6 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -289,12 +288,12 @@ class _Outgoing:
 class _Incoming:
     """A connection that a peer opened, with the requests on it that have no answer yet."""
 
-    def __init__(self, peer: PeerId, writer: _Writer, slots: int, timing: Timing) -> None:
+    def __init__(self, peer: PeerId, writer: _Writer, slots: int) -> None:
         self.peer = peer
         self.writer = writer
         self.scope = trio.CancelScope()
         self.slots = trio.Semaphore(slots)
-        self.at_work = AtWork[int](timing.waiting_first_s, timing.waiting_every_s)
+        self.at_work: set[int] = set()
         self.ready: set[int] = set()
         """Those at work whose answers wait for their turn."""
         self.used_at = trio.current_time()
@@ -344,6 +343,7 @@ class TlsExchange:
         self._traffic: LRUCache[PeerId, Traffic] = LRUCache(MAX_MEMBERS)
         self._handshakes = trio.Semaphore(limits.handshakes)
         self._requests = trio.Semaphore(limits.requests)
+        self._at_work = AtWork[tuple[_Incoming, int]](timing.waiting_first_s, timing.waiting_every_s)
         self._answer_bytes = 0
         # What waits in it is in `_outgoing` too, which is bounded.
         self._to_dial, self._dials = trio.open_memory_channel[_Outgoing](math.inf)
@@ -377,6 +377,7 @@ class TlsExchange:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._accept, nursery)
                 nursery.start_soon(self._close_idle)
+                nursery.start_soon(self._at_work.keep_alive, self._say_waiting)
                 task_status.started()
                 async for connection in self._dials:
                     nursery.start_soon(self._serve_outgoing, connection)
@@ -580,7 +581,7 @@ class TlsExchange:
         """Answer until the connection ends; raises why."""
         self._admit(peer)  # again: others came while this one said hello
         writer = _Writer(reader.channel)
-        connection = _Incoming(peer, writer, self._limits.requests_per_connection, self._timing)
+        connection = _Incoming(peer, writer, self._limits.requests_per_connection)
         reason: ShoalError = PeerUnavailableError("disconnected")
         self._incoming.add(connection)
         self._unreached.pop(peer, None)
@@ -588,14 +589,13 @@ class TlsExchange:
             with connection.scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(writer.run, nursery.cancel_scope)
-                    nursery.start_soon(connection.at_work.keep_alive, partial(self._say_waiting, connection))
                     reason = await self._read_requests(connection, reader, nursery)
                     nursery.cancel_scope.cancel()
         finally:
             self._incoming.discard(connection)
             self._answer_bytes -= writer.bytes_waiting
-            for _ in range(len(connection.at_work)):
-                self._requests.release()
+            for request_id in [*connection.at_work]:
+                self._end_work(connection, request_id)
         raise reason
 
     def _admit(self, peer: PeerId) -> None:
@@ -617,7 +617,8 @@ class TlsExchange:
                     raise PeerMisbehavedError(f"{type(head.message).__name__} came in the clear")
                 await _acquire(connection.slots)
                 await _acquire(self._requests)
-                connection.at_work.begin(head.request_id)
+                connection.at_work.add(head.request_id)
+                self._at_work.begin((connection, head.request_id))
                 connection.used_at = trio.current_time()
                 nursery.start_soon(self._answer, connection, head)
         except (PeerMisbehavedError, PeerUnavailableError) as error:
@@ -633,26 +634,27 @@ class TlsExchange:
             body = sole(body)
         self._answer_bytes += size
 
-        def done() -> None:
-            """No `Waiting` may come after the answer: behind a small one it would stand in the queue."""
-            connection.at_work.end(request.request_id)
-            connection.ready.discard(request.request_id)
-            self._requests.release()
-
         def leaving() -> None:
             self._answer_bytes -= size
             if body:
-                done()
+                self._end_work(connection, request.request_id)
             connection.slots.release()
 
         if body:
             connection.ready.add(request.request_id)
-        else:
-            done()
+        else:  # no `Waiting` may come after the answer: behind a small one it would stand in the queue
+            self._end_work(connection, request.request_id)
         connection.writer.put(_Frame(head, body, leaving))
 
-    def _say_waiting(self, connection: _Incoming, request_id: int) -> None:
+    def _end_work(self, connection: _Incoming, request_id: int) -> None:
+        connection.at_work.remove(request_id)
+        connection.ready.discard(request_id)
+        self._at_work.end((connection, request_id))
+        self._requests.release()
+
+    def _say_waiting(self, key: tuple[_Incoming, int]) -> None:
         """Unless the peer does not read: there they would pile up."""
+        connection, request_id = key
         if connection.writer.small_waiting < self._limits.requests_per_connection:
             waiting = Waiting(request_id in connection.ready)
             connection.writer.put(_Frame(wire.encode_head(request_id, waiting, 0)))
