@@ -10,13 +10,15 @@ from __future__ import annotations
 import socket
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import h11
 import httpx
 import trio
+
+from node.channel import Readable
 
 MAX_HEAD = 100 << 10
 RECEIVE_BYTES = 16 << 10
@@ -58,20 +60,22 @@ class _Wire:
         self.origin = origin
         self.idle_since = 0.0
         self._sock = sock
+        self._readable = Readable(sock)
 
     async def secure(self, context: ssl.SSLContext) -> None:
         tls = context.wrap_socket(self._sock, server_hostname=self.origin[1], do_handshake_on_connect=False)
         self._sock = tls
-        await self._do(tls.do_handshake, trio.lowlevel.wait_readable)
+        self._readable = Readable(tls)
+        await self._do(tls.do_handshake)
 
     async def send(self, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
-            rest = rest[await self._do(lambda: self._sock.send(rest), trio.lowlevel.wait_writable) :]  # noqa: B023
+            rest = rest[await self._do(lambda: self._sock.send(rest), writing=True) :]  # noqa: B023
 
-    async def recv_into(self, view: memoryview) -> int:
-        """Waits for bytes and takes what is there; 0 at the end."""
-        return await self._do(lambda: self._received(view), trio.lowlevel.wait_readable)
+    async def recv_into(self, view: memoryview, coming: int = 0) -> int:
+        """Waits for bytes and takes what is there; 0 at the end. `coming` as in `Readable.wait`."""
+        return await self._do(lambda: self._received(view), coming)
 
     def _received(self, view: memoryview) -> int:
         got = self._sock.recv_into(view)
@@ -86,18 +90,17 @@ class _Wire:
             got += more
         return got
 
-    async def _do(self, operation: Callable[[], _T], wait: Callable[[socket.socket], Awaitable[None]]) -> _T:
-        """`operation` until it does not block any more; `wait` where the socket does not say for what it blocks."""
+    async def _do(self, operation: Callable[[], _T], coming: int = 0, *, writing: bool = False) -> _T:
+        """`operation` until it does not block any more; `writing` tells for what, where the socket does not."""
         waited = False
         while True:
             try:
                 done = operation()
-            except ssl.SSLWantReadError:
-                await trio.lowlevel.wait_readable(self._sock)
-            except ssl.SSLWantWriteError:
-                await trio.lowlevel.wait_writable(self._sock)
-            except BlockingIOError:
-                await wait(self._sock)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError) as error:
+                if isinstance(error, ssl.SSLWantWriteError) or (writing and not isinstance(error, ssl.SSLError)):
+                    await trio.lowlevel.wait_writable(self._sock)
+                else:
+                    await self._readable.wait(coming)
             else:
                 if not waited:
                     await trio.lowlevel.checkpoint()
@@ -145,7 +148,7 @@ class Body(httpx.AsyncByteStream):
         if not self._left:
             return 0
         with _as(httpx.ReadError), _within(self._read_s, httpx.ReadTimeout):
-            count = await self._wire.recv_into(view[: self._left])
+            count = await self._wire.recv_into(view[: self._left], min(len(view), self._left))
         if not count:
             raise httpx.RemoteProtocolError("the body ended early")
         self._left -= count

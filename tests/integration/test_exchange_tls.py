@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from node import channel
 from node.certificates import Authority, Credentials, own_authority, peer_of
 from node.config import HostPort
 from node.exchange import Answer, Lane
@@ -276,8 +279,8 @@ def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(tmp_path: Path) 
     async def drip(raw: Raw) -> None:
         request_id, _ = await raw.read_frame()
         await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
-        for start in range(0, BLOCK_SIZE, BLOCK_SIZE // 8):
-            await raw.send(BLOCK[start : start + BLOCK_SIZE // 8])
+        for start, end in pairwise([*range(0, 10_000, 1000), *range(10_000, BLOCK_SIZE, BLOCK_SIZE // 8), BLOCK_SIZE]):
+            await raw.send(BLOCK[start:end])
             await trio.sleep(0.06)
         request_id, _ = await raw.read_frame()
         await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
@@ -286,10 +289,58 @@ def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(tmp_path: Path) 
 
     async def scenario(cluster: Cluster) -> None:
         node, peer = await cluster.start(), await cluster.serve_raw(drip)
-        answer = await node.ask(peer, GET, silence_s=0.3)
+        answer = await node.ask(peer, GET, silence_s=0.5)
         assert answer == Answer(BlockFound(RECORD), BLOCK)
         with pytest.raises(PeerUnavailableError):
-            await node.ask(peer, GET, silence_s=0.3)
+            await node.ask(peer, GET, silence_s=0.5)
+
+    play(tmp_path, scenario)
+
+
+class Portioned:
+    """Sends in portions of these sizes, by turns, and the end byte by byte; the other side is let read each."""
+
+    def __init__(self, stream: Any, sizes: tuple[int, ...]) -> None:
+        self.stream = stream
+        self.sizes = cycle(sizes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        position = 0
+        while position < len(data):
+            end = position + (next(self.sizes) if len(data) - position > 50 else 1)
+            await self.stream.send_all(data[position:end])
+            await trio.testing.wait_all_tasks_blocked()
+            position = end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("sizes", [(997,), (16384,), (16383, 2), (70_000, 5)], ids=str)
+def test_a_body_that_comes_in_any_portions_is_read_without_a_timer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], plain: bool
+) -> None:
+    """The reader waits for no more than is sure to come, whatever part of it OpenSSL holds: else it waited for ever."""
+    monkeypatch.setattr(channel, "GATHER_S", math.inf)
+
+    async def in_portions(raw: Raw) -> None:
+        if plain:
+            raw = await in_the_clear(raw)
+            raw.stream = Portioned(raw.stream, sizes)
+        else:
+            raw.stream.transport_stream = Portioned(raw.stream.transport_stream, sizes)
+        for _ in range(2):  # the second head comes where the mark was above one
+            request_id, _ = await raw.read_frame()
+            await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+            for start in range(0, BLOCK_SIZE, 50_000):
+                await raw.send(BLOCK[start : start + 50_000])
+        await raw.ended()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(plain=plain), await cluster.serve_raw(in_portions, plain=plain)
+        for _ in range(2):
+            assert (await node.ask(peer, GET)).body == BLOCK
 
     play(tmp_path, scenario)
 

@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from node import channel
 from node.http_client import Body, DirectTransport
 
 BIG = bytes(range(256)) * 4096
@@ -294,3 +295,22 @@ def test_where_nobody_listens() -> None:
                         await client.get(url)
 
     run(main)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_body_that_comes_byte_by_byte_is_read_without_a_timer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
+) -> None:
+    """The reader waits for no more than is sure to come: else it waited for ever."""
+    monkeypatch.setattr(channel, "GATHER_S", float("inf"))
+    tls, trusting = certificate(tmp_path, "localhost")
+    body = BIG[: channel.RECORD_BYTES + 2000]
+    server = Scripted(answer(body), answer(b"second"), slowly=True)
+
+    async def main() -> None:
+        async with listening(server, tls if secure else None) as url, client_of(DirectTransport(trusting, 1)) as client:
+            for expected in (body, b"second"):
+                assert (await client.get(url.replace("127.0.0.1", "localhost"))).content == expected
+
+    run(main)
+    assert server.connections == 1
