@@ -27,8 +27,8 @@ UNSENT_BYTES = 128 << 10
 GATHERED_BYTES, GATHER_S = 64 << 10, 0.25
 """So much of a body, or what came in so long, is worth waking up for: nothing can be done with it before it is whole.
 The time is far below any silence that ends a request."""
-RECORD_BYTES = 16384 + 256 + 5
-"""A record of TLS at its longest (RFC 8446, 5.2). OpenSSL may hold nearly one, which the socket then no longer does."""
+RECORD_BYTES = 16384
+"""What a record of TLS carries at most (RFC 8446, 5.1). OpenSSL may hold nearly one, which the socket then does not."""
 
 CONGESTION_CONTROL = b"reno"
 """On a LAN, where cubic does the same. BBR, where that is the machine's default, lost a fifth of its packets when ten
