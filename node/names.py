@@ -251,7 +251,7 @@ class Names:
 
     async def _ask_member(self, peer: str, locator: Locator, reference: str, reach: int) -> Resolved:
         question = messages.Resolve(str(locator), reference, reach)
-        answer = await self._seeder.ask(peer, question, Lane.URGENT, ASK_S)  # type: ignore[arg-type] # a peer id
+        answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)  # type: ignore[arg-type] # a peer id
         message = answer.message
         if not isinstance(message, messages.Resolved):
             raise UnavailableError(f"{peer} does not tell what {reference} is")

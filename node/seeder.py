@@ -380,7 +380,7 @@ class Seeder:
 
     async def _ask_directory(self, peer: PeerId, digest: Digest) -> tuple[PeerId, ...]:
         try:
-            answer = await self.ask(peer, FindHolders(str(digest)), Lane.URGENT, SMALL_SILENCE_S)
+            answer = await self.ask(peer, FindHolders(str(digest)), Lane.CONTROL, SMALL_SILENCE_S)
         except ShoalError as error:
             log.debug("directory %s: %s", peer, error)
             return ()
@@ -391,7 +391,7 @@ class Seeder:
             return
         holdings = Holdings()
         try:
-            answer = await self.ask(peer, GetHoldings(str(digest)), Lane.URGENT, SMALL_SILENCE_S)
+            answer = await self.ask(peer, GetHoldings(str(digest)), Lane.CONTROL, SMALL_SILENCE_S)
             if isinstance(answer.message, HoldingsFound):
                 holdings = _unpack(answer.message)
         except ShoalError as error:

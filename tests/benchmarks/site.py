@@ -10,6 +10,7 @@ Needs root (namespaces), iproute2 and docker-registry.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import statistics
 import sys
@@ -202,9 +203,11 @@ STRAGGLERS = ("healthy", "slow", "stopped", "killed", "garbage")
 
 def make_store(scratch: Path, scale: float, wanted: Sequence[str]) -> Store:
     """v2 shares all but one layer with v1."""
-    parts = {"v1": (1, 2, 3, 4), "v2": (5, 2, 3, 4), "straight": (1,), "crowd": (6,), "wave": (7, 8)}
+    parts = {"v1": (1, 2, 3, 4), "v2": (5, 2, 3, 4), "straight": (1,), "wave": (7, 8)}
     parts |= {one: (20 + n, 30 + n) for n, one in enumerate(STRAGGLERS)}
-    sizes = {1: 10, 2: 20, 3: 30, 4: 40, 5: 10, 6: 16, 7: 10, 8: 10} | dict.fromkeys(range(20, 40), 20)
+    parts |= {tag: (40 + n,) for n, tag in enumerate(tag for tag in wanted if tag.startswith("crowd-"))}
+    sizes = {1: 10, 2: 20, 3: 30, 4: 40, 5: 10, 7: 10, 8: 10} | dict.fromkeys(range(20, 40), 20)
+    sizes |= dict.fromkeys(range(40, 60), 16)
     built = {
         tag: noise_image(scratch / f"image-{tag}", *((n, int(sizes[n] * scale * MB)) for n in parts[tag]))
         for tag in wanted
@@ -343,16 +346,18 @@ def second_wave(scratch: Path, store: Store) -> list[Outcome]:
 
 
 def growth(scratch: Path, store: Store, counts: Sequence[int]) -> Results:
-    """The same crowd on ever more nodes, with links so slow that this machine is not the limit."""
+    """One site that grows, and in it a crowd on an image of its own at each size, with links so slow that this machine
+    is not the limit."""
     rates, results = Rates(240 / max(counts) * MBIT, 240 / max(counts) * MBIT), Results()
-    for count in counts:
+    with bench_site(scratch / "growth", store.folder, max(counts), rates, start=False) as bench:
+        for before, count in itertools.pairwise([0, *counts]):
+            start_all(bench.nodes[before:count], count)
 
-        def pull(count: int = count) -> Outcome:
-            with bench_site(scratch / f"growth-{count}", store.folder, count, rates) as bench:
-                limit_s = fluid_limit(store.size("crowd"), count, rates)
-                return crowd(bench, store, "crowd", "growth", range(count), limit_s)
+            def pull(count: int = count) -> Outcome:
+                limit_s = fluid_limit(store.size(f"crowd-{count}"), count, rates)
+                return crowd(bench, store, f"crowd-{count}", "growth", range(count), limit_s)
 
-        results.note(f"growth, {count} nodes at {rates.node / MBIT:g} Mbit/s", pull)
+            results.note(f"growth, {count} nodes at {rates.node / MBIT:g} Mbit/s", pull)
     return results
 
 
@@ -378,7 +383,7 @@ def plot_growth(outcomes: Sequence[Outcome], target: Path) -> None:
 
 
 SCENARIOS = {
-    "flash": ("v1", "v2", "straight"), "stragglers": STRAGGLERS, "wave": ("wave",), "growth": ("crowd",),
+    "flash": ("v1", "v2", "straight"), "stragglers": STRAGGLERS, "wave": ("wave",), "growth": (),
 }  # fmt: skip
 
 
@@ -394,10 +399,13 @@ def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | Non
     except NoLabError as error:
         sys.exit(f"site benchmark: {error}")
     chosen = scenarios or tuple(SCENARIOS)
+    sizes = sorted({int(count) for count in counts.split(",")})
     scratch = Path(tempfile.mkdtemp(prefix="shoal-"))
     failures: list[str] = []
     try:
-        store = make_store(scratch, scale, [tag for name in chosen for tag in SCENARIOS[name]])
+        tags = [tag for name in chosen for tag in SCENARIOS[name]]
+        tags += [f"crowd-{count}" for count in sizes if "growth" in chosen]
+        store = make_store(scratch, scale, tags)
         if "flash" in chosen:
             console.print(table_of(flash(scratch, store), "Flash crowd and update, 40 Mbit/s a node, uplink 40 Mbit/s"))
         if "stragglers" in chosen:
@@ -407,7 +415,7 @@ def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | Non
         if "wave" in chosen:
             console.print(table_of(second_wave(scratch, store), "Second wave, 40 Mbit/s"))
         if "growth" in chosen:
-            results = growth(scratch, store, [int(count) for count in counts.split(",")])
+            results = growth(scratch, store, sizes)
             results.show("Growth, node and uplink 240 Mbit/s over the largest N")
             failures += results.failures
             if plot is not None and results.outcomes:

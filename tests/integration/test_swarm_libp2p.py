@@ -555,3 +555,12 @@ def test_the_daemon_loads_no_more_of_libp2p_than_it_uses() -> None:
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert "libp2p.security.noise.transport" in loaded
     assert not {"libp2p.host", "libp2p.kad_dht", "libp2p.relay", "requests", "dns.resolver"} & set(loaded)
+    assert not {"aioquic", "Crypto", "coincurve", "libp2p.network.auto_connector"} & set(loaded)
+
+
+@pytest.mark.parametrize("kind", [0, 2], ids=["RSA", "secp256k1"])
+def test_a_peer_with_a_key_of_another_kind_is_nobody(kind: int) -> None:
+    from libp2p.crypto.serialization import deserialize_public_key
+
+    with pytest.raises(ValueError, match="no member has a key of this kind"):
+        deserialize_public_key(bytes([0x08, kind, 0x12, 1, 0]))

@@ -47,8 +47,8 @@ def check_lab() -> None:
         raise NoLabError("network namespaces need root: run this as root")
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(*command: str, lines: str = "") -> None:
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NoLabError(f"{' '.join(command)}: {done.stderr.strip()}")
 
@@ -140,13 +140,25 @@ class Lab:
             self._plug(node, f"node{index}", self.address(index))
             self.set_node_rate(index, self.rates.node)
         self.set_uplink(self.rates.uplink)
+        self._introduce()
 
     def _plug(self, one: Namespace, port: str, address: str) -> None:
-        switch = self.switch.name
-        _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", one.name)
+        switch, mac = self.switch.name, _mac(address)
+        _run(
+            "ip", "-n", switch, "link", "add", port, "type", "veth",
+            "peer", "name", "eth0", "address", mac, "netns", one.name,
+        )  # fmt: skip
         _run("ip", "-n", switch, "link", "set", port, "master", "switch", "up")
         _run("ip", "-n", one.name, "address", "add", f"{address}/16", "dev", "eth0")
         _run("ip", "-n", one.name, "link", "set", "eth0", "up")
+
+    def _introduce(self) -> None:
+        """Nobody asks for hardware addresses: the kernel finds room for 1024 that it was told, over all namespaces,
+        and with 33 nodes some would not reach each other. What is written down does not count."""
+        addresses = [WAN, *map(self.address, range(len(self.nodes)))]
+        lines = "".join(f"neigh replace {ip} lladdr {_mac(ip)} dev eth0 nud permanent\n" for ip in addresses)
+        for one in (self.wan, *self.nodes):
+            _run("ip", "-n", one.name, "-batch", "-", lines=lines)
 
     def set_node_rate(self, index: int, bits: float) -> None:
         _shape(self.nodes[index], "eth0", bits)
@@ -165,6 +177,11 @@ class Lab:
     def remove(self) -> None:
         for one in (*self.nodes, self.wan, self.switch):
             subprocess.run(["ip", "netns", "delete", one.name], capture_output=True, check=False)
+
+
+def _mac(address: str) -> str:
+    """Locally administered, and different for each address."""
+    return "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
 
 
 def _shape(one: Namespace, device: str, bits: float) -> None:
