@@ -50,6 +50,7 @@ class Client:
         limit = trio.CapacityLimiter(LAYERS_AT_ONCE)
         async with trio.open_nursery() as nursery:
             for blob in (manifest["config"], *manifest["layers"]):
+                await limit.acquire_on_behalf_of(blob["digest"])  # in the manifest's order, as containerd does
                 nursery.start_soon(self._blob, blob["digest"], limit)
         self.ended = trio.current_time()
 
@@ -64,8 +65,10 @@ class Client:
 
     async def _blob(self, digest: str, limit: trio.CapacityLimiter) -> None:
         hasher = hashlib.sha256()
-        async with limit:
+        try:
             await self._get(f"blobs/{digest}", hasher.update)
+        finally:
+            limit.release_on_behalf_of(digest)
         if f"sha256:{hasher.hexdigest()}" != digest:
             raise PullFailedError(f"{digest} has the bytes of sha256:{hasher.hexdigest()}")
 
