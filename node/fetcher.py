@@ -13,7 +13,7 @@ from cache.store import Buffer, Held
 from node.exchange import Answer, Lane
 from node.objects import Source
 from node.planned import carry_out
-from node.seeder import SILENCE_S, BlockAddress, Obtained, Seeder, Site
+from node.seeder import LOOK_EVERY_S, SILENCE_S, BlockAddress, Obtained, Seeder, Site
 from node.single_flight import SingleFlight, Ticket
 from protocol.erasure import decode_block, encode_shard
 from protocol.errors import PeerMisbehavedError, ShoalError
@@ -50,7 +50,7 @@ class Fetcher:
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket[tuple[BlockId, int], Obtained]:
         """Start reading a block, or join its read that is under way. Raises UnavailableError and its like in `wait`."""
-        return self._reads.join((address.block, address.ref.size), lambda: self._timed(address, urgent))
+        return self._reads.join(address.key, lambda: self._timed(address, urgent))
 
     async def _timed(self, address: BlockAddress, urgent: bool) -> Obtained:
         began = trio.current_time()
@@ -91,7 +91,7 @@ class Fetcher:
         if site.own in keepers:
             # Others will want this node's shard anyway, so it is had first, and once.
             order.insert(0, site.own)
-        plan = ShardPlan(keepers, order, shape.k, health.late_after_s)
+        plan = ShardPlan(keepers, order, shape.k, health.late_after_s, health.answered_at)
         attempt = _Attempt(address, shape, plan, Lane.URGENT if urgent else Lane.BULK)
         self._budget.earned(shape.k)
 
@@ -101,21 +101,28 @@ class Fetcher:
         # A spare takes its part of the reader's link: where answers come evenly it can wait until one is late.
         all_at_once = urgent and not health.steady(peer for peer in order[: shape.k] if peer != site.own)
         asks = plan.start(all_at_once, trio.current_time())
-        await carry_out(plan, asks, ask, partial(self._note, attempt), partial(self._spare, plan, urgent))
+        await carry_out(plan, asks, ask, partial(self._note, attempt), partial(self._spare, plan, urgent), LOOK_EVERY_S)
         if plan.done:
             for peer in plan.beaten:
                 health.beaten(peer, trio.current_time())
         return attempt
 
     def _spare(self, plan: ShardPlan, urgent: bool) -> list[Ask]:
+        health, now = self._site.health, trio.current_time()
         late, asks = self._seeder.note_overdue(plan)
+        for peer in plan.given_up:
+            health.beaten(peer, now)
+        for peer in plan.waited_for:
+            if health.unfit(peer, now) and plan.has_spare:
+                asks += plan.give_up(peer, now)
         for _ in late:
             if plan.has_spare and (urgent or self._budget.spend()):
-                asks += plan.spare(trio.current_time())
+                asks += plan.spare(now)
         return asks
 
     async def _ask_self(self, ask: Ask, attempt: _Attempt) -> Answer | None:
         shape = attempt.shape
+        attempt.plan.heard(ask.peer, False, trio.current_time())  # as another keeper would say while it asks the home
         try:
             shard, data, record = await self._seeder.keep(attempt.address, Shard(shape.k, shape.m, ask.want))
         except ShoalError as error:
@@ -129,11 +136,14 @@ class Fetcher:
             str(address.ref.digest), address.index, address.ref.size, attempt.shape.k, attempt.shape.m,
             ask.want, 2, str(address.locator), ask.exact,
         )  # fmt: skip
+
+        def heard(ready: bool) -> None:
+            plan.heard(ask.peer, ready, trio.current_time())
+
         try:
             answer = await self._seeder.ask(
                 ask.peer, question, attempt.lane, SILENCE_S,
-                heard=lambda ready: plan.heard(ask.peer, ready, trio.current_time()),
-                took_s=lambda: plan.took_s(ask.peer, trio.current_time()),
+                heard=heard, took_s=lambda: plan.took_s(ask.peer, trio.current_time()),
             )  # fmt: skip
             self._check(attempt, answer)
         except PeerMisbehavedError as error:

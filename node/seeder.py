@@ -62,11 +62,14 @@ SILENCE_S = 1.5
 """A keeper that lives says `Waiting` three times in this time, also on a machine that is short of processor time."""
 SMALL_SILENCE_S = 1.0
 """For questions that are answered from memory."""
-HOME_PATIENCE_S = 4.0
+HOME_PATIENCE_S = 5.0
 """A late home is waited for so much longer before another one acts for it: that costs a copy from the origin."""
-COLD_FIRST_S, COLD_FLOOR_S, COLD_FACTOR = 2.5, 3.0, 5.0
-"""A home may read a block for some times as long as homes usually take; the first guess allows for a slow uplink.
-Longer than that it has a bad link of its own."""
+HOME_FIRST_S, HOME_FLOOR_S, HOME_FACTOR = 10.0, 5.0, 6.0
+"""A home may read a block for some times as long as homes lately took, which a slow uplink makes long; until that is
+known, for so long. On a crowded uplink TCP may starve a healthy connection for seconds; who takes longer still has a
+bad link of its own."""
+LOOK_EVERY_S = 1.0
+"""How often those who wait for a peer look whether it has taken too long, or turned out to have a bad link."""
 UNSETTLED_S = 30.0
 """After a change of the view the keepers that were may hold what the keepers that are lack: they are asked first."""
 HOLDINGS_TTL_S = 2.0
@@ -86,6 +89,11 @@ class BlockAddress:
     @property
     def block(self) -> BlockId:
         return BlockId(self.ref.digest, self.index)
+
+    @property
+    def key(self) -> tuple[BlockId, int]:
+        """A digest that somebody gives another size to is another object."""
+        return self.block, self.ref.size
 
     @property
     def length(self) -> int:
@@ -133,7 +141,7 @@ class Seeder:
         self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
         self._homes: SingleFlight[tuple[BlockId, int], Obtained] = SingleFlight(nursery)
         self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery)
-        self._home_s = COLD_FIRST_S
+        self._home_s: float | None = None
         self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
             4096, HOLDINGS_TTL_S, timer=trio.current_time
         )
@@ -214,13 +222,12 @@ class Seeder:
         return shard, data, record
 
     async def _obtain_shard(self, address: BlockAddress, shard: Shard) -> tuple[Buffer, Record]:
-        """From the home; the next rank acts as home where that fails, lags, or takes far longer than it is used to."""
+        """From the home; the next rank acts as home where that fails, or gets on far more slowly than others."""
         site, now = self._site, trio.current_time()
         _, keepers = site.placement().keepers(address.block, address.length)
         usable = site.health.usable((peer for peer in keepers if peer != site.own), now)
         homes = [peer for peer in keepers if peer == site.own or peer in usable][:MAX_HOMES]
-        cold_s = max(COLD_FLOOR_S, COLD_FACTOR * self._home_s)
-        plan = ShardPlan(homes, homes, 1, site.health.late_after_s, HOME_PATIENCE_S, cold_s)
+        plan = ShardPlan(homes, homes, 1, site.health.late_after_s, site.health.answered_at, HOME_PATIENCE_S)
         found: list[tuple[Buffer, Record]] = []
         failures: list[ShoalError] = [UnavailableError(f"no home of {address.ref.digest} #{address.index} answers")]
 
@@ -238,21 +245,35 @@ class Seeder:
             if answer is None:
                 return plan.failed(what.peer, trio.current_time())
             found.append(answer)
-            # What is far beyond the usual counts for little, so that one bad home does not make all look slow.
-            self._home_s += (min(trio.current_time() - now, 2 * self._home_s) - self._home_s) / 8
+            if plan.was_cold(what.peer):
+                self._learn_home_s(trio.current_time() - now)
             return plan.got(what.peer, what.want, trio.current_time())
 
         def overdue() -> list[Ask]:
+            now = trio.current_time()
             asks = self.note_overdue(plan)[1]
-            for peer, asked_at in plan.given_up:
-                site.health.gave_up(peer, trio.current_time() - asked_at, trio.current_time())
+            for home, asked_at in plan.cold:
+                if site.health.unfit(home, now) or now - asked_at > self._home_limit_s():
+                    asks += plan.give_up(home, now)
+            for home in plan.given_up:
+                if not site.health.unfit(home, now):
+                    log.info("%s gets blocks too slowly: others act for it as home", home)
+                    site.health.gave_up(home, now)
             return asks
 
-        await carry_out(plan, plan.start(False, now), ask, note, overdue)
+        await carry_out(plan, plan.start(False, now), ask, note, overdue, LOOK_EVERY_S)
         if not found:
             raise failures[-1]
         await self._store_shard(address.block, shard, *found[0])
         return found[0]
+
+    def _home_limit_s(self) -> float:
+        return HOME_FIRST_S if self._home_s is None else max(HOME_FLOOR_S, HOME_FACTOR * self._home_s)
+
+    def _learn_home_s(self, took_s: float) -> None:
+        """What is far beyond the usual counts for little, so that one bad home does not make all look slow."""
+        usual = took_s if self._home_s is None else self._home_s
+        self._home_s = usual + (min(took_s, 2 * usual) - usual) / 8
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
         """Who is late by the plan, which counts against them, and whom to ask for those given up."""
@@ -266,6 +287,7 @@ class Seeder:
         self, home: PeerId, address: BlockAddress, shard: Shard, plan: ShardPlan
     ) -> tuple[Buffer, Record]:
         if home == self._site.own:
+            plan.heard(home, False, trio.current_time())  # it is cold, as another home would say
             return _cut((await self.home(address)).held, shard)[1:]
         ref = address.ref
         question = GetShard(
@@ -304,12 +326,14 @@ class Seeder:
         found = await self._given(Piece(address.block), address.ref)
         if found is not None:
             return Obtained(found[0], Source(found[1]))
-        return await self._homes.do((address.block, address.ref.size), lambda: self._obtain_block(address))
+        return await self._homes.do(address.key, lambda: self._obtain_block(address))
 
     async def _obtain_block(self, address: BlockAddress) -> Obtained:
         obtained = await self._from_site(address)
         if obtained is None:
+            began = trio.current_time()
             data = await self._origin.read(address.locator, address.ref, address.index)
+            self._learn_home_s(trio.current_time() - began)
             obtained = Obtained(Held(data, self._claim(address, data)), Source.ORIGIN)
         if self._site.tiers.holds(Piece(address.block)):
             await self._site.tiers.discard(Piece(address.block))  # of another size, or signed by nobody who is known

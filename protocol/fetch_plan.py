@@ -6,7 +6,8 @@ Lambda" (USENIX ATC'23), section 3.2; when to stop waiting: Dean and Barroso, "T
 
 **Whose time it is.** A keeper that lacks its shard says `Waiting` while the block comes from the registry, and that is
 not its fault: its clock stands still until it says that its answer is ready, or until another keeper's shard shows that
-the block is in the site by now. What a peer is known to take is measured by the same clock.
+the block is in the site by now. What a peer is known to take is measured by the same clock. A peer that answers other
+requests meanwhile is at work, and this one waits for its turn: its clock begins again, but not for ever.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from dataclasses import dataclass
 
 from protocol.ids import PeerId
 
-COLD_FLOOR_S = 0.4
+COLD_FLOOR_S = 1.5
 """Nothing is late before it while no shard came: until a keeper says `Waiting` (0.25 s) a cold block looks like a slow
 peer."""
 WARM_FLOOR_S = 0.03
 """The same once one came: beyond what the loops of two busy nodes take."""
+SETTLE_S = 2.0
+"""After the first shard those come to the other keepers, one after another over the home's link."""
 LAST_FACTOR = 2.0
 """The last shard that is missing is late after so many times what the slowest of the others took: they had the same
 links to share."""
+TURN_FACTOR = 2.0
+"""However much a peer answers otherwise, it is late after so many times the wait for one that answers nothing."""
 PATIENCE_FACTOR, PATIENCE_S = 2.0, 0.5
 """A late peer is given up after so much more: then another one is asked, whatever the budget for spares says."""
 
@@ -40,11 +45,12 @@ class Ask:
 
 @dataclass(slots=True)
 class _Asked:
-    """A request under way; its clock runs from `since`, which lies in the future while it stands still."""
+    """A request under way; its clock runs from `since`, which is infinite while it stands still."""
 
     want: int
     asked_at: float
     since: float
+    was_cold: bool = False
     late: bool = False
     given_up: bool = False
 
@@ -57,14 +63,14 @@ class ShardPlan:
 
     def __init__(
         self, keepers: Sequence[PeerId], order: Sequence[PeerId], k: int, late_after_s: Callable[[PeerId], float],
-        patience_s: float = PATIENCE_S, cold_s: float = math.inf,
+        answered_at: Callable[[PeerId], float] = lambda peer: -math.inf, patience_s: float = PATIENCE_S,
     ) -> None:  # fmt: skip
-        """`patience_s`: until a late peer is given up; `cold_s`: how long a clock may stand still."""
+        """`answered_at`: when a peer last answered anything; `patience_s`: until a late one is given up."""
         self._rank = {peer: rank for rank, peer in enumerate(keepers)}
         self._left = list(order)
         self._k = k
         self._late_after_s = late_after_s
-        self._patience_s, self._cold_s = patience_s, cold_s
+        self._answered_at, self._patience_s = answered_at, patience_s
         self._asked: dict[PeerId, _Asked] = {}
         self._have: dict[int, PeerId] = {}
         self._slowest_s = 0.0
@@ -97,7 +103,8 @@ class ShardPlan:
         """A sign of life: `ready` where the answer is on its way or waits for its turn, else the peer lacks it yet."""
         asked = self._asked.get(peer)
         if asked is not None and not self._have:
-            asked.since = min(asked.since, now) if ready else asked.asked_at + self._cold_s
+            asked.since = min(asked.since, now) if ready else math.inf
+            asked.was_cold |= not ready
 
     def took_s(self, peer: PeerId, now: float) -> float | None:
         """What the peer has taken by its own clock; None where that stands still."""
@@ -105,9 +112,33 @@ class ShardPlan:
         return None if asked is None or asked.since > now else now - asked.since
 
     @property
-    def given_up(self) -> list[tuple[PeerId, float]]:
-        """Who is not waited for any more, and when it was asked."""
-        return [(peer, asked.asked_at) for peer, asked in self._asked.items() if asked.given_up]
+    def given_up(self) -> list[PeerId]:
+        """Who is not waited for any more."""
+        return [peer for peer, asked in self._asked.items() if asked.given_up]
+
+    @property
+    def waited_for(self) -> list[PeerId]:
+        """Who owes an answer and is not given up."""
+        return [peer for peer, asked in self._asked.items() if not asked.given_up]
+
+    @property
+    def cold(self) -> list[tuple[PeerId, float]]:
+        """Whose clock stands still, and when they were asked."""
+        return [
+            (peer, asked.asked_at)
+            for peer, asked in self._asked.items()
+            if asked.since == math.inf and not asked.given_up
+        ]
+
+    def was_cold(self, peer: PeerId) -> bool:
+        """Whether the peer, who owes its answer, ever said that it lacked it."""
+        return self._asked[peer].was_cold
+
+    def give_up(self, peer: PeerId, now: float) -> list[Ask]:
+        """The peer is not waited for any more; whom to ask instead."""
+        self._asked[peer].given_up = True
+        self.retries += 1
+        return self._top_up(now)
 
     def got(self, peer: PeerId, index: int, now: float) -> list[Ask]:
         """A good shard came; when it was there already, the peer is asked once more for exactly its own."""
@@ -116,7 +147,7 @@ class ShardPlan:
         if index not in self._have:
             self._slowest_s = max(self._slowest_s, now - min(now, answered.since))
             for asked in self._asked.values():
-                asked.since = min(asked.since, now)
+                asked.since = min(asked.since, now + SETTLE_S)
             self._have[index] = peer
             return []
         self.retries += 1
@@ -158,9 +189,10 @@ class ShardPlan:
         bound = LAST_FACTOR * self._slowest_s if len(self._have) == self._k - 1 and self._have else math.inf
         for peer, asked in self._asked.items():
             if not asked.given_up:
-                after = max(floor, min(bound, self._late_after_s(peer)))
+                after = max(floor, self._slowest_s, min(bound, self._late_after_s(peer)))
+                since = max(asked.since, min(self._answered_at(peer), asked.since + (TURN_FACTOR - 1) * after))
                 after += PATIENCE_FACTOR * after + self._patience_s if asked.late else 0.0
-                yield peer, asked, asked.since + after
+                yield peer, asked, since + after
 
     def _top_up(self, now: float) -> list[Ask]:
         under_way = sum(not asked.given_up for asked in self._asked.values())

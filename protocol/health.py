@@ -7,6 +7,7 @@ peer that is not asked fades towards the first guess, so that one that was slow 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median_low
@@ -18,6 +19,8 @@ from protocol.ids import PeerId
 MAX_PEERS = 16384
 FIRST_GUESS_S = 0.02
 """A peer nothing is known of is asked before one that is known to be slow."""
+UNKNOWN_LATE_S = 2.0
+"""Nothing is known either of the link that it is on."""
 FADE_S = 30.0
 """After this time half is left of what was known, after three times as long nothing."""
 LATE_CAP_S = 10.0
@@ -25,7 +28,9 @@ LATE_CAP_S = 10.0
 BACKOFF_FIRST_S = 3.0
 """With the silence before it about as long as the membership takes to drop a dead node: it is waited for once."""
 BACKOFF_CAP_S = 30.0
-LAGGARD_FACTOR, LAGGARD_S = 8.0, 0.5
+UNFIT_S = 30.0
+"""A node with a bad link gets no better in a moment, and trying it again costs seconds."""
+LAGGARD_FACTOR, LAGGARD_S = 8.0, 2.0
 """A peer that takes so much longer than the middle one of its like, and so long, had better be left out."""
 _GAIN = 0.125
 _DEVIATION_GAIN = 0.25
@@ -42,6 +47,8 @@ class _Peer:
     avoid_until: float = 0.0
     beaten: int = 0
     last_until: float = 0.0
+    unfit_until: float = 0.0
+    answered_at: float = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class Health:
         state = self._of(peer)
         state.outstanding = max(0, state.outstanding - 1)
         state.failures, state.avoid_until = 0, 0.0
+        state.answered_at = now
         if elapsed_s is not None:
             if elapsed_s <= self.late_after_s(peer):
                 state.beaten, state.last_until = 0, 0.0
@@ -93,7 +101,7 @@ class Health:
         state.avoid_until = now + _backoff_s(state.failures)
 
     def beaten(self, peer: PeerId, now: float) -> None:
-        """A read ended with a spare in the place of the peer's late answer: it lives, but is asked after the others.
+        """A read went on without the peer's late answer: it lives, but is asked after the others.
 
         Its mean can't tell: the answers that would have raised it are those that nobody waited for.
         """
@@ -115,11 +123,19 @@ class Health:
         if elapsed_s > state.mean_s:
             state.mean_s += _GAIN * (elapsed_s - state.mean_s)
 
-    def gave_up(self, peer: PeerId, elapsed_s: float, now: float) -> None:
-        """Nobody waits for its answer any more: it is known to take at least so long."""
-        state = self._of(peer)
-        self._fade(state, now)
-        state.mean_s = max(state.mean_s, elapsed_s)
+    def gave_up(self, peer: PeerId, now: float) -> None:
+        """As a home: it gets a block so slowly that another acts for it, and for a while for all its blocks."""
+        self._of(peer).unfit_until = now + UNFIT_S
+
+    def unfit(self, peer: PeerId, now: float) -> bool:
+        """Whether it is no home for now."""
+        state = self._peers.get(peer)
+        return state is not None and now < state.unfit_until
+
+    def answered_at(self, peer: PeerId) -> float:
+        """When it last answered anything; minus infinity for never."""
+        state = self._peers.get(peer)
+        return -math.inf if state is None else state.answered_at
 
     def avoided(self, peer: PeerId, now: float) -> bool:
         state = self._peers.get(peer)
@@ -136,19 +152,26 @@ class Health:
             if state is None:
                 return False, False, FIRST_GUESS_S
             wait_s = (state.outstanding + 1) * self._faded_s(state, now)
-            return now < state.avoid_until, now < state.last_until, wait_s
+            return now < state.avoid_until, now < max(state.last_until, state.unfit_until), wait_s
 
         return sorted(peers, key=expected)
 
     def usable(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """Those of `peers`, in their order, that neither fail nor lag far behind the middle one of them."""
-        means = {peer: self._faded_s(self._of(peer), now) for peer in peers}
+        """Those of `peers`, in their order, that are fit, do not fail, and do not lag far behind the middle one."""
+        asked = list(peers)
+        means = {peer: self._faded_s(self._of(peer), now) for peer in asked if self._of(peer).measured}
         bound = max(LAGGARD_S, LAGGARD_FACTOR * median_low(means.values())) if means else 0.0
-        return [peer for peer, mean in means.items() if mean <= bound and not self.avoided(peer, now)]
+        return [
+            peer
+            for peer in asked
+            if means.get(peer, 0.0) <= bound and not self.avoided(peer, now) and not self.unfit(peer, now)
+        ]
 
     def late_after_s(self, peer: PeerId) -> float:
         """The wait after which an answer is later than about 95 of 100 of this peer's."""
         state = self._of(peer)
+        if not state.measured:
+            return UNKNOWN_LATE_S
         return min(LATE_CAP_S, state.mean_s + 3 * state.deviation_s)
 
     def steady(self, peers: Iterable[PeerId]) -> bool:

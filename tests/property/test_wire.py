@@ -99,7 +99,7 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(Resolved, digests, st.integers(0, MAX_OBJECT_SIZE), texts, st.floats(0, 1e9)),
     st.builds(Pong, updates),
     st.builds(SyncReply, updates),
-    st.just(Waiting()),
+    st.builds(Waiting, st.booleans()),
     st.builds(Failed, st.sampled_from(FAILURES), texts),
 )
 ids = st.integers(0, 2**32 - 1)

@@ -22,7 +22,7 @@ from node.identity import Identity
 from node.locator import Locator
 from node.objects import Source
 from node.origin import Origin
-from node.seeder import BlockAddress, Obtained, Seeder, Site
+from node.seeder import HOME_FIRST_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
 from node.trust import Trust
 from protocol.directory import Directory
 from protocol.errors import UnavailableError
@@ -45,7 +45,7 @@ class Registry:
     def __init__(self, block_s: float = 0.05) -> None:
         self.asked: Counter[int] = Counter()
         self.down = False
-        self._block_s = block_s
+        self.block_s = block_s
 
     def connections(self, upstream: str) -> int:
         return 4
@@ -55,7 +55,7 @@ class Registry:
             if self.down:
                 raise UnavailableError("the registry is down")
             self.asked[index] += 1
-            await trio.sleep(self._block_s)
+            await trio.sleep(self.block_s)
             yield bytearray(BODY[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
 
 
@@ -314,6 +314,38 @@ def test_a_new_home_asks_those_who_kept_before_it_asks_the_registry() -> None:
             node.seeder._site = node.fetcher._site = node.site
         registry.down = True
         await all_read(nodes[2:4])
+
+    play(5, scenario)
+
+
+def home_of(nodes: list[Node], index: int) -> Node:
+    _, keepers = nodes[0].site.placement().keepers(REF.block(index), REF.block_length(index))
+    return next(node for node in nodes if node.own == keepers[0])
+
+
+def test_another_acts_for_a_home_whose_own_link_is_bad() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        home, bad = home_of(nodes, 0), Registry(block_s=1000.0)
+        async with trio.open_nursery() as nursery:
+            home.seeder._origin = Origin(bad, nursery)
+            reader = next(node for node in nodes if node is not home)
+            with trio.fail_after(HOME_FIRST_S + 2 * LOOK_EVERY_S):
+                assert (await reader.read(0)).source is Source.PEER
+            assert registry.asked[0] == 1
+            nursery.cancel_scope.cancel()
+
+    play(5, scenario)
+
+
+def test_a_slow_uplink_makes_all_homes_slow_and_no_block_is_read_twice() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        registry.block_s = HOME_FIRST_S / 2
+        for index in range(3):
+            async with trio.open_nursery() as nursery:
+                for node in nodes:
+                    nursery.start_soon(node.read, index)
+            registry.block_s = min(2 * registry.block_s, 2 * HOME_FIRST_S)
+        assert registry.asked == Counter(range(3))
 
     play(5, scenario)
 

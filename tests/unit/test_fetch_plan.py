@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import math
 
-from protocol.fetch_plan import COLD_FLOOR_S, LAST_FACTOR, PATIENCE_FACTOR, PATIENCE_S, WARM_FLOOR_S, Ask, ShardPlan
-from protocol.health import BACKOFF_FIRST_S, FADE_S, LATE_CAP_S, Health, SpareBudget
+from protocol.fetch_plan import (
+    COLD_FLOOR_S,
+    LAST_FACTOR,
+    PATIENCE_FACTOR,
+    PATIENCE_S,
+    SETTLE_S,
+    TURN_FACTOR,
+    WARM_FLOOR_S,
+    Ask,
+    ShardPlan,
+)
+from protocol.health import (
+    BACKOFF_FIRST_S,
+    FADE_S,
+    LATE_CAP_S,
+    UNFIT_S,
+    UNKNOWN_LATE_S,
+    Health,
+    SpareBudget,
+)
 from protocol.ids import PeerId
 
 KEEPERS = [PeerId(name) for name in "abcde"]
@@ -82,8 +100,28 @@ def test_the_clock_of_who_waits_for_the_registry_stands_still_until_the_block_is
     assert plan.took_s(KEEPERS[1], 5.0) is None
     plan.got(KEEPERS[0], 0, 5.0)
     plan.heard(KEEPERS[1], False, 5.01)
-    assert plan.next_check() == 5.0 + WARM_FLOOR_S
-    assert plan.took_s(KEEPERS[1], 6.0) == 1.0
+    settled = 5.0 + SETTLE_S
+    assert plan.next_check() == settled + WARM_FLOOR_S
+    assert plan.took_s(KEEPERS[1], settled + 1.0) == 1.0
+
+
+def test_a_peer_that_answers_others_works_through_its_queue_but_not_for_ever() -> None:
+    answered_at = -math.inf
+    plan = ShardPlan(KEEPERS, KEEPERS, 1, lambda peer: 2.0, lambda peer: answered_at)
+    plan.start(all_at_once=False, now=10.0)
+    assert plan.next_check() == 12.0
+    answered_at = 11.5
+    assert plan.next_check() == 13.5
+    answered_at = 13.4
+    assert plan.next_check() == 10.0 + TURN_FACTOR * 2.0
+
+
+def test_an_answer_that_takes_no_longer_than_its_siblings_is_not_late() -> None:
+    plan = plan_of(late_after_s=0.1)
+    plan.start(all_at_once=False, now=0.0)
+    plan.heard(KEEPERS[0], True, 0.0)
+    plan.got(KEEPERS[0], 0, 1.0)
+    assert plan.next_check() == 1.0
 
 
 def test_the_clock_runs_on_once_the_answer_is_ready() -> None:
@@ -96,13 +134,13 @@ def test_the_clock_runs_on_once_the_answer_is_ready() -> None:
 
 
 def test_who_stays_late_is_given_up_and_another_is_asked_but_may_still_answer() -> None:
-    plan = plan_of(k=1, late_after_s=1.0)
+    plan = plan_of(k=1, late_after_s=2.0)
     plan.start(all_at_once=False, now=0.0)
-    assert plan.overdue(1.0) == ([KEEPERS[0]], [])
-    given_up_at = 1.0 + PATIENCE_FACTOR * 1.0 + PATIENCE_S
+    assert plan.overdue(2.0) == ([KEEPERS[0]], [])
+    given_up_at = 2.0 + PATIENCE_FACTOR * 2.0 + PATIENCE_S
     assert plan.next_check() == given_up_at
     assert plan.overdue(given_up_at) == ([], [Ask(KEEPERS[1], 1)])
-    plan.got(KEEPERS[0], 0, 4.0)
+    plan.got(KEEPERS[0], 0, 7.0)
     assert plan.done
 
 
@@ -138,6 +176,7 @@ def test_the_quickest_is_asked_first_and_the_failing_last() -> None:
 def test_who_was_beaten_is_asked_after_the_others_until_it_answers_in_time() -> None:
     """It has nothing outstanding then, for what it owed was given up: by its mean it would be the first to ask."""
     health = Health()
+    health.answered(PeerId("a"), 0.01, 9.0)
     for peer in "bc":
         for _ in range(8):
             health.asked(PeerId(peer))
@@ -176,11 +215,11 @@ def test_the_last_shard_is_late_by_what_the_others_took() -> None:
 
 
 def test_a_read_tells_whom_it_beat() -> None:
-    plan = plan_of(k=1, late_after_s=1.0)
+    plan = plan_of(k=1, late_after_s=2.0)
     plan.start(False, 0.0)
-    plan.overdue(1.0)
-    plan.spare(1.0)
-    plan.got(KEEPERS[1], 1, 1.1)
+    plan.overdue(2.0)
+    plan.spare(2.0)
+    plan.got(KEEPERS[1], 1, 2.1)
     assert plan.beaten == [KEEPERS[0]]
 
 
@@ -206,7 +245,7 @@ def test_of_equals_the_one_with_the_least_outstanding_is_asked() -> None:
 
 def test_lateness_follows_what_was_seen_up_to_a_cap() -> None:
     health = Health()
-    assert health.late_after_s(PeerId("a")) < WARM_FLOOR_S * 2
+    assert health.late_after_s(PeerId("a")) == UNKNOWN_LATE_S
     for _ in range(50):
         health.answered(PeerId("a"), 30.0, 0.0)
     assert health.late_after_s(PeerId("a")) == LATE_CAP_S
@@ -221,12 +260,21 @@ def test_spares_are_a_share_of_what_was_asked() -> None:
     assert budget.spend()
 
 
-def test_a_clock_stands_still_for_a_bounded_time_where_another_can_do_the_same_work() -> None:
-    plan = ShardPlan(KEEPERS, KEEPERS, 1, lambda peer: 1.0, 4.0, 10.0)
-    plan.start(False, 0.0)
+def test_a_cold_peer_can_be_given_up_from_outside_and_the_next_one_is_asked() -> None:
+    plan = ShardPlan(KEEPERS, KEEPERS, 1, lambda peer: 1.0)
+    plan.start(False, 3.0)
+    assert plan.cold == []
     plan.heard(KEEPERS[0], False, 5.0)
-    assert plan.next_check() == 11.0
-    assert plan.overdue(11.0) == ([KEEPERS[0]], [])
-    assert plan.next_check() == 10.0 + 1.0 + PATIENCE_FACTOR + 4.0
-    assert plan.overdue(17.0) == ([], [Ask(KEEPERS[1], 1)])
-    assert plan.given_up == [(KEEPERS[0], 0.0)]
+    assert plan.next_check() == math.inf
+    assert plan.cold == [(KEEPERS[0], 3.0)]
+    assert plan.give_up(KEEPERS[0], 20.0) == [Ask(KEEPERS[1], 1)]
+    assert plan.given_up == [KEEPERS[0]]
+    assert plan.cold == []
+
+
+def test_a_home_that_was_given_up_is_asked_last_and_is_no_home_for_a_while() -> None:
+    health = Health()
+    health.gave_up(KEEPERS[0], 100.0)
+    assert health.order(KEEPERS, 101.0) == [*KEEPERS[1:], KEEPERS[0]]
+    assert health.usable(KEEPERS, 101.0) == KEEPERS[1:]
+    assert health.usable(KEEPERS, 100.0 + UNFIT_S) == KEEPERS
