@@ -23,6 +23,7 @@ from protocol.ids import BlockId, PeerId, Piece, Shard, shard_length
 from protocol.messages import GetShard, ShardFound
 from protocol.placement import Geometry
 from protocol.records import Record
+from protocol.window import ReadWindow
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +48,27 @@ class Fetcher:
         self._site, self._seeder = site, seeder
         self._budget = SpareBudget()
         self._reads: SingleFlight[tuple[BlockId, int], Obtained] = SingleFlight(nursery)
+        self.window = ReadWindow()
+        self.turned = trio.lowlevel.ParkingLot()
+        """All of it is unparked whenever a block's read ends, or the block is in the site."""
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket[tuple[BlockId, int], Obtained]:
         """Start reading a block, or join its read that is under way. Raises UnavailableError and its like in `wait`."""
+        if address.key not in self._reads:
+            self.window.began(address.key, trio.current_time())
         return self._reads.join(address.key, lambda: self._timed(address, urgent))
 
     async def _timed(self, address: BlockAddress, urgent: bool) -> Obtained:
         began = trio.current_time()
-        return replace(await self._read(address, urgent), seconds=trio.current_time() - began)
+        try:
+            return replace(await self._read(address, urgent), seconds=trio.current_time() - began)
+        finally:
+            self.window.ended(address.key)
+            self.turned.unpark_all()
+
+    def _warmed(self, address: BlockAddress) -> None:
+        if self.window.warmed(address.key, trio.current_time()):
+            self.turned.unpark_all()
 
     async def _read(self, address: BlockAddress, urgent: bool) -> Obtained:
         site = self._site
@@ -72,6 +86,7 @@ class Fetcher:
                 await site.tiers.put(Piece(address.block), held.data, held.record)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
         obtained = await self._seeder.home(address)
+        self._warmed(address)
         if attempt is not None:
             await self._blame(attempt, obtained)
             return Obtained(obtained.held, obtained.source, obtained.peers, attempt.plan.retries + 1)
@@ -139,6 +154,8 @@ class Fetcher:
 
         def heard(ready: bool) -> None:
             plan.heard(ask.peer, ready, trio.current_time())
+            if ready:
+                self._warmed(address)
 
         try:
             answer = await self._seeder.ask(
@@ -172,6 +189,7 @@ class Fetcher:
         elif attempt.record.sha256 != answer.message.record.sha256:
             log.warning("two records of %s disagree", attempt.address.block)
             return attempt.plan.failed(peer, now)
+        self._warmed(attempt.address)
         attempt.shards.setdefault(answer.message.index, (peer, answer.body))
         return attempt.plan.got(peer, answer.message.index, now)
 

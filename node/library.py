@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
 from typing import BinaryIO
-
-import trio
 
 from cache.store import Buffer
 from node.fetcher import Fetcher
@@ -19,27 +16,15 @@ from node.locator import Locator
 from node.metrics import Metrics
 from node.names import Names
 from node.objects import Resolved, Source
+from node.read_ahead import ReadAhead, Room
 from node.seeder import BlockAddress, Obtained, Seeder, Site
-from node.single_flight import Ticket
 from node.upstream import MAX_MANIFEST
 from protocol.errors import CorruptObjectError, ShoalError
-from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, Piece
-from protocol.window import MOST, ReadWindow
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
 
 log = logging.getLogger(__name__)
 
-FIRST_BLOCKS = 8
-"""Beside the window, for clients that have none of it: some that stand still do not stop others; who finds none left
-waits. A block under way is a buffer of 1 MiB, and as much again in shards until they make it."""
-
 Finished = Callable[[ObjectRef], None]
-
-
-class _Reading:
-    __slots__ = ("address", "ticket")
-
-    def __init__(self, address: BlockAddress, ticket: Ticket[tuple[BlockId, int], Obtained]) -> None:
-        self.address, self.ticket = address, ticket
 
 
 class SiteLibrary:
@@ -51,8 +36,7 @@ class SiteLibrary:
     ) -> None:  # fmt: skip
         self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
         self._ledger, self._metrics, self._finished = ledger, metrics, finished
-        self._window = ReadWindow()
-        self._room = trio.Semaphore(MOST + FIRST_BLOCKS)
+        self._room = Room()
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         return await self._names.resolve(locator, reference)
@@ -63,18 +47,12 @@ class SiteLibrary:
         whole = start == 0 and stop == ref.size
         hasher = hashlib.new(ref.digest.algorithm) if whole else None
         parts: list[bytes] = []
-        urgent = stop - start <= BLOCK_SIZE
-        readings: deque[_Reading] = deque()
-        following = start // BLOCK_SIZE
-        end = -(-stop // BLOCK_SIZE)
-        self._window.entered()
+        first, end = start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)
+        blocks = (BlockAddress(locator, ref, index) for index in range(first, end))
+        ahead = ReadAhead(self._fetcher, self._room, blocks, urgent=stop - start <= BLOCK_SIZE)
         try:
-            for index in range(following, end):
-                while following < end and await self._may_begin(len(readings)):
-                    address = BlockAddress(locator, ref, following)
-                    readings.append(_Reading(address, self._fetcher.begin(address, urgent)))
-                    following += 1
-                data = await self._next(readings[0], start, stop)
+            for index in range(first, end):
+                data = self._note(BlockAddress(locator, ref, index), await ahead.first(), start, stop)
                 if hasher is not None:
                     hasher.update(data)
                     if index == end - 1:
@@ -86,11 +64,9 @@ class SiteLibrary:
                 offset = index * BLOCK_SIZE
                 yield memoryview(data)[max(0, start - offset) : stop - offset]
                 del data
-                self._release(readings.popleft())
+                ahead.taken()
         finally:
-            self._window.left()
-            while readings:
-                self._release(readings.popleft())
+            ahead.close()
 
     def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
         found = self._site.tiers.open_sealed(digest)
@@ -100,26 +76,7 @@ class SiteLibrary:
         self._note_range(digest, start, stop, Read(Source(tier), 0.0, 0, (), time.time()))
         return file
 
-    async def _may_begin(self, own: int) -> bool:
-        """Whether a read that has `own` blocks under way has room for one more; one without any waits until it has."""
-        if own == 0:
-            await self._room.acquire()
-        elif not self._window.has_room(own):
-            return False
-        else:
-            self._room.acquire_nowait()  # the window has less room than there is
-        self._window.began()
-        return True
-
-    def _release(self, reading: _Reading) -> None:
-        reading.ticket.release()
-        self._window.ended()
-        self._room.release()
-
-    async def _next(self, reading: _Reading, start: int, stop: int) -> Buffer:
-        obtained = await reading.ticket.wait()
-        address = reading.address
-        self._window.came(obtained.seconds)
+    def _note(self, address: BlockAddress, obtained: Obtained, start: int, stop: int) -> Buffer:
         self._metrics.read(obtained.source, obtained.seconds)
         for _ in range(obtained.retries):
             self._metrics.retried(obtained.source)

@@ -76,7 +76,7 @@ class Origin:
     async def read(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
         """Block `index` as the registry gives it. Raises NotFoundError, DeniedError or UnavailableError."""
         # Raises for an unknown upstream before anything is queued.
-        limit = max(2, round(self._registry.connections(locator.upstream) / self._sharing()))
+        limit = max(1, round(self._registry.connections(locator.upstream) / self._sharing()))
         wanted = _Wanted(locator, ref, index)
         queue = self._queues.setdefault(locator.upstream, _Queue())
         block = ref.block(index)

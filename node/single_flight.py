@@ -48,6 +48,11 @@ class Ticket(Generic[K, V]):
         assert self._flight.value is not None
         return self._flight.value
 
+    @property
+    def ended(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._flight.done.is_set()
+
     def release(self) -> None:
         if self._released:
             return
@@ -71,6 +76,10 @@ class SingleFlight(Generic[K, V]):
             flight = self._flights[key] = _Flight()
             self._nursery.start_soon(self._run, key, flight, work)
         return Ticket(self, key, flight)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether work under that key is under way."""
+        return key in self._flights
 
     async def do(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
         ticket = self.join(key, work)

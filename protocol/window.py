@@ -1,49 +1,70 @@
 """How many blocks a node has under way for its clients at a time.
 
-The more there are, the better every link is used; but on a slow uplink they share it, and all of them come late: of 16
-blocks on 10 Mbit/s the first one takes 13 s. So the window grows with every block that came in time and shrinks with
-every one that did not, between bounds (additive increase and decrease, as TCP Vegas: Brakmo and Peterson, 1995).
+A block is *cold* until it is in the site. Cold blocks share the site's uplink: the more there are, the later comes each
+of them, and until the first ones are there the nodes have nothing to share. So few are asked for at first, one more
+with every one that came soon, and one less with every one that came late (additive increase and decrease, as TCP Vegas:
+Brakmo and Peterson, 1995). What is in the site is limited by what it takes to keep the links busy, and by memory.
 """
 
 from __future__ import annotations
 
-LEAST = 3
-"""At first, too: the sooner a block is there, the sooner the site has something to share. It keeps a slow uplink busy;
-with twice as many, ten nodes on 10 Mbit/s waited 25 s for a block."""
+from collections.abc import Hashable
+
 MOST = 16
-"""Enough for four peers at wire speed; also the bound of the memory that reads take."""
-TARGET_S = 4.0
+"""Blocks under way: enough for four peers at wire speed; also the bound of the memory that they take."""
+COLD_LEAST, COLD_FIRST = 2, 6
+"""Cold ones among them, at least and at first: these keep a slow uplink busy while word of one that came goes round."""
+RAMP = 2
+"""Cold blocks of a client that has got none yet: the first one of several does not take what there is for all."""
+SOON_S, LATE_S = 1.5, 3.0
 
 
 class ReadWindow:
-    """Shared by all clients of a node. Beside it each may have one block under way."""
+    """Shared by all clients of a node. `key` names a block; `now` is monotonic seconds."""
 
     def __init__(self) -> None:
-        self._size = LEAST
-        self._readers = 0
-        self._under_way = 0
+        self._cold_most = COLD_FIRST
+        self._clients = 0
+        self._under_way: set[Hashable] = set()
+        self._cold: dict[Hashable, float] = {}
 
     def entered(self) -> None:
         """A client begins to read."""
-        self._readers += 1
+        self._clients += 1
 
     def left(self) -> None:
-        self._readers -= 1
+        self._clients -= 1
 
-    def has_room(self, own: int) -> bool:
-        """Whether a client with `own` blocks under way may ask for another: an equal share for each."""
-        return self._under_way < self._size and own < -(-self._size // max(1, self._readers))
+    @property
+    def share(self) -> int:
+        """Blocks under way for each client."""
+        return -(-MOST // max(1, self._clients))
 
-    def began(self) -> None:
-        self._under_way += 1
+    def has_room(self, under_way: int, cold: int, warm: int) -> bool:
+        """Whether a client may ask for one more block, who has so many under way, `cold` of them cold, and had `warm`
+        that are not."""
+        cold_share = -(-self._cold_most // max(1, self._clients))
+        return len(self._under_way) < MOST and under_way < self.share and cold < min(RAMP + warm, cold_share)
 
-    def ended(self) -> None:
-        """The client has taken the block, or given it up."""
-        self._under_way -= 1
+    def is_cold(self, key: Hashable) -> bool:
+        return key in self._cold
 
-    def came(self, seconds: float) -> None:
-        """A block took so long."""
-        if seconds < TARGET_S:
-            self._size = min(MOST, self._size + 1)
-        else:
-            self._size = max(LEAST, self._size - 1)
+    def began(self, key: Hashable, now: float) -> None:
+        self._under_way.add(key)
+        self._cold[key] = now
+
+    def warmed(self, key: Hashable, now: float) -> bool:
+        """The block is in the site; False where that is not news."""
+        filled = len(self._cold) >= self._cold_most
+        began = self._cold.pop(key, None)
+        if began is None:
+            return False
+        if now - began > LATE_S:
+            self._cold_most = max(COLD_LEAST, self._cold_most - 1)
+        elif filled and now - began < SOON_S:
+            self._cold_most = min(MOST, self._cold_most + 1)
+        return True
+
+    def ended(self, key: Hashable) -> None:
+        self._under_way.discard(key)
+        self._cold.pop(key, None)

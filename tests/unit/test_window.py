@@ -1,0 +1,66 @@
+"""How the window for cold blocks follows the uplink."""
+
+from __future__ import annotations
+
+from protocol.window import COLD_FIRST, COLD_LEAST, LATE_S, MOST, RAMP, SOON_S, ReadWindow
+
+
+def fill(window: ReadWindow, now: float) -> int:
+    """Begin blocks for one client that had many, as long as there is room; how many cold ones there are then."""
+    cold = 0
+    while window.has_room(under_way=cold, cold=cold, warm=MOST):
+        window.began((now, cold), now)
+        cold += 1
+    return cold
+
+
+def drain(window: ReadWindow, began: float, count: int, now: float) -> None:
+    for number in range(count):
+        assert window.warmed((began, number), now)
+        assert not window.warmed((began, number), now)
+        window.ended((began, number))
+
+
+def test_a_client_begins_with_few_and_gets_one_more_with_each_that_came() -> None:
+    window = ReadWindow()
+    window.entered()
+    assert window.has_room(under_way=RAMP - 1, cold=RAMP - 1, warm=0)
+    assert not window.has_room(under_way=RAMP, cold=RAMP, warm=0)
+    assert window.has_room(under_way=RAMP + 1, cold=RAMP, warm=1)
+
+
+def test_it_grows_while_blocks_come_soon_and_shrinks_while_they_come_late() -> None:
+    window = ReadWindow()
+    window.entered()
+    sizes = []
+    for start in range(0, 2000, 100):
+        sizes.append(fill(window, float(start)))
+        drain(window, float(start), sizes[-1], start + SOON_S / 2)
+    assert sizes[0] == COLD_FIRST
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == MOST
+    for start in range(2000, 4000, 100):
+        sizes.append(fill(window, float(start)))
+        drain(window, float(start), sizes[-1], start + 2 * LATE_S)
+    assert sizes[-1] == COLD_LEAST
+
+
+def test_a_client_that_asks_for_few_does_not_widen_it_for_all() -> None:
+    window = ReadWindow()
+    window.entered()
+    for number in range(100):
+        window.began(number, float(number))
+        window.warmed(number, number + SOON_S / 2)
+        window.ended(number)
+    assert fill(window, 1000.0) == COLD_FIRST
+
+
+def test_clients_share_it() -> None:
+    window = ReadWindow()
+    for _ in range(3):
+        window.entered()
+    share = -(-COLD_FIRST // 3)
+    assert window.has_room(under_way=share - 1, cold=share - 1, warm=9)
+    assert not window.has_room(under_way=share, cold=share, warm=9)
+    window.left()
+    assert window.has_room(under_way=share, cold=share, warm=9)
