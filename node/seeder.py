@@ -62,9 +62,9 @@ SILENCE_S = 1.5
 """A keeper that lives says `Waiting` three times in this time, also on a machine that is short of processor time."""
 SMALL_SILENCE_S = 1.0
 """For questions that are answered from memory."""
-HOME_PATIENCE_S = 5.0
+HOME_PATIENCE_S = 8.0
 """A late home is waited for so much longer before another one acts for it: that costs a copy from the origin."""
-HOME_FIRST_S, HOME_FLOOR_S, HOME_FACTOR = 10.0, 5.0, 6.0
+HOME_FIRST_S, HOME_FLOOR_S, HOME_FACTOR = 12.5, 8.0, 6.0
 """A home may read a block for some times as long as homes lately took, which a slow uplink makes long; until that is
 known, for so long. On a crowded uplink TCP may starve a healthy connection for seconds; who takes longer still has a
 bad link of its own."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from protocol.ids import PeerId
 
 COLD_FLOOR_S = 1.5
-"""Nothing is late before it while no shard came: until a keeper says `Waiting` (0.25 s) a cold block looks like a slow
-peer."""
+"""Nothing is late before it while no shard came: a dead peer's silence is found out by then, and a burst of blocks that
+came from the registry together takes as long to pass on."""
 WARM_FLOOR_S = 0.03
 """The same once one came: beyond what the loops of two busy nodes take."""
 SETTLE_S = 2.0
