@@ -64,10 +64,10 @@ SMALL_SILENCE_S = 1.0
 """For questions that are answered from memory."""
 HOME_PATIENCE_S = 8.0
 """A late home is waited for so much longer before another one acts for it: that costs a copy from the origin."""
-HOME_FIRST_S, HOME_FLOOR_S, HOME_FACTOR = 12.5, 8.0, 6.0
-"""A home may read a block for some times as long as homes lately took, which a slow uplink makes long; until that is
-known, for so long. On a crowded uplink TCP may starve a healthy connection for seconds; who takes longer still has a
-bad link of its own."""
+HOME_LEAST_S, HOME_FACTOR, HOME_FADE = 12.5, 3.0, 0.95
+"""A home may read a block for some times as long as the slowest of late, which a slow uplink makes long and which fades
+with each block, and for so long at least: on a crowded uplink TCP may starve a healthy connection for seconds. Who
+takes longer still has a bad link of its own; a client waits for 25 s."""
 LOOK_EVERY_S = 1.0
 """How often those who wait for a peer look whether it has taken too long, or turned out to have a bad link."""
 UNSETTLED_S = 30.0
@@ -141,7 +141,7 @@ class Seeder:
         self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
         self._homes: SingleFlight[tuple[BlockId, int], Obtained] = SingleFlight(nursery)
         self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery)
-        self._home_s: float | None = None
+        self._home_s = 0.0
         self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
             4096, HOLDINGS_TTL_S, timer=trio.current_time
         )
@@ -268,12 +268,13 @@ class Seeder:
         return found[0]
 
     def _home_limit_s(self) -> float:
-        return HOME_FIRST_S if self._home_s is None else max(HOME_FLOOR_S, HOME_FACTOR * self._home_s)
+        return max(HOME_LEAST_S, HOME_FACTOR * self._home_s)
 
     def _learn_home_s(self, took_s: float) -> None:
-        """What is far beyond the usual counts for little, so that one bad home does not make all look slow."""
-        usual = took_s if self._home_s is None else self._home_s
-        self._home_s = usual + (min(took_s, 2 * usual) - usual) / 8
+        """The longest of late: the first of a crowd may be there in a fifth of the time that the others need. What is
+        far beyond counts for little, so that one bad home does not make all look slow."""
+        usual = self._home_s or took_s
+        self._home_s = max(min(took_s, 2 * usual), HOME_FADE * usual)
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
         """Who is late by the plan, which counts against them, and whom to ask for those given up."""
