@@ -63,7 +63,7 @@ class Fetcher:
         try:
             return replace(await self._read(address, urgent), seconds=trio.current_time() - began)
         finally:
-            self.window.ended(address.key)
+            self.window.ended(address.key, trio.current_time())
             self.turned.unpark_all()
 
     def _warmed(self, address: BlockAddress) -> None:

@@ -3,7 +3,8 @@
 A block is *cold* until it is in the site. Cold blocks share the site's uplink: the more there are, the later comes each
 of them, and until the first ones are there the nodes have nothing to share. So few are asked for at first, one more
 with every one that came soon, and one less with every one that came late (additive increase and decrease, as TCP Vegas:
-Brakmo and Peterson, 1995). What is in the site is limited by what it takes to keep the links busy, and by memory.
+Brakmo and Peterson, 1995). All together they share the node's own link: where a block that is in the site takes long to
+come, fewer are under way, so that each client's next one comes in time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from collections.abc import Hashable
 
 MOST = 16
 """Blocks under way: enough for four peers at wire speed; also the bound of the memory that they take."""
+LEAST = 4
+"""The same on slow links."""
+TAKEN_S = 5.0
+"""Beyond it a block takes long to come through the site."""
 COLD_LEAST, COLD_FIRST = 2, 6
 """Cold ones among them, at least and at first: these keep a slow uplink busy while word of one that came goes round."""
 RAMP = 2
@@ -23,9 +28,11 @@ class ReadWindow:
     """Shared by all clients of a node. `key` names a block; `now` is monotonic seconds."""
 
     def __init__(self) -> None:
+        self._most = MOST // 2
         self._cold_most = COLD_FIRST
         self._clients = 0
-        self._under_way: set[Hashable] = set()
+        self._under_way: dict[Hashable, float | None] = {}
+        """With the time at which each was in the site."""
         self._cold: dict[Hashable, float] = {}
 
     def entered(self) -> None:
@@ -38,19 +45,19 @@ class ReadWindow:
     @property
     def share(self) -> int:
         """Blocks under way for each client."""
-        return -(-MOST // max(1, self._clients))
+        return -(-self._most // max(1, self._clients))
 
     def has_room(self, under_way: int, cold: int, warm: int) -> bool:
         """Whether a client may ask for one more block, who has so many under way, `cold` of them cold, and had `warm`
         that are not."""
         cold_share = -(-self._cold_most // max(1, self._clients))
-        return len(self._under_way) < MOST and under_way < self.share and cold < min(RAMP + warm, cold_share)
+        return len(self._under_way) < self._most and under_way < self.share and cold < min(RAMP + warm, cold_share)
 
     def is_cold(self, key: Hashable) -> bool:
         return key in self._cold
 
     def began(self, key: Hashable, now: float) -> None:
-        self._under_way.add(key)
+        self._under_way[key] = None
         self._cold[key] = now
 
     def warmed(self, key: Hashable, now: float) -> bool:
@@ -59,12 +66,16 @@ class ReadWindow:
         began = self._cold.pop(key, None)
         if began is None:
             return False
+        self._under_way[key] = now
         if now - began > LATE_S:
             self._cold_most = max(COLD_LEAST, self._cold_most - 1)
         elif filled and now - began < SOON_S:
             self._cold_most = min(MOST, self._cold_most + 1)
         return True
 
-    def ended(self, key: Hashable) -> None:
-        self._under_way.discard(key)
+    def ended(self, key: Hashable, now: float) -> None:
         self._cold.pop(key, None)
+        warm_since = self._under_way.pop(key, None)
+        if warm_since is not None:
+            step = 1 if now - warm_since < TAKEN_S else -1
+            self._most = max(LEAST, min(MOST, self._most + step))

@@ -68,7 +68,7 @@ class Blocks:
     async def _read(self, address: BlockAddress, block: Block) -> None:
         await trio.sleep(self.late.get(address.index, BLOCK_S))
         self.window.warmed(address.key, trio.current_time())
-        self.window.ended(address.key)
+        self.window.ended(address.key, trio.current_time())
         block.ended = True
         self.turned.unpark_all()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.window import COLD_FIRST, COLD_LEAST, LATE_S, MOST, RAMP, SOON_S, ReadWindow
+from protocol.window import COLD_FIRST, COLD_LEAST, LATE_S, LEAST, MOST, RAMP, SOON_S, TAKEN_S, ReadWindow
 
 
 def fill(window: ReadWindow, now: float) -> int:
@@ -18,7 +18,7 @@ def drain(window: ReadWindow, began: float, count: int, now: float) -> None:
     for number in range(count):
         assert window.warmed((began, number), now)
         assert not window.warmed((began, number), now)
-        window.ended((began, number))
+        window.ended((began, number), now)
 
 
 def test_a_client_begins_with_few_and_gets_one_more_with_each_that_came() -> None:
@@ -51,8 +51,23 @@ def test_a_client_that_asks_for_few_does_not_widen_it_for_all() -> None:
     for number in range(100):
         window.began(number, float(number))
         window.warmed(number, number + SOON_S / 2)
-        window.ended(number)
+        window.ended(number, number + SOON_S)
     assert fill(window, 1000.0) == COLD_FIRST
+
+
+def test_on_a_slow_link_fewer_blocks_are_under_way() -> None:
+    window = ReadWindow()
+    window.entered()
+    for number in range(2 * MOST):
+        window.began(number, float(number))
+        window.warmed(number, float(number))
+        window.ended(number, number + 2 * TAKEN_S)
+    assert window.share == LEAST
+    for number in range(2 * MOST):
+        window.began(number, float(number))
+        window.warmed(number, float(number))
+        window.ended(number, number + TAKEN_S / 2)
+    assert window.share == MOST
 
 
 def test_clients_share_it() -> None:
