@@ -116,13 +116,16 @@ class Fetcher:
         # A spare takes its part of the reader's link: where answers come evenly it can wait until one is late.
         all_at_once = urgent and not health.steady(peer for peer in order[: shape.k] if peer != site.own)
         asks = plan.start(all_at_once, trio.current_time())
-        await carry_out(plan, asks, ask, partial(self._note, attempt), partial(self._spare, plan, urgent), LOOK_EVERY_S)
+        await carry_out(
+            plan, asks, ask, partial(self._note, attempt), partial(self._overdue, plan, urgent), LOOK_EVERY_S
+        )
         if plan.done:
             for peer in plan.beaten:
                 health.beaten(peer, trio.current_time())
         return attempt
 
-    def _spare(self, plan: ShardPlan, urgent: bool) -> list[Ask]:
+    def _overdue(self, plan: ShardPlan, urgent: bool) -> list[Ask]:
+        """Whom to ask for those who are given up, and as spares for those who are late."""
         health, now = self._site.health, trio.current_time()
         late, asks = self._seeder.note_overdue(plan)
         for peer in plan.given_up:

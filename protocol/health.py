@@ -128,7 +128,7 @@ class Health:
         self._of(peer).unfit_until = now + UNFIT_S
 
     def unfit(self, peer: PeerId, now: float) -> bool:
-        """Whether it is no home for now."""
+        """Whether another acts as home in its place."""
         state = self._peers.get(peer)
         return state is not None and now < state.unfit_until
 
@@ -142,7 +142,7 @@ class Health:
         return state is not None and now < state.avoid_until
 
     def order(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """The peer that would answer first, first; then those that were beaten; those to avoid, last.
+        """The peer that would answer first, first; then those that were beaten or are unfit; those to avoid, last.
 
         Ties keep the given order.
         """
