@@ -20,7 +20,7 @@ from protocol.records import Record
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 _CREATE = f"""
 BEGIN;
 CREATE TABLE piece (

@@ -82,7 +82,7 @@ class Fetcher:
             held = await self._assemble(attempt)
             if held is not None:
                 peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
-                attempt.shards.clear()  # a megabyte, which is not to wait for the disk
+                attempt.shards.clear()  # as much as the block, and not to wait for the disk
                 await site.tiers.put(Piece(address.block), held.data, held.record)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
         obtained = await self._seeder.home(address)

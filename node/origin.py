@@ -21,7 +21,7 @@ from protocol.ids import BlockId, ObjectRef
 
 log = logging.getLogger(__name__)
 
-MAX_RUN = 8
+MAX_RUN = 16
 """Blocks in one request: the cost of a request is spread thin, and other objects need not wait long for their turn."""
 
 

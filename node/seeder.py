@@ -37,7 +37,7 @@ from protocol.errors import (
 )
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import Health
-from protocol.ids import BlockId, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
+from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
 from protocol.messages import (
     Announce,
     BlockFound,
@@ -354,7 +354,7 @@ class Seeder:
         view = memoryview(body)
         for index in range(ref.block_count):
             address = BlockAddress(locator, ref, index)
-            data = bytes(view[index << 20 : (index << 20) + address.length])
+            data = bytes(view[index * BLOCK_SIZE : index * BLOCK_SIZE + address.length])
             await self._site.tiers.put(Piece(address.block), data, self._claim(address, data))
 
     async def _from_site(self, address: BlockAddress) -> Obtained | None:

@@ -13,7 +13,8 @@ from typing import NewType
 
 from protocol.errors import BadInputError
 
-BLOCK_SIZE = 1 << 20
+BLOCK_SIZE = 1 << 19
+"""docs/decisions/0005-blocks-of-512-kib.md says what a block of another size costs."""
 MAX_OBJECT_SIZE = 1 << 40
 """1 TiB: larger sizes from outside are refused before anything is allocated."""
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from protocol.errors import BadInputError, PeerMisbehavedError
 from protocol.ids import BlockId, Digest, ObjectRef, PeerId
 
-_CONTEXT = b"shoal-record-1\x00"
+_CONTEXT = b"shoal-record-2\x00"
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
 """Identity multihash of a libp2p protobuf public key: Ed25519, 32 bytes."""
 

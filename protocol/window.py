@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-MOST = 16
+MOST = 32
 """Blocks under way: enough for four peers at wire speed; also the bound of the memory that they take."""
-LEAST = 4
+LEAST, FIRST = 4, 8
 """The same on slow links."""
 TAKEN_S = 5.0
 """Beyond it a block takes long to come through the site."""
-COLD_LEAST, COLD_FIRST = 2, 6
+COLD_LEAST, COLD_FIRST = 4, 8
 """Cold ones among them, at least and at first: these keep a slow uplink busy while word of one that came goes round."""
 RAMP = 2
 """Cold blocks of a client that has got none yet: the first one of several does not take what there is for all."""
@@ -28,7 +28,7 @@ class ReadWindow:
     """Shared by all clients of a node. `key` names a block; `now` is monotonic seconds."""
 
     def __init__(self) -> None:
-        self._most = MOST // 2
+        self._most = FIRST
         self._cold_most = COLD_FIRST
         self._clients = 0
         self._under_way: dict[Hashable, float | None] = {}

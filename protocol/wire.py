@@ -26,9 +26,10 @@ from protocol.records import Record
 
 PREFIX = struct.Struct(">II")
 MAGIC = b"shoal-bulk"
-VERSION = 1
+VERSION = 2
 MAX_HEADER = 4 << 20
-"""The largest message is a whole view: 16384 members at some 160 bytes are 2.6 MB. Twice a full HoldingsFound, too."""
+"""The largest message is a whole view: 16384 members at some 160 bytes are 2.6 MB. What one holds of an object of
+1 TiB, blocks and 14 shards of each, fits too."""
 MAX_HELLO = 64
 MAX_K = 32
 MAX_M = 8

@@ -264,7 +264,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     mount = shutil.which("mount")
-    command = [mount or "false", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    command = [mount or "false", "-t", "tmpfs", "-o", f"size={3 * BLOCK_SIZE}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("cannot mount a small file system here")
     yield folder

@@ -50,7 +50,7 @@ PING, PONG = Ping(()), Pong(())
 NAME, NAMED = Resolve("secret", "latest", 1), Resolved(DIGEST, 1, "secret", 0.0)
 GET = GetBlock(DIGEST, 0, BLOCK_SIZE)
 RECORD = Record(DIGEST, 0, BLOCK_SIZE, BLOCK_SIZE, bytes(32), PeerId("12D3KooW"), bytes(64))
-BLOCK = bytes(range(256)) * 4096
+BLOCK = bytes(range(256)) * (BLOCK_SIZE // 256)
 TIMING = Timing(
     connect_s=0.5, handshake_s=0.5, retry_s=0.05, waiting_first_s=0.05, waiting_every_s=0.05, stall_s=0.3, quiet_s=0.2
 )
@@ -739,7 +739,7 @@ def test_a_node_that_knows_nothing_of_plain_is_spoken_to_in_tls(tmp_path: Path) 
         assert (await node.ask(old, GET)).body == BLOCK
         raw = await cluster.dial_raw(node)
         await raw.send(HELLO)
-        assert await raw.read_frame() == [b"shoal-bulk", 1, "bulk", True]
+        assert await raw.read_frame() == [b"shoal-bulk", 2, "bulk", True]
         await raw.say(1, PING)
         assert await raw.read_frame() == [1, [38, []]]
 

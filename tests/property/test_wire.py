@@ -329,7 +329,7 @@ def test_a_view_of_the_largest_size_fits_a_frame() -> None:
 
 
 def test_the_fullest_holdings_fit_a_frame() -> None:
-    shards = tuple((4, 1, index % 5, bytes(wire.MAX_BITMAP)) for index in range(16))
+    shards = tuple((4, 1, index % 5, bytes(wire.MAX_BITMAP)) for index in range(14))
     assert wire.encode_head(1, HoldingsFound(bytes(wire.MAX_BITMAP), shards), 0)
 
 
@@ -351,20 +351,20 @@ def test_hello(lane: str, plain: bool) -> None:
 
 def test_a_hello_has_room_for_more_fields_than_are_known() -> None:
     heads = wire.Heads(wire.REQUESTS)
-    heads.feed(frame(msgpack.packb([b"shoal-bulk", 1, "bulk", True, "later"])))
-    assert heads.hello() == wire.Hello(b"shoal-bulk", 1, "bulk", True)
+    heads.feed(frame(msgpack.packb([b"shoal-bulk", 2, "bulk", True, "later"])))
+    assert heads.hello() == wire.Hello(b"shoal-bulk", 2, "bulk", True)
 
 
 @pytest.mark.parametrize(
     "hello",
     [
-        [b"shoal-bulk", 2, "bulk"],
-        [b"other-bulk", 1, "bulk"],
-        [b"shoal-bulk", 1, "express"],
-        ["shoal-bulk", 1, "bulk"],
-        [b"shoal-bulk", 1],
-        [b"shoal-bulk", 1, "bulk", "x" * 100],
-        [b"shoal-bulk", 1, "bulk", 1],
+        [b"shoal-bulk", 1, "bulk"],
+        [b"other-bulk", 2, "bulk"],
+        [b"shoal-bulk", 2, "express"],
+        ["shoal-bulk", 2, "bulk"],
+        [b"shoal-bulk", 2],
+        [b"shoal-bulk", 2, "bulk", "x" * 100],
+        [b"shoal-bulk", 2, "bulk", 1],
     ],
 )
 def test_another_hello_is_refused(hello: list[Any]) -> None:

@@ -16,8 +16,8 @@ from random import Random
 
 REPOSITORY = "app"
 COUNT = 8
-BLOCK = 1 << 20
-BLOCKS = 1024
+BLOCK = 1 << 19
+BLOCKS = 2048
 SIZE = BLOCKS * BLOCK
 
 _NOISE = memoryview(Random(1).randbytes(BLOCK))

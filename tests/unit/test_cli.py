@@ -107,7 +107,7 @@ def test_why_in_runs(path: Path) -> None:
     rows = [line.split() for line in lines if line[:1].isdigit()]
     assert [row[0] for row in rows] == ["0-29", "30", "31-40"]
     assert "edge-2" in rows[0], "a peer is called by its name"
-    assert lines[-1] == "all 41 blocks, 40.0 MiB: 30 peer (30.0 MiB), 1 origin (1.0 MiB), 10 not read (9.0 MiB)"
+    assert lines[-1] == "all 41 blocks, 20.0 MiB: 30 peer (15.0 MiB), 1 origin (512.0 KiB), 10 not read (4.5 MiB)"
 
 
 def test_why_block_by_block(path: Path) -> None:

@@ -275,7 +275,10 @@ def test_a_liar_is_found_out_by_its_shards() -> None:
             return Answer(answer.message, wrong)
 
         await all_read(nodes[:4])
-        liar, reader = nodes[1], nodes[4]
+        reader = nodes[4]
+        placement = reader.site.placement()
+        homes = {placement.keepers(REF.block(index), BLOCK_SIZE)[1][0] for index in range(REF.block_count)}
+        liar = next(node for node in nodes[:4] if node.own not in homes)
         liar.spoil = lie
         await reader.read_all()
         assert set(reader.view.quarantined) == {liar.own}

@@ -21,10 +21,10 @@ REF = ObjectRef(Digest("sha256", "0a" * 32), 2 * BLOCK_SIZE + 5)
 TAIL = b"shoal"
 
 ENCODED = (
-    "97" "d947" "7368613235363a" + "3061" * 32 + "02" "05" "ce00200005"
+    "97" "d947" "7368613235363a" + "3061" * 32 + "02" "05" "ce00100005"
     "c420" "888696c38e895dd742b8494f449219c12a256a16d0841b93813c841a298df92c"
-    "d934" + SIGNER.encode().hex() + "c440" "0bf3fc045f50590e117b91b01163b9eb728e426eeb7cea913ab72a8db77bc681"
-    "516028ab32ec7bb25f0239e0de3ef61bd58105a970f52a1f704478763a420008"
+    "d934" + SIGNER.encode().hex() + "c440" "3787eaa2354419575c3fac316d2dff37a2fd7d3308911d971b86b4dc6d7d6560"
+    "6e338882b02dda91fa4e800ab558edb6669c4fb19665b7ee65ba879d688ec20d"
 )  # fmt: skip
 """docs/FORMATS.md, "Record"."""
 
@@ -113,7 +113,7 @@ def test_nobody_signs_for_another() -> None:
 
 def test_a_signature_under_another_context_is_refused(record: Record) -> None:
     bare = make_record(
-        REF, 2, record.sha256, SIGNER, lambda payload: KEY.sign(payload.removeprefix(b"shoal-record-1\0"))
+        REF, 2, record.sha256, SIGNER, lambda payload: KEY.sign(payload.removeprefix(b"shoal-record-2\0"))
     )
     with pytest.raises(PeerMisbehavedError):
         check_record(bare, REF, 2)

@@ -33,13 +33,13 @@ def test_it_grows_while_blocks_come_soon_and_shrinks_while_they_come_late() -> N
     window = ReadWindow()
     window.entered()
     sizes = []
-    for start in range(0, 2000, 100):
+    for start in range(0, 4000, 100):
         sizes.append(fill(window, float(start)))
         drain(window, float(start), sizes[-1], start + SOON_S / 2)
     assert sizes[0] == COLD_FIRST
     assert sizes == sorted(sizes)
     assert sizes[-1] == MOST
-    for start in range(2000, 4000, 100):
+    for start in range(4000, 8000, 100):
         sizes.append(fill(window, float(start)))
         drain(window, float(start), sizes[-1], start + 2 * LATE_S)
     assert sizes[-1] == COLD_LEAST
