@@ -207,10 +207,10 @@ def _backoff_s(times: int) -> float:
 class SpareBudget:
     """A token bucket for spare requests: `share` of a token for each request, never more than `burst` saved up.
 
-    A peer that stops owes a shard of each block that is read ahead: the burst is for all of them.
+    A peer that stops owes a shard of each block that is under way: the burst is for all of them.
     """
 
-    def __init__(self, share: float = 0.03, burst: float = 8.0) -> None:
+    def __init__(self, share: float = 0.03, burst: float = 32.0) -> None:
         self._share, self._burst, self._tokens = share, burst, burst
 
     def earned(self, requests: int) -> None:

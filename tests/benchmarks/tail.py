@@ -416,7 +416,7 @@ async def fill(bench: Bench, tag: str) -> None:
 
 @click.command()
 @click.option("--rate", default=200.0, show_default=True, help="Of each node's link, Mbit/s.")
-@click.option("--blocks", default=30, show_default=True, help="Read in each run.")
+@click.option("--blocks", default=60, show_default=True, help="Read in each run.")
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write the distributions there (.svg, .png).")
 def main(rate: float, blocks: int, picture: Path | None) -> None:
     try:
@@ -439,7 +439,7 @@ def main(rate: float, blocks: int, picture: Path | None) -> None:
             runs = measure(bench, scratch / "site" / "cluster.key", addresses)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    console.print(table_of(runs, f"{KEEPERS} keepers, {rate:g} Mbit/s a node, {blocks} blocks of 1 MiB a run"))
+    console.print(table_of(runs, f"{KEEPERS} keepers, {rate:g} Mbit/s a node, {blocks} blocks a run"))
     for promise, result, kept in checks(runs):
         console.print(f"{'yes' if kept else 'NO ':3}  {promise}: {result}")
     if picture is not None:
