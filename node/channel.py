@@ -22,7 +22,7 @@ Buffer = bytes | bytearray | memoryview
 
 _TCP_NOTSENT_LOWAT = 25
 """linux/tcp.h; the socket module does not name it."""
-UNSENT_BYTES = 128 << 10
+UNSENT_BYTES = 64 << 10
 """What the kernel may hold of ours that is not on the wire: on a slow link a `Waiting` stands behind no more."""
 GATHERED_BYTES, GATHER_S = 64 << 10, 0.25
 """So much of a body, or what came in so long, is worth waking up for: nothing can be done with it before it is whole.
@@ -120,7 +120,7 @@ class Channel(ABC):
                     sent = self._send(views)
                 except (BlockingIOError, ssl.SSLWantWriteError):
                     waited = True
-                    await self._wait_taken()
+                    await self.wait_taken()
                 except OSError as error:
                     raise PeerUnavailableError(f"connection lost: {error}") from error
                 else:
@@ -136,7 +136,8 @@ class Channel(ABC):
     def _send(self, views: list[memoryview]) -> int:
         """How much of the front it took. Raises OSError, and of these what says that it would block."""
 
-    async def _wait_taken(self) -> None:
+    async def wait_taken(self) -> None:
+        """Until the kernel holds little that is not on the wire."""
         with trio.move_on_after(self._stall_s):
             await self._wait_writable()
             return

@@ -25,6 +25,7 @@ from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S
 from node.channel import Channel, PlainChannel, TlsChannel, Traffic
 from node.config import HostPort, parse_host_port
 from node.exchange import Answer, Body, Handler, Heard, Into, Lane
+from node.turns import Turns
 from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import BLOCK_SIZE, PeerId
@@ -40,7 +41,7 @@ HEADS_WEIGHT = 4 * BATCH_BYTES
 BACKLOG = 1024
 VIEWS = 4
 """Bodies that may wait on a connection as views of whole blocks. Where more do, the link is slower than this machine,
-and the next are copied out, since each could keep a megabyte in memory for its part of it."""
+and the next are copied out, since each could keep a block in memory for its part of it."""
 PLAIN_LANES = (Lane.URGENT, Lane.BULK)
 
 Message = TypeVar("Message")
@@ -50,8 +51,8 @@ Message = TypeVar("Message")
 class Timing:
     """Seconds."""
 
-    connect_s: float = 1.0
-    """For each address of a member, within a site."""
+    connect_s: float = 1.4
+    """For each address of a member, within a site. A lost SYN is sent again after 1 s."""
     handshake_s: float = 3.0
     """TLS and hello: a small board needs a tenth of that for its signatures, also when many connect at once."""
     retry_s: float = 0.75
@@ -112,10 +113,10 @@ class _Frame(NamedTuple):
 
 class _Writer:
     """The frames that wait for a connection. Those without a body go first and together: a `Waiting` that stood behind
-    a megabyte on a slow link would come too late. How many wait is bounded by who puts them."""
+    a block on a slow link would come too late. How many wait is bounded by who puts them."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, turns: Turns) -> None:
+        self._channel, self._turns = channel, turns
         self._small: deque[_Frame] = deque()
         self._large: deque[_Frame] = deque()
         self._work = trio.lowlevel.ParkingLot()
@@ -142,13 +143,18 @@ class _Writer:
             while True:
                 if self._small:
                     await self._channel.send_all(self._next_small())
-                elif self._large:
+                elif self._large and self._turns.take(self._work):
                     await self._channel.send_all(*self._next_large())
+                    if self._turns.contended:
+                        await self._channel.wait_taken()
+                    self._turns.give(self._work)
                 else:
                     await self._work.park()
         except PeerUnavailableError as error:
             log.debug("writing ended: %s", error)
             scope.cancel()
+        finally:
+            self._turns.leave(self._work)
 
     def _next_small(self) -> bytes:
         heads, size = [], 0
@@ -344,6 +350,7 @@ class TlsExchange:
         self._handshakes = trio.Semaphore(limits.handshakes)
         self._requests = trio.Semaphore(limits.requests)
         self._at_work = AtWork[tuple[_Incoming, int]](timing.waiting_first_s, timing.waiting_every_s)
+        self._turns = Turns()
         self._answer_bytes = 0
         # What waits in it is in `_outgoing` too, which is bounded.
         self._to_dial, self._dials = trio.open_memory_channel[_Outgoing](math.inf)
@@ -377,6 +384,7 @@ class TlsExchange:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._accept, nursery)
                 nursery.start_soon(self._close_idle)
+                nursery.start_soon(self._turns.run)
                 nursery.start_soon(self._at_work.keep_alive, self._say_waiting)
                 task_status.started()
                 async for connection in self._dials:
@@ -464,7 +472,7 @@ class TlsExchange:
         reason: ShoalError = PeerUnavailableError(f"{connection.peer} takes nothing more")
         try:
             async with trio.open_nursery() as nursery:
-                writer = _Writer(reader.channel)
+                writer = _Writer(reader.channel, self._turns)
                 nursery.start_soon(writer.run, nursery.cancel_scope)
                 connection.connected(writer)
                 reason = await self._read_replies(connection, reader)
@@ -580,7 +588,7 @@ class TlsExchange:
     async def _attend(self, peer: PeerId, reader: _Reader[Request]) -> None:
         """Answer until the connection ends; raises why."""
         self._admit(peer)  # again: others came while this one said hello
-        writer = _Writer(reader.channel)
+        writer = _Writer(reader.channel, self._turns)
         connection = _Incoming(peer, writer, self._limits.requests_per_connection)
         reason: ShoalError = PeerUnavailableError("disconnected")
         self._incoming.add(connection)

@@ -1,0 +1,71 @@
+"""Whose turn it is to send, in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+import trio.testing
+
+from node.turns import MOST, TURN_S, Turns
+
+
+def play(scenario: Callable[[Turns], Awaitable[None]]) -> None:
+    async def main() -> None:
+        turns = Turns()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(turns.run)
+            await scenario(turns)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def send(turns: Turns, lot: trio.lowlevel.ParkingLot, seconds: float, ended: list[float]) -> None:
+    while not turns.take(lot):
+        await lot.park()
+    await trio.sleep(seconds)
+    turns.give(lot)
+    ended.append(trio.current_time())
+
+
+def test_all_that_want_to_send_do_so_a_few_at_a_time() -> None:
+    async def scenario(turns: Turns) -> None:
+        ended: list[float] = []
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3 * MOST):
+                nursery.start_soon(send, turns, trio.lowlevel.ParkingLot(), 0.5, ended)
+            await trio.testing.wait_all_tasks_blocked()
+            assert turns.contended
+        assert [round(at - start, 3) for at in ended] == [0.5] * MOST + [1.0] * MOST + [1.5] * MOST
+        assert not turns.contended
+
+    play(scenario)
+
+
+def test_slow_receivers_hold_up_the_others_for_a_turn_only() -> None:
+    async def scenario(turns: Turns) -> None:
+        ended: list[float] = []
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(MOST):
+                nursery.start_soon(send, turns, trio.lowlevel.ParkingLot(), 1000.0, [])
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(send, turns, trio.lowlevel.ParkingLot(), 0.0, ended)
+        assert TURN_S <= ended[0] - start <= 1.5 * TURN_S
+
+    play(scenario)
+
+
+def test_who_leaves_gives_up_turn_and_place() -> None:
+    async def scenario(turns: Turns) -> None:
+        lots = [trio.lowlevel.ParkingLot() for _ in range(MOST + 2)]
+        assert [turns.take(lot) for lot in lots] == [True] * MOST + [False] * 2
+        turns.leave(lots[MOST])
+        turns.leave(lots[0])
+        assert turns.take(lots[MOST + 1])
+        assert not turns.contended
+        assert not turns.take(lots[0])
+
+    play(scenario)
