@@ -24,6 +24,10 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
 
 log = logging.getLogger(__name__)
 
+HEAD_WAIT_S = 20.0
+"""A client waits little longer for the head of an answer, but much longer for the next byte of a body: while the first
+block is still on its way then, the answer begins without it."""
+
 Finished = Callable[[ObjectRef], None]
 
 
@@ -51,6 +55,8 @@ class SiteLibrary:
         blocks = (BlockAddress(locator, ref, index) for index in range(first, end))
         ahead = ReadAhead(self._fetcher, self._room, blocks, urgent=stop - start <= BLOCK_SIZE)
         try:
+            if not await ahead.ended_within(HEAD_WAIT_S):
+                yield b""
             for index in range(first, end):
                 data = self._note(BlockAddress(locator, ref, index), await ahead.first(), start, stop)
                 if hasher is not None:

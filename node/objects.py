@@ -41,9 +41,10 @@ class Library(Protocol):
       their time to live, and served stale within an age limit while the registry is out of reach. Raises
       NotFoundError, DeniedError or UnavailableError.
     - `read` yields the bytes [start, stop) of an object in order, in chunks of at most one block, while later blocks
-      still arrive. All its work ends when the generator is closed (`aclosing`). A read of the whole object yields its
-      last block only once the object's digest is right, else raises CorruptObjectError; a block that nobody can give
-      raises UnavailableError. Nothing it yields is altered later.
+      still arrive; the first chunk is empty where the first block takes so long that a client would give up. All its
+      work ends when the generator is closed (`aclosing`). A read of the whole object yields its last block only once
+      the object's digest is right, else raises CorruptObjectError; a block that nobody can give raises
+      UnavailableError. Nothing it yields is altered later.
     - `sealed` gives an open file whose bytes are exactly the object, checked by this process and unchanged since, for
       sendfile; None where there is no such file. Leaving the context closes the file. It tells where the file is from
       and counts the bytes [start, stop) that the caller is about to send as served.

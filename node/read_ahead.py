@@ -21,7 +21,7 @@ HELD = 2 * MOST
 """Blocks that reads ahead hold in memory, under way or not: a late one does not stop those behind it."""
 FIRST_BLOCKS = 8
 """Beside them, for clients that have none: some that stand still do not stop others; who finds none left waits. A block
-under way is a buffer of 1 MiB, and as much again in shards until they make it."""
+under way is a buffer of its size, and as much again in shards until they make it."""
 
 
 class Room:
@@ -64,6 +64,17 @@ class ReadAhead:
 
     async def first(self) -> Obtained:
         """The block that is next, for the client to take. Raises what became of its read."""
+        await self._first_ended()
+        return await self._readings[0].ticket.wait()
+
+    async def ended_within(self, seconds: float) -> bool:
+        """Whether the read of the block that is next ends in that time."""
+        with trio.move_on_after(seconds):
+            await self._first_ended()
+            return True
+        return False
+
+    async def _first_ended(self) -> None:
         if not self._readings and self._following is not None:
             await self._room.take_first()
             self._begin(self._following)
@@ -71,7 +82,7 @@ class ReadAhead:
             while self._following is not None and self._may_begin():
                 self._begin(self._following)
             if self._readings[0].ticket.ended:
-                return await self._readings[0].ticket.wait()
+                return
             await self._fetcher.turned.park()
 
     def taken(self) -> None:

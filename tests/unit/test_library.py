@@ -18,7 +18,7 @@ from cache.tiered import Tiers
 from node.fetcher import Fetcher
 from node.identity import Identity
 from node.ledger import Ledger
-from node.library import SiteLibrary
+from node.library import HEAD_WAIT_S, SiteLibrary
 from node.locator import Locator
 from node.membership import Membership
 from node.metrics import Metrics
@@ -36,7 +36,7 @@ from protocol.records import Record
 from protocol.window import MOST, RAMP, ReadWindow
 
 LOCATOR = Locator("origin.test", "app", "blobs")
-BLOCKS = 40
+BLOCKS = 80
 BLOCK = bytes(BLOCK_SIZE)
 BLOCK_S = 0.1
 
@@ -99,8 +99,8 @@ async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:
     """Read all but the last byte, so that no digest is asked for, `seconds` for each block; how many blocks came."""
     count = 0
     async with aclosing(shelf.read(LOCATOR, ref(number), 0, BLOCKS * BLOCK_SIZE - 1)) as chunks:
-        async for _ in chunks:
-            count += 1
+        async for chunk in chunks:
+            count += bool(chunk)
             await trio.sleep(seconds)
     return count
 
@@ -137,6 +137,21 @@ def test_a_late_block_does_not_stop_those_behind_it() -> None:
             with trio.fail_after(60.0 + (BLOCKS - HELD) * BLOCK_S):
                 assert await read(library(blocks), 1) == BLOCKS
             assert blocks.began_before(60.0) == HELD
+
+    play(scenario)
+
+
+def test_an_answer_begins_in_time_though_its_first_block_is_late() -> None:
+    async def scenario() -> None:
+        async with trio.open_nursery() as nursery:
+            blocks = Blocks(nursery)
+            blocks.late[0] = HEAD_WAIT_S + 10.0
+            start = trio.current_time()
+            async with aclosing(library(blocks).read(LOCATOR, ref(1), 0, BLOCK_SIZE)) as chunks:
+                assert await anext(chunks) == b""
+                assert trio.current_time() - start == pytest.approx(HEAD_WAIT_S)
+                assert await anext(chunks) == BLOCK
+                assert trio.current_time() - start == pytest.approx(HEAD_WAIT_S + 10.0)
 
     play(scenario)
 
