@@ -90,7 +90,8 @@ def read_counters(bench: Bench, index: int) -> Counters:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one crowd of pulls took. `size` is the image's, `limit_s` the fluid limit."""
+    """What one crowd of pulls took. `size` is the image's, `limit_s` the fluid limit, `resumed` how many bodies were
+    cut and asked for again from there."""
 
     name: str
     size: int
@@ -98,6 +99,7 @@ class Outcome:
     seconds: list[float]
     origin_bytes: int
     used: list[Counters] = field(default_factory=list)
+    resumed: int = 0
 
     @property
     def last(self) -> float:
@@ -117,6 +119,7 @@ class Outcome:
         row = [
             self.name, str(count), f"{size / MB:.0f}", f"{self.limit_s:.1f}", f"{self.last:.1f}",
             f"{self.last / self.limit_s:.3f}", f"{self.median / self.limit_s:.3f}", f"{self.origin_bytes / size:.3f}",
+            str(self.resumed),
         ]  # fmt: skip
         if not self.used:
             return [*row, "", "", "", ""]
@@ -129,7 +132,7 @@ class Outcome:
 
 
 COLUMNS = (
-    "scenario", "N", "MB", "T_min s", "last s", "last/T_min", "median/T_min", "copies", "received\nmax/image",
+    "scenario", "N", "MB", "T_min s", "last s", "last/T_min", "median/T_min", "copies", "cut", "received\nmax/image",
     "on the wire\nmax/image", "sent/needed", "CPU s/GB",
 )  # fmt: skip
 
@@ -181,7 +184,15 @@ def run_crowd(
 
     trio.run(main)
     used = [read_counters(bench, index) - one for index, one in zip(indices, before, strict=True)]
-    return Outcome(name, size, limit_s, [client.seconds for client in clients], bench.proxy.count.received, used)
+    return Outcome(
+        name,
+        size,
+        limit_s,
+        [client.seconds for client in clients],
+        bench.proxy.count.received,
+        sum(client.resumed for client in clients),
+        used,
+    )
 
 
 # Scenarios

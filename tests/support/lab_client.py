@@ -20,6 +20,8 @@ from tests.support.pull import PullFailedError
 
 LAYERS_AT_ONCE = 3
 """containerd's max_concurrent_downloads."""
+IDLE_TRIES = 3
+"""containerd's, for a body of which nothing more comes."""
 RECEIVE = 1 << 18
 MAX_MANIFEST = 4 << 20
 
@@ -28,12 +30,14 @@ Connect = Callable[[], Awaitable[trio.SocketStream]]
 
 @dataclass(slots=True)
 class Client:
-    """`repository` is the path after /v2/. `received` counts body bytes as they come; all of it is right at the end."""
+    """`repository` is the path after /v2/. `received` counts body bytes as they come, `resumed` bodies that were cut
+    and asked for again from there; all of it is right at the end."""
 
     connect: Connect
     repository: str
     reference: str
     received: int = 0
+    resumed: int = 0
     started: float = 0.0
     ended: float = 0.0
 
@@ -73,9 +77,25 @@ class Client:
             raise PullFailedError(f"{digest} has the bytes of sha256:{hasher.hexdigest()}")
 
     async def _get(self, tail: str, take: Callable[[memoryview], object]) -> None:
+        """All of it; where a body is cut it is asked for again from there."""
+        start = idle = 0
+        while True:
+            came, left = await self._get_from(start, tail, take)
+            if not left:
+                return
+            idle = 0 if came else idle + 1
+            if idle > IDLE_TRIES:
+                raise PullFailedError(f"{tail} ended {left} bytes early")
+            self.resumed += 1
+            start += came
+
+    async def _get_from(self, start: int, tail: str, take: Callable[[memoryview], object]) -> tuple[int, int]:
+        """How many bytes came and how many did not."""
         async with await self.connect() as stream:
             connection = h11.Connection(h11.CLIENT)
             headers = [("Host", "bench"), ("Accept", f"{INDEX}, {MANIFEST}"), ("Connection", "close")]
+            if start:
+                headers.append(("Range", f"bytes={start}-"))
             await stream.send_all(
                 connection.send(h11.Request(method="GET", target=f"/v2/{self.repository}/{tail}", headers=headers))
                 or b""
@@ -84,24 +104,23 @@ class Client:
             while head is h11.NEED_DATA:
                 connection.receive_data(await stream.receive_some(RECEIVE))
                 head = connection.next_event()
-            if not isinstance(head, h11.Response) or head.status_code != 200:
+            if not isinstance(head, h11.Response) or head.status_code != (206 if start else 200):
                 raise PullFailedError(f"{tail}: {head!r}")
-            await self._body(stream, dict(head.headers), connection.trailing_data[0], tail, take)
+            length = int(dict(head.headers)[b"content-length"])
+            left = await self._body(stream, length, connection.trailing_data[0], take)
+            return length - left, left
 
     async def _body(
-        self, stream: trio.SocketStream, headers: dict[bytes, bytes], came: bytes, tail: str,
-        take: Callable[[memoryview], object],
-    ) -> None:  # fmt: skip
-        left = int(headers[b"content-length"])
+        self, stream: trio.SocketStream, left: int, came: bytes, take: Callable[[memoryview], object]
+    ) -> int:
+        """How many of `left` bytes did not come."""
         buffer = memoryview(bytearray(RECEIVE))
         part = memoryview(came)
         while True:
             take(part)
             left -= len(part)
             self.received += len(part)
-            if not left:
-                return
-            size = await stream.socket.recv_into(buffer[: min(left, RECEIVE)])
+            size = await stream.socket.recv_into(buffer[: min(left, RECEIVE)]) if left else 0
             if not size:
-                raise PullFailedError(f"{tail} ended {left} bytes early")
+                return left
             part = buffer[:size]
