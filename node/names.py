@@ -7,9 +7,8 @@ registry's last word on it, wherever that was heard, so that two nodes never dis
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import msgspec
 import trio
 from cachetools import LRUCache
 
+from node.database import Database
 from node.exchange import Answer, Lane
 from node.locator import Locator, is_digest
 from node.objects import Resolved
@@ -39,6 +39,10 @@ _MAX_ROWS = 100_000
 _MAX_RECENT = 4096
 """Names that are answered without SQLite."""
 _COLUMNS = "digest, size, media_type, confirmed"
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
+    " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID;"
+)
 
 
 class _Descriptor(msgspec.Struct, frozen=True, rename="camel"):
@@ -81,13 +85,7 @@ class NameTable:
     def __init__(self, path: Path) -> None:
         self._recent: LRUCache[tuple[str, str], tuple[Resolved, float]] = LRUCache(_MAX_RECENT)
         """With the wall-clock time at which the registry confirmed it."""
-        try:
-            self._database = _open(path)
-        except sqlite3.DatabaseError as error:
-            log.warning("%s is damaged (%s): starting without the names it had", path, error)
-            for name in (path.name, path.name + "-wal", path.name + "-shm"):
-                path.with_name(name).unlink(missing_ok=True)
-            self._database = _open(path)
+        self._database = Database(path, _SCHEMA)
 
     def close(self) -> None:
         self._database.close()
@@ -95,7 +93,9 @@ class NameTable:
     def get(self, source: str, reference: str) -> Resolved | None:
         known = self._recent.get((source, reference))
         if known is None:
-            rows = self._do(f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", [(source, reference)])
+            rows = self._database.run(
+                f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", (source, reference)
+            )
             if not rows:
                 return None
             known = self._recent[source, reference] = _resolved(*rows[0]), rows[0][3]
@@ -103,48 +103,28 @@ class NameTable:
 
     def put(self, source: str, reference: str, resolved: Resolved) -> None:
         self._recent[source, reference] = resolved, time.time() - resolved.age_s
-        self._do("INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)", [_row(source, reference, resolved)])
+        self._database.run("INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)", _row(source, reference, resolved))
 
     def put_many(self, source: str, found: list[Resolved]) -> None:
         """Digests stand for themselves; known ones are kept as they are."""
         rows = [_row(source, str(one.ref.digest), one) for one in found]
-        self._do("INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)", rows)
+        self._database.run("INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)", *rows)
 
     def images(self) -> list[tuple[str, str, Resolved]]:
         """(source, reference, what it stands for) of manifests, the newest first."""
-        rows = self._do(
+        rows = self._database.run(
             f"SELECT source, reference, {_COLUMNS} FROM name"
             " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000",
-            [()],
+            (),
         )
         return [(row[0], row[1], _resolved(*row[2:])) for row in rows]
 
     def trim(self) -> None:
         """Forget the names that were confirmed longest ago."""
-        self._do(
+        self._database.run(
             "DELETE FROM name WHERE confirmed < (SELECT confirmed FROM name ORDER BY confirmed DESC LIMIT 1 OFFSET ?)",
-            [(_MAX_ROWS,)],
+            (_MAX_ROWS,),
         )
-
-    def _do(self, statement: str, rows: Iterable[tuple[object, ...]]) -> list[Any]:
-        """Without the disk the node goes on: it asks for names instead of remembering them."""
-        found: list[Any] = []
-        try:
-            for row in rows:
-                found += self._database.execute(statement, row).fetchall()
-        except sqlite3.Error as error:
-            log.warning("names.sqlite: %s", error)
-        return found
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, isolation_level=None)
-    database.executescript(
-        "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
-        "CREATE TABLE IF NOT EXISTS name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
-        " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID;"
-    )
-    return database
 
 
 def _row(source: str, reference: str, one: Resolved) -> tuple[object, ...]:
