@@ -29,17 +29,21 @@ class Span:
 def parse_range(header: str, size: int) -> tuple[Span, ...] | None:
     """The spans that a Range header asks of `size` bytes; None: ignore the header; empty: 416.
 
-    Ignored, as 14.2 allows: other units, what is malformed, and sets that would cost more than the whole object.
+    Ignored, as 14.2 allows: other units, what is malformed, sets that would cost more than the whole object, and any
+    range of an empty object, since some clients send one with every request. A range that ends before it begins is
+    refused (15.5.17), as the conformance suite wants.
     """
     unit, _, rest = header[: MAX_HEADER + 1].partition("=")
     specs = rest.split(",")
-    if unit.strip().lower() != "bytes" or len(header) > MAX_HEADER or len(specs) > MAX_RANGES:
+    if not size or unit.strip().lower() != "bytes" or len(header) > MAX_HEADER or len(specs) > MAX_RANGES:
         return None
     spans = []
     for spec in specs:
         match = _SPEC.fullmatch(spec)
-        if not match or match[1] == match[2] == "" or (match[1] and match[2] and int(match[1]) > int(match[2])):
+        if not match or match[1] == match[2] == "":
             return None
+        if match[1] and match[2] and int(match[1]) > int(match[2]):
+            return ()
         if (span := _span(match[1], match[2], size)).length > 0:
             spans.append(span)
     return tuple(spans) if len(spans) < 2 or sum(span.length for span in spans) <= size else None

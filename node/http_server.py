@@ -66,6 +66,7 @@ class Limits:
     grace_s: float = 10.0
     """After `stop`: how long running bodies may still take."""
     methods: tuple[str, ...] = ("GET", "HEAD", "POST")
+    """Others reach the handler without their body, which stays unread, and end the connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +119,15 @@ class _ClientLeftError(Exception):
 
 
 class _RefusedError(Exception):
-    """The request is answered by the server itself, and the connection then closed."""
+    """The request is answered before all of it was read, and the connection then closed."""
 
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.response = _closing(error_response(status, code, message, headers))
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status)
+        self.response = replace(response, headers={**response.headers, "Connection": "close"})
+
+
+def _refused(status: int, code: str, message: str) -> _RefusedError:
+    return _RefusedError(error_response(status, code, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +243,7 @@ class _Connection:
             response = refused.response
         except h11.RemoteProtocolError as error:
             log.debug("malformed request: %s", error)
-            response = _malformed(error)
+            response = _malformed(error).response
         try:
             await self._send(response)
         except ShoalError as error:
@@ -284,10 +289,9 @@ class _Connection:
         request = _parse(head)
         if self._refuse or self._server.stopping:
             reason = "this node is shutting down" if self._server.stopping else "too many connections"
-            raise _RefusedError(503, "UNAVAILABLE", reason)
+            raise _refused(503, "UNAVAILABLE", reason)
         if request.method not in self._limits.methods:
-            allow = ", ".join(self._limits.methods)
-            raise _RefusedError(405, "UNSUPPORTED", f"only {allow} are answered here", {"Allow": allow})
+            raise _RefusedError(await self._answer(request))
         body = await self._body(int(request.headers.get("content-length", "0")))
         return replace(request, body=body) if body else request
 
@@ -300,14 +304,14 @@ class _Connection:
             if isinstance(event, h11.EndOfMessage):
                 return bytes(body)
             body += cast(h11.Data, event).data
-        raise _RefusedError(413, "SIZE_INVALID", f"a request's body may have {self._limits.body_bytes} bytes at most")
+        raise _refused(413, "SIZE_INVALID", f"a request's body may have {self._limits.body_bytes} bytes at most")
 
     async def _next_event(self) -> h11.Event:
         while (event := self._h11.next_event()) is h11.NEED_DATA:
             with trio.move_on_at(self._request_until) as late:
                 await self._fill()
             if late.cancelled_caught:
-                raise _RefusedError(408, "TIMEOUT", f"the request took longer than {self._limits.request_s:.0f} s")
+                raise _refused(408, "TIMEOUT", f"the request took longer than {self._limits.request_s:.0f} s")
         return cast(h11.Event, event)
 
     async def _fill(self) -> None:
@@ -444,7 +448,7 @@ def _parse(head: h11.Request) -> Request:
     try:
         fields = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS))
     except ValueError as error:
-        raise _RefusedError(400, "UNSUPPORTED", f"more than {MAX_QUERY_FIELDS} query fields") from error
+        raise _refused(400, "UNSUPPORTED", f"more than {MAX_QUERY_FIELDS} query fields") from error
     headers: dict[str, str] = {}
     for raw_name, raw_value in head.headers:
         name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
@@ -452,10 +456,6 @@ def _parse(head: h11.Request) -> Request:
     return Request(head.method.decode("ascii"), unquote(path), fields, headers)
 
 
-def _malformed(error: h11.RemoteProtocolError) -> Response:
+def _malformed(error: h11.RemoteProtocolError) -> _RefusedError:
     status = error.error_status_hint if error.error_status_hint in (400, 413, 431, 501, 505) else 400
-    return _closing(error_response(status, "UNSUPPORTED", f"malformed request: {error}"))
-
-
-def _closing(response: Response) -> Response:
-    return replace(response, headers={**response.headers, "Connection": "close"})
+    return _refused(status, "UNSUPPORTED", f"malformed request: {error}")
