@@ -39,6 +39,7 @@ from node.http_server import Handler, Limits, serve_http
 from node.identity import Identity, load_or_create
 from node.ledger import Ledger
 from node.library import SiteLibrary
+from node.listings import Listings
 from node.logs import configure
 from node.membership import Gossiper, Membership
 from node.metrics import Metrics
@@ -225,7 +226,12 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         if config.control.metrics:
             address = parse_host_port(config.control.metrics, "control.metrics")
             await _serve(work, await _listeners(address, "control.metrics"), metrics_handler(metrics), Limits(), None)
-        handler = Mirror(library, upstreams.names, upstreams.passthrough).handle
+        listings = Listings(
+            upstreams.passthrough, library, data_dir / "listings.sqlite",
+            parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
+        )  # fmt: skip
+        stack.callback(listings.close)
+        handler = Mirror(library, upstreams.names, listings).handle
         async with trio.open_nursery() as serving:
             await _serve(serving, mirror_listeners, handler, mirror_module.LIMITS, stop)
             await work.start(notifier.watchdog)

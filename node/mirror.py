@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+import secrets
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import trio
+from cachetools import LRUCache
 
 from node.http_range import Span, parse_range
 from node.http_server import Buffer, FileBody, Limits, Request, Response, error_response
+from node.listings import Listings
 from node.locator import Kind, Locator, check_reference, is_digest
 from node.objects import Library, Resolved
 from node.registry_auth import canonical
-from node.upstream import Passed
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
 from protocol.ids import Digest
 
@@ -37,15 +39,17 @@ STALL_S = 25.0
 """A body without progress for so long is cut: longer than the library's own deadlines, far below clients' 5 minutes."""
 LIMITS = Limits(methods=("GET", "HEAD"), body_bytes=0)
 """For the server: whatever tries to push is turned away before its body is read."""
-BOUNDARY = "shoal-1d2f7f3e9a5c4b68"
+BOUNDARY = f"shoal-{secrets.token_hex(12)}"
+"""Not to be foreseen: no layer can be made to hold it."""
+MAX_MISSING = 4096
+"""Names whose absence is remembered, for when the registry is out of reach."""
+MAX_CURSOR = 2048
+"""Characters of the query of a registry's next page."""
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<what>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
-_PASSED_QUERY = ("n", "last", "artifactType")
+_READING = ("GET", "HEAD")
 
 _T = TypeVar("_T")
-
-Passthrough = Callable[[str, str, str, Mapping[str, str]], Awaitable[Passed]]
-"""(upstream, repository, `tags/list` or `referrers/<digest>`, query); raises as `Upstreams.passthrough`."""
 
 
 class _ProblemError(Exception):
@@ -58,19 +62,27 @@ class _ProblemError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    upstream: str
-    repository: str
+    """`locator` is that of blobs for a blob, else that of manifests; `what` is the path's word for the kind."""
+
+    locator: Locator
     what: str
     reference: str
+
+    @property
+    def unknown(self) -> str:
+        """The error code for what is not there."""
+        return {"blobs": "BLOB_UNKNOWN", "manifests": "MANIFEST_UNKNOWN"}.get(self.what, "NAME_UNKNOWN")
 
 
 class Mirror:
     """`handle` is a handler for `http_server.serve_http`."""
 
-    def __init__(self, library: Library, upstream_names: Sequence[str], passthrough: Passthrough) -> None:
+    def __init__(self, library: Library, upstream_names: Sequence[str], listings: Listings) -> None:
         self._library = library
         self._upstreams = {canonical(name): name for name in upstream_names}
-        self._passthrough = passthrough
+        self._listings = listings
+        self._missing: LRUCache[_Target, str] = LRUCache(MAX_MISSING)
+        """With the registry's word for it."""
 
     async def handle(self, request: Request) -> Response:
         what = request.path[:300]
@@ -79,10 +91,10 @@ class Mirror:
                 return await self._route(request)
         except _ProblemError as problem:
             return problem.response
-        except NotFoundError as error:
-            return _problem(404, "BLOB_UNKNOWN" if "/blobs/" in what else "MANIFEST_UNKNOWN", error)
         except DeniedError as error:
             return _problem(403, "DENIED", error)
+        except BadInputError as error:
+            return _problem(400, "UNSUPPORTED", error)
         except (UnavailableError, CorruptObjectError) as error:
             log.warning("%s %r: %s", request.method, what, error)
             return _problem(503, "UNAVAILABLE", error)
@@ -90,30 +102,45 @@ class Mirror:
         return _problem(503, "UNAVAILABLE", f"nothing came in {HEAD_S:.0f} s")
 
     async def _route(self, request: Request) -> Response:
-        if request.method not in ("GET", "HEAD"):
-            raise _ProblemError(405, "UNSUPPORTED", "this mirror is read-only", {"Allow": "GET, HEAD"})
+        if request.method not in _READING:
+            raise _read_only(request.path)
         if request.path in ("/v2/", "/v2"):
             return Response(200, {"Content-Type": "application/json", **_VERSION}, b"{}")
         target = self._target(request)
-        if target.what in ("tags", "referrers"):
-            return await self._passed(request, target)
-        kind: Kind = "blobs" if target.what == "blobs" else "manifests"
-        locator = _valid("NAME_INVALID", lambda name: Locator(target.upstream, name, kind), target.repository)
-        if kind == "blobs" or is_digest(target.reference):
-            _valid("DIGEST_INVALID", Digest.parse, target.reference)
-        else:
-            _valid("TAG_INVALID", check_reference, target.reference)
-        found = await self._library.resolve(locator, target.reference)
-        return await self._object(request, locator, found)
+        try:
+            answer = await self._answer(request, target)
+        except NotFoundError as error:
+            self._missing[target] = str(error)
+            raise _ProblemError(404, target.unknown, str(error)) from error
+        except UnavailableError:
+            # The registry's last word stands while it is out of reach, as it does for what is there.
+            if target in self._missing:
+                raise _ProblemError(404, target.unknown, self._missing[target]) from None
+            raise
+        self._missing.pop(target, None)
+        return answer
 
-    # Which upstream
+    async def _answer(self, request: Request, target: _Target) -> Response:
+        if target.what in ("tags", "referrers"):
+            return await self._listed(request, target)
+        found = await self._library.resolve(target.locator, target.reference)
+        return await self._object(request, target.locator, found)
+
+    # What is meant
 
     def _target(self, request: Request) -> _Target:
         match = _PATH.fullmatch(request.path)
-        if not match:
+        if not match or (match["what"] == "tags" and match["reference"] != "list"):
             raise _ProblemError(404, "NAME_UNKNOWN", "not a path of the pull API")
+        what, reference = match["what"], match["reference"]
         upstream, repository = self._upstream(match["name"], request.query.get("ns", ""))
-        return _Target(upstream, repository, match["what"], match["reference"])
+        kind: Kind = "blobs" if what == "blobs" else "manifests"
+        locator = _valid("NAME_INVALID", lambda name: Locator(upstream, name, kind), repository)
+        if what in ("blobs", "referrers") or (what == "manifests" and is_digest(reference)):
+            _valid("DIGEST_INVALID", Digest.parse, reference)
+        elif what == "manifests":
+            _valid("MANIFEST_UNKNOWN", check_reference, reference, status=404)  # nothing can have such a tag
+        return _Target(locator, what, reference)
 
     def _upstream(self, name: str, ns: str) -> tuple[str, str]:
         first, _, rest = name.partition("/")
@@ -141,7 +168,9 @@ class Mirror:
             "ETag": etag,
             "Accept-Ranges": "bytes",
         }
-        if _names(request.headers.get("if-none-match", ""), etag):
+        if not _names(request.headers.get("if-match", "*"), etag, weak=False):
+            raise _ProblemError(412, "PRECONDITION_FAILED", f"it is {digest} now")
+        if _names(request.headers.get("if-none-match", ""), etag, weak=True):
             return Response(304, headers)
         if request.method == "HEAD":
             return Response(200, headers | {"Content-Length": str(size)})
@@ -207,23 +236,30 @@ class Mirror:
                 left -= len(chunk)
                 yield chunk
 
-    # What is handed on
+    # Lists
 
-    async def _passed(self, request: Request, target: _Target) -> Response:
-        _valid("NAME_INVALID", lambda name: Locator(target.upstream, name, "manifests"), target.repository)
-        if target.what == "referrers":
-            _valid("DIGEST_INVALID", Digest.parse, target.reference)
-        elif target.reference != "list":
-            raise _ProblemError(404, "NAME_UNKNOWN", "not a path of the pull API")
-        query = {name: request.query[name] for name in _PASSED_QUERY if name in request.query}
-        tail = f"{target.what}/{target.reference}"
-        passed = await self._passthrough(target.upstream, target.repository, tail, query)
-        headers = {**_VERSION, "Content-Type": passed.media_type}
-        if link := _own_link(passed.link, request):
+    async def _listed(self, request: Request, target: _Target) -> Response:
+        query = {name: value for name, value in request.query.items() if name != "ns"}
+        if sum(map(len, (*query, *query.values()))) > MAX_CURSOR:
+            raise _ProblemError(400, "UNSUPPORTED", f"a query of more than {MAX_CURSOR} characters")
+        if target.what == "tags":
+            listed = await self._listings.tags(target.locator, query)
+        else:
+            listed = await self._listings.referrers(target.locator, Digest.parse(target.reference), query)
+        headers = {**_VERSION, "Content-Type": listed.media_type}
+        if link := _own_link(listed.link, request):
             headers["Link"] = link
-        if passed.filters.isascii() and passed.filters.isprintable() and passed.filters:
-            headers["OCI-Filters-Applied"] = passed.filters
-        return Response(200, headers, passed.body)
+        if listed.filters:
+            headers["OCI-Filters-Applied"] = listed.filters
+        return Response(200, headers, listed.body)
+
+
+def _read_only(path: str) -> _ProblemError:
+    """A digest that is none is told even so: the specification's suite asks for that with a PUT."""
+    match = _PATH.fullmatch(path)
+    if match and match["what"] == "manifests" and is_digest(match["reference"]):
+        _valid("DIGEST_INVALID", Digest.parse, match["reference"])
+    return _ProblemError(405, "UNSUPPORTED", "this mirror is read-only", {"Allow": ", ".join(_READING)})
 
 
 async def _begun(status: int, headers: Mapping[str, str], body: AsyncGenerator[Buffer, None]) -> Response:
@@ -231,32 +267,35 @@ async def _begun(status: int, headers: Mapping[str, str], body: AsyncGenerator[B
     return Response(status, headers, body, first=[await anext(body)])
 
 
-def _valid(code: str, parse: Callable[[str], _T], text: str) -> _T:
+def _valid(code: str, parse: Callable[[str], _T], text: str, *, status: int = 400) -> _T:
     try:
         return parse(text)
     except BadInputError as error:
-        raise _ProblemError(400, code, str(error)) from error
+        raise _ProblemError(status, code, str(error)) from error
 
 
 def _problem(status: int, code: str, error: object) -> Response:
     return error_response(status, code, str(error), _VERSION)
 
 
-def _names(header: str, etag: str) -> bool:
-    """Whether an If-None-Match header names the tag; `*` and weak tags included (RFC 9110, 13.1.2)."""
-    return any(part.strip().removeprefix("W/") in (etag, "*") for part in header.split(","))
+def _names(header: str, etag: str, *, weak: bool) -> bool:
+    """Whether an If-Match or If-None-Match header names the tag, or all by `*` (RFC 9110, 13.1.1 and 13.1.2)."""
+    tags = [part.strip() for part in header.split(",")]
+    return any((tag.removeprefix("W/") if weak else tag) in (etag, "*") for tag in tags)
 
 
 def _own_link(link: str, request: Request) -> str:
-    """The upstream's link to the next page, as one to this mirror: same path, its query and our `ns`."""
-    match = re.match(r'\s*<([^>]{1,2000})>\s*;\s*rel="?next"?', link)
+    """The registry's link to the next page, as one to this mirror: same path, and its query, which may be any cursor.
+
+    The request's `artifactType`, which the registry was not told, and `ns` are put back.
+    """
+    match = re.match(rf'\s*<([^>]{{1,{MAX_CURSOR}}})>\s*;\s*rel="?next"?', link)
     if not match:
         return ""
     try:
         fields = dict(parse_qsl(urlsplit(match[1]).query, max_num_fields=16))
     except ValueError:
         return ""
-    query = {name: fields[name] for name in _PASSED_QUERY if name in fields}
-    if "ns" in request.query:
-        query["ns"] = request.query["ns"]
-    return f'<{quote(request.path)}?{urlencode(query)}>; rel="next"'
+    own = {name: request.query[name] for name in ("artifactType", "ns") if name in request.query}
+    query = {name: value for name, value in fields.items() if name != "ns"} | own
+    return f'<{quote(request.path, safe="/:")}?{urlencode(query)}>; rel="next"'

@@ -23,7 +23,7 @@ from typing import Protocol, Self, TypeVar, cast
 
 import httpx
 import trio
-from cachetools import LRUCache, TTLCache
+from cachetools import LRUCache
 
 from node.config import UpstreamPart
 from node.http_client import Body, DirectTransport
@@ -53,8 +53,6 @@ BASIC_LIFETIME_S = 300.0
 TOKEN_FAILURE_S = 1.0
 """Whoever waited for a token while that failed fails with it, rather than trying in turn."""
 SKIPPED_BYTES = 256 << 10
-PASSED_TTL_S = 10.0
-PASSED_BYTES = 8 << 20
 TIMEOUT = httpx.Timeout(connect=5.0, read=10.0, write=10.0, pool=30.0)
 ACCEPT = ", ".join(
     [
@@ -88,12 +86,12 @@ class _FailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A small answer of the registry that is handed on as it is. `link` and `filters` are "" where absent."""
+    """A list that the registry gave. `link` and `filters` are what the headers of that name say, "" without them."""
 
     body: bytes
     media_type: str
-    link: str
-    filters: str
+    link: str = ""
+    filters: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +155,6 @@ class Upstreams:
     def __init__(self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random) -> None:
         context = ssl.create_default_context()
         self._registries = {canonical(part.name): _Registry(part, context, count, rng) for part in parts}
-        self._passed: TTLCache[object, Passed] = TTLCache(
-            PASSED_BYTES, PASSED_TTL_S, timer=trio.current_time, getsizeof=lambda passed: len(passed.body) + 1024
-        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -209,15 +204,10 @@ class Upstreams:
                     await attempts.pause(failure)
 
     async def passthrough(self, upstream: str, repository: str, tail: str, query: Mapping[str, str]) -> Passed:
-        """`tags/list` or `referrers/<digest>` of a repository, at most some seconds old. Raises as `resolve`."""
-        key = (canonical(upstream), repository, tail, tuple(sorted(query.items())))
-        if key not in self._passed:
-            registry = self._find(upstream)
-            call = _Call(repository, tail, f"{tail} of {repository}", query)
-            passed = await registry.retrying(RESOLVE, call.what, lambda: registry.passed(call))
-            self._passed[key] = passed
-            return passed
-        return self._passed[key]
+        """`tags/list` or `referrers/<digest>` of a repository. Raises as `resolve`."""
+        registry = self._find(upstream)
+        call = _Call(repository, tail, f"{tail} of {repository}", query)
+        return await registry.retrying(RESOLVE, call.what, lambda: registry.passed(call))
 
     def _find(self, upstream: str) -> _Registry:
         registry = self._registries.get(canonical(upstream))
@@ -322,8 +312,7 @@ class _Registry:
         async with self._response("GET", call, {"Accept": "*/*"}) as response:
             self._expect(response, call, 200)
             body = await self._bounded(response, call, MAX_MANIFEST)
-            link, filters = response.headers.get("link", ""), response.headers.get("oci-filters-applied", "")
-            return Passed(body, _media_type(response), link, filters)
+            return Passed(body, _media_type(response), response.headers.get("link", ""))
 
     # What they are made of
 

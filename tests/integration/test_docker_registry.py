@@ -18,6 +18,7 @@ import trio
 
 from node.config import UpstreamPart
 from node.http_server import serve_http
+from node.listings import Listings
 from node.locator import Locator
 from node.mirror import Mirror
 from node.objects import Resolved
@@ -126,7 +127,10 @@ def test_names_sizes_and_blocks(registry: str) -> None:
 def test_skopeo_pulls_through_the_mirror(registry: str, tmp_path: Path, prefix: str) -> None:
     async def main() -> None:
         async with upstreams_of(registry) as upstreams, trio.open_nursery() as nursery:
-            mirror = Mirror(PassingLibrary(upstreams), upstreams.names, upstreams.passthrough)
+            library = PassingLibrary(upstreams)
+            mirror = Mirror(
+                library, upstreams.names, Listings(upstreams.passthrough, library, tmp_path / "listings.sqlite", 60.0)
+            )
             listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
             await nursery.start(partial(serve_http, listeners, mirror.handle))
             port = listeners[0].socket.getsockname()[1]

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from node import mirror as mirror_module
 from node.http_server import Request, serve_http
+from node.listings import Listings
 from node.locator import Locator
 from node.mirror import Mirror
 from node.objects import Resolved
@@ -80,14 +81,28 @@ class MemoryLibrary:
         return None if self.path is None else open(self.path, "rb")
 
 
-async def passthrough(upstream: str, repository: str, tail: str, query: Mapping[str, str]) -> Passed:
-    body = json.dumps([upstream, repository, tail, dict(query)]).encode()
-    return Passed(body, "application/json", "</v2/elsewhere?n=2&last=b&evil=1>; rel=next", "artifactType")
+INDEX = "application/vnd.oci.image.index.v1+json"
+
+
+class EchoListings(Listings):
+    """Says what it was asked, and has a next page."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def tags(self, locator: Locator, query: Mapping[str, str]) -> Passed:
+        return Passed(json.dumps([str(locator), dict(query)]).encode(), "application/json", LINK)
+
+    async def referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
+        return Passed(json.dumps([str(locator), str(digest), dict(query)]).encode(), INDEX, LINK, "artifactType")
+
+
+LINK = "</v2/elsewhere?n=2&next_page=b%2F&ns=evil>; rel=next"
 
 
 @asynccontextmanager
 async def serving(library: MemoryLibrary) -> AsyncIterator[httpx.AsyncClient]:
-    mirror = Mirror(library, ["docker.io", "ghcr.io", "localhost:5000"], passthrough)
+    mirror = Mirror(library, ["docker.io", "ghcr.io", "localhost:5000"], EchoListings())
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
     async with trio.open_nursery() as nursery:
@@ -128,9 +143,13 @@ def test_head_and_get_agree_and_say_what_clients_need() -> None:
             assert got.headers["docker-content-digest"] == str(digest_of(data))
             assert got.headers["content-type"] == media_type
             assert {**got.headers, "date": ""} == {**head.headers, "date": ""}
-            for tag in (got.headers["etag"], "*", f'"x", W/{got.headers["etag"]}'):
+            etag = got.headers["etag"]
+            for tag in (etag, "*", f'"x", W/{etag}'):
                 same = await client.get(path, headers={"If-None-Match": tag})
                 assert (same.status_code, same.content) == (304, b"")
+                assert same.headers["docker-content-digest"] == str(digest_of(data))
+            for tag, status in ((etag, 200), ("*", 200), (f'"x", {etag}', 200), (f"W/{etag}", 412), ('"x"', 412)):
+                assert (await client.get(path, headers={"If-Match": tag})).status_code == status
 
     run(check)
 
@@ -158,7 +177,21 @@ def test_the_upstream_is_named_by_ns_by_path_or_by_nothing() -> None:
         ("GET", "/v2/evil.example/alpine/manifests/a", (404, "NAME_UNKNOWN")),
         ("GET", "/v2/library/alpine/manifests/sha256:abc", (400, "DIGEST_INVALID")),
         ("GET", "/v2/library/alpine/blobs/latest", (400, "DIGEST_INVALID")),
-        ("GET", "/v2/library/alpine/manifests/-x", (400, "TAG_INVALID")),
+        ("GET", "/v2/library/alpine/manifests/-x", (404, "MANIFEST_UNKNOWN")),
+        ("GET", "/v2/library/alpine/manifests/" + "a" * 129, (404, "MANIFEST_UNKNOWN")),
+        ("GET", "/v2/" + "a" * 256 + "/manifests/a", (400, "NAME_INVALID")),
+        ("GET", "/v2/library/%2e%2e/alpine/manifests/a", (400, "NAME_INVALID")),
+        ("GET", "/v2/library//alpine/manifests/a", (400, "NAME_INVALID")),
+        ("GET", "/v2//library/alpine/manifests/a", (400, "NAME_INVALID")),
+        ("GET", "/v2/library%252Falpine/manifests/a", (400, "NAME_INVALID")),
+        ("GET", "/v2/a/blobs/b/manifests/latest", (404, "MANIFEST_UNKNOWN")),
+        ("GET", f"/v2/library/alpine/blobs/sha256:{'A' * 64}", (400, "DIGEST_INVALID")),
+        ("GET", f"/v2/library/alpine/blobs/sha512:{'0' * 64}", (400, "DIGEST_INVALID")),
+        ("GET", f"/v2/library/alpine/blobs/sha512:{'0' * 128}", (404, "BLOB_UNKNOWN")),
+        ("GET", "/v2/library/alpine/manifests/", (404, "NAME_UNKNOWN")),
+        ("PUT", "/v2/library/alpine/manifests/sha256:no", (400, "DIGEST_INVALID")),
+        ("PUT", "/v2/library/alpine/manifests/v2", (405, "UNSUPPORTED")),
+        ("DELETE", "/v2/", (405, "UNSUPPORTED")),
         ("GET", "/v2/library/_x/manifests/a", (400, "NAME_INVALID")),
         ("GET", "/v2/UPPER/x/manifests/a", (400, "NAME_INVALID")),
         ("GET", "/v2/library%0aalpine/manifests/a", (400, "NAME_INVALID")),
@@ -205,6 +238,13 @@ def test_ranges_from_chunks_and_from_a_sealed_file(tmp_path, in_file: bool) -> N
                 assert got.headers["content-range"] == f"bytes {start}-{start + len(data) - 1}/{len(BLOB)}"
         beyond = await client.get(BLOB_PATH, headers={"Range": f"bytes={len(BLOB)}-"})
         assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(BLOB)}")
+        assert (await client.get(BLOB_PATH, headers={"Range": "bytes=9-5"})).status_code == 416
+        empty = await client.get(f"/v2/library/alpine/blobs/{digest_of(b'')}", headers={"Range": "bytes=0-"})
+        assert (empty.status_code, empty.content) == (200, b"")
+        tag = f'"{BLOB_DIGEST}"'
+        for condition, status in ((tag, 206), (f"W/{tag}", 200), ("Tue, 24 Nov 2026 10:00:00 GMT", 200)):
+            got = await client.get(BLOB_PATH, headers={"Range": "bytes=0-1", "If-Range": condition})
+            assert got.status_code == status
         other = await client.get(BLOB_PATH, headers={"Range": "bytes=0-1", "If-Range": '"other"'})
         assert (other.status_code, len(other.content)) == (200, len(BLOB))
         head = await client.head(BLOB_PATH, headers={"Range": "bytes=0-1"})
@@ -276,14 +316,40 @@ def test_a_client_that_leaves_ends_the_read() -> None:
     run(check)
 
 
-def test_tags_and_referrers_are_passed_on_with_links_to_this_mirror() -> None:
+def test_lists_have_links_to_this_mirror_and_heads_like_everything() -> None:
     async def check(client: httpx.AsyncClient, library: MemoryLibrary) -> None:
-        tags = await client.get("/v2/org/app/tags/list?n=2&ns=ghcr.io&secret=1")
-        assert tags.json() == ["ghcr.io", "org/app", "tags/list", {"n": "2"}]
-        assert tags.headers["link"] == '</v2/org/app/tags/list?n=2&last=b&ns=ghcr.io>; rel="next"'
-        referrers = await client.get(f"/v2/org/app/referrers/{BLOB_DIGEST}?artifactType=a%2Fb")
-        assert referrers.json() == ["docker.io", "org/app", f"referrers/{BLOB_DIGEST}", {"artifactType": "a/b"}]
+        path = "/v2/org/app/tags/list?n=2&ns=ghcr.io"
+        tags = await client.get(path)
+        assert tags.json() == ["ghcr.io/org/app#manifests", {"n": "2"}]
+        assert tags.headers["link"] == '</v2/org/app/tags/list?n=2&next_page=b%2F&ns=ghcr.io>; rel="next"'
+        path = f"/v2/org/app/referrers/{BLOB_DIGEST}?artifactType=a%2Fb"
+        referrers = await client.get(path)
+        asked = ["docker.io/org/app#manifests", str(BLOB_DIGEST), {"artifactType": "a/b"}]
+        assert (referrers.json(), referrers.headers["content-type"]) == (asked, INDEX)
         assert referrers.headers["oci-filters-applied"] == "artifactType"
+        next_page = f'</v2/org/app/referrers/{BLOB_DIGEST}?n=2&next_page=b%2F&artifactType=a%2Fb>; rel="next"'
+        assert referrers.headers["link"] == next_page
+        for answer in (tags, referrers):
+            head = await client.head(answer.url)
+            assert {**head.headers, "date": ""} == {**answer.headers, "date": ""}
+            assert head.headers["content-length"] == str(len(answer.content))
+        assert code(await client.get(f"/v2/org/app/tags/list?last={'a' * 3000}")) == (400, "UNSUPPORTED")
+
+    run(check)
+
+
+def test_what_was_not_there_is_not_there_while_the_registry_is_gone() -> None:
+    async def check(client: httpx.AsyncClient, library: MemoryLibrary) -> None:
+        missing = f"/v2/library/alpine/blobs/{Digest('sha256', '0' * 64)}"
+        assert code(await client.get(missing)) == (404, "BLOB_UNKNOWN")
+        library.error, library.fails_at = UnavailableError("gone"), -1
+        assert code(await client.get(missing)) == (404, "BLOB_UNKNOWN")
+        assert code(await client.get(BLOB_PATH)) == (503, "UNAVAILABLE")
+        assert code(await client.get(missing.replace("blobs", "manifests"))) == (503, "UNAVAILABLE")
+        library.error = None
+        library.objects[Digest("sha256", "0" * 64)] = b"pushed"
+        library.fails_at = float("inf")
+        assert (await client.get(missing)).status_code == 200
 
     run(check)
 
@@ -295,7 +361,7 @@ WORDS = st.sampled_from(
     ]
 )
 HEADERS = st.dictionaries(
-    st.sampled_from(["range", "if-range", "if-none-match", "accept"]), st.text(max_size=30), max_size=3
+    st.sampled_from(["range", "if-range", "if-match", "if-none-match", "accept"]), st.text(max_size=30), max_size=3
 )
 
 
@@ -308,10 +374,10 @@ HEADERS = st.dictionaries(
 )
 def test_no_request_is_answered_with_an_error_of_ours(method, path, query, headers, caplog) -> None:
     async def main() -> None:
-        response = await Mirror(MemoryLibrary(), ["docker.io"], passthrough).handle(
+        response = await Mirror(MemoryLibrary(), ["docker.io"], EchoListings()).handle(
             Request(method, path, query, headers)
         )
-        assert response.status in (200, 206, 304, 400, 404, 405, 416)
+        assert response.status in (200, 206, 304, 400, 404, 405, 412, 416)
         for name, value in response.headers.items():
             assert (name + value).isascii()
             assert (name + value).isprintable()

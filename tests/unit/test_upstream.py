@@ -351,12 +351,10 @@ def test_a_redirect_to_another_host_takes_no_authorization_along(caplog) -> None
     assert not any("hush" in record.getMessage() for record in caplog.records if record.name.startswith("node"))
 
 
-def test_passed_answers_are_kept_for_a_short_time() -> None:
+def test_a_list_is_handed_on_with_its_link() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
-        for _ in range(2):
-            passed = await upstreams.passthrough("fake", "org/app", "tags/list", {"n": "1"})
-            assert (passed.body, passed.media_type, passed.link) == (b'{"n": "1"}', "application/json", "<x>")
-        assert len(fixture.registry.requests) == 1
+        passed = await upstreams.passthrough("fake", "org/app", "tags/list", {"n": "1"})
+        assert (passed.body, passed.media_type, passed.link) == (b'{"n": "1"}', "application/json", "<x>")
 
     run(check)
 

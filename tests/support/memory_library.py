@@ -1,0 +1,41 @@
+"""A library of a few objects in a dictionary."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager
+from typing import BinaryIO
+
+from node.locator import Locator
+from node.objects import Resolved
+from protocol.errors import NotFoundError
+from protocol.ids import Digest, ObjectRef
+
+
+class MemoryLibrary:
+    """Of one repository; `error` is raised instead of any answer."""
+
+    def __init__(self, repository: str) -> None:
+        self._repository = repository
+        self._tags: dict[str, Resolved] = {}
+        self._objects: dict[Digest, bytes] = {}
+        self.error: Exception | None = None
+
+    def tag(self, name: str, body: bytes, media_type: str) -> None:
+        digest = Digest("sha256", hashlib.sha256(body).hexdigest())
+        self._objects[digest] = body
+        self._tags[name] = Resolved(ObjectRef(digest, len(body)), media_type)
+
+    async def resolve(self, locator: Locator, reference: str) -> Resolved:
+        if self.error is not None:
+            raise self.error
+        if locator.repository != self._repository or reference not in self._tags:
+            raise NotFoundError(f"{reference} is not here")
+        return self._tags[reference]
+
+    async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        yield self._objects[ref.digest][start:stop]
+
+    def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
+        return None
