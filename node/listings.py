@@ -162,14 +162,15 @@ def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:
 
 
 def _page(passed: Passed, query: Mapping[str, str], *, whole: bool) -> Passed:
-    """The page that is asked for of all tags (`whole`), or of an answer that shows that the query was ignored."""
+    """The page that is asked for, in order, where the answer holds all tags: if `whole`, or for a first page without a
+    next one, or where what it holds shows that the query was ignored."""
     limit = int(query["n"]) if _is_count(query.get("n", "")) else None
     last = query.get("last", "")
     listed = _decoded(passed.body, _Tags)
-    if listed is None:
+    if listed is None or passed.link:
         return passed
     tags = listed.tags or []
-    if passed.link or not (whole or last in tags or (limit is not None and len(tags) > limit)):
+    if not (whole or not query.keys() - {"n"} or last in tags or (limit is not None and len(tags) > limit)):
         return passed
     rest = sorted(tag for tag in tags if tag > last)
     page = rest if limit is None else rest[:limit]

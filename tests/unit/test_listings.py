@@ -99,15 +99,15 @@ def tag_list(tags: list[str] | None, link: str = "") -> Passed:
         ({"n": "5"}, TAGS, ""),
         ({"n": "0"}, [], ""),
         ({"last": "c"}, ["d", "e"], ""),
-        ({"n": "x"}, TAGS, ""),
+        ({"n": "x", "last": "a"}, TAGS[1:], ""),
     ],
 )
 def test_a_registry_that_knows_no_pages_is_paged_here(tmp_path, query, page, more) -> None:
-    registry = Registry({"tags/list": tag_list(TAGS[::-1] if query else TAGS)})
+    registry = Registry({"tags/list": tag_list(TAGS[::-1])})
 
     async def check(listings: Listings) -> None:
         passed = await listings.tags(APP, query)
-        assert sorted(tags_of(passed)) == page
+        assert tags_of(passed) == page
         assert passed.link == (f'<?{more}>; rel="next"' if more else "")
 
     run(tmp_path, registry, check)
