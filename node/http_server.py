@@ -226,6 +226,7 @@ class _Connection:
         try:
             while await self._cycle():
                 self._h11.start_next_cycle()
+                self._method = b""  # what is malformed has none, whatever came before it
             await self._hang_up()
         except _ClientLeftError as error:
             log.debug("client left: %s", error)

@@ -167,6 +167,17 @@ def test_what_is_malformed_or_unknown_is_refused_and_the_connection_closed(data:
     run(main)
 
 
+def test_what_is_malformed_behind_a_head_has_a_body_again(caplog) -> None:
+    async def main() -> None:
+        async with serving(echo) as served:
+            head, malformed = answers(await served.raw(get("/a", method="HEAD") + b"nonsense\r\n\r\n"), "HEAD", "GET")
+            assert (head[0], malformed[0]) == (200, 400)
+            assert b"malformed" in malformed[2]
+
+    run(main)
+    assert not caplog.records
+
+
 def test_generators_and_files_are_sent_whole_and_closed(tmp_path) -> None:
     path = tmp_path / "file"
     path.write_bytes(BIG)
