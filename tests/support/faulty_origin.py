@@ -29,9 +29,7 @@ def content(start: int, stop: int) -> bytes:
     """The blob's bytes [start, stop): no two MiB are alike."""
     size = len(_NOISE)
     first = start // size
-    parts = [
-        f"{number:016d}".encode() + _NOISE[_MARK:] for number in range(first, max(first + 1, -(-stop // size)))
-    ]
+    parts = [f"{number:016d}".encode() + _NOISE[_MARK:] for number in range(first, max(first + 1, -(-stop // size)))]
     return b"".join(parts)[start - first * size : stop - first * size]
 
 

@@ -1,0 +1,136 @@
+"""Transfers that break on either side, with a real p2pd: what the client gets, and what the registry is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from node.read_ahead import HELD
+from protocol.ids import BLOCK_SIZE
+from tests.support.faulty_origin import Fault, FaultyOrigin, content
+from tests.support.processes import tail, wait_for
+from tests.support.site import UPSTREAM, Node, site
+
+SIZE = 24 * BLOCK_SIZE + 12345
+GIB = 1 << 30
+
+
+@contextlib.contextmanager
+def connected(node: Node) -> Iterator[http.client.HTTPConnection]:
+    with contextlib.closing(http.client.HTTPConnection(node.host, node.mirror_port, timeout=60)) as connection:
+        yield connection
+
+
+def ask(connection: http.client.HTTPConnection, origin: FaultyOrigin, span: str = "") -> http.client.HTTPResponse:
+    headers = {"Range": f"bytes={span}"} if span else {}
+    connection.request("GET", f"/v2/app/blobs/{origin.digest}?ns={UPSTREAM}", headers=headers)
+    return connection.getresponse()
+
+
+def read(node: Node, origin: FaultyOrigin, span: str = "") -> tuple[int, bytes]:
+    with connected(node) as connection:
+        answer = ask(connection, origin, span)
+        return answer.status, answer.read()
+
+
+@contextlib.contextmanager
+def slow_client(node: Node, origin: FaultyOrigin) -> Iterator[socket.socket]:
+    """One that has asked for the blob, and whose buffers hold little of it."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(30)
+        sock.connect((node.host, node.mirror_port))
+        request = f"GET /v2/app/blobs/{origin.digest}?ns={UPSTREAM} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        sock.sendall(request.encode())
+        yield sock
+
+
+@pytest.mark.parametrize("what", ["reset", "fin", "stall"])
+def test_a_body_that_breaks_at_the_registry_is_whole_at_the_client(folder: Path, what: str) -> None:
+    """A stalled one is given up after 10 s, far below what a client waits."""
+    faults = [Fault(at, what) for at in ((5 * BLOCK_SIZE + 77,) if what == "stall" else range(99_999, SIZE, SIZE // 4))]
+    with FaultyOrigin(SIZE, *faults) as origin, site(folder / "site", origin.url, 1) as (node,):
+        began = time.monotonic()
+        assert read(node, origin) == (200, content(0, SIZE))
+        assert time.monotonic() - began < 25
+        again = sum(stop - start for start, stop in origin.asked) - SIZE
+        assert again <= len(faults) * 16 * BLOCK_SIZE, "only what was not there yet is asked for again"
+
+
+def test_without_the_registry_a_body_ends_with_fin_and_what_the_client_asks_then_is_refused(folder: Path) -> None:
+    """containerd reopens where the body ended, and goes on to the registry itself when that is refused."""
+    with contextlib.ExitStack() as stack:
+        origin = stack.enter_context(FaultyOrigin(SIZE, *[Fault(SIZE - 1000, "fin") for _ in range(20)]))
+        (node,) = stack.enter_context(site(folder / "site", origin.url, 1))
+        with connected(node) as connection:
+            answer = ask(connection, origin)
+            assert answer.status == 200
+            with pytest.raises(http.client.IncompleteRead) as broken:  # FIN; a reset would be a ConnectionResetError
+                answer.read()
+            got = broken.value.partial
+        assert 0 < len(got) < SIZE
+        assert got == content(0, len(got))
+        status, _ = read(node, origin, f"{SIZE - 5000}-")
+        assert status == 503
+        assert "Traceback" not in tail(node.log, 10000)
+
+
+def test_a_client_that_goes_away_ends_its_read(folder: Path) -> None:
+    with FaultyOrigin(GIB, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
+        with connected(node) as connection:
+            assert len(ask(connection, origin).read(BLOCK_SIZE)) == BLOCK_SIZE
+        seen = origin.asked_bytes
+        assert read(node, origin, f"{GIB - 1}-") == (206, content(GIB - 1, GIB))  # waits for its turn behind the rest
+        assert seen <= origin.asked_bytes <= BLOCK_SIZE * (HELD + 32)
+        assert "Traceback" not in tail(node.log, 10000)
+
+
+def test_a_slow_client_holds_up_nobody_and_gets_all(folder: Path) -> None:
+    """One reads some bytes of a cold blob and then none for as long as another takes to read all of it."""
+    with (
+        FaultyOrigin(SIZE) as origin,
+        site(folder / "site", origin.url, 1) as (node,),
+        slow_client(node, origin) as slow,
+    ):
+        began = slow.recv(64)
+        assert began.startswith(b"HTTP/1.1 200")
+        before = node.rss_bytes()
+        assert read(node, origin) == (200, content(0, SIZE))
+        assert node.rss_bytes() - before < 96 << 20
+        assert origin.asked_bytes == SIZE, "what one of them read is not read for the other"
+        rest = began + b"".join(iter(lambda: slow.recv(1 << 16), b""))
+        assert rest.partition(b"\r\n\r\n")[2] == content(0, SIZE)
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_a_range_in_the_middle_of_a_cold_blob_costs_the_blocks_that_it_touches(folder: Path, nodes: int) -> None:
+    middle = GIB // 2 + 3 * BLOCK_SIZE - 1000
+    with FaultyOrigin(GIB, hashed=False) as origin, site(folder / "site", origin.url, nodes) as members:
+        for node in members:
+            span = f"{middle}-{middle + (64 << 10) - 1}"
+            assert read(node, origin, span) == (206, content(middle, middle + (64 << 10)))
+        assert origin.asked_bytes == 2 * BLOCK_SIZE
+        first = middle // BLOCK_SIZE * BLOCK_SIZE
+        assert sorted(origin.asked) in (
+            [(first, first + 2 * BLOCK_SIZE)],
+            [(first, first + BLOCK_SIZE), (first + BLOCK_SIZE, first + 2 * BLOCK_SIZE)],
+        )
+
+
+def test_open_ended_ranges_that_are_closed_early_cost_the_read_ahead_at_most(folder: Path) -> None:
+    """As containerd 2.1 reads one layer with several connections."""
+    with FaultyOrigin(GIB, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
+        for start in range(0, GIB, GIB // 4):
+            with connected(node) as connection:
+                answer = ask(connection, origin, f"{start}-")
+                assert (answer.status, answer.getheader("Content-Range")) == (206, f"bytes {start}-{GIB - 1}/{GIB}")
+                assert answer.read(1000) == content(start, start + 1000)
+        wait_for("the node is idle", lambda: read(node, origin, "0-0")[0] == 206)
+        assert origin.asked_bytes <= 4 * HELD * BLOCK_SIZE
+        assert "level=error" not in tail(node.log, 10000)
