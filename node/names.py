@@ -35,6 +35,7 @@ ASK_S = 2.0
 LAST_RESORT_MEMBERS = 16
 """Asked for what they know when neither a home nor the registry answers."""
 MAX_MANIFEST_ENTRIES = 1024
+UNTYPED = "application/octet-stream"
 _MAX_ROWS = 100_000
 _MAX_RECENT = 4096
 """Names that are answered without SQLite."""
@@ -73,7 +74,7 @@ def descriptors(manifest: Manifest, kind: str) -> Iterator[Resolved]:
     found = manifest.manifests if kind == "manifests" else (*filter(None, (manifest.config,)), *manifest.layers)
     for one in found[:MAX_MANIFEST_ENTRIES]:
         try:
-            media_type = one.media_type if MEDIA_TYPE.fullmatch(one.media_type) else "application/octet-stream"
+            media_type = one.media_type if MEDIA_TYPE.fullmatch(one.media_type) else UNTYPED
             yield Resolved(ObjectRef(Digest.parse(one.digest), one.size), media_type)
         except BadInputError as error:
             log.debug("descriptor left out: %s", error)
@@ -183,11 +184,10 @@ class Names:
     def learn(self, locator: Locator, body: bytes) -> None:
         """A manifest was read: what it names needs not be asked for."""
         manifest = parse_manifest(body)
-        for kind in ("manifests", "blobs"):
-            self._table.put_many(
-                str(Locator(locator.upstream, locator.repository, kind)),
-                list(descriptors(manifest, kind)),
-            )
+        self._table.put_many(str(locator.of_kind("blobs")), list(descriptors(manifest, "blobs")))
+        # Clients go by a manifest's type: one that its index does not type is left to be asked for.
+        typed = [one for one in descriptors(manifest, "manifests") if one.media_type != UNTYPED]
+        self._table.put_many(str(locator.of_kind("manifests")), typed)
 
     def known(self, locator: Locator, reference: str) -> Resolved | None:
         """What this node remembers, however old."""

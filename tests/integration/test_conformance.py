@@ -77,6 +77,7 @@ REFERRERS = index(
 )
 PLATFORMS = index([described(IMAGE, MANIFEST, platform={"os": "linux", "architecture": "amd64"})], customField="kept")
 MANIFESTS = {
+    "untyped": index([{"digest": digest(LARGE), "size": len(LARGE)}]),
     **dict.fromkeys(TAGS, IMAGE),
     "large": LARGE,
     **{f"artifact{number}": one for number, one in enumerate(ARTIFACTS)},
@@ -138,7 +139,7 @@ def content() -> Iterator[Case]:
         name = digest(data, algorithm)
         yield from reads(f"{NAME}/blobs/{name}", data, name, "application/octet-stream")
     for tag, body in MANIFESTS.items():
-        for reference in (tag, digest(body)):
+        for reference in (digest(body), tag):
             yield from reads(f"{NAME}/manifests/{reference}", body, digest(body), json.loads(body)["mediaType"])
     for algorithm in ("sha256", "sha512"):
         for span, expected in (
