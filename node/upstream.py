@@ -204,7 +204,7 @@ class Upstreams:
                     await attempts.pause(failure)
 
     async def passthrough(self, upstream: str, repository: str, tail: str, query: Mapping[str, str]) -> Passed:
-        """`tags/list` or `referrers/<digest>` of a repository. Raises as `resolve`."""
+        """`tags/list` or `referrers/<digest>` of a repository. Raises as `resolve`; BadInputError for a bad query."""
         registry = self._find(upstream)
         call = _Call(repository, tail, f"{tail} of {repository}", query)
         return await registry.retrying(RESOLVE, call.what, lambda: registry.passed(call))
@@ -310,6 +310,8 @@ class _Registry:
 
     async def passed(self, call: _Call) -> Passed:
         async with self._response("GET", call, {"Accept": "*/*"}) as response:
+            if response.status_code == 400:
+                raise BadInputError(f"{self.name}: {call.what}: the registry does not accept the query")
             self._expect(response, call, 200)
             body = await self._bounded(response, call, MAX_MANIFEST)
             return Passed(body, _media_type(response), response.headers.get("link", ""))

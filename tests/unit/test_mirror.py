@@ -25,7 +25,7 @@ from node.locator import Locator
 from node.mirror import Mirror
 from node.objects import Resolved
 from node.upstream import Passed
-from protocol.errors import CorruptObjectError, DeniedError, NotFoundError, UnavailableError
+from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 
 BLOB = Random(1).randbytes((3 << 20) + 5)
@@ -91,6 +91,8 @@ class EchoListings(Listings):
         pass
 
     async def tags(self, locator: Locator, query: Mapping[str, str]) -> Passed:
+        if query.get("n") == "-1":
+            raise BadInputError("no count")
         return Passed(json.dumps([str(locator), dict(query)]).encode(), "application/json", LINK)
 
     async def referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
@@ -333,7 +335,8 @@ def test_lists_have_links_to_this_mirror_and_heads_like_everything() -> None:
             head = await client.head(answer.url)
             assert {**head.headers, "date": ""} == {**answer.headers, "date": ""}
             assert head.headers["content-length"] == str(len(answer.content))
-        assert code(await client.get(f"/v2/org/app/tags/list?last={'a' * 3000}")) == (400, "UNSUPPORTED")
+        for query in (f"last={'a' * 3000}", "n=-1"):
+            assert code(await client.get(f"/v2/org/app/tags/list?{query}")) == (400, "UNSUPPORTED")
 
     run(check)
 

@@ -24,7 +24,7 @@ from node.http_server import Buffer, Request, Response, serve_http
 from node.locator import Locator
 from node.objects import Resolved
 from node.upstream import BlockCutter, Upstreams
-from protocol.errors import CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
+from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 
 BLOB = Random(7).randbytes(3 * BLOCK_SIZE + 77)
@@ -355,6 +355,16 @@ def test_a_list_is_handed_on_with_its_link() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         passed = await upstreams.passthrough("fake", "org/app", "tags/list", {"n": "1"})
         assert (passed.body, passed.media_type, passed.link) == (b'{"n": "1"}', "application/json", "<x>")
+
+    run(check)
+
+
+def test_a_query_that_the_registry_refuses_is_the_clients_fault() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.faults = [400]
+        with pytest.raises(BadInputError, match="tags/list of org/app"):
+            await upstreams.passthrough("fake", "org/app", "tags/list", {"n": "-1"})
+        assert (await upstreams.passthrough("fake", "org/app", "tags/list", {})).body == b"{}"
 
     run(check)
 
