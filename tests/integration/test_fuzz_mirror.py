@@ -1,0 +1,18 @@
+"""Some thousand odd and malformed requests; `python -m tests.benchmarks.fuzz_mirror` fires a hundred thousand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.fuzz_mirror import run
+from tests.support import registry as registries
+
+
+@pytest.mark.skipif(not registries.installed(), reason="docker-registry is not installed: run .ci/packages as root")
+def test_odd_requests_are_answered_as_such_and_leave_no_trace(folder: Path) -> None:
+    report = run(folder, 6000, seed=7)
+    assert report.wrong == []
+    good = sum(count for found in report.findings for code, count in found.statuses.items() if code in ("200", "206"))
+    assert good > 300, "requests that mean something are among them"
