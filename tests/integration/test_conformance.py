@@ -76,6 +76,14 @@ REFERRERS = index(
     ]
 )
 PLATFORMS = index([described(IMAGE, MANIFEST, platform={"os": "linux", "architecture": "amd64"})], customField="kept")
+DOCKER = "application/vnd.docker.distribution.manifest"
+DOCKER_IMAGE = manifest(
+    CONFIG, [LAYER], "application/vnd.docker.container.image.v1+json", mediaType=f"{DOCKER}.v2+json"
+)
+DOCKER_LIST = index(
+    [described(DOCKER_IMAGE, f"{DOCKER}.v2+json", platform={"os": "linux", "architecture": "amd64"})],
+    mediaType=f"{DOCKER}.list.v2+json",
+)
 MANIFESTS = {
     "untyped": index([{"digest": digest(LARGE), "size": len(LARGE)}]),
     **dict.fromkeys(TAGS, IMAGE),
@@ -85,6 +93,8 @@ MANIFESTS = {
     "index": PLATFORMS,
     "nested": index([described(PLATFORMS, INDEX)]),
     "empty-index": index([]),
+    "docker": DOCKER_IMAGE,
+    "docker-list": DOCKER_LIST,
 }
 BLOBS = [(data, "sha256") for data in (CONFIG, LAYER, BLOB, b"{}", b"")] + [(BLOB, "sha512"), (LAYER, "sha512")]
 
