@@ -133,7 +133,7 @@ class Listings:
             stale = self._remembered(key, self._max_age_s)
             if stale is None:
                 raise
-            log.warning("%s is served from memory: %s", key[:300], error)
+            log.warning("%s is served as it was last listed: %s", key[:300], error)
             return stale
         self._remember(key, passed)
         return passed

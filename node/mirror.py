@@ -117,7 +117,8 @@ class Mirror:
             if target in self._missing:
                 raise _ProblemError(404, target.unknown, self._missing[target]) from None
             raise
-        self._missing.pop(target, None)
+        if target in self._missing:
+            del self._missing[target]
         return answer
 
     async def _answer(self, request: Request, target: _Target) -> Response:
