@@ -117,7 +117,7 @@ class Mirror:
             if target in self._missing:
                 raise _ProblemError(404, target.unknown, self._missing[target]) from None
             raise
-        if target in self._missing:
+        if self._missing and target in self._missing:
             del self._missing[target]
         return answer
 
@@ -169,9 +169,9 @@ class Mirror:
             "ETag": etag,
             "Accept-Ranges": "bytes",
         }
-        if not _names(request.headers.get("if-match", "*"), etag, weak=False):
+        if "if-match" in request.headers and not _names(request.headers["if-match"], etag, weak=False):
             raise _ProblemError(412, "PRECONDITION_FAILED", f"it is {digest} now")
-        if _names(request.headers.get("if-none-match", ""), etag, weak=True):
+        if "if-none-match" in request.headers and _names(request.headers["if-none-match"], etag, weak=True):
             return Response(304, headers)
         if request.method == "HEAD":
             return Response(200, headers | {"Content-Length": str(size)})
