@@ -9,8 +9,9 @@ import re
 import socket
 import tomllib
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -61,6 +62,8 @@ class UpstreamPart(_Part, frozen=True):
     name: str
     url: str = ""
     connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 6
+    access: Literal["public", "relay", "node"] = "relay"
+    access_grace: str = "1h"
     docker_config: str = ""
     ca: str = ""
 
@@ -103,6 +106,14 @@ class Config(_Part, frozen=True):
 class HostPort:
     host: str
     port: int
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it; of names only `localhost` is known to be."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -185,6 +196,12 @@ def check(config: Config) -> None:
         if not _is_registry_url(upstream.url):
             raise BadInputError(
                 f'upstream "{upstream.name}": url = "{upstream.url}": write for example "https://{upstream.name}"'
+            )
+        parse_duration(upstream.access_grace, f'upstream "{upstream.name}": access_grace')
+        if upstream.docker_config and upstream.access != "node":
+            raise BadInputError(
+                f'upstream "{upstream.name}": docker_config needs access = "node", by which whoever reaches the mirror'
+                f' reads what its credentials can; with access = "{upstream.access}" it would not be used'
             )
     if len(set(names)) != len(names):
         raise BadInputError(f"upstream: a name stands twice in {names}")

@@ -25,6 +25,7 @@ from cache.disk import DiskStore
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node import mirror as mirror_module
+from node.access import Access, PublicTable
 from node.addresses import bulk_addresses
 from node.announcer import Announcer
 from node.certificates import Credentials, load_authority, own_authority, peer_of
@@ -153,6 +154,8 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         upstreams = await stack.enter_async_context(Upstreams(config.upstream, count=metrics.origin, rng=Random()))
         table = NameTable(data_dir / "names.sqlite")
         stack.callback(table.close)
+        public = PublicTable(data_dir / "access.sqlite")
+        stack.callback(public.close)
         work = await stack.enter_async_context(trio.open_nursery())
         stack.callback(work.cancel_scope.cancel)
 
@@ -185,11 +188,17 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             site, table, upstreams, seeder, work,
             parse_duration(config.mirror.tag_ttl, "mirror.tag_ttl"),
             parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
-            metrics.tag_served,
+            metrics.tag_served, public.age,
+        )  # fmt: skip
+        access = Access(
+            {one.name: parse_duration(one.access_grace, one.name) for one in config.upstream if one.access == "relay"},
+            upstreams, public, names.public_age_s, work,
+            public_grace_s=parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
+            loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
         )  # fmt: skip
         answers.target = Dispatcher(service, names, seeder)
         announcer = Announcer(site, seeder, directory, membership, table)
-        library = SiteLibrary(site, names, seeder, Fetcher(site, seeder, work), ledger, metrics, announcer.finished)
+        library = SiteLibrary(site, names, seeder, Fetcher(site, seeder, work), ledger, metrics, announcer.announce)
         swarm = LibP2PSwarm(
             credentials,
             lambda: membership.own,
@@ -231,7 +240,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
         )  # fmt: skip
         stack.callback(listings.close)
-        handler = Mirror(library, upstreams.names, listings).handle
+        handler = Mirror(library, upstreams.names, listings, access).handle
         async with trio.open_nursery() as serving:
             await _serve(serving, mirror_listeners, handler, mirror_module.LIMITS, stop)
             await work.start(notifier.watchdog)

@@ -47,16 +47,16 @@ class Fetcher:
     def __init__(self, site: Site, seeder: Seeder, nursery: trio.Nursery) -> None:
         self._site, self._seeder = site, seeder
         self._budget = SpareBudget()
-        self._reads: SingleFlight[tuple[BlockId, int], Obtained] = SingleFlight(nursery)
+        self._reads: SingleFlight[tuple[BlockId, int, bool], Obtained] = SingleFlight(nursery)
         self.window = ReadWindow()
         self.turned = trio.lowlevel.ParkingLot()
         """All of it is unparked whenever a block's read ends, or the block is in the site."""
 
-    def begin(self, address: BlockAddress, urgent: bool) -> Ticket[tuple[BlockId, int], Obtained]:
+    def begin(self, address: BlockAddress, urgent: bool) -> Ticket[tuple[BlockId, int, bool], Obtained]:
         """Start reading a block, or join its read that is under way. Raises UnavailableError and its like in `wait`."""
-        if address.key not in self._reads:
+        if address.work not in self._reads:
             self.window.began(address.key, trio.current_time())
-        return self._reads.join(address.key, lambda: self._timed(address, urgent))
+        return self._reads.join(address.work, lambda: self._timed(address, urgent))
 
     async def _timed(self, address: BlockAddress, urgent: bool) -> Obtained:
         began = trio.current_time()
@@ -75,6 +75,10 @@ class Fetcher:
         found = await site.tiers.get(Piece(address.block), address.ref.size)
         if found is not None:
             return Obtained(found[0], Source(found[1]))
+        if address.locator.grant is not None:
+            obtained = await self._seeder.read_granted(address)
+            self._warmed(address)
+            return obtained
         shape, keepers = site.placement().keepers(address.block, address.length)
         attempt: _Attempt | None = None
         if keepers[0] != site.own:

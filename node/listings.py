@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from node.database import Database
-from node.locator import Locator
+from node.locator import Grant, Locator
 from node.objects import Library
 from node.upstream import MAX_MANIFEST, Passed
 from protocol.errors import NotFoundError, UnavailableError
@@ -42,8 +42,8 @@ _SCHEMA = (
 
 _T = TypeVar("_T")
 
-Passthrough = Callable[[str, str, str, Mapping[str, str]], Awaitable[Passed]]
-"""(upstream, repository, `tags/list` or `referrers/<digest>`, query); raises as `Upstreams.passthrough`."""
+Passthrough = Callable[[str, str, str, Mapping[str, str], Grant | None], Awaitable[Passed]]
+"""(upstream, repository, `tags/list` or `referrers/<digest>`, query, grant); raises as `Upstreams.passthrough`."""
 
 
 class _Tags(msgspec.Struct):
@@ -65,7 +65,7 @@ class _Typed(msgspec.Struct, rename="camel"):
 
 
 class Listings:
-    """Of all upstreams. Both methods raise as `Upstreams.resolve`."""
+    """Of all upstreams, for clients that may read the repository. Both methods raise as `Upstreams.resolve`."""
 
     def __init__(self, passthrough: Passthrough, library: Library, path: Path, max_age_s: float) -> None:
         self._passthrough, self._library, self._max_age_s = passthrough, library, max_age_s
@@ -78,7 +78,7 @@ class Listings:
         """A page of the repository's tags; `n` and `last` are honoured whether the registry does so or not."""
 
         async def ask() -> Passed:
-            return await self._passthrough(locator.upstream, locator.repository, "tags/list", query)
+            return await self._passthrough(locator.upstream, locator.repository, "tags/list", query, locator.grant)
 
         try:
             passed = await self._listed(_key(locator, "tags/list", query), ask)
@@ -104,7 +104,8 @@ class Listings:
 
     async def _ask_referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
         try:
-            passed = await self._passthrough(locator.upstream, locator.repository, f"referrers/{digest}", query)
+            tail = f"referrers/{digest}"
+            passed = await self._passthrough(locator.upstream, locator.repository, tail, query, locator.grant)
             if passed.media_type == INDEX:  # and not the page of a web interface
                 return passed
         except NotFoundError:

@@ -6,7 +6,7 @@ Grammar: OCI distribution specification 1.1, "Pulling manifests" (name and refer
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from protocol.errors import BadInputError
@@ -41,15 +41,24 @@ def is_digest(reference: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Grant:
+    """A client's Authorization header that the registry accepts for a repository. It goes to that registry only."""
+
+    authorization: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Locator:
     """Where in the registry world objects are read: upstream, repository, and manifests or blobs.
 
-    As text (`docker.io/library/alpine#blobs`) it travels with block requests as an opaque hint for the origin.
+    As text (`docker.io/library/alpine#blobs`) it travels with block requests as an opaque hint for the origin. `grant`
+    is set where a client of this node reads what the registry gives to nobody without one; it is no part of the text.
     """
 
     upstream: str
     repository: str
     kind: Kind
+    grant: Grant | None = None
 
     def __post_init__(self) -> None:
         check_upstream(self.upstream)
@@ -69,7 +78,7 @@ class Locator:
         return f"{self.upstream}/{self.repository}#{self.kind}"
 
     def of_kind(self, kind: Kind) -> Locator:
-        return Locator(self.upstream, self.repository, kind)
+        return replace(self, kind=kind)
 
 
 @dataclass(frozen=True, slots=True)

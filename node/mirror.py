@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import trio
 from cachetools import LRUCache
 
+from node.access import Access, ChallengedError
 from node.http_range import Span, parse_range
 from node.http_server import Buffer, FileBody, Limits, Request, Response, error_response
 from node.listings import Listings
@@ -77,8 +78,8 @@ class _Target:
 class Mirror:
     """`handle` is a handler for `http_server.serve_http`."""
 
-    def __init__(self, library: Library, upstream_names: Sequence[str], listings: Listings) -> None:
-        self._library = library
+    def __init__(self, library: Library, upstream_names: Sequence[str], listings: Listings, access: Access) -> None:
+        self._library, self._access = library, access
         self._upstreams = {canonical(name): name for name in upstream_names}
         self._listings = listings
         self._missing: LRUCache[_Target, str] = LRUCache(MAX_MISSING)
@@ -91,6 +92,8 @@ class Mirror:
                 return await self._route(request)
         except _ProblemError as problem:
             return problem.response
+        except ChallengedError as error:
+            return error_response(401, "UNAUTHORIZED", str(error), _VERSION | {"WWW-Authenticate": error.challenge})
         except DeniedError as error:
             return _problem(403, "DENIED", error)
         except BadInputError as error:
@@ -122,10 +125,18 @@ class Mirror:
         return answer
 
     async def _answer(self, request: Request, target: _Target) -> Response:
-        if target.what in ("tags", "referrers"):
-            return await self._listed(request, target)
-        found = await self._library.resolve(target.locator, target.reference)
-        return await self._object(request, target.locator, found)
+        locator = await self._access.admit(
+            target.locator, "" if target.what == "tags" else target.reference, request.headers.get("authorization", "")
+        )
+        try:
+            if target.what in ("tags", "referrers"):
+                return await self._listed(request, locator, target)
+            found = await self._library.resolve(locator, target.reference)
+            return await self._object(request, locator, found)
+        except DeniedError as error:
+            if locator.grant is None:
+                raise
+            raise self._access.refused(locator) from error
 
     # What is meant
 
@@ -239,14 +250,14 @@ class Mirror:
 
     # Lists
 
-    async def _listed(self, request: Request, target: _Target) -> Response:
+    async def _listed(self, request: Request, locator: Locator, target: _Target) -> Response:
         query = {name: value for name, value in request.query.items() if name != "ns"}
         if sum(map(len, (*query, *query.values()))) > MAX_CURSOR:
             raise _ProblemError(400, "UNSUPPORTED", f"a query of more than {MAX_CURSOR} characters")
         if target.what == "tags":
-            listed = await self._listings.tags(target.locator, query)
+            listed = await self._listings.tags(locator, query)
         else:
-            listed = await self._listings.referrers(target.locator, Digest.parse(target.reference), query)
+            listed = await self._listings.referrers(locator, Digest.parse(target.reference), query)
         headers = {**_VERSION, "Content-Type": listed.media_type}
         if link := _own_link(listed.link, request):
             headers["Link"] = link

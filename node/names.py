@@ -26,7 +26,7 @@ from node.single_flight import SingleFlight
 from node.upstream import MEDIA_TYPE, Upstreams
 from protocol import messages
 from protocol.errors import BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
-from protocol.ids import Digest, ObjectRef
+from protocol.ids import Digest, ObjectRef, PeerId
 
 log = logging.getLogger(__name__)
 
@@ -153,18 +153,19 @@ class Names:
         ttl_s: float,
         max_age_s: float,
         served: Callable[[float], None],
+        public_age: Callable[[Locator], float | None] = lambda _: None,
     ) -> None:
         self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
         self._ttl_s, self._max_age_s, self._served = ttl_s, max_age_s, served
-        self._asking: SingleFlight[tuple[str, str], Resolved] = SingleFlight(nursery)
-        self._origin: SingleFlight[tuple[str, str], Resolved] = SingleFlight(nursery)
+        self._public_age = public_age
+        self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
+        self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         """For a client of this node. Raises NotFoundError, DeniedError or UnavailableError."""
         found = self._fresh(locator, reference)
         if found is None:
-            key = (str(locator), reference)
-            found = await self._asking.do(key, lambda: self._ask_site(locator, reference))
+            found = await self._asking.do((locator, reference), lambda: self._ask_site(locator, reference))
         if not is_digest(reference):
             self._served(found.age_s)
         return found
@@ -179,7 +180,9 @@ class Names:
                 return Answer(messages.Failed("not-held", "not known here"))
         if found is None:
             found = await self._ask_origin(locator, request.reference)
-        return Answer(messages.Resolved(str(found.ref.digest), found.ref.size, found.media_type, found.age_s))
+        public = self._public_age(locator)
+        age_s = -1.0 if public is None else public
+        return Answer(messages.Resolved(str(found.ref.digest), found.ref.size, found.media_type, found.age_s, age_s))
 
     def learn(self, locator: Locator, body: bytes) -> None:
         """A manifest was read: what it names needs not be asked for."""
@@ -207,7 +210,8 @@ class Names:
 
     async def _ask_site(self, locator: Locator, reference: str) -> Resolved:
         site, now = self._site, trio.current_time()
-        homes = site.placement().name_homes(f"{locator}@{reference}")
+        # Without the client's grant, which stays here, no other node is told what the name stands for.
+        homes = site.placement().name_homes(f"{locator}@{reference}") if locator.grant is None else ()
         for home in homes:
             if home == site.own:
                 break
@@ -242,6 +246,25 @@ class Names:
         self._table.put(str(locator), reference, found)
         return found
 
+    async def public_age_s(self, locator: Locator, reference: str) -> float | None:
+        """For when the registry is out of reach: how long ago a member saw that anybody may read the repository."""
+        ages: list[float] = []
+
+        async def ask(peer: PeerId) -> None:
+            question = messages.Resolve(str(locator), reference, 0)
+            try:
+                answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
+                if isinstance(answer.message, messages.Resolved) and answer.message.public_age_s >= 0:
+                    ages.append(answer.message.public_age_s)
+            except ShoalError as error:
+                log.debug("%s: %s", peer, error)
+
+        others = [member.peer_id for member in self._site.view.site if member.peer_id != self._site.own]
+        async with trio.open_nursery() as nursery:
+            for peer in others[:LAST_RESORT_MEMBERS]:
+                nursery.start_soon(ask, peer)
+        return min(ages, default=None)
+
     async def _ask_everybody(self, locator: Locator, reference: str) -> Resolved | None:
         """The last resort, without any home or registry: the youngest answer of those who know."""
         answers: list[Resolved] = []
@@ -263,7 +286,7 @@ class Names:
         return youngest
 
     async def _ask_origin(self, locator: Locator, reference: str) -> Resolved:
-        return await self._origin.do((str(locator), reference), lambda: self._revalidate(locator, reference))
+        return await self._origin.do((locator, reference), lambda: self._revalidate(locator, reference))
 
     async def _revalidate(self, locator: Locator, reference: str) -> Resolved:
         known = self.known(locator, reference)

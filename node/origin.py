@@ -58,11 +58,15 @@ class _Queue:
         """Empty where what waits has to wait: the worker that reads the run before it comes back for it."""
         for block in self.wanted:
             run = [block] if _beside(block, -1) not in self.wanted else []
-            while run and len(run) < MAX_RUN and (following := _beside(run[-1], 1)) in self.wanted:
+            while run and len(run) < MAX_RUN and self._goes_with(following := _beside(run[-1], 1), run[0]):
                 run.append(following)
             if len(run) == MAX_RUN or (run and block not in self.following):
                 return [self.wanted.pop(each) for each in run]
         return []
+
+    def _goes_with(self, block: BlockId, first: BlockId) -> bool:
+        """Whether both are wanted, and one request may ask for them: nobody reads with another one's grant."""
+        return block in self.wanted and self.wanted[block].locator.grant == self.wanted[first].locator.grant
 
 
 class Origin:

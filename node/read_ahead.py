@@ -46,7 +46,7 @@ class Room:
 class _Reading:
     __slots__ = ("address", "cold", "ticket")
 
-    def __init__(self, address: BlockAddress, ticket: Ticket[tuple[BlockId, int], Obtained]) -> None:
+    def __init__(self, address: BlockAddress, ticket: Ticket[tuple[BlockId, int, bool], Obtained]) -> None:
         self.address, self.ticket = address, ticket
         self.cold = True
 

@@ -9,7 +9,7 @@ import logging
 import re
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -92,6 +92,27 @@ def token_request(challenge: Challenge, *, insecure: bool, scope: str) -> TokenR
         return None
     query = {"service": challenge.parameters.get("service", ""), "scope": challenge.parameters.get("scope") or scope}
     return TokenRequest(realm, {name: value for name, value in query.items() if value})
+
+
+def relayed(challenges: Sequence[Challenge], *, insecure: bool, repository: str, basic: bool) -> str:
+    """The registry's challenge for a client to meet, as a header's value; "" where there is none that it should.
+
+    `basic`: whether the client may be asked for a password; `insecure` as in `token_request`.
+    """
+    scope = f"repository:{repository}:pull"
+    for challenge in challenges:
+        if challenge.scheme == "bearer":
+            asked = token_request(challenge, insecure=insecure, scope=scope)
+            fields = {"realm": asked.realm, **asked.query, "scope": scope} if asked else {}
+            if fields and all(value.isascii() and value.isprintable() for value in fields.values()):
+                return "Bearer " + ",".join(f'{name}="{_quoted(value)}"' for name, value in fields.items())
+        elif challenge.scheme == "basic" and basic:
+            return 'Basic realm="registry"'
+    return ""
+
+
+def _quoted(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"')
 
 
 class _TokenReply(msgspec.Struct):

@@ -7,8 +7,9 @@ for holders, who answer from what they hold (`reach` 0), and for the origin. Nob
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
 
@@ -96,6 +97,11 @@ class BlockAddress:
         return self.block, self.ref.size
 
     @property
+    def work(self) -> tuple[BlockId, int, bool]:
+        """What is done once for all who want it: with a client's grant another thing than without."""
+        return self.block, self.ref.size, self.locator.grant is not None
+
+    @property
     def length(self) -> int:
         return self.ref.block_length(self.index)
 
@@ -139,7 +145,9 @@ class Seeder:
         self, site: Site, origin: Origin, directory: Directory, sign: Callable[[bytes], bytes], nursery: trio.Nursery
     ) -> None:
         self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
-        self._homes: SingleFlight[tuple[BlockId, int], Obtained] = SingleFlight(nursery)
+        self._homes: SingleFlight[tuple[BlockId, int, bool], Obtained] = SingleFlight(nursery)
+        self._granted: dict[Digest, list[Locator]] = {}
+        """With what clients of this node now read what their registries do not give to everybody."""
         self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery)
         self._home_s = 0.0
         self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
@@ -180,7 +188,7 @@ class Seeder:
                 return _not_held()
             address = BlockAddress(Locator.parse(request.source), ref, request.index)
             if request.reach == 1:
-                obtained = await self.home(address)
+                obtained = await self.home(self._as_own_client(address))
                 found = _cut(obtained.held, shard)
             else:
                 found = await self.keep(address, shard)
@@ -327,7 +335,7 @@ class Seeder:
         found = await self._given(Piece(address.block), address.ref)
         if found is not None:
             return Obtained(found[0], Source(found[1]))
-        return await self._homes.do(address.key, lambda: self._obtain_block(address))
+        return await self._homes.do(address.work, lambda: self._obtain_block(address))
 
     async def _obtain_block(self, address: BlockAddress) -> Obtained:
         obtained = await self._from_site(address)
@@ -340,6 +348,61 @@ class Seeder:
             await self._site.tiers.discard(Piece(address.block))  # of another size, or signed by nobody who is known
         await self._site.tiers.put(Piece(address.block), obtained.held.data, obtained.held.record)
         return obtained
+
+    # What is not for everybody
+
+    @contextmanager
+    def granted(self, locator: Locator, digest: Digest) -> Iterator[None]:
+        """Meanwhile a client of this node reads the object with the locator's grant."""
+        locators = self._granted.setdefault(digest, [])
+        locators.append(locator)
+        try:
+            yield
+        finally:
+            locators.remove(locator)
+            if not locators and self._granted.get(digest) is locators:
+                del self._granted[digest]
+
+    def _as_own_client(self, address: BlockAddress) -> BlockAddress:
+        """With the grant of a client that reads this very object here, and so will want this block anyway."""
+        for locator in reversed(self._granted.get(address.ref.digest, [])):
+            if replace(locator, grant=None) == address.locator:
+                return replace(address, locator=locator)
+        return address
+
+    async def read_granted(self, address: BlockAddress) -> Obtained:
+        """A block that the registry gives to a client of this node, and to no member.
+
+        The members that the directory names read it for clients of their own, or hold some of the object. They share
+        the work as homes do: the first by the block's ranking reads it, and the others ask that one. Each asks with
+        nothing but the block's name, so that one without such a client can only give what it holds.
+        """
+        site, digest = self._site, address.ref.digest
+        named = set(await self._find_holders(digest))
+        if site.own not in named:
+            self._holders.pop(digest, None)  # asked before it heard of this node: the others may be as new
+        alive = {member.peer_id for member in site.view.site} - {site.own}
+        usable = {*site.health.usable(named & alive, trio.current_time()), site.own}
+        ranked = sorted(usable, key=lambda peer: sha256(f"{digest}#{address.index}{peer}".encode()).digest())
+        for peer in ranked[: ranked.index(site.own)][:MAX_HOMES]:
+            with trio.move_on_after(self._home_limit_s()):
+                held = await self._from_granted(peer, address)
+                if held is not None:
+                    await site.tiers.put(Piece(address.block), held.data, held.record)
+                    return Obtained(held, Source.PEER, (peer,))
+        return await self.home(address)
+
+    async def _from_granted(self, peer: PeerId, address: BlockAddress) -> Held | None:
+        ref, whole = address.ref, Shard(1, 0, 0)
+        question = GetShard(str(ref.digest), address.index, ref.size, 1, 0, 0, 1, str(address.locator), True)
+        try:
+            answer = await self.ask(peer, question, Lane.URGENT, SILENCE_S)
+            return Held(*self._checked_shard(address, whole, answer))
+        except PeerMisbehavedError as error:
+            self._site.view.quarantine(peer, str(error))
+        except ShoalError as error:
+            log.debug("%s from %s: %s", address.block, peer, error)
+        return None
 
     async def reread(self, address: BlockAddress) -> Held:
         """The block as the origin gives it now, whatever this node or the site holds."""

@@ -17,17 +17,18 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from types import TracebackType
 from typing import Protocol, Self, TypeVar, cast
 
 import httpx
 import trio
-from cachetools import LRUCache
+from cachetools import LRUCache, TTLCache
 
 from node.config import UpstreamPart
 from node.http_client import Body, DirectTransport
-from node.locator import Locator, is_digest
+from node.locator import Grant, Locator, is_digest
 from node.objects import Resolved
 from node.registry_auth import (
     Challenge,
@@ -35,6 +36,7 @@ from node.registry_auth import (
     canonical,
     parse_challenges,
     parse_token,
+    relayed,
     token_request,
 )
 from node.retry import BODY, RESOLVE, RETRIED_STATUS, Breaker, RetryPolicy
@@ -50,6 +52,9 @@ MAX_REDIRECTS = 5
 MAX_AUTHORIZED = 256
 """Repositories of one registry whose authorization is remembered."""
 BASIC_LIFETIME_S = 300.0
+REFUSED_S = 10.0
+"""How long a repository that is not for everybody is not asked for without a client's grant: members ask for its blocks
+and names, one by one, not knowing that."""
 TOKEN_FAILURE_S = 1.0
 """Whoever waited for a token while that failed fails with it, rather than trying in turn."""
 SKIPPED_BYTES = 256 << 10
@@ -102,6 +107,7 @@ class _Call:
     tail: str
     what: str
     query: Mapping[str, str] | None = None
+    grant: Grant | None = None
 
     @property
     def path(self) -> str:
@@ -111,7 +117,11 @@ class _Call:
 def _call(locator: Locator, reference: str) -> _Call:
     separator = "@" if is_digest(reference) else ":"
     what = f"{locator.kind[:-1]} {locator.repository}{separator}{reference}"
-    return _Call(locator.repository, f"{locator.kind}/{reference}", what)
+    return _Call(locator.repository, f"{locator.kind}/{reference}", what, grant=locator.grant)
+
+
+def _tags(locator: Locator) -> _Call:
+    return _Call(locator.repository, "tags/list", f"tags of {locator.repository}", {"n": "1"}, locator.grant)
 
 
 class BlockCutter:
@@ -203,10 +213,29 @@ class Upstreams:
                 except _FailedError as failure:
                     await attempts.pause(failure)
 
-    async def passthrough(self, upstream: str, repository: str, tail: str, query: Mapping[str, str]) -> Passed:
+    async def admits(self, locator: Locator, reference: str) -> bool:
+        """Whether the registry lets the locator's grant, or without one anybody, read its repository.
+
+        It is asked for `reference`, and where it does not know that, or "", for its tags. Raises NotFoundError where
+        it knows neither, and UnavailableError.
+        """
+        registry = self._find(locator.upstream)
+        for call in [_call(locator, reference), _tags(locator)] if reference else [_tags(locator)]:
+            told = await registry.retrying(RESOLVE, call.what, partial(registry.admits, call))
+            if told is not None:
+                return told
+        raise NotFoundError(f"{registry.name}: {locator.repository}: neither {reference} nor tags found")
+
+    def challenge(self, locator: Locator, *, basic: bool) -> str:
+        """The registry's last challenge for the repository, as `relayed` makes it one for clients."""
+        return self._find(locator.upstream).challenge(locator.repository, basic=basic)
+
+    async def passthrough(
+        self, upstream: str, repository: str, tail: str, query: Mapping[str, str], grant: Grant | None = None
+    ) -> Passed:
         """`tags/list` or `referrers/<digest>` of a repository. Raises as `resolve`; BadInputError for a bad query."""
         registry = self._find(upstream)
-        call = _Call(repository, tail, f"{tail} of {repository}", query)
+        call = _Call(repository, tail, f"{tail} of {repository}", query, grant)
         return await registry.retrying(RESOLVE, call.what, lambda: registry.passed(call))
 
     def _find(self, upstream: str) -> _Registry:
@@ -228,7 +257,11 @@ class _Registry:
         self.client = _client(part, context)
         self._url = httpx.URL(part.url.rstrip("/"))
         self._count = count
-        self._config = DockerConfig(part.docker_config)
+        self._config = DockerConfig(part.docker_config if part.access == "node" else "")
+        self._relays = part.access == "relay"
+        self._challenges: LRUCache[str, list[Challenge]] = LRUCache(MAX_AUTHORIZED)
+        """What the registry last asked of whom it refused, by repository."""
+        self._refused: TTLCache[str, bool] = TTLCache(MAX_AUTHORIZED, REFUSED_S, timer=trio.current_time)
         self._authorized: LRUCache[str, tuple[str, float]] = LRUCache(MAX_AUTHORIZED)
         self._authorizing = trio.Lock()
         self._token_failure: tuple[float, _FailedError] | None = None
@@ -316,32 +349,62 @@ class _Registry:
             body = await self._bounded(response, call, MAX_MANIFEST)
             return Passed(body, _media_type(response), response.headers.get("link", ""))
 
+    async def admits(self, call: _Call) -> bool | None:
+        """None where the registry does not know what is asked for. A redirect is a yes: it is followed for nothing."""
+        method = "GET" if call.tail == "tags/list" else "HEAD"
+        try:
+            async with self._response(method, call, {"Accept": ACCEPT}, follow=False) as response:
+                if response.status_code in (404, 405):
+                    return None
+                if response.status_code >= 400:
+                    self._expect(response, call)
+                return True
+        except DeniedError:
+            return False
+
     # What they are made of
 
     @asynccontextmanager
-    async def _response(self, method: str, call: _Call, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
+    async def _response(
+        self, method: str, call: _Call, headers: Mapping[str, str], *, follow: bool = True
+    ) -> AsyncIterator[httpx.Response]:
         """The answer, after authorization and redirects; its body not yet read."""
+        if call.grant is None and call.repository in self._refused:
+            raise self._denied(call, "access denied (401)")
         url = self._url.copy_with(raw_path=(self._url.path.rstrip("/") + call.path).encode("ascii"))
         if call.query:
             url = url.copy_merge_params(call.query)
         async with AsyncExitStack() as stack:
-            used = self._remembered(call.repository)
-            response = await self._send(method, url, headers, used)
+            used = call.grant.authorization if call.grant else self._remembered(call.repository)
+            response = await self._send(method, url, headers, used, follow)
             stack.push_async_callback(response.aclose)
             if response.status_code == 401 and not response.history:
                 challenges = parse_challenges(response.headers.get("www-authenticate", ""))
-                await response.aclose()
-                header = await self._authorize(call, challenges, used)
-                response = await self._send(method, url, headers, header)
-                stack.push_async_callback(response.aclose)
+                self._challenges[call.repository] = challenges
+                if call.grant is None:
+                    await response.aclose()
+                    header = await self._authorize(call, challenges, used)
+                    response = await self._send(method, url, headers, header, follow)
+                    stack.push_async_callback(response.aclose)
             yield response
 
+    def _denied(self, call: _Call, why: str) -> DeniedError:
+        """The registry wants to know who reads, and this node does not say, or not what it wants."""
+        if self._relays and call.grant is None:
+            self._refused[call.repository] = True
+        return DeniedError(f"{self.name}: {call.what}: {why}")
+
+    def challenge(self, repository: str, *, basic: bool) -> str:
+        challenges = self._challenges.get(repository, [])
+        return relayed(challenges, insecure=self._url.scheme == "http", repository=repository, basic=basic)
+
     async def _send(
-        self, method: str, url: httpx.URL, headers: Mapping[str, str], authorization: str | None
+        self, method: str, url: httpx.URL, headers: Mapping[str, str], authorization: str | None, follow: bool = True
     ) -> httpx.Response:
         sent = dict(headers) | ({"Authorization": authorization} if authorization else {})
+        request = self.client.build_request(method, url, headers=sent)
         try:
-            response = await self.client.send(self.client.build_request(method, url, headers=sent), stream=True)
+            response = await self.client.send(request, stream=True, follow_redirects=follow)
         except (httpx.PoolTimeout, httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise _FailedError(_reason(error), again=False) from error
         except httpx.TimeoutException as error:
@@ -357,6 +420,8 @@ class _Registry:
             return
         if status == 404:
             raise NotFoundError(f"{self.name}: {call.what}: not found")
+        if status == 401 and not response.history:
+            raise self._denied(call, "access denied (401)")
         if status in (401, 403):
             raise DeniedError(f"{self.name}: {call.what}: access denied ({status})")
         after = response.headers.get("retry-after", "")
@@ -409,22 +474,21 @@ class _Registry:
                 return await self._token(call, challenge, credentials.header if credentials else None)
             if challenge.scheme == "basic" and credentials:
                 return credentials.header, BASIC_LIFETIME_S
-        hint = "" if credentials else "; no credentials for it in docker_config"
-        raise DeniedError(f"{self.name}: {call.what}: access denied{hint}")
+        raise self._denied(call, "access denied" if credentials else "access denied; no credentials for it")
 
     async def _token(self, call: _Call, challenge: Challenge, authorization: str | None) -> tuple[str, float]:
         scope = f"repository:{call.repository}:pull"
         asked = token_request(challenge, insecure=self._url.scheme == "http", scope=scope)
         if asked is None:
-            raise DeniedError(f"{self.name}: {call.what}: the token service it names is not https")
+            raise self._denied(call, "the token service it names is not https")
         try:
             url = httpx.URL(asked.realm).copy_merge_params(asked.query)
         except httpx.InvalidURL as error:
-            raise DeniedError(f"{self.name}: {call.what}: the token service it names is not a URL") from error
+            raise self._denied(call, "the token service it names is not a URL") from error
         response = await self._send("GET", url, {}, authorization)
         try:
-            if response.status_code in (400, 404):
-                raise DeniedError(f"{self.name}: {call.what}: the token service answered {response.status_code}")
+            if response.status_code in (400, 401, 403, 404):
+                raise self._denied(call, f"the token service answered {response.status_code}")
             self._expect(response, call, 200)
             token = parse_token(await self._bounded(response, call, MAX_TOKEN_REPLY))
         finally:

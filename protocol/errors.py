@@ -26,7 +26,7 @@ class NotFoundError(ShoalError):
 
 
 class DeniedError(ShoalError):
-    """The registry refused access (401 or 403) with the credentials that this node has."""
+    """The registry refused access (401 or 403) with the credentials that were used."""
 
 
 class CorruptObjectError(ShoalError):

@@ -122,10 +122,14 @@ class Done(_Message, frozen=True, tag=36):
 
 
 class Resolved(_Message, frozen=True, tag=37):
+    """`age_s` and `public_age_s` are the times since the registry confirmed it, and since it was seen to let anybody
+    read the repository; -1 where that is not known."""
+
     digest: str
     size: int
     media_type: str
     age_s: float
+    public_age_s: float = -1.0
 
 
 class Pong(_Message, frozen=True, tag=38):

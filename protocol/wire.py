@@ -273,6 +273,7 @@ def _resolved(message: msg.Resolved) -> None:
     ObjectRef(Digest.parse(message.digest), message.size)
     _need(len(message.media_type) <= MAX_MEDIA_TYPE, "media type")
     _need(math.isfinite(message.age_s) and message.age_s >= 0, "age")
+    _need(math.isfinite(message.public_age_s) and (message.public_age_s >= 0 or message.public_age_s == -1), "age")
 
 
 def _holdings(message: msg.HoldingsFound) -> None:

@@ -12,7 +12,7 @@ import trio
 
 from node import listings as listings_module
 from node.listings import INDEX, Listings
-from node.locator import Locator
+from node.locator import Grant, Locator
 from node.upstream import Passed
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.ids import Digest
@@ -46,7 +46,9 @@ class Registry:
         self.answers = dict(answers)
         self.asked: list[tuple[str, dict[str, str]]] = []
 
-    async def passthrough(self, upstream: str, repository: str, tail: str, query: Mapping[str, str]) -> Passed:
+    async def passthrough(
+        self, upstream: str, repository: str, tail: str, query: Mapping[str, str], grant: Grant | None
+    ) -> Passed:
         self.asked.append((tail, dict(query)))
         answer = self.answers.get(tail, NotFoundError("no such thing"))
         if isinstance(answer, Exception):
