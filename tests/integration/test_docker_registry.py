@@ -25,6 +25,7 @@ from node.objects import Resolved
 from node.upstream import Upstreams
 from protocol.errors import NotFoundError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+from tests.support.access import Everybody
 from tests.support.proxy import CountingProxy
 from tests.support.registry import docker_registry, installed
 
@@ -128,9 +129,8 @@ def test_skopeo_pulls_through_the_mirror(registry: str, tmp_path: Path, prefix: 
     async def main() -> None:
         async with upstreams_of(registry) as upstreams, trio.open_nursery() as nursery:
             library = PassingLibrary(upstreams)
-            mirror = Mirror(
-                library, upstreams.names, Listings(upstreams.passthrough, library, tmp_path / "listings.sqlite", 60.0)
-            )
+            listings = Listings(upstreams.passthrough, library, tmp_path / "listings.sqlite", 60.0)
+            mirror = Mirror(library, upstreams.names, listings, Everybody())  # type: ignore[arg-type]
             listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
             await nursery.start(partial(serve_http, listeners, mirror.handle))
             port = listeners[0].socket.getsockname()[1]

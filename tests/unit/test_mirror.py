@@ -27,6 +27,7 @@ from node.objects import Resolved
 from node.upstream import Passed
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
 from protocol.ids import Digest, ObjectRef
+from tests.support.access import Everybody
 
 BLOB = Random(1).randbytes((3 << 20) + 5)
 MANIFEST = b'{"schemaVersion": 2}'
@@ -104,7 +105,7 @@ LINK = "</v2/elsewhere?n=2&next_page=b%2F&ns=evil>; rel=next"
 
 @asynccontextmanager
 async def serving(library: MemoryLibrary) -> AsyncIterator[httpx.AsyncClient]:
-    mirror = Mirror(library, ["docker.io", "ghcr.io", "localhost:5000"], EchoListings())
+    mirror = Mirror(library, ["docker.io", "ghcr.io", "localhost:5000"], EchoListings(), Everybody())  # type: ignore[arg-type]
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
     async with trio.open_nursery() as nursery:
@@ -377,7 +378,7 @@ HEADERS = st.dictionaries(
 )
 def test_no_request_is_answered_with_an_error_of_ours(method, path, query, headers, caplog) -> None:
     async def main() -> None:
-        response = await Mirror(MemoryLibrary(), ["docker.io"], EchoListings()).handle(
+        response = await Mirror(MemoryLibrary(), ["docker.io"], EchoListings(), Everybody()).handle(  # type: ignore[arg-type]
             Request(method, path, query, headers)
         )
         assert response.status in (200, 206, 304, 400, 404, 405, 412, 416)

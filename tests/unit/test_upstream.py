@@ -305,7 +305,7 @@ def test_one_token_serves_everybody_until_it_is_refused(tmp_path) -> None:
 
     path = tmp_path / "config.json"
     path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
-    run(check, docker_config=str(path))
+    run(check, access="node", docker_config=str(path))
 
 
 def test_basic_needs_credentials(tmp_path) -> None:
@@ -321,7 +321,7 @@ def test_basic_needs_credentials(tmp_path) -> None:
         assert await fixture.read(upstreams) == cut(0, 4)
         assert len(fixture.registry.requests) == 4, "the header is remembered"
 
-    run(check, docker_config=str(path))
+    run(check, access="node", docker_config=str(path))
 
 
 def test_a_redirect_to_another_host_takes_no_authorization_along(caplog) -> None:

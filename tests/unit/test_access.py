@@ -1,0 +1,316 @@
+"""Who may read: verdicts of a registry in memory, in virtual time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+import trio.testing
+
+from node.access import FRESH_S, MAX_VERDICTS, REFUSED_S, Access, ChallengedError, PublicTable
+from node.locator import Locator
+from protocol.errors import DeniedError, NotFoundError, UnavailableError
+
+GRACE_S, PUBLIC_GRACE_S = 3600.0, 7 * 86400.0
+SECRET = "s3cr3t-token-of-alice"
+ALICE, MALLORY = f"Bearer {SECRET}", "Bearer of-mallory"
+PRIVATE, OPEN, HIDDEN = (
+    Locator("origin.test", name, "manifests") for name in ("team/app", "public/app", "team/hidden")
+)
+
+
+class Registry:
+    """Lets everybody read `public`, and who is among `allowed` the rest; says 404 of what is `hidden`."""
+
+    def __init__(self) -> None:
+        self.public = {OPEN.repository}
+        self.allowed = {(PRIVATE.repository, ALICE), (HIDDEN.repository, ALICE)}
+        self.hidden = {HIDDEN.repository}
+        self.asked: list[tuple[str, str]] = []
+        self.down = False
+        self.bearer = True
+
+    async def admits(self, locator: Locator, reference: str) -> bool:
+        shown = locator.grant.authorization if locator.grant else ""
+        self.asked.append((locator.repository, shown))
+        await trio.lowlevel.checkpoint()
+        if self.down:
+            raise UnavailableError("the registry is out of reach")
+        allowed = locator.repository in self.public or (locator.repository, shown) in self.allowed
+        if not allowed and locator.repository in self.hidden:
+            raise NotFoundError("not found")
+        return allowed
+
+    def challenge(self, locator: Locator, *, basic: bool) -> str:
+        if self.bearer:
+            return f'Bearer realm="https://auth.test/token",scope="repository:{locator.repository}:pull"'
+        return 'Basic realm="registry"' if basic else ""
+
+
+class Fixture:
+    def __init__(self, folder: Path, nursery: trio.Nursery, *, loopback: bool = True, upstream: str = "origin.test"):
+        self.registry = Registry()
+        self.site: dict[str, float] = {}
+        self.public = PublicTable(folder / "access.sqlite")
+        self.access = Access(
+            {upstream: GRACE_S}, self.registry, self.public, self.site_says, nursery,
+            public_grace_s=PUBLIC_GRACE_S, loopback=loopback,
+        )  # fmt: skip
+
+    async def site_says(self, locator: Locator, reference: str) -> float | None:
+        return self.site.get(locator.repository)
+
+    async def admit(self, locator: Locator, authorization: str = "") -> str:
+        """What the node then reads with."""
+        admitted = await self.access.admit(locator, "v1", authorization)
+        assert str(admitted) == str(locator)
+        return admitted.grant.authorization if admitted.grant else ""
+
+
+def play(folder: Path, scenario: Callable[[Fixture], Awaitable[None]], **options: object) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            fixture = Fixture(folder, nursery, **options)  # type: ignore[arg-type]
+            await scenario(fixture)
+            fixture.public.close()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_public_repository_costs_one_question_a_minute(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        for _ in range(10):
+            assert await fixture.admit(OPEN) == ""
+        assert await fixture.admit(OPEN, ALICE) == "", "what is for everybody is read without the client's token"
+        assert fixture.registry.asked == [(OPEN.repository, "")]
+        await trio.sleep(FRESH_S)
+        fixture.registry.public.clear()
+        with pytest.raises(ChallengedError):
+            await fixture.admit(OPEN)
+
+    play(tmp_path, scenario)
+
+
+def test_a_private_repository_is_for_valid_tokens_of_its_own(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        with pytest.raises(ChallengedError) as caught:
+            await fixture.admit(PRIVATE)
+        assert caught.value.challenge == 'Bearer realm="https://auth.test/token",scope="repository:team/app:pull"'
+        for _ in range(5):
+            assert await fixture.admit(PRIVATE, ALICE) == ALICE
+        with pytest.raises(ChallengedError):
+            await fixture.admit(PRIVATE, MALLORY)
+        with pytest.raises(ChallengedError):
+            await fixture.admit(Locator("origin.test", "other/app", "blobs"), ALICE)
+        assert fixture.registry.asked.count((PRIVATE.repository, ALICE)) == 1
+        assert fixture.registry.asked.count((PRIVATE.repository, "")) == 1
+
+    play(tmp_path, scenario)
+
+
+def test_many_at_once_are_one_question(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(fixture.admit, OPEN)
+        assert len(fixture.registry.asked) == 1
+
+    play(tmp_path, scenario)
+
+
+def test_verdicts_end(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+        fixture.registry.allowed.clear()
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+        await trio.sleep(FRESH_S)
+        with pytest.raises(ChallengedError):
+            await fixture.admit(PRIVATE, ALICE)
+        fixture.registry.allowed.add((PRIVATE.repository, ALICE))
+        with pytest.raises(ChallengedError):
+            await fixture.admit(PRIVATE, ALICE)
+        await trio.sleep(REFUSED_S)
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+
+    play(tmp_path, scenario)
+
+
+def test_a_token_that_the_registry_takes_back_while_it_is_used_is_asked_for_anew(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        admitted = await fixture.access.admit(PRIVATE, "v1", ALICE)
+        assert isinstance(fixture.access.refused(admitted), ChallengedError)
+        await fixture.admit(PRIVATE, ALICE)
+        assert fixture.registry.asked.count((PRIVATE.repository, ALICE)) == 2
+
+    play(tmp_path, scenario)
+
+
+def test_what_was_given_holds_while_the_registry_is_gone_but_not_for_ever(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        await fixture.admit(PRIVATE, ALICE)
+        await fixture.admit(OPEN)
+        fixture.registry.down = True
+        await trio.sleep(GRACE_S / 2)
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+        asked = len(fixture.registry.asked)
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+        assert len(fixture.registry.asked) == asked, "a registry that is out of reach is not tried each time"
+        with pytest.raises(ChallengedError):
+            await fixture.admit(PRIVATE)
+        with pytest.raises(UnavailableError):
+            await fixture.admit(PRIVATE, MALLORY)
+        await trio.sleep(GRACE_S / 2 + FRESH_S)
+        with pytest.raises(UnavailableError):
+            await fixture.admit(PRIVATE, ALICE)
+        assert await fixture.admit(OPEN) == ""
+
+    play(tmp_path, scenario)
+
+
+def test_what_was_public_outlives_a_restart_without_the_registry(tmp_path: Path) -> None:
+    async def before(fixture: Fixture) -> None:
+        await fixture.admit(OPEN)
+        await fixture.admit(PRIVATE, ALICE)
+
+    async def after(fixture: Fixture) -> None:
+        fixture.registry.down = True
+        assert await fixture.admit(OPEN) == ""
+        with pytest.raises(UnavailableError):
+            await fixture.admit(PRIVATE)
+
+    play(tmp_path, before)
+    play(tmp_path, after)
+
+
+def test_a_repository_that_is_not_public_any_more_is_forgotten(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        await fixture.admit(OPEN)
+        fixture.registry.public.clear()
+        await trio.sleep(FRESH_S)
+        with pytest.raises(ChallengedError):
+            await fixture.admit(OPEN)
+        assert fixture.public.age(OPEN) is None
+        fixture.registry.down = True
+        await trio.sleep(GRACE_S)
+        with pytest.raises(UnavailableError):
+            await fixture.admit(OPEN)
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(("age", "served"), [(60.0, True), (PUBLIC_GRACE_S + 60, False), (None, False)])
+def test_the_site_is_asked_what_was_public(tmp_path: Path, age: float | None, served: bool) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        fixture.registry.down = True
+        if age is not None:
+            fixture.site[OPEN.repository] = age
+        if served:
+            assert await fixture.admit(OPEN) == ""
+        else:
+            with pytest.raises(UnavailableError):
+                await fixture.admit(OPEN)
+
+    play(tmp_path, scenario)
+
+
+def test_the_site_is_not_asked_for_tokens(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        with pytest.raises(ChallengedError):
+            await fixture.admit(PRIVATE)
+        fixture.registry.down = True
+        fixture.site[PRIVATE.repository] = 1.0
+        with pytest.raises(UnavailableError):
+            await fixture.admit(PRIVATE, ALICE)
+
+    play(tmp_path, scenario)
+
+
+def test_what_the_registry_hides_is_not_found_without_a_token(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        for authorization in ("", MALLORY):
+            with pytest.raises(NotFoundError):
+                await fixture.admit(HIDDEN, authorization)
+        assert await fixture.admit(HIDDEN, ALICE) == ALICE
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("loopback", [True, False])
+def test_passwords_are_taken_on_loopback_only(tmp_path: Path, loopback: bool) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        fixture.registry.bearer = False
+        fixture.registry.allowed.add((PRIVATE.repository, "Basic YTpi"))
+        with pytest.raises(DeniedError) as caught:
+            await fixture.admit(PRIVATE)
+        assert isinstance(caught.value, ChallengedError) == loopback
+        if loopback:
+            assert await fixture.admit(PRIVATE, "Basic YTpi") == "Basic YTpi"
+        else:
+            with pytest.raises(DeniedError):
+                await fixture.admit(PRIVATE, "Basic YTpi")
+            assert {shown for _, shown in fixture.registry.asked} == {""}
+
+    play(tmp_path, scenario, loopback=loopback)
+
+
+@pytest.mark.parametrize(
+    "authorization", ["Digest x", "Bearer", "Bearer a\r\nX: y", "Bearer ü", "Bearer " + "a" * (1 << 20), "\x00"]
+)
+def test_what_is_no_usable_header_is_shown_to_nobody(tmp_path: Path, authorization: str) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        with pytest.raises(ChallengedError):
+            await fixture.admit(PRIVATE, authorization)
+        assert {shown for _, shown in fixture.registry.asked} == {""}
+
+    play(tmp_path, scenario)
+
+
+def test_other_modes_ask_nobody(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        assert await fixture.admit(PRIVATE, ALICE) == ""
+        assert fixture.registry.asked == []
+
+    play(tmp_path, scenario, upstream="elsewhere.test")
+
+
+def test_verdicts_are_bounded_and_hold_no_secret(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        fixture.registry.allowed.add((PRIVATE.repository, ALICE))
+        rng = Random(1)
+        for _ in range(MAX_VERDICTS + 100):
+            with pytest.raises(ChallengedError):
+                await fixture.admit(PRIVATE, f"Bearer {rng.randbytes(8).hex()}")
+        assert len(fixture.access._verdicts) == MAX_VERDICTS
+        assert (await fixture.access.admit(PRIVATE, "v1", ALICE)).grant is not None
+        gc.collect()
+        assert SECRET not in repr([vars(fixture.access), list(fixture.access._verdicts.items())])
+
+    play(tmp_path, scenario)
+
+
+def test_no_text_of_a_locator_shows_its_grant(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        admitted = await fixture.access.admit(PRIVATE, "v1", ALICE)
+        assert (
+            SECRET not in f"{admitted} {admitted!r} {admitted.of_kind('blobs')!r} {fixture.access.refused(admitted)!r}"
+        )
+        assert admitted.of_kind("blobs").grant == admitted.grant
+        assert Locator.parse(str(admitted)).grant is None
+
+    play(tmp_path, scenario)
+
+
+def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
+    (tmp_path / "access.sqlite").write_bytes(b"this is no database" * 1000)
+    table = PublicTable(tmp_path / "access.sqlite")
+    table.note(OPEN, 5.0)
+    age = table.age(OPEN)
+    assert age is not None
+    assert 5.0 <= age < 60.0
+    table.note(PRIVATE, -3600.0)
+    assert table.age(PRIVATE) is None, "a clock that was set back makes it unknown"
+    table.close()
