@@ -33,8 +33,8 @@ class Announcer:
         self._membership, self._names = membership, names
         self._send, self._receive = trio.open_memory_channel[Digest](1024)
 
-    def announce(self, ref: ObjectRef) -> None:
-        """Tell at once of an object that is held, or soon will be. A full queue means that the next round tells."""
+    def finished(self, ref: ObjectRef) -> None:
+        """An object is held whole: tell at once. A full queue only means that the next round tells."""
         try:
             self._send.send_nowait(ref.digest)
         except trio.WouldBlock:
@@ -42,7 +42,7 @@ class Announcer:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._announce_at_once)
+            nursery.start_soon(self._announce_finished)
             task_status.started()
             while True:
                 with trio.move_on_after(EVERY_S):
@@ -51,7 +51,7 @@ class Announcer:
                 self._names.trim()
                 await self._announce(list(self._site.tiers.objects())[:MAX_ANNOUNCED])
 
-    async def _announce_at_once(self) -> None:
+    async def _announce_finished(self) -> None:
         async for digest in self._receive:
             await self._announce([digest])
 

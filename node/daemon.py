@@ -198,7 +198,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         )  # fmt: skip
         answers.target = Dispatcher(service, names, seeder)
         announcer = Announcer(site, seeder, directory, membership, table)
-        library = SiteLibrary(site, names, seeder, Fetcher(site, seeder, work), ledger, metrics, announcer.announce)
+        library = SiteLibrary(site, names, seeder, Fetcher(site, seeder, work), ledger, metrics, announcer.finished)
         swarm = LibP2PSwarm(
             credentials,
             lambda: membership.own,

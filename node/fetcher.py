@@ -75,10 +75,6 @@ class Fetcher:
         found = await site.tiers.get(Piece(address.block), address.ref.size)
         if found is not None:
             return Obtained(found[0], Source(found[1]))
-        if address.locator.grant is not None:
-            obtained = await self._seeder.read_granted(address)
-            self._warmed(address)
-            return obtained
         shape, keepers = site.placement().keepers(address.block, address.length)
         attempt: _Attempt | None = None
         if keepers[0] != site.own:
@@ -156,7 +152,7 @@ class Fetcher:
         site, address, plan = self._site, attempt.address, attempt.plan
         question = GetShard(
             str(address.ref.digest), address.index, address.ref.size, attempt.shape.k, attempt.shape.m,
-            ask.want, 2, str(address.locator), ask.exact,
+            ask.want, 2, str(address.locator), ask.exact, self._seeder.reader_of(address),
         )  # fmt: skip
 
         def heard(ready: bool) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import BinaryIO
 
 from cache.store import Buffer
@@ -28,8 +28,7 @@ HEAD_WAIT_S = 20.0
 """A client waits little longer for the head of an answer, but much longer for the next byte of a body: while the first
 block is still on its way then, the answer begins without it."""
 
-Announce = Callable[[ObjectRef], None]
-"""Tell the site that this node holds some of an object, or soon will."""
+Finished = Callable[[ObjectRef], None]
 
 
 class SiteLibrary:
@@ -37,10 +36,10 @@ class SiteLibrary:
 
     def __init__(
         self, site: Site, names: Names, seeder: Seeder, fetcher: Fetcher, ledger: Ledger, metrics: Metrics,
-        announce: Announce,
+        finished: Finished,
     ) -> None:  # fmt: skip
         self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
-        self._ledger, self._metrics, self._announce = ledger, metrics, announce
+        self._ledger, self._metrics, self._finished = ledger, metrics, finished
         self._room = Room()
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
@@ -55,7 +54,7 @@ class SiteLibrary:
         first, end = start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)
         blocks = (BlockAddress(locator, ref, index) for index in range(first, end))
         ahead = ReadAhead(self._fetcher, self._room, blocks, urgent=stop - start <= BLOCK_SIZE)
-        with closing(ahead), self._granted(locator, ref):
+        with closing(ahead), self._seeder.granted(locator, ref.digest) if locator.grant else nullcontext():
             if not await ahead.ended_within(HEAD_WAIT_S):
                 yield b""
             for index in range(first, end):
@@ -72,16 +71,6 @@ class SiteLibrary:
                 yield memoryview(data)[max(0, start - offset) : stop - offset]
                 del data
                 ahead.taken()
-
-    @contextmanager
-    def _granted(self, locator: Locator, ref: ObjectRef) -> Iterator[None]:
-        """Where a client's grant is needed, those who read for such clients find each other by the directory."""
-        if locator.grant is None:
-            yield
-            return
-        self._announce(ref)
-        with self._seeder.granted(locator, ref.digest):
-            yield
 
     def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
         found = self._site.tiers.open_sealed(digest)
@@ -111,7 +100,7 @@ class SiteLibrary:
         """Before the last block is given away: are these the bytes that the digest names?"""
         if found == ref.digest.hex:
             self._site.tiers.seal(ref)
-            self._announce(ref)
+            self._finished(ref)
             return
         log.error("%s came with wrong bytes: reading it again from the registry", ref.digest)
         await self._repair(locator, ref)

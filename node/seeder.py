@@ -86,6 +86,8 @@ class BlockAddress:
     locator: Locator
     ref: ObjectRef
     index: int
+    reader: str = ""
+    """The member that reads it with a client's grant, where this node has none and the registry asks who reads."""
 
     @property
     def block(self) -> BlockId:
@@ -99,7 +101,7 @@ class BlockAddress:
     @property
     def work(self) -> tuple[BlockId, int, bool]:
         """What is done once for all who want it: with a client's grant another thing than without."""
-        return self.block, self.ref.size, self.locator.grant is not None
+        return self.block, self.ref.size, bool(self.locator.grant or self.reader)
 
     @property
     def length(self) -> int:
@@ -186,9 +188,10 @@ class Seeder:
         if found is None:
             if request.reach == 0:
                 return _not_held()
-            address = BlockAddress(Locator.parse(request.source), ref, request.index)
+            reader = "" if request.reader == self._site.own else request.reader
+            address = self._as_own_client(BlockAddress(Locator.parse(request.source), ref, request.index, reader))
             if request.reach == 1:
-                obtained = await self.home(self._as_own_client(address))
+                obtained = await self.home(address)
                 found = _cut(obtained.held, shard)
             else:
                 found = await self.keep(address, shard)
@@ -300,8 +303,9 @@ class Seeder:
             return _cut((await self.home(address)).held, shard)[1:]
         ref = address.ref
         question = GetShard(
-            str(ref.digest), address.index, ref.size, shard.k, shard.m, shard.index, 1, str(address.locator), True
-        )
+            str(ref.digest), address.index, ref.size, shard.k, shard.m, shard.index, 1, str(address.locator), True,
+            self.reader_of(address),
+        )  # fmt: skip
         answer = await self.ask(
             home, question, Lane.URGENT, SILENCE_S,
             heard=lambda ready: plan.heard(home, ready, trio.current_time()),
@@ -339,9 +343,12 @@ class Seeder:
 
     async def _obtain_block(self, address: BlockAddress) -> Obtained:
         obtained = await self._from_site(address)
+        if obtained is None and address.reader:
+            obtained = await self._from_reader(address)
         if obtained is None:
             began = trio.current_time()
-            data = await self._origin.read(address.locator, address.ref, address.index)
+            locator = self._as_own_client(address).locator  # it may have come since
+            data = await self._origin.read(locator, address.ref, address.index)
             self._learn_home_s(trio.current_time() - began)
             obtained = Obtained(Held(data, self._claim(address, data)), Source.ORIGIN)
         if self._site.tiers.holds(Piece(address.block)):
@@ -367,41 +374,24 @@ class Seeder:
         """With the grant of a client that reads this very object here, and so will want this block anyway."""
         for locator in reversed(self._granted.get(address.ref.digest, [])):
             if replace(locator, grant=None) == address.locator:
-                return replace(address, locator=locator)
+                return replace(address, locator=locator, reader="")
         return address
 
-    async def read_granted(self, address: BlockAddress) -> Obtained:
-        """A block that the registry gives to a client of this node, and to no member.
+    def reader_of(self, address: BlockAddress) -> str:
+        """Who reads the block from the registry if need be, for a request; "" for whoever is its home."""
+        return self._site.own if address.locator.grant else address.reader
 
-        The members that the directory names read it for clients of their own, or hold some of the object. They share
-        the work as homes do: the first by the block's ranking reads it, and the others ask that one. Each asks with
-        nothing but the block's name, so that one without such a client can only give what it holds.
-        """
-        site, digest = self._site, address.ref.digest
-        named = set(await self._find_holders(digest))
-        if site.own not in named:
-            self._holders.pop(digest, None)  # asked before it heard of this node: the others may be as new
-        alive = {member.peer_id for member in site.view.site} - {site.own}
-        usable = {*site.health.usable(named & alive, trio.current_time()), site.own}
-        ranked = sorted(usable, key=lambda peer: sha256(f"{digest}#{address.index}{peer}".encode()).digest())
-        for peer in ranked[: ranked.index(site.own)][:MAX_HOMES]:
-            with trio.move_on_after(self._home_limit_s()):
-                held = await self._from_granted(peer, address)
-                if held is not None:
-                    await site.tiers.put(Piece(address.block), held.data, held.record)
-                    return Obtained(held, Source.PEER, (peer,))
-        return await self.home(address)
-
-    async def _from_granted(self, peer: PeerId, address: BlockAddress) -> Held | None:
-        ref, whole = address.ref, Shard(1, 0, 0)
+    async def _from_reader(self, address: BlockAddress) -> Obtained | None:
+        """The whole block, as the only shard of the code 1+0, from the member whose client's grant stays with it."""
+        ref, peer = address.ref, PeerId(address.reader)
         question = GetShard(str(ref.digest), address.index, ref.size, 1, 0, 0, 1, str(address.locator), True)
         try:
             answer = await self.ask(peer, question, Lane.URGENT, SILENCE_S)
-            return Held(*self._checked_shard(address, whole, answer))
+            return Obtained(Held(*self._checked_shard(address, Shard(1, 0, 0), answer)), Source.PEER, (peer,))
         except PeerMisbehavedError as error:
             self._site.view.quarantine(peer, str(error))
         except ShoalError as error:
-            log.debug("%s from %s: %s", address.block, peer, error)
+            log.debug("%s #%d from its reader %s: %s", ref.digest, address.index, peer, error)
         return None
 
     async def reread(self, address: BlockAddress) -> Held:

@@ -21,7 +21,8 @@ class GetShard(_Message, frozen=True, tag=1):
     """Shard `want` of the code (k, m) of a block; another shard of that code will do unless `exact`.
 
     `reach` is how far the receiver may go for it: 2 ask the block's home, 1 ask the origin, 0 only what it holds.
-    `source` is an opaque hint for the origin.
+    `source` is an opaque hint for the origin. `reader` is a peer id where the origin asks who reads: that member
+    reads the block for whoever lacks it. It is "" where the origin gives it to everybody.
     """
 
     digest: str
@@ -33,6 +34,7 @@ class GetShard(_Message, frozen=True, tag=1):
     reach: int
     source: str
     exact: bool = False
+    reader: str = ""
 
 
 class GetBlock(_Message, frozen=True, tag=2):

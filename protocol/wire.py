@@ -232,6 +232,7 @@ def _get_shard(message: msg.GetShard) -> None:
     _block(message)
     _code(message.k, message.m, message.want)
     _need(0 <= message.reach <= MAX_REACH, "reach")
+    _need(not message.reader or _PEER_ID.fullmatch(message.reader) is not None, "reader")
     _need(len(message.source) <= MAX_SOURCE, "source")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from hashlib import sha256
 from random import Random
 
@@ -19,13 +20,13 @@ from node.exchange import Answer
 from node.exchange_memory import MemoryExchange, MemoryNetwork
 from node.fetcher import Fetcher
 from node.identity import Identity
-from node.locator import Locator
+from node.locator import Grant, Locator
 from node.objects import Source
 from node.origin import Origin
 from node.seeder import HOME_LEAST_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
 from node.trust import Trust
 from protocol.directory import Directory
-from protocol.errors import UnavailableError
+from protocol.errors import DeniedError, UnavailableError
 from protocol.fetch_plan import WARM_FLOOR_S
 from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
@@ -45,6 +46,7 @@ class Registry:
     def __init__(self, block_s: float = 0.05) -> None:
         self.asked: Counter[int] = Counter()
         self.down = False
+        self.private = False
         self.block_s = block_s
 
     def connections(self, upstream: str) -> int:
@@ -54,6 +56,8 @@ class Registry:
         for index in range(first, first + count):
             if self.down:
                 raise UnavailableError("the registry is down")
+            if self.private and locator.grant is None:
+                raise DeniedError("not for everybody")
             self.asked[index] += 1
             await trio.sleep(self.block_s)
             yield bytearray(BODY[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
@@ -106,12 +110,20 @@ class Node:
         answer = await self.seeder.handle(peer, request)
         return self.spoil(answer) if self.spoil else answer
 
-    async def read(self, index: int, *, urgent: bool = False) -> Obtained:
-        ticket = self.fetcher.begin(BlockAddress(LOCATOR, REF, index), urgent)
+    async def read(self, index: int, *, urgent: bool = False, locator: Locator = LOCATOR) -> Obtained:
+        ticket = self.fetcher.begin(BlockAddress(locator, REF, index), urgent)
         try:
             return await ticket.wait()
         finally:
             ticket.release()
+
+    async def read_granted(self) -> list[Obtained]:
+        """As `read_all`, for a client of this node that shows the registry who it is."""
+        locator = replace(LOCATOR, grant=Grant(f"Bearer of a client of {self.own}"))
+        with self.seeder.granted(locator, REF.digest):
+            found = [await self.read(index, locator=locator) for index in range(REF.block_count)]
+        assert b"".join(bytes(one.held.data) for one in found) == BODY
+        return found
 
     async def forget(self, index: int) -> None:
         await self.tiers.discard(Piece(REF.block(index)))
@@ -387,3 +399,58 @@ def test_two_rereads_of_one_block_both_end() -> None:
         assert registry.asked[0] == 2
 
     play(1, scenario)
+
+
+async def some_read_granted(nodes: list[Node]) -> None:
+    async with trio.open_nursery() as nursery:
+        for node in nodes:
+            nursery.start_soon(node.read_granted)
+
+
+@pytest.mark.parametrize(
+    ("count", "readers"), [(1, 1), (2, 1), (3, 2), (5, 1), (5, 2), (5, 5), (20, 1), (20, 5), (20, 20)]
+)
+def test_what_the_registry_gives_to_some_only_is_read_once_by_one_of_them(count: int, readers: int) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        registry.private = True
+        await some_read_granted(nodes[:readers])
+        assert registry.asked == Counter(range(REF.block_count))
+        registry.down = True
+        await some_read_granted(nodes[readers:])
+
+    play(count, scenario)
+
+
+def test_a_reader_that_dies_leaves_the_others_reading() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        registry.private, registry.block_s = True, 0.5
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nodes[0].read_granted)
+            await trio.sleep(0.7)
+            nursery.start_soon(nodes[1].read_granted)
+            await trio.sleep(0.1)
+            network.kill(nodes[0].own)
+            with trio.move_on_after(30):
+                await nodes[2].read_granted()
+                assert copies(registry) <= 2
+                nursery.cancel_scope.cancel()
+
+    play(5, scenario)
+
+
+def test_no_member_reads_for_another_what_its_own_client_does_not_read() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        registry.private = True
+        elsewhere = replace(LOCATOR, repository="other", grant=Grant("Bearer of another repository"))
+        with nodes[0].seeder.granted(elsewhere, REF.digest):
+            for reader in ("", nodes[0].own):
+                address = BlockAddress(LOCATOR, REF, 0, reader)
+                with pytest.raises(DeniedError):
+                    await nodes[1].seeder.home(address)
+        assert not registry.asked
+
+    play(2, scenario)
+
+
+def copies(registry: Registry) -> float:
+    return registry.asked.total() / REF.block_count

@@ -18,6 +18,7 @@ from node.registry_auth import (
     parse_challenges,
     parse_docker_config,
     parse_token,
+    relayed,
     token_request,
 )
 from node.retry import BODY, RESOLVE, Breaker
@@ -72,6 +73,28 @@ def test_credentials_go_to_https_only_unless_the_registry_itself_is_http(realm, 
     asked = token_request(Challenge("bearer", {"realm": realm, "service": "s"}), insecure=insecure, scope="x")
     assert (asked is not None) == usable
     assert not asked or asked.query == {"service": "s", "scope": "x"}
+
+
+@pytest.mark.parametrize(
+    ("header", "insecure", "basic", "expected"),
+    [
+        ('Bearer realm="https://a/t",service="s",scope="repository:o/a:pull",error="invalid_token"', False, False,
+         'Bearer realm="https://a/t",service="s",scope="repository:o/a:pull"'),
+        ('Bearer realm="https://a/t",scope="registry:catalog:*"', False, False,
+         'Bearer realm="https://a/t",scope="repository:o/a:pull"'),
+        ('Bearer realm="http://a/t"', False, True, ""),
+        ('Bearer realm="http://a/t"', True, False, 'Bearer realm="http://a/t",scope="repository:o/a:pull"'),
+        ('Bearer realm="https://a/t",service="a\\"b"', False, False,
+         'Bearer realm="https://a/t",service="a\\"b",scope="repository:o/a:pull"'),
+        ('Bearer realm="https://a/\u00fc"', False, False, ""),
+        ('Basic realm="evil"', False, True, 'Basic realm="registry"'),
+        ('Basic realm="evil"', False, False, ""),
+        ("Negotiate, Basic", False, True, 'Basic realm="registry"'),
+        ("", False, True, ""),
+    ],
+)  # fmt: skip
+def test_challenges_are_handed_on_with_what_a_client_needs_and_no_more(header, insecure, basic, expected) -> None:
+    assert relayed(parse_challenges(header), insecure=insecure, repository="o/a", basic=basic) == expected
 
 
 def test_token_replies() -> None:

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from node import upstream as upstream_module
 from node.config import UpstreamPart
 from node.http_server import Buffer, Request, Response, serve_http
-from node.locator import Locator
+from node.locator import Grant, Locator
 from node.objects import Resolved
 from node.upstream import BlockCutter, Upstreams
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
@@ -365,6 +366,78 @@ def test_a_query_that_the_registry_refuses_is_the_clients_fault() -> None:
         with pytest.raises(BadInputError, match="tags/list of org/app"):
             await upstreams.passthrough("fake", "org/app", "tags/list", {"n": "-1"})
         assert (await upstreams.passthrough("fake", "org/app", "tags/list", {})).body == b"{}"
+
+    run(check)
+
+
+def granted(locator: Locator, authorization: str) -> Locator:
+    return replace(locator, grant=Grant(authorization))
+
+
+def test_who_may_read_is_asked_with_nothing_but_what_the_client_sent(tmp_path) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        registry = fixture.registry
+        registry.scheme, registry.password, registry.valid_token = "Bearer", "hunter2", "of-alice"
+        assert not await upstreams.admits(MANIFESTS, "latest")
+        realm = f"{fixture.url}/token?x=1"
+        challenge = f'Bearer realm="{realm}",service="fake",scope="repository:org/app:pull"'
+        assert upstreams.challenge(MANIFESTS, basic=True) == challenge
+        asked = len(registry.requests)
+        with pytest.raises(DeniedError):
+            await fixture.read(upstreams)
+        assert len(registry.requests) == asked, "members that ask for its blocks cost the registry nothing"
+
+        assert await upstreams.admits(granted(MANIFESTS, "Bearer of-alice"), "latest")
+        assert not await upstreams.admits(granted(MANIFESTS, "Bearer of-mallory"), "latest")
+        assert await upstreams.admits(granted(BLOBS, "Bearer of-alice"), str(BLOB_REF.digest))
+        with pytest.raises(DeniedError):
+            await fixture.read(upstreams)
+        assert (await upstreams.resolve(granted(MANIFESTS, "Bearer of-alice"), "latest"))[1] == MANIFEST
+        async with aclosing(upstreams.blocks(granted(BLOBS, "Bearer of-alice"), BLOB_REF, 0, 4)) as blocks:
+            assert [bytes(block) async for block in blocks] == cut(0, 4)
+        with pytest.raises(DeniedError) as caught:
+            await upstreams.resolve(granted(MANIFESTS, "Bearer of-mallory"), "latest")
+        assert "of-mallory" not in str(caught.value)
+        assert {request.headers.get("authorization") for request in registry.requests} == {
+            None, "Bearer of-alice", "Bearer of-mallory",
+        }  # fmt: skip
+
+    path = tmp_path / "config.json"
+    path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
+    run(check, docker_config=str(path))
+
+
+def test_what_anybody_gets_a_token_for_is_public() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.scheme = "Bearer"
+        assert await upstreams.admits(MANIFESTS, "latest")
+        assert fixture.registry.tokens == 1
+        assert await fixture.read(upstreams) == cut(0, 4)
+        assert fixture.registry.tokens == 1
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("faults", "admitted"),
+    [([404], True), ([404, 401], False), ([403], False), ([404, 404], NotFoundError), ([503] * 9, UnavailableError)],
+)
+def test_an_unknown_name_says_nothing_of_who_may_read(faults: list[int | str | None], admitted: object) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.faults = faults
+        if isinstance(admitted, bool):
+            assert await upstreams.admits(MANIFESTS, "latest") == admitted
+        else:
+            with pytest.raises(admitted):  # type: ignore[call-overload]
+                await upstreams.admits(MANIFESTS, "latest")
+
+    run(check)
+
+
+def test_a_redirect_is_a_yes_and_not_followed() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.elsewhere = "http://registry.invalid"
+        assert await upstreams.admits(BLOBS, str(BLOB_REF.digest))
 
     run(check)
 
