@@ -53,9 +53,10 @@ class Containerd:
         command = ["ctr", "--address", str(self.folder / "containerd.sock"), "--namespace", "test", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
-    def pull(self, reference: str) -> subprocess.CompletedProcess[str]:
-        platform = f"linux/{ARCHITECTURE}"
-        return self.ctr("images", "pull", "--hosts-dir", str(self.hosts), "--platform", platform, reference)
+    def pull(self, reference: str, *, user: str = "") -> subprocess.CompletedProcess[str]:
+        """`user` is `name:password`."""
+        options = ["--hosts-dir", str(self.hosts), "--platform", f"linux/{ARCHITECTURE}"]
+        return self.ctr("images", "pull", *options, *(["--user", user] if user else []), reference)
 
     def run(self, reference: str, *command: str) -> subprocess.CompletedProcess[str]:
         """A container of its own network-less namespaces, removed when it ends; no cgroup is asked for."""

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import shutil
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +26,12 @@ storage:
   filesystem: {{rootdirectory: {root}}}
 http:
   addr: {host}:{port}
-"""
+{auth}"""
 
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """A registry that answers at `host:port` without authentication."""
+    """A registry that answers at `host:port`."""
 
     kind: str
     host: str
@@ -47,12 +48,15 @@ def installed() -> bool:
 
 
 @contextlib.contextmanager
-def docker_registry(folder: Path, namespace: Namespace | None = None) -> Iterator[Registry]:
-    """A docker-registry that stores in `folder`, with what was stored there; it is ended with the context."""
+def docker_registry(folder: Path, namespace: Namespace | None = None, *, auth: str = "") -> Iterator[Registry]:
+    """A docker-registry that stores in `folder`, with what was stored there; it is ended with the context.
+
+    `auth` is a part of its configuration; without it everybody may read and write.
+    """
     (port,) = free_ports(HOST, 1)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yml"
-    config.write_text(CONFIG.format(root=folder / "data", host=HOST, port=port))
+    config.write_text(CONFIG.format(root=folder / "data", host=HOST, port=port, auth=auth))
     command = [*(namespace.prefix if namespace else ()), "docker-registry", "serve", config]
     with _answering(Registry("docker-registry", HOST, port), command, folder, namespace) as registry:
         yield registry
@@ -84,6 +88,8 @@ def _answering(
                     urllib.request.urlopen(f"{registry.url}/v2/", timeout=1) as response,
                 ):
                     return bool(response.status == 200)
+            except urllib.error.HTTPError as error:
+                return error.code == 401
             except OSError:
                 return False
 
