@@ -100,6 +100,8 @@ class PublicTable:
 
     def note(self, locator: Locator, age_s: float = 0.0) -> None:
         repository, seen = _repository(locator), time.time() - age_s
+        if abs(seen - self._seen.get(repository, 0.0)) < FRESH_S:
+            return
         self._seen[repository] = seen
         self._do("INSERT OR REPLACE INTO public VALUES (?, ?)", repository, seen)
 

@@ -151,11 +151,13 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
     async with AsyncExitStack() as stack:
         mirror_listeners = await _listeners(parse_host_port(config.mirror.listen, "mirror.listen"), "mirror.listen")
         tiers = await _open_tiers(config, data_dir, identity, stack)
-        upstreams = await stack.enter_async_context(Upstreams(config.upstream, count=metrics.origin, rng=Random()))
-        table = NameTable(data_dir / "names.sqlite")
-        stack.callback(table.close)
         public = PublicTable(data_dir / "access.sqlite")
         stack.callback(public.close)
+        upstreams = await stack.enter_async_context(
+            Upstreams(config.upstream, count=metrics.origin, rng=Random(), public=public.note)
+        )
+        table = NameTable(data_dir / "names.sqlite")
+        stack.callback(table.close)
         work = await stack.enter_async_context(trio.open_nursery())
         stack.callback(work.cancel_scope.cancel)
 

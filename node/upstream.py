@@ -28,7 +28,7 @@ from cachetools import LRUCache, TTLCache
 
 from node.config import UpstreamPart
 from node.http_client import Body, DirectTransport
-from node.locator import Grant, Locator, is_digest
+from node.locator import Grant, Kind, Locator, is_digest
 from node.objects import Resolved
 from node.registry_auth import (
     Challenge,
@@ -162,7 +162,12 @@ class BlockCutter:
 class Upstreams:
     """All configured registries. An async context manager: leaving it closes the connections."""
 
-    def __init__(self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random) -> None:
+    def __init__(
+        self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random,
+        public: Callable[[Locator], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """`public` is called when a registry that was told nothing of who reads gave what a name stands for."""
+        self._public = public
         context = ssl.create_default_context()
         self._registries = {canonical(part.name): _Registry(part, context, count, rng) for part in parts}
 
@@ -191,7 +196,15 @@ class Upstreams:
         Raises NotFoundError, DeniedError, UnavailableError, or CorruptObjectError where the bytes are not the digest's.
         """
         registry, call = self._find(locator.upstream), _call(locator, reference)
-        if locator.kind == "blobs":
+        found = await self._resolved(registry, call, locator.kind, reference, known)
+        if locator.grant is None and registry.relays:
+            self._public(locator)
+        return found
+
+    async def _resolved(
+        self, registry: _Registry, call: _Call, kind: Kind, reference: str, known: Resolved | None
+    ) -> tuple[Resolved, bytes | None]:
+        if kind == "blobs":
             size = await registry.retrying(RESOLVE, call.what, lambda: registry.size(call))
             return Resolved(_sized(Digest.parse(reference), size), "application/octet-stream"), None
         if known is not None and await registry.retrying(RESOLVE, call.what, lambda: registry.still(call, known)):
@@ -258,7 +271,7 @@ class _Registry:
         self._url = httpx.URL(part.url.rstrip("/"))
         self._count = count
         self._config = DockerConfig(part.docker_config if part.access == "node" else "")
-        self._relays = part.access == "relay"
+        self.relays = part.access == "relay"
         self._challenges: LRUCache[str, list[Challenge]] = LRUCache(MAX_AUTHORIZED)
         """What the registry last asked of whom it refused, by repository."""
         self._refused: TTLCache[str, bool] = TTLCache(MAX_AUTHORIZED, REFUSED_S, timer=trio.current_time)
@@ -390,7 +403,7 @@ class _Registry:
 
     def _denied(self, call: _Call, why: str) -> DeniedError:
         """The registry wants to know who reads, and this node does not say, or not what it wants."""
-        if self._relays and call.grant is None:
+        if self.relays and call.grant is None:
             self._refused[call.repository] = True
         return DeniedError(f"{self.name}: {call.what}: {why}")
 
