@@ -199,7 +199,8 @@ class DirectTransport(httpx.AsyncBaseTransport):
         parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
         with _as(httpx.WriteError), _within(timeout["write"], httpx.WriteTimeout):
             head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
-            await wire.send((parser.send(head) or b"") + (parser.send(h11.EndOfMessage()) or b""))
+            events = (head, h11.Data(data=await request.aread()), h11.EndOfMessage())
+            await wire.send(b"".join(parser.send(event) or b"" for event in events))
         with _as(httpx.ReadError):
             event = await _next_event(wire, parser, timeout["read"])
             while isinstance(event, h11.InformationalResponse):

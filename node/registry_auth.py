@@ -30,7 +30,12 @@ MARGIN_S = 15.0
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(rf'[\s,]*({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_TOKEN}))\s*(?=,|$)', re.ASCII)
 _SCHEME = re.compile(rf"[\s,]*({_TOKEN})(?=\s|,|$)(?: +[A-Za-z0-9._~+/-]+=*(?=\s*(?:,|$)))?", re.ASCII)
+_HELPER = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+IDENTITY = "<token>"
+"""In place of a user's name, by the helper protocol."""
 _DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
+_DOCKER_HUB_KEYS = {"docker.io": "https://index.docker.io/v1/"}
+"""What docker's programs store its credentials under."""
 
 
 def canonical(registry: str) -> str:
@@ -68,6 +73,11 @@ class Credentials:
     password: str = field(repr=False)
 
     @property
+    def is_identity(self) -> bool:
+        """Whether the password is an identity token, which only a token service takes (OAuth2's refresh token)."""
+        return self.username == IDENTITY
+
+    @property
     def header(self) -> str:
         return "Basic " + b64encode(f"{self.username}:{self.password}".encode()).decode("ascii")
 
@@ -78,6 +88,11 @@ class TokenRequest:
 
     realm: str
     query: Mapping[str, str]
+
+    def form(self, identity: Credentials) -> dict[str, str]:
+        """The same by POST, for an identity token (distribution/docs/spec/auth/oauth.md)."""
+        grant = {"grant_type": "refresh_token", "client_id": "shoal", "refresh_token": identity.password}
+        return grant | dict(self.query)
 
 
 def token_request(challenge: Challenge, *, insecure: bool, scope: str) -> TokenRequest | None:
@@ -138,20 +153,49 @@ class _Entry(msgspec.Struct):
     auth: str = ""
     username: str = ""
     password: str = ""
+    identitytoken: str = ""
 
 
-class _ConfigFile(msgspec.Struct):
+class _ConfigFile(msgspec.Struct, rename="camel"):
     auths: dict[str, _Entry] = {}
+    cred_helpers: dict[str, str] = {}
+    creds_store: str = ""
 
 
-def parse_docker_config(text: bytes) -> dict[str, Credentials]:
-    """Registry host to credentials. Raises ValueError, with nothing of the content in its text."""
+@dataclass(frozen=True, slots=True)
+class DockerCredentials:
+    """What a docker config.json says, by registry host; `store` is the helper for hosts that have none, or ""."""
+
+    auths: Mapping[str, Credentials] = field(default_factory=dict)
+    helpers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """The helper's name, and the registry as the file spells it."""
+    store: str = ""
+
+    def of(self, names: Sequence[str]) -> Credentials | None:
+        """The credentials for the first of `names` that has any."""
+        return next((self.auths[host] for name in names if (host := _host(name)) in self.auths), None)
+
+    def helper(self, names: Sequence[str]) -> tuple[str, str] | None:
+        """Which helper to ask, and for what."""
+        found = next((self.helpers[host] for name in names if (host := _host(name)) in self.helpers), None)
+        return found or ((self.store, _DOCKER_HUB_KEYS.get(_host(names[0]), names[0])) if self.store else None)
+
+
+def parse_docker_config(text: bytes) -> DockerCredentials:
+    """Raises ValueError, with nothing of the content in its text."""
     try:
-        entries = msgspec.json.decode(text, type=_ConfigFile).auths
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ValueError("not a docker config.json") from error
-    found = {_host(key): _credentials(entry) for key, entry in entries.items()}
-    return {host: credentials for host, credentials in found.items() if credentials}
+        config = msgspec.json.decode(text, type=_ConfigFile)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise ValueError("not a docker config.json") from None
+    for helper in filter(None, (config.creds_store, *config.cred_helpers.values())):
+        if not _HELPER.fullmatch(helper):
+            raise ValueError("a credential helper's name may have letters, digits, dots, - and _")
+    found = {_host(key): _credentials(entry) for key, entry in config.auths.items()}
+    return DockerCredentials(
+        {host: credentials for host, credentials in found.items() if credentials},
+        {_host(key): (helper, key) for key, helper in config.cred_helpers.items() if helper},
+        config.creds_store,
+    )
 
 
 def _host(key: str) -> str:
@@ -159,6 +203,8 @@ def _host(key: str) -> str:
 
 
 def _credentials(entry: _Entry) -> Credentials | None:
+    if entry.identitytoken:
+        return Credentials(IDENTITY, entry.identitytoken)
     if entry.username:
         return Credentials(entry.username, entry.password)
     try:
@@ -175,12 +221,11 @@ class DockerConfig:
         self._path = Path(path) if path else None
         self._stamp: tuple[int, int] | None = None
         self._told: tuple[int, int] | None = None
-        self._entries: dict[str, Credentials] = {}
+        self._content = DockerCredentials()
 
-    def find(self, *names: str) -> Credentials | None:
-        """The credentials for the first of `names` that has any."""
+    def read(self) -> DockerCredentials:
         self._refresh()
-        return next((self._entries[host] for name in names if (host := _host(name)) in self._entries), None)
+        return self._content
 
     def _refresh(self) -> None:
         if self._path is None:
@@ -189,10 +234,10 @@ class DockerConfig:
             status = self._path.stat()
             stamp = (status.st_mtime_ns, status.st_size)
             if stamp != self._stamp:
-                self._stamp, self._entries = stamp, {}
-                self._entries = parse_docker_config(self._path.read_bytes() if status.st_size <= MAX_CONFIG else b"")
+                self._stamp, self._content = stamp, DockerCredentials()
+                self._content = parse_docker_config(self._path.read_bytes() if status.st_size <= MAX_CONFIG else b"")
         except (OSError, ValueError) as error:
             stamp = (0, 0) if isinstance(error, OSError) else stamp
             if self._told != stamp:
                 log.warning("docker_config %s is not used: %s", self._path, error)
-            self._stamp, self._told, self._entries = stamp, stamp, {}
+            self._stamp, self._told, self._content = stamp, stamp, DockerCredentials()

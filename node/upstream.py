@@ -27,11 +27,13 @@ import trio
 from cachetools import LRUCache, TTLCache
 
 from node.config import UpstreamPart
+from node.credential_helper import CredentialHelpers, HelperError
 from node.http_client import Body, DirectTransport
 from node.locator import Grant, Kind, Locator, is_digest
 from node.objects import Resolved
 from node.registry_auth import (
     Challenge,
+    Credentials,
     DockerConfig,
     canonical,
     parse_challenges,
@@ -272,6 +274,8 @@ class _Registry:
         self._count = count
         self._config = DockerConfig(part.docker_config if part.access == "node" else "")
         self.relays = part.access == "relay"
+        self._helpers = CredentialHelpers()
+        self._refused_header = ""
         self._challenges: LRUCache[str, list[Challenge]] = LRUCache(MAX_AUTHORIZED)
         """What the registry last asked of whom it refused, by repository."""
         self._refused: TTLCache[str, bool] = TTLCache(MAX_AUTHORIZED, REFUSED_S, timer=trio.current_time)
@@ -412,10 +416,11 @@ class _Registry:
         return relayed(challenges, insecure=self._url.scheme == "http", repository=repository, basic=basic)
 
     async def _send(
-        self, method: str, url: httpx.URL, headers: Mapping[str, str], authorization: str | None, follow: bool = True
-    ) -> httpx.Response:
+        self, method: str, url: httpx.URL, headers: Mapping[str, str], authorization: str | None,
+        follow: bool = True, form: Mapping[str, str] | None = None,
+    ) -> httpx.Response:  # fmt: skip
         sent = dict(headers) | ({"Authorization": authorization} if authorization else {})
-        request = self.client.build_request(method, url, headers=sent)
+        request = self.client.build_request(method, url, headers=sent, data=form)
         try:
             response = await self.client.send(request, stream=True, follow_redirects=follow)
         except (httpx.PoolTimeout, httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
@@ -473,23 +478,35 @@ class _Registry:
             if self._token_failure and trio.current_time() < self._token_failure[0]:
                 raise self._token_failure[1]
             try:
-                header, lifetime_s = await self._meet(call, challenges)
+                header, lifetime_s = await self._meet(call, challenges, used)
             except _FailedError as failure:
                 self._token_failure = (trio.current_time() + TOKEN_FAILURE_S, failure)
                 raise
             self._authorized[call.repository] = (header, trio.current_time() + lifetime_s)
             return header
 
-    async def _meet(self, call: _Call, challenges: list[Challenge]) -> tuple[str, float]:
-        credentials = self._config.find(self.name, self._url.netloc.decode("ascii"))
+    async def _credentials(self) -> Credentials | None:
+        """This node's own for the registry."""
+        names = (self.name, self._url.netloc.decode("ascii"))
+        config = self._config.read()
+        helper = config.helper(names)
+        try:
+            found = await self._helpers.get(*helper, self._refused_header) if helper else None
+        except HelperError as error:
+            raise _FailedError(str(error), again=False) from error
+        return found or config.of(names)
+
+    async def _meet(self, call: _Call, challenges: list[Challenge], used: str | None) -> tuple[str, float]:
+        self._refused_header = used or self._refused_header
+        credentials = await self._credentials()
         for challenge in challenges:
             if challenge.scheme == "bearer":
-                return await self._token(call, challenge, credentials.header if credentials else None)
-            if challenge.scheme == "basic" and credentials:
+                return await self._token(call, challenge, credentials)
+            if challenge.scheme == "basic" and credentials and not credentials.is_identity:
                 return credentials.header, BASIC_LIFETIME_S
         raise self._denied(call, "access denied" if credentials else "access denied; no credentials for it")
 
-    async def _token(self, call: _Call, challenge: Challenge, authorization: str | None) -> tuple[str, float]:
+    async def _token(self, call: _Call, challenge: Challenge, credentials: Credentials | None) -> tuple[str, float]:
         scope = f"repository:{call.repository}:pull"
         asked = token_request(challenge, insecure=self._url.scheme == "http", scope=scope)
         if asked is None:
@@ -498,8 +515,13 @@ class _Registry:
             url = httpx.URL(asked.realm).copy_merge_params(asked.query)
         except httpx.InvalidURL as error:
             raise self._denied(call, "the token service it names is not a URL") from error
-        response = await self._send("GET", url, {}, authorization)
+        if credentials and credentials.is_identity:
+            response = await self._send("POST", httpx.URL(asked.realm), {}, None, False, asked.form(credentials))
+        else:
+            response = await self._send("GET", url, {}, credentials.header if credentials else None)
         try:
+            if response.status_code == 401 and credentials:
+                self._refused_header = credentials.header
             if response.status_code in (400, 401, 403, 404):
                 raise self._denied(call, f"the token service answered {response.status_code}")
             self._expect(response, call, 200)

@@ -112,25 +112,49 @@ def test_docker_config_knows_every_spelling_of_a_registry() -> None:
         "ghcr.io": {"username": "u", "password": "secret"},
         "empty": {},
         "broken": {"auth": "!!"},
+        "identity.azurecr.io": {"auth": auth, "identitytoken": "secret"},
     }
-    found = parse_docker_config(json.dumps({"auths": entries, "credsStore": "x"}).encode())
-    assert found == {"docker.io": Credentials("me", "p:w"), "ghcr.io": Credentials("u", "secret")}
+    found = parse_docker_config(json.dumps({"auths": entries}).encode())
+    assert found.auths == {
+        "docker.io": Credentials("me", "p:w"),
+        "ghcr.io": Credentials("u", "secret"),
+        "identity.azurecr.io": Credentials("<token>", "secret"),
+    }
     assert "secret" not in repr(found)
-    assert found["docker.io"].header == f"Basic {auth}"
+    docker = found.of(["registry-1.docker.io", "ghcr.io"])
+    assert docker is not None
+    assert docker.header == f"Basic {auth}"
+    assert found.helper(["docker.io"]) is None
+
+
+def test_docker_config_names_a_helper_for_a_registry_before_the_store_for_all() -> None:
+    helpers = {"123.dkr.ecr.eu-west-1.amazonaws.com": "ecr-login", "https://gcr.io": "gcr"}
+    found = parse_docker_config(json.dumps({"credHelpers": helpers, "credsStore": "pass"}).encode())
+    assert found.helper(["123.dkr.ecr.eu-west-1.amazonaws.com"]) == ("ecr-login", "123.dkr.ecr.eu-west-1.amazonaws.com")
+    assert found.helper(["other", "gcr.io"]) == ("gcr", "https://gcr.io")
+    assert found.helper(["quay.io"]) == ("pass", "quay.io")
+    assert found.helper(["index.docker.io"]) == ("pass", "https://index.docker.io/v1/")
+
+
+@pytest.mark.parametrize("helper", ["../evil", "a b", "a;b", "a/b", "\u00fc", "x" * 65, "-\n"])
+def test_a_helper_with_another_name_than_a_programs_is_refused(helper: str) -> None:
+    for config in ({"credsStore": helper}, {"credHelpers": {"gcr.io": helper}}):
+        with pytest.raises(ValueError, match="helper's name"):
+            parse_docker_config(json.dumps(config).encode())
 
 
 def test_docker_config_is_read_again_when_it_changes_and_told_once_when_it_is_broken(tmp_path, caplog) -> None:
     path = tmp_path / "config.json"
     config = DockerConfig(str(path))
-    assert config.find("ghcr.io") is None
-    assert config.find("ghcr.io") is None
+    assert config.read().of(["ghcr.io"]) is None
+    assert config.read().of(["ghcr.io"]) is None
     assert len(caplog.records) == 1
     for number, text in enumerate(
         ['{"auths": {"ghcr.io": {"username": "a", "password": "hidden"}}}', '{"hidden', '{"auths": {}}']
     ):
         path.write_text(text)
         os.utime(path, ns=(number, number))
-        credentials = config.find("other", "ghcr.io")
+        credentials = config.read().of(["other", "ghcr.io"])
         assert (credentials is not None) == (number == 0)
     assert len(caplog.records) == 2
     assert "hidden" not in caplog.text

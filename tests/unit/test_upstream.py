@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from random import Random
+from urllib.parse import parse_qsl
 
 import httpx
 import pytest
@@ -19,6 +21,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from node import credential_helper
 from node import upstream as upstream_module
 from node.config import UpstreamPart
 from node.http_server import Buffer, Request, Response, serve_http
@@ -50,6 +53,7 @@ class FakeRegistry:
         self.faults: list[int | str | None] = []
         self.scheme = ""
         self.password = ""
+        self.identity = ""
         self.tokens = 0
         self.valid_token = ""
         self.elsewhere = ""
@@ -77,6 +81,13 @@ class FakeRegistry:
         return blob(request, fault)
 
     def _token(self, request: Request) -> Response:
+        if self.identity:
+            assert dict(parse_qsl(request.body.decode())) == {
+                "grant_type": "refresh_token", "client_id": "shoal", "refresh_token": self.identity,
+                "service": "fake", "scope": "repository:org/app:pull",
+            }  # fmt: skip
+            self.tokens, self.valid_token = 1, "t1"
+            return Response(200, {}, b'{"access_token": "t1"}')
         if self.password and request.headers.get("authorization") != httpx.BasicAuth("u", self.password)._auth_header:
             return Response(401)
         self.tokens += 1
@@ -307,6 +318,43 @@ def test_one_token_serves_everybody_until_it_is_refused(tmp_path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
     run(check, access="node", docker_config=str(path))
+
+
+def helper_on_path(folder, monkeypatch, answer: dict[str, str]) -> None:
+    """A credential helper `test` that says `answer` of the registry `fake`."""
+    program = folder / "docker-credential-test"
+    program.write_text(f"#!/bin/sh\nread registry\n[ $registry = fake ] && echo '{json.dumps(answer)}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    (folder / "config.json").write_text('{"credHelpers": {"fake": "test"}}')
+
+
+def test_a_helper_is_asked_for_credentials_and_again_when_they_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(credential_helper, "AGAIN_S", 0.0)
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.scheme, fixture.registry.password = "Basic", "hunter2"
+        helper_on_path(tmp_path, monkeypatch, {"Username": "u", "Secret": "hunter2"})
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        fixture.registry.password = "hunter3"
+        helper_on_path(tmp_path, monkeypatch, {"Username": "u", "Secret": "hunter3"})
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        (tmp_path / "docker-credential-test").unlink()
+        fixture.registry.password = "hunter4"
+        with pytest.raises(UnavailableError, match="not in PATH"):
+            await upstreams.resolve(MANIFESTS, "latest")
+
+    run(check, access="node", docker_config=str(tmp_path / "config.json"))
+
+
+def test_an_identity_token_goes_to_the_token_service_in_a_form(tmp_path, monkeypatch) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.scheme, fixture.registry.identity = "Bearer", "refresh me"
+        helper_on_path(tmp_path, monkeypatch, {"Username": "<token>", "Secret": "refresh me"})
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert fixture.registry.tokens == 1
+
+    run(check, access="node", docker_config=str(tmp_path / "config.json"))
 
 
 def test_basic_needs_credentials(tmp_path) -> None:
