@@ -75,7 +75,7 @@ def records(draw: st.DrawFn) -> Record:
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(
         lambda digest, block, code, *rest: GetShard(digest, *block, *code, *rest),
-        digests, blocks, codes, st.integers(0, 2), texts, st.booleans(),
+        digests, blocks, codes, st.integers(0, 2), texts, st.booleans(), st.just("") | peers,
     ),
     st.builds(lambda digest, block: GetBlock(digest, *block), digests, blocks),
     st.builds(GetHoldings, digests),
@@ -96,7 +96,9 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     ),
     st.builds(Holders, st.lists(peers, max_size=5).map(tuple)),
     st.just(Done()),
-    st.builds(Resolved, digests, st.integers(0, MAX_OBJECT_SIZE), texts, st.floats(0, 1e9)),
+    st.builds(
+        Resolved, digests, st.integers(0, MAX_OBJECT_SIZE), texts, st.floats(0, 1e9), st.just(-1.0) | st.floats(0, 1e9)
+    ),
     st.builds(Pong, updates),
     st.builds(SyncReply, updates),
     st.builds(Waiting, st.booleans()),
@@ -298,6 +300,9 @@ def with_member(**changes: Any) -> Update:
         Resolved(DIGEST, -1, "", 0.0),
         Resolved(DIGEST, 1, "", float("inf")),
         Resolved(DIGEST, 1, "", -1.0),
+        Resolved(DIGEST, 1, "", 0.0, -0.5),
+        Resolved(DIGEST, 1, "", 0.0, float("nan")),
+        GetShard(DIGEST, 0, 1, 4, 1, 0, 2, "", False, "not base58!"),
         Failed("oops", ""),
         Failed("busy", "x" * 501),
     ],
