@@ -29,6 +29,7 @@ from node.status import (
     PullEvent,
     PullResult,
     Status,
+    TagsReport,
     WhyReport,
 )
 from node.version import version
@@ -111,8 +112,8 @@ def _decode(data: bytes, kind: type[_Document]) -> _Document:
         raise DaemonUnreachableError(f"what answers is not a p2pd of this version ({version()}): {error}") from error
 
 
-def _show(session: Session, path: str, kind: type[msgspec.Struct]) -> None:
-    data = session.client.get(path)
+def _show(session: Session, path: str, kind: type[msgspec.Struct], **query: str) -> None:
+    data = session.client.get(path, **query)
     document = _decode(data, kind)
     if session.json:
         click.echo(data.rstrip())
@@ -164,6 +165,19 @@ def images(session: Session) -> None:
 def cache(session: Session) -> None:
     """The cache's tiers, and what they hold of which object."""
     _show(session, "/cache", CacheReport)
+
+
+@main.command()
+@click.argument("pattern", default="*")
+@_common
+@click.pass_obj
+def tags(session: Session, pattern: str) -> None:
+    """What each tag stands for here, since when, who said so, and the policy that applies.
+
+    PATTERN is a glob over registry/repository:tag, or a part of it: "docker.io/*:latest", alpine.
+    """
+    match = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    _show(session, "/tags", TagsReport, match=match)
 
 
 # Pull

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from node.locator import check_upstream
+from node.tag_policy import TagPolicies, TagPolicy
 from protocol.errors import BadInputError
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
@@ -27,6 +28,8 @@ _UNITS = {
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PORT = re.compile(r"\d{1,5}", re.ASCII)
+
+MAX_PATTERN = 512
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
@@ -46,6 +49,13 @@ class MirrorPart(_Part, frozen=True):
     listen: str = "127.0.0.1:5050"
     tag_ttl: str = "60s"
     tag_max_age: str = "7d"
+
+
+class TagsPart(_Part, frozen=True):
+    match: str
+    ttl: str = ""
+    max_age: str = ""
+    cache: bool = True
 
 
 class PeersPart(_Part, frozen=True):
@@ -95,6 +105,7 @@ DEFAULT_UPSTREAMS = (
 class Config(_Part, frozen=True):
     node: NodePart = NodePart()
     mirror: MirrorPart = MirrorPart()
+    tags: Annotated[tuple[TagsPart, ...], msgspec.Meta(max_length=256)] = ()
     peers: PeersPart = PeersPart()
     upstream: tuple[UpstreamPart, ...] = DEFAULT_UPSTREAMS
     cluster: ClusterPart = ClusterPart()
@@ -185,8 +196,7 @@ def check(config: Config) -> None:
     parse_host_port(config.peers.bulk, "peers.bulk")
     if config.control.metrics:
         parse_host_port(config.control.metrics, "control.metrics")
-    parse_duration(config.mirror.tag_ttl, "mirror.tag_ttl")
-    parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age")
+    tag_policies(config)
     parse_size(config.cache.memory, "cache.memory")
     parse_size(config.cache.disk, "cache.disk")
     parse_floor(config.cache.min_free, "cache.min_free")
@@ -210,6 +220,33 @@ def check(config: Config) -> None:
             raise BadInputError(f'node.{key} = "": must not be empty')
     if config.node.log not in ("debug", "info", "warning", "error"):
         raise BadInputError(f'node.log = "{config.node.log}": one of debug, info, warning, error')
+
+
+def tag_policies(config: Config) -> TagPolicies:
+    """Raises BadInputError naming the key."""
+    default = TagPolicy(
+        "",
+        parse_duration(config.mirror.tag_ttl, "mirror.tag_ttl"),
+        parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
+    )
+    return TagPolicies(default, [_tag_policy(part, default) for part in config.tags])
+
+
+def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
+    key = f'tags "{part.match[:200]}"'
+    if not part.match.startswith("*") and "/" not in part.match:
+        raise BadInputError(f'{key}: match: begin with the registry, or "*": "docker.io/library/*:latest"')
+    if len(part.match) > MAX_PATTERN:
+        raise BadInputError(f"{key}...: match: longer than {MAX_PATTERN} characters")
+    if not part.cache:
+        if part.ttl or part.max_age:
+            raise BadInputError(f"{key}: cache = false leaves nothing for ttl and max_age to say")
+        return TagPolicy(part.match, 0.0, 0.0)
+    return TagPolicy(
+        part.match,
+        parse_duration(part.ttl, f"{key}: ttl") if part.ttl else default.ttl_s,
+        parse_duration(part.max_age, f"{key}: max_age") if part.max_age else default.max_age_s,
+    )
 
 
 def _is_registry_url(url: str) -> bool:

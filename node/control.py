@@ -1,6 +1,7 @@
 """The control socket: `ControlApi` as HTTP and JSON over a unix socket, for p2pctl and `curl --unix-socket`.
 
-    GET /status /peers /images /cache /doctor    GET /why?image=NAME    POST /pull?image=NAME[&all_platforms=1]
+    GET /status /peers /images /cache /doctor    GET /why?image=NAME    GET /tags[?match=PATTERN]
+    POST /pull?image=NAME[&all_platforms=1]
 
 Answers are the documents of node/status.py; a pull is a stream of JSON lines. Errors are `{"error": text}`.
 Who may open the socket's file may use it: file mode 0660, so the owner and the group.
@@ -52,13 +53,15 @@ def control_handler(api: ControlApi) -> Handler:
             if request.method != "POST":
                 return _error(405, "a pull is a POST", {"Allow": "POST"})
             return _pull(api, request)
-        known = request.path == "/why" or request.path in documents
+        known = request.path in ("/why", "/tags") or request.path in documents
         if not known:
             return _error(404, f"no such path: {request.path[:200]}")
         if request.method not in ("GET", "HEAD"):
             return _error(405, f"{request.path} is read with GET", {"Allow": "GET, HEAD"})
         if request.path == "/why":
             return _document(await api.why(_image(request)))
+        if request.path == "/tags":
+            return _document(await api.tags(request.query.get("match") or "*"))
         return _document(await documents[request.path]())
 
     async def handle(request: Request) -> Response:

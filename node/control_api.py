@@ -21,7 +21,7 @@ from node.library import SiteLibrary
 from node.locator import ImageName, Locator
 from node.membership import Membership, Row
 from node.metrics import Metrics
-from node.names import Manifest, Names, descriptors, parse_manifest
+from node.names import REGISTRY, KnownTag, Manifest, Names, descriptors, parse_manifest
 from node.objects import Resolved, Source
 from node.seeder import Site
 from node.status import (
@@ -38,6 +38,9 @@ from node.status import (
     PullProgress,
     PullResult,
     Status,
+    TagRow,
+    TagsReport,
+    TagState,
     TierRow,
     UpstreamRow,
     WhyBlock,
@@ -46,10 +49,11 @@ from node.status import (
     why_report,
 )
 from node.swarm import Swarm
+from node.tag_policy import TagPolicy
 from node.upstream import MAX_MANIFEST
 from node.version import version
 from protocol.errors import NotFoundError, ShoalError
-from protocol.ids import Digest, ObjectRef, Piece
+from protocol.ids import Digest, ObjectRef, PeerId, Piece
 from protocol.members import State
 
 PROGRESS_EVERY_S = 0.2
@@ -181,6 +185,24 @@ class NodeControl:
     def _bytes_held(self, ref: ObjectRef) -> int:
         bits = self._parts.site.tiers.holdings(ref.digest).blocks
         return sum(ref.block_length(index) for index in range(ref.block_count) if bits >> index & 1)
+
+    async def tags(self, pattern: str) -> TagsReport:
+        return TagsReport(tags=tuple(self._tag_row(*found) for found in self._parts.names.tags(pattern)))
+
+    def _tag_row(self, one: KnownTag, policy: TagPolicy, state: TagState) -> TagRow:
+        member = self._parts.membership.find(PeerId(one.told_by)) if one.told_by not in ("", REGISTRY) else None
+        return TagRow(
+            tag=str(ImageName(one.locator.upstream, one.locator.repository, one.tag)),
+            digest=str(one.resolved.ref.digest),
+            age_s=one.resolved.age_s,
+            state=state,
+            source="registry" if one.told_by == REGISTRY else "member" if one.told_by else "remembered",
+            told_by="" if one.told_by == REGISTRY else member.name if member else one.told_by,
+            rule=policy.match,
+            ttl_s=policy.ttl_s,
+            max_age_s=policy.max_age_s,
+            cache=policy.cached,
+        )
 
     async def cache(self) -> CacheReport:
         tiers = self._parts.site.tiers

@@ -30,7 +30,17 @@ from node.addresses import bulk_addresses
 from node.announcer import Announcer
 from node.certificates import Credentials, load_authority, own_authority, peer_of
 from node.channel import tune_allocator
-from node.config import Config, HostPort, check, load, parse_duration, parse_floor, parse_host_port, parse_size
+from node.config import (
+    Config,
+    HostPort,
+    check,
+    load,
+    parse_duration,
+    parse_floor,
+    parse_host_port,
+    parse_size,
+    tag_policies,
+)
 from node.control import metrics_handler, serve_control
 from node.control_api import NodeControl, Parts
 from node.exchange import Answer
@@ -186,12 +196,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             tiers,
         )
         seeder = Seeder(site, Origin(upstreams, work, lambda: len(membership.site)), directory, identity.sign, work)
-        names = Names(
-            site, table, upstreams, seeder, work,
-            parse_duration(config.mirror.tag_ttl, "mirror.tag_ttl"),
-            parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
-            metrics.tag_served, public.age,
-        )  # fmt: skip
+        names = Names(site, table, upstreams, seeder, work, tag_policies(config), metrics.tag_served, public.age)
         access = Access(
             {one.name: parse_duration(one.access_grace, one.name) for one in config.upstream if one.access == "relay"},
             upstreams, public, names.public_age_s, work,

@@ -1,17 +1,19 @@
 """What names stand for: tags and digests to descriptors, for the whole site, through one node that asks the registry.
 
 The first alive of a name's three homes asks the origin and remembers; the others ask it. A tag is as old as the
-registry's last word on it, wherever that was heard, so that two nodes never disagree for longer than its time to live.
+question that the registry answered last, wherever that was heard, so that two nodes never disagree for longer than its
+time to live (node/tag_policy.py). While the registry is out of reach all take the youngest answer that the site has.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -23,7 +25,9 @@ from node.locator import Locator, is_digest
 from node.objects import Resolved
 from node.seeder import Seeder, Site
 from node.single_flight import SingleFlight
-from node.upstream import MEDIA_TYPE, Upstreams
+from node.status import TagState
+from node.tag_policy import TagPolicies, TagPolicy
+from node.upstream import MEDIA_TYPE
 from protocol import messages
 from protocol.errors import BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef, PeerId
@@ -33,7 +37,10 @@ log = logging.getLogger(__name__)
 ASK_S = 2.0
 """A home says `Waiting` while it asks the registry; silence this long is a home that is gone."""
 LAST_RESORT_MEMBERS = 16
-"""Asked for what they know when neither a home nor the registry answers."""
+"""Asked for what they know when the registry does not answer."""
+JOINED_S = 1.0
+"""A home's question to the registry, which another's joins, may be so much older."""
+REGISTRY = "registry"
 MAX_MANIFEST_ENTRIES = 1024
 UNTYPED = "application/octet-stream"
 _MAX_ROWS = 100_000
@@ -44,6 +51,8 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
     " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID;"
 )
+_Key = tuple[str, str]
+"""A locator as text, and a reference."""
 
 
 class _Descriptor(msgspec.Struct, frozen=True, rename="camel"):
@@ -80,12 +89,24 @@ def descriptors(manifest: Manifest, kind: str) -> Iterator[Resolved]:
             log.debug("descriptor left out: %s", error)
 
 
+@dataclass(frozen=True, slots=True)
+class KnownTag:
+    """`told_by` is REGISTRY, a member's peer id, or "" for what was only remembered on disk."""
+
+    locator: Locator
+    tag: str
+    resolved: Resolved
+    told_by: str
+
+
 class NameTable:
     """Names that this node learnt, in SQLite: they outlive a restart, and a registry that is gone."""
 
-    def __init__(self, path: Path) -> None:
-        self._recent: LRUCache[tuple[str, str], tuple[Resolved, float]] = LRUCache(_MAX_RECENT)
-        """With the wall-clock time at which the registry confirmed it."""
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        """`clock` gives Unix time: what is remembered is older than this process."""
+        self._clock = clock
+        self._recent: LRUCache[_Key, tuple[Resolved, float, str]] = LRUCache(_MAX_RECENT)
+        """With the time at which the registry confirmed it, and who told."""
         self._database = Database(path, _SCHEMA)
 
     def close(self) -> None:
@@ -99,16 +120,17 @@ class NameTable:
             )
             if not rows:
                 return None
-            known = self._recent[source, reference] = _resolved(*rows[0]), rows[0][3]
-        return replace(known[0], age_s=_age(known[1]))
+            known = self._recent[source, reference] = self._resolved(*rows[0]), rows[0][3], ""
+        return replace(known[0], age_s=self._age(known[1]))
 
-    def put(self, source: str, reference: str, resolved: Resolved) -> None:
-        self._recent[source, reference] = resolved, time.time() - resolved.age_s
-        self._database.run("INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)", _row(source, reference, resolved))
+    def put(self, source: str, reference: str, resolved: Resolved, told_by: str = "") -> None:
+        self._recent[source, reference] = resolved, self._clock() - resolved.age_s, told_by
+        row = self._row(source, reference, resolved)
+        self._database.run("INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def put_many(self, source: str, found: list[Resolved]) -> None:
         """Digests stand for themselves; known ones are kept as they are."""
-        rows = [_row(source, str(one.ref.digest), one) for one in found]
+        rows = [self._row(source, str(one.ref.digest), one) for one in found]
         self._database.run("INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)", *rows)
 
     def images(self) -> list[tuple[str, str, Resolved]]:
@@ -118,7 +140,22 @@ class NameTable:
             " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000",
             (),
         )
-        return [(row[0], row[1], _resolved(*row[2:])) for row in rows]
+        return [(row[0], row[1], self._resolved(*row[2:])) for row in rows]
+
+    def tags(self, pattern: str) -> list[KnownTag]:
+        """Those that an SQLite GLOB over `upstream/repository:tag` fits, the latest confirmed first."""
+        rows = self._database.run(
+            f"SELECT source, reference, {_COLUMNS} FROM name"
+            " WHERE source LIKE '%#manifests' AND instr(reference, ':') = 0"
+            " AND replace(source, '#manifests', ':') || reference GLOB ? ORDER BY confirmed DESC LIMIT 1000",
+            (pattern,),
+        )
+        return [
+            KnownTag(
+                Locator.parse(source), tag, self._resolved(*columns), self._recent.get((source, tag), (0, 0, ""))[2]
+            )
+            for source, tag, *columns in rows
+        ]
 
     def trim(self) -> None:
         """Forget the names that were confirmed longest ago."""
@@ -127,19 +164,24 @@ class NameTable:
             (_MAX_ROWS,),
         )
 
+    def _row(self, source: str, reference: str, one: Resolved) -> tuple[object, ...]:
+        return source, reference, str(one.ref.digest), one.ref.size, one.media_type, self._clock() - one.age_s
 
-def _row(source: str, reference: str, one: Resolved) -> tuple[object, ...]:
-    return source, reference, str(one.ref.digest), one.ref.size, one.media_type, time.time() - one.age_s
+    def _resolved(self, digest: str, size: int, media_type: str, confirmed: float) -> Resolved:
+        return Resolved(ObjectRef(Digest.parse(digest), size), media_type, self._age(confirmed))
+
+    def _age(self, confirmed: float) -> float:
+        # A clock that was set back makes the age unknown: the name is asked for again as soon as can be.
+        age = self._clock() - confirmed
+        return age if age >= 0 else 1e9
 
 
-def _resolved(digest: str, size: int, media_type: str, confirmed: float) -> Resolved:
-    return Resolved(ObjectRef(Digest.parse(digest), size), media_type, _age(confirmed))
+class Registries(Protocol):
+    """What is needed of node/upstream.py here."""
 
-
-def _age(confirmed: float) -> float:
-    # A clock that was set back makes the age unknown: the name is asked for again as soon as can be.
-    age = time.time() - confirmed
-    return age if age >= 0 else 1e9
+    async def resolve(
+        self, locator: Locator, reference: str, known: Resolved | None = None
+    ) -> tuple[Resolved, bytes | None]: ...
 
 
 class Names:
@@ -147,19 +189,19 @@ class Names:
         self,
         site: Site,
         table: NameTable,
-        upstreams: Upstreams,
+        upstreams: Registries,
         seeder: Seeder,
         nursery: trio.Nursery,
-        ttl_s: float,
-        max_age_s: float,
+        policies: TagPolicies,
         served: Callable[[float], None],
         public_age: Callable[[Locator], float | None] = lambda _: None,
     ) -> None:
         self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
-        self._ttl_s, self._max_age_s, self._served = ttl_s, max_age_s, served
-        self._public_age = public_age
+        self._policies, self._served, self._public_age = policies, served, public_age
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
+        self._site_asked: LRUCache[_Key, float] = LRUCache(_MAX_RECENT)
+        """When the site was asked last for what the registry did not tell; without what it told since."""
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         """For a client of this node. Raises NotFoundError, DeniedError or UnavailableError."""
@@ -199,14 +241,42 @@ class Names:
     def images(self) -> list[tuple[str, str, Resolved]]:
         return self._table.images()
 
+    def tags(self, pattern: str) -> list[tuple[KnownTag, TagPolicy, TagState]]:
+        """The tags that this node knows, whose `upstream/repository:tag` fits the pattern."""
+        found = []
+        for one in self._table.tags(pattern):
+            policy = self._policies.of(one.locator, one.tag)
+            found.append((one, policy, self._state(one, policy)))
+        return found
+
+    def _state(self, one: KnownTag, policy: TagPolicy) -> TagState:
+        age_s = one.resolved.age_s
+        if age_s < policy.ttl_s:
+            return "fresh"
+        if (str(one.locator), one.tag) not in self._site_asked:
+            return "due"
+        return "stale" if age_s < policy.max_age_s else "too old"
+
     def _fresh(self, locator: Locator, reference: str) -> Resolved | None:
         found = self.known(locator, reference)
-        return found if found and (is_digest(reference) or found.age_s < self._ttl_s) else None
+        if found is None or is_digest(reference):
+            return found
+        return found if found.age_s < self._policies.of(locator, reference).ttl_s else None
 
     def _usable(self, locator: Locator, reference: str) -> Resolved | None:
         """Stale, but within the age limit: for when nobody knows better."""
         found = self.known(locator, reference)
-        return found if found and (is_digest(reference) or found.age_s < self._max_age_s) else None
+        if found is None or is_digest(reference):
+            return found
+        return found if found.age_s < self._policies.of(locator, reference).max_age_s else None
+
+    def _note(self, locator: Locator, reference: str, found: Resolved, told_by: str) -> Resolved:
+        """The younger of what was told and what is known: a late answer must not bring back what a tag was before."""
+        known = self.known(locator, reference)
+        if known is not None and known.age_s < found.age_s:
+            return known
+        self._table.put(str(locator), reference, found, told_by)
+        return found
 
     async def _ask_site(self, locator: Locator, reference: str) -> Resolved:
         site, now = self._site, trio.current_time()
@@ -217,24 +287,26 @@ class Names:
                 break
             if site.health.avoided(home, now):
                 continue
+            began = trio.current_time()
             try:
-                return await self._ask_member(home, locator, reference, reach=1)
+                found = await self._ask_member(home, locator, reference, reach=1)
             except UnavailableError:
                 break
             except (NotFoundError, DeniedError):
                 raise
             except ShoalError as error:
                 log.debug("name home %s: %s", home, error)
-        try:
-            return await self._ask_origin(locator, reference)
-        except UnavailableError:
-            found = await self._ask_everybody(locator, reference)
-            if found is None:
-                raise
-            return found
+                continue
+            limit_s = trio.current_time() - began + JOINED_S
+            if is_digest(reference) or found.age_s < max(limit_s, self._policies.of(locator, reference).ttl_s):
+                return found
+            break  # its registry is out of reach, but this node's may not be
+        return await self._ask_origin(locator, reference)
 
     async def _ask_member(self, peer: str, locator: Locator, reference: str, reach: int) -> Resolved:
+        """What a member tells, or what is known here if that is younger."""
         question = messages.Resolve(str(locator), reference, reach)
+        asked = trio.current_time()
         answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)  # type: ignore[arg-type] # a peer id
         message = answer.message
         if not isinstance(message, messages.Resolved):
@@ -242,9 +314,11 @@ class Names:
         digest = Digest.parse(message.digest)
         if is_digest(reference) and str(digest) != reference:
             raise UnavailableError(f"{peer} tells another digest than {reference}")
-        found = Resolved(ObjectRef(digest, message.size), message.media_type, max(0.0, message.age_s))
-        self._table.put(str(locator), reference, found)
-        return found
+        # Part of the time may be in the told age already. Too old asks again too soon; too young would be wrong.
+        age_s = max(0.0, message.age_s) + trio.current_time() - asked
+        return self._note(
+            locator, reference, Resolved(ObjectRef(digest, message.size), message.media_type, age_s), peer
+        )
 
     async def public_age_s(self, locator: Locator, reference: str) -> float | None:
         """For when the registry is out of reach: how long ago a member saw that anybody may read the repository."""
@@ -265,43 +339,55 @@ class Names:
                 nursery.start_soon(ask, peer)
         return min(ages, default=None)
 
-    async def _ask_everybody(self, locator: Locator, reference: str) -> Resolved | None:
-        """The last resort, without any home or registry: the youngest answer of those who know."""
-        answers: list[Resolved] = []
+    async def _ask_everybody(self, locator: Locator, reference: str) -> None:
+        """Notes the youngest answer of those who know, the name's homes among them."""
 
         async def ask(peer: str) -> None:
             try:
-                answers.append(await self._ask_member(peer, locator, reference, reach=0))
+                await self._ask_member(peer, locator, reference, reach=0)
             except ShoalError as error:
                 log.debug("%s: %s", peer, error)
 
-        others = [member.peer_id for member in self._site.view.site if member.peer_id != self._site.own]
+        site, now = self._site, trio.current_time()
+        homes = site.placement().name_homes(f"{locator}@{reference}")
+        peers = dict.fromkeys([*homes, *(member.peer_id for member in site.view.site)])
+        others = [peer for peer in peers if peer != site.own and not site.health.avoided(peer, now)]
         async with trio.open_nursery() as nursery:
             for peer in others[:LAST_RESORT_MEMBERS]:
                 nursery.start_soon(ask, peer)
-        if not answers:
-            return None
-        youngest = min(answers, key=lambda found: found.age_s)
-        self._table.put(str(locator), reference, youngest)
-        return youngest
 
     async def _ask_origin(self, locator: Locator, reference: str) -> Resolved:
         return await self._origin.do((locator, reference), lambda: self._revalidate(locator, reference))
 
     async def _revalidate(self, locator: Locator, reference: str) -> Resolved:
-        known = self.known(locator, reference)
+        key, known, asked = (str(locator), reference), self.known(locator, reference), trio.current_time()
         try:
             found, body = await self._upstreams.resolve(locator, reference, known)
         except UnavailableError as error:
-            stale = self._usable(locator, reference)
-            if stale is None:
-                raise
-            log.warning("%s@%s is served %.0f s old: %s", locator, reference, stale.age_s, error)
-            return stale
-        self._table.put(str(locator), reference, found)
+            return await self._out_of_reach(locator, reference, error)
+        self._site_asked.pop(key, None)
+        # The registry may have answered what was true when it was asked.
+        found = replace(found, age_s=trio.current_time() - asked)
         if locator.kind == "manifests":
             self._table.put(str(locator), str(found.ref.digest), found)
         if body is not None:
             await self._seeder.admit(locator, found.ref, body)
             self.learn(locator, body)
-        return found
+        return self._note(locator, reference, found, REGISTRY)
+
+    async def _out_of_reach(self, locator: Locator, reference: str, error: UnavailableError) -> Resolved:
+        """The youngest that the site knows, asked for once in a time to live: so its nodes go on agreeing.
+
+        What is read with a client's grant no other node is asked for.
+        """
+        key, now = (str(locator), reference), trio.current_time()
+        pause_s = 0.0 if is_digest(reference) else self._policies.of(locator, reference).ttl_s
+        if locator.grant is None and now >= self._site_asked.get(key, -math.inf) + pause_s:
+            self._site_asked[key] = now
+            await self._ask_everybody(locator, reference)
+        stale = self._usable(locator, reference)
+        if stale is None:
+            raise error
+        if not is_digest(reference):
+            log.warning("%s@%s is served %.0f s old: %s", locator, reference, stale.age_s, error)
+        return stale

@@ -21,6 +21,8 @@ from node.status import (
     PeersReport,
     PullResult,
     Status,
+    TagRow,
+    TagsReport,
     TierRow,
     WhyBlock,
     WhyObject,
@@ -165,6 +167,25 @@ def _images(report: ImagesReport, out: Console) -> None:
             "yes" if image.complete else "no", image.layers, duration(image.age_s),
         )  # fmt: skip
     out.print(table)
+
+
+@show.register
+def _tags(report: TagsReport, out: Console) -> None:
+    if not report.tags:
+        out.print("no such tag was asked for yet")
+        return
+    table = _table("tag", "digest", ">confirmed", "state", "told by", ">asked again after", ">offline up to", "rule")
+    for row in report.tags:
+        _row(
+            table, row.tag, row.digest[:SHORT_DIGEST], duration(row.age_s), row.state, _told_by(row),
+            duration(row.ttl_s) if row.cache else "always", duration(row.max_age_s) if row.cache else "never",
+            row.rule or "-",
+        )  # fmt: skip
+    out.print(table)
+
+
+def _told_by(row: TagRow) -> str:
+    return short_peer(row.told_by) if row.told_by.startswith("12D3") else row.told_by or row.source
 
 
 @show.register

@@ -105,6 +105,32 @@ class ImagesReport(_Document, frozen=True):
     images: tuple[ImageRow, ...]
 
 
+TagState = Literal["fresh", "due", "stale", "too old"]
+
+
+class TagRow(_Document, frozen=True):
+    """`age_s` is the time since the registry's last word on it, `told_by` the member whose name or peer id that is.
+
+    `state`: `fresh` is served without asking; `due` is asked for at the next pull; where the registry was out of reach
+    at the last one, `stale` is served and `too old` is not. `rule` is the pattern of the policy, "" for the defaults.
+    """
+
+    tag: str
+    digest: str
+    age_s: float
+    state: TagState
+    source: Literal["registry", "member", "remembered"]
+    ttl_s: float
+    max_age_s: float
+    cache: bool = True
+    told_by: str = ""
+    rule: str = ""
+
+
+class TagsReport(_Document, frozen=True):
+    tags: tuple[TagRow, ...]
+
+
 class CachedObject(_Document, frozen=True):
     """What one tier holds of one object: whole blocks, and shards of blocks."""
 
@@ -197,6 +223,7 @@ class ControlApi(Protocol):
     """What the control socket serves. Raises the errors of protocol.errors; an image nobody knows is NotFoundError.
 
     `pull` yields progress at a rate fit for a person, and a PullResult last. Closing the generator ends the pull.
+    `tags` takes a glob over `upstream/repository:tag`.
     """
 
     async def status(self) -> Status: ...
@@ -204,6 +231,8 @@ class ControlApi(Protocol):
     async def peers(self) -> PeersReport: ...
 
     async def images(self) -> ImagesReport: ...
+
+    async def tags(self, pattern: str) -> TagsReport: ...
 
     async def cache(self) -> CacheReport: ...
 

@@ -24,6 +24,8 @@ from node.status import (
     PullProgress,
     PullResult,
     Status,
+    TagRow,
+    TagsReport,
     TierRow,
     UpstreamRow,
     WhyBlock,
@@ -45,6 +47,7 @@ class FakeControl:
     def __init__(self, mirror: str = "127.0.0.1:1") -> None:
         self.mirror = mirror
         self.pulls: list[tuple[str, bool]] = []
+        self.patterns: list[str] = []
         self.checks: tuple[Check, ...] = (Check(name="clock", level="ok", text="agrees"),)
 
     async def status(self) -> Status:
@@ -71,6 +74,19 @@ class FakeControl:
             complete=False, layers=1, age_s=12.0,
         )  # fmt: skip
         return ImagesReport(images=(row,))
+
+    async def tags(self, pattern: str) -> TagsReport:
+        await trio.lowlevel.checkpoint()
+        self.patterns.append(pattern)
+        row = TagRow(
+            tag="docker.io/library/alpine:latest", digest=str(DIGEST), age_s=75.0, state="stale", source="member",
+            told_by="edge-2", rule="docker.io/*", ttl_s=30.0, max_age_s=3600.0,
+        )  # fmt: skip
+        never = TagRow(
+            tag="r.example/app:edge\x1b[2J", digest=str(DIGEST), age_s=1.0, state="due", source="registry", ttl_s=0.0,
+            max_age_s=0.0, cache=False,
+        )  # fmt: skip
+        return TagsReport(tags=(row, never))
 
     async def cache(self) -> CacheReport:
         held = CachedObject(digest=str(DIGEST), tier="disk", blocks=2, shards=1)

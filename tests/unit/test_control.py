@@ -29,6 +29,7 @@ from node.status import (
     PullProgress,
     PullResult,
     Status,
+    TagsReport,
     WhyReport,
 )
 from protocol.errors import BadInputError
@@ -119,6 +120,7 @@ def test_the_file_of_a_successor_is_not_removed(path: Path) -> None:
         ("/peers", PeersReport),
         ("/images", ImagesReport),
         ("/cache", CacheReport),
+        ("/tags?match=docker.io/*", TagsReport),
         ("/doctor", DoctorReport),
     ],
 )

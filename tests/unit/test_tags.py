@@ -1,0 +1,316 @@
+"""What the nodes of a site take a tag for, in virtual time, while it moves and the registry comes and goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cache.memory import MemoryStore
+from cache.tiered import Tiers
+from node.config import Config, MirrorPart, TagsPart, tag_policies
+from node.exchange import Answer
+from node.exchange_memory import MemoryExchange, MemoryNetwork
+from node.identity import Identity
+from node.locator import Locator
+from node.names import Names, NameTable
+from node.objects import Resolved
+from node.origin import Origin
+from node.seeder import Seeder, Site
+from node.tag_policy import TagPolicies, TagPolicy
+from node.trust import Trust
+from protocol.directory import Directory
+from protocol.errors import NotFoundError, UnavailableError
+from protocol.health import Health
+from protocol.ids import Digest, ObjectRef, PeerId
+from protocol.members import Member
+from protocol.messages import Request, Resolve
+from protocol.placement import Placement
+from tests.support.disk_like import DiskLike
+from tests.unit.test_coded_reads import FixedView
+
+APP = Locator("origin.test", "app", "manifests")
+TTL_S, MAX_AGE_S = 60.0, 86400.0
+EPOCH = 1.7e9
+POLICIES = TagPolicies(
+    TagPolicy("", TTL_S, MAX_AGE_S), [TagPolicy("*:edge", 0.0, 0.0), TagPolicy("*:quick", 5.0, MAX_AGE_S)]
+)
+
+
+def manifest(version: int) -> bytes:
+    return json.dumps({"schemaVersion": 2, "version": version}).encode()
+
+
+class Registry:
+    """One tag of every name, which moves; `moved` tells when it got which version. Nodes in `cut` do not reach it."""
+
+    def __init__(self) -> None:
+        self.moved = [(0.0, 1)]
+        self.answer_s = 0.02
+        self.asked = 0
+        self.cut: set[PeerId] = set()
+
+    def move(self) -> None:
+        self.moved.append((trio.current_time(), self.moved[-1][1] + 1))
+
+    def seen_by(self, peer: PeerId) -> Reached:
+        return Reached(self, peer)
+
+
+class Reached:
+    """The registry from one node."""
+
+    def __init__(self, registry: Registry, peer: PeerId) -> None:
+        self._registry, self._peer = registry, peer
+
+    def connections(self, upstream: str) -> int:
+        return 5
+
+    def blocks(self, *_: object) -> None:
+        raise AssertionError("only names are asked for here")
+
+    async def resolve(
+        self, locator: Locator, reference: str, known: Resolved | None = None
+    ) -> tuple[Resolved, bytes | None]:
+        registry = self._registry
+        registry.asked += 1
+        body = manifest(registry.moved[-1][1])  # as it is now, however long the answer takes
+        await trio.sleep(registry.answer_s)
+        if self._peer in registry.cut:
+            raise UnavailableError("out of reach")
+        if reference == "none":
+            raise NotFoundError("no such tag")
+        ref = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
+        return Resolved(ref, "a/b"), None if known is not None and known.ref == ref else body
+
+
+class Node:
+    def __init__(
+        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Registry, folder: Path,
+        nursery: trio.Nursery,
+    ) -> None:  # fmt: skip
+        self.own = identity.peer_id
+        self.view = FixedView(members)
+        tiers = Tiers(MemoryStore(1 << 22, trio.current_time), DiskLike(1 << 22, trio.current_time), containerd=None)
+        self.exchange = MemoryExchange(network, self.own, refused=self.view.is_quarantined, handler=self.handle)
+        placement = Placement(members, 4, 1)
+        site = Site(self.own, self.view, lambda: placement, self.exchange, Health(), Trust(self.own, self.view), tiers)
+        reached = registry.seen_by(self.own)
+        seeder = Seeder(site, Origin(reached, nursery), Directory(), identity.sign, nursery)  # type: ignore[arg-type]
+        self.table = NameTable(folder / f"{self.own}.sqlite", lambda: EPOCH + trio.current_time())
+        self.ages: list[float] = []
+        self.names = Names(site, self.table, reached, seeder, nursery, POLICIES, self.ages.append)
+
+    async def handle(self, peer: PeerId, request: Request) -> Answer:
+        assert isinstance(request, Resolve)
+        return await self.names.handle(request)
+
+    async def version(self, tag: str = "latest") -> int:
+        found = await self.names.resolve(APP, tag)
+        return next(
+            version for version in range(1, 99) if sha256(manifest(version)).hexdigest() == found.ref.digest.hex
+        )
+
+    def row(self, tag: str) -> tuple[str, str, str]:
+        """State, who told it, and the rule."""
+        ((one, policy, state),) = self.names.tags(f"origin.test/app:{tag}")
+        return state, one.told_by, policy.match
+
+
+Scenario = Callable[[list[Node], Registry, MemoryNetwork], Awaitable[None]]
+
+
+def play(folder: Path, count: int, scenario: Scenario) -> None:
+    async def main() -> None:
+        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
+        identities = [Identity.of(key) for key in keys]
+        members = [Member(one.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, one in enumerate(identities)]
+        network, registry = MemoryNetwork(0.005), Registry()
+        async with trio.open_nursery() as nursery:
+            nodes = [Node(one, members, network, registry, folder, nursery) for one in identities]
+            for node in nodes:
+                await nursery.start(node.exchange.run)
+            await scenario(nodes, registry, network)
+            nursery.cancel_scope.cancel()
+        for node in nodes:
+            node.table.close()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("answer_s", [0.02, 7.0])
+def test_a_moved_tag_is_seen_in_its_time_to_live_by_every_node_of_the_site(tmp_path: Path, answer_s: float) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        registry.answer_s = answer_s
+        rng = Random(3)
+
+        async def client(node: Node) -> None:
+            seen = 0
+            while trio.current_time() < 20 * TTL_S:
+                asked = trio.current_time()
+                version = await node.version()
+                due = [number for at, number in registry.moved if at <= asked - TTL_S][-1:]
+                assert version >= max([seen, *due]), "too late, or back to what it was"
+                seen = version
+                await trio.sleep(rng.uniform(0, TTL_S / 3))
+
+        async with trio.open_nursery() as clients:
+            for node in nodes:
+                clients.start_soon(client, node)
+            for _ in range(12):
+                await trio.sleep(rng.uniform(0, 3 * TTL_S))
+                registry.move()
+
+    play(tmp_path, 5, scenario)
+
+
+def test_a_site_asks_once_in_a_time_to_live(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        for _ in range(100):
+            for node in nodes:
+                assert await node.version() == 1
+            await trio.sleep(TTL_S / 10)
+        assert registry.asked <= 12
+
+    play(tmp_path, 5, scenario)
+
+
+def test_nodes_agree_on_the_youngest_answer_while_the_registry_is_out_of_reach(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        assert [await node.version() for node in nodes] == [1] * 5
+        await trio.sleep(2 * TTL_S)
+        registry.move()
+        home = nodes[0].names._site.placement().name_homes(f"{APP}@latest")[0]
+        other = next(node for node in nodes if node.own != home)
+        registry.cut = {node.own for node in nodes} - {other.own}
+        assert await other.version() == 2, "its home does not reach the registry, but this node does"
+        registry.cut.add(other.own)
+        await trio.sleep(2 * TTL_S)
+        assert [await node.version() for node in nodes] == [2] * 5
+        assert {node.row("latest")[0] for node in nodes if node.own != other.own} == {"stale"}
+        await trio.sleep(MAX_AGE_S)
+        for node in nodes:
+            with pytest.raises(UnavailableError):
+                await node.version()
+        assert nodes[0].row("latest")[0] == "too old"
+        registry.cut.clear()
+        assert [await node.version() for node in nodes] == [2] * 5
+
+    play(tmp_path, 5, scenario)
+
+
+def test_an_offline_site_asks_itself_once_in_a_time_to_live(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await nodes[0].version()
+        registry.cut = {node.own for node in nodes}
+        await trio.sleep(2 * TTL_S)
+        asked: list[PeerId] = []
+        for node in nodes:
+            original = node.handle
+
+            async def counted(peer: PeerId, request: Request, original=original, node=node) -> Answer:
+                asked.append(node.own)
+                return await original(peer, request)
+
+            node.exchange._handler = counted
+        for _ in range(50):
+            await nodes[0].version()
+            await trio.sleep(TTL_S / 60)
+        members, rounds = len(nodes) - 1, 50
+        assert len(asked) <= 2 * 2 * members + rounds, "each resolve asks its home, and only few of them everybody"
+
+    play(tmp_path, 5, scenario)
+
+
+def test_a_tag_that_is_never_cached_is_asked_for_each_time_and_not_served_offline(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        for _ in range(3):
+            for node in nodes:
+                registry.move()
+                before = registry.asked
+                assert await node.version("edge") == registry.moved[-1][1]
+                assert registry.asked == before + 1
+        registry.cut = {node.own for node in nodes}
+        for node in nodes:
+            with pytest.raises(UnavailableError):
+                await node.version("edge")
+        assert nodes[0].row("edge")[0] == "too old"
+        assert nodes[0].row("edge")[2] == "*:edge"
+
+    play(tmp_path, 5, scenario)
+
+
+def test_tags_tell_who_said_it_and_how_fresh_it_is(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        for node in nodes:
+            await node.version("quick")
+        home = nodes[0].names._site.placement().name_homes(f"{APP}@quick")[0]
+        told = {node.own: node.row("quick") for node in nodes}
+        assert told.pop(home) == ("fresh", "registry", "*:quick")
+        assert set(told.values()) == {("fresh", home, "*:quick")}
+        await trio.sleep(6)
+        assert nodes[0].row("quick")[0] == "due"
+        await nodes[0].version()
+        assert [one.tag for one, _, _ in nodes[0].names.tags("origin.test/*")] == ["latest", "quick"]
+        assert nodes[0].names.tags("docker.io/*") == []
+        again = NameTable(tmp_path / f"{nodes[0].own}.sqlite", lambda: EPOCH + trio.current_time())
+        assert {one.told_by for one in again.tags("*")} == {""}
+        again.close()
+
+    play(tmp_path, 5, scenario)
+
+
+def test_what_the_registry_does_not_have_is_an_error_for_all(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        for node in nodes:
+            with pytest.raises(NotFoundError):
+                await node.names.resolve(APP, "none")
+
+    play(tmp_path, 3, scenario)
+
+
+def test_homes_that_die_cost_no_answer(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        homes = nodes[0].names._site.placement().name_homes(f"{APP}@latest")
+        for home in homes[:2]:
+            network.kill(home)
+        for node in nodes:
+            if node.own not in homes[:2]:
+                with trio.fail_after(10):
+                    assert await node.version() == 1
+
+    play(tmp_path, 5, scenario)
+
+
+# The policy
+
+
+def test_the_first_pattern_that_fits_gives_the_policy() -> None:
+    config = Config(
+        mirror=MirrorPart(tag_ttl="60s", tag_max_age="7d"),
+        tags=(
+            TagsPart(match="docker.io/library/*:latest", ttl="5s"),
+            TagsPart(match="docker.io/*", max_age="1h"),
+            TagsPart(match="*:edge", cache=False),
+        ),
+    )
+    policies = tag_policies(config)
+
+    def of(upstream: str, repository: str, tag: str) -> tuple[float, float]:
+        policy = policies.of(Locator(upstream, repository, "manifests"), tag)
+        assert policy.cached == bool(policy.ttl_s)
+        return policy.ttl_s, policy.max_age_s
+
+    assert of("docker.io", "library/alpine", "latest") == (5, 7 * 86400)
+    assert of("registry-1.docker.io", "library/a/b", "latest") == (5, 7 * 86400)
+    assert of("docker.io", "library/alpine", "edge") == (60, 3600)
+    assert of("ghcr.io", "a/b", "edge") == (0, 0)
+    assert of("ghcr.io", "a/b", "latest") == (60, 7 * 86400)
+    assert of("ghcr.io", "a/b", "latest") == (60, 7 * 86400)
