@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 
 from node import credential_helper
 from node import upstream as upstream_module
+from node.block_cutter import BlockCutter
 from node.config import UpstreamPart
 from node.http_server import Buffer, Request, Response, serve_http
 from node.locator import Grant, Locator
 from node.objects import Resolved
-from node.upstream import BlockCutter, Upstreams
+from node.upstream import Upstreams
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 
