@@ -145,10 +145,12 @@ def play(folder: Path, count: int, scenario: Scenario) -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-@pytest.mark.parametrize("answer_s", [0.02, 7.0])
-def test_a_moved_tag_is_seen_in_its_time_to_live_by_every_node_of_the_site(tmp_path: Path, answer_s: float) -> None:
+@pytest.mark.parametrize(("answer_s", "latency_s"), [(0.02, 0.005), (7.0, 0.005), (0.02, 0.9)])
+def test_a_moved_tag_is_seen_in_its_time_to_live_by_every_node_of_the_site(
+    tmp_path: Path, answer_s: float, latency_s: float
+) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        registry.answer_s = answer_s
+        registry.answer_s, network.latency_s = answer_s, latency_s
         rng = Random(3)
 
         async def client(node: Node) -> None:
