@@ -325,7 +325,9 @@ def _mirror_url(listen: str) -> str:
 def _registries(running: Status | None, wanted: Sequence[str]) -> list[Registry]:
     from node.containerd_hosts import Registry, default_server
 
-    known = {row.name: row.url for row in (running.upstreams if running else DEFAULT_UPSTREAMS)}
+    known = {part.name: part.urls[-1] for part in DEFAULT_UPSTREAMS}
+    if running:
+        known = {row.name: row.url for row in running.upstreams}
     return [Registry(name, known.get(name) or default_server(name)) for name in dict.fromkeys(wanted or known)]
 
 

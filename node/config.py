@@ -30,6 +30,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PORT = re.compile(r"\d{1,5}", re.ASCII)
 
 MAX_PATTERN = 512
+MAX_URLS = 8
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
@@ -70,12 +71,17 @@ class PeersPart(_Part, frozen=True):
 
 class UpstreamPart(_Part, frozen=True):
     name: str
-    url: str = ""
+    url: str | tuple[str, ...] = ""
     connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 6
     access: Literal["public", "relay", "node"] = "relay"
     access_grace: str = "1h"
     docker_config: str = ""
     ca: str = ""
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """In the order in which they are asked: mirrors first, the registry itself last."""
+        return (self.url,) if isinstance(self.url, str) else self.url
 
 
 class ClusterPart(_Part, frozen=True):
@@ -203,10 +209,7 @@ def check(config: Config) -> None:
     names = [upstream.name for upstream in config.upstream]
     for upstream in config.upstream:
         check_upstream(upstream.name)
-        if not _is_registry_url(upstream.url):
-            raise BadInputError(
-                f'upstream "{upstream.name}": url = "{upstream.url}": write for example "https://{upstream.name}"'
-            )
+        _check_urls(upstream)
         parse_duration(upstream.access_grace, f'upstream "{upstream.name}": access_grace')
         if upstream.docker_config and upstream.access != "node":
             raise BadInputError(
@@ -247,6 +250,17 @@ def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
         parse_duration(part.ttl, f"{key}: ttl") if part.ttl else default.ttl_s,
         parse_duration(part.max_age, f"{key}: max_age") if part.max_age else default.max_age_s,
     )
+
+
+def _check_urls(upstream: UpstreamPart) -> None:
+    key, urls = f'upstream "{upstream.name}": url', [url.rstrip("/") for url in upstream.urls]
+    if not 1 <= len(urls) <= MAX_URLS or len(set(urls)) != len(urls):
+        raise BadInputError(f"{key}: from 1 to {MAX_URLS} of them, none twice")
+    for url in urls:
+        if "@" in url:
+            raise BadInputError(f"{key}: credentials belong into docker_config, not into a URL")
+        if not _is_registry_url(url):
+            raise BadInputError(f'{key} = "{url}": write for example "https://{upstream.name}"')
 
 
 def _is_registry_url(url: str) -> bool:

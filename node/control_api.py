@@ -13,7 +13,7 @@ import httpx
 import trio
 
 from cache.store import Holdings, StoreStatistics
-from node.config import Config, parse_floor
+from node.config import Config, UpstreamPart, parse_floor
 from node.doctor import Facts, disk_space, examine, probe_upstreams, writable_error
 from node.exchange_tls import TlsExchange
 from node.ledger import Ledger
@@ -29,6 +29,7 @@ from node.status import (
     CachedObject,
     CacheReport,
     DoctorReport,
+    EndpointRow,
     ImageRow,
     ImagesReport,
     PeerHealth,
@@ -50,7 +51,7 @@ from node.status import (
 )
 from node.swarm import Swarm
 from node.tag_policy import TagPolicy
-from node.upstream import MAX_MANIFEST
+from node.upstream import MAX_MANIFEST, Upstreams
 from node.version import version
 from protocol.errors import NotFoundError, ShoalError
 from protocol.ids import Digest, ObjectRef, PeerId, Piece
@@ -74,6 +75,7 @@ class Parts:
     swarm: Swarm
     exchange: TlsExchange
     names: Names
+    upstreams: Upstreams
     library: SiteLibrary
     ledger: Ledger
     metrics: Metrics
@@ -108,8 +110,15 @@ class NodeControl:
             rss_bytes=rss_bytes(),
             bulk=BulkTotals(bytes_sent=traffic.bytes_sent, bytes_received=traffic.bytes_received),
             mirror=parts.mirror_address,
-            upstreams=tuple(UpstreamRow(name=part.name, url=part.url) for part in parts.config.upstream),
+            upstreams=tuple(self._upstream_row(part) for part in parts.config.upstream),
         )
+
+    def _upstream_row(self, part: UpstreamPart) -> UpstreamRow:
+        endpoints = (
+            EndpointRow(url=one.url, problem=one.problem, retry_in_s=one.retry_in_s, bytes_received=one.received)
+            for one in self._parts.upstreams.endpoints(part.name)
+        )
+        return UpstreamRow(name=part.name, url=part.urls[-1], endpoints=tuple(endpoints))
 
     async def peers(self) -> PeersReport:
         rows = (row for row in self._parts.membership.table() if row.member.peer_id != self._parts.site.own)
@@ -254,13 +263,16 @@ class NodeControl:
         parts = self._parts
         config, data_dir = parts.config, Path(parts.config.node.data_dir)
         async with httpx.AsyncClient(verify=True) as client:
-            probes = await probe_upstreams(client, {part.name: part.url for part in config.upstream})
+            themselves = {part.name: part.urls[-1] for part in config.upstream}
+            mirrors = {f"{part.name} by {url}": url for part in config.upstream for url in part.urls[:-1]}
+            probes = await probe_upstreams(client, themselves | mirrors)
         error = await trio.to_thread.run_sync(writable_error, data_dir)
         free, total = disk_space(data_dir)
         now = trio.current_time()
         others = [member for member in parts.membership.site if member.peer_id != parts.site.own]
         facts = Facts(
-            upstreams=probes,
+            upstreams={name: probes[name] for name in themselves},
+            mirrors={name: probes[name] for name in mirrors},
             alive=len(others),
             bootstrap=len(config.peers.bootstrap),
             mdns=config.peers.mdns,

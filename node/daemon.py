@@ -217,8 +217,8 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         )
         control = NodeControl(
             Parts(
-                config, site, membership, swarm, exchange, names, library, ledger, metrics, config.mirror.listen,
-                started_at,
+                config, site, membership, swarm, exchange, names, upstreams, library, ledger, metrics,
+                config.mirror.listen, started_at,
             )
         )  # fmt: skip
         metrics.watch_served(

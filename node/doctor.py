@@ -36,7 +36,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`floor` is `(share, bytes)` as in `node.config.parse_floor`; names are those of members."""
+    """`floor` is `(share, bytes)` as in `node.config.parse_floor`; names are those of members.
+
+    `upstreams` by name are the registries themselves, `mirrors` by `name by url` what is asked before them.
+    """
 
     upstreams: Mapping[str, Probe]
     alive: int
@@ -49,13 +52,15 @@ class Facts:
     free_bytes: int
     total_bytes: int
     floor: tuple[float, int]
+    mirrors: Mapping[str, Probe] = field(default_factory=dict)
     extra: Sequence[Check] = field(default=())
 
 
 def examine(facts: Facts) -> DoctorReport:
     checks = [
         *(check_upstream(name, probe) for name, probe in facts.upstreams.items()),
-        check_clock(facts.upstreams),
+        *(check_upstream_mirror(name, probe) for name, probe in facts.mirrors.items()),
+        check_clock({**facts.upstreams, **facts.mirrors}),
         check_peers(facts.alive, facts.bootstrap, mdns=facts.mdns),
         check_quarantine(facts.quarantined),
         check_bulk(facts.bulk_unreachable),
@@ -72,6 +77,13 @@ def check_upstream(name: str, probe: Probe) -> Check:
         return Check(name=title, level="ok", text="answers")
     hint = "what the site holds is still served; check the network, the proxy and [[upstream]] url"
     return Check(name=title, level="fail", text=probe.error, hint=hint)
+
+
+def check_upstream_mirror(name: str, probe: Probe) -> Check:
+    title = f"upstream {name}"
+    if not probe.error:
+        return Check(name=title, level="ok", text="answers")
+    return Check(name=title, level="warn", text=probe.error, hint="the next [[upstream]] url is asked instead")
 
 
 def check_clock(probes: Mapping[str, Probe]) -> Check:

@@ -115,13 +115,17 @@ class SiteLibrary:
                 continue
             try:
                 truth = await self._seeder.reread(address)
+                record = found[0].record
+                false = record.sha256 != truth.record.sha256
+                deceived = false and await self._seeder.deceived(address, record)
             except ShoalError as error:
                 log.warning("%s #%d cannot be compared, and is dropped: %s", ref.digest, index, error)
                 await self._site.tiers.discard(Piece(address.block))
                 continue
-            record = found[0].record
-            if record.sha256 != truth.record.sha256:
+            if false:
                 await self._site.tiers.discard(Piece(address.block))
                 await self._site.tiers.put(Piece(address.block), truth.data, truth.record)
-                if record.signer != self._site.own:
+                if deceived:
+                    log.error("%s #%d: a mirror of %s gives wrong bytes", ref.digest, index, locator.upstream)
+                elif record.signer != self._site.own:
                     self._site.view.quarantine(record.signer, f"signed a false record of {ref.digest} #{index}")

@@ -28,7 +28,9 @@ MAX_RUN = 16
 class Registry(Protocol):
     """What is needed of node/upstream.py here."""
 
-    def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]: ...
+    def blocks(
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False
+    ) -> AsyncGenerator[bytearray, None]: ...
 
     def connections(self, upstream: str) -> int: ...
 
@@ -99,6 +101,11 @@ class Origin:
         if wanted.data is None:
             raise wanted.error or UnavailableError(f"{ref.digest} was not read")
         return wanted.data
+
+    async def read_certain(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
+        """As `read`, but from the registry itself, whatever its mirrors give."""
+        async with aclosing(self._registry.blocks(locator, ref, index, 1, certain=True)) as blocks:
+            return await anext(blocks)
 
     async def _work(self, queue: _Queue) -> None:
         try:

@@ -24,6 +24,7 @@ from node.status import (
     TagRow,
     TagsReport,
     TierRow,
+    UpstreamRow,
     WhyBlock,
     WhyObject,
     WhyReport,
@@ -99,7 +100,6 @@ def _status(status: Status, out: Console) -> None:
         ("peer id", status.peer_id),
         ("addresses", " ".join(status.addresses) or "-"),
         ("mirror", f"http://{status.mirror}" if status.mirror else "-"),
-        ("upstreams", " ".join(upstream.name for upstream in status.upstreams) or "-"),
         ("state", f"{'ready' if status.ready else 'starting'}, up {duration(status.uptime_s)}, p2pd {status.version}"),
         ("peers alive", status.peers_alive),
         ("from registries", size(status.origin_bytes)),
@@ -112,6 +112,18 @@ def _status(status: Status, out: Console) -> None:
     show_sources(out, status.bytes_served, status.requests)
     out.print()
     show_tiers(out, status.cache)
+    if status.upstreams:
+        out.print()
+        _upstreams(status.upstreams, out)
+
+
+def _upstreams(rows: Iterable[UpstreamRow], out: Console) -> None:
+    table = _table("upstream", "url", ">received", "state")
+    for row in rows:
+        for one in row.endpoints:
+            state = f"{one.problem}; again in {duration(one.retry_in_s)}" if one.problem else "ok"
+            _row(table, row.name, one.url, size(one.bytes_received), state)
+    out.print(table)
 
 
 def show_sources(out: Console, by_bytes: Mapping[str, int], requests: Mapping[str, int] | None = None) -> None:

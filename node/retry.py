@@ -31,6 +31,9 @@ RESOLVE = RetryPolicy("resolve", attempts=3, base_s=0.2, cap_s=2.0)
 BODY = RetryPolicy("body", attempts=5, base_s=0.2, cap_s=5.0)
 """Blocks: failures count from the last byte that came, so that a slow link may break often."""
 
+MIRROR = RetryPolicy("mirror", attempts=2, base_s=0.1, cap_s=0.1, retry_after_cap_s=0.0)
+"""Where another can be asked: only what breaks now and then is tried again."""
+
 RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
 
 
@@ -58,6 +61,14 @@ class Breaker:
         self._probing = True
         self._closed_until = now + self._pause_s()
         return 0.0
+
+    @property
+    def failing(self) -> bool:
+        return self._failures > 0
+
+    def rest_s(self, now: float) -> float:
+        """As `wait_s`, but only to tell: the call after it need not be made."""
+        return max(0.0, self._closed_until - now) if self._failures else 0.0
 
     def succeeded(self) -> None:
         self._failures = 0

@@ -395,9 +395,17 @@ class Seeder:
         return None
 
     async def reread(self, address: BlockAddress) -> Held:
-        """The block as the origin gives it now, whatever this node or the site holds."""
-        data = await self._origin.read(address.locator, address.ref, address.index)
+        """The block as the registry itself gives it now, whatever its mirrors, this node or the site hold."""
+        data = await self._origin.read_certain(address.locator, address.ref, address.index)
         return Held(data, self._claim(address, data))
+
+    async def deceived(self, address: BlockAddress, claim: Record) -> bool:
+        """Whether a claim found false is what a mirror gives, so that who signed it need not be a liar."""
+        try:  # without a grant, with which no mirror is asked
+            data = await self._origin.read(replace(address.locator, grant=None), address.ref, address.index)
+        except (DeniedError, NotFoundError):
+            return False
+        return claim.matches(data)
 
     def _claim(self, address: BlockAddress, data: Buffer) -> Record:
         return make_record(address.ref, address.index, sha256(data).digest(), self._site.own, self._sign)

@@ -35,9 +35,21 @@ class BulkTotals(_Document, frozen=True):
     bytes_received: int = 0
 
 
+class EndpointRow(_Document, frozen=True):
+    """A registry or a mirror of it. `problem` is why it is passed over for `retry_in_s`, "" while it answers."""
+
+    url: str
+    problem: str = ""
+    retry_in_s: float = 0.0
+    bytes_received: int = 0
+
+
 class UpstreamRow(_Document, frozen=True):
+    """`url` is the registry itself, the last of `endpoints`, which are in the order in which they are asked."""
+
     name: str
     url: str
+    endpoints: tuple[EndpointRow, ...] = ()
 
 
 class Status(_Document, frozen=True):

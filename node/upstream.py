@@ -1,5 +1,9 @@
 """The registries: names to descriptors, and ranges of objects to blocks.
 
+An upstream is one registry or several in order: mirrors of it, and last the registry itself. Each has its own
+connections, tokens and breaker. What a mirror does not give, for whatever reason, the next one is asked for: it may
+lack what the registry has. What the registry itself says is the answer.
+
 Specification: OCI distribution 1.1 (pull). What is not said there, and is done by every client: Docker's token flow,
 redirects of blobs to other hosts (httpx drops Authorization on the way), 200 where a range was asked for.
 
@@ -30,7 +34,7 @@ from node.block_cutter import BlockCutter
 from node.config import UpstreamPart
 from node.credential_helper import CredentialHelpers, HelperError
 from node.http_client import Body, DirectTransport
-from node.locator import Grant, Kind, Locator, is_digest
+from node.locator import Grant, Locator, is_digest
 from node.objects import Resolved
 from node.registry_auth import (
     Challenge,
@@ -42,8 +46,15 @@ from node.registry_auth import (
     relayed,
     token_request,
 )
-from node.retry import BODY, RESOLVE, RETRIED_STATUS, Breaker, RetryPolicy
-from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
+from node.retry import BODY, MIRROR, RESOLVE, RETRIED_STATUS, Breaker, RetryPolicy
+from protocol.errors import (
+    BadInputError,
+    CorruptObjectError,
+    DeniedError,
+    NotFoundError,
+    ShoalError,
+    UnavailableError,
+)
 from protocol.ids import Digest, ObjectRef
 
 log = logging.getLogger(__name__)
@@ -137,7 +148,7 @@ class Upstreams:
         """`public` is called when a registry that was told nothing of who reads gave what a name stands for."""
         self._public = public
         context = ssl.create_default_context()
-        self._registries = {canonical(part.name): _Registry(part, context, count, rng) for part in parts}
+        self._registries = {canonical(part.name): _registry(part, context, count, rng) for part in parts}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,14 +158,19 @@ class Upstreams:
         """How many `blocks` of it can be read at once; one connection is left for names."""
         return self._find(upstream).body_connections
 
+    def endpoints(self, upstream: str) -> tuple[Endpoint, ...]:
+        """In the order in which they are asked."""
+        return tuple(registry.report() for registry in self._in_order(upstream))
+
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for registry in self._registries.values():
-            await registry.client.aclose()
+        for name in self._registries:
+            for registry in self._in_order(name):
+                await registry.client.aclose()
 
     async def resolve(
         self, locator: Locator, reference: str, known: Resolved | None = None
@@ -163,36 +179,44 @@ class Upstreams:
 
         Raises NotFoundError, DeniedError, UnavailableError, or CorruptObjectError where the bytes are not the digest's.
         """
-        registry, call = self._find(locator.upstream), _call(locator, reference)
-        found = await self._resolved(registry, call, locator.kind, reference, known)
-        if locator.grant is None and registry.relays:
-            self._public(locator)
-        return found
+        call = _call(locator, reference)
 
-    async def _resolved(
-        self, registry: _Registry, call: _Call, kind: Kind, reference: str, known: Resolved | None
-    ) -> tuple[Resolved, bytes | None]:
-        if kind == "blobs":
-            size = await registry.retrying(RESOLVE, call.what, lambda: registry.size(call))
-            return Resolved(_sized(Digest.parse(reference), size), "application/octet-stream"), None
-        if known is not None and await registry.retrying(RESOLVE, call.what, lambda: registry.still(call, known)):
-            return Resolved(known.ref, known.media_type), None
-        return await registry.retrying(RESOLVE, call.what, lambda: registry.manifest(call, reference))
+        async def ask(registry: _Registry) -> tuple[Resolved, bytes | None]:
+            if locator.kind == "blobs":
+                size = await registry.retrying(RESOLVE, call.what, lambda: registry.size(call))
+                return Resolved(_sized(Digest.parse(reference), size), "application/octet-stream"), None
+            if known is not None and await registry.retrying(RESOLVE, call.what, lambda: registry.still(call, known)):
+                return Resolved(known.ref, known.media_type), None
+            return await registry.retrying(RESOLVE, call.what, lambda: registry.manifest(call, reference))
 
-    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]:
-        """Blocks [first, first + count) in order. Raises as `resolve`; the bytes are not checked against the digest."""
-        registry, call = self._find(locator.upstream), _call(locator, str(ref.digest))
-        cutter = BlockCutter(ref, first, count)
-        async with registry.bodies:
-            attempts = _Attempts(registry, BODY, call.what)
-            while not cutter.done:
-                try:
-                    async with aclosing(registry.body(call, cutter, ref.size)) as blocks:
-                        async for block in blocks:
-                            attempts.progressed()
-                            yield block
-                except _FailedError as failure:
-                    await attempts.pause(failure)
+        async def noted(registry: _Registry) -> tuple[Resolved, bytes | None]:
+            found = await ask(registry)
+            # A mirror may give to anybody what the registry does not.
+            if locator.grant is None and registry.relays and not registry.is_mirror:
+                self._public(locator)
+            return found
+
+        return await self._first(self._in_order(locator.upstream, locator.grant), noted)
+
+    async def blocks(
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False
+    ) -> AsyncGenerator[bytearray, None]:
+        """Blocks [first, first + count) in order. Raises as `resolve`; the bytes are not checked against the digest.
+
+        `certain`: from the registry itself, and no mirror of it.
+        """
+        call, cutter = _call(locator, str(ref.digest)), BlockCutter(ref, first, count)
+        order = [self._find(locator.upstream)] if certain else self._in_order(locator.upstream, locator.grant)
+        for registry in order:
+            try:
+                async with aclosing(registry.blocks(call, cutter, ref.size)) as blocks:
+                    async for block in blocks:
+                        yield block
+                return
+            except ShoalError as error:
+                if registry is order[-1]:
+                    raise
+                log.debug("the next one is asked: %s", error)
 
     async def admits(self, locator: Locator, reference: str) -> bool:
         """Whether the registry lets the locator's grant, or without one anybody, read its repository.
@@ -215,28 +239,65 @@ class Upstreams:
         self, upstream: str, repository: str, tail: str, query: Mapping[str, str], grant: Grant | None = None
     ) -> Passed:
         """`tags/list` or `referrers/<digest>` of a repository. Raises as `resolve`; BadInputError for a bad query."""
-        registry = self._find(upstream)
         call = _Call(repository, tail, f"{tail} of {repository}", query, grant)
-        return await registry.retrying(RESOLVE, call.what, lambda: registry.passed(call))
+
+        async def ask(registry: _Registry) -> Passed:
+            return await registry.retrying(RESOLVE, call.what, lambda: registry.passed(call))
+
+        return await self._first(self._in_order(upstream, grant), ask)
+
+    async def _first(self, order: list[_Registry], ask: Callable[[_Registry], Awaitable[_T]]) -> _T:
+        *mirrors, registry = order
+        for mirror in mirrors:
+            try:
+                return await ask(mirror)
+            except ShoalError as error:
+                log.debug("the next one is asked: %s", error)
+        return await ask(registry)
+
+    def _in_order(self, upstream: str, grant: Grant | None = None) -> list[_Registry]:
+        """A client's grant is for the registry itself: no mirror of it is shown one."""
+        registry = self._find(upstream)
+        return [registry] if grant else [*registry.mirrors, registry]
 
     def _find(self, upstream: str) -> _Registry:
+        """The registry itself."""
         registry = self._registries.get(canonical(upstream))
         if registry is None:
             raise NotFoundError(f"{upstream} is not configured here; configured: {', '.join(self.names)}")
         return registry
 
 
-class _Registry:
-    """One upstream: a connection pool, a breaker, and what it takes for authorization."""
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A registry or a mirror of it, and how it does. `problem` is "" where it answered last; bodies' bytes."""
 
-    def __init__(self, part: UpstreamPart, context: ssl.SSLContext, count: Count, rng: Random) -> None:
-        self.name = part.name
+    url: str
+    problem: str
+    retry_in_s: float
+    received: int
+
+
+class _Registry:
+    """One of an upstream's: a connection pool, a breaker, and what it takes for authorization."""
+
+    def __init__(
+        self, part: UpstreamPart, url: str, context: ssl.SSLContext, count: Count, rng: Random,
+        mirrors: tuple[_Registry, ...] | None = None,
+    ) -> None:  # fmt: skip
+        """`mirrors` of the registry itself; None for one of them, which has another name and so other credentials."""
+        self._url = httpx.URL(url.rstrip("/"))
+        self._upstream = part.name
+        self.name = part.name if mirrors is not None else self._url.netloc.decode("ascii")
+        self.is_mirror = mirrors is None
+        self.mirrors = mirrors or ()
+        self.problem = ""
+        self._received = 0
         self.rng = rng
         self.breaker = Breaker()
         self.body_connections = max(1, part.connections - 1)
         self.bodies = trio.Semaphore(self.body_connections)
         self.client = _client(part, context)
-        self._url = httpx.URL(part.url.rstrip("/"))
         self._count = count
         self._config = DockerConfig(part.docker_config if part.access == "node" else "")
         self.relays = part.access == "relay"
@@ -249,6 +310,10 @@ class _Registry:
         self._authorizing = trio.Lock()
         self._token_failure: tuple[float, _FailedError] | None = None
 
+    def report(self) -> Endpoint:
+        retry_in_s = self.breaker.rest_s(trio.current_time())
+        return Endpoint(str(self._url), self.problem if self.breaker.failing else "", retry_in_s, self._received)
+
     async def retrying(self, policy: RetryPolicy, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
         attempts = _Attempts(self, policy, what)
         while True:
@@ -256,6 +321,19 @@ class _Registry:
                 return await attempt()
             except _FailedError as failure:
                 await attempts.pause(failure)
+
+    async def blocks(self, call: _Call, cutter: BlockCutter, size: int) -> AsyncGenerator[bytearray, None]:
+        """What is wanted still. Raises UnavailableError; the cutter tells how far this came."""
+        async with self.bodies:
+            attempts = _Attempts(self, BODY, call.what)
+            while not cutter.done:
+                try:
+                    async with aclosing(self.body(call, cutter, size)) as blocks:
+                        async for block in blocks:
+                            attempts.progressed()
+                            yield block
+                except _FailedError as failure:
+                    await attempts.pause(failure)
 
     # One attempt each
 
@@ -321,8 +399,12 @@ class _Registry:
             raise _FailedError(_reason(error), again=True) from error
         if not count:
             raise _FailedError("the body ended early", again=True)
-        self._count(self.name, count)
+        self._note(count)
         return count
+
+    def _note(self, count: int) -> None:
+        self._received += count
+        self._count(self._upstream, count)
 
     async def passed(self, call: _Call) -> Passed:
         async with self._response("GET", call, {"Accept": "*/*"}) as response:
@@ -415,7 +497,7 @@ class _Registry:
     async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
         try:
             async for chunk in response.aiter_raw():
-                self._count(self.name, len(chunk))
+                self._note(len(chunk))
                 yield chunk
         except httpx.HTTPError as error:
             raise _FailedError(_reason(error), again=True) from error
@@ -504,7 +586,7 @@ class _Attempts:
 
     def __init__(self, registry: _Registry, policy: RetryPolicy, what: str) -> None:
         self._registry = registry
-        self._policy = policy
+        self._policy = MIRROR if registry.is_mirror else policy
         self._what = what
         self._failures = 0
         wait_s = registry.breaker.wait_s(trio.current_time())
@@ -519,16 +601,25 @@ class _Attempts:
         self._failures += 1
         again = self._policy.delay(self._failures, failure.retry_after_s, registry.rng) if failure.again else None
         if again is None:
-            if failure.breaks:
+            if failure.breaks or registry.is_mirror:
+                registry.problem = str(failure)
                 registry.breaker.failed(trio.current_time())
             raise UnavailableError(f"{registry.name}: {self._what}: {failure}") from failure
         log.info("%s: %s: %s; %s again in %.1f s", registry.name, self._what, failure, self._policy.name, again)
         await trio.sleep(again)
 
 
+def _registry(part: UpstreamPart, context: ssl.SSLContext, count: Count, rng: Random) -> _Registry:
+    *before, url = part.urls
+    mirrors = tuple(_Registry(part, one, context, count, rng) for one in before)
+    return _Registry(part, url, context, count, rng, mirrors)
+
+
 def _client(part: UpstreamPart, default: ssl.SSLContext) -> httpx.AsyncClient:
     try:
         context = ssl.create_default_context(cafile=part.ca) if part.ca else default
+        if part.ca and len(part.urls) > 1:
+            context.load_default_certs()  # one of them may be public, and another the site's own
     except (OSError, ssl.SSLError) as error:
         raise BadInputError(f'upstream "{part.name}": ca = "{part.ca}": {error}') from error
     context.set_alpn_protocols(["http/1.1"])

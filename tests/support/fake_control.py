@@ -16,6 +16,7 @@ from node.status import (
     CacheReport,
     Check,
     DoctorReport,
+    EndpointRow,
     ImageRow,
     ImagesReport,
     PeerRow,
@@ -59,7 +60,15 @@ class FakeControl:
             requests=dict.fromkeys(SOURCES, 0) | {"peer": 3, "origin": 1},
             cache={"memory": TierRow(bytes=1 << 20, budget_bytes=64 << 20, entries=1)},
             origin_bytes=1 << 20, rss_bytes=90 << 20, mirror=self.mirror,
-            upstreams=(UpstreamRow(name="r.example:5000", url="http://r.example:5000"),),
+            upstreams=(
+                UpstreamRow(
+                    name="r.example:5000", url="http://r.example:5000",
+                    endpoints=(
+                        EndpointRow(url="http://mirror.example", problem="answered 503", retry_in_s=2.0),
+                        EndpointRow(url="http://r.example:5000", bytes_received=1 << 20),
+                    ),
+                ),
+            ),
         )  # fmt: skip
 
     async def peers(self) -> PeersReport:

@@ -18,7 +18,7 @@ from node.status import Check
 from tests.support.fake_control import DIGEST, PEER, FakeControl, served
 
 DOCUMENTS = {
-    "status": "name", "peers": "peers", "images": "images", "cache": "tiers", "why alpine": "objects",
+    "status": "name", "peers": "peers", "images": "images", "cache": "tiers", "tags": "tags", "why alpine": "objects",
     "doctor": "checks", "version": "p2pctl",
 }  # fmt: skip
 
@@ -75,7 +75,15 @@ def test_the_socket_comes_from_the_environment_too(path: Path) -> None:
 
 def test_status(path: Path) -> None:
     text = run("--socket", path, "status").stdout
-    for part in ("edge-1 (site lab)", "ready, up 1 h 1 m", "r.example:5000", "75.0 %", "64.0 MiB", PEER):
+    for part in (
+        "edge-1 (site lab)",
+        "ready, up 1 h 1 m",
+        "r.example:5000",
+        "answered 503; again in 2.0 s",
+        "75.0 %",
+        "64.0 MiB",
+        PEER,
+    ):
         assert part in text
 
 
@@ -85,6 +93,13 @@ def test_peers_with_a_name_that_would_steer_the_terminal(path: Path) -> None:
     assert "quarantined: wrong bytes" in text
     assert "\x1b" not in text
     assert "evil?[2J" in text
+
+
+def test_tags(path: Path) -> None:
+    text = run("--socket", path, "tags", "alpine").stdout
+    for part in ("docker.io/library/alpine:latest", "1 m 15 s", "stale", "edge-2", "docker.io/*", "1 h 0 m", "always"):
+        assert part in text
+    assert "\x1b" not in text
 
 
 def test_images_and_cache(path: Path) -> None:

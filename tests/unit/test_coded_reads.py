@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from hashlib import sha256
 from random import Random
+from typing import Any
 
 import pytest
 import trio
@@ -20,13 +22,16 @@ from node.exchange import Answer
 from node.exchange_memory import MemoryExchange, MemoryNetwork
 from node.fetcher import Fetcher
 from node.identity import Identity
+from node.ledger import Ledger
+from node.library import SiteLibrary
 from node.locator import Grant, Locator
+from node.metrics import Metrics
 from node.objects import Source
 from node.origin import Origin
 from node.seeder import HOME_LEAST_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
 from node.trust import Trust
 from protocol.directory import Directory
-from protocol.errors import DeniedError, UnavailableError
+from protocol.errors import CorruptObjectError, DeniedError, UnavailableError
 from protocol.fetch_plan import WARM_FLOOR_S
 from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
@@ -52,7 +57,9 @@ class Registry:
     def connections(self, upstream: str) -> int:
         return 4
 
-    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]:
+    async def blocks(
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False
+    ) -> AsyncGenerator[bytearray, None]:
         for index in range(first, first + count):
             if self.down:
                 raise UnavailableError("the registry is down")
@@ -436,6 +443,45 @@ def test_a_reader_that_dies_leaves_the_others_reading() -> None:
                 nursery.cancel_scope.cancel()
 
     play(5, scenario)
+
+
+class WithMirror(Registry):
+    """What nodes read first is not what the registry itself has."""
+
+    async def blocks(
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False
+    ) -> AsyncGenerator[bytearray, None]:
+        async with aclosing(super().blocks(locator, ref, first, count)) as blocks:
+            async for block in blocks:
+                yield block if certain else bytearray(len(block))
+
+
+@pytest.mark.parametrize("mirrored", ["everywhere", "at home"])
+def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: str) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        bad = WithMirror()
+        home = nodes[0].site.placement().keepers(REF.block(1), BLOCK_SIZE)[1][0]
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                if mirrored == "everywhere" or node.own == home:
+                    node.seeder._origin = Origin(bad, nursery)
+            reader = next(node for node in nodes if node.own != home)
+            unused: Any = None
+            library = SiteLibrary(
+                reader.site, unused, reader.seeder, reader.fetcher, Ledger(), Metrics(), lambda ref: None
+            )
+            with pytest.raises(CorruptObjectError):
+                await read_whole(library)
+            assert await read_whole(library) == BODY
+            assert list(reader.view.quarantined) == ([] if mirrored == "everywhere" else [home])
+            nursery.cancel_scope.cancel()
+
+    play(5, scenario)
+
+
+async def read_whole(library: SiteLibrary) -> bytes:
+    async with aclosing(library.read(LOCATOR, REF, 0, REF.size)) as chunks:
+        return b"".join([bytes(chunk) async for chunk in chunks])
 
 
 def test_no_member_reads_for_another_what_its_own_client_does_not_read() -> None:

@@ -41,6 +41,7 @@ def test_all_is_well() -> None:
     [
         ({"upstreams": {"docker.io": Probe("refused")}}, "upstream docker.io", "fail"),
         ({"upstreams": {"docker.io": Probe("refused")}}, "clock", "warn"),
+        ({"mirrors": {"docker.io by https://m": Probe("refused")}}, "upstream docker.io by https://m", "warn"),
         ({"upstreams": {"docker.io": Probe("", -31.0)}}, "clock", "warn"),
         ({"upstreams": {"docker.io": Probe("", 301.0)}}, "clock", "fail"),
         ({"upstreams": {"a": Probe("", 301.0), "b": Probe("", 1.0)}}, "clock", "ok"),

@@ -1,0 +1,154 @@
+"""An upstream of several URLs: what a mirror does not give is asked of the next; the last one's word is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+
+from node.config import UpstreamPart
+from node.http_server import serve_http
+from node.upstream import Upstreams
+from protocol.errors import DeniedError, NotFoundError, UnavailableError
+from tests.unit.test_upstream import BLOB_REF, BLOBS, MANIFEST, MANIFEST_REF, MANIFESTS, FakeRegistry, cut
+
+REFUSED = "http://127.0.0.1:9"
+
+
+class Fixture:
+    """A mirror and the registry itself, each with requests and faults of its own."""
+
+    def __init__(self, upstreams: Upstreams, mirror: FakeRegistry, registry: FakeRegistry) -> None:
+        self.upstreams, self.mirror, self.registry = upstreams, mirror, registry
+
+    async def read(self, *, certain: bool = False) -> list[bytes]:
+        async with aclosing(self.upstreams.blocks(BLOBS, BLOB_REF, 0, 4, certain=certain)) as blocks:
+            return [bytes(block) async for block in blocks]
+
+    async def manifest(self, reference: str = "latest") -> bytes | None:
+        return (await self.upstreams.resolve(MANIFESTS, reference))[1]
+
+    @property
+    def asked(self) -> tuple[int, int]:
+        return len(self.mirror.requests), len(self.registry.requests)
+
+
+async def serve(nursery: trio.Nursery, registry: FakeRegistry) -> str:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    await nursery.start(partial(serve_http, listeners, registry.handle))
+    return f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+
+
+def run(check: Callable[[Fixture], Awaitable[None]], mirror_url: str = "", docker_config: str = "") -> None:
+    async def main() -> None:
+        mirror, registry = FakeRegistry(), FakeRegistry()
+        async with trio.open_nursery() as nursery:
+            urls = (mirror_url or await serve(nursery, mirror), await serve(nursery, registry))
+            part = UpstreamPart(name="fake", url=urls, docker_config=docker_config)
+            async with Upstreams([part], count=lambda name, size: None, rng=Random(1)) as upstreams:
+                with trio.fail_after(20):
+                    await check(Fixture(upstreams, mirror, registry))
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_the_first_is_asked_and_the_others_are_not() -> None:
+    async def check(fixture: Fixture) -> None:
+        assert await fixture.manifest() == MANIFEST
+        assert await fixture.read() == cut(0, 4)
+        assert fixture.asked == (2, 0)
+        assert [one.problem for one in fixture.upstreams.endpoints("fake")] == ["", ""]
+        assert [one.received for one in fixture.upstreams.endpoints("fake")] == [BLOB_REF.size + len(MANIFEST), 0]
+        assert await fixture.read(certain=True) == cut(0, 4)
+        assert fixture.asked == (2, 1)
+
+    run(check)
+
+
+@pytest.mark.parametrize("fault", [401, 403, 404])
+def test_what_a_mirror_lacks_or_denies_is_asked_of_the_registry(fault: int) -> None:
+    async def check(fixture: Fixture) -> None:
+        fixture.mirror.faults = [fault] * 3
+        assert await fixture.manifest() == MANIFEST
+        assert await fixture.read() == cut(0, 4)
+        assert (await fixture.upstreams.passthrough("fake", "org/app", "tags/list", {})).body == b"{}"
+        assert fixture.asked == (3, 3)
+        assert [one.problem for one in fixture.upstreams.endpoints("fake")] == ["", ""], "it answers"
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"), [(404, NotFoundError), (403, DeniedError), (500, UnavailableError), (501, UnavailableError)]
+)
+def test_the_answer_is_that_of_the_registry_itself(fault: int, error: type[Exception]) -> None:
+    async def check(fixture: Fixture) -> None:
+        fixture.mirror.faults = [404]
+        fixture.registry.faults = [fault] * 5
+        with pytest.raises(error):
+            await fixture.manifest()
+
+    run(check)
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429])
+def test_a_failing_mirror_is_passed_over_for_a_while(fault: int) -> None:
+    async def check(fixture: Fixture) -> None:
+        fixture.mirror.faults, fixture.mirror.retry_after = [fault] * 20, "1"
+        for _ in range(5):
+            assert await fixture.manifest() == MANIFEST
+        assert fixture.asked[0] <= 2
+        mirror, registry = fixture.upstreams.endpoints("fake")
+        assert str(fault) in mirror.problem
+        assert 0 < mirror.retry_in_s <= 2
+        assert registry.problem == ""
+
+    run(check)
+
+
+def test_a_mirror_that_nobody_serves_costs_one_attempt() -> None:
+    async def check(fixture: Fixture) -> None:
+        assert await fixture.manifest() == MANIFEST
+        assert await fixture.read() == cut(0, 4)
+        assert "cannot be reached" in fixture.upstreams.endpoints("fake")[0].problem
+
+    run(check, REFUSED)
+
+
+def test_what_a_mirror_broke_off_is_read_on_from_the_registry() -> None:
+    async def check(fixture: Fixture) -> None:
+        fixture.mirror.faults = ["breaks"] * 20
+        assert await fixture.read() == cut(0, 4)
+        (request,) = fixture.registry.requests
+        assert request.headers["range"] != f"bytes=0-{BLOB_REF.size - 1}", "what was there is kept"
+
+    run(check)
+
+
+def test_wrong_bytes_of_a_mirror_are_refused_where_a_digest_tells() -> None:
+    async def check(fixture: Fixture) -> None:
+        fixture.mirror.manifest = b"forged"
+        assert await fixture.manifest(str(MANIFEST_REF.digest)) == MANIFEST
+        assert fixture.asked == (1, 1)
+
+    run(check)
+
+
+def test_credentials_of_the_registry_are_not_shown_to_a_mirror(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
+
+    async def check(fixture: Fixture) -> None:
+        for one in (fixture.mirror, fixture.registry):
+            one.scheme, one.password = "Basic", "hunter2"
+        assert await fixture.manifest() == MANIFEST
+        assert all("authorization" not in request.headers for request in fixture.mirror.requests)
+        assert fixture.registry.requests[-1].headers["authorization"].startswith("Basic")
+
+    run(check, docker_config=str(path))
