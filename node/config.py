@@ -18,6 +18,7 @@ import msgspec
 
 from node.locator import check_upstream
 from node.tag_policy import TagPolicies, TagPolicy
+from node.uplink import Hours, UplinkPolicy
 from protocol.errors import BadInputError
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
@@ -27,6 +28,8 @@ _UNITS = {
 }  # fmt: skip
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_HOURS = re.compile(r"(\d{1,2}):([0-5]\d)\s*-\s*(\d{1,2}):([0-5]\d)", re.ASCII)
+_DAY_MINUTES = 24 * 60
 _PORT = re.compile(r"\d{1,5}", re.ASCII)
 
 MAX_PATTERN = 512
@@ -77,6 +80,10 @@ class UpstreamPart(_Part, frozen=True):
     access_grace: str = "1h"
     docker_config: str = ""
     ca: str = ""
+    rate: str = ""
+    daily: str = ""
+    daily_spent: Literal["refuse", "allow"] = "refuse"
+    hours: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)] = ()
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -152,6 +159,15 @@ def parse_duration(text: str, key: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def parse_hours(text: str, key: str) -> Hours:
+    """`22:00-06:00` of the local day; up to 24:00."""
+    match = _HOURS.fullmatch(text.strip())
+    start, end = (int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4])) if match else (0, 0)
+    if start == end or start >= _DAY_MINUTES or end > _DAY_MINUTES:
+        raise BadInputError(f'{key} = "{text}": write for example "22:00-06:00"')
+    return Hours(start, end)
+
+
 def parse_floor(text: str, key: str) -> tuple[float, int]:
     """`5%` to (0.05, 0); `1GiB` to (0.0, bytes): the part, or the bytes, of the file system to keep free."""
     if text.strip().endswith("%"):
@@ -216,6 +232,7 @@ def check(config: Config) -> None:
                 f'upstream "{upstream.name}": docker_config needs access = "node", by which whoever reaches the mirror'
                 f' reads what its credentials can; with access = "{upstream.access}" it would not be used'
             )
+        uplink_policy(upstream)
     if len(set(names)) != len(names):
         raise BadInputError(f"upstream: a name stands twice in {names}")
     for key, value in (("name", config.node.name), ("site", config.node.site), ("data_dir", config.node.data_dir)):
@@ -223,6 +240,18 @@ def check(config: Config) -> None:
             raise BadInputError(f'node.{key} = "": must not be empty')
     if config.node.log not in ("debug", "info", "warning", "error"):
         raise BadInputError(f'node.log = "{config.node.log}": one of debug, info, warning, error')
+
+
+def uplink_policy(part: UpstreamPart) -> UplinkPolicy:
+    """Raises BadInputError naming the key."""
+    key = f'upstream "{part.name}"'
+    rate, daily = (
+        parse_size(text, f"{key}: {name}") if text else 0 for name, text in (("rate", part.rate), ("daily", part.daily))
+    )
+    if (part.rate and not rate) or (part.daily and not daily):
+        raise BadInputError(f"{key}: rate and daily: empty for no limit; nothing at all is what leaving it out is for")
+    hours = tuple(parse_hours(text, f"{key}: hours") for text in part.hours)
+    return UplinkPolicy(rate, daily, hours, part.daily_spent == "refuse")
 
 
 def tag_policies(config: Config) -> TagPolicies:

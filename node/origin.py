@@ -29,8 +29,9 @@ class Registry(Protocol):
     """What is needed of node/upstream.py here."""
 
     def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False
-    ) -> AsyncGenerator[bytearray, None]: ...
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
+        background: bool = False,
+    ) -> AsyncGenerator[bytearray, None]: ...  # fmt: skip
 
     def connections(self, upstream: str) -> int: ...
 
@@ -46,11 +47,12 @@ class _Wanted:
 
 
 class _Queue:
-    """What is wanted of one upstream."""
+    """What is wanted of one upstream, by somebody who waits or in the background."""
 
-    __slots__ = ("following", "wanted", "workers")
+    __slots__ = ("background", "following", "wanted", "workers")
 
-    def __init__(self) -> None:
+    def __init__(self, background: bool) -> None:
+        self.background = background
         self.wanted: OrderedDict[BlockId, _Wanted] = OrderedDict()
         self.following: set[BlockId] = set()
         """The blocks behind the runs that are being read."""
@@ -77,14 +79,19 @@ class Origin:
     def __init__(self, registry: Registry, nursery: trio.Nursery, sharing: Callable[[], int] = lambda: 1) -> None:
         """`sharing` tells how many nodes the site has: they share the uplink, and what one may have open at a time."""
         self._registry, self._nursery, self._sharing = registry, nursery, sharing
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[tuple[str, bool], _Queue] = {}
 
-    async def read(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
-        """Block `index` as the registry gives it. Raises NotFoundError, DeniedError or UnavailableError."""
+    async def read(self, locator: Locator, ref: ObjectRef, index: int, *, background: bool = False) -> bytearray:
+        """Block `index` as the registry gives it. Raises NotFoundError, DeniedError or UnavailableError.
+
+        `background` is for what nobody waits for: on one connection, and only while nothing else is read of the
+        upstream. It may take for ever; a foreground read of the same block does not wait for it.
+        """
         # Raises for an unknown upstream before anything is queued.
-        limit = max(1, round(self._registry.connections(locator.upstream) / self._sharing()))
+        connections = self._registry.connections(locator.upstream)
+        limit = 1 if background else max(1, round(connections / self._sharing()))
         wanted = _Wanted(locator, ref, index)
-        queue = self._queues.setdefault(locator.upstream, _Queue())
+        queue = self._queues.setdefault((locator.upstream, background), _Queue(background))
         block = ref.block(index)
         while (before := queue.wanted.get(block)) is not None:
             await before.done.wait()
@@ -115,18 +122,18 @@ class Origin:
                 following = BlockId(run[0].ref.digest, run[-1].index + 1)
                 queue.following.add(following)
                 try:
-                    await self._fetch(run)
+                    await self._fetch(run, queue.background)
                 finally:
                     queue.following.discard(following)
         finally:
             queue.workers -= 1
 
-    async def _fetch(self, run: list[_Wanted]) -> None:
+    async def _fetch(self, run: list[_Wanted], background: bool) -> None:
         first, locator, ref = run[0].index, run[0].locator, run[0].ref
         waiting = list(run)
         failure: ShoalError = UnavailableError(f"{locator.upstream} ended {ref.digest} early")
         try:
-            async with aclosing(self._registry.blocks(locator, ref, first, len(run))) as blocks:
+            async with aclosing(self._registry.blocks(locator, ref, first, len(run), background=background)) as blocks:
                 async for data in blocks:
                     if not waiting:
                         break

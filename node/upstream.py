@@ -19,7 +19,7 @@ import logging
 import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -47,6 +47,7 @@ from node.registry_auth import (
     token_request,
 )
 from node.retry import BODY, MIRROR, RESOLVE, RETRIED_STATUS, Breaker, RetryPolicy
+from node.uplink import MakeWayError, Uplink, UplinkUse
 from protocol.errors import (
     BadInputError,
     CorruptObjectError,
@@ -142,13 +143,20 @@ class Upstreams:
     """All configured registries. An async context manager: leaving it closes the connections."""
 
     def __init__(
-        self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random,
+        self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random, uplinks: Sequence[Uplink] = (),
         public: Callable[[Locator], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """`public` is called when a registry that was told nothing of who reads gave what a name stands for."""
+        """`uplinks`: those of upstreams that have limits; the others have none.
+
+        `public` is called when a registry that was told nothing of who reads gave what a name stands for.
+        """
         self._public = public
         context = ssl.create_default_context()
-        self._registries = {canonical(part.name): _registry(part, context, count, rng) for part in parts}
+        limited = {uplink.name: uplink for uplink in uplinks}
+        self._registries = {
+            canonical(part.name): _registry(part, limited.get(part.name) or Uplink(part.name), context, count, rng)
+            for part in parts
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,6 +169,9 @@ class Upstreams:
     def endpoints(self, upstream: str) -> tuple[Endpoint, ...]:
         """In the order in which they are asked."""
         return tuple(registry.report() for registry in self._in_order(upstream))
+
+    def uplink(self, upstream: str) -> UplinkUse:
+        return self._find(upstream).uplink.use()
 
     async def __aenter__(self) -> Self:
         return self
@@ -199,24 +210,26 @@ class Upstreams:
         return await self._first(self._in_order(locator.upstream, locator.grant), noted)
 
     async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False
-    ) -> AsyncGenerator[bytearray, None]:
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
+        background: bool = False,
+    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
         """Blocks [first, first + count) in order. Raises as `resolve`; the bytes are not checked against the digest.
 
-        `certain`: from the registry itself, and no mirror of it.
+        `certain`: from the registry itself, and no mirror of it. `background`: nobody waits for it (node/uplink.py).
         """
         call, cutter = _call(locator, str(ref.digest)), BlockCutter(ref, first, count)
         order = [self._find(locator.upstream)] if certain else self._in_order(locator.upstream, locator.grant)
-        for registry in order:
-            try:
-                async with aclosing(registry.blocks(call, cutter, ref.size)) as blocks:
-                    async for block in blocks:
-                        yield block
-                return
-            except ShoalError as error:
-                if registry is order[-1]:
-                    raise
-                log.debug("the next one is asked: %s", error)
+        with nullcontext() if background else order[-1].uplink.foreground():
+            for registry in order:
+                try:
+                    async with aclosing(registry.blocks(call, cutter, ref.size, background)) as blocks:
+                        async for block in blocks:
+                            yield block
+                    return
+                except ShoalError as error:
+                    if registry is order[-1]:
+                        raise
+                    log.debug("the next one is asked: %s", error)
 
     async def admits(self, locator: Locator, reference: str) -> bool:
         """Whether the registry lets the locator's grant, or without one anybody, read its repository.
@@ -282,7 +295,7 @@ class _Registry:
     """One of an upstream's: a connection pool, a breaker, and what it takes for authorization."""
 
     def __init__(
-        self, part: UpstreamPart, url: str, context: ssl.SSLContext, count: Count, rng: Random,
+        self, part: UpstreamPart, url: str, uplink: Uplink, context: ssl.SSLContext, count: Count, rng: Random,
         mirrors: tuple[_Registry, ...] | None = None,
     ) -> None:  # fmt: skip
         """`mirrors` of the registry itself; None for one of them, which has another name and so other credentials."""
@@ -292,6 +305,7 @@ class _Registry:
         self.is_mirror = mirrors is None
         self.mirrors = mirrors or ()
         self.problem = ""
+        self.uplink = uplink
         self._received = 0
         self.rng = rng
         self.breaker = Breaker()
@@ -322,18 +336,26 @@ class _Registry:
             except _FailedError as failure:
                 await attempts.pause(failure)
 
-    async def blocks(self, call: _Call, cutter: BlockCutter, size: int) -> AsyncGenerator[bytearray, None]:
+    async def blocks(
+        self, call: _Call, cutter: BlockCutter, size: int, background: bool
+    ) -> AsyncGenerator[bytearray, None]:
         """What is wanted still. Raises UnavailableError; the cutter tells how far this came."""
-        async with self.bodies:
-            attempts = _Attempts(self, BODY, call.what)
-            while not cutter.done:
+        attempts: _Attempts | None = None
+        while not cutter.done:
+            if background:
+                await self.uplink.turn()
+            async with self.bodies:
+                self.uplink.check(background=background)
+                attempts = attempts or _Attempts(self, BODY, call.what)
                 try:
-                    async with aclosing(self.body(call, cutter, size)) as blocks:
+                    async with aclosing(self.body(call, cutter, size, background)) as blocks:
                         async for block in blocks:
                             attempts.progressed()
                             yield block
                 except _FailedError as failure:
                     await attempts.pause(failure)
+                except MakeWayError:
+                    log.debug("%s makes way", call.what)  # its connection is closed, so that it is in nobody's way
 
     # One attempt each
 
@@ -372,7 +394,9 @@ class _Registry:
                 raise _FailedError("tells no size", again=False)
             return int(total)
 
-    async def body(self, call: _Call, cutter: BlockCutter, size: int) -> AsyncGenerator[bytearray, None]:
+    async def body(
+        self, call: _Call, cutter: BlockCutter, size: int, background: bool
+    ) -> AsyncGenerator[bytearray, None]:
         """The blocks that are still wanted, from one connection. Raises _FailedError where fewer come."""
         start, stop = cutter.position, cutter.stop
         whole = (start, stop) == (0, size) or call.tail.startswith("manifests/")
@@ -382,9 +406,9 @@ class _Registry:
             skipped = start - _body_start(response, start, stop, size)
             scratch = memoryview(bytearray(min(skipped, SKIPPED_BYTES)))
             while skipped:
-                skipped -= await self._receive(body, scratch[:skipped])
+                skipped -= await self._receive(body, scratch[:skipped], background)
             while not cutter.done:
-                block = cutter.filled(await self._receive(body, cutter.room()))
+                block = cutter.filled(await self._receive(body, cutter.room(), background))
                 if block is not None:
                     yield block
             if response.status_code == 206 or stop == size:
@@ -392,11 +416,14 @@ class _Registry:
                 with suppress(httpx.HTTPError):
                     await body.recv_into(memoryview(bytearray(1)))
 
-    async def _receive(self, body: _Receiver, view: memoryview) -> int:
+    async def _receive(self, body: _Receiver, view: memoryview, background: bool) -> int:
+        taken, count = await self.uplink.take(len(view), background=background), 0
         try:
-            count = await body.recv_into(view)
+            count = await body.recv_into(view[: taken.count])
         except httpx.HTTPError as error:
             raise _FailedError(_reason(error), again=True) from error
+        finally:
+            self.uplink.came(taken, count)
         if not count:
             raise _FailedError("the body ended early", again=True)
         self._note(count)
@@ -498,6 +525,7 @@ class _Registry:
         try:
             async for chunk in response.aiter_raw():
                 self._note(len(chunk))
+                self.uplink.note(len(chunk))
                 yield chunk
         except httpx.HTTPError as error:
             raise _FailedError(_reason(error), again=True) from error
@@ -609,10 +637,10 @@ class _Attempts:
         await trio.sleep(again)
 
 
-def _registry(part: UpstreamPart, context: ssl.SSLContext, count: Count, rng: Random) -> _Registry:
+def _registry(part: UpstreamPart, uplink: Uplink, context: ssl.SSLContext, count: Count, rng: Random) -> _Registry:
     *before, url = part.urls
-    mirrors = tuple(_Registry(part, one, context, count, rng) for one in before)
-    return _Registry(part, url, context, count, rng, mirrors)
+    mirrors = tuple(_Registry(part, one, uplink, context, count, rng) for one in before)
+    return _Registry(part, url, uplink, context, count, rng, mirrors)
 
 
 def _client(part: UpstreamPart, default: ssl.SSLContext) -> httpx.AsyncClient:

@@ -71,7 +71,10 @@ class NoRegistry:
     def connections(self, upstream: str) -> int:
         return 1
 
-    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncIterator[bytearray]:
+    async def blocks(
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
+        background: bool = False,
+    ) -> AsyncIterator[bytearray]:  # fmt: skip
         raise UnavailableError("the peers did not give the block")
         yield bytearray()
 

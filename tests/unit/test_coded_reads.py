@@ -58,8 +58,9 @@ class Registry:
         return 4
 
     async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False
-    ) -> AsyncGenerator[bytearray, None]:
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
+        background: bool = False,
+    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
         for index in range(first, first + count):
             if self.down:
                 raise UnavailableError("the registry is down")
@@ -449,8 +450,9 @@ class WithMirror(Registry):
     """What nodes read first is not what the registry itself has."""
 
     async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False
-    ) -> AsyncGenerator[bytearray, None]:
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
+        background: bool = False,
+    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
         async with aclosing(super().blocks(locator, ref, first, count)) as blocks:
             async for block in blocks:
                 yield block if certain else bytearray(len(block))

@@ -218,7 +218,10 @@ class Registry:
     def connections(self, upstream: str) -> int:
         return 5
 
-    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]:
+    async def blocks(
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
+        background: bool = False,
+    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
         for _ in range(count):
             await trio.sleep(BLOCK_S)
             self.given += 1

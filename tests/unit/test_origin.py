@@ -29,7 +29,10 @@ class SlowRegistry:
     def connections(self, upstream: str) -> int:
         return self._connections
 
-    async def blocks(self, locator: Locator, ref: ObjectRef, first: int, count: int) -> AsyncGenerator[bytearray, None]:
+    async def blocks(
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
+        background: bool = False,
+    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
         self.runs.append((trio.current_time(), first, count))
         for index in range(first, first + count):
             await trio.sleep(BLOCK_S)
