@@ -18,7 +18,7 @@ import msgspec
 
 from node.locator import check_upstream
 from node.tag_policy import TagPolicies, TagPolicy
-from node.uplink import Hours, UplinkPolicy
+from node.uplink_policy import Hours, UplinkPolicy
 from protocol.errors import BadInputError
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)

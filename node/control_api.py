@@ -43,6 +43,7 @@ from node.status import (
     TagsReport,
     TagState,
     TierRow,
+    UplinkRow,
     UpstreamRow,
     WhyBlock,
     WhyReport,
@@ -110,15 +111,8 @@ class NodeControl:
             rss_bytes=rss_bytes(),
             bulk=BulkTotals(bytes_sent=traffic.bytes_sent, bytes_received=traffic.bytes_received),
             mirror=parts.mirror_address,
-            upstreams=tuple(self._upstream_row(part) for part in parts.config.upstream),
+            upstreams=tuple(upstream_row(part, parts.upstreams) for part in parts.config.upstream),
         )
-
-    def _upstream_row(self, part: UpstreamPart) -> UpstreamRow:
-        endpoints = (
-            EndpointRow(url=one.url, problem=one.problem, retry_in_s=one.retry_in_s, bytes_received=one.received)
-            for one in self._parts.upstreams.endpoints(part.name)
-        )
-        return UpstreamRow(name=part.name, url=part.urls[-1], endpoints=tuple(endpoints))
 
     async def peers(self) -> PeersReport:
         rows = (row for row in self._parts.membership.table() if row.member.peer_id != self._parts.site.own)
@@ -273,6 +267,7 @@ class NodeControl:
         facts = Facts(
             upstreams={name: probes[name] for name in themselves},
             mirrors={name: probes[name] for name in mirrors},
+            spent=[part.name for part in config.upstream if parts.upstreams.uplink(part.name).spent],
             alive=len(others),
             bootstrap=len(config.peers.bootstrap),
             mdns=config.peers.mdns,
@@ -366,6 +361,22 @@ def _fits(wanted: Mapping[str, object]) -> bool:
 
 def _by_name(counts: Mapping[Source, int]) -> dict[str, int]:
     return {source.value: count for source, count in counts.items()}
+
+
+def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> UpstreamRow:
+    """An upstream with the health of its registries and the use of its uplink."""
+    endpoints = (
+        EndpointRow(url=one.url, problem=one.problem, retry_in_s=one.retry_in_s, bytes_received=one.received)
+        for one in upstreams.endpoints(part.name)
+    )
+    use = upstreams.uplink(part.name)
+    uplink = UplinkRow(rate=use.rate, daily_bytes=use.daily, used_today_bytes=use.used, free=use.free, spent=use.spent)
+    return UpstreamRow(
+        name=part.name,
+        url=part.urls[-1],
+        endpoints=tuple(endpoints),
+        uplink=uplink if use.rate or use.daily else None,
+    )
 
 
 def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, TierRow]:

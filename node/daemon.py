@@ -40,9 +40,10 @@ from node.config import (
     parse_host_port,
     parse_size,
     tag_policies,
+    uplink_policy,
 )
 from node.control import metrics_handler, serve_control
-from node.control_api import NodeControl, Parts
+from node.control_api import NodeControl, Parts, upstream_row
 from node.exchange import Answer
 from node.exchange_tls import TlsExchange
 from node.fetcher import Fetcher
@@ -62,6 +63,7 @@ from node.remembered import RememberedPeers
 from node.seeder import Seeder, Site
 from node.swarm_libp2p import LibP2PSwarm
 from node.trust import Trust
+from node.uplink import Uplink, UplinkFile
 from node.upstream import Upstreams
 from node.version import version
 from node.view import View
@@ -163,17 +165,20 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         tiers = await _open_tiers(config, data_dir, identity, stack)
         public = PublicTable(data_dir / "access.sqlite")
         stack.callback(public.close)
+        bulk = parse_host_port(config.peers.bulk, "peers.bulk")
+        own = Member(identity.peer_id, config.node.name, config.node.site, bulk_addresses(bulk))
+        membership = Membership(own, int(time.time() * 1000), Random())
+        uplinks = [
+            Uplink(part.name, uplink_policy(part), sharing=lambda: len(membership.site)) for part in config.upstream
+        ]
         upstreams = await stack.enter_async_context(
-            Upstreams(config.upstream, count=metrics.origin, rng=Random(), public=public.note)
+            Upstreams(config.upstream, count=metrics.origin, rng=Random(), uplinks=uplinks, public=public.note)
         )
         table = NameTable(data_dir / "names.sqlite")
         stack.callback(table.close)
         work = await stack.enter_async_context(trio.open_nursery())
         stack.callback(work.cancel_scope.cancel)
 
-        bulk = parse_host_port(config.peers.bulk, "peers.bulk")
-        own = Member(identity.peer_id, config.node.name, config.node.site, bulk_addresses(bulk))
-        membership = Membership(own, int(time.time() * 1000), Random())
         answers = _Late()
         exchange = TlsExchange(
             credentials.server_context(),
@@ -232,7 +237,9 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         metrics.watch_members(
             lambda: len(membership.site) - 1, lambda: sum(bool(row.quarantine) for row in membership.table())
         )
+        metrics.watch_upstreams(lambda: [upstream_row(part, upstreams) for part in config.upstream])
 
+        await work.start(UplinkFile(data_dir / "uplink.msgpack", uplinks).run)
         await work.start(exchange.run)
         await work.start(service.run)
         await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))

@@ -38,7 +38,8 @@ class Probe:
 class Facts:
     """`floor` is `(share, bytes)` as in `node.config.parse_floor`; names are those of members.
 
-    `upstreams` by name are the registries themselves, `mirrors` by `name by url` what is asked before them.
+    `upstreams` by name are the registries themselves, `mirrors` by `name by url` what is asked before them. `spent` are
+    the upstreams whose bytes of the day are used up.
     """
 
     upstreams: Mapping[str, Probe]
@@ -53,6 +54,7 @@ class Facts:
     total_bytes: int
     floor: tuple[float, int]
     mirrors: Mapping[str, Probe] = field(default_factory=dict)
+    spent: Sequence[str] = ()
     extra: Sequence[Check] = field(default=())
 
 
@@ -60,6 +62,7 @@ def examine(facts: Facts) -> DoctorReport:
     checks = [
         *(check_upstream(name, probe) for name, probe in facts.upstreams.items()),
         *(check_upstream_mirror(name, probe) for name, probe in facts.mirrors.items()),
+        *(check_spent(name) for name in facts.spent),
         check_clock({**facts.upstreams, **facts.mirrors}),
         check_peers(facts.alive, facts.bootstrap, mdns=facts.mdns),
         check_quarantine(facts.quarantined),
@@ -84,6 +87,11 @@ def check_upstream_mirror(name: str, probe: Probe) -> Check:
     if not probe.error:
         return Check(name=title, level="ok", text="answers")
     return Check(name=title, level="warn", text=probe.error, hint="the next [[upstream]] url is asked instead")
+
+
+def check_spent(name: str) -> Check:
+    hint = "what the site holds is still served; raise daily of the [[upstream]], or wait for the next day or its hours"
+    return Check(name=f"uplink {name}", level="warn", text="the bytes of the day are used up", hint=hint)
 
 
 def check_clock(probes: Mapping[str, Probe]) -> Check:

@@ -6,7 +6,7 @@ callbacks when somebody asks. Names and meanings: docs/OPERATIONS.md, "Metrics".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 
 from cache.store import StoreStatistics
 from node.objects import Source
+from node.status import UpstreamRow
 
 _V = TypeVar("_V", covariant=True)
 ByName = Callable[[], Mapping[str, _V]]
@@ -75,6 +76,10 @@ class Metrics:
 
     def watch_members(self, alive: Callable[[], int], quarantined: Callable[[], int]) -> None:
         self.registry.register(_MemberGauges(alive, quarantined))
+
+    def watch_upstreams(self, rows: Callable[[], Iterable[UpstreamRow]]) -> None:
+        """Show which registries answer, and what of the uplink's limits is used."""
+        self.registry.register(_UpstreamGauges(rows))
 
     def origin_bytes(self) -> int:
         return sum(_totals(self._origin).values())
@@ -142,3 +147,27 @@ class _MemberGauges:
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("p2pd_peers_alive", "Other members of the site that are alive", self._alive())
         yield GaugeMetricFamily("p2pd_peers_quarantined", "Members in quarantine", self._quarantined())
+
+
+class _UpstreamGauges:
+    def __init__(self, rows: Callable[[], Iterable[UpstreamRow]]) -> None:
+        self._rows = rows
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("p2pd_registry_up", "Whether a registry answered last", labels=["upstream", "url"])
+        used, daily, rate = (
+            GaugeMetricFamily(name, text, labels=["upstream"])
+            for name, text in (
+                ("p2pd_uplink_used_today_bytes", "Bytes that count as used today"),
+                ("p2pd_uplink_daily_bytes", "Bytes that this node may use a day"),
+                ("p2pd_uplink_rate_bytes", "Bytes that this node may use a second"),
+            )
+        )
+        for row in self._rows():
+            for one in row.endpoints:
+                up.add_metric([row.name, one.url], 0 if one.problem else 1)
+            if row.uplink is not None:
+                used.add_metric([row.name], row.uplink.used_today_bytes)
+                daily.add_metric([row.name], row.uplink.daily_bytes)
+                rate.add_metric([row.name], row.uplink.rate)
+        yield from (up, used, daily, rate)

@@ -24,6 +24,7 @@ from node.status import (
     TagRow,
     TagsReport,
     TierRow,
+    UplinkRow,
     UpstreamRow,
     WhyBlock,
     WhyObject,
@@ -118,12 +119,21 @@ def _status(status: Status, out: Console) -> None:
 
 
 def _upstreams(rows: Iterable[UpstreamRow], out: Console) -> None:
-    table = _table("upstream", "url", ">received", "state")
+    table = _table("upstream", "url", ">received", "state", "uplink")
     for row in rows:
         for one in row.endpoints:
             state = f"{one.problem}; again in {duration(one.retry_in_s)}" if one.problem else "ok"
-            _row(table, row.name, one.url, size(one.bytes_received), state)
+            _row(table, row.name, one.url, size(one.bytes_received), state, _uplink(row.uplink))
     out.print(table)
+
+
+def _uplink(row: UplinkRow | None) -> str:
+    if row is None:
+        return "no limit"
+    parts = [f"{size(row.rate)}/s"] if row.rate else []
+    if row.daily_bytes:
+        parts.append(f"{size(row.used_today_bytes)} of {size(row.daily_bytes)} today{', spent' if row.spent else ''}")
+    return "; ".join(parts) + (" (free at this hour)" if row.free else "")
 
 
 def show_sources(out: Console, by_bytes: Mapping[str, int], requests: Mapping[str, int] | None = None) -> None:

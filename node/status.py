@@ -44,12 +44,29 @@ class EndpointRow(_Document, frozen=True):
     bytes_received: int = 0
 
 
+class UplinkRow(_Document, frozen=True):
+    """This node's part of the limits, now; `rate` in bytes per second, 0 for no limit.
+
+    In the `free` hours neither limit holds, and nothing counts as used.
+    """
+
+    rate: float
+    daily_bytes: float
+    used_today_bytes: int
+    free: bool
+    spent: bool
+
+
 class UpstreamRow(_Document, frozen=True):
-    """`url` is the registry itself, the last of `endpoints`, which are in the order in which they are asked."""
+    """`url` is the registry itself, the last of `endpoints`, which are in the order in which they are asked.
+
+    `uplink` is null for an upstream without limits.
+    """
 
     name: str
     url: str
     endpoints: tuple[EndpointRow, ...] = ()
+    uplink: UplinkRow | None = None
 
 
 class Status(_Document, frozen=True):

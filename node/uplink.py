@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 import trio
 
+from node.uplink_policy import UplinkPolicy
 from protocol.errors import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -32,36 +33,6 @@ QUIET_S = 1.0
 SAVE_EVERY_S = 5.0
 """What is used since is lost when the process is killed."""
 _MAX_FILE = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Hours:
-    """Minutes of the local day, `start` included and `end` not; over midnight where it ends before it starts."""
-
-    start: int
-    end: int
-
-    def __contains__(self, when: datetime) -> bool:
-        minute = when.hour * 60 + when.minute
-        if self.start < self.end:
-            return self.start <= minute < self.end
-        return minute >= self.start or minute < self.end
-
-
-@dataclass(frozen=True, slots=True)
-class UplinkPolicy:
-    """For the site: bytes a second and a day, 0 for no limit. `refuse`: no foreground body once the day's are spent.
-
-    In `hours` neither limit holds and nothing is counted; where there are any, background reads are made only then.
-    """
-
-    rate: int = 0
-    daily: int = 0
-    hours: tuple[Hours, ...] = ()
-    refuse: bool = True
-
-    def free(self, when: datetime) -> bool:
-        return any(when in hours for hours in self.hours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +51,7 @@ class UplinkUse:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Bytes that may be read now, and whether they count."""
+    """Bytes that may be read now, and whether they count: not in the hours, nor where there is no limit."""
 
     count: int
     counted: bool
@@ -125,6 +96,8 @@ class Uplink:
 
     def check(self, *, background: bool) -> None:
         """Raises UnavailableError where no body may be read now."""
+        if not self.policy.limited and not background:
+            return
         use = self.use()
         if use.spent and (background or self.policy.refuse):
             raise UnavailableError(
@@ -137,6 +110,8 @@ class Uplink:
         """Waits until some of `wanted` bytes may be read; `came` must follow. Raises UnavailableError, MakeWayError."""
         if background and self._foreground:
             raise MakeWayError
+        if not self.policy.limited and not background:
+            return Taken(wanted, False)
         self.check(background=background)
         use = self.use()
         if use.daily and not use.free and (background or self.policy.refuse):
@@ -160,8 +135,7 @@ class Uplink:
 
     def note(self, count: int) -> None:
         """Bytes that were read without asking, for a name."""
-        use = self.use()
-        if not use.free:
+        if self.policy.limited and not (use := self.use()).free:
             self._reserve(count, use.rate)
 
     def _reserve(self, count: int, rate: float) -> float:

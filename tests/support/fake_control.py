@@ -28,6 +28,7 @@ from node.status import (
     TagRow,
     TagsReport,
     TierRow,
+    UplinkRow,
     UpstreamRow,
     WhyBlock,
     WhyReport,
@@ -66,6 +67,9 @@ class FakeControl:
                     endpoints=(
                         EndpointRow(url="http://mirror.example", problem="answered 503", retry_in_s=2.0),
                         EndpointRow(url="http://r.example:5000", bytes_received=1 << 20),
+                    ),
+                    uplink=UplinkRow(
+                        rate=2.0 * 2**20, daily_bytes=10.0 * 2**30, used_today_bytes=3 << 30, free=True, spent=False
                     ),
                 ),
             ),

@@ -1,0 +1,246 @@
+"""The uplink's limits in virtual time: the rate, the day's bytes, the hours, and who makes way for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+import trio.testing
+
+from node.config import UpstreamPart, uplink_policy
+from node.uplink import BURST_S, PORTION_S, QUIET_S, SAVE_EVERY_S, MakeWayError, Taken, Uplink, UplinkFile
+from node.uplink_policy import Hours, UplinkPolicy
+from protocol.errors import UnavailableError
+
+NOON = datetime(2026, 3, 4, 12, 0)
+RATE = 1 << 20
+NIGHT = Hours(22 * 60, 6 * 60)
+
+
+def clock() -> datetime:
+    return NOON + timedelta(seconds=trio.current_time())
+
+
+def play(scenario: Callable[[], Awaitable[None]]) -> None:
+    trio.run(scenario, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def uplink(policy: UplinkPolicy, share: int = 1) -> Uplink:
+    return Uplink("fake", policy, sharing=lambda: share, clock=clock)
+
+
+async def read(link: Uplink, size: int, *, background: bool = False, chunk: int = 512 << 10) -> list[tuple[float, int]]:
+    """As a body is: the bytes that came, each with its time."""
+    came = []
+    while size:
+        taken = await link.take(min(chunk, size), background=background)
+        link.came(taken, taken.count)
+        came.append((trio.current_time(), taken.count))
+        size -= taken.count
+    return came
+
+
+@pytest.mark.parametrize("share", [1, 4])
+def test_the_rate_is_kept_exactly_over_any_time_by_all_readers_together(share: int) -> None:
+    async def scenario() -> None:
+        link, rate = uplink(UplinkPolicy(rate=RATE), share), RATE / share
+        came: list[tuple[float, int]] = []
+
+        async def reader(size: int) -> None:
+            came.extend(await read(link, size))
+
+        async with trio.open_nursery() as nursery:
+            for size in (5, 10, 20, 5, 8):
+                nursery.start_soon(reader, size << 20)
+        came.sort()
+        total = 0
+        for at, count in came:
+            total += count
+            assert total <= rate * (at + BURST_S + PORTION_S) + 1
+        assert total == 48 << 20
+        assert came[-1][0] == pytest.approx(total / rate - BURST_S, abs=2 * PORTION_S)
+
+    play(scenario)
+
+
+def test_a_pause_is_made_up_for_by_no_more_than_a_burst() -> None:
+    async def scenario() -> None:
+        link = uplink(UplinkPolicy(rate=RATE))
+        await read(link, RATE)
+        await trio.sleep(1000)
+        start = trio.current_time()
+        await read(link, 10 * RATE)
+        assert trio.current_time() - start == pytest.approx(10 - BURST_S, abs=2 * PORTION_S)
+
+    play(scenario)
+
+
+def test_what_did_not_come_and_who_went_away_is_given_back() -> None:
+    async def scenario() -> None:
+        link = uplink(UplinkPolicy(rate=RATE, daily=100 * RATE))
+        await read(link, RATE)
+        start = trio.current_time()
+        for _ in range(1000):
+            link.came(await link.take(512 << 10), 10)
+        for _ in range(20):
+            with trio.move_on_after(0.001):
+                await link.take(512 << 10)
+                await trio.sleep_forever()
+        assert link.use().used >= RATE + 10_000
+        rng, total = Random(1), 0
+        while total < 10 * RATE:
+            taken = await link.take(512 << 10)
+            count = rng.randint(0, taken.count)
+            link.came(taken, count)
+            total += count
+        assert trio.current_time() - start <= 10 + 5 * BURST_S + 20 * PORTION_S
+
+    play(scenario)
+
+
+def test_names_do_not_wait_and_are_paid_by_the_bodies_after_them() -> None:
+    async def scenario() -> None:
+        link = uplink(UplinkPolicy(rate=RATE, daily=100 * RATE))
+        link.note(3 * RATE)
+        assert trio.current_time() == 0
+        await read(link, 1)
+        assert trio.current_time() == pytest.approx(3 - BURST_S)
+        assert link.use().used == 3 * RATE + 1
+
+    play(scenario)
+
+
+def test_the_day_s_bytes_are_kept_to_the_byte_and_come_again_at_midnight() -> None:
+    async def scenario() -> None:
+        link = uplink(UplinkPolicy(daily=10_000_000), share=2)
+        with pytest.raises(UnavailableError, match="fake: the uplink budget of the day is spent: 5000000 bytes"):
+            await read(link, 10_000_000)
+        assert link.use().used == 5_000_000
+        assert link.use().spent
+        assert trio.current_time() == 0, "an error, and no wait"
+        with pytest.raises(UnavailableError):
+            link.check(background=False)
+        await trio.sleep(12 * 3600)
+        assert not link.use().spent
+        assert sum(count for _, count in await read(link, 4_000_000)) == 4_000_000
+        assert link.use().used == 4_000_000
+
+    play(scenario)
+
+
+def test_foreground_bodies_go_on_where_the_operator_allows_it_and_background_ones_do_not() -> None:
+    async def scenario() -> None:
+        link = uplink(uplink_policy(UpstreamPart(name="fake", url="http://x", daily="1MB", daily_spent="allow")))
+        await read(link, 5_000_000)
+        assert link.use().used == 5_000_000
+        with pytest.raises(UnavailableError):
+            await read(link, 1, background=True)
+
+    play(scenario)
+
+
+def test_in_the_hours_nothing_is_limited_or_counted() -> None:
+    async def scenario() -> None:
+        policy = UpstreamPart(name="fake", url="http://x", rate="1MiB", daily="10MiB", hours=("22:00-06:00",))
+        link = uplink(uplink_policy(policy))
+        await read(link, 10 << 20)
+        assert link.use().spent
+        with pytest.raises(UnavailableError):
+            await read(link, 1)
+        await trio.sleep(10 * 3600)
+        assert link.use().free
+        start = trio.current_time()
+        await read(link, 1 << 30)
+        await read(link, 1 << 30, background=True)
+        assert trio.current_time() == start
+        await trio.sleep(8 * 3600)
+        assert not link.use().free
+        assert link.use().used == 0, "of the new day"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("time", "inside"), [("21:59", False), ("22:00", True), ("00:00", True), ("05:59", True), ("06:00", False)]
+)
+def test_hours_go_over_midnight(time: str, inside: bool) -> None:
+    when = datetime.fromisoformat(f"2026-03-04T{time}")
+    assert (when in NIGHT) == inside
+    assert (when in Hours(0, 24 * 60)) is True
+    assert (when in Hours(6 * 60, 22 * 60)) != inside
+
+
+def test_background_bodies_make_way_until_nobody_waits() -> None:
+    async def scenario() -> None:
+        link = uplink(UplinkPolicy())
+        await read(link, 1 << 20, background=True)
+        with link.foreground():
+            with pytest.raises(MakeWayError):
+                await link.take(1, background=True)
+            with trio.move_on_after(100) as waited:
+                await link.turn()
+            assert waited.cancelled_caught
+        start = trio.current_time()
+        await link.turn()
+        assert trio.current_time() - start == QUIET_S
+        assert await link.take(7, background=True) == Taken(7, True)
+
+    play(scenario)
+
+
+def test_background_bodies_are_read_in_the_hours_only_where_there_are_any() -> None:
+    async def scenario() -> None:
+        link = uplink(UplinkPolicy(hours=(NIGHT,)))
+        await read(link, 1 << 30)
+        with pytest.raises(UnavailableError, match="hours"):
+            await link.turn()
+        await trio.sleep(10 * 3600)
+        await link.turn()
+        await read(link, 1 << 30, background=True)
+
+    play(scenario)
+
+
+def test_what_is_used_outlives_a_restart_but_not_the_day(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path, policy = tmp_path / "uplink.msgpack", UplinkPolicy(daily=1000)
+
+        async def life(use: int) -> int:
+            link = uplink(policy)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(UplinkFile(path, [link, Uplink("other", clock=clock)]).run)
+                before = link.use().used
+                await read(link, use)
+                nursery.cancel_scope.cancel()
+            return before
+
+        assert await life(300) == 0
+        assert await life(200) == 300
+        assert await life(0) == 500
+        await trio.sleep(24 * 3600)
+        assert await life(0) == 0
+
+    play(scenario)
+
+
+def test_a_killed_process_loses_the_last_seconds_and_a_damaged_file_nothing_else(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path, link = tmp_path / "uplink.msgpack", uplink(UplinkPolicy(daily=1000))
+        path.write_bytes(b"\xff\x00 not msgpack")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(UplinkFile(path, [link]).run)
+            await read(link, 300)
+            await trio.sleep(SAVE_EVERY_S + 1)
+            left = path.read_bytes()
+            await read(link, 50)
+            nursery.cancel_scope.cancel()
+        path.write_bytes(left)
+        again = uplink(UplinkPolicy(daily=1000))
+        UplinkFile(path, [again]).load()
+        assert again.use().used == 300
+
+    play(scenario)
