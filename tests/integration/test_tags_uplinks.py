@@ -1,0 +1,183 @@
+"""Tags that move, registries that come and go in order, and limits of the uplink: real daemons and a real registry."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import image as images
+from tests.support import registry as registries
+from tests.support.clients import REPOSITORY, TAG, pull_through
+from tests.support.image import Image
+from tests.support.processes import wait_for
+from tests.support.proxy import CountingProxy
+from tests.support.site import UPSTREAM, Node, site, start_all
+
+TTL_S = 1.5
+TAGS = f"""
+[[tags]]
+match = "{UPSTREAM}/demo/*:never"
+cache = false
+[[tags]]
+match = "{UPSTREAM}/*"
+ttl = "{TTL_S}s"
+"""
+
+
+def configured(nodes: Sequence[Node], *, upstream: str = "", url: str = "", tags: str = "") -> None:
+    """Lines for the upstream, or another value of its url, and tables behind all others."""
+    for node in nodes:
+        lines = node.config.read_text().splitlines()
+        at = next(number for number, line in enumerate(lines) if line.startswith("url = "))
+        lines[at] = f"url = {url}" if url else lines[at]
+        node.config.write_text("\n".join([*lines[: at + 1], upstream, *lines[at + 1 :], tags]))
+    start_all(nodes)
+
+
+def digest_of(node: Node, tag: str) -> str | int:
+    """What a tag stands for by the node's mirror; the status where it does not say."""
+    connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=20)
+    with closing(connection):
+        connection.request("HEAD", f"/v2/demo/moving/manifests/{tag}?ns={UPSTREAM}")
+        response = connection.getresponse()
+        return response.getheader("Docker-Content-Digest", "") if response.status == 200 else response.status
+
+
+def tag_row(node: Node, tag: str) -> dict[str, Any]:
+    answer = node.ctl("tags", f"{UPSTREAM}/demo/moving:{tag}", "--json")
+    assert answer.returncode == 0, answer.stderr
+    (row,) = json.loads(answer.stdout)["tags"]
+    return dict(row)
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> list[Image]:
+    folder = tmp_path_factory.mktemp("versions")
+    return [images.build(folder / str(number), [[("version", bytes([number]))]]) for number in range(4)]
+
+
+@pytest.fixture
+def own_registry(folder: Path) -> Iterator[registries.Registry]:
+    if not registries.installed():
+        pytest.skip("docker-registry is not installed: run .ci/packages as root")
+    with registries.docker_registry(folder / "registry") as running:
+        yield running
+
+
+def test_a_moved_tag_is_seen_in_its_time_to_live_and_offline_all_agree(
+    folder: Path, own_registry: registries.Registry, versions: list[Image]
+) -> None:
+    with (
+        CountingProxy(own_registry.host, own_registry.port) as proxy,
+        site(folder / "site", proxy.url, 3, start=False) as nodes,
+        ThreadPoolExecutor(len(nodes)) as pool,
+    ):
+        configured(nodes, tags=TAGS)
+        for version in versions:
+            registries.push(own_registry, version, "demo/moving", "latest")
+            moved, digest = time.monotonic(), version.index.digest
+
+            def watch(node: Node, moved: float = moved, digest: str = digest) -> int:
+                """Answers until the new one; none of them old that was asked for after the time to live."""
+                answers = 0
+                while True:
+                    asked, answers = time.monotonic(), answers + 1
+                    if digest_of(node, "latest") == digest:
+                        return answers
+                    assert asked - moved < TTL_S
+
+            assert sum(pool.map(watch, nodes)) >= len(nodes)
+        rows = [tag_row(node, "latest") for node in nodes]
+        assert {row["digest"] for row in rows} == {versions[-1].index.digest}
+        assert {row["rule"] for row in rows} == {f"{UPSTREAM}/*"}
+        told = {(row["source"], row["told_by"]) for row in rows}
+        assert ("registry", "") in told
+        assert told <= {("registry", ""), *(("member", node.name) for node in nodes)}
+
+        registries.push(own_registry, versions[0], "demo/moving", "never")
+        assert {digest_of(node, "never") for node in nodes} == {versions[0].index.digest}
+        registries.push(own_registry, versions[1], "demo/moving", "never")
+        assert {digest_of(node, "never") for node in nodes} == {versions[1].index.digest}
+
+        proxy.cut()
+        assert [digest_of(node, "never") for node in nodes] == [503] * 3
+        wait_for("the tag is old", lambda: tag_row(nodes[0], "latest")["state"] != "fresh", seconds=10, every=0.1)
+        assert {digest_of(node, "latest") for node in nodes} == {versions[-1].index.digest}
+        assert tag_row(nodes[0], "latest")["state"] == "stale"
+        assert "stale" in nodes[0].ctl("tags", "moving:latest").stdout
+        proxy.restore()
+        wait_for(
+            "the registry is asked again",
+            lambda: digest_of(nodes[0], "latest") and tag_row(nodes[0], "latest")["state"] == "fresh",
+            seconds=20,
+            every=0.1,
+        )
+
+
+def test_a_mirror_that_lacks_an_image_or_fails_costs_no_pull(
+    folder: Path, image: Image, proxy: CountingProxy, own_registry: registries.Registry
+) -> None:
+    with (
+        CountingProxy(own_registry.host, own_registry.port) as mirror,
+        site(folder / "site", proxy.url, 2, start=False) as nodes,
+    ):
+        configured(nodes, url=json.dumps([mirror.url, proxy.url]))
+        pull_through(nodes[:1], folder / "lacking", image)
+        assert mirror.count.requests > 0
+        assert proxy.count.received >= image.size
+        endpoints = nodes[0].status()["upstreams"][0]["endpoints"]
+        assert [one["url"] for one in endpoints] == [mirror.url, proxy.url]
+        assert [one["problem"] for one in endpoints] == ["", ""]
+        mirror.cut()
+        pull_through(nodes, folder / "failing", image)
+        assert digest_of(nodes[0], "nothing") == 404
+        assert nodes[0].status()["upstreams"][0]["endpoints"][0]["problem"]
+        doctor = json.loads(nodes[0].ctl("doctor", "--json").stdout)["checks"]
+        levels = {check["name"]: check["level"] for check in doctor}
+        assert levels[f"upstream {UPSTREAM}"] == "ok"
+        assert levels[f"upstream {UPSTREAM} by {mirror.url}"] == "warn"
+
+
+def test_the_day_s_bytes_end_in_a_clear_error_that_outlives_a_restart(
+    folder: Path, image: Image, proxy: CountingProxy
+) -> None:
+    daily = 6_000_000
+    with site(folder / "site", proxy.url, 1, start=False) as nodes:
+        (node,) = nodes
+        configured(nodes, upstream=f'daily = "{daily}"')
+        answer = node.ctl("pull", f"{REPOSITORY}:{TAG}")
+        assert answer.returncode == 1
+        assert "the uplink budget of the day is spent" in answer.stderr
+        assert proxy.count.received <= daily + (8 << 20), "what the kernel and the proxy had taken besides"
+        for _ in range(2):
+            use = node.status()["upstreams"][0]["uplink"]
+            assert (use["used_today_bytes"], use["spent"]) == (daily, True)
+            node.stop()
+            node.start()
+        assert "spent" in node.ctl("status").stdout
+        answer = node.ctl("doctor")
+        assert f"uplink {UPSTREAM}" in answer.stdout
+        connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=20)
+        with closing(connection):
+            connection.request("GET", f"/v2/demo/app/blobs/{image.layers[2].digest}?ns={UPSTREAM}")
+            response = connection.getresponse()
+            assert (response.status, b"budget" in response.read()) == (503, True)
+
+
+def test_a_rate_holds_for_the_whole_site(folder: Path, image: Image, proxy: CountingProxy) -> None:
+    rate = 8 << 20
+    with site(folder / "site", proxy.url, 3, start=False) as nodes:
+        configured(nodes, upstream=f'rate = "{rate}"')
+        began = time.monotonic()
+        pull_through(nodes, folder / "out", image)
+        took = time.monotonic() - began
+        assert took >= 0.9 * image.size / rate - 1, "never faster"
+        assert proxy.count.received <= 1.3 * image.size
