@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 
 import pytest
 import trio
@@ -23,6 +24,7 @@ class SlowRegistry:
 
     def __init__(self, connections: int = 5) -> None:
         self.runs: list[tuple[float, int, int]] = []
+        self.background: list[bool] = []
         self.failing: ShoalError | None = None
         self._connections = connections
 
@@ -34,6 +36,7 @@ class SlowRegistry:
         background: bool = False,
     ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
         self.runs.append((trio.current_time(), first, count))
+        self.background.append(background)
         for index in range(first, first + count):
             await trio.sleep(BLOCK_S)
             if self.failing:
@@ -139,3 +142,20 @@ def test_an_error_keeps_its_kind_for_all_that_wait_and_connections_are_bounded()
     runs = run(check, connections=2).runs
     assert len(runs) == 20
     assert max(sum(at == other for other, _, _ in runs) for at, _, _ in runs) == 2
+
+
+def test_what_nobody_waits_for_has_a_connection_of_its_own_and_holds_up_nobody() -> None:
+    async def check(registry: SlowRegistry, origin: Origin) -> None:
+        async with trio.open_nursery() as nursery:
+            for index in range(4):
+                nursery.start_soon(partial(origin.read, BLOBS, REF, index, background=True))
+            nursery.start_soon(partial(origin.read, BLOBS, REF, 50, background=True))
+            await trio.sleep(BLOCK_S / 2)
+            start = trio.current_time()
+            assert await origin.read(BLOBS, REF, 3) == b"3"
+            assert trio.current_time() - start == BLOCK_S
+
+    registry = run(check)
+    lanes = {(first, count): lane for (_, first, count), lane in zip(registry.runs, registry.background, strict=True)}
+    assert lanes == {(0, 4): True, (3, 1): False, (50, 1): True}
+    assert sum(at == 0 for at, _, _ in registry.runs) == 1, "of the background one at a time"

@@ -1,0 +1,98 @@
+"""The registry client and the uplink's limits, over real sockets: what is read, refused, and made way for."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from random import Random
+
+import pytest
+import trio
+
+from node import uplink as uplink_module
+from node.config import UpstreamPart
+from node.uplink import Uplink
+from node.uplink_policy import UplinkPolicy
+from node.upstream import Upstreams
+from protocol.errors import UnavailableError
+from protocol.ids import BLOCK_SIZE
+from tests.unit.test_upstream import BLOB_REF, BLOBS, MANIFEST, MANIFESTS, FakeRegistry, cut
+from tests.unit.test_upstream_order import serve
+
+Check = Callable[[FakeRegistry, Upstreams, Uplink], Awaitable[None]]
+
+
+def run(check: Check, policy: UplinkPolicy, connections: int = 2) -> int:
+    """The bytes that were counted as read."""
+    counted = 0
+
+    def count(name: str, size: int) -> None:
+        nonlocal counted
+        counted += size
+
+    async def main() -> None:
+        registry, link = FakeRegistry(), Uplink("fake", policy)
+        async with trio.open_nursery() as nursery:
+            part = UpstreamPart(name="fake", url=await serve(nursery, registry), connections=connections)
+            async with Upstreams([part], count=count, rng=Random(1), uplinks=[link]) as upstreams:
+                with trio.fail_after(20):
+                    await check(registry, upstreams, link)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    return counted
+
+
+async def read(upstreams: Upstreams, found: list[bytes]) -> None:
+    async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4)) as blocks:
+        async for block in blocks:
+            found.append(bytes(block))
+
+
+def test_bodies_end_with_the_day_s_bytes_and_names_go_on() -> None:
+    daily = 2 * BLOCK_SIZE + 1000
+
+    async def check(registry: FakeRegistry, upstreams: Upstreams, link: Uplink) -> None:
+        found: list[bytes] = []
+        with pytest.raises(UnavailableError, match="the uplink budget of the day is spent"):
+            await read(upstreams, found)
+        assert found == cut(0, 2)
+        assert link.use().used == daily
+        asked = len(registry.requests)
+        with pytest.raises(UnavailableError, match="spent"):
+            await read(upstreams, found)
+        assert len(registry.requests) == asked, "what may not be read is not asked for"
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert upstreams.endpoints("fake")[0].problem == "", "the registry has done nothing wrong"
+
+    assert run(check, UplinkPolicy(daily=daily)) == daily + len(MANIFEST)
+
+
+def test_a_background_body_makes_way_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uplink_module, "QUIET_S", 0.01)
+
+    async def check(registry: FakeRegistry, upstreams: Upstreams, link: Uplink) -> None:
+        found: list[bytes] = []
+        begun, done = trio.Event(), trio.Event()
+
+        async def background() -> None:
+            async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4, background=True)) as blocks:
+                async for block in blocks:
+                    found.append(bytes(block))
+                    begun.set()
+                    await done.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(background)
+            await begun.wait()
+            with link.foreground():
+                done.set()
+                # The only connection for bodies is given up, for this would wait for ever otherwise.
+                await read(upstreams, other := [])
+                assert (other, found) == (cut(0, 4), cut(0, 1))
+        assert found == cut(0, 4)
+        spans = [request.headers.get("range") for request in registry.requests]
+        assert spans[:2] == [None, None]
+        assert spans[2] == f"bytes={BLOCK_SIZE}-{BLOB_REF.size - 1}"
+
+    run(check, UplinkPolicy())
