@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from node.config import Config, UpstreamPart, load
+from node.config import Config, TagsPart, UpstreamPart, load
 from node.containerd_hosts import default_server
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -19,7 +19,8 @@ MIRROR = Config().mirror.listen
 
 
 def keys() -> set[tuple[str, str]]:
-    parts = {part.name: part.type for part in msgspec.structs.fields(Config)} | {"upstream": UpstreamPart}
+    tables = {"upstream": UpstreamPart, "tags": TagsPart}
+    parts = {part.name: part.type for part in msgspec.structs.fields(Config)} | tables
     return {(name, field.name) for name, kind in parts.items() for field in msgspec.structs.fields(kind)}
 
 
@@ -31,7 +32,7 @@ def test_the_example_has_every_key_with_its_reason() -> None:
     found = set()
     section = ""
     for line in (DEPLOY / "p2pd.toml").read_text().splitlines():
-        if header := re.match(r"\[+(\w+)\]+$", line):
+        if header := re.match(r"(?:# )?\[+(\w+)\]+$", line):
             section = header[1]
         elif key := re.match(r"(?:# )?(\w+) = [^#]*?( +# .+)?$", line):
             reason = key[2] or (section, key[1]) in found
