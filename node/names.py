@@ -201,7 +201,7 @@ class Names:
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._site_asked: LRUCache[_Key, float] = LRUCache(_MAX_RECENT)
-        """When the site was asked last for what the registry did not tell; without what it told since."""
+        """When the site was asked last for a tag that the registry did not tell; without those that it told since."""
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         """For a client of this node. Raises NotFoundError, DeniedError or UnavailableError."""
@@ -259,9 +259,11 @@ class Names:
 
     def _fresh(self, locator: Locator, reference: str) -> Resolved | None:
         found = self.known(locator, reference)
-        if found is None or is_digest(reference):
-            return found
-        return found if found.age_s < self._policies.of(locator, reference).ttl_s else None
+        return found if found and found.age_s < self._ttl_s(locator, reference) else None
+
+    def _ttl_s(self, locator: Locator, reference: str) -> float:
+        """A digest stands for the same for ever."""
+        return math.inf if is_digest(reference) else self._policies.of(locator, reference).ttl_s
 
     def _usable(self, locator: Locator, reference: str) -> Resolved | None:
         """Stale, but within the age limit: for when nobody knows better."""
@@ -297,8 +299,8 @@ class Names:
             except ShoalError as error:
                 log.debug("name home %s: %s", home, error)
                 continue
-            limit_s = trio.current_time() - began + JOINED_S
-            if is_digest(reference) or found.age_s < max(limit_s, self._policies.of(locator, reference).ttl_s):
+            limit_s = max(trio.current_time() - began + JOINED_S, self._ttl_s(locator, reference))
+            if found.age_s < limit_s or self._out_of_reach_lately(locator, reference):
                 return found
             break  # its registry is out of reach, but this node's may not be
         return await self._ask_origin(locator, reference)
@@ -380,10 +382,9 @@ class Names:
 
         What is read with a client's grant no other node is asked for.
         """
-        key, now = (str(locator), reference), trio.current_time()
-        pause_s = 0.0 if is_digest(reference) else self._policies.of(locator, reference).ttl_s
-        if locator.grant is None and now >= self._site_asked.get(key, -math.inf) + pause_s:
-            self._site_asked[key] = now
+        if locator.grant is None and not self._out_of_reach_lately(locator, reference):
+            if not is_digest(reference):
+                self._site_asked[str(locator), reference] = trio.current_time()
             await self._ask_everybody(locator, reference)
         stale = self._usable(locator, reference)
         if stale is None:
@@ -391,3 +392,7 @@ class Names:
         if not is_digest(reference):
             log.warning("%s@%s is served %.0f s old: %s", locator, reference, stale.age_s, error)
         return stale
+
+    def _out_of_reach_lately(self, locator: Locator, reference: str) -> bool:
+        asked = self._site_asked.get((str(locator), reference), -math.inf)
+        return trio.current_time() < asked + self._ttl_s(locator, reference)

@@ -630,6 +630,8 @@ class _Attempts:
         again = self._policy.delay(self._failures, failure.retry_after_s, registry.rng) if failure.again else None
         if again is None:
             if failure.breaks or registry.is_mirror:
+                if not registry.breaker.failing:
+                    log.warning("%s is passed over for a while: %s", registry.name, failure)
                 registry.problem = str(failure)
                 registry.breaker.failed(trio.current_time())
             raise UnavailableError(f"{registry.name}: {self._what}: {failure}") from failure

@@ -269,6 +269,22 @@ def test_tags_tell_who_said_it_and_how_fresh_it_is(tmp_path: Path) -> None:
     play(tmp_path, 5, scenario)
 
 
+def test_a_digest_that_one_member_knows_is_found_while_the_registry_is_out_of_reach(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        registry.cut = {node.own for node in nodes}
+        digest = f"sha256:{sha256(manifest(1)).hexdigest()}"
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                await nodes[0].version(digest)
+        registry.cut = {node.own for node in nodes} - {nodes[4].own}
+        known = (await nodes[4].names._upstreams.resolve(APP, digest))[0]
+        nodes[4].table.put(str(APP), digest, known)
+        registry.cut.add(nodes[4].own)
+        assert [await node.version(digest) for node in nodes] == [1] * 5
+
+    play(tmp_path, 5, scenario)
+
+
 def test_what_the_registry_does_not_have_is_an_error_for_all(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         for node in nodes:
