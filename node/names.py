@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 ASK_S = 2.0
 """A home says `Waiting` while it asks the registry; silence this long is a home that is gone."""
-LAST_RESORT_MEMBERS = 16
+LAST_RESORT_MEMBERS = 64
 """Asked for what they know when the registry does not answer."""
 JOINED_S = 1.0
 """A home's question to the registry, which another's joins, may be so much older."""
@@ -268,9 +268,10 @@ class Names:
     def _usable(self, locator: Locator, reference: str) -> Resolved | None:
         """Stale, but within the age limit: for when nobody knows better."""
         found = self.known(locator, reference)
-        if found is None or is_digest(reference):
-            return found
-        return found if found.age_s < self._policies.of(locator, reference).max_age_s else None
+        return found if found and found.age_s < self._max_age_s(locator, reference) else None
+
+    def _max_age_s(self, locator: Locator, reference: str) -> float:
+        return math.inf if is_digest(reference) else self._policies.of(locator, reference).max_age_s
 
     def _note(self, locator: Locator, reference: str, found: Resolved, told_by: str) -> Resolved:
         """The younger of what was told and what is known: a late answer must not bring back what a tag was before."""
@@ -382,11 +383,13 @@ class Names:
 
         What is read with a client's grant no other node is asked for.
         """
-        if locator.grant is None and not self._out_of_reach_lately(locator, reference):
+        stale = self._usable(locator, reference)
+        if locator.grant is None and (stale is None or not self._out_of_reach_lately(locator, reference)):
             if not is_digest(reference):
                 self._site_asked[str(locator), reference] = trio.current_time()
-            await self._ask_everybody(locator, reference)
-        stale = self._usable(locator, reference)
+            if self._max_age_s(locator, reference):
+                await self._ask_everybody(locator, reference)
+            stale = self._usable(locator, reference)
         if stale is None:
             raise error
         if not is_digest(reference):

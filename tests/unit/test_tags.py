@@ -285,6 +285,19 @@ def test_a_digest_that_one_member_knows_is_found_while_the_registry_is_out_of_re
     play(tmp_path, 5, scenario)
 
 
+def test_a_tag_that_turns_up_at_one_member_of_an_offline_site_is_found_at_once(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        known = (await nodes[0].names._upstreams.resolve(APP, "latest"))[0]
+        registry.cut = {node.own for node in nodes}
+        for node in nodes:
+            with pytest.raises(UnavailableError):
+                await node.version()
+        nodes[4].table.put(str(APP), "latest", known)
+        assert [await node.version() for node in nodes] == [1] * 5
+
+    play(tmp_path, 5, scenario)
+
+
 def test_what_the_registry_does_not_have_is_an_error_for_all(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         for node in nodes:
