@@ -139,7 +139,7 @@ def test_a_mirror_that_lacks_an_image_or_fails_costs_no_pull(
         mirror.cut()
         pull_through(nodes, folder / "failing", image)
         assert digest_of(nodes[0], "nothing") == 404
-        assert nodes[0].status()["upstreams"][0]["endpoints"][0]["problem"]
+        assert any(node.status()["upstreams"][0]["endpoints"][0]["problem"] for node in nodes), "of the name's home"
         doctor = json.loads(nodes[0].ctl("doctor", "--json").stdout)["checks"]
         levels = {check["name"]: check["level"] for check in doctor}
         assert levels[f"upstream {UPSTREAM}"] == "ok"
