@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -19,7 +20,7 @@ from node.config import Config, MirrorPart, TagsPart, tag_policies
 from node.exchange import Answer
 from node.exchange_memory import MemoryExchange, MemoryNetwork
 from node.identity import Identity
-from node.locator import Locator
+from node.locator import Grant, Locator
 from node.names import Names, NameTable
 from node.objects import Resolved
 from node.origin import Origin
@@ -106,10 +107,12 @@ class Node:
         seeder = Seeder(site, Origin(reached, nursery), Directory(), identity.sign, nursery)  # type: ignore[arg-type]
         self.table = NameTable(folder / f"{self.own}.sqlite", lambda: EPOCH + trio.current_time())
         self.ages: list[float] = []
+        self.heard: list[Resolve] = []
         self.names = Names(site, self.table, reached, seeder, nursery, POLICIES, self.ages.append)
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         assert isinstance(request, Resolve)
+        self.heard.append(request)
         return await self.names.handle(request)
 
     async def version(self, tag: str = "latest") -> int:
@@ -345,3 +348,26 @@ def test_the_first_pattern_that_fits_gives_the_policy() -> None:
     assert of("ghcr.io", "a/b", "edge") == (0, 0)
     assert of("ghcr.io", "a/b", "latest") == (60, 7 * 86400)
     assert of("ghcr.io", "a/b", "latest") == (60, 7 * 86400)
+
+
+def test_what_is_read_with_a_grant_is_asked_of_no_other_node(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        granted = replace(APP, grant=Grant("Bearer of-alice"))
+        assert await nodes[0].version() == 1
+        home = nodes[0].names._site.placement().name_homes(f"{APP}@latest")[0]
+        other = next(node for node in nodes[1:] if node.own != home)
+        for node in nodes:
+            node.heard.clear()
+        registry.cut.add(other.own)
+        with pytest.raises(UnavailableError):
+            await other.names.resolve(granted, "latest")
+        registry.cut.clear()
+        asked = registry.asked
+        async with trio.open_nursery() as clients:
+            for client in ("alice", "bob"):
+                locator = replace(APP, grant=Grant(f"Bearer of-{client}"))
+                clients.start_soon(other.names.resolve, locator, "latest")
+        assert registry.asked == asked + 2, "two clients' grants share no answer"
+        assert not any(node.heard for node in nodes)
+
+    play(tmp_path, 5, scenario)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ import trio
 
 from node.config import UpstreamPart
 from node.http_server import serve_http
+from node.locator import Grant, Locator
 from node.upstream import Upstreams
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
 from tests.unit.test_upstream import BLOB_REF, BLOBS, MANIFEST, MANIFEST_REF, MANIFESTS, FakeRegistry, cut
@@ -23,11 +25,14 @@ REFUSED = "http://127.0.0.1:9"
 class Fixture:
     """A mirror and the registry itself, each with requests and faults of its own."""
 
-    def __init__(self, upstreams: Upstreams, mirror: FakeRegistry, registry: FakeRegistry) -> None:
+    def __init__(
+        self, upstreams: Upstreams, mirror: FakeRegistry, registry: FakeRegistry, public: list[Locator]
+    ) -> None:
         self.upstreams, self.mirror, self.registry = upstreams, mirror, registry
+        self.public = public
 
-    async def read(self, *, certain: bool = False) -> list[bytes]:
-        async with aclosing(self.upstreams.blocks(BLOBS, BLOB_REF, 0, 4, certain=certain)) as blocks:
+    async def read(self, locator: Locator = BLOBS, *, certain: bool = False) -> list[bytes]:
+        async with aclosing(self.upstreams.blocks(locator, BLOB_REF, 0, 4, certain=certain)) as blocks:
             return [bytes(block) async for block in blocks]
 
     async def manifest(self, reference: str = "latest") -> bytes | None:
@@ -49,10 +54,14 @@ def run(check: Callable[[Fixture], Awaitable[None]], mirror_url: str = "", docke
         mirror, registry = FakeRegistry(), FakeRegistry()
         async with trio.open_nursery() as nursery:
             urls = (mirror_url or await serve(nursery, mirror), await serve(nursery, registry))
-            part = UpstreamPart(name="fake", url=urls, docker_config=docker_config)
-            async with Upstreams([part], count=lambda name, size: None, rng=Random(1)) as upstreams:
+            access = "node" if docker_config else "relay"
+            part = UpstreamPart(name="fake", url=urls, access=access, docker_config=docker_config)
+            public: list[Locator] = []
+            async with Upstreams(
+                [part], count=lambda name, size: None, rng=Random(1), public=public.append
+            ) as upstreams:
                 with trio.fail_after(20):
-                    await check(Fixture(upstreams, mirror, registry))
+                    await check(Fixture(upstreams, mirror, registry, public))
             nursery.cancel_scope.cancel()
 
     trio.run(main)
@@ -78,7 +87,8 @@ def test_what_a_mirror_lacks_or_denies_is_asked_of_the_registry(fault: int) -> N
         assert await fixture.manifest() == MANIFEST
         assert await fixture.read() == cut(0, 4)
         assert (await fixture.upstreams.passthrough("fake", "org/app", "tags/list", {})).body == b"{}"
-        assert fixture.asked == (3, 3)
+        # For some seconds nobody who shows nothing is sent again to where it was wanted to be known who reads.
+        assert fixture.asked == (1 if fault == 401 else 3, 3)
         assert [one.problem for one in fixture.upstreams.endpoints("fake")] == ["", ""], "it answers"
 
     run(check)
@@ -152,3 +162,54 @@ def test_credentials_of_the_registry_are_not_shown_to_a_mirror(tmp_path: Path) -
         assert fixture.registry.requests[-1].headers["authorization"].startswith("Basic")
 
     run(check, docker_config=str(path))
+
+
+def test_what_a_client_shows_goes_to_the_registry_itself_only() -> None:
+    async def check(fixture: Fixture) -> None:
+        grant = Grant("Bearer of-alice")
+        blobs, manifests = (replace(locator, grant=grant) for locator in (BLOBS, MANIFESTS))
+        found, body = await fixture.upstreams.resolve(manifests, "latest")
+        assert body == MANIFEST
+        assert await fixture.upstreams.resolve(manifests, "latest", found) == (found, None)
+        assert (await fixture.upstreams.resolve(blobs, str(BLOB_REF.digest)))[0].ref == BLOB_REF
+        assert await fixture.read(blobs) == cut(0, 4)
+        assert (await fixture.upstreams.passthrough("fake", "org/app", "tags/list", {}, grant)).body == b"{}"
+        assert await fixture.upstreams.admits(manifests, "latest")
+        assert fixture.asked == (0, 6)
+        assert {request.headers.get("authorization") for request in fixture.registry.requests} == {grant.authorization}
+        assert not fixture.public, "nobody in particular read it"
+
+    run(check)
+
+
+@pytest.mark.parametrize("fault", [401, 403, 404, 500])
+def test_what_the_registry_denies_a_client_is_not_sought_at_a_mirror(fault: int) -> None:
+    async def check(fixture: Fixture) -> None:
+        fixture.registry.faults = [fault] * 20
+        granted = replace(MANIFESTS, grant=Grant("Bearer of-mallory"))
+        with pytest.raises((DeniedError, NotFoundError, UnavailableError)):
+            await fixture.upstreams.resolve(granted, "latest")
+        assert not fixture.mirror.requests
+
+    run(check)
+
+
+def test_only_the_registry_itself_makes_a_repository_public() -> None:
+    async def check(fixture: Fixture) -> None:
+        fixture.registry.faults = [401] * 20
+        assert await fixture.manifest() == MANIFEST
+        assert fixture.asked == (1, 0)
+        assert not fixture.public, "a mirror may give to anybody what the registry does not"
+        assert not await fixture.upstreams.admits(MANIFESTS, "latest")
+        assert fixture.asked[0] == 1, "who may read is not a mirror's to say"
+
+    run(check)
+
+
+def test_what_the_registry_itself_gives_to_anybody_is_public() -> None:
+    async def check(fixture: Fixture) -> None:
+        fixture.mirror.faults = [404]
+        assert await fixture.manifest() == MANIFEST
+        assert fixture.public == [MANIFESTS]
+
+    run(check)
