@@ -21,7 +21,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from sys import intern
@@ -29,11 +29,12 @@ from typing import BinaryIO
 
 import trio
 
+from cache.disk_flush import Batch, Entry, File, Outcome, carry_out
 from cache.disk_index import DiskIndex, Stored, key_of, open_index
-from cache.files import CHANGE, READ, WRITE, Identity, identity_of, opened, punch, read_at, write_at
+from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
 from cache.lru_k import LRUKCache
 from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, check_bytes, length_of
-from cache.recovery import can_punch, offset_of, reconcile, relative_path, space
+from cache.recovery import can_punch, reconcile, relative_path, space
 from cache.store import Buffer, Held, Holdings, StoreStatistics
 from protocol.errors import BadInputError
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, PeerId, Piece, Shard
@@ -73,72 +74,10 @@ MAX_TOLD = 64
 """Kinds of trouble that are told."""
 
 
-@dataclass(slots=True, eq=False)
-class _File:
-    """`checked` has a bit for each block that was right in this process since the file's identity was noted."""
-
-    digest: Digest
-    shard: Shard | None
-    path: str
-    pieces: int = 0
-    identity: Identity | None = None
-    checked: int = 0
-    sealed: bool = False
-    leases: int = 0
-    referenced_at: float = -math.inf
-    next_reference: int = 0
-
-    def found(self, identity: Identity) -> bool:
-        """Note how the file is before it is used. False: it has changed, which takes back what was known."""
-        if identity == self.identity:
-            return True
-        self.identity, self.checked, self.sealed = identity, 0, False
-        return False
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    piece: Piece
-    record: Record
-    sha256: bytes
-    length: int
-    used: int
-    file: _File
-
-    @property
-    def offset(self) -> int:
-        return offset_of(self.piece)
-
-    @property
-    def space(self) -> int:
-        return space(self.length)
-
-    @property
-    def stored(self) -> Stored:
-        return Stored(self.piece, self.sha256, self.record, self.used)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What one flush does: sync and add, delete rows and then their bytes. Of emptied files (`trash`) the whole."""
-
-    added: list[_Entry]
-    removed: list[_Entry]
-    used: list[tuple[Piece, int]]
-    trash: dict[_File, str]
-
-
-@dataclass(slots=True)
-class _Outcome:
-    unsynced: set[_File] = field(default_factory=set)
-    committed: bool = False
-    problems: list[tuple[str, Exception]] = field(default_factory=list)
-
-
 class _LeasedFile(io.FileIO):
     """While it is open, no byte of the file is given back."""
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: File) -> None:
         super().__init__(os.open(file.path, READ), "rb")
         self._file = file
         file.leases += 1
@@ -174,11 +113,11 @@ class DiskStore:
         self._floor = free_share, free_bytes
         self._timer = timer
         self._policy: LRUKCache[Piece, int] = LRUKCache(budget_bytes, int, correlated=CORRELATED_S, timer=timer)
-        self._entries: dict[Piece, _Entry] = {}
+        self._entries: dict[Piece, Entry] = {}
         self._bitmaps = Bitmaps()
-        self._files: dict[tuple[Digest, Shard | None], _File] = {}
-        self._dirty: dict[Piece, _Entry] = {}
-        self._removed: dict[Piece, _Entry] = {}
+        self._files: dict[tuple[Digest, Shard | None], File] = {}
+        self._dirty: dict[Piece, Entry] = {}
+        self._removed: dict[Piece, Entry] = {}
         self._removed_bytes = 0
         self._referenced: set[Piece] = set()
         self._used = itertools.count(1)
@@ -262,7 +201,7 @@ class DiskStore:
         self._refer(entry)
         return Held(data, entry.record)
 
-    async def _read(self, entry: _Entry, data: bytearray) -> str | None:
+    async def _read(self, entry: Entry, data: bytearray) -> str | None:
         """Fill `data`; the answer is what is wrong with it, if anything. Raises OSError."""
         file = entry.file
         with opened(file.path, READ) as fd:
@@ -293,7 +232,7 @@ class DiskStore:
         """A shard of a block that is held whole."""
         return piece.shard is not None and Piece(piece.block) in self._entries
 
-    def _write(self, entry: _Entry, data: Buffer) -> bool:
+    def _write(self, entry: Entry, data: Buffer) -> bool:
         file, piece = entry.file, entry.piece
         try:
             if not file.pieces:
@@ -329,31 +268,31 @@ class DiskStore:
 
     # The index in memory
 
-    def _entry(self, piece: Piece, record: Record, sha: bytes, used: int) -> _Entry:
+    def _entry(self, piece: Piece, record: Record, sha: bytes, used: int) -> Entry:
         """All that is long is in memory once for all entries."""
         key = piece.block.digest, piece.shard
         file = self._files.get(key)
         if file is None:
-            file = self._files[key] = _File(*key, f"{self._folder.path}/{relative_path(*key)}")
+            file = self._files[key] = File(*key, f"{self._folder.path}/{relative_path(*key)}")
         record = Record(
             intern(record.digest), record.index, record.length, record.size,
             sha if sha == record.sha256 else record.sha256, PeerId(intern(record.signer)), record.signature,
         )  # fmt: skip
         own = Piece(BlockId(file.digest, piece.block.index), file.shard)
-        return _Entry(own, record, sha, length_of(own, record), used, file)
+        return Entry(own, record, sha, length_of(own, record), used, file)
 
-    def _add(self, entry: _Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         self._policy[entry.piece] = entry.space
         self._entries[entry.piece] = entry
         self._bitmaps.add(entry.piece)
         entry.file.pieces += 1
 
-    def _refer(self, entry: _Entry) -> None:
+    def _refer(self, entry: Entry) -> None:
         self._policy.get(entry.piece)
         entry.used = next(self._used)
         self._referenced.add(entry.piece)
 
-    def _remove(self, entry: _Entry) -> None:
+    def _remove(self, entry: Entry) -> None:
         """Forget a piece; without holes in files, all of its file. The next flush gives the bytes back."""
         together = [entry] if self._folder.punching else [e for e in self._entries.values() if e.file is entry.file]
         for each in together:
@@ -367,7 +306,7 @@ class DiskStore:
             each.file.checked &= ~(1 << each.piece.block.index)
             self._charge_removed(each)
 
-    def _charge_removed(self, entry: _Entry) -> None:
+    def _charge_removed(self, entry: Entry) -> None:
         self._removed[entry.piece] = entry
         self._removed_bytes += entry.space
 
@@ -455,18 +394,18 @@ class DiskStore:
             if self._dirty or self._removed or references:
                 batch = self._batch()
                 with trio.CancelScope(shield=True):  # the batch has moved files: it must be carried out
-                    outcome = await trio.to_thread.run_sync(_carry_out, self._folder.index, batch)
+                    outcome = await trio.to_thread.run_sync(carry_out, self._folder.index, batch)
                 self._settle(batch, outcome)
 
-    def _batch(self) -> _Batch:
+    def _batch(self) -> Batch:
         removed = [entry for entry in self._removed.values() if not entry.file.leases]
         used = [(piece, self._entries[piece].used) for piece in self._referenced if piece not in self._dirty]
         self._referenced.clear()
-        return _Batch(list(self._dirty.values()), removed, used, self._clear_files(removed))
+        return Batch(list(self._dirty.values()), removed, used, self._clear_files(removed))
 
-    def _clear_files(self, removed: list[_Entry]) -> dict[_File, str]:
+    def _clear_files(self, removed: list[Entry]) -> dict[File, str]:
         """Move the files that hold nothing any more out of the way of new ones."""
-        trash: dict[_File, str] = {}
+        trash: dict[File, str] = {}
         for entry in removed:
             if entry.file.pieces or entry.file in trash:
                 continue
@@ -478,7 +417,7 @@ class DiskStore:
                 self._tell("cannot remove a file", error)
         return trash
 
-    def _settle(self, batch: _Batch, outcome: _Outcome) -> None:
+    def _settle(self, batch: Batch, outcome: Outcome) -> None:
         self._spare_at = -math.inf
         for what, error in outcome.problems:
             self._tell(what, error)
@@ -536,7 +475,7 @@ class DiskStore:
         self._refer_all(digest, file)
         return opened_file
 
-    def _refer_all(self, digest: Digest, file: _File) -> None:
+    def _refer_all(self, digest: Digest, file: File) -> None:
         """Reference the object's blocks, MAX_REFERENCES in one go, and no more often than references count."""
         now = self._timer()
         if file.next_reference == 0 and now - file.referenced_at < CORRELATED_S:
@@ -550,44 +489,6 @@ class DiskStore:
 
 def _name(piece: Piece) -> str:
     return f"{piece.block.digest} #{piece.block.index}" + (f" {piece.shard}" if piece.shard else "")
-
-
-def _carry_out(index: DiskIndex, batch: _Batch) -> _Outcome:
-    """In a thread. The order is the promise: data before the rows that name it, rows gone before their data."""
-    outcome = _Outcome()
-    for file in {entry.file for entry in batch.added}:
-        try:
-            with opened(file.path, READ) as fd:
-                os.fdatasync(fd)
-        except OSError as error:
-            outcome.unsynced.add(file)
-            outcome.problems.append(("cannot sync a file", error))
-    synced = [entry.stored for entry in batch.added if entry.file not in outcome.unsynced]
-    try:
-        index.apply([key_of(entry.piece) for entry in batch.removed], synced, batch.used)
-        outcome.committed = True
-    except sqlite3.Error as error:
-        outcome.problems.append(("cannot write the index", error))
-    _give_back(batch, outcome)
-    return outcome
-
-
-def _give_back(batch: _Batch, outcome: _Outcome) -> None:
-    for entry in batch.removed:
-        if entry.file in batch.trash:
-            continue
-        try:
-            with opened(entry.file.path, CHANGE) as fd:
-                punch(fd, entry.offset, entry.space)
-        except OSError as error:
-            outcome.problems.append(("cannot give back disk space", error))
-    for path in batch.trash.values():
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            continue  # somebody else removed the file before
-        except OSError as error:
-            outcome.problems.append(("cannot remove a file", error))
 
 
 def _open_folder(directory: Path) -> tuple[_Folder, list[Stored]]:

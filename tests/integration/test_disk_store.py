@@ -373,8 +373,8 @@ def test_rows_come_after_the_sync_and_go_before_the_bytes(tmp_path: Path, monkey
         monkeypatch.setattr(module, name, lambda *a, **k: (steps.append(name), real(*a, **k))[1])
 
     async def test(store: DiskStore) -> None:
-        spy(sys.modules["cache.disk"].os, "fdatasync")
-        spy(sys.modules["cache.disk"], "punch")
+        spy(sys.modules["cache.disk_flush"].os, "fdatasync")
+        spy(sys.modules["cache.disk_flush"], "punch")
         spy(sys.modules["cache.disk_index"].DiskIndex, "apply")
         await put_all(store, BLOB)
         await store.flush()
@@ -393,7 +393,7 @@ def test_what_cannot_be_synced_is_forgotten(tmp_path: Path, monkeypatch) -> None
 
     async def test(store: DiskStore) -> None:
         await put_all(store, BLOB)
-        monkeypatch.setattr("cache.disk.os.fdatasync", fail)
+        monkeypatch.setattr("cache.disk_flush.os.fdatasync", fail)
         await store.flush()
         monkeypatch.undo()
         assert store.statistics().entries == 0
@@ -427,7 +427,7 @@ def test_a_failing_index_loses_nothing_that_is_held(tmp_path: Path, monkeypatch,
 
 
 def test_cancelled_while_the_disk_is_waited_for(tmp_path: Path, monkeypatch) -> None:
-    real = sys.modules["cache.disk"]._carry_out
+    real = sys.modules["cache.disk"].carry_out
 
     async def test(store: DiskStore) -> None:
         await put_all(store, BLOB)
@@ -437,7 +437,7 @@ def test_cancelled_while_the_disk_is_waited_for(tmp_path: Path, monkeypatch) -> 
                 trio.from_thread.run_sync(scope.cancel)
                 return real(*args)
 
-            monkeypatch.setattr("cache.disk._carry_out", cancel_and_carry_out)
+            monkeypatch.setattr("cache.disk.carry_out", cancel_and_carry_out)
             await put(store, OTHER, OTHER.pieces[0])
             await trio.sleep_forever()
         monkeypatch.undo()
