@@ -34,6 +34,7 @@ from cache.disk_index import DiskIndex, Stored, key_of, open_index
 from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
 from cache.lru_k import LRUKCache
 from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, check_bytes, length_of
+from cache.pinned import PinnedPolicy
 from cache.recovery import can_punch, reconcile, relative_path, space
 from cache.store import Buffer, Held, Holdings, StoreStatistics
 from protocol.errors import BadInputError
@@ -106,13 +107,15 @@ class DiskStore:
     """A BlockStore of sparse files, made by `open`; see the module's text."""
 
     def __init__(
-        self, folder: _Folder, budget_bytes: int, free_share: float, free_bytes: int, timer: Callable[[], float]
-    ) -> None:
+        self, folder: _Folder, budget_bytes: int, free_share: float, free_bytes: int, pinned: frozenset[Digest],
+        timer: Callable[[], float],
+    ) -> None:  # fmt: skip
         self._folder = folder
         self._budget = budget_bytes
         self._floor = free_share, free_bytes
         self._timer = timer
-        self._policy: LRUKCache[Piece, int] = LRUKCache(budget_bytes, int, correlated=CORRELATED_S, timer=timer)
+        policy: LRUKCache[Piece, int] = LRUKCache(budget_bytes, int, correlated=CORRELATED_S, timer=timer)
+        self._policy = PinnedPolicy(policy, pinned)
         self._entries: dict[Piece, Entry] = {}
         self._bitmaps = Bitmaps()
         self._files: dict[tuple[Digest, Shard | None], File] = {}
@@ -120,7 +123,7 @@ class DiskStore:
         self._removed: dict[Piece, Entry] = {}
         self._removed_bytes = 0
         self._referenced: set[Piece] = set()
-        self._used = itertools.count(1)
+        self._last_used = 0
         self._trash = itertools.count()
         self._spare = 0
         self._spare_at = -math.inf
@@ -137,16 +140,18 @@ class DiskStore:
         *,
         free_share: float = 0.0,
         free_bytes: int = 0,
+        pinned: frozenset[Digest] = frozenset(),
         timer: Callable[[], float] = time.monotonic,
     ) -> AsyncIterator[DiskStore]:
         """Open or make the folder; leaving the context makes all of it durable.
 
-        At least `free_share` of the file system, and `free_bytes`, are left free. Raises BadInputError naming the
+        At least `free_share` of the file system, and `free_bytes`, are left free; blocks of the `pinned` objects are
+        not evicted. Raises BadInputError naming the
         folder where it cannot be used, another process uses it, or another version's index is in it.
         """
         folder, rows = await trio.to_thread.run_sync(_open_folder, directory)
         try:
-            store = cls(folder, budget_bytes, free_share, free_bytes, timer)
+            store = cls(folder, budget_bytes, free_share, free_bytes, pinned, timer)
             store._adopt(rows)
             del rows  # it is large
             await store.flush()
@@ -163,9 +168,10 @@ class DiskStore:
                 await trio.to_thread.run_sync(folder.close)
 
     def _adopt(self, rows: list[Stored]) -> None:
-        """Hold what `rows` name, the latest used as far as the budget goes."""
+        """Hold what `rows` name, what is pinned and then the latest used, as far as the budget goes."""
         total, kept = 0, 0
-        self._used = itertools.count(max((row.used for row in rows), default=0) + 1)
+        self._last_used = max((row.used for row in rows), default=0)
+        rows = sorted(rows, key=lambda row: not self._policy.keeps(row.piece))
         entries = [self._entry(row.piece, row.record, row.sha256, row.used) for row in rows]
         for entry in entries[:MAX_ENTRIES]:
             total += entry.space
@@ -226,7 +232,7 @@ class DiskStore:
         if piece in self._entries:
             return True
         sha = record.sha256 if piece.shard is None else sha256(data).digest()
-        return not self._derivable(piece) and self._write(self._entry(piece, record, sha, next(self._used)), data)
+        return not self._derivable(piece) and self._write(self._entry(piece, record, sha, self._next_used()), data)
 
     def _derivable(self, piece: Piece) -> bool:
         """A shard of a block that is held whole."""
@@ -281,22 +287,27 @@ class DiskStore:
         own = Piece(BlockId(file.digest, piece.block.index), file.shard)
         return Entry(own, record, sha, length_of(own, record), used, file)
 
+    def _next_used(self) -> int:
+        """Unix milliseconds, so that it tells how long a piece was not used, but different for each reference."""
+        self._last_used = max(self._last_used + 1, int(time.time() * 1000))
+        return self._last_used
+
     def _add(self, entry: Entry) -> None:
-        self._policy[entry.piece] = entry.space
+        self._policy.add(entry.piece, entry.space)
         self._entries[entry.piece] = entry
         self._bitmaps.add(entry.piece)
         entry.file.pieces += 1
 
     def _refer(self, entry: Entry) -> None:
-        self._policy.get(entry.piece)
-        entry.used = next(self._used)
+        self._policy.refer(entry.piece)
+        entry.used = self._next_used()
         self._referenced.add(entry.piece)
 
     def _remove(self, entry: Entry) -> None:
         """Forget a piece; without holes in files, all of its file. The next flush gives the bytes back."""
         together = [entry] if self._folder.punching else [e for e in self._entries.values() if e.file is entry.file]
         for each in together:
-            del self._policy[each.piece]
+            self._policy.remove(each.piece)
             del self._entries[each.piece]
             self._bitmaps.remove(each.piece)
             self._dirty.pop(each.piece, None)
@@ -320,13 +331,13 @@ class DiskStore:
         return self._bitmaps.objects()
 
     def statistics(self) -> StoreStatistics:
-        return StoreStatistics(self._charged, self._budget, len(self._entries))
+        return StoreStatistics(self._charged, self._budget, len(self._entries), self._policy.kept_bytes)
 
     # Room
 
     @property
     def _charged(self) -> int:
-        return int(self._policy.currsize) + self._removed_bytes
+        return self._policy.bytes + self._removed_bytes
 
     async def _make_room(self, piece: Piece, need: int) -> bool:
         """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""
@@ -363,7 +374,7 @@ class DiskStore:
     def _evict(self, need: int) -> None:
         """Remove the policy's victims, until after the next flush `need` fits, and a little more."""
         leased = sum(entry.space for entry in self._removed.values() if entry.file.leases)
-        room = self._budget - int(self._policy.currsize)
+        room = self._budget - self._policy.bytes
         wanted = max(
             need + min(self._budget // EVICTION_SHARE, MAX_EVICTION) + leased,
             room + need - self._spare_bytes() - (self._removed_bytes - leased),
@@ -371,11 +382,44 @@ class DiskStore:
         )
         served = sum(file.pieces * BLOCK_SIZE for file in self._files.values() if file.leases)
         for victim in self._policy.victims(min(wanted + served, self._budget)):
-            if self._budget - int(self._policy.currsize) >= wanted:
+            if self._budget - self._policy.bytes >= wanted:
                 break
             entry = self._entries.get(victim)
             if entry is not None and not entry.file.leases:
                 self._remove(entry)
+
+    # What its owner wants kept, and wants gone
+
+    def pin(self, digest: Digest) -> None:
+        """From now on no whole block of the object is evicted, whether it is held or will be."""
+        self._policy.pin(digest, self._bitmaps.pieces(digest))
+
+    def unpin(self, digest: Digest) -> None:
+        self._policy.unpin(digest, self._bitmaps.pieces(digest))
+
+    def is_pinned(self, digest: Digest) -> bool:
+        return self._policy.is_pinned(digest)
+
+    def unused(self, seconds: float) -> list[Piece]:
+        """Pieces that are not pinned and were not used for so long."""
+        before = int((time.time() - seconds) * 1000)
+        return [p for p, entry in self._entries.items() if entry.used < before and not self._policy.keeps(p)]
+
+    def beyond(self, target_bytes: int) -> list[Piece]:
+        """The pieces that would be evicted so that at most `target_bytes` are held; not enough where more is pinned."""
+        return self._policy.victims(self._budget - target_bytes) if self._policy.bytes > target_bytes else []
+
+    async def remove(self, pieces: Iterable[Piece], *, dry_run: bool = False) -> tuple[int, int]:
+        """Of those that are still held and not being sent; their number and the bytes of disk that they take."""
+        held = [self._entries[piece] for piece in pieces if piece in self._entries]
+        held = [entry for entry in held if not entry.file.leases and not self._policy.keeps(entry.piece)]
+        freed = sum(entry.space for entry in held)
+        if not dry_run:
+            for entry in held:
+                if self._entries.get(entry.piece) is entry:  # without holes in files others went with it
+                    self._remove(entry)
+            await self.flush()
+        return len(held), freed
 
     # Durability
 
