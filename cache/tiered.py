@@ -32,7 +32,7 @@ class ContentTier(FileStore, Protocol):
 
 
 class Tiers:
-    """Reads ask memory, disk, containerd in this order; a block that containerd holds is written to disk only if pinned."""
+    """Reads ask memory, disk, containerd in this order; to disk goes what containerd lacks or is pinned."""
 
     def __init__(self, memory: BlockStore, disk: DiskTier, containerd: ContentTier | None) -> None:
         self._memory, self._disk, self._containerd = memory, disk, containerd
@@ -91,6 +91,9 @@ class Tiers:
     def seal(self, ref: ObjectRef) -> None:
         """The object's digest was just checked over what these tiers hold."""
         self._disk.seal(ref)
+
+    def is_pinned(self, digest: Digest) -> bool:
+        return self._disk.is_pinned(digest)
 
     def open_sealed(self, digest: Digest) -> tuple[AbstractContextManager[BinaryIO], Tier] | None:
         file = self._disk.open_sealed(digest)

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 ASK_S = 2.0
 """A home says `Waiting` while it asks the registry; silence this long is a home that is gone."""
-LAST_RESORT_MEMBERS = 16
+LAST_RESORT_MEMBERS = 64
 """Asked for what they know when neither a home nor the registry answers."""
 MAX_MANIFEST_ENTRIES = 1024
 UNTYPED = "application/octet-stream"
@@ -154,10 +154,11 @@ class Names:
         max_age_s: float,
         served: Callable[[float], None],
         public_age: Callable[[Locator], float | None] = lambda _: None,
+        pinned: Callable[[str, str], bool] = lambda source, reference: False,
     ) -> None:
         self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
         self._ttl_s, self._max_age_s, self._served = ttl_s, max_age_s, served
-        self._public_age = public_age
+        self._public_age, self._pinned = public_age, pinned
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
 
@@ -204,9 +205,11 @@ class Names:
         return found if found and (is_digest(reference) or found.age_s < self._ttl_s) else None
 
     def _usable(self, locator: Locator, reference: str) -> Resolved | None:
-        """Stale, but within the age limit: for when nobody knows better."""
+        """Stale, but within the age limit or pinned here: for when nobody knows better."""
         found = self.known(locator, reference)
-        return found if found and (is_digest(reference) or found.age_s < self._max_age_s) else None
+        if found and (is_digest(reference) or found.age_s < self._max_age_s or self._pinned(str(locator), reference)):
+            return found
+        return None
 
     async def _ask_site(self, locator: Locator, reference: str) -> Resolved:
         site, now = self._site, trio.current_time()
