@@ -119,7 +119,7 @@ def _size(header: bytes, extension: dict[bytes, bytes], name: str) -> int:
         if b"size" in extension:
             size = int(extension[b"size"]) if extension[b"size"].isdigit() else -1
         elif field[0] & 0x80:
-            size = int.from_bytes(field, "big", signed=False) - (0x80 << 88)
+            size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
         else:
             size = int(field.strip(b" \0") or b"0", 8)
     except ValueError:

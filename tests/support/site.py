@@ -176,7 +176,10 @@ class Node:
             self.stop()
 
     def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return run([*P2PCTL, "--socket", str(self.socket), *arguments])
+        return run(self.ctl_command(*arguments))
+
+    def ctl_command(self, *arguments: str) -> list[str]:
+        return [*P2PCTL, "--socket", str(self.socket), *arguments]
 
     def status(self) -> dict[str, Any]:
         try:
