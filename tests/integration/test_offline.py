@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.support.archives import Layout
 from tests.support.clients import REPOSITORY, TAG, finish_pulls, pull_through, start_pulls
 from tests.support.image import ARCHITECTURE, Image, noise
 from tests.support.processes import free_ports, wait_for
@@ -144,7 +147,7 @@ def rewrite(source: Path, target: Path, change: str, data: bytes) -> None:
             if info.name.endswith(change):
                 content = data
             info.size = len(content)
-            new.addfile(info, __import__("io").BytesIO(content))
+            new.addfile(info, io.BytesIO(content))
 
 
 def test_a_wrong_archive_is_refused_and_nothing_of_it_is_served(
@@ -153,7 +156,7 @@ def test_a_wrong_archive_is_refused_and_nothing_of_it_is_served(
     layer = image.layers[1]
     wrong, short = folder / "wrong.tar", folder / "short.tar"
     rewrite(archive, wrong, layer.digest.removeprefix("sha256:"), noise(3, layer.size))
-    short.write_bytes(archive.read_bytes()[:-(1 << 20)])
+    short.write_bytes(archive.read_bytes()[: -(1 << 20)])
     with site(folder / "site", nowhere, 1) as (node,):
         for file in (wrong, short):
             told = failed(node, "import", file)
@@ -176,20 +179,17 @@ def refuses(node: Node, reference: str) -> bool:
 
 
 def test_killed_in_the_middle_of_an_import_nothing_half_is_served(folder: Path, nowhere: str) -> None:
-    from tests.support.archives import Layout
-
     layout = Layout()
     layers = [noise(number, 24 << 20) for number in range(6)]
     layout.name(layout.index([layout.manifest(layers, ARCHITECTURE)]), IMAGE)
     file = folder / "large.tar"
     file.write_bytes(layout.pack())
     with site(folder / "site", nowhere, 1) as (node,):
-        command = [*node.ctl_command("import", str(file))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(node.ctl, "import", str(file))
             wait_for("some blocks are stored", lambda: stored(node) > 8 << 20, every=0.002)
             node.kill()
-            _, told = running.communicate()
-        assert running.returncode == 3, told
+        assert running.result().returncode == 3, running.result().stderr
         assert stored(node) < sum(map(len, layers))
         node.start()
         for reference in (TAG, str(layout.roots[0]["digest"])):
@@ -222,7 +222,9 @@ def test_pins_outlive_pressure_and_restarts(folder: Path, image: Image, proxy: C
         assert disk["bytes"] <= budget
         pull_through([node], folder / "out", image)
         node.kill()
-        node.config.write_text(node.config.read_text().replace("[mirror]", '[mirror]\ntag_ttl = "1ms"\ntag_max_age = "1ms"'))
+        node.config.write_text(
+            node.config.read_text().replace("[mirror]", '[mirror]\ntag_ttl = "1ms"\ntag_max_age = "1ms"')
+        )
         (node.data / "names.sqlite").unlink()
         node.start()
         fill(node, folder, 9, image.size // 2)
@@ -235,10 +237,9 @@ def test_pins_outlive_pressure_and_restarts(folder: Path, image: Image, proxy: C
 
 def fill(node: Node, folder: Path, number: int, size: int) -> None:
     """Import an image of so many bytes that nobody has."""
-    from tests.support.archives import Layout
-
     layout = Layout()
-    layout.name(layout.index([layout.manifest([noise(100 + number, size)], ARCHITECTURE)]), f"{REPOSITORY}:fill{number}")
+    manifest = layout.manifest([noise(100 + number, size)], ARCHITECTURE)
+    layout.name(layout.index([manifest]), f"{REPOSITORY}:fill{number}")
     file = folder / f"fill{number}.tar"
     file.write_bytes(layout.pack())
     done(node, "import", file)

@@ -176,10 +176,7 @@ class Node:
             self.stop()
 
     def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return run(self.ctl_command(*arguments))
-
-    def ctl_command(self, *arguments: str) -> list[str]:
-        return [*P2PCTL, "--socket", str(self.socket), *arguments]
+        return run([*P2PCTL, "--socket", str(self.socket), *arguments])
 
     def status(self) -> dict[str, Any]:
         try:
