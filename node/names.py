@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import trio
-from cachetools import LRUCache
+from cachetools import LRUCache, TTLCache
 
 from node.database import Database
 from node.exchange import Answer, Lane
@@ -32,8 +32,10 @@ log = logging.getLogger(__name__)
 
 ASK_S = 2.0
 """A home says `Waiting` while it asks the registry; silence this long is a home that is gone."""
+ASK_AGAIN_S = 5.0
+"""How long what the members said of a name counts while the registry is out of reach."""
 LAST_RESORT_MEMBERS = 64
-"""Asked for what they know when neither a home nor the registry answers."""
+"""Asked for what they know when the registry does not answer."""
 MAX_MANIFEST_ENTRIES = 1024
 UNTYPED = "application/octet-stream"
 _MAX_ROWS = 100_000
@@ -159,6 +161,7 @@ class Names:
         self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
         self._ttl_s, self._max_age_s, self._served = ttl_s, max_age_s, served
         self._public_age, self._pinned = public_age, pinned
+        self._asked: TTLCache[tuple[str, str], bool] = TTLCache(_MAX_RECENT, ASK_AGAIN_S, timer=trio.current_time)
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
 
@@ -228,15 +231,14 @@ class Names:
                 raise
             except ShoalError as error:
                 log.debug("name home %s: %s", home, error)
-        try:
-            return await self._ask_origin(locator, reference)
-        except UnavailableError:
-            found = await self._ask_everybody(locator, reference)
-            if found is None:
-                raise
-            return found
+        return await self._ask_origin(locator, reference)
 
     async def _ask_member(self, peer: str, locator: Locator, reference: str, reach: int) -> Resolved:
+        found = await self._hear(peer, locator, reference, reach)
+        self._table.put(str(locator), reference, found)
+        return found
+
+    async def _hear(self, peer: str, locator: Locator, reference: str, reach: int) -> Resolved:
         question = messages.Resolve(str(locator), reference, reach)
         answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)  # type: ignore[arg-type] # a peer id
         message = answer.message
@@ -245,9 +247,7 @@ class Names:
         digest = Digest.parse(message.digest)
         if is_digest(reference) and str(digest) != reference:
             raise UnavailableError(f"{peer} tells another digest than {reference}")
-        found = Resolved(ObjectRef(digest, message.size), message.media_type, max(0.0, message.age_s))
-        self._table.put(str(locator), reference, found)
-        return found
+        return Resolved(ObjectRef(digest, message.size), message.media_type, max(0.0, message.age_s))
 
     async def public_age_s(self, locator: Locator, reference: str) -> float | None:
         """For when the registry is out of reach: how long ago a member saw that anybody may read the repository."""
@@ -269,12 +269,16 @@ class Names:
         return min(ages, default=None)
 
     async def _ask_everybody(self, locator: Locator, reference: str) -> Resolved | None:
-        """The last resort, without any home or registry: the youngest answer of those who know."""
-        answers: list[Resolved] = []
+        """The last resort, without the registry: the youngest answer of those who know. One may have imported it."""
+        own = self._usable(locator, reference)
+        if own is not None and self._asked.get((str(locator), reference)):
+            return own
+        self._asked[str(locator), reference] = True
+        answers = [own] if own else []
 
         async def ask(peer: str) -> None:
             try:
-                answers.append(await self._ask_member(peer, locator, reference, reach=0))
+                answers.append(await self._hear(peer, locator, reference, reach=0))
             except ShoalError as error:
                 log.debug("%s: %s", peer, error)
 
@@ -296,7 +300,7 @@ class Names:
         try:
             found, body = await self._upstreams.resolve(locator, reference, known)
         except UnavailableError as error:
-            stale = self._usable(locator, reference)
+            stale = await self._ask_everybody(locator, reference)
             if stale is None:
                 raise
             log.warning("%s@%s is served %.0f s old: %s", locator, reference, stale.age_s, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from tests.support.image import ARCHITECTURE, Image, noise
 from tests.support.processes import free_ports, wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.pull import pull_with_skopeo, verify
-from tests.support.site import UPSTREAM, Node, site
+from tests.support.site import UPSTREAM, Node, site, start_all
 
 IMAGE = f"{REPOSITORY}:{TAG}"
 
@@ -87,6 +89,36 @@ def test_one_imports_and_all_of_a_site_without_an_uplink_serve_it(
         for node in nodes:
             assert node.status()["origin_bytes"] == 0
         pull_through(nodes[3:4], folder / "digest", image, image.index.digest)
+
+
+def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
+    """The digest of what the name stands for."""
+    layout = Layout()
+    layout.name(layout.index([layout.manifest([layer], ARCHITECTURE)]), name)
+    file.write_bytes(layout.pack())
+    return str(layout.roots[0]["digest"])
+
+
+def tag_of(node: Node) -> str:
+    """What the mirror says that the tag is; "" where it says nothing."""
+    connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=30)
+    with closing(connection):
+        connection.request("HEAD", f"/v2/{REPOSITORY}/manifests/{TAG}")
+        response = connection.getresponse()
+        return response.getheader("Docker-Content-Digest", "") if response.status == 200 else ""
+
+
+def test_a_newer_import_on_any_node_takes_the_place_of_what_the_site_knew(folder: Path, nowhere: str) -> None:
+    with site(folder / "site", nowhere, 4, start=False) as nodes:
+        for node in nodes:
+            node.config.write_text(node.config.read_text().replace("[mirror]", '[mirror]\ntag_ttl = "1ms"'))
+        start_all(nodes)
+        for number, importer in enumerate((nodes[0], nodes[3], nodes[1])):
+            digest = small_archive(folder / "image.tar", b"%d" % number)
+            done(importer, "import", folder / "image.tar")
+            assert tag_of(importer) == digest
+            for node in nodes:
+                wait_for(f"{node.name} tells number {number}", lambda n=node, d=digest: tag_of(n) == d)  # type: ignore[misc]
 
 
 def test_what_one_exports_skopeo_reads_and_another_imports(
@@ -237,13 +269,9 @@ def test_pins_outlive_pressure_and_restarts(folder: Path, image: Image, proxy: C
 
 def fill(node: Node, folder: Path, number: int, size: int) -> None:
     """Import an image of so many bytes that nobody has."""
-    layout = Layout()
-    manifest = layout.manifest([noise(100 + number, size)], ARCHITECTURE)
-    layout.name(layout.index([manifest]), f"{REPOSITORY}:fill{number}")
-    file = folder / f"fill{number}.tar"
-    file.write_bytes(layout.pack())
+    file = folder / "fill.tar"
+    small_archive(file, noise(100 + number, size), f"{REPOSITORY}:fill{number}")
     done(node, "import", file)
-    file.unlink()
 
 
 def test_more_than_the_budget_is_not_pinned(folder: Path, image: Image, proxy: CountingProxy) -> None:
