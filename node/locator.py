@@ -92,7 +92,10 @@ class ImageName:
 
     @classmethod
     def parse(cls, text: str) -> ImageName:
-        """Docker's defaults: docker.io, library/, latest; one name for each registry. Raises BadInputError naming what is wrong."""
+        """Docker's defaults: docker.io, library/, latest; one name for each registry.
+
+        Raises BadInputError naming what is wrong.
+        """
         rest, at, digest = text.partition("@")
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):

@@ -235,6 +235,9 @@ class Names:
 
     async def _ask_member(self, peer: str, locator: Locator, reference: str, reach: int) -> Resolved:
         found = await self._hear(peer, locator, reference, reach)
+        own = self._usable(locator, reference)
+        if own is not None and own.age_s < found.age_s:  # an import, and a home that cannot ask the registry
+            return own
         self._table.put(str(locator), reference, found)
         return found
 

@@ -20,6 +20,7 @@ from node.objects import Resolved
 from node.oci_layout import Packed, PackedImage
 from node.offline_status import (
     GcReport,
+    Phase,
     PinRow,
     PinsReport,
     PrefetchOrder,
@@ -66,20 +67,13 @@ class _Told:
         self._since = trio.current_time()
         self._told = 0.0
 
-    def progress(self, phase: str, count: int, digest: Digest) -> list[WorkProgress]:
+    def progress(self, phase: Phase, count: int, digest: Digest) -> list[WorkProgress]:
         """Empty where the last one was a moment ago."""
         self.done = min(self.total, self.done + count)
         if trio.current_time() - self._told < PROGRESS_EVERY_S:
             return []
         self._told = trio.current_time()
-        return [
-            WorkProgress(
-                phase=phase,  # type: ignore[arg-type] # one of its literals
-                object=str(digest),
-                bytes_done=self.done,
-                bytes_total=self.total,
-            )
-        ]
+        return [WorkProgress(phase=phase, object=str(digest), bytes_done=self.done, bytes_total=self.total)]
 
     def result(self, images: Iterable[PackedImage]) -> WorkResult:
         listed = list(images)

@@ -13,6 +13,7 @@ import msgspec
 from node.locator import ImageName
 from node.platforms import Platform
 
+Phase = Literal["checking", "storing", "reading", "writing"]
 PrefetchState = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
@@ -23,7 +24,7 @@ class _Document(msgspec.Struct, frozen=True, kw_only=True):
 class WorkProgress(_Document, frozen=True, tag_field="event", tag="progress"):
     """`object` is the digest that moved last."""
 
-    phase: Literal["checking", "storing", "reading", "writing"]
+    phase: Phase
     object: str = ""
     bytes_done: int = 0
     bytes_total: int = 0
