@@ -56,6 +56,8 @@ EVICTION_SHARE = 64
 """A full store evicts this part of its budget at once (at most MAX_EVICTION): not every put then waits for a flush."""
 
 MAX_EVICTION = 64 << 20
+REMOVED_AT_ONCE = 1024
+"""Pieces removed in one turn of the loop, 10 ms."""
 SPARE_AGE_S = 1.0
 """How old an answer of statvfs may be."""
 
@@ -411,15 +413,18 @@ class DiskStore:
 
     async def remove(self, pieces: Iterable[Piece], *, dry_run: bool = False) -> tuple[int, int]:
         """Of those that are still held and not being sent; their number and the bytes of disk that they take."""
-        held = [self._entries[piece] for piece in pieces if piece in self._entries]
-        held = [entry for entry in held if not entry.file.leases and not self._policy.keeps(entry.piece)]
-        freed = sum(entry.space for entry in held)
-        if not dry_run:
-            for entry in held:
-                if self._entries.get(entry.piece) is entry:  # without holes in files others went with it
-                    self._remove(entry)
-            await self.flush()
-        return len(held), freed
+        count = freed = 0
+        for number, piece in enumerate(pieces):
+            if number % REMOVED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            entry = self._entries.get(piece)
+            if entry is None or entry.file.leases or self._policy.keeps(piece):
+                continue
+            count, freed = count + 1, freed + entry.space
+            if not dry_run:
+                self._remove(entry)
+        await self.flush()
+        return count, freed
 
     # Durability
 
