@@ -20,10 +20,10 @@ import pytest
 from tests.support.archives import Layout
 from tests.support.clients import REPOSITORY, TAG, finish_pulls, pull_through, start_pulls
 from tests.support.image import ARCHITECTURE, Image, noise
-from tests.support.processes import free_ports, wait_for
+from tests.support.processes import free_ports, running, wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.pull import pull_with_skopeo, verify
-from tests.support.site import UPSTREAM, Node, site, start_all
+from tests.support.site import P2PCTL, ROOT, UPSTREAM, Node, site, start_all
 
 IMAGE = f"{REPOSITORY}:{TAG}"
 
@@ -210,25 +210,48 @@ def refuses(node: Node, reference: str) -> bool:
     return False
 
 
-def test_killed_in_the_middle_of_an_import_nothing_half_is_served(folder: Path, nowhere: str) -> None:
+@pytest.fixture
+def large(folder: Path) -> Path:
+    """An archive that takes some time."""
     layout = Layout()
     layers = [noise(number, 24 << 20) for number in range(6)]
     layout.name(layout.index([layout.manifest(layers, ARCHITECTURE)]), IMAGE)
     file = folder / "large.tar"
     file.write_bytes(layout.pack())
+    return file
+
+
+def root_of(file: Path) -> str:
+    with tarfile.open(file) as tar:
+        index = tar.extractfile("index.json")
+        assert index
+        return str(json.load(index)["manifests"][0]["digest"])
+
+
+def test_killed_in_the_middle_of_an_import_nothing_half_is_served(folder: Path, large: Path, nowhere: str) -> None:
     with site(folder / "site", nowhere, 1) as (node,):
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(node.ctl, "import", str(file))
+            command = pool.submit(node.ctl, "import", str(large))
             wait_for("some blocks are stored", lambda: stored(node) > 8 << 20, every=0.002)
             node.kill()
-        assert running.result().returncode == 3, running.result().stderr
-        assert stored(node) < sum(map(len, layers))
+        assert command.result().returncode == 3, command.result().stderr
+        assert stored(node) < large.stat().st_size - (1 << 20)
         node.start()
-        for reference in (TAG, str(layout.roots[0]["digest"])):
+        for reference in (TAG, root_of(large)):
             assert refuses(node, reference)
         assert done(node, "pins")["pins"] == []
-        done(node, "import", file)
+        done(node, "import", large)
         assert not refuses(node, TAG)
+
+
+def test_an_import_ends_with_its_p2pctl(folder: Path, large: Path, nowhere: str) -> None:
+    with site(folder / "site", nowhere, 1) as (node,):
+        command = [*P2PCTL, "--socket", str(node.socket), "import", str(large)]
+        with running(command, folder / "log", {**os.environ, "PYTHONPATH": str(ROOT)}):
+            wait_for("some blocks are stored", lambda: stored(node) > 8 << 20, every=0.002)
+        wait_for("its blocks are not held any more", lambda: node.status()["cache"]["disk"]["pinned_bytes"] == 0)
+        assert refuses(node, TAG)
+        assert stored(node) < large.stat().st_size - (1 << 20)
 
 
 def stored(node: Node) -> int:

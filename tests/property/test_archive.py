@@ -170,6 +170,7 @@ def test_extended_headers_of_any_kind_are_refused_or_read(records: bytes) -> Non
 
 def test_a_layout_of_two_platforms() -> None:
     layout = small()
+    layout.files |= {"manifest.json": b"[]", "repositories": b"{}"}  # of docker save
     (image,) = images_of(layout.pack(folders=True))
     assert image.name == NAME
     assert str(image.root.ref.digest) == layout.roots[0]["digest"]
