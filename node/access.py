@@ -76,7 +76,9 @@ class PublicTable:
     """The repositories that anybody could read, and when that was last seen, in SQLite: a node that starts while its
     uplink is down serves public images. Without the disk it remembers until it stops."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pinned: Callable[[Locator], bool] = lambda locator: False) -> None:
+        """What is `pinned` stays as it was last seen, however long ago that is."""
+        self._pinned = pinned
         self._seen: LRUCache[str, float] = LRUCache(MAX_PUBLIC)
         try:
             self._database = _open(path)
@@ -95,7 +97,7 @@ class PublicTable:
     def age(self, locator: Locator) -> float | None:
         """Seconds since it was seen to be public. A clock that was set back makes it unknown."""
         seen = self._seen.get(_repository(locator))
-        age = -1.0 if seen is None else time.time() - seen
+        age = -1.0 if seen is None else 0.0 if self._pinned(locator) else time.time() - seen
         return age if age >= 0 else None
 
     def note(self, locator: Locator, age_s: float = 0.0) -> None:

@@ -157,7 +157,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         loaded_pins = load_pins(data_dir / "pins.json")
         tiers, disk = await _open_tiers(config, data_dir, identity, digests_of(loaded_pins), stack)
         pins = Pins(data_dir / "pins.json", loaded_pins, disk)
-        public = PublicTable(data_dir / "access.sqlite")
+        public = PublicTable(data_dir / "access.sqlite", pins.has_of)
         stack.callback(public.close)
         upstreams = await stack.enter_async_context(
             Upstreams(config.upstream, count=metrics.origin, rng=Random(), public=public.note)
@@ -211,7 +211,16 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         prefetcher = Prefetcher(data_dir / "prefetch.json", library, fetcher, tiers.holds)
         offline = Offline(
             OfflineParts(
-                site, disk, library, table, pins, prefetcher, upstreams.names, _record_for(identity), announcer.finished
+                site,
+                disk,
+                library,
+                table,
+                pins,
+                prefetcher,
+                upstreams.names,
+                _record_for(identity),
+                announcer.finished,
+                public.note,
             )
         )
         swarm = LibP2PSwarm(

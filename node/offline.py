@@ -14,7 +14,7 @@ from cache.store import Buffer
 from node.archive import HASH, ArchiveReader, ArchiveWriter
 from node.images import locator_of, survey
 from node.library import SiteLibrary
-from node.locator import ImageName
+from node.locator import ImageName, Locator
 from node.names import NameTable
 from node.objects import Resolved
 from node.oci_layout import Packed, PackedImage
@@ -57,6 +57,8 @@ class OfflineParts:
     record_for: RecordFor
     finished: Callable[[ObjectRef], None]
     """Tells the site's directories of an object that is held."""
+    public: Callable[[Locator, float], None]
+    """Notes that so many seconds ago anybody could read the repository."""
 
 
 class _Told:
@@ -100,7 +102,9 @@ class Offline:
                 self._remember(pin.image, max(0.0, time.time() - pin.since))
 
     def _remember(self, image: PackedImage, age_s: float) -> None:
-        """An operator's word counts as the registry's: what it says is so old."""
+        """An operator's word counts as the registry's, and is so old: what the name stands for, and that anybody may
+        read the repository, until the registry says otherwise."""
+        self._parts.public(image.name.manifests, age_s)
         table, name, root = self._parts.table, image.name, image.root
         for packed in image.objects:
             found = Resolved(packed.ref, packed.media_type, age_s)

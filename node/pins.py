@@ -20,7 +20,7 @@ import trio
 
 from cache.recovery import space
 from cache.store import StoreStatistics
-from node.locator import ImageName, Kind
+from node.locator import ImageName, Kind, Locator
 from node.oci_layout import Packed, PackedImage
 from protocol.errors import BadInputError, NotFoundError, UnavailableError
 from protocol.ids import Digest, ObjectRef
@@ -127,6 +127,11 @@ class Pins:
     def names(self, source: str, reference: str) -> bool:
         """Whether a pinned image has this name: it stands for what it did, however long ago that was confirmed."""
         return any(str(n.manifests) == source and n.reference == reference for n in self._pins)
+
+    def has_of(self, locator: Locator) -> bool:
+        """Whether an image of the locator's repository is pinned."""
+        where = (locator.upstream, locator.repository)
+        return any((n.manifests.upstream, n.manifests.repository) == where for n in self._pins)
 
     @contextmanager
     def holding(self, objects: Iterable[Packed]) -> Iterator[None]:

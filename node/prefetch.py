@@ -171,7 +171,7 @@ class Prefetcher:
             item.done += ref.size
             return
         hasher = hashlib.new(ref.digest.algorithm)
-        ahead: deque[Ticket[tuple[BlockId, int], Obtained]] = deque()
+        ahead: deque[Ticket[tuple[BlockId, int, bool], Obtained]] = deque()
 
         async def take() -> None:
             data = (await ahead[0].wait()).held.data
