@@ -185,14 +185,9 @@ def run_crowd(
     trio.run(main)
     used = [read_counters(bench, index) - one for index, one in zip(indices, before, strict=True)]
     return Outcome(
-        name,
-        size,
-        limit_s,
-        [client.seconds for client in clients],
-        bench.proxy.count.received,
-        sum(client.resumed for client in clients),
-        used,
-    )
+        name, size, limit_s, [client.seconds for client in clients], bench.proxy.count.received,
+        used, sum(client.resumed for client in clients),
+    )  # fmt: skip
 
 
 # Scenarios
