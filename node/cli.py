@@ -27,6 +27,8 @@ from node.cli_common import (
     Session,
     common,
     decode,
+    echo,
+    events,
     show_document,
 )
 from node.config import DEFAULT_UPSTREAMS
@@ -118,7 +120,8 @@ def pull(session: Session, image: str, all_platforms: bool) -> None:
     """Read IMAGE into this node, and through it into the site."""
     everything = "1" if all_platforms else "0"
     with closing(session.client.stream("/pull", image=image, all_platforms=everything)) as lines:
-        result = _echo_events(lines) if session.json else _show_events(lines, image)
+        told = events(lines, PullEvent, "the pull's answer")
+        result = echo(told, PullResult) if session.json else _show_events(told, image)
     if result is None:
         raise DaemonUnreachableError("p2pd went away before the pull was over: systemctl status p2pd")
     if not result.ok:
@@ -129,29 +132,12 @@ def pull(session: Session, image: str, all_platforms: bool) -> None:
         show_pulled(console(), result)
 
 
-def _events(lines: Iterator[bytes]) -> Iterator[tuple[bytes, PullEvent]]:
-    decoder = msgspec.json.Decoder(PullEvent)
-    for line in lines:
-        try:
-            yield line, decoder.decode(line)
-        except msgspec.DecodeError as error:
-            raise DaemonUnreachableError(f"the pull's answer broke off, or is of another version: {error}") from error
-
-
-def _echo_events(lines: Iterator[bytes]) -> PullResult | None:
-    result = None
-    for line, event in _events(lines):
-        click.echo(line.rstrip())
-        result = event if isinstance(event, PullResult) else result
-    return result
-
-
-def _show_events(lines: Iterator[bytes], image: str) -> PullResult | None:
+def _show_events(told: Iterator[tuple[bytes, PullEvent]], image: str) -> PullResult | None:
     """The bar goes to standard error, and only to a terminal."""
     from node.render import transfer_bar
 
     with transfer_bar(image) as (progress, task):
-        for _, event in _events(lines):
+        for _, event in told:
             if isinstance(event, PullResult):
                 return event
             progress.update(task, completed=event.bytes_done, total=event.bytes_total or None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +70,25 @@ class ImageParam(click.ParamType[str]):
         except BadInputError as error:
             self.fail(str(error), param, ctx)
         return str(value)
+
+
+def events(lines: Iterator[bytes], kind: Any, what: str) -> Iterator[tuple[bytes, Any]]:
+    """Each line of an answer and what it says, of the union `kind`. Raises DaemonUnreachableError, naming `what`."""
+    decoder = msgspec.json.Decoder(kind)
+    for line in lines:
+        try:
+            yield line, decoder.decode(line)
+        except msgspec.DecodeError as error:
+            raise DaemonUnreachableError(f"{what} broke off, or is of another version: {error}") from error
+
+
+def echo(told: Iterator[tuple[bytes, Any]], result: type[_Document]) -> _Document | None:
+    """Print the lines as they come; the last result among them."""
+    last = None
+    for line, event in told:
+        click.echo(line.rstrip())
+        last = event if isinstance(event, result) else last
+    return last
 
 
 def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from node.cli_common import Command, Failure, ImageParam, Session, common, show_document
+from node.cli_common import Command, Failure, ImageParam, Session, common, echo, events, show_document
 from node.config import parse_duration, parse_size
 from node.control_client import DaemonUnreachableError
 from node.offline_status import (
@@ -222,7 +222,8 @@ def _show(document: msgspec.Struct) -> None:
 
 def _work(session: Session, path: str, failed: str, what: str, descriptor: int | None, **query: str) -> None:
     with closing(session.client.stream(path, descriptor=descriptor, **query)) as lines:
-        result = _echo(lines) if session.json else _watch(lines, what)
+        told = events(lines, WorkEvent, "the answer")
+        result = echo(told, WorkResult) if session.json else _watch(told, what)
     if result is None:
         raise DaemonUnreachableError(f"p2pd went away before the {what} was over: systemctl status p2pd")
     if not result.ok:
@@ -231,28 +232,11 @@ def _work(session: Session, path: str, failed: str, what: str, descriptor: int |
         _show(result)
 
 
-def _events(lines: Iterator[bytes]) -> Iterator[tuple[bytes, WorkEvent]]:
-    decoder = msgspec.json.Decoder(WorkEvent)
-    for line in lines:
-        try:
-            yield line, decoder.decode(line)
-        except msgspec.DecodeError as error:
-            raise DaemonUnreachableError(f"the answer broke off, or is of another version: {error}") from error
-
-
-def _echo(lines: Iterator[bytes]) -> WorkResult | None:
-    result = None
-    for line, event in _events(lines):
-        click.echo(line.rstrip())
-        result = event if isinstance(event, WorkResult) else result
-    return result
-
-
-def _watch(lines: Iterator[bytes], what: str) -> WorkResult | None:
+def _watch(told: Iterator[tuple[bytes, WorkEvent]], what: str) -> WorkResult | None:
     from node.render import transfer_bar
 
     with transfer_bar(what) as (progress, task):
-        for _, event in _events(lines):
+        for _, event in told:
             if isinstance(event, WorkResult):
                 return event
             progress.update(task, completed=event.bytes_done, total=event.bytes_total or None, description=event.phase)

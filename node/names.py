@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,17 +258,11 @@ class Names:
 
         async def ask(peer: PeerId) -> None:
             question = messages.Resolve(str(locator), reference, 0)
-            try:
-                answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
-                if isinstance(answer.message, messages.Resolved) and answer.message.public_age_s >= 0:
-                    ages.append(answer.message.public_age_s)
-            except ShoalError as error:
-                log.debug("%s: %s", peer, error)
+            answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
+            if isinstance(answer.message, messages.Resolved) and answer.message.public_age_s >= 0:
+                ages.append(answer.message.public_age_s)
 
-        others = [member.peer_id for member in self._site.view.site if member.peer_id != self._site.own]
-        async with trio.open_nursery() as nursery:
-            for peer in others[:LAST_RESORT_MEMBERS]:
-                nursery.start_soon(ask, peer)
+        await self._for_others(ask)
         return min(ages, default=None)
 
     async def _ask_everybody(self, locator: Locator, reference: str) -> Resolved | None:
@@ -279,21 +273,29 @@ class Names:
         self._asked[str(locator), reference] = True
         answers = [own] if own else []
 
-        async def ask(peer: str) -> None:
+        async def ask(peer: PeerId) -> None:
+            answers.append(await self._hear(peer, locator, reference, reach=0))
+
+        await self._for_others(ask)
+        if not answers:
+            return None
+        youngest = min(answers, key=lambda found: found.age_s)
+        self._table.put(str(locator), reference, youngest)
+        return youngest
+
+    async def _for_others(self, ask: Callable[[PeerId], Awaitable[None]]) -> None:
+        """Some of the other members at once; from whom nothing comes is passed over."""
+
+        async def one(peer: PeerId) -> None:
             try:
-                answers.append(await self._hear(peer, locator, reference, reach=0))
+                await ask(peer)
             except ShoalError as error:
                 log.debug("%s: %s", peer, error)
 
         others = [member.peer_id for member in self._site.view.site if member.peer_id != self._site.own]
         async with trio.open_nursery() as nursery:
             for peer in others[:LAST_RESORT_MEMBERS]:
-                nursery.start_soon(ask, peer)
-        if not answers:
-            return None
-        youngest = min(answers, key=lambda found: found.age_s)
-        self._table.put(str(locator), reference, youngest)
-        return youngest
+                nursery.start_soon(one, peer)
 
     async def _ask_origin(self, locator: Locator, reference: str) -> Resolved:
         return await self._origin.do((locator, reference), lambda: self._revalidate(locator, reference))
