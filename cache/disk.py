@@ -21,7 +21,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from sys import intern
@@ -29,11 +29,13 @@ from typing import BinaryIO
 
 import trio
 
+from cache.disk_flush import Batch, Entry, File, Outcome, carry_out
 from cache.disk_index import DiskIndex, Stored, key_of, open_index
-from cache.files import CHANGE, READ, WRITE, Identity, identity_of, opened, punch, read_at, write_at
+from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
 from cache.lru_k import LRUKCache
 from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, check_bytes, length_of
-from cache.recovery import can_punch, offset_of, reconcile, relative_path, space
+from cache.pinned import PinnedPolicy
+from cache.recovery import can_punch, reconcile, relative_path, space
 from cache.store import Buffer, Held, Holdings, StoreStatistics
 from protocol.errors import BadInputError
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, PeerId, Piece, Shard
@@ -54,6 +56,8 @@ EVICTION_SHARE = 64
 """A full store evicts this part of its budget at once (at most MAX_EVICTION): not every put then waits for a flush."""
 
 MAX_EVICTION = 64 << 20
+REMOVED_AT_ONCE = 1024
+"""Pieces removed in one turn of the loop, 10 ms."""
 SPARE_AGE_S = 1.0
 """How old an answer of statvfs may be."""
 
@@ -73,72 +77,10 @@ MAX_TOLD = 64
 """Kinds of trouble that are told."""
 
 
-@dataclass(slots=True, eq=False)
-class _File:
-    """`checked` has a bit for each block that was right in this process since the file's identity was noted."""
-
-    digest: Digest
-    shard: Shard | None
-    path: str
-    pieces: int = 0
-    identity: Identity | None = None
-    checked: int = 0
-    sealed: bool = False
-    leases: int = 0
-    referenced_at: float = -math.inf
-    next_reference: int = 0
-
-    def found(self, identity: Identity) -> bool:
-        """Note how the file is before it is used. False: it has changed, which takes back what was known."""
-        if identity == self.identity:
-            return True
-        self.identity, self.checked, self.sealed = identity, 0, False
-        return False
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    piece: Piece
-    record: Record
-    sha256: bytes
-    length: int
-    used: int
-    file: _File
-
-    @property
-    def offset(self) -> int:
-        return offset_of(self.piece)
-
-    @property
-    def space(self) -> int:
-        return space(self.length)
-
-    @property
-    def stored(self) -> Stored:
-        return Stored(self.piece, self.sha256, self.record, self.used)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What one flush does: sync and add, delete rows and then their bytes. Of emptied files (`trash`) the whole."""
-
-    added: list[_Entry]
-    removed: list[_Entry]
-    used: list[tuple[Piece, int]]
-    trash: dict[_File, str]
-
-
-@dataclass(slots=True)
-class _Outcome:
-    unsynced: set[_File] = field(default_factory=set)
-    committed: bool = False
-    problems: list[tuple[str, Exception]] = field(default_factory=list)
-
-
 class _LeasedFile(io.FileIO):
     """While it is open, no byte of the file is given back."""
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: File) -> None:
         super().__init__(os.open(file.path, READ), "rb")
         self._file = file
         file.leases += 1
@@ -167,21 +109,23 @@ class DiskStore:
     """A BlockStore of sparse files, made by `open`; see the module's text."""
 
     def __init__(
-        self, folder: _Folder, budget_bytes: int, free_share: float, free_bytes: int, timer: Callable[[], float]
-    ) -> None:
+        self, folder: _Folder, budget_bytes: int, free_share: float, free_bytes: int, pinned: frozenset[Digest],
+        timer: Callable[[], float],
+    ) -> None:  # fmt: skip
         self._folder = folder
         self._budget = budget_bytes
         self._floor = free_share, free_bytes
         self._timer = timer
-        self._policy: LRUKCache[Piece, int] = LRUKCache(budget_bytes, int, correlated=CORRELATED_S, timer=timer)
-        self._entries: dict[Piece, _Entry] = {}
+        policy: LRUKCache[Piece, int] = LRUKCache(budget_bytes, int, correlated=CORRELATED_S, timer=timer)
+        self._policy = PinnedPolicy(policy, pinned)
+        self._entries: dict[Piece, Entry] = {}
         self._bitmaps = Bitmaps()
-        self._files: dict[tuple[Digest, Shard | None], _File] = {}
-        self._dirty: dict[Piece, _Entry] = {}
-        self._removed: dict[Piece, _Entry] = {}
+        self._files: dict[tuple[Digest, Shard | None], File] = {}
+        self._dirty: dict[Piece, Entry] = {}
+        self._removed: dict[Piece, Entry] = {}
         self._removed_bytes = 0
         self._referenced: set[Piece] = set()
-        self._used = itertools.count(1)
+        self._last_used = 0
         self._trash = itertools.count()
         self._spare = 0
         self._spare_at = -math.inf
@@ -198,16 +142,18 @@ class DiskStore:
         *,
         free_share: float = 0.0,
         free_bytes: int = 0,
+        pinned: frozenset[Digest] = frozenset(),
         timer: Callable[[], float] = time.monotonic,
     ) -> AsyncIterator[DiskStore]:
         """Open or make the folder; leaving the context makes all of it durable.
 
-        At least `free_share` of the file system, and `free_bytes`, are left free. Raises BadInputError naming the
+        At least `free_share` of the file system, and `free_bytes`, are left free; blocks of the `pinned` objects are
+        not evicted. Raises BadInputError naming the
         folder where it cannot be used, another process uses it, or another version's index is in it.
         """
         folder, rows = await trio.to_thread.run_sync(_open_folder, directory)
         try:
-            store = cls(folder, budget_bytes, free_share, free_bytes, timer)
+            store = cls(folder, budget_bytes, free_share, free_bytes, pinned, timer)
             store._adopt(rows)
             del rows  # it is large
             await store.flush()
@@ -224,9 +170,10 @@ class DiskStore:
                 await trio.to_thread.run_sync(folder.close)
 
     def _adopt(self, rows: list[Stored]) -> None:
-        """Hold what `rows` name, the latest used as far as the budget goes."""
+        """Hold what `rows` name, what is pinned and then the latest used, as far as the budget goes."""
         total, kept = 0, 0
-        self._used = itertools.count(max((row.used for row in rows), default=0) + 1)
+        self._last_used = max((row.used for row in rows), default=0)
+        rows = sorted(rows, key=lambda row: not self._policy.keeps(row.piece))
         entries = [self._entry(row.piece, row.record, row.sha256, row.used) for row in rows]
         for entry in entries[:MAX_ENTRIES]:
             total += entry.space
@@ -262,7 +209,7 @@ class DiskStore:
         self._refer(entry)
         return Held(data, entry.record)
 
-    async def _read(self, entry: _Entry, data: bytearray) -> str | None:
+    async def _read(self, entry: Entry, data: bytearray) -> str | None:
         """Fill `data`; the answer is what is wrong with it, if anything. Raises OSError."""
         file = entry.file
         with opened(file.path, READ) as fd:
@@ -287,13 +234,13 @@ class DiskStore:
         if piece in self._entries:
             return True
         sha = record.sha256 if piece.shard is None else sha256(data).digest()
-        return not self._derivable(piece) and self._write(self._entry(piece, record, sha, next(self._used)), data)
+        return not self._derivable(piece) and self._write(self._entry(piece, record, sha, self._next_used()), data)
 
     def _derivable(self, piece: Piece) -> bool:
         """A shard of a block that is held whole."""
         return piece.shard is not None and Piece(piece.block) in self._entries
 
-    def _write(self, entry: _Entry, data: Buffer) -> bool:
+    def _write(self, entry: Entry, data: Buffer) -> bool:
         file, piece = entry.file, entry.piece
         try:
             if not file.pieces:
@@ -329,35 +276,40 @@ class DiskStore:
 
     # The index in memory
 
-    def _entry(self, piece: Piece, record: Record, sha: bytes, used: int) -> _Entry:
+    def _entry(self, piece: Piece, record: Record, sha: bytes, used: int) -> Entry:
         """All that is long is in memory once for all entries."""
         key = piece.block.digest, piece.shard
         file = self._files.get(key)
         if file is None:
-            file = self._files[key] = _File(*key, f"{self._folder.path}/{relative_path(*key)}")
+            file = self._files[key] = File(*key, f"{self._folder.path}/{relative_path(*key)}")
         record = Record(
             intern(record.digest), record.index, record.length, record.size,
             sha if sha == record.sha256 else record.sha256, PeerId(intern(record.signer)), record.signature,
         )  # fmt: skip
         own = Piece(BlockId(file.digest, piece.block.index), file.shard)
-        return _Entry(own, record, sha, length_of(own, record), used, file)
+        return Entry(own, record, sha, length_of(own, record), used, file)
 
-    def _add(self, entry: _Entry) -> None:
-        self._policy[entry.piece] = entry.space
+    def _next_used(self) -> int:
+        """Unix milliseconds, so that it tells how long a piece was not used, but different for each reference."""
+        self._last_used = max(self._last_used + 1, int(time.time() * 1000))
+        return self._last_used
+
+    def _add(self, entry: Entry) -> None:
+        self._policy.add(entry.piece, entry.space)
         self._entries[entry.piece] = entry
         self._bitmaps.add(entry.piece)
         entry.file.pieces += 1
 
-    def _refer(self, entry: _Entry) -> None:
-        self._policy.get(entry.piece)
-        entry.used = next(self._used)
+    def _refer(self, entry: Entry) -> None:
+        self._policy.refer(entry.piece)
+        entry.used = self._next_used()
         self._referenced.add(entry.piece)
 
-    def _remove(self, entry: _Entry) -> None:
+    def _remove(self, entry: Entry) -> None:
         """Forget a piece; without holes in files, all of its file. The next flush gives the bytes back."""
         together = [entry] if self._folder.punching else [e for e in self._entries.values() if e.file is entry.file]
         for each in together:
-            del self._policy[each.piece]
+            self._policy.remove(each.piece)
             del self._entries[each.piece]
             self._bitmaps.remove(each.piece)
             self._dirty.pop(each.piece, None)
@@ -367,7 +319,7 @@ class DiskStore:
             each.file.checked &= ~(1 << each.piece.block.index)
             self._charge_removed(each)
 
-    def _charge_removed(self, entry: _Entry) -> None:
+    def _charge_removed(self, entry: Entry) -> None:
         self._removed[entry.piece] = entry
         self._removed_bytes += entry.space
 
@@ -381,13 +333,13 @@ class DiskStore:
         return self._bitmaps.objects()
 
     def statistics(self) -> StoreStatistics:
-        return StoreStatistics(self._charged, self._budget, len(self._entries))
+        return StoreStatistics(self._charged, self._budget, len(self._entries), self._policy.kept_bytes)
 
     # Room
 
     @property
     def _charged(self) -> int:
-        return int(self._policy.currsize) + self._removed_bytes
+        return self._policy.bytes + self._removed_bytes
 
     async def _make_room(self, piece: Piece, need: int) -> bool:
         """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""
@@ -424,7 +376,7 @@ class DiskStore:
     def _evict(self, need: int) -> None:
         """Remove the policy's victims, until after the next flush `need` fits, and a little more."""
         leased = sum(entry.space for entry in self._removed.values() if entry.file.leases)
-        room = self._budget - int(self._policy.currsize)
+        room = self._budget - self._policy.bytes
         wanted = max(
             need + min(self._budget // EVICTION_SHARE, MAX_EVICTION) + leased,
             room + need - self._spare_bytes() - (self._removed_bytes - leased),
@@ -432,11 +384,47 @@ class DiskStore:
         )
         served = sum(file.pieces * BLOCK_SIZE for file in self._files.values() if file.leases)
         for victim in self._policy.victims(min(wanted + served, self._budget)):
-            if self._budget - int(self._policy.currsize) >= wanted:
+            if self._budget - self._policy.bytes >= wanted:
                 break
             entry = self._entries.get(victim)
             if entry is not None and not entry.file.leases:
                 self._remove(entry)
+
+    # What its owner wants kept, and wants gone
+
+    def pin(self, digest: Digest) -> None:
+        """From now on no whole block of the object is evicted, whether it is held or will be."""
+        self._policy.pin(digest, self._bitmaps.pieces(digest))
+
+    def unpin(self, digest: Digest) -> None:
+        self._policy.unpin(digest, self._bitmaps.pieces(digest))
+
+    def is_pinned(self, digest: Digest) -> bool:
+        return self._policy.is_pinned(digest)
+
+    def unused(self, seconds: float) -> list[Piece]:
+        """Pieces that are not pinned and were not used for so long."""
+        before = int((time.time() - seconds) * 1000)
+        return [p for p, entry in self._entries.items() if entry.used < before and not self._policy.keeps(p)]
+
+    def beyond(self, target_bytes: int) -> list[Piece]:
+        """The pieces that would be evicted so that at most `target_bytes` are held; not enough where more is pinned."""
+        return self._policy.victims(self._budget - target_bytes) if self._policy.bytes > target_bytes else []
+
+    async def remove(self, pieces: Iterable[Piece], *, dry_run: bool = False) -> tuple[int, int]:
+        """Of those that are still held and not being sent; their number and the bytes of disk that they take."""
+        count = freed = 0
+        for number, piece in enumerate(pieces):
+            if number % REMOVED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            entry = self._entries.get(piece)
+            if entry is None or entry.file.leases or self._policy.keeps(piece):
+                continue
+            count, freed = count + 1, freed + entry.space
+            if not dry_run:
+                self._remove(entry)
+        await self.flush()
+        return count, freed
 
     # Durability
 
@@ -455,18 +443,18 @@ class DiskStore:
             if self._dirty or self._removed or references:
                 batch = self._batch()
                 with trio.CancelScope(shield=True):  # the batch has moved files: it must be carried out
-                    outcome = await trio.to_thread.run_sync(_carry_out, self._folder.index, batch)
+                    outcome = await trio.to_thread.run_sync(carry_out, self._folder.index, batch)
                 self._settle(batch, outcome)
 
-    def _batch(self) -> _Batch:
+    def _batch(self) -> Batch:
         removed = [entry for entry in self._removed.values() if not entry.file.leases]
         used = [(piece, self._entries[piece].used) for piece in self._referenced if piece not in self._dirty]
         self._referenced.clear()
-        return _Batch(list(self._dirty.values()), removed, used, self._clear_files(removed))
+        return Batch(list(self._dirty.values()), removed, used, self._clear_files(removed))
 
-    def _clear_files(self, removed: list[_Entry]) -> dict[_File, str]:
+    def _clear_files(self, removed: list[Entry]) -> dict[File, str]:
         """Move the files that hold nothing any more out of the way of new ones."""
-        trash: dict[_File, str] = {}
+        trash: dict[File, str] = {}
         for entry in removed:
             if entry.file.pieces or entry.file in trash:
                 continue
@@ -478,7 +466,7 @@ class DiskStore:
                 self._tell("cannot remove a file", error)
         return trash
 
-    def _settle(self, batch: _Batch, outcome: _Outcome) -> None:
+    def _settle(self, batch: Batch, outcome: Outcome) -> None:
         self._spare_at = -math.inf
         for what, error in outcome.problems:
             self._tell(what, error)
@@ -536,7 +524,7 @@ class DiskStore:
         self._refer_all(digest, file)
         return opened_file
 
-    def _refer_all(self, digest: Digest, file: _File) -> None:
+    def _refer_all(self, digest: Digest, file: File) -> None:
         """Reference the object's blocks, MAX_REFERENCES in one go, and no more often than references count."""
         now = self._timer()
         if file.next_reference == 0 and now - file.referenced_at < CORRELATED_S:
@@ -550,44 +538,6 @@ class DiskStore:
 
 def _name(piece: Piece) -> str:
     return f"{piece.block.digest} #{piece.block.index}" + (f" {piece.shard}" if piece.shard else "")
-
-
-def _carry_out(index: DiskIndex, batch: _Batch) -> _Outcome:
-    """In a thread. The order is the promise: data before the rows that name it, rows gone before their data."""
-    outcome = _Outcome()
-    for file in {entry.file for entry in batch.added}:
-        try:
-            with opened(file.path, READ) as fd:
-                os.fdatasync(fd)
-        except OSError as error:
-            outcome.unsynced.add(file)
-            outcome.problems.append(("cannot sync a file", error))
-    synced = [entry.stored for entry in batch.added if entry.file not in outcome.unsynced]
-    try:
-        index.apply([key_of(entry.piece) for entry in batch.removed], synced, batch.used)
-        outcome.committed = True
-    except sqlite3.Error as error:
-        outcome.problems.append(("cannot write the index", error))
-    _give_back(batch, outcome)
-    return outcome
-
-
-def _give_back(batch: _Batch, outcome: _Outcome) -> None:
-    for entry in batch.removed:
-        if entry.file in batch.trash:
-            continue
-        try:
-            with opened(entry.file.path, CHANGE) as fd:
-                punch(fd, entry.offset, entry.space)
-        except OSError as error:
-            outcome.problems.append(("cannot give back disk space", error))
-    for path in batch.trash.values():
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            continue  # somebody else removed the file before
-        except OSError as error:
-            outcome.problems.append(("cannot remove a file", error))
 
 
 def _open_folder(directory: Path) -> tuple[_Folder, list[Stored]]:

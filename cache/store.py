@@ -47,6 +47,7 @@ class StoreStatistics:
     bytes: int
     budget_bytes: int
     entries: int
+    pinned_bytes: int = 0
 
 
 class BlockStore(Protocol):

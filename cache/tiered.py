@@ -22,6 +22,8 @@ class FileStore(BlockStore, Protocol):
 class DiskTier(FileStore, Protocol):
     def seal(self, ref: ObjectRef) -> bool: ...
 
+    def is_pinned(self, digest: Digest) -> bool: ...
+
     async def drop_object(self, digest: Digest) -> None: ...
 
 
@@ -30,7 +32,7 @@ class ContentTier(FileStore, Protocol):
 
 
 class Tiers:
-    """Reads ask memory, disk, containerd in this order; a block that containerd holds is not written to disk."""
+    """Reads ask memory, disk, containerd in this order; to disk goes what containerd lacks or is pinned."""
 
     def __init__(self, memory: BlockStore, disk: DiskTier, containerd: ContentTier | None) -> None:
         self._memory, self._disk, self._containerd = memory, disk, containerd
@@ -54,7 +56,7 @@ class Tiers:
         await self._memory.put(piece, data, record)
         if piece.shard is None:
             await self._drop_shards(piece.block)
-        if not self._in_containerd(piece.block.digest):
+        if not self._left_to_containerd(piece.block.digest):
             await self._disk.put(piece, data, record)
 
     async def _drop_shards(self, block: BlockId) -> None:
@@ -90,6 +92,9 @@ class Tiers:
         """The object's digest was just checked over what these tiers hold."""
         self._disk.seal(ref)
 
+    def is_pinned(self, digest: Digest) -> bool:
+        return self._disk.is_pinned(digest)
+
     def open_sealed(self, digest: Digest) -> tuple[AbstractContextManager[BinaryIO], Tier] | None:
         file = self._disk.open_sealed(digest)
         if file is not None:
@@ -97,12 +102,13 @@ class Tiers:
         file = self._containerd.open_sealed(digest) if self._containerd else None
         return (file, "containerd") if file is not None else None
 
-    def _in_containerd(self, digest: Digest) -> bool:
-        return self._containerd is not None and self._containerd.has_object(digest)
+    def _left_to_containerd(self, digest: Digest) -> bool:
+        """What is pinned is not: containerd removes an image when its own user says so."""
+        return self._containerd is not None and self._containerd.has_object(digest) and not self._disk.is_pinned(digest)
 
     async def drop_doubles(self) -> int:
         """Remove from disk what containerd has meanwhile stored itself; the number of objects removed."""
-        doubles = [digest for digest in self._disk.objects() if self._in_containerd(digest)]
+        doubles = [digest for digest in self._disk.objects() if self._left_to_containerd(digest)]
         for digest in doubles:
             await self._disk.drop_object(digest)
         return len(doubles)

@@ -9,7 +9,6 @@ sent is remembered by its hash only, and goes nowhere but to the registry of its
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from typing import Protocol
 import trio
 from cachetools import LRUCache
 
+from node.database import Database
 from node.locator import Grant, Locator
 from node.registry_auth import canonical
 from node.single_flight import SingleFlight
@@ -34,6 +34,8 @@ REFUSED_S = 10.0
 MAX_VERDICTS = 4096
 MAX_PUBLIC = 4096
 MAX_AUTHORIZATION = 16 << 10
+
+_SCHEMA = "CREATE TABLE IF NOT EXISTS public (repository TEXT PRIMARY KEY, seen REAL NOT NULL) WITHOUT ROWID;"
 
 SiteSays = Callable[[Locator, str], Awaitable[float | None]]
 """How many seconds ago a member saw that anybody may read the locator's repository; None where nobody knows."""
@@ -76,18 +78,14 @@ class PublicTable:
     """The repositories that anybody could read, and when that was last seen, in SQLite: a node that starts while its
     uplink is down serves public images. Without the disk it remembers until it stops."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pinned: Callable[[Locator], bool] = lambda locator: False) -> None:
+        """What is `pinned` stays as it was last seen, however long ago that is."""
+        self._pinned = pinned
         self._seen: LRUCache[str, float] = LRUCache(MAX_PUBLIC)
-        try:
-            self._database = _open(path)
-        except sqlite3.DatabaseError as error:
-            log.warning("%s is damaged (%s): starting without what was public", path, error)
-            for name in (path.name, path.name + "-wal", path.name + "-shm"):
-                path.with_name(name).unlink(missing_ok=True)
-            self._database = _open(path)
-        rows = self._do("SELECT repository, seen FROM public ORDER BY seen DESC LIMIT ?", MAX_PUBLIC)
+        self._database = Database(path, _SCHEMA)
+        rows = self._database.run("SELECT repository, seen FROM public ORDER BY seen DESC LIMIT ?", (MAX_PUBLIC,))
         self._seen.update(reversed(rows))
-        self._do("DELETE FROM public WHERE seen < ?", rows[-1][1] if len(rows) == MAX_PUBLIC else 0)
+        self._database.run("DELETE FROM public WHERE seen < ?", (rows[-1][1] if len(rows) == MAX_PUBLIC else 0,))
 
     def close(self) -> None:
         self._database.close()
@@ -95,7 +93,7 @@ class PublicTable:
     def age(self, locator: Locator) -> float | None:
         """Seconds since it was seen to be public. A clock that was set back makes it unknown."""
         seen = self._seen.get(_repository(locator))
-        age = -1.0 if seen is None else time.time() - seen
+        age = -1.0 if seen is None else 0.0 if self._pinned(locator) else time.time() - seen
         return age if age >= 0 else None
 
     def note(self, locator: Locator, age_s: float = 0.0) -> None:
@@ -103,27 +101,11 @@ class PublicTable:
         if abs(seen - self._seen.get(repository, 0.0)) < FRESH_S:
             return
         self._seen[repository] = seen
-        self._do("INSERT OR REPLACE INTO public VALUES (?, ?)", repository, seen)
+        self._database.run("INSERT OR REPLACE INTO public VALUES (?, ?)", (repository, seen))
 
     def drop(self, locator: Locator) -> None:
         if self._seen.pop(_repository(locator), None) is not None:
-            self._do("DELETE FROM public WHERE repository = ?", _repository(locator))
-
-    def _do(self, statement: str, *values: object) -> list[tuple[str, float]]:
-        try:
-            return self._database.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            log.warning("access.sqlite: %s", error)
-            return []
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, isolation_level=None)
-    database.executescript(
-        "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
-        "CREATE TABLE IF NOT EXISTS public (repository TEXT PRIMARY KEY, seen REAL NOT NULL) WITHOUT ROWID;"
-    )
-    return database
+            self._database.run("DELETE FROM public WHERE repository = ?", (_repository(locator),))
 
 
 def _repository(locator: Locator) -> str:

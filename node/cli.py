@@ -6,20 +6,33 @@ output is the document. What takes long to import (rich, httpx) is imported wher
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 import msgspec
 
-from node.config import DEFAULT_UPSTREAMS, Config
-from node.control_client import ControlClient, DaemonUnreachableError
-from node.locator import ImageName
+from node import cli_offline
+from node.cli_common import (
+    DEFAULTS,
+    FAILED,
+    UNREACHABLE,
+    Command,
+    Failure,
+    Group,
+    ImageParam,
+    Session,
+    common,
+    decode,
+    echo,
+    events,
+    show_document,
+)
+from node.config import DEFAULT_UPSTREAMS
+from node.control_client import DaemonUnreachableError
 from node.status import (
     CacheReport,
     Check,
@@ -38,95 +51,11 @@ from protocol.errors import BadInputError, ShoalError
 if TYPE_CHECKING:
     from node.containerd_hosts import Change, Registry
 
-FAILED = 1
-UNREACHABLE = 3
 
-_DEFAULTS = Config()
-_Document = TypeVar("_Document", bound=msgspec.Struct)
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What the options before and after the command's name say together."""
-
-    socket: Path
-    json: bool
-
-    @property
-    def client(self) -> ControlClient:
-        return ControlClient(self.socket)
-
-
-class _Failure(click.ClickException):
-    exit_code = FAILED
-
-
-class _Unreachable(click.ClickException):
-    exit_code = UNREACHABLE
-
-
-class _Group(click.Group):
-    """Turns what goes wrong in operation into one line and an exit status."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except DaemonUnreachableError as error:
-            raise _Unreachable(str(error)) from error
-        except ShoalError as error:
-            raise _Failure(str(error)) from error
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
-            raise _Failure(f"{error.filename or 'p2pctl'}: {error.strerror or error}") from error
-
-
-class _Image(click.ParamType[str]):
-    name = "image"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            ImageName.parse(value)
-        except BadInputError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
-
-
-def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-    if value and param.name:
-        ctx.obj = replace(ctx.obj, **{param.name: value})
-
-
-def _common(command: _Command) -> _Command:
-    """--json and --socket are understood after the command's name, too."""
-    path = click.Path(path_type=Path)
-    command = click.option("--json", is_flag=True, expose_value=False, callback=_set, help="Print JSON.")(command)
-    return click.option("--socket", type=path, expose_value=False, callback=_set, hidden=True)(command)
-
-
-def _decode(data: bytes, kind: type[_Document]) -> _Document:
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        raise DaemonUnreachableError(f"what answers is not a p2pd of this version ({version()}): {error}") from error
-
-
-def _show(session: Session, path: str, kind: type[msgspec.Struct], **query: str) -> None:
-    data = session.client.get(path, **query)
-    document = _decode(data, kind)
-    if session.json:
-        click.echo(data.rstrip())
-    else:
-        from node.render import console, show
-
-        show(document, console())
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--socket", type=click.Path(path_type=Path), envvar="P2PD_SOCKET", show_envvar=True, show_default=True,
-    default=Path(_DEFAULTS.control.socket), help="The daemon's control socket.",
+    default=Path(DEFAULTS.control.socket), help="The daemon's control socket.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
 @click.pass_context
@@ -135,8 +64,21 @@ def main(ctx: click.Context, socket: Path, as_json: bool) -> None:
     ctx.obj = Session(socket, as_json)
 
 
+cli_offline.add_to(main)
+
+
+def _show(session: Session, path: str, kind: type[msgspec.Struct], **query: str) -> None:
+    show_document(session, session.client.get(path, **query), kind, _print)
+
+
+def _print(document: msgspec.Struct) -> None:
+    from node.render import console, show
+
+    show(document, console())
+
+
 @main.command()
-@_common
+@common
 @click.pass_obj
 def status(session: Session) -> None:
     """This node: who it is, what it served and from where, what it holds."""
@@ -144,7 +86,7 @@ def status(session: Session) -> None:
 
 
 @main.command()
-@_common
+@common
 @click.pass_obj
 def peers(session: Session) -> None:
     """The other members, their health and what was exchanged with them."""
@@ -152,7 +94,7 @@ def peers(session: Session) -> None:
 
 
 @main.command()
-@_common
+@common
 @click.pass_obj
 def images(session: Session) -> None:
     """Images that went through this node, and how much of each it holds."""
@@ -160,7 +102,7 @@ def images(session: Session) -> None:
 
 
 @main.command()
-@_common
+@common
 @click.pass_obj
 def cache(session: Session) -> None:
     """The cache's tiers, and what they hold of which object."""
@@ -169,7 +111,7 @@ def cache(session: Session) -> None:
 
 @main.command()
 @click.argument("pattern", default="*")
-@_common
+@common
 @click.pass_obj
 def tags(session: Session, pattern: str) -> None:
     """What each tag stands for here, since when, who said so, and the policy that applies.
@@ -184,56 +126,32 @@ def tags(session: Session, pattern: str) -> None:
 
 
 @main.command()
-@click.argument("image", type=_Image())
+@click.argument("image", type=ImageParam())
 @click.option("--all-platforms", is_flag=True, help="Not only this machine's platform.")
-@_common
+@common
 @click.pass_obj
 def pull(session: Session, image: str, all_platforms: bool) -> None:
     """Read IMAGE into this node, and through it into the site."""
-    query = {"image": image, "all_platforms": "1" if all_platforms else "0"}
-    with closing(session.client.stream("/pull", **query)) as lines:
-        result = _echo_events(lines) if session.json else _show_events(lines, image)
+    everything = "1" if all_platforms else "0"
+    with closing(session.client.stream("/pull", image=image, all_platforms=everything)) as lines:
+        told = events(lines, PullEvent, "the pull's answer")
+        result = echo(told, PullResult) if session.json else _show_events(told, image)
     if result is None:
         raise DaemonUnreachableError("p2pd went away before the pull was over: systemctl status p2pd")
     if not result.ok:
-        raise _Failure(f"{result.image} was not pulled: {result.error}")
+        raise Failure(f"{result.image} was not pulled: {result.error}")
     if not session.json:
         from node.render import console, show_pulled
 
         show_pulled(console(), result)
 
 
-def _events(lines: Iterator[bytes]) -> Iterator[tuple[bytes, PullEvent]]:
-    decoder = msgspec.json.Decoder(PullEvent)
-    for line in lines:
-        try:
-            yield line, decoder.decode(line)
-        except msgspec.DecodeError as error:
-            raise DaemonUnreachableError(f"the pull's answer broke off, or is of another version: {error}") from error
-
-
-def _echo_events(lines: Iterator[bytes]) -> PullResult | None:
-    result = None
-    for line, event in _events(lines):
-        click.echo(line.rstrip())
-        result = event if isinstance(event, PullResult) else result
-    return result
-
-
-def _show_events(lines: Iterator[bytes], image: str) -> PullResult | None:
+def _show_events(told: Iterator[tuple[bytes, PullEvent]], image: str) -> PullResult | None:
     """The bar goes to standard error, and only to a terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    from node.render import transfer_bar
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-        TimeElapsedColumn(),
-    )  # fmt: skip
-    err = Console(stderr=True)
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task(escape(image), total=None)
-        for _, event in _events(lines):
+    with transfer_bar(image) as (progress, task):
+        for _, event in told:
             if isinstance(event, PullResult):
                 return event
             progress.update(task, completed=event.bytes_done, total=event.bytes_total or None)
@@ -244,32 +162,32 @@ def _show_events(lines: Iterator[bytes], image: str) -> PullResult | None:
 
 
 @main.command()
-@click.argument("image", type=_Image())
+@click.argument("image", type=ImageParam())
 @click.option("--blocks", is_flag=True, help="A line for every block, not for every run of blocks from one source.")
-@_common
+@common
 @click.pass_obj
 def why(session: Session, image: str, blocks: bool) -> None:
     """Where each block of IMAGE came from, how long it took and what it took."""
     data = session.client.get("/why", image=image)
-    report = _decode(data, WhyReport)
+    report = decode(data, WhyReport)
     if session.json:
         click.echo(data.rstrip())
         return
     from node.render import console, show_why
 
-    rows = _decode(session.client.get("/peers"), PeersReport).peers
+    rows = decode(session.client.get("/peers"), PeersReport).peers
     show_why(console(), report, {row.peer_id: row.name for row in rows}, every_block=blocks)
 
 
 # containerd
 
 
-@main.group(cls=_Group)
+@main.group(cls=Group)
 def containerd() -> None:
     """Have containerd pull through this node's mirror."""
 
 
-def _certs_dir(command: _Command) -> _Command:
+def _certs_dir(command: Command) -> Command:
     option = click.option(
         "--certs-dir", type=click.Path(path_type=Path), default=Path("/etc/containerd/certs.d"), show_default=True,
         help="containerd's config_path.",
@@ -282,7 +200,7 @@ def _certs_dir(command: _Command) -> _Command:
 @click.option("--mirror", help="The mirror's address.  [default: the daemon's, else http://127.0.0.1:5050]")
 @click.option("--upstream", "upstreams", multiple=True, help="A registry; repeatable.  [default: the daemon's]")
 @click.option("--dry-run", is_flag=True, help="Print the changes as a diff, and make none.")
-@_common
+@common
 @click.pass_obj
 def install(session: Session, certs_dir: Path, mirror: str | None, upstreams: tuple[str, ...], dry_run: bool) -> None:
     """Add the mirror to each registry's hosts.toml, before the hosts that are there."""
@@ -297,7 +215,7 @@ def install(session: Session, certs_dir: Path, mirror: str | None, upstreams: tu
 @containerd.command()
 @_certs_dir
 @click.option("--dry-run", is_flag=True, help="Print the changes as a diff, and make none.")
-@_common
+@common
 @click.pass_obj
 def uninstall(session: Session, certs_dir: Path, dry_run: bool) -> None:
     """Take out of every hosts.toml exactly what `install` added."""
@@ -309,7 +227,7 @@ def uninstall(session: Session, certs_dir: Path, dry_run: bool) -> None:
 def _running(session: Session) -> Status | None:
     """The daemon's status, where it can be had."""
     try:
-        return _decode(session.client.get("/status"), Status)
+        return decode(session.client.get("/status"), Status)
     except DaemonUnreachableError:
         click.echo(f"p2pd does not answer on {session.socket}: its default configuration is assumed", err=True)
         return None
@@ -317,7 +235,7 @@ def _running(session: Session) -> Status | None:
 
 def _mirror_url(listen: str) -> str:
     """What a client on this machine calls the mirror that listens there."""
-    host, _, port = (listen or _DEFAULTS.mirror.listen).rpartition(":")
+    host, _, port = (listen or DEFAULTS.mirror.listen).rpartition(":")
     anywhere = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
     return f"http://{anywhere.get(host, host)}:{port}"
 
@@ -366,14 +284,14 @@ def _tell(change: Change, *, dry_run: bool) -> None:
 # The rest
 
 
-@main.group(cls=_Group)
+@main.group(cls=Group)
 def cluster() -> None:
     """The cluster's key, by which its nodes know each other."""
 
 
 @cluster.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_common
+@common
 @click.pass_obj
 def init(session: Session, file: Path) -> None:
     """Make a new cluster's key in FILE: copy it to every node, and name it there as [cluster] key."""
@@ -388,13 +306,13 @@ def init(session: Session, file: Path) -> None:
 
 @main.command()
 @_certs_dir
-@_common
+@common
 @click.pass_obj
 def doctor(session: Session, certs_dir: Path) -> None:
     """Look for what is wrong with this node, and say what to do about it."""
     try:
-        running = _decode(session.client.get("/status"), Status)
-        found = _decode(session.client.get("/doctor"), DoctorReport).checks
+        running = decode(session.client.get("/status"), Status)
+        found = decode(session.client.get("/doctor"), DoctorReport).checks
     except DaemonUnreachableError as error:
         checks = [Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
         checks += _outside(certs_dir, None)
@@ -445,12 +363,12 @@ def _pointing(certs_dir: Path, mirror: str, running: Status | None) -> tuple[lis
 
 
 @main.command(name="version")
-@_common
+@common
 @click.pass_obj
 def show_version(session: Session) -> None:
     """The versions of p2pctl and of the daemon that runs."""
     try:
-        daemon = _decode(session.client.get("/status"), Status).version
+        daemon = decode(session.client.get("/status"), Status).version
     except ShoalError:
         daemon = None
     if session.json:

@@ -3,8 +3,8 @@
     GET /status /peers /images /cache /doctor    GET /why?image=NAME    GET /tags[?match=PATTERN]
     POST /pull?image=NAME[&all_platforms=1]
 
-Answers are the documents of node/status.py; a pull is a stream of JSON lines. Errors are `{"error": text}`.
-Who may open the socket's file may use it: file mode 0660, so the owner and the group.
+and those of node/control_offline.py. Answers are the documents of node/status.py; a pull is a stream of JSON lines.
+Errors are `{"error": text}`. Who may open the socket's file may use it: file mode 0660, so the owner and the group.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 import msgspec
 import trio
 
-from node.http_server import Handler, Request, Response, serve_http
+from node.http_server import Handler, Limits, Request, Response, serve_http
 from node.locator import ImageName
 from node.metrics import CONTENT_TYPE, Metrics
-from node.status import ControlApi, PullEvent, PullResult
+from node.status import ControlApi, PullResult
 from protocol.errors import BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,19 @@ SOCKET_MODE = 0o660
 MAX_SOCKET_PATH = 107
 """Bytes of sockaddr_un.sun_path, less its end mark."""
 
+LIMITS = Limits(descriptors=1)
+"""For the server: an archive's file comes with the request, since p2pd may not open what p2pctl's user may."""
 _BACKLOG = 16
 _STATUS_CODES = ((BadInputError, 400), (DeniedError, 403), (NotFoundError, 404), (UnavailableError, 503))
 _OTHER_ERROR = 502
 """A peer or a registry is at fault, and no class above says more."""
 
 
-def control_handler(api: ControlApi) -> Handler:
+Routes = Mapping[str, tuple[str, Handler]]
+"""Path to method and handler."""
+
+
+def control_handler(api: ControlApi, more: Routes) -> Handler:
     documents: Mapping[str, Callable[[], Awaitable[msgspec.Struct]]] = {
         "/status": api.status,
         "/peers": api.peers,
@@ -53,16 +59,21 @@ def control_handler(api: ControlApi) -> Handler:
             if request.method != "POST":
                 return _error(405, "a pull is a POST", {"Allow": "POST"})
             return _pull(api, request)
+        if request.path in more:
+            method, answer = more[request.path]
+            if request.method != method:
+                return _error(405, f"{request.path} is a {method}", {"Allow": method})
+            return await answer(request)
         known = request.path in ("/why", "/tags") or request.path in documents
         if not known:
             return _error(404, f"no such path: {request.path[:200]}")
         if request.method not in ("GET", "HEAD"):
             return _error(405, f"{request.path} is read with GET", {"Allow": "GET, HEAD"})
         if request.path == "/why":
-            return _document(await api.why(_image(request)))
+            return document(await api.why(image_of(request)))
         if request.path == "/tags":
-            return _document(await api.tags(request.query.get("match") or "*"))
-        return _document(await documents[request.path]())
+            return document(await api.tags(request.query.get("match") or "*"))
+        return document(await documents[request.path]())
 
     async def handle(request: Request) -> Response:
         try:
@@ -74,7 +85,7 @@ def control_handler(api: ControlApi) -> Handler:
     return handle
 
 
-def _image(request: Request) -> ImageName:
+def image_of(request: Request) -> ImageName:
     text = request.query.get("image", "")
     if not text:
         raise BadInputError("which image? add ?image=NAME")
@@ -82,7 +93,7 @@ def _image(request: Request) -> ImageName:
 
 
 def _pull(api: ControlApi, request: Request) -> Response:
-    image = _image(request)
+    image = image_of(request)
     everything = request.query.get("all_platforms", "") in ("1", "true")
     return Response(200, {"Content-Type": "application/x-ndjson"}, _lines(api, image, everything))
 
@@ -92,18 +103,18 @@ async def _lines(api: ControlApi, image: ImageName, everything: bool) -> AsyncGe
     try:
         async with aclosing(api.pull(image, all_platforms=everything)) as events:
             async for event in events:
-                yield _line(event)
+                yield line(event)
     except ShoalError as error:
         seconds = trio.current_time() - started
-        yield _line(PullResult(ok=False, image=str(image), seconds=seconds, error=str(error)))
+        yield line(PullResult(ok=False, image=str(image), seconds=seconds, error=str(error)))
 
 
-def _line(event: PullEvent) -> bytes:
+def line(event: msgspec.Struct) -> bytes:
     return msgspec.json.encode(event) + b"\n"
 
 
-def _document(document: msgspec.Struct) -> Response:
-    return Response(200, {"Content-Type": "application/json"}, msgspec.json.encode(document) + b"\n")
+def document(answer: msgspec.Struct) -> Response:
+    return Response(200, {"Content-Type": "application/json"}, msgspec.json.encode(answer) + b"\n")
 
 
 def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -185,8 +196,12 @@ def _remove(path: Path, made: os.stat_result) -> None:
 
 
 async def serve_control(
-    api: ControlApi, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    api: ControlApi,
+    path: Path,
+    more: Routes | None = None,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `api` on a unix socket until cancelled."""
+    """Serve `api` on a unix socket until cancelled, and `more` beside it."""
     with control_socket(path) as listener:
-        await serve_http([listener], control_handler(api), task_status=task_status)
+        await serve_http([listener], control_handler(api, more or {}), limits=LIMITS, task_status=task_status)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from cache.store import Holdings, StoreStatistics
 from node.config import Config, UpstreamPart, parse_floor
 from node.doctor import Facts, disk_space, examine, probe_upstreams, writable_error
 from node.exchange_tls import TlsExchange
+from node.images import MAX_DEPTH
 from node.ledger import Ledger
 from node.library import SiteLibrary
 from node.locator import ImageName, Locator
@@ -23,6 +23,7 @@ from node.membership import Membership, Row
 from node.metrics import Metrics
 from node.names import REGISTRY, KnownTag, Manifest, Names, descriptors, parse_manifest
 from node.objects import Resolved, Source
+from node.platforms import own_platform
 from node.seeder import Site
 from node.status import (
     BulkTotals,
@@ -60,10 +61,7 @@ from protocol.members import State
 
 PROGRESS_EVERY_S = 0.2
 MAX_CACHE_ROWS = 1000
-MAX_DEPTH = 2
-"""An index names manifests; an index of indexes is as deep as it gets."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +210,8 @@ class NodeControl:
         rows: list[CachedObject] = []
         for tier, store in tiers.stores.items():
             for digest in store.objects():
-                rows.append(_cached(digest, tier, store.holdings(digest)))
+                pinned = tier == "disk" and tiers.is_pinned(digest)
+                rows.append(_cached(digest, tier, store.holdings(digest), pinned=pinned))
                 if len(rows) >= MAX_CACHE_ROWS:
                     break
         return CacheReport(tiers=_tier_rows(tiers.statistics()), objects=tuple(rows))
@@ -320,7 +319,7 @@ class _Pull:
 
     def _following(self, where: Locator, body: bytearray) -> Iterator[tuple[Locator, Resolved]]:
         manifest = parse_manifest(bytes(body)) if body else Manifest()
-        wanted = {one.digest for one in manifest.manifests if self._all or _fits(one.platform)}
+        wanted = {one.digest for one in manifest.manifests if self._all or own_platform().fits(one.platform)}
         for one in descriptors(manifest, "manifests"):
             if str(one.ref.digest) in wanted or len(manifest.manifests) == 1:
                 yield where.of_kind("manifests"), one
@@ -353,12 +352,6 @@ class _Pull:
         )
 
 
-def _fits(wanted: Mapping[str, object]) -> bool:
-    """Whether an index's entry is for this machine."""
-    machine = platform.machine()
-    return wanted.get("os", "linux") == "linux" and wanted.get("architecture") == _MACHINES.get(machine, machine)
-
-
 def _by_name(counts: Mapping[Source, int]) -> dict[str, int]:
     return {source.value: count for source, count in counts.items()}
 
@@ -381,11 +374,14 @@ def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> UpstreamRow:
 
 def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, TierRow]:
     return {
-        tier: TierRow(bytes=one.bytes, budget_bytes=one.budget_bytes, entries=one.entries)
+        tier: TierRow(
+            bytes=one.bytes, budget_bytes=one.budget_bytes, entries=one.entries, pinned_bytes=one.pinned_bytes
+        )
         for tier, one in statistics.items()
     }
 
 
-def _cached(digest: Digest, tier: str, holdings: Holdings) -> CachedObject:
+def _cached(digest: Digest, tier: str, holdings: Holdings, *, pinned: bool) -> CachedObject:
     shards = sum(bits.bit_count() for bits in holdings.shards.values())
-    return CachedObject(digest=str(digest), tier=tier, blocks=holdings.blocks.bit_count(), shards=shards)
+    blocks = holdings.blocks.bit_count()
+    return CachedObject(digest=str(digest), tier=tier, blocks=blocks, shards=shards, pinned=pinned)

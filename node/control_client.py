@@ -14,12 +14,15 @@ from collections.abc import Generator
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 from protocol.errors import ShoalError
 
 ANSWER_S = 20.0
 """A document: the doctor's slowest probe takes 5 s."""
+POST_S = 60.0
+"""gc of a large cache waits for the disk."""
 PULL_SILENCE_S = 300.0
 """Between two lines of a pull."""
 MAX_LINE = 1 << 20
@@ -36,14 +39,24 @@ class DaemonRefusedError(ShoalError):
 
 
 class _UnixConnection(HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
+    def __init__(self, path: Path, timeout: float, descriptor: int | None = None) -> None:
+        """`descriptor` goes with the first bytes that are sent."""
         super().__init__("p2pd", timeout=timeout)
         self._path = path
+        self._descriptor = descriptor
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
+
+    def send(self, data: Any) -> None:
+        if self._descriptor is not None and isinstance(data, bytes):
+            if self.sock is None:
+                self.connect()
+            sent = socket.send_fds(self.sock, [data], [self._descriptor])
+            self._descriptor, data = None, data[sent:]
+        super().send(data)
 
 
 class ControlClient:
@@ -56,17 +69,22 @@ class ControlClient:
         """The JSON document, as the daemon gave it."""
         return b"".join(self._ask("GET", path, query, ANSWER_S, MAX_DOCUMENT))
 
-    def stream(self, path: str, **query: str) -> Generator[bytes, None, None]:
-        """POST, and the JSON lines of the answer as they come."""
-        return self._ask("POST", path, query, PULL_SILENCE_S, MAX_LINE)
+    def post(self, path: str, *, body: bytes | None = None, **query: str) -> bytes:
+        """The JSON document that answers."""
+        return b"".join(self._ask("POST", path, query, POST_S, MAX_DOCUMENT, body))
+
+    def stream(self, path: str, *, descriptor: int | None = None, **query: str) -> Generator[bytes, None, None]:
+        """POST, and the JSON lines of the answer as they come. An open file may go with it."""
+        return self._ask("POST", path, query, PULL_SILENCE_S, MAX_LINE, None, descriptor)
 
     def _ask(
-        self, method: str, path: str, query: dict[str, str], timeout: float, longest: int
-    ) -> Generator[bytes, None, None]:
+        self, method: str, path: str, query: dict[str, str], timeout: float, longest: int,
+        body: bytes | None = None, descriptor: int | None = None,
+    ) -> Generator[bytes, None, None]:  # fmt: skip
         target = f"{path}?{urlencode(query)}" if query else path
         try:
-            with closing(_UnixConnection(self.path, timeout)) as connection:
-                connection.request(method, target)
+            with closing(_UnixConnection(self.path, timeout, descriptor)) as connection:
+                connection.request(method, target, body)
                 response = connection.getresponse()
                 if response.status != 200:
                     raise DaemonRefusedError(_error_text(response))

@@ -44,6 +44,7 @@ from node.config import (
 )
 from node.control import metrics_handler, serve_control
 from node.control_api import NodeControl, Parts, upstream_row
+from node.control_offline import offline_routes
 from node.exchange import Answer
 from node.exchange_tls import TlsExchange
 from node.fetcher import Fetcher
@@ -58,7 +59,10 @@ from node.metrics import Metrics
 from node.mirror import Mirror
 from node.names import Names, NameTable
 from node.notify import Notifier
+from node.offline import Offline, OfflineParts
 from node.origin import Origin
+from node.pins import Pins, digests_of, load_pins
+from node.prefetch import Prefetcher
 from node.remembered import RememberedPeers
 from node.seeder import Seeder, Site
 from node.swarm_libp2p import LibP2PSwarm
@@ -70,7 +74,7 @@ from node.view import View
 from protocol.directory import Directory
 from protocol.errors import BadInputError
 from protocol.health import Health
-from protocol.ids import ObjectRef, PeerId
+from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import Member
 from protocol.messages import Ping, PingRequest, Request, Resolve, Sync
 from protocol.placement import Placement
@@ -162,8 +166,10 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
     metrics, ledger, health, directory = Metrics(), Ledger(), Health(), Directory()
     async with AsyncExitStack() as stack:
         mirror_listeners = await _listeners(parse_host_port(config.mirror.listen, "mirror.listen"), "mirror.listen")
-        tiers = await _open_tiers(config, data_dir, identity, stack)
-        public = PublicTable(data_dir / "access.sqlite")
+        loaded_pins = load_pins(data_dir / "pins.json")
+        tiers, disk = await _open_tiers(config, data_dir, identity, digests_of(loaded_pins), stack)
+        pins = Pins(data_dir / "pins.json", loaded_pins, disk)
+        public = PublicTable(data_dir / "access.sqlite", pins.has_of)
         stack.callback(public.close)
         bulk = parse_host_port(config.peers.bulk, "peers.bulk")
         own = Member(identity.peer_id, config.node.name, config.node.site, bulk_addresses(bulk))
@@ -201,7 +207,9 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             tiers,
         )
         seeder = Seeder(site, Origin(upstreams, work, lambda: len(membership.site)), directory, identity.sign, work)
-        names = Names(site, table, upstreams, seeder, work, tag_policies(config), metrics.tag_served, public.age)
+        names = Names(
+            site, table, upstreams, seeder, work, tag_policies(config), metrics.tag_served, public.age, pins.names
+        )
         access = Access(
             {one.name: parse_duration(one.access_grace, one.name) for one in config.upstream if one.access == "relay"},
             upstreams, public, names.public_age_s, work,
@@ -210,7 +218,23 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         )  # fmt: skip
         answers.target = Dispatcher(service, names, seeder)
         announcer = Announcer(site, seeder, directory, membership, table)
-        library = SiteLibrary(site, names, seeder, Fetcher(site, seeder, work), ledger, metrics, announcer.finished)
+        fetcher = Fetcher(site, seeder, work)
+        library = SiteLibrary(site, names, seeder, fetcher, ledger, metrics, announcer.finished)
+        prefetcher = Prefetcher(data_dir / "prefetch.json", library, fetcher, tiers.holds)
+        offline = Offline(
+            OfflineParts(
+                site,
+                disk,
+                library,
+                table,
+                pins,
+                prefetcher,
+                upstreams.names,
+                _record_for(identity),
+                announcer.finished,
+                public.note,
+            )
+        )
         swarm = LibP2PSwarm(
             credentials,
             lambda: membership.own,
@@ -245,7 +269,8 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))
         await work.start(announcer.run)
         await work.start(swarm.run)
-        await work.start(partial(serve_control, control, Path(config.control.socket)))
+        await work.start(prefetcher.run)
+        await work.start(partial(serve_control, control, Path(config.control.socket), offline_routes(offline)))
         if config.control.metrics:
             address = parse_host_port(config.control.metrics, "control.metrics")
             await _serve(work, await _listeners(address, "control.metrics"), metrics_handler(metrics), Limits(), None)
@@ -279,17 +304,18 @@ async def _serve(
     await nursery.start(partial(serve_http, listeners, handler, limits=limits, stop=stop))
 
 
-async def _open_tiers(config: Config, data_dir: Path, identity: Identity, stack: AsyncExitStack) -> Tiers:
+async def _open_tiers(
+    config: Config, data_dir: Path, identity: Identity, pinned: frozenset[Digest], stack: AsyncExitStack
+) -> tuple[Tiers, DiskStore]:
     share, least = parse_floor(config.cache.min_free, "cache.min_free")
+    budget = parse_size(config.cache.disk, "cache.disk")
     disk = await stack.enter_async_context(
-        DiskStore.open(
-            data_dir / "cache", parse_size(config.cache.disk, "cache.disk"), free_share=share, free_bytes=least
-        )
+        DiskStore.open(data_dir / "cache", budget, free_share=share, free_bytes=least, pinned=pinned)
     )
     memory = MemoryStore(parse_size(config.cache.memory, "cache.memory"), trio.current_time)
     folder = config.cache.containerd_store
     content = ContentStore(Path(folder), record_for=_record_for(identity)) if folder else None
-    return Tiers(memory, disk, content)
+    return Tiers(memory, disk, content), disk
 
 
 async def _run_until_signal(config: Config) -> None:

@@ -50,7 +50,12 @@ class Fetcher:
         self._reads: SingleFlight[tuple[BlockId, int, bool], Obtained] = SingleFlight(nursery)
         self.window = ReadWindow()
         self.turned = trio.lowlevel.ParkingLot()
-        """All of it is unparked whenever a block's read ends, or the block is in the site."""
+        """All of it is unparked whenever a block's read ends, or the block is in the site, or a client's read ends."""
+
+    async def idle(self) -> None:
+        """Until no client reads."""
+        while self.window.clients:
+            await self.turned.park()
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket[tuple[BlockId, int, bool], Obtained]:
         """Start reading a block, or join its read that is under way. Raises UnavailableError and its like in `wait`."""

@@ -46,6 +46,7 @@ LINGER_S = 2.0
 LINGER_BYTES = 1 << 20
 
 _BODILESS = (204, 304)
+_CLOEXEC = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +68,23 @@ class Limits:
     """After `stop`: how long running bodies may still take."""
     methods: tuple[str, ...] = ("GET", "HEAD", "POST")
     """Others reach the handler without their body, which stays unread, and end the connection."""
+    descriptors: int = 0
+    """Open files that may come with a request, over a unix socket (SCM_RIGHTS). More are closed unseen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`path` is percent-decoded; header names are lower-case; of repeated query fields the last one stands."""
+    """`path` is percent-decoded; header names are lower-case; of repeated query fields the last one stands.
+
+    `descriptors` are open until the response is sent; the server closes them.
+    """
 
     method: str
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes = b""
+    descriptors: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,16 +228,19 @@ class _Connection:
         self._method = b""
         self._request_until = 0.0
         self._slow = False
+        self._descriptors: list[int] = []
 
     async def run(self) -> None:
         try:
             while await self._cycle():
+                self._close_descriptors()
                 self._h11.start_next_cycle()
                 self._method = b""  # what is malformed has none, whatever came before it
             await self._hang_up()
         except _ClientLeftError as error:
             log.debug("client left: %s", error)
         finally:
+            self._close_descriptors()
             await self._stream.aclose()
 
     async def _cycle(self) -> bool:
@@ -294,7 +304,8 @@ class _Connection:
         if request.method not in self._limits.methods:
             raise _RefusedError(await self._answer(request))
         body = await self._body(int(request.headers.get("content-length", "0")))
-        return replace(request, body=body) if body else request
+        descriptors = tuple(self._descriptors)
+        return replace(request, body=body, descriptors=descriptors) if body or descriptors else request
 
     async def _body(self, declared: int) -> bytes:
         body = bytearray()
@@ -318,11 +329,27 @@ class _Connection:
     async def _fill(self) -> None:
         await trio.lowlevel.wait_readable(self._stream.socket)
         try:
-            self._h11.receive_data(os.read(self._stream.socket.fileno(), RECEIVE_BYTES))
+            self._h11.receive_data(self._read())
         except BlockingIOError:
             return  # woken for nothing; whoever needs bytes asks again
         except OSError as error:
             raise _ClientLeftError("while a request was read") from error
+
+    def _read(self) -> bytes:
+        if not self._limits.descriptors:
+            return os.read(self._stream.socket.fileno(), RECEIVE_BYTES)
+        room = self._limits.descriptors - len(self._descriptors)
+        own = os.dup(self._stream.socket.fileno())  # trio's sockets receive no descriptors without waiting
+        with socket.socket(fileno=own) as sock:
+            data, received, _, _ = socket.recv_fds(sock, RECEIVE_BYTES, self._limits.descriptors, _CLOEXEC)
+        self._descriptors += received[:room]
+        for surplus in received[room:]:
+            os.close(surplus)
+        return data
+
+    def _close_descriptors(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     # Answering
 

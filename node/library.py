@@ -62,7 +62,7 @@ class SiteLibrary:
                 if hasher is not None:
                     hasher.update(data)
                     if index == end - 1:
-                        await self._check(locator, ref, hasher.hexdigest())
+                        await self.check(locator, ref, hasher.hexdigest())
                 if whole and locator.kind == "manifests" and ref.size <= MAX_MANIFEST:
                     parts.append(bytes(data))
                     if index == end - 1:
@@ -96,8 +96,9 @@ class SiteLibrary:
             served = min(stop, offset + BLOCK_SIZE) - max(start, offset)
             self._ledger.note(digest, index, read, served)
 
-    async def _check(self, locator: Locator, ref: ObjectRef, found: str) -> None:
-        """Before the last block is given away: are these the bytes that the digest names?"""
+    async def check(self, locator: Locator, ref: ObjectRef, found: str) -> None:
+        """All blocks were read and hash to `found`: are these the bytes that the digest names? A client gets the last
+        one only then. Raises CorruptObjectError."""
         if found == ref.digest.hex:
             self._site.tiers.seal(ref)
             self._finished(ref)

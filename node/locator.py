@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from node.registry_auth import canonical
 from protocol.errors import BadInputError
 from protocol.ids import Digest
 
@@ -91,11 +92,14 @@ class ImageName:
 
     @classmethod
     def parse(cls, text: str) -> ImageName:
-        """Docker's defaults: docker.io, library/, latest. Raises BadInputError naming what is wrong."""
+        """Docker's defaults: docker.io, library/, latest; one name for each registry.
+
+        Raises BadInputError naming what is wrong.
+        """
         rest, at, digest = text.partition("@")
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):
-            upstream, path = first, remainder
+            upstream, path = canonical(first), remainder
         else:
             upstream, path = "docker.io", rest
         name, colon, tag = path.partition(":")

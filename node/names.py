@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -195,9 +195,11 @@ class Names:
         policies: TagPolicies,
         served: Callable[[float], None],
         public_age: Callable[[Locator], float | None] = lambda _: None,
+        pinned: Callable[[str, str], bool] = lambda source, reference: False,
     ) -> None:
         self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
-        self._policies, self._served, self._public_age = policies, served, public_age
+        self._policies, self._served = policies, served
+        self._public_age, self._pinned = public_age, pinned
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._site_asked: LRUCache[_Key, float] = LRUCache(_MAX_RECENT)
@@ -266,9 +268,11 @@ class Names:
         return math.inf if is_digest(reference) else self._policies.of(locator, reference).ttl_s
 
     def _usable(self, locator: Locator, reference: str) -> Resolved | None:
-        """Stale, but within the age limit: for when nobody knows better."""
+        """Stale, but within the age limit or pinned here: for when nobody knows better."""
         found = self.known(locator, reference)
-        return found if found and found.age_s < self._max_age_s(locator, reference) else None
+        if found and (found.age_s < self._max_age_s(locator, reference) or self._pinned(str(locator), reference)):
+            return found
+        return None
 
     def _max_age_s(self, locator: Locator, reference: str) -> float:
         return math.inf if is_digest(reference) else self._policies.of(locator, reference).max_age_s
@@ -306,11 +310,11 @@ class Names:
             break  # its registry is out of reach, but this node's may not be
         return await self._ask_origin(locator, reference)
 
-    async def _ask_member(self, peer: str, locator: Locator, reference: str, reach: int) -> Resolved:
+    async def _ask_member(self, peer: PeerId, locator: Locator, reference: str, reach: int) -> Resolved:
         """What a member tells, or what is known here if that is younger."""
         question = messages.Resolve(str(locator), reference, reach)
         asked = trio.current_time()
-        answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)  # type: ignore[arg-type] # a peer id
+        answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
         message = answer.message
         if not isinstance(message, messages.Resolved):
             raise UnavailableError(f"{peer} does not tell what {reference} is")
@@ -329,25 +333,27 @@ class Names:
 
         async def ask(peer: PeerId) -> None:
             question = messages.Resolve(str(locator), reference, 0)
-            try:
-                answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
-                if isinstance(answer.message, messages.Resolved) and answer.message.public_age_s >= 0:
-                    ages.append(answer.message.public_age_s)
-            except ShoalError as error:
-                log.debug("%s: %s", peer, error)
+            answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
+            if isinstance(answer.message, messages.Resolved) and answer.message.public_age_s >= 0:
+                ages.append(answer.message.public_age_s)
 
-        others = [member.peer_id for member in self._site.view.site if member.peer_id != self._site.own]
-        async with trio.open_nursery() as nursery:
-            for peer in others[:LAST_RESORT_MEMBERS]:
-                nursery.start_soon(ask, peer)
+        await self._for_others(locator, reference, ask)
         return min(ages, default=None)
 
     async def _ask_everybody(self, locator: Locator, reference: str) -> None:
-        """Notes the youngest answer of those who know, the name's homes among them."""
+        """Notes the youngest answer of those who know. One may have imported it."""
 
-        async def ask(peer: str) -> None:
+        async def ask(peer: PeerId) -> None:
+            await self._ask_member(peer, locator, reference, reach=0)
+
+        await self._for_others(locator, reference, ask)
+
+    async def _for_others(self, locator: Locator, reference: str, ask: Callable[[PeerId], Awaitable[None]]) -> None:
+        """Some of the other members at once, the name's homes first; from whom nothing comes is passed over."""
+
+        async def one(peer: PeerId) -> None:
             try:
-                await self._ask_member(peer, locator, reference, reach=0)
+                await ask(peer)
             except ShoalError as error:
                 log.debug("%s: %s", peer, error)
 
@@ -357,7 +363,7 @@ class Names:
         others = [peer for peer in peers if peer != site.own and not site.health.avoided(peer, now)]
         async with trio.open_nursery() as nursery:
             for peer in others[:LAST_RESORT_MEMBERS]:
-                nursery.start_soon(ask, peer)
+                nursery.start_soon(one, peer)
 
     async def _ask_origin(self, locator: Locator, reference: str) -> Resolved:
         return await self._origin.do((locator, reference), lambda: self._revalidate(locator, reference))

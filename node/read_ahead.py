@@ -94,6 +94,7 @@ class ReadAhead:
         while self._readings:
             self.taken()
         self._fetcher.window.left()
+        self._fetcher.turned.unpark_all()
 
     def _begin(self, address: BlockAddress) -> None:
         self._readings.append(_Reading(address, self._fetcher.begin(address, self._urgent)))

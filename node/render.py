@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import singledispatch
 from itertools import groupby
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from node.status import (
@@ -73,7 +84,19 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+@contextmanager
+def transfer_bar(text: str) -> Iterator[tuple[Progress, TaskID]]:
+    """On standard error, and only on a terminal."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    err = Console(stderr=True)
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        yield progress, progress.add_task(escape(text), total=None)
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
     """A column whose name starts with `>` is a number's."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name in columns:
@@ -82,7 +105,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _row(table: Table, *cells: object) -> None:
+def new_row(table: Table, *cells: object) -> None:
     table.add_row(*map(plain, cells))
 
 
@@ -94,7 +117,7 @@ def show(document: msgspec.Struct, out: Console) -> None:
 
 @show.register
 def _status(status: Status, out: Console) -> None:
-    facts = _table("", "")
+    facts = new_table("", "")
     facts.show_header = False
     for name, value in (
         ("node", f"{status.name} (site {status.site})"),
@@ -107,7 +130,7 @@ def _status(status: Status, out: Console) -> None:
         ("bulk channel", f"{size(status.bulk.bytes_sent)} sent, {size(status.bulk.bytes_received)} received"),
         ("memory in use", size(status.rss_bytes)),
     ):
-        _row(facts, name, value)
+        new_row(facts, name, value)
     out.print(facts)
     out.print()
     show_sources(out, status.bytes_served, status.requests)
@@ -119,11 +142,11 @@ def _status(status: Status, out: Console) -> None:
 
 
 def _upstreams(rows: Iterable[UpstreamRow], out: Console) -> None:
-    table = _table("upstream", "url", ">received", "state", "uplink")
+    table = new_table("upstream", "url", ">received", "state", "uplink")
     for row in rows:
         for one in row.endpoints:
             state = f"{one.problem}; again in {duration(one.retry_in_s)}" if one.problem else "ok"
-            _row(table, row.name, one.url, size(one.bytes_received), state, _uplink(row.uplink))
+            new_row(table, row.name, one.url, size(one.bytes_received), state, _uplink(row.uplink))
     out.print(table)
 
 
@@ -138,17 +161,19 @@ def _uplink(row: UplinkRow | None) -> str:
 
 def show_sources(out: Console, by_bytes: Mapping[str, int], requests: Mapping[str, int] | None = None) -> None:
     total = sum(by_bytes.values())
-    table = _table("source", ">bytes", ">share", *([">blocks"] if requests is not None else []))
+    table = new_table("source", ">bytes", ">share", *([">blocks"] if requests is not None else []))
     for source, count in by_bytes.items():
         share = f"{100 * count / total:.1f} %" if total else "-"
-        _row(table, source, size(count), share, *([requests.get(source, 0)] if requests is not None else []))
+        new_row(table, source, size(count), share, *([requests.get(source, 0)] if requests is not None else []))
     out.print(table)
 
 
 def show_tiers(out: Console, tiers: Mapping[str, TierRow]) -> None:
-    table = _table("tier", ">held", ">budget", ">entries")
+    table = new_table("tier", ">held", ">budget", ">entries", ">pinned")
     for name, tier in tiers.items():
-        _row(table, name, size(tier.bytes), size(tier.budget_bytes) if tier.budget_bytes else "-", tier.entries)
+        budget = size(tier.budget_bytes) if tier.budget_bytes else "-"
+        pinned = size(tier.pinned_bytes) if tier.pinned_bytes else "-"
+        new_row(table, name, size(tier.bytes), budget, tier.entries, pinned)
     out.print(table)
 
 
@@ -157,11 +182,11 @@ def _peers(report: PeersReport, out: Console) -> None:
     if not report.peers:
         out.print("no other member is known")
         return
-    table = _table(
+    table = new_table(
         "name", "site", "state", ">for", ">rtt ms", ">read ms", ">failed", ">received", ">sent", "addresses", "id"
     )
     for peer in report.peers:
-        _row(
+        new_row(
             table, peer.name, peer.site, _peer_state(peer), duration(peer.since_s), milliseconds(peer.rtt_ms),
             milliseconds(peer.health.latency_ms), peer.health.failures, size(peer.bytes_received),
             size(peer.bytes_sent), " ".join(peer.addresses), short_peer(peer.peer_id),
@@ -182,9 +207,9 @@ def _images(report: ImagesReport, out: Console) -> None:
     if not report.images:
         out.print("no image was asked for yet")
         return
-    table = _table("image", "digest", ">size", ">held", "whole", ">layers", ">confirmed")
+    table = new_table("image", "digest", ">size", ">held", "whole", ">layers", ">confirmed")
     for image in report.images:
-        _row(
+        new_row(
             table, image.image, image.digest[:SHORT_DIGEST], size(image.size), size(image.bytes_held),
             "yes" if image.complete else "no", image.layers, duration(image.age_s),
         )  # fmt: skip
@@ -196,9 +221,9 @@ def _tags(report: TagsReport, out: Console) -> None:
     if not report.tags:
         out.print("no such tag was asked for yet")
         return
-    table = _table("tag", "digest", ">confirmed", "state", "told by", ">asked again after", ">offline up to", "rule")
+    table = new_table("tag", "digest", ">confirmed", "state", "told by", ">asked again after", ">offline up to", "rule")
     for row in report.tags:
-        _row(
+        new_row(
             table, row.tag, row.digest[:SHORT_DIGEST], duration(row.age_s), row.state, _told_by(row),
             duration(row.ttl_s) if row.cache else "always", duration(row.max_age_s) if row.cache else "never",
             row.rule or "-",
@@ -216,9 +241,9 @@ def _cache(report: CacheReport, out: Console) -> None:
     if not report.objects:
         return
     out.print()
-    table = _table("object", "tier", ">blocks", ">shards")
+    table = new_table("object", "tier", ">blocks", ">shards", "")
     for row in sorted(report.objects, key=lambda row: (-row.blocks, row.digest)):
-        _row(table, row.digest[:SHORT_DIGEST], row.tier, row.blocks, row.shards)
+        new_row(table, row.digest[:SHORT_DIGEST], row.tier, row.blocks, row.shards, "pinned" if row.pinned else "")
     out.print(table)
 
 
@@ -270,13 +295,13 @@ def show_why(out: Console, report: WhyReport, names: Mapping[str, str], *, every
 
 
 def _show_object(out: Console, listing: WhyObject, names: Mapping[str, str], *, every_block: bool) -> None:
-    table = _table("blocks", ">size", "source", ">slowest ms", ">retries", "peers")
+    table = new_table("blocks", ">size", "source", ">slowest ms", ">retries", "peers")
     single = (run for block in listing.blocks for run in runs([block]))
     for run in single if every_block else runs(listing.blocks):
         span = str(run.first) if run.first == run.last else f"{run.first}-{run.last}"
         peers = ", ".join(names.get(peer) or short_peer(peer) for peer in run.peers)
         retries = "-" if run.source == NOT_READ else run.retries
-        _row(table, span, size(run.bytes), run.source, milliseconds(run.slowest_ms), retries, peers)
+        new_row(table, span, size(run.bytes), run.source, milliseconds(run.slowest_ms), retries, peers)
     out.print(table)
 
 

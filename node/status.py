@@ -26,6 +26,7 @@ class TierRow(_Document, frozen=True):
     bytes: int
     budget_bytes: int
     entries: int
+    pinned_bytes: int = 0
 
 
 class BulkTotals(_Document, frozen=True):
@@ -167,6 +168,7 @@ class CachedObject(_Document, frozen=True):
     tier: str
     blocks: int
     shards: int
+    pinned: bool = False
 
 
 class CacheReport(_Document, frozen=True):

@@ -43,6 +43,10 @@ class ReadWindow:
         self._clients -= 1
 
     @property
+    def clients(self) -> int:
+        return self._clients
+
+    @property
     def share(self) -> int:
         """Blocks under way for each client."""
         return -(-self._most // max(1, self._clients))

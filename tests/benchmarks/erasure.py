@@ -81,7 +81,7 @@ def main() -> None:
         if turn % 5 == 0:
             for code, what, _, work in slow:
                 times.setdefault((code, what), []).append(seconds(work, 1))
-    table = Table(title=f"Erasure code, blocks of {BLOCK_SIZE >> 20} MiB, one core")
+    table = Table(title=f"Erasure code, blocks of {BLOCK_SIZE >> 10} KiB, one core")
     for heading in ("code", "work", "MB/s of block"):
         table.add_column(heading, justify="right" if heading.startswith("MB") else "left")
     for code, what, size, _ in sorted(fast + slow, key=lambda case: case[0]):

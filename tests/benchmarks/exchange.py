@@ -64,16 +64,16 @@ class Line:
 
 LINES = (
     *(
-        Line(what, channel, GET_BLOCK, BLOCK_SIZE, 4, *work)
+        Line(what, channel, GET_BLOCK, BLOCK_SIZE, 8, *work)
         for what, *work in (
-            ("1 MiB, received", False, False),
-            ("1 MiB, received, hashed", True, False),
-            ("1 MiB, received, hashed, written", True, True),
+            ("block, received", False, False),
+            ("block, received, hashed", True, False),
+            ("block, received, hashed, written", True, True),
         )
         for channel in (RAW, TLS, PLAIN)
     ),
-    Line("256 KiB, received, hashed, written", TLS, GET_SHARD, BLOCK_SIZE // K, 16, True, True),
-    Line("256 KiB, received, hashed, written", PLAIN, GET_SHARD, BLOCK_SIZE // K, 16, True, True),
+    Line("shard, received, hashed, written", TLS, GET_SHARD, BLOCK_SIZE // K, 32, True, True),
+    Line("shard, received, hashed, written", PLAIN, GET_SHARD, BLOCK_SIZE // K, 32, True, True),
     Line("small, one at a time", TLS, Ping(()), 0, 1),
     Line("small, 32 at once", TLS, Ping(()), 0, 32),
 )

@@ -185,14 +185,9 @@ def run_crowd(
     trio.run(main)
     used = [read_counters(bench, index) - one for index, one in zip(indices, before, strict=True)]
     return Outcome(
-        name,
-        size,
-        limit_s,
-        [client.seconds for client in clients],
-        bench.proxy.count.received,
-        sum(client.resumed for client in clients),
-        used,
-    )
+        name, size, limit_s, [client.seconds for client in clients], bench.proxy.count.received,
+        used, sum(client.resumed for client in clients),
+    )  # fmt: skip
 
 
 # Scenarios
@@ -218,7 +213,7 @@ def make_store(scratch: Path, scale: float, wanted: Sequence[str]) -> Store:
     parts |= {one: (20 + n, 30 + n) for n, one in enumerate(STRAGGLERS)}
     parts |= {tag: (40 + n,) for n, tag in enumerate(tag for tag in wanted if tag.startswith("crowd-"))}
     sizes = {1: 10, 2: 20, 3: 30, 4: 40, 5: 10, 7: 10, 8: 10} | dict.fromkeys(range(20, 40), 20)
-    sizes |= dict.fromkeys(range(40, 60), 16)
+    sizes |= dict.fromkeys(range(40, 60), 8)
     built = {
         tag: noise_image(scratch / f"image-{tag}", *((n, int(sizes[n] * scale * MB)) for n in parts[tag]))
         for tag in wanted

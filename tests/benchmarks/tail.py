@@ -419,7 +419,7 @@ async def fill(bench: Bench, tag: str) -> None:
 
 @click.command()
 @click.option("--rate", default=200.0, show_default=True, help="Of each node's link, Mbit/s.")
-@click.option("--blocks", default=60, show_default=True, help="Read in each run.")
+@click.option("--blocks", default=40, show_default=True, help="Read in each run.")
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write the distributions there (.svg, .png).")
 def main(rate: float, blocks: int, picture: Path | None) -> None:
     try:

@@ -373,8 +373,8 @@ def test_rows_come_after_the_sync_and_go_before_the_bytes(tmp_path: Path, monkey
         monkeypatch.setattr(module, name, lambda *a, **k: (steps.append(name), real(*a, **k))[1])
 
     async def test(store: DiskStore) -> None:
-        spy(sys.modules["cache.disk"].os, "fdatasync")
-        spy(sys.modules["cache.disk"], "punch")
+        spy(sys.modules["cache.disk_flush"].os, "fdatasync")
+        spy(sys.modules["cache.disk_flush"], "punch")
         spy(sys.modules["cache.disk_index"].DiskIndex, "apply")
         await put_all(store, BLOB)
         await store.flush()
@@ -393,7 +393,7 @@ def test_what_cannot_be_synced_is_forgotten(tmp_path: Path, monkeypatch) -> None
 
     async def test(store: DiskStore) -> None:
         await put_all(store, BLOB)
-        monkeypatch.setattr("cache.disk.os.fdatasync", fail)
+        monkeypatch.setattr("cache.disk_flush.os.fdatasync", fail)
         await store.flush()
         monkeypatch.undo()
         assert store.statistics().entries == 0
@@ -427,7 +427,7 @@ def test_a_failing_index_loses_nothing_that_is_held(tmp_path: Path, monkeypatch,
 
 
 def test_cancelled_while_the_disk_is_waited_for(tmp_path: Path, monkeypatch) -> None:
-    real = sys.modules["cache.disk"]._carry_out
+    real = sys.modules["cache.disk"].carry_out
 
     async def test(store: DiskStore) -> None:
         await put_all(store, BLOB)
@@ -437,7 +437,7 @@ def test_cancelled_while_the_disk_is_waited_for(tmp_path: Path, monkeypatch) -> 
                 trio.from_thread.run_sync(scope.cancel)
                 return real(*args)
 
-            monkeypatch.setattr("cache.disk._carry_out", cancel_and_carry_out)
+            monkeypatch.setattr("cache.disk.carry_out", cancel_and_carry_out)
             await put(store, OTHER, OTHER.pieces[0])
             await trio.sleep_forever()
         monkeypatch.undo()
@@ -622,3 +622,80 @@ def test_opening_a_sealed_object_refers_to_its_blocks(tmp_path: Path) -> None:
             assert read_sealed(store, BLOB.digest) == BLOB.content
 
     trio.run(main)
+
+
+# Pins, and what gc removes
+
+
+def pinned_blob(number: int) -> Blob:
+    return Blob.random(number, 2 * BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("punching", [True, False])
+def test_what_is_pinned_outlives_eviction_and_a_restart_with_less_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, punching: bool
+) -> None:
+    if not punching:
+        monkeypatch.setattr("cache.disk.can_punch", lambda directory: False)
+    kept, budget = pinned_blob(1), 8 * BLOCK_SIZE
+
+    async def main() -> None:
+        async with DiskStore.open(tmp_path, budget) as store:
+            await put_all(store, kept)
+            store.pin(kept.digest)
+            for number in range(2, 12):
+                await put_all(store, pinned_blob(number))
+            assert all([await got(store, kept, piece) for piece in kept.pieces])
+            figures = store.statistics()
+            assert (figures.pinned_bytes, figures.bytes <= budget) == (2 * BLOCK_SIZE, True)
+        async with DiskStore.open(tmp_path, 3 * BLOCK_SIZE, pinned=frozenset([kept.digest])) as store:
+            assert all([await got(store, kept, piece) for piece in kept.pieces])
+            assert store.statistics().entries <= 3
+            store.unpin(kept.digest)
+            await put_all(store, pinned_blob(20))
+            assert store.statistics().pinned_bytes == 0
+            assert not all(store.holds(piece) for piece in kept.pieces)
+
+    trio.run(main)
+
+
+def test_a_store_full_of_pins_declines(tmp_path: Path) -> None:
+    kept = pinned_blob(1)
+
+    async def test(store: DiskStore) -> None:
+        store.pin(kept.digest)
+        await put_all(store, kept)
+        assert not await put(store, OTHER, OTHER.pieces[0])
+        assert all(store.holds(piece) for piece in kept.pieces)
+
+    run(tmp_path, test, budget=2 * BLOCK_SIZE)
+
+
+def test_what_was_not_used_is_told_and_removed_but_not_what_is_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, kept, young = pinned_blob(1), pinned_blob(2), pinned_blob(3)
+    clock = [1_000_000.0]
+    monkeypatch.setattr("cache.disk.time.time", lambda: clock[0])
+
+    async def first(store: DiskStore) -> None:
+        await put_all(store, old)
+        await put_all(store, kept)
+        store.pin(kept.digest)
+        clock[0] += 3600
+        await put_all(store, young)
+
+    async def second(store: DiskStore) -> None:
+        store.pin(kept.digest)
+        unused = store.unused(1800)
+        assert set(unused) == set(old.pieces)
+        before = store.statistics()
+        assert await store.remove(unused, dry_run=True) == (2, 2 * BLOCK_SIZE)
+        assert store.statistics() == before
+        assert await store.remove(unused) == (2, 2 * BLOCK_SIZE)
+        assert store.statistics().bytes == 4 * BLOCK_SIZE
+        assert set(store.beyond(0)) == set(young.pieces)
+        assert await store.remove(kept.pieces) == (0, 0)
+
+    run(tmp_path, first)
+    run(tmp_path, second)

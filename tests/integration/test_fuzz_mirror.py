@@ -1,4 +1,4 @@
-"""Some thousand odd and malformed requests; `python -m tests.benchmarks.fuzz_mirror` fires a hundred thousand."""
+"""Some thousand odd and malformed requests; `python -m tests.fuzz_mirror` fires a hundred thousand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.fuzz_mirror import run
+from tests.fuzz_mirror import run
 from tests.support import registry as registries
 
 

@@ -107,6 +107,7 @@ def test_wrong_references_are_refused(reference: str) -> None:
         ("alpine:3.20", "docker.io/library/alpine:3.20"),
         ("org/app", "docker.io/org/app:latest"),
         ("docker.io/alpine", "docker.io/library/alpine:latest"),
+        ("Index.Docker.io/alpine", "docker.io/library/alpine:latest"),
         ("docker.io/library/alpine:3", "docker.io/library/alpine:3"),
         ("ghcr.io/org/app:1.2", "ghcr.io/org/app:1.2"),
         ("quay.io/app", "quay.io/app:latest"),

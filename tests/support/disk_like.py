@@ -15,5 +15,8 @@ class DiskLike(MemoryStore):
     def seal(self, ref: ObjectRef) -> bool:
         return False
 
+    def is_pinned(self, digest: Digest) -> bool:
+        return False
+
     async def drop_object(self, digest: Digest) -> None:
         return None

@@ -314,3 +314,15 @@ def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
     table.note(PRIVATE, -3600.0)
     assert table.age(PRIVATE) is None, "a clock that was set back makes it unknown"
     table.close()
+
+
+def test_what_is_pinned_stays_as_it_was_last_seen(tmp_path: Path) -> None:
+    table = PublicTable(tmp_path / "access.sqlite", lambda locator: locator == OPEN)
+    assert table.age(OPEN) is None, "nobody has seen it to be public"
+    for locator in (OPEN, PRIVATE):
+        table.note(locator, 1e6)
+    assert table.age(OPEN) == 0.0
+    assert table.age(PRIVATE) == pytest.approx(1e6, abs=60.0)
+    table.drop(OPEN)
+    assert table.age(OPEN) is None
+    table.close()

@@ -137,7 +137,7 @@ def test_status_has_the_promised_fields(client: ControlClient) -> None:
     }  # fmt: skip
     assert promised <= document.keys()
     assert set(document["bytes_served"]) == {"memory", "disk", "containerd", "peer", "origin"}
-    assert set(document["cache"]["memory"]) == {"bytes", "budget_bytes", "entries"}
+    assert set(document["cache"]["memory"]) == {"bytes", "budget_bytes", "entries", "pinned_bytes"}
 
 
 def test_why_lists_every_block_once(client: ControlClient) -> None:

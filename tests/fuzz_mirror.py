@@ -1,4 +1,4 @@
-"""Malformed and odd requests at a real p2pd: `python -m tests.benchmarks.fuzz_mirror [--requests N] [--seed N]`.
+"""Malformed and odd requests at a real p2pd: `python -m tests.fuzz_mirror [--requests N] [--seed N]`.
 
 Whole and mangled requests (tests/support/fuzz.py) in front of a docker-registry that answers. Exit status 1 where the
 mirror failed by a fault of its own, wrote a traceback, or grew: after the first third its caches are full.

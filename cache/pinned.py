@@ -1,0 +1,65 @@
+"""The eviction policy beside what it may not name: whole blocks of pinned objects."""
+
+from __future__ import annotations
+
+from cache.lru_k import LRUKCache
+from protocol.ids import Digest, Piece
+
+
+class PinnedPolicy:
+    """Sizes of pieces; victims are named among those that are not pinned.
+
+    A shard of a pinned object is none of it: it is derived from the whole block, which a pin has fetched.
+    """
+
+    def __init__(self, policy: LRUKCache[Piece, int], pinned: frozenset[Digest]) -> None:
+        self._policy = policy
+        self._pinned = set(pinned)
+        self._kept: dict[Piece, int] = {}
+        self.kept_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        return int(self._policy.currsize) + self.kept_bytes
+
+    def is_pinned(self, digest: Digest) -> bool:
+        return digest in self._pinned
+
+    def keeps(self, piece: Piece) -> bool:
+        return piece.shard is None and piece.block.digest in self._pinned
+
+    def add(self, piece: Piece, size: int) -> None:
+        if self.keeps(piece):
+            self._kept[piece] = size
+            self.kept_bytes += size
+        else:
+            self._policy[piece] = size
+
+    def remove(self, piece: Piece) -> None:
+        if piece in self._kept:
+            self.kept_bytes -= self._kept.pop(piece)
+        else:
+            del self._policy[piece]
+
+    def refer(self, piece: Piece) -> None:
+        self._policy.get(piece)
+
+    def victims(self, need: int) -> list[Piece]:
+        """What to remove, in order, so that `need` more fits beside the policy's and what is kept, as far as it can."""
+        return self._policy.victims(min(need + self.kept_bytes, int(self._policy.maxsize)))
+
+    def pin(self, digest: Digest, pieces: list[Piece]) -> None:
+        """`pieces` are those held of the object."""
+        self._pinned.add(digest)
+        for piece in pieces:
+            if piece.shard is None and piece not in self._kept:
+                self._kept[piece] = self._policy.pop(piece)
+                self.kept_bytes += self._kept[piece]
+
+    def unpin(self, digest: Digest, pieces: list[Piece]) -> None:
+        self._pinned.discard(digest)
+        for piece in pieces:
+            if piece in self._kept:
+                size = self._kept.pop(piece)
+                self.kept_bytes -= size
+                self._policy[piece] = size

@@ -1,0 +1,138 @@
+"""The book of pins: shared objects, room, the file, and work under way."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from cache.store import StoreStatistics
+from node.locator import ImageName
+from node.oci_layout import Packed, PackedImage
+from node.pins import Pins, digests_of, load_pins
+from protocol.errors import BadInputError, NotFoundError, UnavailableError
+from protocol.ids import Digest, ObjectRef
+
+BUDGET = 100 << 20
+
+
+class Disk:
+    def __init__(self) -> None:
+        self.pinned: set[Digest] = set()
+
+    def pin(self, digest: Digest) -> None:
+        self.pinned.add(digest)
+
+    def unpin(self, digest: Digest) -> None:
+        self.pinned.remove(digest)
+
+    def statistics(self) -> StoreStatistics:
+        return StoreStatistics(0, BUDGET, 0)
+
+
+def packed(number: int, size: int = 10 << 20) -> Packed:
+    return Packed(ObjectRef(Digest("sha256", f"{number:064x}"), size), "blobs", "a/b")
+
+
+def image(name: str, *numbers: int) -> PackedImage:
+    return PackedImage(ImageName.parse(f"origin.test/{name}"), tuple(map(packed, numbers)))
+
+
+def digests(*numbers: int) -> set[Digest]:
+    return {packed(number).ref.digest for number in numbers}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "pins.json"
+
+
+def play(scenario: Callable[[], Awaitable[None]]) -> None:
+    trio.run(scenario)
+
+
+def test_what_two_images_share_stays_until_both_are_unpinned(path: Path) -> None:
+    async def scenario() -> None:
+        disk = Disk()
+        pins = Pins(path, (), disk)
+        one, two = image("one", 1, 2), image("two", 2, 3)
+        await pins.add(one)
+        await pins.add(two)
+        await pins.add(two)
+        assert (disk.pinned, pins.bytes) == (digests(1, 2, 3), 30 << 20)
+        await pins.remove(one.name)
+        assert disk.pinned == digests(2, 3)
+        with pytest.raises(NotFoundError):
+            await pins.remove(one.name)
+        await pins.remove(two.name)
+        assert (disk.pinned, pins.bytes, len(pins)) == (set(), 0, 0)
+
+    play(scenario)
+
+
+def test_a_tag_that_moved_is_pinned_anew(path: Path) -> None:
+    async def scenario() -> None:
+        disk = Disk()
+        pins = Pins(path, (), disk)
+        await pins.add(image("app", 1, 2))
+        await pins.add(image("app", 2, 3))
+        assert disk.pinned == digests(2, 3)
+
+    play(scenario)
+
+
+def test_pins_outlive_the_process(path: Path) -> None:
+    async def scenario() -> None:
+        await Pins(path, (), Disk()).add(image("app:v1", 1, 2))
+        loaded = load_pins(path)
+        assert digests_of(loaded) == digests(1, 2)
+        disk = Disk()
+        pins = Pins(path, loaded, disk)
+        (pin,) = pins
+        assert (pin.image, disk.pinned) == (image("app:v1", 1, 2), digests(1, 2))
+        assert pins.names("origin.test/app#manifests", "v1")
+        assert not pins.names("origin.test/app#manifests", "v2")
+
+    play(scenario)
+
+
+def test_work_under_way_is_held_and_bounded(path: Path) -> None:
+    async def scenario() -> None:
+        disk = Disk()
+        pins = Pins(path, (), disk)
+        await pins.add(image("app", 1, 2, 3, 4))
+        with pins.holding([packed(n) for n in (4, 5, 6, 7, 8, 9)]):
+            assert disk.pinned == digests(*range(1, 10))
+            with pytest.raises(BadInputError, match="do not fit"), pins.holding([packed(10)]):
+                pass
+            with pins.holding([packed(9)]):
+                pass
+            assert disk.pinned == digests(*range(1, 10))
+        assert disk.pinned == digests(1, 2, 3, 4)
+
+    play(scenario)
+
+
+def test_a_pin_that_cannot_be_written_does_not_count(path: Path) -> None:
+    async def scenario() -> None:
+        disk = Disk()
+        pins = Pins(path.parent / "none" / "pins.json", (), disk)
+        with pytest.raises(UnavailableError, match="cannot write"):
+            await pins.add(image("app", 1))
+        assert (disk.pinned, len(pins)) == (set(), 0)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"\xff\xfe", b'{"version": 2, "pins": []}',
+     b'{"version": 1, "pins": [{"image": "a", "since": 1, "objects": [["sha256:x", 1, "blobs", "a/b"]]}]}'],
+)  # fmt: skip
+def test_a_damaged_file_is_moved_aside(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    assert load_pins(path) == ()
+    assert path.with_suffix(".damaged").read_bytes() == data
+    assert load_pins(path) == ()

@@ -1,0 +1,266 @@
+"""Prefetch in virtual time: its pace, what holds it up, failures that pass, cancelling, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from cache.store import Held
+from node.locator import Locator
+from node.objects import Resolved, Source
+from node.offline_status import PrefetchOrder
+from node.prefetch import AGAIN_S, DEPTH, Prefetcher
+from node.seeder import BlockAddress, Obtained
+from protocol.errors import BadInputError, NotFoundError, ShoalError, UnavailableError
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
+from protocol.records import Record
+
+LAYER = b"layer" * (BLOCK_SIZE // 2)
+IMAGE = "origin.test/app:v1"
+BLOCK_S = 0.1
+
+
+def ref_of(data: bytes) -> ObjectRef:
+    return ObjectRef(Digest("sha256", hashlib.sha256(data).hexdigest()), len(data))
+
+
+def described(data: bytes) -> dict[str, object]:
+    return {"mediaType": "a/b", "digest": str(ref_of(data).digest), "size": len(data)}
+
+
+MANIFEST = msgspec.json.encode({"config": described(b"{}"), "layers": [described(LAYER)]})
+TOTAL = len(MANIFEST) + 2 + len(LAYER)
+
+
+class Shelf:
+    """Library, fetcher and store in one: `failures` are raised one after the other by what resolves."""
+
+    def __init__(self) -> None:
+        self.content = {ref_of(data): data for data in (MANIFEST, b"{}", LAYER)}
+        self.held: set[Piece] = set()
+        self.failures: list[ShoalError] = []
+        self.checked: list[ObjectRef] = []
+        self.under_way = self.most = 0
+        self.wrong: set[ObjectRef] = set()
+        self.quiet = trio.Event()
+        self.quiet.set()
+
+    async def idle(self) -> None:
+        await self.quiet.wait()
+
+    def holds(self, piece: Piece) -> bool:
+        return piece in self.held
+
+    async def resolve(self, locator: Locator, reference: str) -> Resolved:
+        await trio.lowlevel.checkpoint()
+        if self.failures:
+            raise self.failures.pop(0)
+        return Resolved(ref_of(MANIFEST), "a/b")
+
+    async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        await trio.lowlevel.checkpoint()
+        self.wrong.discard(ref)
+        yield self.content[ref]
+
+    async def check(self, locator: Locator, ref: ObjectRef, found: str) -> None:
+        assert found == ref.digest.hex
+        self.checked.append(ref)
+
+    def begin(self, address: BlockAddress, urgent: bool) -> Ticket:
+        assert not urgent
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        return Ticket(self, address)
+
+
+class Ticket:
+    def __init__(self, shelf: Shelf, address: BlockAddress) -> None:
+        self._shelf, self._address = shelf, address
+
+    async def wait(self) -> Obtained:
+        await trio.sleep(BLOCK_S)
+        index = self._address.index
+        data = self._shelf.content[self._address.ref][index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+        self._shelf.held.add(Piece(self._address.block))
+        return Obtained(
+            Held(bytes(len(data)) if self._address.ref in self._shelf.wrong else data, cast(Record, None)),
+            Source.ORIGIN,
+        )
+
+    def release(self) -> None:
+        self._shelf.under_way -= 1
+
+
+Scenario = Callable[[Shelf, Prefetcher], Awaitable[None]]
+
+
+def play(path: Path, scenario: Scenario) -> None:
+    async def main() -> None:
+        shelf: Any = Shelf()
+        prefetcher = Prefetcher(path, shelf, shelf, shelf.holds)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(prefetcher.run)
+            await scenario(shelf, prefetcher)
+            nursery.cancel_scope.cancel()
+        assert shelf.under_way == 0, "every ticket was given back"
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "prefetch.json"
+
+
+async def until(prefetcher: Prefetcher, state: str) -> float:
+    """The virtual seconds until the first image is in this state."""
+    began = trio.current_time()
+    while prefetcher.report().rows[0].state != state:  # noqa: ASYNC110 - virtual time
+        await trio.sleep(0.01)
+    return trio.current_time() - began
+
+
+def test_an_image_is_fetched_and_checked_few_blocks_at_a_time(path: Path) -> None:
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        prefetcher.order(PrefetchOrder(images=(IMAGE, IMAGE)))
+        await until(prefetcher, "done")
+        (row,) = prefetcher.report().rows
+        assert (row.bytes_done, row.bytes_total) == (TOTAL, TOTAL)
+        assert set(shelf.checked) == set(shelf.content)
+        assert shelf.most == DEPTH
+        prefetcher.order(PrefetchOrder(images=(IMAGE,), rate=1))
+        await trio.sleep(1)
+        assert [each.state for each in prefetcher.report().rows] == ["done", "done"], "what is held costs no time"
+
+    play(path, scenario)
+
+
+def test_a_rate_is_kept(path: Path) -> None:
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        prefetcher.order(PrefetchOrder(images=(IMAGE,), rate=BLOCK_SIZE // 10))
+        seconds = await until(prefetcher, "done")
+        assert seconds == pytest.approx(10 * TOTAL / BLOCK_SIZE, abs=10.5), "within a block's time"
+        assert seconds > 10
+
+    play(path, scenario)
+
+
+def test_clients_go_first(path: Path) -> None:
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        shelf.quiet = trio.Event()
+        prefetcher.order(PrefetchOrder(images=(IMAGE,)))
+        await trio.sleep(9)
+        assert not shelf.held
+        assert prefetcher.report().waits_for == "clients that read now"
+        shelf.quiet.set()
+        assert await until(prefetcher, "done") < 2
+
+    play(path, scenario)
+
+
+def test_what_may_pass_is_tried_again_and_what_will_not_is_failed(path: Path) -> None:
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        shelf.failures = [UnavailableError("the uplink is down"), UnavailableError("still"), NotFoundError("no tag")]
+        prefetcher.order(PrefetchOrder(images=(IMAGE,)))
+        await trio.sleep(1)
+        (row,) = prefetcher.report().rows
+        assert (row.state, row.error) == ("waiting", "the uplink is down")
+        assert await until(prefetcher, "failed") == pytest.approx(3 * AGAIN_S - 1, abs=1)
+        assert prefetcher.report().rows[0].error == "no tag"
+        prefetcher.order(PrefetchOrder(images=(IMAGE,)))
+        await trio.sleep(5)
+        assert prefetcher.report().rows[1].state == "done"
+
+    play(path, scenario)
+
+
+def test_one_that_waits_for_another_try_does_not_hold_up_the_next(path: Path) -> None:
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        shelf.failures = [UnavailableError("down")]
+        prefetcher.order(PrefetchOrder(images=(IMAGE, "origin.test/app:v2")))
+        await trio.sleep(5)
+        assert {row.image[-2:]: row.state for row in prefetcher.report().rows} == {"v1": "waiting", "v2": "done"}
+
+    play(path, scenario)
+
+
+def test_wrong_bytes_are_read_again_by_the_way_that_finds_out_who_was_wrong(path: Path) -> None:
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        shelf.wrong = {ref_of(LAYER)}
+        prefetcher.order(PrefetchOrder(images=(IMAGE,)))
+        await until(prefetcher, "done")
+        assert not shelf.wrong
+
+    play(path, scenario)
+
+
+def test_cancelling_ends_the_one_under_way_and_all_that_wait(path: Path) -> None:
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        prefetcher.order(PrefetchOrder(images=(IMAGE, "origin.test/app:v2"), rate=1000))
+        await trio.sleep(1)
+        prefetcher.cancel()
+        await trio.sleep(1)
+        assert [row.state for row in prefetcher.report().rows] == ["cancelled", "cancelled"]
+        assert shelf.under_way == 0
+        prefetcher.order(PrefetchOrder(images=("origin.test/app:v3",)))
+        await trio.sleep(5)
+        assert prefetcher.report().rows[-1].state == "done"
+
+    play(path, scenario)
+
+
+def test_orders_outlive_the_process_until_they_are_done(path: Path) -> None:
+    order = PrefetchOrder(images=(IMAGE, "origin.test/app:v2"), rate=1000, window="00:00-23:59")
+
+    async def first(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        prefetcher.order(order)
+        await trio.sleep(1)
+
+    async def second(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        await trio.lowlevel.checkpoint()
+        rows = prefetcher.report().rows
+        assert [(row.image, row.rate, row.window) for row in rows] == [(i, 1000, order.window) for i in order.images]
+        prefetcher.cancel()
+
+    async def third(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        await trio.lowlevel.checkpoint()
+        assert prefetcher.report().rows == ()
+
+    for scenario in (first, second, third):
+        play(path, scenario)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        PrefetchOrder(images=()), PrefetchOrder(images=("Not A Name",)), PrefetchOrder(images=(IMAGE,), rate=-1),
+        PrefetchOrder(images=(IMAGE,), window="night"), PrefetchOrder(images=(IMAGE,), platforms=("arm64",)),
+        PrefetchOrder(images=tuple(f"a:{i}" for i in range(5000))),
+    ],
+)  # fmt: skip
+def test_a_wrong_order_is_refused_as_a_whole(path: Path, order: PrefetchOrder) -> None:
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        await trio.lowlevel.checkpoint()
+        with pytest.raises(BadInputError):
+            prefetcher.order(order)
+        assert prefetcher.report().rows == ()
+
+    play(path, scenario)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b'{"version": 1, "orders": [{"images": ["Not A Name"]}]}'])
+def test_a_damaged_file_is_forgotten(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+    async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
+        await trio.lowlevel.checkpoint()
+        assert prefetcher.report().rows == ()
+
+    play(path, scenario)
