@@ -42,11 +42,11 @@ def configured(nodes: Sequence[Node], *, upstream: str = "", url: str = "", tags
     start_all(nodes)
 
 
-def digest_of(node: Node, tag: str) -> str | int:
+def digest_of(node: Node, tag: str, repository: str = "demo/moving") -> str | int:
     """What a tag stands for by the node's mirror; the status where it does not say."""
     connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=20)
     with closing(connection):
-        connection.request("HEAD", f"/v2/demo/moving/manifests/{tag}?ns={UPSTREAM}")
+        connection.request("HEAD", f"/v2/{repository}/manifests/{tag}?ns={UPSTREAM}")
         response = connection.getresponse()
         return response.getheader("Docker-Content-Digest", "") if response.status == 200 else response.status
 
@@ -138,7 +138,7 @@ def test_a_mirror_that_lacks_an_image_or_fails_costs_no_pull(
         assert [one["problem"] for one in endpoints] == ["", ""]
         mirror.cut()
         pull_through(nodes, folder / "failing", image)
-        assert digest_of(nodes[0], "nothing") == 404
+        assert digest_of(nodes[0], "nothing", "demo/app") == 404
         assert any(node.status()["upstreams"][0]["endpoints"][0]["problem"] for node in nodes), "of the name's home"
         doctor = json.loads(nodes[0].ctl("doctor", "--json").stdout)["checks"]
         levels = {check["name"]: check["level"] for check in doctor}
