@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from node.hours import Hours
 from node.locator import check_upstream
 from node.tag_policy import TagPolicies, TagPolicy
-from node.uplink_policy import Hours, UplinkPolicy
+from node.uplink_policy import UplinkPolicy
 from protocol.errors import BadInputError
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
@@ -28,8 +29,6 @@ _UNITS = {
 }  # fmt: skip
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_HOURS = re.compile(r"(\d{1,2}):([0-5]\d)\s*-\s*(\d{1,2}):([0-5]\d)", re.ASCII)
-_DAY_MINUTES = 24 * 60
 _PORT = re.compile(r"\d{1,5}", re.ASCII)
 
 MAX_PATTERN = 512
@@ -161,11 +160,10 @@ def parse_duration(text: str, key: str) -> float:
 
 def parse_hours(text: str, key: str) -> Hours:
     """`22:00-06:00` of the local day; up to 24:00."""
-    match = _HOURS.fullmatch(text.strip())
-    start, end = (int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4])) if match else (0, 0)
-    if start == end or start >= _DAY_MINUTES or end > _DAY_MINUTES:
-        raise BadInputError(f'{key} = "{text}": write for example "22:00-06:00"')
-    return Hours(start, end)
+    try:
+        return Hours.parse(text)
+    except BadInputError as error:
+        raise BadInputError(f"{key}: {error}") from error
 
 
 def parse_floor(text: str, key: str) -> tuple[float, int]:

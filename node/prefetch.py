@@ -19,12 +19,13 @@ import msgspec
 import trio
 
 from node.fetcher import Fetcher
+from node.hours import Hours
 from node.images import locator_of, survey
 from node.library import SiteLibrary
 from node.locator import ImageName
 from node.oci_layout import Packed
 from node.offline_status import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
-from node.pace import Pace, Window
+from node.pace import Pace
 from node.platforms import own_platform, parse_platforms
 from node.seeder import BlockAddress, Obtained
 from node.single_flight import Ticket
@@ -154,8 +155,8 @@ class Prefetcher:
     # Reading
 
     async def _fetch(self, item: _Item) -> None:
-        window = Window.parse(item.order.window) if item.order.window else None
-        self._pace = pace = Pace(item.order.rate, window, self.fetcher.idle)
+        hours = Hours.parse(item.order.window) if item.order.window else None
+        self._pace = pace = Pace(item.order.rate, hours, self.fetcher.idle)
         await pace.wait(0)
         platforms = () if item.order.all_platforms else parse_platforms(item.order.platforms) or (own_platform(),)
         image = await survey(self.library, item.name, platforms)
@@ -226,7 +227,7 @@ def _items(order: PrefetchOrder) -> list[_Item]:
     if not order.images:
         raise BadInputError("no image is named")
     if order.window:
-        Window.parse(order.window)
+        Hours.parse(order.window)
     if order.rate < 0:
         raise BadInputError("the rate is below 0")
     parse_platforms(order.platforms)

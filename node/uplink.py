@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 import trio
 
+from node.hours import local_time
 from node.uplink_policy import UplinkPolicy
 from protocol.errors import UnavailableError
 
@@ -61,14 +62,10 @@ class MakeWayError(Exception):
     """A background body is to be closed, for one in the foreground; it goes on later from where it was."""
 
 
-def _local_time() -> datetime:
-    return datetime.now().astimezone()
-
-
 class Uplink:
     def __init__(
         self, name: str, policy: UplinkPolicy | None = None, *, sharing: Callable[[], int] = lambda: 1,
-        clock: Callable[[], datetime] = _local_time,
+        clock: Callable[[], datetime] = local_time,
     ) -> None:  # fmt: skip
         """`sharing` tells how many nodes the site has; `clock` is the local time, by which days and hours go."""
         self.name, self.policy = name, policy or UplinkPolicy()

@@ -5,19 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-
-@dataclass(frozen=True, slots=True)
-class Hours:
-    """Minutes of the local day, `start` included and `end` not; over midnight where it ends before it starts."""
-
-    start: int
-    end: int
-
-    def __contains__(self, when: datetime) -> bool:
-        minute = when.hour * 60 + when.minute
-        if self.start < self.end:
-            return self.start <= minute < self.end
-        return minute >= self.start or minute < self.end
+from node.hours import Hours
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +25,4 @@ class UplinkPolicy:
         return bool(self.rate or self.daily)
 
     def free(self, when: datetime) -> bool:
-        return any(when in hours for hours in self.hours)
+        return any(not hours.opens_in(when) for hours in self.hours)
