@@ -13,13 +13,13 @@ from cache.store import Buffer, Held
 from node.exchange import Answer, Lane
 from node.objects import Source
 from node.planned import carry_out
-from node.seeder import LOOK_EVERY_S, SILENCE_S, BlockAddress, Obtained, Seeder, Site
+from node.seeder import LOOK_EVERY_S, SILENCE_S, BlockAddress, Obtained, Seeder, Site, Work
 from node.single_flight import SingleFlight, Ticket
 from protocol.erasure import decode_block, encode_shard
-from protocol.errors import PeerMisbehavedError, ShoalError
+from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
-from protocol.ids import BlockId, PeerId, Piece, Shard, shard_length
+from protocol.ids import PeerId, Piece, Shard, shard_length
 from protocol.messages import GetShard, ShardFound
 from protocol.placement import Geometry
 from protocol.records import Record
@@ -41,13 +41,14 @@ class _Attempt:
     lane: Lane
     shards: dict[int, tuple[PeerId, Buffer]] = field(default_factory=dict)
     record: Record | None = None
+    failure: ShoalError | None = None
 
 
 class Fetcher:
     def __init__(self, site: Site, seeder: Seeder, nursery: trio.Nursery) -> None:
         self._site, self._seeder = site, seeder
         self._budget = SpareBudget()
-        self._reads: SingleFlight[tuple[BlockId, int, bool], Obtained] = SingleFlight(nursery)
+        self._reads: SingleFlight[Work, Obtained] = SingleFlight(nursery)
         self.window = ReadWindow()
         self.turned = trio.lowlevel.ParkingLot()
         """All of it is unparked whenever a block's read ends, or the block is in the site, or a client's read ends."""
@@ -57,7 +58,7 @@ class Fetcher:
         while self.window.clients:
             await self.turned.park()
 
-    def begin(self, address: BlockAddress, urgent: bool) -> Ticket[tuple[BlockId, int, bool], Obtained]:
+    def begin(self, address: BlockAddress, urgent: bool) -> Ticket[Work, Obtained]:
         """Start reading a block, or join its read that is under way. Raises UnavailableError and its like in `wait`."""
         if address.work not in self._reads:
             self.window.began(address.key, trio.current_time())
@@ -90,6 +91,8 @@ class Fetcher:
                 attempt.shards.clear()  # as much as the block, and not to wait for the disk
                 await site.tiers.put(Piece(address.block), held.data, held.record)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
+            if address.background:  # what its home does not read now nobody does
+                raise attempt.failure or UnavailableError(f"{address.block} is not to be had now")
         obtained = await self._seeder.home(address)
         self._warmed(address)
         if attempt is not None:
@@ -150,6 +153,7 @@ class Fetcher:
             shard, data, record = await self._seeder.keep(attempt.address, Shard(shape.k, shape.m, ask.want))
         except ShoalError as error:
             log.debug("own shard of %s: %s", attempt.address.block, error)
+            attempt.failure = error
             return None
         return Answer(ShardFound(shard.k, shard.m, shard.index, record), data)
 
@@ -158,6 +162,7 @@ class Fetcher:
         question = GetShard(
             str(address.ref.digest), address.index, address.ref.size, attempt.shape.k, attempt.shape.m,
             ask.want, 2, str(address.locator), ask.exact, self._seeder.reader_of(address),
+            address.background,
         )  # fmt: skip
 
         def heard(ready: bool) -> None:
@@ -176,6 +181,7 @@ class Fetcher:
             return None
         except ShoalError as error:
             log.debug("shard of %s from %s: %s", address.block, ask.peer, error)
+            attempt.failure = error
             return None
         return answer
 

@@ -27,10 +27,10 @@ from node.oci_layout import Packed
 from node.offline_status import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
 from node.pace import Pace
 from node.platforms import own_platform, parse_platforms
-from node.seeder import BlockAddress, Obtained
+from node.seeder import BlockAddress, Obtained, Work
 from node.single_flight import Ticket
 from protocol.errors import BadInputError, ShoalError, UnavailableError
-from protocol.ids import BlockId, Piece
+from protocol.ids import Piece
 
 log = logging.getLogger(__name__)
 
@@ -172,17 +172,18 @@ class Prefetcher:
             item.done += ref.size
             return
         hasher = hashlib.new(ref.digest.algorithm)
-        ahead: deque[Ticket[tuple[BlockId, int, bool], Obtained]] = deque()
+        ahead: deque[Ticket[Work, Obtained]] = deque()
 
         async def take() -> None:
             data = (await ahead[0].wait()).held.data
             ahead.popleft().release()
             hasher.update(data)
             item.done += len(data)
+            item.again_s = AGAIN_S
 
         try:
             for index in range(ref.block_count):
-                address = BlockAddress(locator, ref, index)
+                address = BlockAddress(locator, ref, index, background=True)
                 if not self.holds(Piece(address.block)):
                     await pace.wait(address.length)
                 ahead.append(self.fetcher.begin(address, urgent=False))

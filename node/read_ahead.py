@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import trio
 
 from node.fetcher import Fetcher
-from node.seeder import BlockAddress, Obtained
+from node.seeder import BlockAddress, Obtained, Work
 from node.single_flight import Ticket
-from protocol.ids import BlockId
 from protocol.window import MOST
 
 HELD = 2 * MOST
@@ -46,7 +45,7 @@ class Room:
 class _Reading:
     __slots__ = ("address", "cold", "ticket")
 
-    def __init__(self, address: BlockAddress, ticket: Ticket[tuple[BlockId, int, bool], Obtained]) -> None:
+    def __init__(self, address: BlockAddress, ticket: Ticket[Work, Obtained]) -> None:
         self.address, self.ticket = address, ticket
         self.cold = True
 

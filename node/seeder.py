@@ -7,6 +7,7 @@ for holders, who answer from what they hold (`reach` 0), and for the origin. Nob
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -75,8 +76,14 @@ UNSETTLED_S = 30.0
 """After a change of the view the keepers that were may hold what the keepers that are lack: they are asked first."""
 HOLDINGS_TTL_S = 2.0
 MAX_CANDIDATES = 8
+BACKGROUND_S = 60.0
+"""So long a block that nobody waits for may take, and wait for clients to be done, before whoever wants it is told to
+come back later."""
 MAX_HOMES = 3
 """A home and two that act for it: when three cannot give a block, the reader's own way to the origin is next."""
+
+
+Work = tuple[BlockId, int, bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,8 @@ class BlockAddress:
     index: int
     reader: str = ""
     """The member that reads it with a client's grant, where this node has none and the registry asks who reads."""
+    background: bool = False
+    """Nobody waits for it: only its home reads it from the origin, when that is not wanted for anything else."""
 
     @property
     def block(self) -> BlockId:
@@ -99,9 +108,9 @@ class BlockAddress:
         return self.block, self.ref.size
 
     @property
-    def work(self) -> tuple[BlockId, int, bool]:
-        """What is done once for all who want it: with a client's grant another thing than without."""
-        return self.block, self.ref.size, bool(self.locator.grant or self.reader)
+    def work(self) -> Work:
+        """What is done once for all who want it: with a client's grant, or in the background, it is another thing."""
+        return self.block, self.ref.size, bool(self.locator.grant or self.reader), self.background
 
     @property
     def length(self) -> int:
@@ -147,10 +156,10 @@ class Seeder:
         self, site: Site, origin: Origin, directory: Directory, sign: Callable[[bytes], bytes], nursery: trio.Nursery
     ) -> None:
         self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
-        self._homes: SingleFlight[tuple[BlockId, int, bool], Obtained] = SingleFlight(nursery)
+        self._homes: SingleFlight[Work, Obtained] = SingleFlight(nursery)
         self._granted: dict[Digest, list[Locator]] = {}
         """With what clients of this node now read what their registries do not give to everybody."""
-        self._keeping: SingleFlight[Piece, tuple[Buffer, Record]] = SingleFlight(nursery)
+        self._keeping: SingleFlight[tuple[Shard, Work], tuple[Buffer, Record]] = SingleFlight(nursery)
         self._home_s = 0.0
         self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
             4096, HOLDINGS_TTL_S, timer=trio.current_time
@@ -189,7 +198,8 @@ class Seeder:
             if request.reach == 0:
                 return _not_held()
             reader = "" if request.reader == self._site.own else request.reader
-            address = self._as_own_client(BlockAddress(Locator.parse(request.source), ref, request.index, reader))
+            asked = BlockAddress(Locator.parse(request.source), ref, request.index, reader, request.background)
+            address = self._as_own_client(asked)
             if request.reach == 1:
                 obtained = await self.home(address)
                 found = _cut(obtained.held, shard)
@@ -229,7 +239,7 @@ class Seeder:
         found = await self._held_shard(address.ref, address.index, shard, exact=False)
         if found is not None:
             return found
-        data, record = await self._keeping.do(Piece(address.block, shard), lambda: self._obtain_shard(address, shard))
+        data, record = await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard))
         return shard, data, record
 
     async def _obtain_shard(self, address: BlockAddress, shard: Shard) -> tuple[Buffer, Record]:
@@ -237,7 +247,8 @@ class Seeder:
         site, now = self._site, trio.current_time()
         _, keepers = site.placement().keepers(address.block, address.length)
         usable = site.health.usable((peer for peer in keepers if peer != site.own), now)
-        homes = [peer for peer in keepers if peer == site.own or peer in usable][:MAX_HOMES]
+        most = 1 if address.background else MAX_HOMES
+        homes = [peer for peer in keepers if peer == site.own or peer in usable][:most]
         plan = ShardPlan(homes, homes, 1, site.health.late_after_s, site.health.answered_at, HOME_PATIENCE_S)
         found: list[tuple[Buffer, Record]] = []
         failures: list[ShoalError] = [UnavailableError(f"no home of {address.ref.digest} #{address.index} answers")]
@@ -264,7 +275,8 @@ class Seeder:
             now = trio.current_time()
             asks = self.note_overdue(plan)[1]
             for home, asked_at in plan.cold:
-                if site.health.unfit(home, now) or now - asked_at > self._home_limit_s():
+                limit_s = math.inf if address.background else self._home_limit_s()
+                if site.health.unfit(home, now) or now - asked_at > limit_s:
                     asks += plan.give_up(home, now)
             for home in plan.given_up:
                 if not site.health.unfit(home, now):
@@ -304,7 +316,7 @@ class Seeder:
         ref = address.ref
         question = GetShard(
             str(ref.digest), address.index, ref.size, shard.k, shard.m, shard.index, 1, str(address.locator), True,
-            self.reader_of(address),
+            self.reader_of(address), address.background,
         )  # fmt: skip
         answer = await self.ask(
             home, question, Lane.URGENT, SILENCE_S,
@@ -348,13 +360,21 @@ class Seeder:
         if obtained is None:
             began = trio.current_time()
             locator = self._as_own_client(address).locator  # it may have come since
-            data = await self._origin.read(locator, address.ref, address.index)
-            self._learn_home_s(trio.current_time() - began)
+            if address.background:
+                data = await self._in_background(locator, address)
+            else:
+                data = await self._origin.read(locator, address.ref, address.index)
+                self._learn_home_s(trio.current_time() - began)
             obtained = Obtained(Held(data, self._claim(address, data)), Source.ORIGIN)
         if self._site.tiers.holds(Piece(address.block)):
             await self._site.tiers.discard(Piece(address.block))  # of another size, or signed by nobody who is known
         await self._site.tiers.put(Piece(address.block), obtained.held.data, obtained.held.record)
         return obtained
+
+    async def _in_background(self, locator: Locator, address: BlockAddress) -> bytearray:
+        with trio.move_on_after(BACKGROUND_S):
+            return await self._origin.read(locator, address.ref, address.index, background=True)
+        raise UnavailableError(f"{locator.upstream}: what clients read goes first")
 
     # What is not for everybody
 

@@ -22,7 +22,8 @@ class GetShard(_Message, frozen=True, tag=1):
 
     `reach` is how far the receiver may go for it: 2 ask the block's home, 1 ask the origin, 0 only what it holds.
     `source` is an opaque hint for the origin. `reader` is a peer id where the origin asks who reads: that member
-    reads the block for whoever lacks it. It is "" where the origin gives it to everybody.
+    reads the block for whoever lacks it. It is "" where the origin gives it to everybody. `background`: nobody waits
+    for it, and it makes way on the uplink.
     """
 
     digest: str
@@ -35,6 +36,7 @@ class GetShard(_Message, frozen=True, tag=1):
     source: str
     exact: bool = False
     reader: str = ""
+    background: bool = False
 
 
 class GetBlock(_Message, frozen=True, tag=2):

@@ -172,6 +172,24 @@ def test_the_day_s_bytes_end_in_a_clear_error_that_outlives_a_restart(
             assert (response.status, b"budget" in response.read()) == (503, True)
 
 
+def test_a_prefetch_waits_for_the_hours_of_the_uplink_and_a_pull_does_not(
+    folder: Path, image: Image, proxy: CountingProxy
+) -> None:
+    later = [time.strftime("%H:%M", time.localtime(time.time() + hours * 3600)) for hours in (3, 5)]
+    with site(folder / "site", proxy.url, 3, start=False) as nodes:
+        configured(nodes, upstream=f'hours = ["{later[0]}-{later[1]}"]')
+
+        def told() -> str:
+            (row,) = json.loads(nodes[0].ctl("prefetch", "--status", "--json").stdout)["rows"]
+            return str(row["error"]) if row["state"] == "waiting" else ""
+
+        assert nodes[0].ctl("prefetch", f"{REPOSITORY}:{TAG}").returncode == 0
+        wait_for("it is told to come back later", lambda: "in the hours" in told(), seconds=20, every=0.1)
+        assert proxy.count.received < 0.1 * image.size, "names only"
+        pull_through(nodes, folder / "out", image)
+        assert proxy.count.received <= 1.05 * image.size
+
+
 def test_a_rate_holds_for_the_whole_site(folder: Path, image: Image, proxy: CountingProxy) -> None:
     rate = 8 << 20
     with site(folder / "site", proxy.url, 3, start=False) as nodes:

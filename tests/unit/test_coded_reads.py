@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from random import Random
 from typing import Any
@@ -28,7 +29,7 @@ from node.locator import Grant, Locator
 from node.metrics import Metrics
 from node.objects import Source
 from node.origin import Origin
-from node.seeder import HOME_LEAST_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
+from node.seeder import BACKGROUND_S, HOME_LEAST_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
 from node.trust import Trust
 from protocol.directory import Directory
 from protocol.errors import CorruptObjectError, DeniedError, UnavailableError
@@ -53,6 +54,8 @@ class Registry:
         self.down = False
         self.private = False
         self.block_s = block_s
+        self.background = block_s
+        """How long a block takes that nobody waits for; 0 where it is refused."""
 
     def connections(self, upstream: str) -> int:
         return 4
@@ -66,8 +69,10 @@ class Registry:
                 raise UnavailableError("the registry is down")
             if self.private and locator.grant is None:
                 raise DeniedError("not for everybody")
+            if background and not self.background:
+                raise UnavailableError("not at this hour")
             self.asked[index] += 1
-            await trio.sleep(self.block_s)
+            await trio.sleep(self.background if background else self.block_s)
             yield bytearray(BODY[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
 
 
@@ -118,8 +123,10 @@ class Node:
         answer = await self.seeder.handle(peer, request)
         return self.spoil(answer) if self.spoil else answer
 
-    async def read(self, index: int, *, urgent: bool = False, locator: Locator = LOCATOR) -> Obtained:
-        ticket = self.fetcher.begin(BlockAddress(locator, REF, index), urgent)
+    async def read(
+        self, index: int, *, urgent: bool = False, locator: Locator = LOCATOR, background: bool = False
+    ) -> Obtained:
+        ticket = self.fetcher.begin(BlockAddress(locator, REF, index, background=background), urgent)
         try:
             return await ticket.wait()
         finally:
@@ -371,6 +378,44 @@ def test_a_slow_uplink_makes_all_homes_slow_and_no_block_is_read_twice() -> None
         assert registry.asked == Counter(range(3))
 
     play(5, scenario)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_what_nobody_waits_for_is_read_by_its_home_or_by_nobody(count: int) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        registry.background = 0
+        for node in nodes:
+            with pytest.raises(UnavailableError, match="not at this hour"):
+                await node.read(0, background=True)
+        assert not registry.asked
+        registry.background = BACKGROUND_S / 2
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                nursery.start_soon(partial(node.read, 0, background=True))
+        assert registry.asked == Counter([0])
+
+    play(count, scenario)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_what_nobody_waits_for_keeps_no_client_waiting(count: int) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        registry.background = 1000.0
+
+        async def ahead() -> None:
+            with pytest.raises(UnavailableError, match="goes first"):
+                await nodes[0].read(0, background=True)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ahead)
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.fail_after(1):
+                for node in nodes:
+                    await node.read(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("node.seeder.BACKGROUND_S", 30.0)
+        play(count, scenario)
 
 
 def test_a_wrong_size_harms_nobody() -> None:
