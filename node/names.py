@@ -128,6 +128,10 @@ class NameTable:
         row = self._row(source, reference, resolved)
         self._database.run("INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)", row)
 
+    def drop(self, source: str, reference: str) -> None:
+        self._recent.pop((source, reference), None)
+        self._database.run("DELETE FROM name WHERE source = ? AND reference = ?", (source, reference))
+
     def put_many(self, source: str, found: list[Resolved]) -> None:
         """Digests stand for themselves; known ones are kept as they are."""
         rows = [self._row(source, str(one.ref.digest), one) for one in found]
@@ -285,6 +289,11 @@ class Names:
         self._table.put(str(locator), reference, found, told_by)
         return found
 
+    def _forget(self, locator: Locator, reference: str) -> None:
+        """The registry has it no more: this must not come back when that is out of reach, unless it is pinned here."""
+        if not self._pinned(str(locator), reference):
+            self._table.drop(str(locator), reference)
+
     async def _ask_site(self, locator: Locator, reference: str) -> Resolved:
         site, now = self._site, trio.current_time()
         # Without the client's grant, which stays here, no other node is told what the name stands for.
@@ -299,7 +308,10 @@ class Names:
                 found = await self._ask_member(home, locator, reference, reach=1)
             except UnavailableError:
                 break
-            except (NotFoundError, DeniedError):
+            except NotFoundError:
+                self._forget(locator, reference)
+                raise
+            except DeniedError:
                 raise
             except ShoalError as error:
                 log.debug("name home %s: %s", home, error)
@@ -374,6 +386,9 @@ class Names:
             found, body = await self._upstreams.resolve(locator, reference, known)
         except UnavailableError as error:
             return await self._out_of_reach(locator, reference, error)
+        except NotFoundError:
+            self._forget(locator, reference)
+            raise
         self._site_asked.pop(key, None)
         # The registry may have answered what was true when it was asked.
         found = replace(found, age_s=trio.current_time() - asked)

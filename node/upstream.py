@@ -437,6 +437,8 @@ class _Registry:
         async with self._response("GET", call, {"Accept": "*/*"}) as response:
             if response.status_code == 400:
                 raise BadInputError(f"{self.name}: {call.what}: the registry does not accept the query")
+            if response.status_code in (405, 501):
+                raise NotFoundError(f"{self.name}: {call.what}: the registry does not list that")
             self._expect(response, call, 200)
             body = await self._bounded(response, call, MAX_MANIFEST)
             return Passed(body, _media_type(response), response.headers.get("link", ""))

@@ -55,6 +55,7 @@ class Registry:
     def __init__(self) -> None:
         self.moved = [(0.0, 1)]
         self.answer_s = 0.02
+        self.deleted = False
         self.asked = 0
         self.cut: set[PeerId] = set()
 
@@ -86,7 +87,7 @@ class Reached:
         await trio.sleep(registry.answer_s)
         if self._peer in registry.cut:
             raise UnavailableError("out of reach")
-        if reference == "none":
+        if reference == "none" or registry.deleted:
             raise NotFoundError("no such tag")
         ref = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
         return Resolved(ref, "a/b"), None if known is not None and known.ref == ref else body
@@ -207,6 +208,22 @@ def test_nodes_agree_on_the_youngest_answer_while_the_registry_is_out_of_reach(t
         assert nodes[0].row("latest")[0] == "too old"
         registry.cut.clear()
         assert [await node.version() for node in nodes] == [2] * 5
+
+    play(tmp_path, 5, scenario)
+
+
+def test_a_tag_that_the_registry_deleted_does_not_come_back_when_it_is_out_of_reach(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        assert [await node.version() for node in nodes] == [1] * 5
+        await trio.sleep(2 * TTL_S)
+        registry.deleted = True
+        for node in nodes:
+            with pytest.raises(NotFoundError):
+                await node.version()
+        registry.cut = {node.own for node in nodes}
+        for node in nodes:
+            with pytest.raises(UnavailableError):
+                await node.version()
 
     play(tmp_path, 5, scenario)
 

@@ -409,6 +409,16 @@ def test_a_list_is_handed_on_with_its_link() -> None:
     run(check)
 
 
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_list_that_the_registry_does_not_give_is_not_found(status: int) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.faults = [status]
+        with pytest.raises(NotFoundError, match="referrers"):
+            await upstreams.passthrough("fake", "org/app", "referrers/sha256:00", {})
+
+    run(check)
+
+
 def test_a_query_that_the_registry_refuses_is_the_clients_fault() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = [400]
