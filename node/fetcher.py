@@ -150,7 +150,9 @@ class Fetcher:
         shape = attempt.shape
         attempt.plan.heard(ask.peer, False, trio.current_time())  # as another keeper would say while it asks the home
         try:
-            shard, data, record = await self._seeder.keep(attempt.address, Shard(shape.k, shape.m, ask.want))
+            shard, data, record = await self._seeder.keep(
+                attempt.address, Shard(shape.k, shape.m, ask.want), exact=ask.exact
+            )
         except ShoalError as error:
             log.debug("own shard of %s: %s", attempt.address.block, error)
             attempt.failure = error

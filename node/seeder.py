@@ -204,7 +204,7 @@ class Seeder:
                 obtained = await self.home(address)
                 found = _cut(obtained.held, shard)
             else:
-                found = await self.keep(address, shard)
+                found = await self.keep(address, shard, exact=request.exact)
         shard, body, record = found
         return Answer(ShardFound(shard.k, shard.m, shard.index, record), body)
 
@@ -234,9 +234,12 @@ class Seeder:
 
     # Keeping
 
-    async def keep(self, address: BlockAddress, shard: Shard) -> tuple[Shard, Buffer, Record]:
-        """This node's shard of a block, from the home where it is not held; it is kept from then on."""
-        found = await self._held_shard(address.ref, address.index, shard, exact=False)
+    async def keep(self, address: BlockAddress, shard: Shard, *, exact: bool) -> tuple[Shard, Buffer, Record]:
+        """This node's shard of a block, from the home where it is not held; it is kept from then on.
+
+        Without `exact` it may be another one of that code, which an earlier view had this node keep.
+        """
+        found = await self._held_shard(address.ref, address.index, shard, exact=exact)
         if found is not None:
             return found
         data, record = await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard))

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cache.memory import MemoryStore
 from cache.store import Held
 from cache.tiered import Tiers
-from node.exchange import Answer
+from node.exchange import Answer, Lane
 from node.exchange_memory import MemoryExchange, MemoryNetwork
 from node.fetcher import Fetcher
 from node.identity import Identity
@@ -37,7 +37,7 @@ from protocol.fetch_plan import WARM_FLOOR_S
 from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
 from protocol.members import Member
-from protocol.messages import Request, ShardFound
+from protocol.messages import GetShard, Request, ShardFound
 from protocol.placement import Placement
 from tests.support.disk_like import DiskLike
 
@@ -351,6 +351,25 @@ def test_a_new_home_asks_those_who_kept_before_it_asks_the_registry() -> None:
 def home_of(nodes: list[Node], index: int) -> Node:
     _, keepers = nodes[0].site.placement().keepers(REF.block(index), REF.block_length(index))
     return next(node for node in nodes if node.own == keepers[0])
+
+
+def test_who_is_asked_for_exactly_one_shard_gives_no_other_that_it_kept_in_an_earlier_view() -> None:
+    """The asker would take it for a breach of the protocol, and quarantine an honest member."""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes)
+        keeper = next(node for node in nodes if node is not home_of(nodes, 0))
+        await keeper.tiers.discard(Piece(REF.block(0)))
+        kept = next(shard for shard, bits in keeper.tiers.holdings(REF.digest).shards.items() if bits & 1)
+        other = (kept.index + 1) % (kept.k + kept.m)
+        asker = next(node for node in nodes if node not in (keeper, home_of(nodes, 0)))
+        for reach in (2, 1):
+            question = GetShard(str(REF.digest), 0, REF.size, kept.k, kept.m, other, reach, str(LOCATOR), exact=True)
+            answer = await asker.exchange.request(keeper.own, question, lane=Lane.BULK, silence_s=1.0)
+            assert isinstance(answer.message, ShardFound)
+            assert answer.message.index == other
+
+    play(5, scenario)
 
 
 def test_another_acts_for_a_home_whose_own_link_is_bad() -> None:
