@@ -15,13 +15,18 @@ CONFIG = """\
 version = 2
 root = "{folder}/root"
 state = "{folder}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt", "io.containerd.internal.v1.tracing",
+disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.internal.v1.tracing",
   "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper",
   "io.containerd.snapshotter.v1.aufs"]
 [grpc]
 address = "{folder}/containerd.sock"
 [ttrpc]
 address = "{folder}/containerd.sock.ttrpc"
+[plugins."io.containerd.grpc.v1.cri".registry]
+config_path = "{folder}/certs.d"
+[plugins."io.containerd.grpc.v1.cri".cni]
+conf_dir = "{folder}/cni"
+bin_dir = "{folder}/cni"
 """
 
 HOSTS = """\
@@ -34,6 +39,10 @@ capabilities = ["pull", "resolve"]
 @dataclass(frozen=True, slots=True)
 class Containerd:
     folder: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "containerd.sock"
 
     @property
     def hosts(self) -> Path:
@@ -50,7 +59,7 @@ class Containerd:
         (self.hosts / registry / "hosts.toml").write_text(HOSTS.format(server=server, mirror=mirror))
 
     def ctr(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-        command = ["ctr", "--address", str(self.folder / "containerd.sock"), "--namespace", "test", *arguments]
+        command = ["ctr", "--address", str(self.socket), "--namespace", "test", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
     def pull(self, reference: str, *, user: str = "") -> subprocess.CompletedProcess[str]:
@@ -75,7 +84,7 @@ def containerd(folder: Path) -> Iterator[Containerd]:
         def ready() -> bool:
             if process.poll() is not None:
                 raise AssertionError(f"containerd ended with {process.returncode}:\n{tail(log)}")
-            return (folder / "containerd.sock").exists() and daemon.ctr("version").returncode == 0
+            return daemon.socket.exists() and daemon.ctr("version").returncode == 0
 
         wait_for("containerd answers", ready, every=0.1)
         yield daemon

@@ -20,7 +20,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -96,7 +96,10 @@ class _Hashing(io.RawIOBase):
         return f"sha256:{self.sha256.hexdigest()}"
 
 
-def build(folder: Path, layers: Sequence[Iterable[Entry]], *, command: Sequence[str] = ("/bin/sh",)) -> Image:
+def build(
+    folder: Path, layers: Sequence[Iterable[Entry]], *, command: Sequence[str] = ("/bin/sh",),
+    architecture: str = ARCHITECTURE,
+) -> Image:  # fmt: skip
     """Write an image with one layer for each of `layers`."""
     (folder / "blobs" / "sha256").mkdir(parents=True)
     with ThreadPoolExecutor(2) as pool:
@@ -106,7 +109,7 @@ def build(folder: Path, layers: Sequence[Iterable[Entry]], *, command: Sequence[
         folder,
         CONFIG,
         {
-            "architecture": ARCHITECTURE,
+            "architecture": architecture,
             "os": "linux",
             "config": {"Cmd": list(command), "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]},
             "rootfs": {"type": "layers", "diff_ids": [diff_id for _, diff_id in made]},
@@ -122,11 +125,21 @@ def build(folder: Path, layers: Sequence[Iterable[Entry]], *, command: Sequence[
             "layers": [blob.descriptor() for blob in blobs],
         },
     )
-    listed = {**manifest.descriptor(), "platform": {"architecture": ARCHITECTURE, "os": "linux"}}
-    index = _write_json(folder, INDEX, {"schemaVersion": 2, "mediaType": INDEX, "manifests": [listed]})
+    listed = {**manifest.descriptor(), "platform": {"architecture": architecture, "os": "linux"}}
+    index = _write_index(folder, [listed])
     shutil.copyfile(blob_path(folder, index.digest), folder / "index.json")
     (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     return Image(folder, index, manifest, config, blobs)
+
+
+def with_platforms_of(image: Image, *others: Image) -> Image:
+    """The image under an index that lists the others' platforms too, after its own."""
+    listed = [entry for one in (image, *others) for entry in json.loads(one.path(one.index).read_bytes())["manifests"]]
+    return replace(image, index=_write_index(image.folder, listed))
+
+
+def _write_index(folder: Path, listed: Sequence[dict[str, object]]) -> Blob:
+    return _write_json(folder, INDEX, {"schemaVersion": 2, "mediaType": INDEX, "manifests": listed})
 
 
 def _write_json(folder: Path, media_type: str, document: dict[str, object]) -> Blob:

@@ -21,7 +21,7 @@ from tests.support.processes import free_ports, tail, terminate, wait_for
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = "origin.test"
-"""The registry's name in every test: what stands in the path and in `ns=`."""
+"""The registry's name where a test gives no other: what stands in the path and in `ns=`."""
 PORTS = (5050, 4501, 4502)
 """Mirror, libp2p and bulk of a node that has a namespace of its own."""
 
@@ -74,7 +74,7 @@ class Node:
 
     def __init__(
         self, name: str, host: str, folder: Path, url: str, *, key: Path | None = None,
-        memory: str = "64MiB", containerd_store: str = "", namespace: Namespace | None = None,
+        memory: str = "64MiB", containerd_store: str = "", namespace: Namespace | None = None, upstream: str = UPSTREAM,
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True)
         self.name = name
@@ -90,7 +90,7 @@ class Node:
         self.mirror_port, self.libp2p_port, self.bulk_port = PORTS if namespace else free_ports(host, 3)
         self._keys: dict[str, object] = {
             "name": name, "host": host, "folder": folder, "mirror": self.mirror_port, "libp2p": self.libp2p_port,
-            "bulk": self.bulk_port, "upstream": UPSTREAM, "url": url, "key": key or "", "memory": memory,
+            "bulk": self.bulk_port, "upstream": upstream, "url": url, "key": key or "", "memory": memory,
             "containerd_store": containerd_store,
         }  # fmt: skip
         self.bootstrap([])

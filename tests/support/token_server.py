@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ class TokenServer:
 
     def __init__(self, folder: Path, users: Mapping[str, str], rights: Mapping[str, Sequence[str]]) -> None:
         self._users, self._rights = users, rights
+        self.identities = {user: secrets.token_urlsafe(16) for user in users}
+        """The identity token of each user, which clients give instead of a password."""
         self._key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, ISSUER)])
         now = datetime.now(UTC)
@@ -105,17 +108,24 @@ class _Handler(BaseHTTPRequestHandler):
         if user != ANYBODY and not self.service.known(user, password):
             self._answer(401, {"errors": [{"code": "UNAUTHORIZED"}]})
             return
-        scopes = " ".join(parse_qs(urlsplit(self.path).query).get("scope", [])).split()
-        names = [scope.split(":")[1] for scope in scopes if scope.startswith("repository:")]
-        self._answer(200, {"token": self.service.token(user, *names), "expires_in": LIFETIME_S})
+        query = parse_qs(urlsplit(self.path).query)
+        self._answer(200, {"token": self._token(user, query), "expires_in": LIFETIME_S})
 
     def do_POST(self) -> None:
-        """OAuth2, which clients try first and are told that it is not here."""
-        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        """OAuth2, for identity tokens; clients try it first with a password too, and are told that it is not here."""
+        form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode())
+        for user, identity in self.service.identities.items():
+            if form.get("refresh_token") == [identity]:
+                self._answer(200, {"access_token": self._token(user, form), "expires_in": LIFETIME_S})
+                return
         self._answer(405, {})
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
+
+    def _token(self, user: str, asked: Mapping[str, Sequence[str]]) -> str:
+        scopes = " ".join(asked.get("scope", [])).split()
+        return self.service.token(user, *(scope.split(":")[1] for scope in scopes if scope.startswith("repository:")))
 
     def _credentials(self) -> tuple[str, str]:
         scheme, _, value = self.headers.get("Authorization", "").partition(" ")
