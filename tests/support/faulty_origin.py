@@ -6,9 +6,11 @@ import hashlib
 import re
 import socket
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
+from types import MappingProxyType
 from typing import Self
 
 _NOISE = Random(9).randbytes(1 << 20)
@@ -19,10 +21,12 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What becomes of the GET that covers the blob's byte `at`, once: `reset`, `fin` or `stall` right before it."""
+    """What becomes of the GET that covers the blob's byte `at`, once: `reset`, `fin` or `stall` right before it, or a
+    status such as `429` instead of it all, with the seconds of `retry_after`, where it has them."""
 
     at: int
     what: str
+    retry_after: int | None = None
 
 
 def content(start: int, stop: int) -> bytes:
@@ -90,7 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
         start, stop = (int(match[1]), int(match[2]) + 1) if match else (0, self.origin.size)
         self.origin.asked.append((start, stop))
         fault = self.origin.fault(start, stop)
-        self._head(206 if match else 200, stop - start, f"bytes {start}-{stop - 1}/{self.origin.size}" if match else "")
+        if fault and fault.what.isdigit():
+            after = fault.retry_after
+            return self._head(int(fault.what), 0, {} if after is None else {"Retry-After": str(after)})
+        headers = {"Content-Range": f"bytes {start}-{stop - 1}/{self.origin.size}"} if match else {}
+        self._head(206 if match else 200, stop - start, headers)
         self._send(start, fault.at if fault else stop)
         if fault:
             self._break(fault.what)
@@ -114,9 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
             self.connection.close()
 
-    def _head(self, status: int, length: int, content_range: str = "") -> None:
+    def _head(self, status: int, length: int, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(length))
-        if content_range:
-            self.send_header("Content-Range", content_range)
+        for name, value in {"Content-Length": str(length), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
