@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import groupby
+from operator import itemgetter
 from typing import BinaryIO
 
 from cache.store import Buffer
@@ -45,30 +47,35 @@ class SiteLibrary:
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         return await self._names.resolve(locator, reference)
 
-    async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[Buffer, None]:
+    async def read(
+        self, locator: Locator, ref: ObjectRef, start: int, stop: int, *more: tuple[int, int]
+    ) -> AsyncGenerator[Buffer, None]:
         if stop <= start:
             return
-        whole = start == 0 and stop == ref.size
+        spans = ((start, stop), *more)
+        whole = spans == ((0, ref.size),)
         hasher = hashlib.new(ref.digest.algorithm) if whole else None
         parts: list[bytes] = []
-        first, end = start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)
-        blocks = (BlockAddress(locator, ref, index) for index in range(first, end))
-        ahead = ReadAhead(self._fetcher, self._room, blocks, urgent=stop - start <= BLOCK_SIZE)
+        last = ref.block_count - 1
+        blocks = (BlockAddress(locator, ref, index) for index, _ in _by_block(spans))
+        extent = max(stop for _, stop in spans) - min(start for start, _ in spans)
+        ahead = ReadAhead(self._fetcher, self._room, blocks, urgent=extent <= BLOCK_SIZE)
         with closing(ahead), self._seeder.granted(locator, ref.digest) if locator.grant else nullcontext():
             if not await ahead.ended_within(HEAD_WAIT_S):
                 yield b""
-            for index in range(first, end):
-                data = self._note(BlockAddress(locator, ref, index), await ahead.first(), start, stop)
+            for index, wanted in _by_block(spans):
+                served = sum(part.stop - part.start for part in wanted)
+                data = self._note(BlockAddress(locator, ref, index), await ahead.first(), served)
                 if hasher is not None:
                     hasher.update(data)
-                    if index == end - 1:
+                    if index == last:
                         await self.check(locator, ref, hasher.hexdigest())
                 if whole and locator.kind == "manifests" and ref.size <= MAX_MANIFEST:
                     parts.append(bytes(data))
-                    if index == end - 1:
+                    if index == last:
                         self._names.learn(locator, b"".join(parts))
-                offset = index * BLOCK_SIZE
-                yield memoryview(data)[max(0, start - offset) : stop - offset]
+                for part in wanted:
+                    yield memoryview(data)[part]
                 del data
                 ahead.taken()
 
@@ -80,21 +87,17 @@ class SiteLibrary:
         self._note_range(digest, start, stop, Read(Source(tier), 0.0, 0, (), time.time()))
         return file
 
-    def _note(self, address: BlockAddress, obtained: Obtained, start: int, stop: int) -> Buffer:
+    def _note(self, address: BlockAddress, obtained: Obtained, served: int) -> Buffer:
         self._metrics.read(obtained.source, obtained.seconds)
         for _ in range(obtained.retries):
             self._metrics.retried(obtained.source)
-        offset = address.index * BLOCK_SIZE
-        served = min(stop, offset + address.length) - max(start, offset)
         read = Read(obtained.source, obtained.seconds, obtained.retries, obtained.peers, time.time())
         self._ledger.note(address.ref.digest, address.index, read, served)
         return obtained.held.data
 
     def _note_range(self, digest: Digest, start: int, stop: int, read: Read) -> None:
-        for index in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
-            offset = index * BLOCK_SIZE
-            served = min(stop, offset + BLOCK_SIZE) - max(start, offset)
-            self._ledger.note(digest, index, read, served)
+        for index, (part,) in _by_block([(start, stop)]):
+            self._ledger.note(digest, index, read, part.stop - part.start)
 
     async def check(self, locator: Locator, ref: ObjectRef, found: str) -> None:
         """All blocks were read and hash to `found`: are these the bytes that the digest names? A client gets the last
@@ -130,3 +133,14 @@ class SiteLibrary:
                     log.error("%s #%d: a mirror of %s gives wrong bytes", ref.digest, index, locator.upstream)
                 elif record.signer != self._site.own:
                     self._site.view.quarantine(record.signer, f"signed a false record of {ref.digest} #{index}")
+
+
+def _by_block(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[slice]]]:
+    """The blocks that the spans touch, in their order, each with what of it they want."""
+    parts = (
+        (index, slice(max(0, start - index * BLOCK_SIZE), min(BLOCK_SIZE, stop - index * BLOCK_SIZE)))
+        for start, stop in spans
+        for index in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
+    )
+    for index, group in groupby(parts, itemgetter(0)):
+        yield index, [part for _, part in group]

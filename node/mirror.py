@@ -208,7 +208,7 @@ class Mirror:
         file = self._library.sealed(found.ref.digest, span.start, span.stop)
         if file is not None:
             return Response(status, headers, FileBody(file, span.start, span.stop))
-        return await _begun(status, headers, self._read(locator, found, span))
+        return await _begun(status, headers, self._read(locator, found, [span]))
 
     async def _several(
         self, headers: dict[str, str], locator: Locator, found: Resolved, spans: Sequence[Span]
@@ -223,20 +223,24 @@ class Mirror:
         length = sum(map(len, heads)) + sum(span.length for span in spans) + len(end)
 
         async def parts() -> AsyncGenerator[Buffer, None]:
-            for head, span in zip(heads, spans, strict=True):
-                async with aclosing(self._read(locator, found, span)) as chunks:
-                    async for chunk in chunks:
+            async with aclosing(self._read(locator, found, spans)) as chunks:
+                for head, span in zip(heads, spans, strict=True):
+                    left = span.length
+                    while left > 0:
+                        chunk = await anext(chunks)
                         yield b"".join([head, chunk]) if head else chunk
+                        left -= len(chunk)
                         head = b""
             yield end
 
         headers["Content-Type"] = f"multipart/byteranges; boundary={BOUNDARY}"
         return await _begun(206, headers | {"Content-Length": str(length)}, parts())
 
-    async def _read(self, locator: Locator, found: Resolved, span: Span) -> AsyncGenerator[Buffer, None]:
-        """What the library yields, of exactly the span's length and never slower than a chunk in STALL_S."""
-        left = span.length
-        async with aclosing(self._library.read(locator, found.ref, span.start, span.stop)) as chunks:
+    async def _read(self, locator: Locator, found: Resolved, spans: Sequence[Span]) -> AsyncGenerator[Buffer, None]:
+        """What the library yields, of exactly the spans' length and never slower than a chunk in STALL_S."""
+        left = sum(span.length for span in spans)
+        (start, stop), *more = ((span.start, span.stop) for span in spans)
+        async with aclosing(self._library.read(locator, found.ref, start, stop, *more)) as chunks:
             while left > 0:
                 chunk: Buffer | None = None
                 with trio.move_on_after(STALL_S) as scope:
@@ -244,7 +248,7 @@ class Mirror:
                 if scope.cancelled_caught:
                     raise UnavailableError(f"{found.ref.digest}: no progress for {STALL_S:.0f} s")
                 if chunk is None:
-                    raise UnavailableError(f"{found.ref.digest}: {left} bytes of {span} did not come")
+                    raise UnavailableError(f"{found.ref.digest}: {left} of the bytes asked for did not come")
                 left -= len(chunk)
                 yield chunk
 

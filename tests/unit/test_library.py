@@ -72,6 +72,10 @@ class Blocks:
         block.ended = True
         self.turned.unpark_all()
 
+    @property
+    def began(self) -> int:
+        return len(self._began)
+
     def began_before(self, seconds: float) -> int:
         """After the first one."""
         return sum(at < self._began[0] + seconds for at in self._began)
@@ -125,6 +129,24 @@ def test_clients_share_the_read_ahead(clients: int, most: int) -> None:
         assert ended == [BLOCKS] * clients
         assert most - 2 * HELD // MOST * clients < blocks.most <= most
         assert blocks.held == 0
+
+    play(scenario)
+
+
+def test_the_parts_that_one_request_asks_for_are_read_ahead_like_a_whole() -> None:
+    async def scenario() -> None:
+        async with trio.open_nursery() as nursery:
+            blocks = Blocks(nursery)
+            starts = [index * BLOCK_SIZE + at for index in range(BLOCKS) for at in (10, BLOCK_SIZE - 500)]
+            spans = [(start, start + 1000) for start in starts[:-1]]  # every second one ends in the next block
+            sizes = []
+            async with aclosing(library(blocks).read(LOCATOR, ref(1), *spans[0], *spans[1:])) as chunks:
+                async for chunk in chunks:
+                    sizes.append(len(chunk))
+            assert sizes == [1000, *[500, 500, 1000] * (BLOCKS - 1)]
+            assert blocks.began == BLOCKS, "each of them once"
+            assert blocks.most > MOST / 2
+            assert blocks.held == 0
 
     play(scenario)
 

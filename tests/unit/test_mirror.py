@@ -63,18 +63,21 @@ class MemoryLibrary:
             raise NotFoundError(f"{reference} is not here")
         return Resolved(ObjectRef(digest, len(self.objects[digest])), MEDIA_TYPE)
 
-    async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[memoryview, None]:
+    async def read(
+        self, locator: Locator, ref: ObjectRef, start: int, stop: int, *more: tuple[int, int]
+    ) -> AsyncGenerator[memoryview, None]:
         self.reads_open += 1
         try:
-            while start < stop:
-                await trio.lowlevel.checkpoint()
-                if start >= self.fails_at:
-                    if self.error is None:
-                        await trio.sleep_forever()
-                    raise self.error
-                end = min(stop, (start // (1 << 20) + 1) << 20)
-                yield memoryview(self.objects[ref.digest])[start:end]
-                start = end
+            for position, last in ((start, stop), *more):
+                while position < last:
+                    await trio.lowlevel.checkpoint()
+                    if position >= self.fails_at:
+                        if self.error is None:
+                            await trio.sleep_forever()
+                        raise self.error
+                    end = min(last, (position // (1 << 20) + 1) << 20)
+                    yield memoryview(self.objects[ref.digest])[position:end]
+                    position = end
         finally:
             self.reads_open -= 1
 
