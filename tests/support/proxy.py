@@ -1,12 +1,13 @@
 """A TCP proxy that counts what passes: what a registry was asked for is measured outside the daemons.
 
 It also makes the registry slow (a rate for all connections together), distant (a delay each way), silent (`stall`) or
-unreachable (`cut`).
+unreachable (`cut`), and may speak TLS in its place.
 """
 
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -41,15 +42,20 @@ class CountingProxy:
 
     def __init__(
         self, host: str, port: int, *, rate: float | None = None, delay_s: float = 0.0,
-        namespace: Namespace | None = None, listen: str = "127.0.0.1",
+        namespace: Namespace | None = None, listen: str = "127.0.0.1", port_here: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
-        """`rate` is in bytes per second; `delay_s` holds up the bytes of each way, those of a new connection too."""
+        """`rate` is in bytes per second; `delay_s` holds up the bytes of each way, those of a new connection too.
+
+        With `tls` its clients speak TLS; the registry is spoken to in the clear all the same.
+        """
         self.count = Count()
         self.rate = rate
-        self.port = 0
+        self.port = port_here
         self.host = listen
         self._delay_s = delay_s
         self._namespace = namespace
+        self._tls = tls
         self._target = (host, port)
         self._thread = threading.Thread(target=trio.run, args=(self._main,), name="counting-proxy")
 
@@ -113,17 +119,18 @@ class CountingProxy:
 
     async def _listener(self) -> trio.SocketListener:
         if self._namespace is not None:
-            return self._namespace.listener(self.host, 0)
-        return (await trio.open_tcp_listeners(0, host=self.host))[0]
+            return self._namespace.listener(self.host, self.port)
+        return (await trio.open_tcp_listeners(self.port, host=self.host))[0]
 
     async def _connect(self) -> trio.SocketStream:
         if self._namespace is not None:
             return await self._namespace.connect(*self._target)
         return await trio.open_tcp_stream(*self._target)
 
-    async def _handle(self, client: trio.SocketStream) -> None:
+    async def _handle(self, connection: trio.SocketStream) -> None:
         if not self._reachable:
             return
+        client = trio.SSLStream(connection, self._tls, server_side=True, https_compatible=True) if self._tls else connection
         self.count.connections += 1
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
@@ -139,9 +146,9 @@ class CountingProxy:
             finally:
                 self._scopes.discard(scope)
 
-    async def _forward_requests(self, client: trio.SocketStream, server: trio.SocketStream) -> None:
+    async def _forward_requests(self, client: trio.abc.Stream, server: trio.SocketStream) -> None:
         seen = b""
-        async for data in client:
+        while data := await client.receive_some(CHUNK):
             seen += bytes(data)
             end = 0
             for match in _REQUEST_LINE.finditer(seen):
@@ -159,7 +166,7 @@ class CountingProxy:
         span = f" {ranged[1].decode()}" if ranged else ""
         self.count.asked[f"{match[1].decode()} {match[2].decode()}{span}"] += 1
 
-    async def _forward_answers(self, server: trio.SocketStream, client: trio.SocketStream) -> None:
+    async def _forward_answers(self, server: trio.SocketStream, client: trio.abc.Stream) -> None:
         send, receive = trio.open_memory_channel[tuple[float, bytes | bytearray]](ON_THE_WAY if self._delay_s else 0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._deliver, receive, client)
@@ -168,7 +175,7 @@ class CountingProxy:
                     await send.send((trio.current_time() + self._delay_s, data))
 
     async def _deliver(
-        self, arriving: trio.MemoryReceiveChannel[tuple[float, bytes | bytearray]], client: trio.SocketStream
+        self, arriving: trio.MemoryReceiveChannel[tuple[float, bytes | bytearray]], client: trio.abc.Stream
     ) -> None:
         async for due, data in arriving:
             await self._gate.wait()

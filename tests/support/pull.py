@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ class PullFailedError(AssertionError):
 class Pull:
     """One running client. `wait` returns the seconds that it took."""
 
-    def __init__(self, command: Sequence[str | Path], folder: Path) -> None:
+    def __init__(self, command: Sequence[str | Path], folder: Path, env: Mapping[str, str] | None = None) -> None:
         """`command` writes the image to `folder`; what it says is beside it, in `folder`.log."""
         self.folder = folder
         self.seconds = 0.0
         self._log = folder.with_suffix(".log")
         self._started = time.monotonic()
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
     @property
     def running(self) -> bool:

@@ -1,0 +1,336 @@
+"""The clients that operators have, each in a folder of its own and with the configuration that deploy/ gives it.
+
+Of deploy/ only the mirror's address is changed. They all know the registry as docker.io, which is tests/support/hub.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tests.support.containerd import containerd
+from tests.support.hub import NAME, Hub
+from tests.support.image import ARCHITECTURE, blob_path
+from tests.support.processes import running, tail, wait_for
+from tests.support.pull import Pull
+from tests.support.site import ROOT
+
+MIRROR = "127.0.0.1:5050"
+"""Its address in deploy/."""
+TIMEOUT_S = 60.0
+DEBIAN = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where Debian's programs are: its docker has BuildKit's client, and one from elsewhere may need a plugin for that."""
+DOCKERS_OWN = {".dockerenv", "dev", "proc", "sys", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf"}
+"""What is put into every container."""
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a client has of an image: the digests that it tells, and what is in the root file system by path."""
+
+    digests: frozenset[str]
+    tree: Mapping[str, str]
+
+
+class Engine(Protocol):
+    def pull(self, reference: str, user: str = "") -> Pull:
+        """Begin to. `user` is `name:password`."""
+
+    def held(self, reference: str) -> Held:
+        """Of what was pulled."""
+
+
+Start = Callable[[Path, Hub, str], AbstractContextManager[Engine]]
+"""In a folder that is not there yet, for docker.io through the mirror at host:port; "" for none."""
+
+
+def tree_of(root: Path, without: Collection[str] = ()) -> Mapping[str, str]:
+    """Files by mode and content, links by target, folders by mode."""
+    paths = {str(path.relative_to(root)): path for path in root.rglob("*")}
+    return {
+        name: _described(path)
+        for name, path in paths.items()
+        if name not in without and name.partition("/")[0] not in without
+    }
+
+
+def _tree_in(archive: Path, without: Collection[str] = ()) -> Mapping[str, str]:
+    root = archive.with_suffix("")
+    with tarfile.open(archive) as tar:
+        tar.extractall(root)
+    return tree_of(root, without)
+
+
+def _described(path: Path) -> str:
+    if path.is_symlink():
+        return f"-> {path.readlink()}"
+    mode = f"{path.stat().st_mode & 0o7777:o}"
+    return f"{mode}/" if path.is_dir() else f"{mode} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _deployed(name: str, mirror: str) -> str:
+    text = (ROOT / "deploy" / name).read_text()
+    assert MIRROR in text
+    return text.replace(MIRROR, mirror)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shell:
+    """Runs a client's commands where docker.io is the hub, in its own folder."""
+
+    folder: Path
+    hub: Hub
+    env: Mapping[str, str]
+
+    def start(self, name: str, *command: str, **env: str) -> Pull:
+        return Pull([*self.hub.prefix, *command], self.folder / name, {**self.env, **env})
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(
+            [*self.hub.prefix, *command], env=self.env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+
+# skopeo, podman, buildah: registries.conf
+
+
+def _containers(folder: Path, hub: Hub, mirror: str) -> _Shell:
+    """What github.com/containers' libraries read, and nothing of the machine's."""
+    folder.mkdir(parents=True)
+    files = {
+        "registries.conf": _deployed("registries.conf", mirror) if mirror else "",
+        "policy.json": '{"default": [{"type": "insecureAcceptAnything"}]}',
+        "storage.conf": f'[storage]\ndriver = "vfs"\nrunroot = "{folder}/run"\ngraphroot = "{folder}/root"\n',
+        "containers.conf": f'[engine]\nevents_logger = "none"\ntmp_dir = "{folder}/tmp"\n',
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    places = {
+        "CONTAINERS_REGISTRIES_CONF": "registries.conf", "CONTAINERS_STORAGE_CONF": "storage.conf",
+        "CONTAINERS_CONF": "containers.conf", "HOME": "home", "XDG_RUNTIME_DIR": "home", "TMPDIR": "home",
+    }  # fmt: skip
+    (folder / "home").mkdir()
+    return _Shell(folder, hub, {**hub.env, **{name: str(folder / place) for name, place in places.items()}})
+
+
+@dataclass(frozen=True, slots=True)
+class Skopeo:
+    """It copies all platforms to an OCI layout, from which umoci unpacks this one."""
+
+    shell: _Shell
+
+    def pull(self, reference: str, user: str = "") -> Pull:
+        creds = ["--src-creds", user] if user else []
+        return self.shell.start("copy", *self._skopeo, *creds, "--all", f"docker://{reference}", self._layout("all"))
+
+    def held(self, reference: str) -> Held:
+        self.shell.run(*self._skopeo, self._layout("all"), self._layout("one"))
+        folder = self.shell.folder
+        self.shell.run("umoci", "unpack", "--image", f"{folder}/one:held", str(folder / "bundle"))
+        index, manifest = (_named(folder / name) for name in ("all", "one"))
+        config = json.loads(blob_path(folder / "one", manifest).read_bytes())["config"]["digest"]
+        return Held(frozenset((index, manifest, config)), tree_of(folder / "bundle" / "rootfs"))
+
+    @property
+    def _skopeo(self) -> list[str]:
+        folder = self.shell.folder
+        options = [f"--policy={folder}/policy.json", f"--registries-conf={folder}/registries.conf"]
+        return ["skopeo", *options, "copy", "--quiet"]
+
+    def _layout(self, name: str) -> str:
+        return f"oci:{self.shell.folder / name}:held"
+
+
+def _named(layout: Path) -> str:
+    """The digest of a layout's only image."""
+    (entry,) = json.loads((layout / "index.json").read_bytes())["manifests"]
+    return str(entry["digest"])
+
+
+@dataclass(frozen=True, slots=True)
+class Podman:
+    shell: _Shell
+
+    def pull(self, reference: str, user: str = "") -> Pull:
+        return _pull(self.shell, "podman", reference, user)
+
+    def held(self, reference: str) -> Held:
+        (image,) = json.loads(self.shell.run("podman", "image", "inspect", reference))
+        digests = _DIGEST.findall(f"sha256:{image['Id']} {image['Digest']} {image['RepoDigests']}")
+        root = self.shell.run("podman", "image", "mount", reference).strip()
+        return Held(frozenset(digests), tree_of(Path(root)))
+
+
+@dataclass(frozen=True, slots=True)
+class Buildah:
+    shell: _Shell
+
+    def pull(self, reference: str, user: str = "") -> Pull:
+        return _pull(self.shell, "buildah", reference, user)
+
+    def held(self, reference: str) -> Held:
+        container = self.shell.run("buildah", "from", "--pull-never", reference).strip()
+        told = self.shell.run("buildah", "images", "--json") + self.shell.run("buildah", "inspect", container)
+        index = json.loads(self.shell.run("buildah", "images", "--json"))[0]["digest"]
+        document = json.loads(self.shell.run("buildah", "inspect", container))
+        digests = (index, document["FromImageDigest"], f"sha256:{document['FromImageID']}")
+        return Held(frozenset(digests), tree_of(Path(self.shell.run("buildah", "mount", container).strip())))
+
+
+def _pull(shell: _Shell, program: str, reference: str, user: str) -> Pull:
+    creds = ["--creds", user] if user else []
+    return shell.start("pull", program, "pull", "--signature-policy", f"{shell.folder}/policy.json", *creds, reference)
+
+
+def _started(kind: Callable[[_Shell], Engine]) -> Start:
+    """Of programs that need no daemon."""
+
+    @contextlib.contextmanager
+    def start(folder: Path, hub: Hub, mirror: str) -> Iterator[Engine]:
+        yield kind(_containers(folder, hub, mirror))
+
+    return start
+
+
+# Docker and the BuildKit in it: daemon.json
+
+
+@dataclass(frozen=True, slots=True)
+class Docker:
+    shell: _Shell
+
+    def pull(self, reference: str, user: str = "") -> Pull:
+        _log_in(self.shell, user)
+        return self.shell.start("pull", "docker", "pull", reference)
+
+    def held(self, reference: str) -> Held:
+        (image,) = json.loads(self.shell.run("docker", "image", "inspect", reference))
+        digests = _DIGEST.findall(f"{image['Id']} {image['RepoDigests']}")
+        container = self.shell.run("docker", "create", reference).strip()
+        archive = self.shell.folder / "export.tar"
+        self.shell.run("docker", "export", "--output", str(archive), container)
+        return Held(frozenset(digests), _tree_in(archive, DOCKERS_OWN))
+
+
+@dataclass(frozen=True, slots=True)
+class BuildKit:
+    """A build that adds nothing to the image that it is from, and writes the result into a folder."""
+
+    shell: _Shell
+
+    def pull(self, reference: str, user: str = "") -> Pull:
+        _log_in(self.shell, user)
+        context = self.shell.folder / "context"
+        context.mkdir(exist_ok=True)
+        (context / "Dockerfile").write_text(f"FROM {reference}\n")
+        output = f"type=local,dest={self.shell.folder / 'export'}"
+        command = ["docker", "build", "--progress", "plain", "--output", output, str(context)]
+        return self.shell.start("build", *command, DOCKER_BUILDKIT="1")
+
+    def held(self, reference: str) -> Held:
+        log = (self.shell.folder / "build.log").read_text()
+        digests = re.findall(r"^#\d+ (sha256:[0-9a-f]{64}) .* done", log, re.MULTILINE)
+        return Held(frozenset(digests), tree_of(self.shell.folder / "export"))
+
+
+def _log_in(shell: _Shell, user: str) -> None:
+    """As `docker login` leaves it, without the login."""
+    auths = {"https://index.docker.io/v1/": {"auth": base64.b64encode(user.encode()).decode()}} if user else {}
+    (shell.folder / "config.json").write_text(json.dumps({"auths": auths}))
+
+
+def _docker(kind: Callable[[_Shell], Engine]) -> Start:
+    @contextlib.contextmanager
+    def start(folder: Path, hub: Hub, mirror: str) -> Iterator[Engine]:
+        folder.mkdir(parents=True)
+        config, socket, log = folder / "daemon.json", folder / "docker.sock", folder / "log"
+        config.write_text(_deployed("daemon.json", mirror) if mirror else "{}")
+        env = {**hub.env, "PATH": DEBIAN, "DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(folder)}
+        shell = _Shell(folder, hub, env)
+        # Its key in /etc/docker and what it makes in /run are for this daemon only.
+        private = ["sh", "-c", 'mount -t tmpfs none /run && mount -t tmpfs none /etc/docker && exec "$@"', "sh"]
+        command = [
+            "dockerd", f"--config-file={config}", f"--data-root={folder}/root", f"--exec-root={folder}/exec",
+            f"--pidfile={folder}/pid", f"--host=unix://{socket}", "--bridge=none", "--iptables=false",
+            "--ip6tables=false", "--ip-forward=false", "--storage-driver=vfs",
+        ]  # fmt: skip
+        with running([*hub.prefix, *private, *command], log, dict(env)) as process:
+
+            def ready() -> bool:
+                assert process.poll() is None, f"dockerd ended with {process.returncode}:\n{tail(log)}"
+                return socket.exists()
+
+            wait_for("dockerd answers", ready)
+            yield kind(shell)
+
+    return start
+
+
+# containerd: hosts.toml
+
+
+@dataclass(frozen=True, slots=True)
+class Ctr:
+    shell: _Shell
+
+    def pull(self, reference: str, user: str = "") -> Pull:
+        options = ["--hosts-dir", f"{self.shell.folder}/certs.d", "--platform", f"linux/{ARCHITECTURE}"]
+        creds = ["--user", user] if user else []
+        return self.shell.start("pull", *self._ctr, "images", "pull", *options, *creds, reference)
+
+    def held(self, reference: str) -> Held:
+        digests = self.shell.run(*self._ctr, "content", "list", "--quiet").split()
+        place = self.shell.folder / "mounted"
+        place.mkdir()
+        # The mount is gone with the command, so that it takes along what is there.
+        script = '"$@" >&2 && exec tar --create --directory="$0" .'
+        mount = [*self._ctr, "images", "mount", reference, str(place)]
+        archive = self.shell.folder / "mounted.tar"
+        self.shell.run("sh", "-c", f'{script} --file="{archive}"', str(place), *mount)
+        return Held(frozenset(digests), _tree_in(archive))
+
+    @property
+    def _ctr(self) -> list[str]:
+        return ["ctr", "--address", f"{self.shell.folder}/containerd.sock"]
+
+
+@contextlib.contextmanager
+def _containerd(folder: Path, hub: Hub, mirror: str) -> Iterator[Engine]:
+    with containerd(folder) as daemon:
+        hosts = daemon.hosts / NAME
+        hosts.mkdir(parents=True)
+        if mirror:
+            (hosts / "hosts.toml").write_text(_deployed("hosts.toml", mirror))
+        yield Ctr(_Shell(folder, hub, hub.env))
+
+
+ENGINES: Mapping[str, Start] = {
+    "skopeo": _started(Skopeo),
+    "podman": _started(Podman),
+    "buildah": _started(Buildah),
+    "docker": _docker(Docker),
+    "buildkit": _docker(BuildKit),
+    "containerd": _containerd,
+}
+PROGRAMS: Mapping[str, tuple[str, ...]] = {
+    "skopeo": ("skopeo", "umoci"),
+    "podman": ("podman",),
+    "buildah": ("buildah",),
+    "docker": ("dockerd", "docker"),
+    "buildkit": ("dockerd", "docker"),
+    "containerd": ("containerd", "ctr"),
+}
