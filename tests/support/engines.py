@@ -5,12 +5,10 @@ Of deploy/ only the mirror's address is changed. They all know the registry as d
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -46,14 +44,14 @@ class Held:
 
 class Engine(Protocol):
     def pull(self, reference: str, user: str = "") -> Pull:
-        """Begin to. `user` is `name:password`."""
+        """Begin to, as `user` (`name:password`) at docker.io."""
 
     def held(self, reference: str) -> Held:
-        """Of what was pulled."""
+        """Of what was pulled by that reference."""
 
 
 Start = Callable[[Path, Hub, str], AbstractContextManager[Engine]]
-"""In a folder that is not there yet, for docker.io through the mirror at host:port; "" for none."""
+"""In a folder that is not there yet, for docker.io by the mirror at `host:port`; "" for none."""
 
 
 def tree_of(root: Path, without: Collection[str] = ()) -> Mapping[str, str]:
@@ -92,6 +90,7 @@ class _Shell:
 
     folder: Path
     hub: Hub
+    mirror: str
     env: Mapping[str, str]
 
     def start(self, name: str, *command: str, **env: str) -> Pull:
@@ -115,7 +114,7 @@ def _containers(folder: Path, hub: Hub, mirror: str) -> _Shell:
         "registries.conf": _deployed("registries.conf", mirror) if mirror else "",
         "policy.json": '{"default": [{"type": "insecureAcceptAnything"}]}',
         "storage.conf": f'[storage]\ndriver = "vfs"\nrunroot = "{folder}/run"\ngraphroot = "{folder}/root"\n',
-        "containers.conf": f'[engine]\nevents_logger = "none"\ntmp_dir = "{folder}/tmp"\n',
+        "containers.conf": f'[engine]\nevents_logger = "none"\nlock_type = "file"\ntmp_dir = "{folder}/tmp"\n',
     }
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -124,7 +123,7 @@ def _containers(folder: Path, hub: Hub, mirror: str) -> _Shell:
         "CONTAINERS_CONF": "containers.conf", "HOME": "home", "XDG_RUNTIME_DIR": "home", "TMPDIR": "home",
     }  # fmt: skip
     (folder / "home").mkdir()
-    return _Shell(folder, hub, {**hub.env, **{name: str(folder / place) for name, place in places.items()}})
+    return _Shell(folder, hub, mirror, {**hub.env, **{name: str(folder / place) for name, place in places.items()}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +183,9 @@ class Buildah:
 
     def held(self, reference: str) -> Held:
         container = self.shell.run("buildah", "from", "--pull-never", reference).strip()
-        told = self.shell.run("buildah", "images", "--json") + self.shell.run("buildah", "inspect", container)
-        index = json.loads(self.shell.run("buildah", "images", "--json"))[0]["digest"]
-        document = json.loads(self.shell.run("buildah", "inspect", container))
-        digests = (index, document["FromImageDigest"], f"sha256:{document['FromImageID']}")
+        (image,) = json.loads(self.shell.run("buildah", "images", "--json"))
+        origin = json.loads(self.shell.run("buildah", "inspect", container))
+        digests = (image["digest"], origin["FromImageDigest"], f"sha256:{origin['FromImageID']}")
         return Held(frozenset(digests), tree_of(Path(self.shell.run("buildah", "mount", container).strip())))
 
 
@@ -214,7 +212,7 @@ class Docker:
     shell: _Shell
 
     def pull(self, reference: str, user: str = "") -> Pull:
-        _log_in(self.shell, user)
+        _log_in(self.shell, user, NAME)
         return self.shell.start("pull", "docker", "pull", reference)
 
     def held(self, reference: str) -> Held:
@@ -228,12 +226,15 @@ class Docker:
 
 @dataclass(frozen=True, slots=True)
 class BuildKit:
-    """A build that adds nothing to the image that it is from, and writes the result into a folder."""
+    """A build that adds nothing to the image that it is from, and writes the result into a folder.
+
+    BuildKit looks for credentials by the name of the host that asks for them, be it a mirror.
+    """
 
     shell: _Shell
 
     def pull(self, reference: str, user: str = "") -> Pull:
-        _log_in(self.shell, user)
+        _log_in(self.shell, user, NAME, self.shell.mirror)
         context = self.shell.folder / "context"
         context.mkdir(exist_ok=True)
         (context / "Dockerfile").write_text(f"FROM {reference}\n")
@@ -247,10 +248,10 @@ class BuildKit:
         return Held(frozenset(digests), tree_of(self.shell.folder / "export"))
 
 
-def _log_in(shell: _Shell, user: str) -> None:
-    """As `docker login` leaves it, without the login."""
-    auths = {"https://index.docker.io/v1/": {"auth": base64.b64encode(user.encode()).decode()}} if user else {}
-    (shell.folder / "config.json").write_text(json.dumps({"auths": auths}))
+def _log_in(shell: _Shell, user: str, *servers: str) -> None:
+    name, _, password = user.partition(":")
+    for server in servers if user else ():
+        shell.run("docker", "login", "--username", name, "--password", password, server)
 
 
 def _docker(kind: Callable[[_Shell], Engine]) -> Start:
@@ -260,13 +261,14 @@ def _docker(kind: Callable[[_Shell], Engine]) -> Start:
         config, socket, log = folder / "daemon.json", folder / "docker.sock", folder / "log"
         config.write_text(_deployed("daemon.json", mirror) if mirror else "{}")
         env = {**hub.env, "PATH": DEBIAN, "DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(folder)}
-        shell = _Shell(folder, hub, env)
+        shell = _Shell(folder, hub, mirror, env)
         # Its key in /etc/docker and what it makes in /run are for this daemon only.
         private = ["sh", "-c", 'mount -t tmpfs none /run && mount -t tmpfs none /etc/docker && exec "$@"', "sh"]
         command = [
             "dockerd", f"--config-file={config}", f"--data-root={folder}/root", f"--exec-root={folder}/exec",
             f"--pidfile={folder}/pid", f"--host=unix://{socket}", "--bridge=none", "--iptables=false",
             "--ip6tables=false", "--ip-forward=false", "--storage-driver=vfs",
+            "--max-download-attempts=1",  # else it asks a dead mirror for 75 s before it goes on
         ]  # fmt: skip
         with running([*hub.prefix, *private, *command], log, dict(env)) as process:
 
@@ -315,7 +317,7 @@ def _containerd(folder: Path, hub: Hub, mirror: str) -> Iterator[Engine]:
         hosts.mkdir(parents=True)
         if mirror:
             (hosts / "hosts.toml").write_text(_deployed("hosts.toml", mirror))
-        yield Ctr(_Shell(folder, hub, hub.env))
+        yield Ctr(_Shell(folder, hub, mirror, hub.env))
 
 
 ENGINES: Mapping[str, Start] = {

@@ -130,7 +130,9 @@ class CountingProxy:
     async def _handle(self, connection: trio.SocketStream) -> None:
         if not self._reachable:
             return
-        client = trio.SSLStream(connection, self._tls, server_side=True, https_compatible=True) if self._tls else connection
+        client = (
+            trio.SSLStream(connection, self._tls, server_side=True, https_compatible=True) if self._tls else connection
+        )
         self.count.connections += 1
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
