@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -96,6 +97,24 @@ def registry(published: Published) -> Iterator[Registry]:
         yield running
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two nodes, and the proxy before their registry."""
+
+    nodes: list[Node]
+    proxy: CountingProxy
+
+
+@pytest.fixture(scope="module")
+def pair(registry: Registry) -> Iterator[Pair]:
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-") as folder,
+        CountingProxy(registry.host, registry.port) as proxy,
+        site(Path(folder), proxy.url, 2, upstream=NAME) as nodes,
+    ):
+        yield Pair(nodes, proxy)
+
+
 @pytest.fixture
 def direct(registry: Registry, folder: Path) -> Iterator[Hub]:
     """What comes past the mirror."""
@@ -107,18 +126,17 @@ def at(node: Node) -> str:
     return f"{node.host}:{node.mirror_port}"
 
 
-def test_by_tag_and_by_digest_from_two_nodes_and_the_registry_gives_one_copy(
-    folder: Path, published: Published, proxy: CountingProxy, direct: Hub, name: str
+def test_all_pull_by_tag_and_by_digest_from_two_nodes_and_the_registry_gives_one_copy(
+    folder: Path, published: Published, pair: Pair, direct: Hub, name: str
 ) -> None:
+    """Of each blob, to all the clients together."""
     references = (REFERENCE, f"{NAME}/{REPOSITORY}@{published.image.index.digest}")
-    with ExitStack() as stack:
-        nodes = stack.enter_context(site(folder / "site", proxy.url, 2, upstream=NAME))
-        for node, reference in zip(nodes, references, strict=True):
-            engine = stack.enter_context(ENGINES[name](folder / f"at-{node.name}", direct, at(node)))
+    for node, reference in zip(pair.nodes, references, strict=True):
+        with ENGINES[name](folder / f"at-{node.name}", direct, at(node)) as engine:
             engine.pull(reference).wait()
             published.check(engine.held(reference))
-        assert proxy.count.received <= MAX_COPIES * published.size, proxy.count.asked.most_common(5)
-        assert direct.proxy.count.connections == 0
+    assert pair.proxy.count.received <= MAX_COPIES * published.size, pair.proxy.count.asked.most_common(5)
+    assert direct.proxy.count.connections == 0
 
 
 def test_a_mirror_that_is_dead_breaks_no_pull(folder: Path, published: Published, direct: Hub, name: str) -> None:

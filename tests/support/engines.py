@@ -114,7 +114,7 @@ def _containers(folder: Path, hub: Hub, mirror: str) -> _Shell:
         "registries.conf": _deployed("registries.conf", mirror) if mirror else "",
         "policy.json": '{"default": [{"type": "insecureAcceptAnything"}]}',
         "storage.conf": f'[storage]\ndriver = "vfs"\nrunroot = "{folder}/run"\ngraphroot = "{folder}/root"\n',
-        "containers.conf": f'[engine]\nevents_logger = "none"\nlock_type = "file"\ntmp_dir = "{folder}/tmp"\n',
+        "containers.conf": f'[engine]\nevents_logger = "none"\ntmp_dir = "{folder}/tmp"\n',
     }
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -262,15 +262,13 @@ def _docker(kind: Callable[[_Shell], Engine]) -> Start:
         config.write_text(_deployed("daemon.json", mirror) if mirror else "{}")
         env = {**hub.env, "PATH": DEBIAN, "DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(folder)}
         shell = _Shell(folder, hub, mirror, env)
-        # Its key in /etc/docker and what it makes in /run are for this daemon only.
-        private = ["sh", "-c", 'mount -t tmpfs none /run && mount -t tmpfs none /etc/docker && exec "$@"', "sh"]
         command = [
             "dockerd", f"--config-file={config}", f"--data-root={folder}/root", f"--exec-root={folder}/exec",
             f"--pidfile={folder}/pid", f"--host=unix://{socket}", "--bridge=none", "--iptables=false",
             "--ip6tables=false", "--ip-forward=false", "--storage-driver=vfs",
-            "--max-download-attempts=1",  # else it asks a dead mirror for 75 s before it goes on
+            "--max-download-attempts=1",  # of a layer; by default five, and 75 s with a dead mirror
         ]  # fmt: skip
-        with running([*hub.prefix, *private, *command], log, dict(env)) as process:
+        with running([*hub.prefix, *command], log, dict(env)) as process:
 
             def ready() -> bool:
                 assert process.poll() is None, f"dockerd ended with {process.returncode}:\n{tail(log)}"

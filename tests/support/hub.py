@@ -1,7 +1,7 @@
 """docker.io on loopback, for clients that know no other name for it: its hosts, its port 443, and a certificate.
 
-`Hub.prefix` runs a program with a hosts file of its own (a mount namespace), in which docker.io's names are this
-proxy's address, so that nothing that it does can leave this machine. Needs root.
+`Hub.prefix` runs a program in a mount namespace of its own, where docker.io's names are this proxy's address, so that
+nothing that it does can leave this machine, and where it writes to none of the machine's places. Needs root.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ from tests.support.proxy import CountingProxy
 NAME, SERVER = "docker.io", "registry-1.docker.io"
 NAMES = (NAME, SERVER, "index.docker.io", "auth.docker.io", "hub.docker.com")
 HTTPS = 443
+NAMESPACE = """\
+mount --bind "$0" /etc/hosts
+for place in /run /var/lib /dev/shm /etc/docker; do
+    [ ! -d $place ] || mount -t tmpfs none $place
+done
+exec "$@"
+"""
+"""A script: in these places clients keep what no option moves elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +44,7 @@ class Hub:
     @property
     def prefix(self) -> list[str]:
         """Put before a command, docker.io is here for it; what it mounts is gone with it."""
-        script = 'mount --bind "$0" /etc/hosts && exec "$@"'
-        return ["unshare", "--mount", "sh", "-c", script, str(self.folder / "hosts")]
+        return ["unshare", "--mount", "sh", "-euc", NAMESPACE, str(self.folder / "hosts")]
 
     @property
     def env(self) -> dict[str, str]:
