@@ -114,7 +114,8 @@ def _containers(folder: Path, hub: Hub, mirror: str) -> _Shell:
         "registries.conf": _deployed("registries.conf", mirror) if mirror else "",
         "policy.json": '{"default": [{"type": "insecureAcceptAnything"}]}',
         "storage.conf": f'[storage]\ndriver = "vfs"\nrunroot = "{folder}/run"\ngraphroot = "{folder}/root"\n',
-        "containers.conf": f'[engine]\nevents_logger = "none"\ntmp_dir = "{folder}/tmp"\n',
+        "containers.conf": f'[engine]\nevents_logger = "none"\ntmp_dir = "{folder}/tmp"\n'
+        f'[network]\nnetwork_config_dir = "{folder}/networks"\n',
     }
     for name, text in files.items():
         (folder / name).write_text(text)
