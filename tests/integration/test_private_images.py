@@ -23,8 +23,7 @@ from tests.support.containerd import containerd
 from tests.support.image import INDEX, MANIFEST, Image
 from tests.support.processes import free_ports
 from tests.support.proxy import CountingProxy
-from tests.support.pull import verify
-from tests.support.site import UPSTREAM, Node, run, site, start_all
+from tests.support.site import UPSTREAM, Node, site, start_all
 from tests.support.token_server import SERVICE, TokenServer
 
 PRIVATE, OTHER, OPEN, TAG = "team/app", "team/other", "public/app", "v1"
@@ -215,26 +214,6 @@ def test_containerd_pulls_a_private_image_through_the_mirror(folder: Path, image
             pulled = engine.pull(reference, user=f"{ALICE}:{PASSWORDS[ALICE]}")
             assert pulled.returncode == 0, pulled.stdout + pulled.stderr
         assert guarded.proxy.count.received <= MAX_COPIES * image.size, guarded.proxy.count.asked.most_common(5)
-
-
-@pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed")
-def test_skopeo_gets_a_private_image_past_the_mirror(folder: Path, image: Image, guarded: Guarded) -> None:
-    """It asks /v2/ of a mirror whether to say who it is, where nobody can tell: then goes on to the registry itself."""
-    origin = f"127.0.0.1:{guarded.proxy.port}"
-    conf, out = folder / "registries.conf", folder / "out"
-    with site(folder / "site", guarded.proxy.url, 1) as (node,):
-        conf.write_text(
-            f'[[registry]]\nlocation = "{origin}"\ninsecure = true\n'
-            f'[[registry.mirror]]\nlocation = "{node.host}:{node.mirror_port}/{UPSTREAM}"\ninsecure = true\n'
-        )
-        command = ["skopeo", "--insecure-policy", f"--registries-conf={conf}", "--override-os=linux",
-                   f"--override-arch={images.ARCHITECTURE}", "copy", "--quiet", "--src-tls-verify=false"]  # fmt: skip
-        target = [f"docker://{origin}/{PRIVATE}:{TAG}", f"dir:{out}"]
-        assert run([*command, *target]).returncode != 0
-        pulled = run([*command, "--src-creds", f"{ALICE}:{PASSWORDS[ALICE]}", *target])
-        assert pulled.returncode == 0, pulled.stderr
-        verify(out, image)
-        assert f"GET /v2/{PRIVATE}/manifests/{TAG}" in guarded.proxy.count.asked
 
 
 def secrets_of(authorization: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -54,6 +55,7 @@ def test_client_snippets_point_at_the_mirror() -> None:
         assert registry["mirror"] == [{"location": f"{MIRROR}/{registry['prefix']}", "insecure": True}]
     buildkit = tomllib.loads((DEPLOY / "buildkitd.toml").read_text())["registry"]
     assert buildkit == {"docker.io": {"mirrors": [MIRROR]}, MIRROR: {"http": True}}
+    assert json.loads((DEPLOY / "daemon.json").read_text()) == {"registry-mirrors": [f"http://{MIRROR}"]}
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
