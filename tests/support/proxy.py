@@ -1,11 +1,12 @@
 """A TCP proxy that counts what passes: what a registry was asked for is measured outside the daemons.
 
-It also makes the registry slow (a rate for all connections together), distant (a delay each way), silent (`stall`) or
-unreachable (`cut`), and may speak TLS in its place.
+It also makes the registry slow (a rate for all connections together), distant (a delay each way), silent (`stall`),
+unreachable (`cut`) or unwilling (`answer`), and may speak TLS in its place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import ssl
 import threading
@@ -19,6 +20,7 @@ from tests.support.lab import Namespace
 from tests.support.processes import wait_for
 
 CHUNK = 1 << 18
+REFUSED_S = 5.0
 ON_THE_WAY = 4096
 """Chunks that a delay holds: all that a fast link has in flight, and no more of a fast registry's."""
 _REQUEST_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.[01]\r\n(.*?)\r\n\r\n", re.DOTALL)
@@ -85,6 +87,10 @@ class CountingProxy:
         """Connections are closed, and new ones too, as soon as they are made."""
         self._run(self._cut_all)
 
+    def answer(self, status: int) -> None:
+        """Every request is answered with it, and none reaches the registry."""
+        self._run(lambda: self._refuse_all(status))
+
     def restore(self) -> None:
         self._run(self._open_gate)
 
@@ -95,8 +101,12 @@ class CountingProxy:
         self._gate = trio.Event()
 
     def _open_gate(self) -> None:
-        self._reachable = True
+        self._reachable, self._status = True, 0
         self._gate.set()
+
+    def _refuse_all(self, status: int) -> None:
+        self._cut_all()
+        self._reachable, self._status = True, status
 
     def _cut_all(self) -> None:
         self._reachable = False
@@ -107,7 +117,7 @@ class CountingProxy:
         self._token = trio.lowlevel.current_trio_token()
         self._gate = trio.Event()
         self._gate.set()
-        self._reachable = True
+        self._reachable, self._status = True, 0
         self._scopes: set[trio.CancelScope] = set()
         self._paid_until = trio.current_time()
         with trio.CancelScope() as self._scope:
@@ -134,6 +144,10 @@ class CountingProxy:
             trio.SSLStream(connection, self._tls, server_side=True, https_compatible=True) if self._tls else connection
         )
         self.count.connections += 1
+        if self._status:
+            async with client:
+                await self._refuse(client)
+            return
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:
@@ -147,6 +161,15 @@ class CountingProxy:
                 pass  # either end may go at any time; the other one sees it
             finally:
                 self._scopes.discard(scope)
+
+    async def _refuse(self, client: trio.abc.Stream) -> None:
+        with contextlib.suppress(*_CONNECTION_ENDED), trio.move_on_after(REFUSED_S):
+            while data := await client.receive_some(CHUNK):
+                for match in _REQUEST_LINE.finditer(bytes(data)):
+                    self._note(match)
+                    head = f"HTTP/1.1 {self._status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    await client.send_all(head.encode())
+                    return
 
     async def _forward_requests(self, client: trio.abc.Stream, server: trio.SocketStream) -> None:
         seen = b""

@@ -76,7 +76,7 @@ class Node:
         self, name: str, host: str, folder: Path, url: str, *, key: Path | None = None,
         memory: str = "64MiB", containerd_store: str = "", namespace: Namespace | None = None, upstream: str = UPSTREAM,
     ) -> None:  # fmt: skip
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.host = host
         self.folder = folder
