@@ -13,10 +13,10 @@ CODE := node protocol cache
 WITH_TESTS := $(CODE) tests $(wildcard simulations/*.py)
 LOCK_TOOLS := build/lock-tools
 
-.PHONY: help setup packages demo test lint types imports bench lock clean
+.PHONY: help setup packages demo test lint types imports bench chaos lock clean
 
 help:
-	@echo "make demo | test | bench | setup | lint | types | imports | lock | clean"
+	@echo "make demo | test | bench | chaos | setup | lint | types | imports | lock | clean"
 
 packages:
 	@.ci/packages
@@ -58,6 +58,11 @@ imports: setup
 bench: setup
 	@for benchmark in tests/benchmarks/*.py; do \
 		name=$${benchmark%.py}; echo "== $$name"; $(BIN)/python -m "$${name//\//.}" || failed=1; done; exit $${failed:-0}
+
+# A site under faults, ten minutes long: `make chaos SEED=7`. A run that failed is run again by its seed.
+SEED ?= 1
+chaos: setup
+	@$(BIN)/python -m tests.chaos --seed $(SEED)
 
 # PIP_FIND_LINKS is emptied: what lies on one machine must not decide what all machines install.
 lock:

@@ -1,0 +1,31 @@
+"""A site that is pulled from all the time while one thing after the other breaks: `python -m tests.chaos --seed N`.
+
+Daemons in network namespaces behind one uplink, each with a disk of its own; faults and pulls follow from the seed.
+What must hold: every pull that ends well is byte-exact, and none takes longer than its deadline; a pull fails only
+where its own node was gone or nobody could reach the registry; no daemon dies; memory and open files stay flat; at the
+end all see each other again, and every node pulls every image. Needs root, iproute2 and docker-registry.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from tests.chaos.run import Settings, run
+from tests.support.lab import NoLabError, check_lab
+
+
+@click.command()
+@click.option("--seed", type=int, default=1, show_default=True, help="Decides all faults and pulls.")
+@click.option("--minutes", type=float, default=10.0, show_default=True)
+@click.option("--nodes", type=click.IntRange(4, 50), default=8, show_default=True)
+def main(seed: int, minutes: float, nodes: int) -> None:
+    try:
+        check_lab()
+    except NoLabError as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(1 if run(Settings(seed, minutes * 60, nodes)) else 0)
+
+
+main()

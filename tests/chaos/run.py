@@ -1,0 +1,277 @@
+"""One run of a schedule: the site, its clients, its faults, and what is watched meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h11
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from tests.chaos.faults import Site
+from tests.chaos.schedule import Fault, faults, pulls
+from tests.support import image as images
+from tests.support import registry as registries
+from tests.support.lab import WAN, Rates, lab
+from tests.support.lab_client import Client
+from tests.support.processes import wait_for
+from tests.support.proxy import CountingProxy
+from tests.support.pull import PullFailedError
+from tests.support.site import UPSTREAM, Node, site, start_all
+
+REPOSITORY = "chaos/app"
+MB = 1_000_000
+IMAGES_MB = (4, 12, 8, 3, 20, 6)
+"""The first is wanted most."""
+RATES = Rates(100e6, 50e6)
+DISK = "64m"
+"""Of each node: the images and the shards of others do not all have room."""
+MEMORY = "8MiB"
+DEADLINE_S = 90.0
+"""Of a pull: a client gives up on a body that stands still long before that."""
+GRACE_S = 10.0
+"""After a fault that excuses a failure: until members are seen again and breakers have closed."""
+HEALED_S = 90.0
+"""At the end, until all see all again. A node that lied stays out."""
+WATCH_S = 2.0
+MAX_RSS = 256 << 20
+MAX_FILES = 700
+"""Open at once; each of 7 others has a few connections, and the clients' are some ten."""
+FLAT = 1.5
+"""Memory of a daemon at the end against what it had once it had served for a while."""
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    seed: int
+    seconds: float
+    nodes: int
+
+    @property
+    def again(self) -> str:
+        return f"python -m tests.chaos --seed {self.seed} --minutes {self.seconds / 60:g} --nodes {self.nodes}"
+
+
+@dataclass(slots=True)
+class Seen:
+    """What came of it. `wrong` are the sentences that make a run fail."""
+
+    done: list[float] = field(default_factory=list)
+    excused: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    rss: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    files: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+
+def run(settings: Settings) -> list[str]:
+    """What was wrong. Prints what happened."""
+    console.print(f"chaos, seed {settings.seed}: {settings.again}")
+    scratch, seen = Path(tempfile.mkdtemp(prefix="shoal-")), Seen()
+    try:
+        with _made(scratch, settings) as struck:
+            trio.run(_play, settings, struck, seen)
+            for node in struck.nodes:
+                _read_log(node, seen)
+            size = sum(images_mb * MB for images_mb in IMAGES_MB)
+            console.print(_table(settings, seen, struck.proxy.count.received / size))
+    finally:
+        shutil.rmtree(scratch / "registry", ignore_errors=True)
+        if not seen.wrong:
+            shutil.rmtree(scratch, ignore_errors=True)
+    if seen.wrong:
+        console.print(f"[red]FAILED[/red], {len(seen.wrong)} times; again: {settings.again}; logs: {scratch}")
+    for sentence in seen.wrong[:50]:
+        console.print(f"  {sentence}", markup=False)
+    return seen.wrong
+
+
+@contextlib.contextmanager
+def _made(scratch: Path, settings: Settings) -> Iterator[Site]:
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(lab(settings.nodes, RATES))
+        registry = stack.enter_context(registries.docker_registry(scratch / "registry", made.wan))
+        with made.wan.entered():
+            for number, size in enumerate(IMAGES_MB):
+                layers = [[(f"n-{part}", images.noise(10 * number + part, size * MB // 2))] for part in range(2)]
+                image = images.build(scratch / f"image-{number}", layers)
+                registries.push(registry, image, REPOSITORY, _tag(number))
+                shutil.rmtree(scratch / f"image-{number}")
+        proxy = stack.enter_context(
+            CountingProxy(registry.host, registry.port, delay_s=0.005, namespace=made.wan, listen=WAN)
+        )
+        folder = scratch / "s"
+        for index in range(settings.nodes):
+            stack.enter_context(_disk(folder / f"node-{index + 1}" / "data"))
+        nodes = stack.enter_context(site(folder, proxy.url, settings.nodes, start=False, lab=made, memory=MEMORY))
+        start_all(nodes)
+        yield Site(made, proxy, nodes, set())
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=0700", "chaos", path], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=False)
+
+
+def _tag(number: int) -> str:
+    return f"v{number}"
+
+
+# The play
+
+
+async def _play(settings: Settings, struck: Site, seen: Seen) -> None:
+    schedule = faults(settings.seed, settings.nodes, settings.seconds)
+    began = trio.current_time()
+    async with trio.open_nursery() as watching:
+        watching.start_soon(_watch, struck, seen)
+        async with trio.open_nursery() as nursery:
+            for fault in schedule:
+                nursery.start_soon(_strike, struck, fault, began, seen)
+            for index in range(settings.nodes):
+                nursery.start_soon(_client, settings, struck, index, schedule, began, seen)
+        ended = trio.current_time()
+        await _heal(struck, seen)
+        console.print(f"all well again after {trio.current_time() - ended:.1f} s")
+        watching.cancel_scope.cancel()
+
+
+async def _strike(struck: Site, fault: Fault, began: float, seen: Seen) -> None:
+    await trio.sleep_until(began + fault.start)
+    where = ",".join(struck.nodes[index].name for index in fault.nodes)
+    console.print(f"{fault.start:6.1f} s  {fault.kind} {where} for {fault.end - fault.start:.1f} s")
+    try:
+        async with struck.struck_by(fault):
+            await trio.sleep_until(began + fault.end)
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        seen.wrong.append(f"{fault.start:.1f} s: {fault.kind} {where}: {error}")
+
+
+async def _client(
+    settings: Settings, struck: Site, index: int, schedule: list[Fault], began: float, seen: Seen
+) -> None:
+    tags = [_tag(number) for number in range(len(IMAGES_MB))]
+    for pause_s, tag in pulls(settings.seed, index, tags):
+        await trio.sleep(pause_s)
+        start = trio.current_time() - began
+        if start > settings.seconds:
+            return
+        problem = await _pull(struck, index, tag)
+        end = trio.current_time() - began
+        excuse = next((one for one in schedule if one.excuses(index, start, end, GRACE_S)), None)
+        if not problem:
+            seen.done.append(end - start)
+        elif excuse is not None and not problem.startswith("WRONG"):
+            seen.excused[excuse.kind] += 1
+        else:
+            name = struck.nodes[index].name
+            seen.wrong.append(f"{start:.1f} to {end:.1f} s: {tag} through {name}: {problem[:300]}")
+
+
+async def _pull(struck: Site, index: int, tag: str) -> str:
+    """What went wrong; "" where nothing did. WRONG is what nothing excuses."""
+    namespace, node = struck.lab.nodes[index], struck.nodes[index]
+    client = Client(lambda: namespace.connect(node.host, node.mirror_port), f"{UPSTREAM}/{REPOSITORY}", tag)
+    problem = ""
+    with trio.move_on_after(DEADLINE_S) as deadline:
+        try:
+            await client.pull()
+        except* (OSError, trio.BrokenResourceError, h11.RemoteProtocolError) as group:
+            problem = f"the connection broke: {_first(group)!r}"
+        except* PullFailedError as group:
+            problem = str(_first(group))
+            problem = f"WRONG BYTES: {problem}" if "has the bytes of" in problem else problem
+    return f"WRONG: not over after {DEADLINE_S:.0f} s" if deadline.cancelled_caught else problem
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _watch(struck: Site, seen: Seen) -> None:
+    """Who has died, and what each process has of memory and files."""
+    reported: set[int] = set()
+    while True:
+        await trio.sleep(WATCH_S)
+        for index, node in enumerate(struck.nodes):
+            pid = node.process.pid
+            if index in struck.down or pid in reported:
+                continue
+            status = node.process.poll()
+            if status is not None:
+                reported.add(pid)
+                seen.wrong.append(f"{node.name} (pid {pid}) died with {status}")
+                continue
+            seen.rss[pid].append(node.rss_bytes())
+            seen.files[pid].append(len(os.listdir(f"/proc/{pid}/fd")))
+
+
+async def _heal(struck: Site, seen: Seen) -> None:
+    """When all is over, all must be well again."""
+    honest = len(struck.nodes) - 1
+    for node in struck.nodes[:honest]:
+        try:
+            await trio.to_thread.run_sync(
+                lambda node=node: wait_for(
+                    f"{node.name} sees {honest - 1} others", lambda: node.status()["peers_alive"] >= honest - 1,
+                    seconds=HEALED_S, every=0.5,
+                )
+            )  # fmt: skip
+        except AssertionError as error:
+            seen.wrong.append(str(error))
+    for number in range(len(IMAGES_MB)):
+        for index, node in enumerate(struck.nodes):
+            problem = await _pull(struck, index, _tag(number))
+            if problem:
+                seen.wrong.append(f"at the end: {_tag(number)} through {node.name}: {problem[:300]}")
+    for node in struck.nodes:
+        _flat(node, seen)
+
+
+def _flat(node: Node, seen: Seen) -> None:
+    rss, files = seen.rss[node.process.pid], seen.files[node.process.pid]
+    if max(rss, default=0) > MAX_RSS or max(files, default=0) > MAX_FILES:
+        seen.wrong.append(f"{node.name}: {max(rss) >> 20} MiB, {max(files)} files")
+    if len(rss) > 60 and statistics.median(rss[-10:]) > FLAT * statistics.median(rss[20:30]):
+        seen.wrong.append(f"{node.name}: memory grew from {rss[25] >> 20} to {rss[-1] >> 20} MiB")
+
+
+def _read_log(node: Node, seen: Seen) -> None:
+    lines = node.log.read_text("utf-8", "replace").splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("Traceback"):
+            seen.wrong.append(f"{node.name} had a bug: " + " / ".join(lines[number - 1 : number + 25])[:1500])
+            return
+
+
+def _table(settings: Settings, seen: Seen, copies: float) -> Table:
+    table = Table(title=f"{settings.nodes} nodes, {settings.seconds:.0f} s, seed {settings.seed}", title_justify="left")
+    for column in ("pulls", "median s", "p99 s", "slowest s", "excused", "copies of all images", "memory MiB", "files"):
+        table.add_column(column, justify="right")
+    took = sorted(seen.done) or [0.0]
+    table.add_row(
+        str(len(seen.done)), f"{statistics.median(took):.2f}", f"{took[int(0.99 * (len(took) - 1))]:.2f}",
+        f"{took[-1]:.2f}", ", ".join(f"{count} {kind}" for kind, count in seen.excused.most_common()) or "0",
+        f"{copies:.2f}", str(max(map(max, seen.rss.values())) >> 20), str(max(map(max, seen.files.values()))),
+    )  # fmt: skip
+    return table

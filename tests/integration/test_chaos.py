@@ -1,0 +1,20 @@
+"""A short chaos run with a fixed seed; `make chaos` is the long one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.run import Settings, run
+from tests.support import registry as registries
+from tests.support.lab import NoLabError, check_lab
+
+
+def test_a_site_survives_what_breaks_it() -> None:
+    """A liar, a partition, a daemon that stands still, and all restarted at once with empty caches."""
+    try:
+        check_lab()
+    except NoLabError as error:
+        pytest.skip(str(error))
+    if not registries.installed():
+        pytest.skip("docker-registry is not installed: run .ci/packages as root")
+    assert run(Settings(seed=10, seconds=45, nodes=5)) == []
