@@ -1,0 +1,115 @@
+"""A power cut at any moment: no wrong byte, no error, what was safe is still there, and all works from there on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import trio
+
+from cache.disk import DiskStore
+from tests.support.file_trace import Mark, Operation, Sync, Write, traced
+from tests.support.power_loss import Crash, Crashes
+from tests.support.power_loss_work import BUDGET, OTHERS, PIECES, PINNED, blob_of, put
+from tests.support.remembered import Remembered
+
+ROOT = Path(__file__).parents[2]
+SEEDS = (1,)
+Traces = Callable[[str], tuple[str, list[Operation]]]
+Check = Callable[[Path, Crash], Awaitable[None]]
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, if there is one: what is made there is opened a thousand times."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="shoal-", dir=memory if os.access(memory, os.W_OK) else tmp_path))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    return cache(lambda work: trace(work, tmp_path_factory.mktemp(work)))
+
+
+def trace(work: str, tmp_path: Path) -> tuple[str, list[Operation]]:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed: run .ci/packages as root")
+    folder = tmp_path / "work"
+    command = [sys.executable, "-m", "tests.support.power_loss_work", work, str(folder)]
+    return str(folder), traced(command, folder, tmp_path / "log", ROOT)
+
+
+def check_all(folder: str, operations: list[Operation], quick: Path, check: Check) -> int:
+    """Each state that may be found; their number."""
+    crashes, seen = Crashes(operations), set[int]()
+    for count in range(len(crashes)):
+        for crash in crashes.at(count, SEEDS):
+            if (state := crash.fingerprint()) not in seen:
+                seen.add(state)
+                check_one(folder, operations, crash, quick, check)
+    return len(seen)
+
+
+def check_one(folder: str, operations: list[Operation], crash: Crash, quick: Path, check: Check) -> None:
+    target = quick / "found"
+    target.mkdir()
+    crash.store(folder, target)
+    try:
+        trio.run(check, target, crash)
+    except BaseException as error:
+        last = repr(operations[crash.count - 1 : crash.count])[:300]
+        error.add_note(f"{crash.how}, behind {crash.count} of {len(operations)} operations: {last}")
+        raise
+    shutil.rmtree(target)
+
+
+async def check_store(folder: Path, crash: Crash) -> None:
+    """Whose file names were not synced is not promised."""
+    kept = crash.said("kept")[-1:] if crash.ordered else []
+    async with DiskStore.open(folder, BUDGET, pinned=PINNED) as store:
+        for number, piece in enumerate(PIECES):
+            blob = blob_of(piece)
+            held = await store.get(piece)
+            assert held is None or (bytes(held.data), held.record) == (blob.bytes_of(piece), blob.record(piece))
+            assert held or not any(number in one for one in kept), f"lost: {piece}"  # type: ignore[operator]
+        await store.flush()
+        assert allocated(folder) <= store.statistics().bytes <= BUDGET
+        await put(store, *OTHERS[-1].pieces)
+    async with DiskStore.open(folder, BUDGET, pinned=PINNED) as store:
+        assert await store.get(OTHERS[-1].pieces[0])
+
+
+def allocated(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in (folder / "objects").rglob("*") if path.is_file())
+
+
+async def check_data(folder: Path, crash: Crash) -> None:
+    await Remembered(folder).check({word: crash.said(word) for word in ("identity", "pinned")})
+
+
+@pytest.mark.parametrize(("work", "check"), [("store", check_store), ("data", check_data)])
+def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Check) -> None:
+    folder, operations = traces(work)
+    written = {type(each).__name__ for each in operations}
+    assert written >= {"Write", "Sync", "Name", "Unname", "Rename", "Resize", "Mark"}
+    assert work != "store" or "Punch" in written
+    states = check_all(folder, operations, quick, check)
+    print(states, "states of", len(operations), "operations,", sum(isinstance(each, Write) for each in operations), "writes")
+
+
+def test_a_store_that_would_not_sync_is_caught(traces: Traces, quick: Path) -> None:
+    """The check is worth something."""
+    folder, operations = traces("store")
+    lazy = [Mark("", "") if isinstance(each, Sync) and "/objects/" in each.folder else each for each in operations]
+    (nothing_kept, *_) = Crashes(lazy).at(len(lazy), ())
+    with pytest.raises(ExceptionGroup) as caught:
+        check_one(folder, lazy, nothing_kept, quick, check_store)
+    assert caught.group_contains(AssertionError, match="lost")

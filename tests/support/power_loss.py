@@ -1,0 +1,186 @@
+"""What a power cut may leave of a folder: at every moment of its making, whatever had not been synced by then.
+
+`Crashes.at` makes the folder as it may be after a power cut behind any number of a trace's operations. What a disk owes:
+
+- bytes of a file are safe once an fsync or fdatasync of it, begun after they were written, has returned. Any other write
+  is there, missing, there in some of its sectors of 512 bytes, or the file has grown by it and holds zeros or rubbish;
+- names (made, renamed, removed): with `ordered` they become safe in their order, all of them with each sync of anything,
+  as in the journals of ext4 and xfs. Else each is safe with an fsync of its folder only, and those that are not are kept
+  or lost each for itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from tests.support.file_trace import Bytes, Mark, Name, Names, Operation, Punch, Rename, Resize, Sync, Unname, Write
+
+SECTOR = 512
+PAGE = 4096
+
+
+@dataclass(slots=True)
+class _Content:
+    """A file's bytes, and which of its pages are data and not a hole."""
+
+    data: bytearray = field(default_factory=bytearray)
+    pages: set[int] = field(default_factory=set)
+
+    def resize(self, length: int) -> None:
+        del self.data[length:]
+        self.data.extend(bytes(length - len(self.data)))
+        self.pages = {page for page in self.pages if page * PAGE < length}
+
+    def write(self, offset: int, data: bytes) -> None:
+        if offset + len(data) > len(self.data):
+            self.resize(offset + len(data))
+        self.data[offset : offset + len(data)] = data
+        self.pages.update(range(offset // PAGE, -(-(offset + len(data)) // PAGE)))
+
+    def punch(self, offset: int, length: int) -> None:
+        end = min(offset + length, len(self.data))
+        self.data[offset:end] = bytes(max(0, end - offset))
+        self.pages.difference_update(range(-(-offset // PAGE), (offset + length) // PAGE))
+
+    def store(self, path: str) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            for page in self.pages:
+                os.pwrite(fd, self.data[page * PAGE : (page + 1) * PAGE], page * PAGE)
+            os.ftruncate(fd, len(self.data))
+        finally:
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """The folder behind the first `count` operations. `marks` are what the program had said by then."""
+
+    count: int
+    how: str
+    ordered: bool
+    marks: list[Mark]
+    names: dict[str, int | None]
+    contents: dict[int, _Content]
+
+    def store(self, folder: str, target: Path) -> None:
+        """Makes it, as `target`."""
+        for path in sorted(self.names):
+            inode, place = self.names[path], str(target) + path.removeprefix(folder)
+            if not os.path.isdir(os.path.dirname(place)):
+                continue
+            if inode is None:
+                os.makedirs(place, exist_ok=True)
+            else:
+                self.contents.get(inode, _Content()).store(place)
+
+    def fingerprint(self) -> int:
+        files = ((path, bytes(self.contents[i].data) if i in self.contents else b"") for path, i in self.names.items())
+        holes = ((i, tuple(sorted(content.pages))) for i, content in self.contents.items())
+        return hash((tuple(map(repr, self.marks)), frozenset(files), frozenset(holes)))
+
+    def said(self, word: str) -> list[object]:
+        return [mark.value for mark in self.marks if mark.word == word]
+
+
+class Crashes:
+    """`folder` is what the program wrote; nothing was in it."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        self._operations = operations
+
+    def __len__(self) -> int:
+        """Moments: before the first operation, and behind each."""
+        return len(self._operations) + 1
+
+    def at(self, count: int, seeds: Sequence[int]) -> Iterator[Crash]:
+        """Nothing unsynced kept, all of it kept, and for each seed two chances, with names in order and without."""
+        yield self._crash(count, "nothing kept", None, keep=0.0, ordered=True)
+        yield self._crash(count, "all kept", None, keep=1.0, ordered=True)
+        for seed in seeds:
+            for ordered in (True, False):
+                rng = Random(f"{seed} {count} {ordered}")
+                yield self._crash(count, f"seed {seed}, {ordered=}", rng, keep=rng.random(), ordered=ordered)
+
+    def _crash(self, count: int, how: str, rng: Random | None, *, keep: float, ordered: bool) -> Crash:
+        done = self._operations[:count]
+        crash = Crash(count, how, ordered, [each for each in done if isinstance(each, Mark)], {}, {})
+        safe = self._safe(done, ordered=ordered)
+        in_order = True
+        for number, each in enumerate(done):
+            kept = number in safe or (rng.random() < keep if rng else keep == 1.0)
+            if isinstance(each, Names):
+                in_order = in_order and kept
+                if in_order or (kept and not ordered):
+                    _rename(crash.names, each)
+            elif isinstance(each, Bytes):
+                content = crash.contents.setdefault(each.inode, _Content())
+                if kept:
+                    _apply(content, each)
+                elif rng and isinstance(each, Write):
+                    _tear(content, each, rng)
+        return crash
+
+    def _safe(self, done: Sequence[Operation], *, ordered: bool) -> set[int]:
+        """The numbers of operations that a sync covers."""
+        files: dict[int, int] = {}
+        folders: dict[str, int] = {}
+        journal = 0
+        for each in done:
+            if isinstance(each, Sync):
+                journal = max(journal, each.before)
+                if each.inode is None:
+                    folders[each.folder] = each.before
+                else:
+                    files[each.inode] = each.before
+        safe = set()
+        for number, each in enumerate(done):
+            if isinstance(each, Bytes):
+                before = files.get(each.inode, 0)
+            elif isinstance(each, Names):
+                path = each.new if isinstance(each, Rename) else each.path
+                before = journal if ordered else folders.get(os.path.dirname(path), 0)
+            else:
+                continue
+            if number < before:
+                safe.add(number)
+        return safe
+
+
+def _rename(names: dict[str, int | None], each: Names) -> None:
+    if isinstance(each, Name):
+        names[each.path] = each.inode
+    elif isinstance(each, Unname):
+        names.pop(each.path, None)
+    elif each.old in names:
+        names[each.new] = names.pop(each.old)
+
+
+def _apply(content: _Content, each: Bytes) -> None:
+    if isinstance(each, Write):
+        content.write(each.offset, each.data)
+    elif isinstance(each, Resize):
+        content.resize(each.length)
+    else:
+        content.punch(each.offset, each.length)
+
+
+def _tear(content: _Content, write: Write, rng: Random) -> None:
+    """What may be left of a write that was not synced."""
+    end = write.offset + len(write.data)
+    kind = rng.choice(["missing", "sectors", "grown", "zeros", "rubbish"])
+    if kind == "sectors":
+        for start in range(write.offset // SECTOR * SECTOR, end, SECTOR):
+            first, last = max(start, write.offset), min(start + SECTOR, end)
+            if rng.random() < 0.5:
+                content.write(first, write.data[first - write.offset : last - write.offset])
+    elif kind == "grown":
+        content.resize(max(end, len(content.data)))
+    elif kind == "zeros":
+        content.write(write.offset, bytes(len(write.data)))
+    elif kind == "rubbish":
+        content.write(write.offset, rng.randbytes(len(write.data)))
