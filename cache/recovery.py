@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from cache.disk_index import Stored
@@ -61,20 +61,25 @@ def can_punch(directory: Path) -> bool:
     return True
 
 
-def reconcile(directory: Path, rows: Iterable[Stored], punching: bool) -> set[Piece]:
+def reconcile(directory: Path, rows: Collection[Stored], punching: bool) -> set[Piece]:
     """The pieces whose bytes are there. What else is in the folder's files is given back. Raises OSError."""
     named: dict[str, list[Stored]] = {}
     for row in rows:
         named.setdefault(relative_path(row.piece.block.digest, row.piece.shard), []).append(row)
-    for path in _files(directory):
-        if path not in named:
-            os.unlink(directory / path)
+    unnamed = [path for path in _files(directory) if path not in named]
+    for path in unnamed:
+        os.unlink(directory / path)
     present: set[Piece] = set()
     for path, pieces in named.items():
         try:
             present |= _reconcile_file(directory / path, pieces, punching)
         except OSError as error:
-            logger.warning("%s: %s: its %d pieces are forgotten", path, error.strerror, len(pieces))
+            logger.warning("%s: %s", path, error.strerror)
+    if unnamed or len(present) < len(rows):
+        logger.warning(
+            "%s: %d pieces are forgotten, since their bytes are not there; %d files of no piece are removed",
+            directory, len(rows) - len(present), len(unnamed),
+        )  # fmt: skip
     return present
 
 

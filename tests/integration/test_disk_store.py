@@ -130,6 +130,23 @@ def test_bytes_that_no_row_names_are_given_back(tmp_path: Path) -> None:
     assert not path_of(tmp_path, OTHER).exists()
 
 
+def test_says_what_it_dropped(tmp_path: Path, caplog) -> None:
+    async def fill(store: DiskStore) -> None:
+        await put_all(store, BLOB)
+        await put_all(store, OTHER)
+        assert await put(store, OTHER, OTHER.shard(0, SHARD)) is False
+
+    run(tmp_path, fill)
+    os.truncate(path_of(tmp_path, BLOB), BLOCK_SIZE)
+    with sqlite3.connect(tmp_path / "index.sqlite") as database:
+        database.execute("DELETE FROM piece WHERE digest = ?", (str(OTHER.digest),))
+    run(tmp_path, lambda store: store.flush())
+    assert "3 pieces are forgotten, since their bytes are not there; 1 files of no piece are removed" in caplog.text
+    caplog.clear()
+    run(tmp_path, lambda store: store.flush())
+    assert caplog.text == ""
+
+
 CHILD = """
 import sys, trio
 from pathlib import Path
