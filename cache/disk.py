@@ -67,6 +67,9 @@ MAX_REFERENCES = 1024
 MAKE_ROOM_ROUNDS = 3
 """A put that finds its room taken by other puts, flush after flush, declines."""
 
+_WITHOUT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""A folder whose disk fails so is gone on without: nobody can mend that in a configuration."""
+
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """A read that fails so says nothing about the piece."""
 
@@ -93,12 +96,13 @@ class _LeasedFile(io.FileIO):
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A store's folder, opened. Closing `lock` lets another process have it."""
+    """A store's folder, opened. Closing `lock` lets another process have it. Not `usable`: nothing can be stored in it."""
 
     path: Path
     lock: int
     index: DiskIndex
     punching: bool
+    usable: bool = True
 
     def close(self) -> None:
         self.index.close()
@@ -113,7 +117,7 @@ class DiskStore:
         timer: Callable[[], float],
     ) -> None:  # fmt: skip
         self._folder = folder
-        self._budget = budget_bytes
+        self._budget = budget_bytes = budget_bytes if folder.usable else 0
         self._floor = free_share, free_bytes
         self._timer = timer
         policy: LRUKCache[Piece, int] = LRUKCache(budget_bytes, int, correlated=CORRELATED_S, timer=timer)
@@ -148,8 +152,9 @@ class DiskStore:
         """Open or make the folder; leaving the context makes all of it durable.
 
         At least `free_share` of the file system, and `free_bytes`, are left free; blocks of the `pinned` objects are
-        not evicted. Raises BadInputError naming the
-        folder where it cannot be used, another process uses it, or another version's index is in it.
+        not evicted. A disk that is full, fails or is read-only gives a store without budget, which holds nothing. Raises
+        BadInputError naming the folder where it cannot be used, another process uses it, or another version's index is
+        in it.
         """
         folder, rows = await trio.to_thread.run_sync(_open_folder, directory)
         try:
@@ -548,16 +553,24 @@ def _open_folder(directory: Path) -> tuple[_Folder, list[Stored]]:
             lock = os.open(directory / "lock", WRITE, 0o600)
             undo.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            punching = can_punch(directory)
             index = open_index(directory / "index.sqlite")
             undo.callback(index.close)
-            punching = can_punch(directory)
             rows = _recover(directory, index, punching)
         except BlockingIOError as error:
             raise BadInputError(f"{directory} is in use by another p2pd: give each its own folder") from error
         except (OSError, sqlite3.Error) as error:
+            if isinstance(error, sqlite3.OperationalError) or getattr(error, "errno", None) in _WITHOUT:
+                return _without_disk(directory, error), []
             raise BadInputError(f"cannot use the folder {directory}: {error}") from error
         undo.pop_all()
     return _Folder(directory, lock, index, punching), rows
+
+
+def _without_disk(directory: Path, error: Exception) -> _Folder:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    logger.warning("disk: %s cannot be used (%s): nothing is stored there before the next start", directory, reason)
+    return _Folder(directory, os.open(os.devnull, READ), open_index(Path(":memory:")), punching=False, usable=False)
 
 
 def _recover(directory: Path, index: DiskIndex, punching: bool) -> list[Stored]:

@@ -107,12 +107,12 @@ class DiskIndex:
 def open_index(path: Path) -> DiskIndex:
     """Open or make the index; one that SQLite finds damaged is moved aside, since it only describes a cache.
 
-    Raises BadInputError where it cannot be opened, or another version of this program made it.
+    Raises sqlite3.OperationalError where the disk fails, BadInputError where another version of this program made it.
     """
     try:
         return _open(path)
-    except sqlite3.OperationalError as error:
-        raise BadInputError(f"cannot open {path}: {error}") from error
+    except sqlite3.OperationalError:
+        raise
     except sqlite3.DatabaseError as error:
         aside = path.with_suffix(".corrupt")
         logger.warning("%s is damaged (%s): moved to %s, the cache starts empty", path, error, aside)

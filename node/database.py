@@ -10,19 +10,19 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
 
 class Database:
-    """Without the disk the node goes on: it asks for what it would have remembered. A damaged file is begun anew."""
+    """Without the disk the node goes on: what it learns, it then remembers until it stops. A damaged file is begun anew,
+    also where the damage is found only when it is read."""
 
     def __init__(self, path: Path, schema: str) -> None:
-        self._name = path.name
+        self._path, self._schema = path, schema
         try:
             self._connection = _open(path, schema)
         except sqlite3.DatabaseError as error:
-            log.warning("%s is damaged (%s): starting without what it held", path, error)
-            for name in (path.name, path.name + "-wal", path.name + "-shm"):
-                path.with_name(name).unlink(missing_ok=True)
-            self._connection = _open(path, schema)
+            self._connection = self._begin_anew(error) if _is_damage(error) else self._in_memory(error)
 
     def close(self) -> None:
         self._connection.close()
@@ -34,11 +34,36 @@ class Database:
             for row in rows:
                 found += self._connection.execute(statement, tuple(row)).fetchall()
         except sqlite3.Error as error:
-            log.warning("%s: %s", self._name, error)
+            if _is_damage(error):
+                self._connection.close()
+                self._connection = self._begin_anew(error)
+                return []
+            log.warning("%s: %s", self._path.name, error)
         return found
 
+    def _begin_anew(self, error: sqlite3.Error) -> sqlite3.Connection:
+        log.warning("%s is damaged (%s): starting without what it held", self._path, error)
+        try:
+            for end in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + end).unlink(missing_ok=True)
+            return _open(self._path, self._schema)
+        except (OSError, sqlite3.Error) as again:
+            return self._in_memory(again)
 
-def _open(path: Path, schema: str) -> sqlite3.Connection:
+    def _in_memory(self, error: Exception) -> sqlite3.Connection:
+        log.warning("%s cannot be used (%s): what is learnt is remembered until the node stops", self._path, error)
+        return _open(":memory:", self._schema)
+
+
+def _open(path: Path | str, schema: str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None)
-    connection.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; {schema}")
+    try:
+        connection.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; {schema}")
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return error.sqlite_errorcode & 0xFF in _DAMAGED

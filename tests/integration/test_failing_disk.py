@@ -1,0 +1,246 @@
+"""A disk that is full, fails to read, or became read-only: nothing wrong is served, and the node goes on without it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import trio
+
+from cache.disk import DiskStore
+from node.database import Database
+from protocol.ids import BLOCK_SIZE, Shard
+from tests.support.blobs import Blob
+from tests.support.mounts import fill, make_read_only, small_disk
+
+LARGE = 64 << 20
+BLOBS = [Blob.random(seed, 20_000) for seed in range(4)]
+LONG = Blob.random(9, BLOCK_SIZE + 10_000)
+SHARD = LONG.shard(1, Shard(4, 1, 2))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 2 << 20) as folder:
+        yield folder
+
+
+async def put(store: DiskStore, blob: Blob) -> bool:
+    return all([await store.put(piece, blob.bytes_of(piece), blob.record(piece)) for piece in blob.pieces])
+
+
+async def right(store: DiskStore, blob: Blob) -> bool:
+    """Whether all of it is there; what is there is right."""
+    there = [await store.get(piece) for piece in blob.pieces]
+    for held, piece in zip(there, blob.pieces, strict=True):
+        assert held is None or (bytes(held.data), held.record) == (blob.bytes_of(piece), blob.record(piece))
+    return None not in there
+
+
+async def use(store: DiskStore, *, fills: Path, pages: int) -> None:
+    """What a store does in its life, with so many pages left on its disk from the second flush on."""
+    assert await put(store, BLOBS[0])
+    await store.flush()
+    fill(fills, pages)
+    await store.put(SHARD, LONG.bytes_of(SHARD), LONG.record(SHARD))
+    await put(store, BLOBS[1])
+    await store.flush()
+    await store.discard(BLOBS[0].pieces[0])
+    await store.flush()
+    await put(store, LONG)
+    await put(store, BLOBS[2])
+    await store.flush()
+    await put(store, BLOBS[0])
+
+
+async def recovers(folder: Path) -> None:
+    async with DiskStore.open(folder, LARGE) as store:
+        for blob in (*BLOBS, LONG):
+            await right(store, blob)
+            assert await put(store, blob)
+            assert await right(store, blob)
+        await store.flush()
+        allocated = sum(path.stat().st_blocks * 512 for path in (folder / "objects").rglob("*") if path.is_file())
+        assert allocated == store.statistics().bytes
+    async with DiskStore.open(folder, LARGE) as store:
+        assert all([await right(store, blob) for blob in (*BLOBS, LONG)])
+
+
+def test_full_at_every_write(disk: Path) -> None:
+    """So many pages are free that each write in turn is the first to fail, and then at each page of it."""
+
+    async def scenario(pages: int) -> None:
+        folder = disk / f"cache-{pages}"
+        async with DiskStore.open(folder, LARGE) as store:
+            await use(store, fills=disk, pages=pages)
+            for blob in (*BLOBS, LONG):
+                await right(store, blob)
+            (disk / "ballast").unlink()
+            assert await put(store, BLOBS[3])
+            fill(disk, pages)
+        (disk / "ballast").unlink()
+        await recovers(folder)
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+
+    for pages in (*range(50), *range(50, 200, 7)):
+        trio.run(scenario, pages)
+
+
+def test_full_at_the_start(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without room for the index the store holds nothing, and takes up its folder at the next start."""
+
+    async def scenario(pages: int) -> bool:
+        fill(disk, pages)
+        async with DiskStore.open(disk / "cache", LARGE, pinned=frozenset([BLOBS[0].digest])) as store:
+            usable = store.statistics().budget_bytes > 0
+            assert await right(store, BLOBS[0]) == usable
+            assert not await put(store, Blob.random(77, 100_000)) or usable  # by eviction
+            await store.flush()
+        (disk / "ballast").unlink()
+        await recovers(disk / "cache")
+        return usable
+
+    trio.run(recovers, disk / "cache")
+    found = [trio.run(scenario, pages) for pages in range(24)]
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (False, True)
+    assert "nothing is stored" in caplog.text
+
+
+def test_read_only_at_the_start(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with DiskStore.open(disk / "cache", LARGE) as store:
+            assert store.statistics().budget_bytes == 0
+            assert not await put(store, BLOBS[0])
+            assert store.open_sealed(BLOBS[0].digest) is None
+            store.pin(BLOBS[0].digest)
+
+    trio.run(recovers, disk / "cache")
+    make_read_only(disk)
+    trio.run(scenario)
+    assert "Read-only file system): nothing is stored there" in caplog.text
+    subprocess.run(["umount", str(disk)], check=True)
+    trio.run(recovers, disk / "cache")
+
+
+def test_read_only_in_the_middle(disk: Path) -> None:
+    """What is held is served on; nothing is put, and nothing is thrown away for it."""
+
+    async def scenario() -> None:
+        async with DiskStore.open(disk / "cache", 3 * 20_480 + 4096) as store:
+            assert await put(store, BLOBS[0])
+            await store.flush()
+            assert await put(store, BLOBS[1])
+            make_read_only(disk)
+            for _ in range(2):
+                assert not await put(store, BLOBS[2])
+                await store.flush()
+                assert await right(store, BLOBS[0])
+                assert await right(store, BLOBS[1])
+            await store.discard(BLOBS[0].pieces[0])
+            await store.flush()
+            subprocess.run(["umount", str(disk)], check=True)
+            assert await put(store, BLOBS[0])
+
+    trio.run(scenario)
+    trio.run(recovers, disk / "cache")
+
+
+def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    real = os.preadv
+    failing = {"open": False}
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int, *flags: int) -> int:
+        if failing["open"]:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, buffers, offset, *flags)
+
+    async def scenario() -> None:
+        async with DiskStore.open(tmp_path, LARGE) as store:
+            assert await put(store, BLOBS[0])
+            await store.flush()
+            failing["open"] = True
+            assert not await right(store, BLOBS[0])
+            assert not store.holds(BLOBS[0].pieces[0])
+            failing["open"] = False
+            assert await put(store, BLOBS[0])
+            assert await right(store, BLOBS[0])
+
+    monkeypatch.setattr("cache.files.os.preadv", preadv)
+    trio.run(scenario)
+    assert caplog.text.count("cannot be read (Input/output error): discarded") == 1
+    trio.run(recovers, tmp_path)
+
+
+# What is remembered in SQLite
+
+SCHEMA = "CREATE TABLE IF NOT EXISTS t (k TEXT PRIMARY KEY, v BLOB);"
+
+
+def remembers(database: Database, key: str) -> bool:
+    return database.run("SELECT v FROM t WHERE k = ?", (key,)) == [(key.encode() * 1000,)]
+
+
+def reopened_remembers(path: Path, key: str) -> bool:
+    with closing(Database(path, SCHEMA)) as database:
+        return remembers(database, key)
+
+
+def remember(database: Database, key: str) -> None:
+    database.run("INSERT OR REPLACE INTO t VALUES (?, ?)", (key, key.encode() * 1000))
+
+
+def test_a_database_on_a_full_disk_loses_nothing_old(disk: Path) -> None:
+    path = disk / "names.sqlite"
+    database = Database(path, SCHEMA)
+    remember(database, "old")
+    database.close()
+    for pages in range(24):
+        fill(disk, pages)
+        database = Database(path, SCHEMA)
+        remember(database, f"new{pages}")
+        database.close()
+        (disk / "ballast").unlink()
+        database = Database(path, SCHEMA)
+        assert remembers(database, "old")
+        database.close()
+    assert disk.joinpath("names.sqlite").exists()
+
+
+def test_a_database_on_a_read_only_disk_remembers_until_the_node_stops(disk: Path, caplog) -> None:
+    path = disk / "names.sqlite"
+    database = Database(path, SCHEMA)
+    remember(database, "old")
+    database.close()
+    make_read_only(disk)
+    database = Database(path, SCHEMA)
+    remember(database, "new")
+    assert remembers(database, "new")
+    database.close()
+    assert "remembered until the node stops" in caplog.text
+    subprocess.run(["umount", str(disk)], check=True)
+    assert reopened_remembers(path, "old")
+
+
+def test_a_database_whose_pages_are_rubbish_is_begun_anew(tmp_path: Path, caplog) -> None:
+    """Found when they are read: the head of the file is right."""
+    path = tmp_path / "names.sqlite"
+    database = Database(path, SCHEMA)
+    for number in range(50):
+        remember(database, f"a{number}")
+    database.close()
+    data = bytearray(path.read_bytes())
+    data[4096:] = os.urandom(len(data) - 4096)
+    path.write_bytes(data)
+    database = Database(path, SCHEMA)
+    assert not remembers(database, "a1")
+    remember(database, "a1")
+    assert remembers(database, "a1")
+    database.close()
+    assert caplog.text.count("is damaged") == 1
+    assert reopened_remembers(path, "a1")

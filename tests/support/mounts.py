@@ -1,0 +1,48 @@
+"""Small and read-only file systems for tests, mounted in this mount namespace and taken away after each test."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ZEROS = bytes(4096)
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A tmpfs of `size` bytes at the new folder. Skips the test where nothing can be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("cannot mount a file system here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--recursive", str(folder)], check=True)
+
+
+def make_read_only(folder: Path) -> None:
+    """For every open from now on, as after the kernel's `errors=remount-ro`. A remount needs that nobody writes, so that
+    the folder is mounted over itself; what is open for writing stays so. `umount FOLDER` takes it back."""
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+
+
+def fill(folder: Path, but: int) -> Path:
+    """A file that takes all that is free, but for so many pages."""
+    ballast = folder / "ballast"
+    with ballast.open("ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(ZEROS)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        file.truncate(max(0, file.tell() // 4096 - but) * 4096)
+    return ballast
