@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import http.client
 import os
+import shutil
+import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,7 +19,10 @@ from cache.disk import DiskStore
 from node.database import Database
 from protocol.ids import BLOCK_SIZE, Shard
 from tests.support.blobs import Blob
+from tests.support.faulty_origin import FaultyOrigin, content
 from tests.support.mounts import fill, make_read_only, small_disk
+from tests.support.processes import tail
+from tests.support.site import P2PD, UPSTREAM, Node, run, site
 
 LARGE = 64 << 20
 BLOBS = [Blob.random(seed, 20_000) for seed in range(4)]
@@ -244,3 +250,62 @@ def test_a_database_whose_pages_are_rubbish_is_begun_anew(tmp_path: Path, caplog
     database.close()
     assert caplog.text.count("is damaged") == 1
     assert reopened_remembers(path, "a1")
+
+
+# The daemon
+
+SIZE = 24 * BLOCK_SIZE + 12345
+
+
+@pytest.fixture
+def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
+    """Its data folder is a disk of its own."""
+    with FaultyOrigin(SIZE) as origin, site(folder / "site", origin.url, 1, start=False, memory="2MiB") as (one,):
+        with small_disk(one.data, 64 << 20):
+            try:
+                one.start()
+                yield one, origin
+            finally:
+                one.end()
+
+
+@pytest.mark.parametrize("fails", [make_read_only, lambda data: fill(data, 0)], ids=["read-only", "full"])
+def test_a_pull_goes_on_without_the_disk(node: tuple[Node, FaultyOrigin], fails: Callable[[Path], object]) -> None:
+    one, origin = node
+    with closing(http.client.HTTPConnection(one.host, one.mirror_port, timeout=60)) as connection:
+        connection.request("GET", f"/v2/app/blobs/{origin.digest}?ns={UPSTREAM}")
+        answer = connection.getresponse()
+        assert answer.read(4 * BLOCK_SIZE) == content(0, 4 * BLOCK_SIZE)
+        fails(one.data)
+        assert answer.read() == content(4 * BLOCK_SIZE, SIZE)
+    for _ in range(2):
+        assert pulled(one, origin) == content(0, SIZE)
+        one.stop()
+        one.start()
+    checks = one.ctl("doctor").stdout
+    assert str(one.data) in checks
+    assert one.stop() == 0
+    assert "Traceback" not in tail(one.log, 10_000)
+
+
+def pulled(node: Node, origin: FaultyOrigin) -> bytes:
+    with closing(http.client.HTTPConnection(node.host, node.mirror_port, timeout=60)) as connection:
+        connection.request("GET", f"/v2/app/blobs/{origin.digest}?ns={UPSTREAM}")
+        return connection.getresponse().read()
+
+
+def test_a_cache_of_an_older_version_is_named_and_left(folder: Path) -> None:
+    one = Node("node-1", "127.0.0.1", folder / "node", "http://127.0.0.1:9")
+    index = one.data / "cache" / "index.sqlite"
+    index.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(index)) as database:
+        database.executescript("CREATE TABLE piece (x); PRAGMA user_version = 1")
+    before = index.read_bytes()
+    answer = run([*P2PD, "--config", str(one.config)])
+    assert answer.returncode == 2
+    assert f"remove the folder {index.parent}, which is only a cache" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert index.read_bytes() == before
+    shutil.rmtree(index.parent)
+    one.start()
+    assert one.stop() == 0
