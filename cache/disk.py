@@ -96,7 +96,7 @@ class _LeasedFile(io.FileIO):
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A store's folder, opened. Closing `lock` lets another process have it. Not `usable`: nothing can be stored in it."""
+    """A store's folder, opened. Closing `lock` lets another process have it. In one not `usable` nothing is stored."""
 
     path: Path
     lock: int
@@ -152,9 +152,9 @@ class DiskStore:
         """Open or make the folder; leaving the context makes all of it durable.
 
         At least `free_share` of the file system, and `free_bytes`, are left free; blocks of the `pinned` objects are
-        not evicted. A disk that is full, fails or is read-only gives a store without budget, which holds nothing. Raises
-        BadInputError naming the folder where it cannot be used, another process uses it, or another version's index is
-        in it.
+        not evicted. A disk that is full, fails or is read-only gives a store without budget, which holds nothing.
+        Raises BadInputError naming the folder where it cannot be used, another process uses it, or another version's
+        index is in it.
         """
         folder, rows = await trio.to_thread.run_sync(_open_folder, directory)
         try:

@@ -46,6 +46,7 @@ from node.status import (
     TierRow,
     UplinkRow,
     UpstreamRow,
+    Wear,
     WhyBlock,
     WhyReport,
     why_object,
@@ -55,6 +56,7 @@ from node.swarm import Swarm
 from node.tag_policy import TagPolicy
 from node.upstream import MAX_MANIFEST, Upstreams
 from node.version import version
+from node.wear import written_bytes
 from protocol.errors import NotFoundError, ShoalError
 from protocol.ids import Digest, ObjectRef, PeerId, Piece
 from protocol.members import State
@@ -109,8 +111,13 @@ class NodeControl:
             rss_bytes=rss_bytes(),
             bulk=BulkTotals(bytes_sent=traffic.bytes_sent, bytes_received=traffic.bytes_received),
             mirror=parts.mirror_address,
+            wear=self._wear(),
             upstreams=tuple(upstream_row(part, parts.upstreams) for part in parts.config.upstream),
         )
+
+    def _wear(self) -> Wear:
+        served = sum(self._parts.ledger.bytes_served.values()) + self._parts.exchange.statistics().bytes_sent
+        return Wear(written_bytes=written_bytes(), served_bytes=served)
 
     async def peers(self) -> PeersReport:
         rows = (row for row in self._parts.membership.table() if row.member.peer_id != self._parts.site.own)
@@ -214,7 +221,7 @@ class NodeControl:
                 rows.append(_cached(digest, tier, store.holdings(digest), pinned=pinned))
                 if len(rows) >= MAX_CACHE_ROWS:
                     break
-        return CacheReport(tiers=_tier_rows(tiers.statistics()), objects=tuple(rows))
+        return CacheReport(tiers=_tier_rows(tiers.statistics()), objects=tuple(rows), wear=self._wear())
 
     async def why(self, image: ImageName) -> WhyReport:
         locator = image.manifests

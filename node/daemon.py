@@ -71,6 +71,7 @@ from node.uplink import Uplink, UplinkFile
 from node.upstream import Upstreams
 from node.version import version
 from node.view import View
+from node.wear import written_bytes
 from protocol.directory import Directory
 from protocol.errors import BadInputError
 from protocol.health import Health
@@ -258,6 +259,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             lambda: {"sent": exchange.statistics().bytes_sent, "received": exchange.statistics().bytes_received}
         )
         metrics.watch_cache(tiers.statistics)
+        metrics.watch_wear(written_bytes)
         metrics.watch_members(
             lambda: len(membership.site) - 1, lambda: sum(bool(row.quarantine) for row in membership.table())
         )

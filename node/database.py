@@ -14,8 +14,8 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class Database:
-    """Without the disk the node goes on: what it learns, it then remembers until it stops. A damaged file is begun anew,
-    also where the damage is found only when it is read."""
+    """Without the disk the node goes on, and remembers until it stops. A damaged file is begun anew, also where the
+    damage is found only when it is read."""
 
     def __init__(self, path: Path, schema: str) -> None:
         self._path, self._schema = path, schema

@@ -74,6 +74,9 @@ class Metrics:
         """Show what the tiers hold; `statistics` gives it by tier."""
         self.registry.register(_CacheGauges(statistics))
 
+    def watch_wear(self, written_bytes: Callable[[], int]) -> None:
+        self.registry.register(_WearCounter(written_bytes))
+
     def watch_members(self, alive: Callable[[], int], quarantined: Callable[[], int]) -> None:
         self.registry.register(_MemberGauges(alive, quarantined))
 
@@ -137,6 +140,14 @@ class _CacheGauges:
             budget.add_metric([tier], statistics.budget_bytes)
             entries.add_metric([tier], statistics.entries)
         yield from (held, budget, entries)
+
+
+class _WearCounter:
+    def __init__(self, written_bytes: Callable[[], int]) -> None:
+        self._written_bytes = written_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily("p2pd_disk_written_bytes", "Bytes written to disks", self._written_bytes())
 
 
 class _MemberGauges:

@@ -37,6 +37,7 @@ from node.status import (
     TierRow,
     UplinkRow,
     UpstreamRow,
+    Wear,
     WhyBlock,
     WhyObject,
     WhyReport,
@@ -129,6 +130,7 @@ def _status(status: Status, out: Console) -> None:
         ("from registries", size(status.origin_bytes)),
         ("bulk channel", f"{size(status.bulk.bytes_sent)} sent, {size(status.bulk.bytes_received)} received"),
         ("memory in use", size(status.rss_bytes)),
+        ("written to disk", _wear(status.wear)),
     ):
         new_row(facts, name, value)
     out.print(facts)
@@ -175,6 +177,11 @@ def show_tiers(out: Console, tiers: Mapping[str, TierRow]) -> None:
         pinned = size(tier.pinned_bytes) if tier.pinned_bytes else "-"
         new_row(table, name, size(tier.bytes), budget, tier.entries, pinned)
     out.print(table)
+
+
+def _wear(wear: Wear) -> str:
+    ratio = f", {wear.written_bytes / wear.served_bytes:.2f} for each byte served" if wear.served_bytes else ""
+    return f"{size(wear.written_bytes)}{ratio}"
 
 
 @show.register
@@ -238,6 +245,7 @@ def _told_by(row: TagRow) -> str:
 @show.register
 def _cache(report: CacheReport, out: Console) -> None:
     show_tiers(out, report.tiers)
+    out.print(f"\nwritten to disk since the start: {_wear(report.wear)}")
     if not report.objects:
         return
     out.print()

@@ -36,6 +36,13 @@ class BulkTotals(_Document, frozen=True):
     bytes_received: int = 0
 
 
+class Wear(_Document, frozen=True):
+    """Since the start: what this process wrote to disks, and what it sent to clients and members."""
+
+    written_bytes: int = 0
+    served_bytes: int = 0
+
+
 class EndpointRow(_Document, frozen=True):
     """A registry or a mirror of it. `problem` is why it is passed over for `retry_in_s`, "" while it answers."""
 
@@ -88,6 +95,7 @@ class Status(_Document, frozen=True):
     rss_bytes: int
     bulk: BulkTotals = BulkTotals()
     mirror: str = ""
+    wear: Wear = Wear()
     upstreams: tuple[UpstreamRow, ...] = ()
 
 
@@ -174,6 +182,7 @@ class CachedObject(_Document, frozen=True):
 class CacheReport(_Document, frozen=True):
     tiers: dict[str, TierRow]
     objects: tuple[CachedObject, ...] = ()
+    wear: Wear = Wear()
 
 
 class PullProgress(_Document, frozen=True, tag_field="event", tag="progress"):

@@ -91,7 +91,7 @@ def test_full_at_every_write(disk: Path) -> None:
             fill(disk, pages)
         (disk / "ballast").unlink()
         await recovers(folder)
-        subprocess.run(["rm", "-r", str(folder)], check=True)
+        shutil.rmtree(folder)
 
     for pages in (*range(50), *range(50, 200, 7)):
         trio.run(scenario, pages)
@@ -150,7 +150,7 @@ def test_read_only_in_the_middle(disk: Path) -> None:
                 assert await right(store, BLOBS[1])
             await store.discard(BLOBS[0].pieces[0])
             await store.flush()
-            subprocess.run(["umount", str(disk)], check=True)
+            await trio.run_process(["umount", str(disk)])
             assert await put(store, BLOBS[0])
 
     trio.run(scenario)
@@ -260,13 +260,16 @@ SIZE = 24 * BLOCK_SIZE + 12345
 @pytest.fixture
 def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
     """Its data folder is a disk of its own."""
-    with FaultyOrigin(SIZE) as origin, site(folder / "site", origin.url, 1, start=False, memory="2MiB") as (one,):
-        with small_disk(one.data, 64 << 20):
-            try:
-                one.start()
-                yield one, origin
-            finally:
-                one.end()
+    with (
+        FaultyOrigin(SIZE) as origin,
+        site(folder / "site", origin.url, 1, start=False, memory="2MiB") as (one,),
+        small_disk(one.data, 64 << 20),
+    ):
+        try:
+            one.start()
+            yield one, origin
+        finally:
+            one.end()
 
 
 @pytest.mark.parametrize("fails", [make_read_only, lambda data: fill(data, 0)], ids=["read-only", "full"])

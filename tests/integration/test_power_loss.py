@@ -102,7 +102,14 @@ def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Ch
     assert written >= {"Write", "Sync", "Name", "Unname", "Rename", "Resize", "Mark"}
     assert work != "store" or "Punch" in written
     states = check_all(folder, operations, quick, check)
-    print(states, "states of", len(operations), "operations,", sum(isinstance(each, Write) for each in operations), "writes")
+    print(
+        states,
+        "states of",
+        len(operations),
+        "operations,",
+        sum(isinstance(each, Write) for each in operations),
+        "writes",
+    )
 
 
 def test_a_store_that_would_not_sync_is_caught(traces: Traces, quick: Path) -> None:

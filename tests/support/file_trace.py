@@ -1,4 +1,4 @@
-"""What a real process does to the files of a folder: its system calls, seen by strace, so that SQLite's are among them."""
+"""What a real process does to the files of a folder: its system calls, by strace, so that SQLite's are among them."""
 
 from __future__ import annotations
 
@@ -150,7 +150,9 @@ class _Trace:
     def _paths(self, handles: list[tuple[str, str]], texts: list[bytes]) -> list[str]:
         """Absolute ones, of calls with and without a folder's handle before each name."""
         bases = [path for _, path in handles] or [""] * len(texts)
-        return [os.path.normpath(os.path.join(base, os.fsdecode(text))) for base, text in zip(bases, texts, strict=False)]
+        return [
+            os.path.normpath(os.path.join(base, os.fsdecode(text))) for base, text in zip(bases, texts, strict=False)
+        ]
 
     def _opened(self, found: re.Match[str] | None, arguments: str, handle: str) -> None:
         path = os.fsdecode(_unhex(found[2])) if found else ""

@@ -29,10 +29,21 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def make_read_only(folder: Path) -> None:
-    """For every open from now on, as after the kernel's `errors=remount-ro`. A remount needs that nobody writes, so that
-    the folder is mounted over itself; what is open for writing stays so. `umount FOLDER` takes it back."""
-    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+    """For every open from now on, as after the kernel's `errors=remount-ro`; what is open for writing stays so.
+
+    A remount needs that nobody writes: what is mounted over the folder is the folder itself, made read-only elsewhere.
+    `umount FOLDER` takes it back.
+    """
+    elsewhere = folder.with_name(f"{folder.name}-read-only")
+    elsewhere.mkdir()
+    for arguments in (
+        ["mount", "--bind", str(folder), str(elsewhere)],
+        ["mount", "-o", "remount,ro,bind", str(elsewhere)],
+        ["mount", "--bind", str(elsewhere), str(folder)],
+        ["umount", str(elsewhere)],
+    ):
+        subprocess.run(arguments, check=True)
+    elsewhere.rmdir()
 
 
 def fill(folder: Path, but: int) -> Path:

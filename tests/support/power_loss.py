@@ -1,12 +1,14 @@
 """What a power cut may leave of a folder: at every moment of its making, whatever had not been synced by then.
 
-`Crashes.at` makes the folder as it may be after a power cut behind any number of a trace's operations. What a disk owes:
+`Crashes.at` makes the folder as it may be after a power cut behind any number of a trace's operations. What a disk
+owes:
 
-- bytes of a file are safe once an fsync or fdatasync of it, begun after they were written, has returned. Any other write
-  is there, missing, there in some of its sectors of 512 bytes, or the file has grown by it and holds zeros or rubbish;
-- names (made, renamed, removed): with `ordered` they become safe in their order, all of them with each sync of anything,
-  as in the journals of ext4 and xfs. Else each is safe with an fsync of its folder only, and those that are not are kept
-  or lost each for itself.
+- bytes of a file are safe once an fsync or fdatasync of it, begun after they were written, has returned. Any other
+  write is there, missing, there in some of its sectors of 512 bytes, or the file has grown by it and holds zeros or
+  rubbish;
+- names (made, renamed, removed): with `ordered` they become safe in their order, all of them with each sync of
+  anything, as in the journals of ext4 and xfs. Else each is safe with an fsync of its folder only, and those that are
+  not are kept or lost each for itself.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from tests.support.file_trace import Bytes, Mark, Name, Names, Operation, Punch, Rename, Resize, Sync, Unname, Write
+from tests.support.file_trace import Bytes, Mark, Name, Names, Operation, Rename, Resize, Sync, Unname, Write
 
 SECTOR = 512
 PAGE = 4096

@@ -91,7 +91,7 @@ def test_no_repository_becomes_public_by_it(tmp_path: Path, clock: Clock, jump: 
 
 def test_the_uplinks_day_begins_anew(clock: Clock, jump: float) -> None:
     def check() -> None:
-        uplink = Uplink("docker.io", UplinkPolicy(daily=1000), clock=lambda: datetime.fromtimestamp(clock.now))  # noqa: DTZ006
+        uplink = Uplink("docker.io", UplinkPolicy(daily=1000), clock=lambda: datetime.fromtimestamp(clock.now))
         uplink.note(1000)
         assert uplink.use().spent
         clock.now += jump

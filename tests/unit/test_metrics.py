@@ -52,6 +52,8 @@ def test_gauges_are_asked_when_shown() -> None:
     alive = [4]
     metrics.watch_cache(lambda: tiers)
     metrics.watch_members(lambda: alive[0], lambda: 1)
+    metrics.watch_wear(lambda: 77)
+    assert samples(metrics)["p2pd_disk_written_bytes_total", ()] == 77
     assert samples(metrics)["p2pd_cache_bytes", ("memory",)] == 1
     assert samples(metrics)["p2pd_peers_alive", ()] == 4
     tiers["disk"] = StoreStatistics(10, 20, 30)
