@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cache.pieces import check_piece
-from protocol.errors import BadInputError
+from protocol.errors import UNDECODABLE, BadInputError
 from protocol.ids import BlockId, Digest, Piece, Shard
 from protocol.records import Record
 
@@ -66,7 +66,7 @@ def _parse(row: Row) -> Stored:
     digest, block, k, m, index, sha256, raw, used = row
     try:
         record = msgspec.msgpack.decode(raw, type=Record)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise BadInputError(f"record in the row of {digest} #{block} is not readable: {error}") from error
     piece = Piece(BlockId(Digest.parse(digest), block), Shard(k, m, index) if k else None)
     check_piece(piece, record)

@@ -197,7 +197,7 @@ def load(path: Path | None) -> Config:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise BadInputError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInputError(f"{path} is not TOML: {error}") from error
     try:
         config = msgspec.convert(document, Config)

@@ -23,7 +23,7 @@ from node.http_server import Request, Response
 from node.locator import ImageName
 from node.offline_status import OfflineApi, PrefetchOrder, WorkEvent, WorkResult
 from node.platforms import Platform, own_platform, parse_platforms
-from protocol.errors import BadInputError, ShoalError
+from protocol.errors import UNDECODABLE, BadInputError, ShoalError
 
 
 def offline_routes(api: OfflineApi) -> Routes:
@@ -48,7 +48,7 @@ def offline_routes(api: OfflineApi) -> Routes:
     async def prefetch(request: Request) -> Response:
         try:
             order = msgspec.json.decode(request.body, type=PrefetchOrder)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             raise BadInputError(f"the body is no PrefetchOrder: {error}") from error
         return document(await api.prefetch(order))
 

@@ -17,6 +17,7 @@ import trio
 from cachetools import TTLCache
 
 from node.registry_auth import Credentials
+from protocol.errors import UNDECODABLE
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ async def _ask(name: str, registry: str) -> Credentials | None:
         raise HelperError(f"{program} ended with status {status}")
     try:
         answer = msgspec.json.decode(output, type=_Answer)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNDECODABLE:
         raise HelperError(f"{program} did not answer as credential helpers do") from None
     return Credentials(answer.username, answer.secret) if answer.username and answer.secret else None
 

@@ -22,7 +22,7 @@ from cache.recovery import space
 from cache.store import StoreStatistics
 from node.locator import ImageName, Kind, Locator
 from node.oci_layout import Packed, PackedImage
-from protocol.errors import BadInputError, NotFoundError, UnavailableError
+from protocol.errors import UNDECODABLE, BadInputError, NotFoundError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def load_pins(path: Path) -> tuple[Pin, ...]:
         return ()
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, BadInputError) as error:
+    except (*UNDECODABLE, BadInputError) as error:
         aside = path.with_suffix(".damaged")
         log.warning("%s is damaged (%s): moved to %s: nothing is pinned any more", path, error, aside)
         path.replace(aside)

@@ -29,7 +29,7 @@ from node.pace import Pace
 from node.platforms import own_platform, parse_platforms
 from node.seeder import BlockAddress, Obtained, Work
 from node.single_flight import Ticket
-from protocol.errors import BadInputError, ShoalError, UnavailableError
+from protocol.errors import UNDECODABLE, BadInputError, ShoalError, UnavailableError
 from protocol.ids import Piece
 
 log = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ class Prefetcher:
             return [item for order in orders[:MAX_ORDERED] for item in _items(order)][:MAX_ORDERED]
         except FileNotFoundError:
             return []
-        except (OSError, UnicodeDecodeError, msgspec.MsgspecError, BadInputError) as error:
+        except (OSError, *UNDECODABLE, BadInputError) as error:
             log.warning("%s is not readable, and what was ordered is forgotten: %s", self.path, error)
             return []
 

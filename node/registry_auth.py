@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from protocol.errors import UNDECODABLE
+
 log = logging.getLogger(__name__)
 
 MAX_CHALLENGE = 8 << 10
@@ -140,7 +142,7 @@ def parse_token(body: bytes) -> tuple[str, float] | None:
     """The token and the seconds for which it may be used; None where the body is not a token reply."""
     try:
         reply = msgspec.json.decode(body, type=_TokenReply)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNDECODABLE:
         return None
     token = reply.token or reply.access_token
     if not token or not token.isascii() or not token.isprintable():
@@ -185,7 +187,7 @@ def parse_docker_config(text: bytes) -> DockerCredentials:
     """Raises ValueError, with nothing of the content in its text."""
     try:
         config = msgspec.json.decode(text, type=_ConfigFile)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNDECODABLE:
         raise ValueError("not a docker config.json") from None
     for helper in filter(None, (config.creds_store, *config.cred_helpers.values())):
         if not _HELPER.fullmatch(helper):

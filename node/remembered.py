@@ -14,6 +14,7 @@ import msgspec
 import trio
 
 from node.membership import Membership
+from protocol.errors import UNDECODABLE
 from protocol.members import Member, State
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class RememberedPeers:
             return msgspec.msgpack.decode(data, type=_File).members[:MAX_REMEMBERED]
         except FileNotFoundError:
             return ()
-        except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        except (OSError, *UNDECODABLE) as error:
             log.warning("remembered peers are not readable", extra={"path": self._path, "reason": error})
             return ()
 

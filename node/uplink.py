@@ -21,7 +21,7 @@ import trio
 
 from node.hours import local_time
 from node.uplink_policy import UplinkPolicy
-from protocol.errors import UnavailableError
+from protocol.errors import UNDECODABLE, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class UplinkFile:
                 found = msgspec.msgpack.decode(file.read(_MAX_FILE), type=_File)
         except FileNotFoundError:
             return
-        except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        except (OSError, *UNDECODABLE) as error:
             log.warning("the uplink's use is not readable", extra={"path": self._path, "reason": error})
             return
         days = {day.upstream: day for day in found.days}

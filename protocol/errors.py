@@ -1,5 +1,10 @@
 """Every error that crosses a seam. "The peer misbehaved" and "we have a bug" are different types."""
 
+import msgspec
+
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes from outside: the last for values that are nested too deep."""
+
 
 class ShoalError(Exception):
     """Base of all errors that Shoal raises on purpose."""
