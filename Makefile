@@ -13,10 +13,10 @@ CODE := node protocol cache
 WITH_TESTS := $(CODE) tests $(wildcard simulations/*.py)
 LOCK_TOOLS := build/lock-tools
 
-.PHONY: help setup packages demo test lint types imports bench chaos lock clean
+.PHONY: help setup packages demo test lint types imports bench chaos fuzz lock clean
 
 help:
-	@echo "make demo | test | bench | chaos | setup | lint | types | imports | lock | clean"
+	@echo "make demo | test | bench | chaos | fuzz | setup | lint | types | imports | lock | clean"
 
 packages:
 	@.ci/packages
@@ -63,6 +63,16 @@ bench: setup
 SEED ?= 1
 chaos: setup
 	@$(BIN)/python -m tests.chaos --seed $(SEED)
+
+# atheris is no dependency of the tests, which run the same targets without it (tests/property/test_fuzz_corpus.py).
+FUZZ_TOOLS := build/fuzz-tools
+SECONDS ?= 300
+
+$(FUZZ_TOOLS)/atheris: setup
+	@$(PIP) install --target $(FUZZ_TOOLS) 'atheris>=3,<4'
+
+fuzz: $(FUZZ_TOOLS)/atheris
+	@PYTHONPATH=$(FUZZ_TOOLS) $(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(TARGETS)
 
 # PIP_FIND_LINKS is emptied: what lies on one machine must not decide what all machines install.
 lock:
