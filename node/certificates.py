@@ -34,6 +34,8 @@ _NOT_AFTER = datetime(2100, 1, 1, tzinfo=UTC)
 
 MAX_CERTIFICATE = 4096
 """Bytes of DER. Ours take 450; what a peer claims is not parsed beyond this."""
+_MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
+"""What `cryptography` raises, when it parses a certificate and when its parts are looked at."""
 _MAX_NAME = 64
 """Characters that X.520 allows in a common name and in an organizational unit."""
 
@@ -121,7 +123,7 @@ class Credentials:
         parsed = _parse(certificate)
         try:
             parsed.verify_directly_issued_by(x509.load_der_x509_certificate(self.authority))
-        except (ValueError, TypeError, InvalidSignature) as error:
+        except (*_MALFORMED, InvalidSignature) as error:
             raise PeerMisbehavedError("certificate of another cluster") from error
         return peer_of(certificate)
 
@@ -145,7 +147,7 @@ def peer_of(certificate: bytes) -> PeerId:
     try:
         key = parsed.public_key()
         names = [attribute.value for attribute in parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except _MALFORMED as error:
         raise PeerMisbehavedError("certificate with a malformed key or subject") from error
     if not isinstance(key, Ed25519PublicKey):
         raise PeerMisbehavedError("certificate with a key of another kind than Ed25519")
@@ -160,7 +162,7 @@ def _parse(certificate: bytes) -> x509.Certificate:
         raise PeerMisbehavedError(f"certificate of {len(certificate)} bytes")
     try:
         return x509.load_der_x509_certificate(certificate)
-    except ValueError as error:
+    except _MALFORMED as error:
         raise PeerMisbehavedError("malformed certificate") from error
 
 

@@ -1,7 +1,7 @@
 """Fuzzing of the decoders, guided by coverage: `python -m tests.fuzz [--seconds N] [--keep] [TARGET...]`.
 
-Needs atheris, which `make fuzz` installs beside the environment. What is new is in build/fuzz/TARGET; with --keep the
-least of it that reaches as far is added to tests/fuzz/corpus. A finding ends its target: the bytes are in
+Needs atheris, which `make fuzz` installs beside the environment. What reached farther is in build/fuzz/TARGET; with --keep
+the shortest of it is added to tests/fuzz/corpus. A finding ends its target: the bytes are in
 build/fuzz/TARGET-crash-..., and the exit status is 1. A corpus file of such bytes is its test from then on.
 """
 
@@ -19,8 +19,8 @@ from rich.table import Table
 
 BUILD = Path("build/fuzz")
 MAX_LENGTH = 4096
-MAX_KEPT = 8 << 10
-"""Bytes of corpus for one target: what is short goes first, and all is below 200 kB."""
+MAX_KEPT = 4 << 10
+"""Bytes of corpus for one target: all of it is below 100 kB."""
 
 
 def fuzz_one(target: str, arguments: list[str]) -> None:
@@ -50,31 +50,28 @@ def seed(target: str) -> Path:
     return folder
 
 
-def keep(target: str, found: Path, seeds: Path) -> int:
-    """What of `found` reaches farther than the seeds; the number of files kept."""
-    merged = BUILD / f"{target}-merged"
-    merged.mkdir(exist_ok=True)
-    known = {path.read_bytes() for path in seeds.iterdir()}
-    run_one(target, ["-merge=1", str(merged), str(seeds), str(found)])
-    fresh = sorted(
-        (path for path in merged.iterdir() if path.read_bytes() not in known), key=lambda p: p.stat().st_size
-    )
-    corpus = Path("tests/fuzz/corpus", target)
-    room = MAX_KEPT - sum(path.stat().st_size for path in corpus.glob("*"))
+def keep(target: str, found: Path) -> int:
+    """Adds what was found to the corpus, the shortest first, as far as there is room; the number of files."""
+    from tests.fuzz.seeds import seeds
+
+    known, corpus = set(seeds(target)), Path("tests/fuzz/corpus", target)
+    corpus.mkdir(parents=True, exist_ok=True)
+    room = MAX_KEPT - sum(path.stat().st_size for path in corpus.iterdir())
     kept = 0
-    for path in fresh:
-        room -= path.stat().st_size
+    for path in sorted(found.iterdir(), key=lambda path: path.stat().st_size):
+        data = path.read_bytes()
+        room -= 0 if data in known else len(data)
         if room < 0:
             break
-        corpus.mkdir(parents=True, exist_ok=True)
-        (corpus / path.name[:16]).write_bytes(path.read_bytes())
-        kept += 1
+        if data not in known:
+            (corpus / path.name[:16]).write_bytes(data)
+            kept += 1
     return kept
 
 
 @click.command()
 @click.option("--seconds", default=300.0, help="For all targets together.")
-@click.option("--keep", "keeping", is_flag=True, help="Add what reaches farther to the corpus.")
+@click.option("--keep", "keeping", is_flag=True, help="Add of what reached farther to the corpus.")
 @click.option("--one", hidden=True)
 @click.argument("names", nargs=-1)
 def main(seconds: float, keeping: bool, one: str | None, names: tuple[str, ...]) -> None:
@@ -95,7 +92,7 @@ def main(seconds: float, keeping: bool, one: str | None, names: tuple[str, ...])
              str(found), str(seeds)],
         )  # fmt: skip
         failed |= status != 0
-        kept = keep(target, found, seeds) if keeping and not status else 0
+        kept = keep(target, found) if keeping and not status else 0
         numbers = dict(line.removeprefix("stat::").split(":", 1) for line in text.splitlines() if line[:6] == "stat::")
         covered = [
             word for line in text.splitlines() if " cov: " in line for word in [line.split(" cov: ")[1].split()[0]]
