@@ -1,7 +1,7 @@
 """Fuzzing of the decoders, guided by coverage: `python -m tests.fuzz [--seconds N] [--keep] [TARGET...]`.
 
-Needs atheris, which `make fuzz` installs beside the environment. What reached farther is in build/fuzz/TARGET; with --keep
-the shortest of it is added to tests/fuzz/corpus. A finding ends its target: the bytes are in
+Needs atheris, which `make fuzz` installs beside the environment. What reached farther is in build/fuzz/TARGET; with
+--keep the shortest of it is added to tests/fuzz/corpus. A finding ends its target: the bytes are in
 build/fuzz/TARGET-crash-..., and the exit status is 1. A corpus file of such bytes is its test from then on.
 """
 
