@@ -68,10 +68,10 @@ chaos: setup
 FUZZ_TOOLS := build/fuzz-tools
 SECONDS ?= 300
 
-$(FUZZ_TOOLS)/atheris: setup
+$(FUZZ_TOOLS)/atheris: | setup
 	@$(PIP) install --target $(FUZZ_TOOLS) 'atheris>=3,<4'
 
-fuzz: $(FUZZ_TOOLS)/atheris
+fuzz: setup $(FUZZ_TOOLS)/atheris
 	@PYTHONPATH=$(FUZZ_TOOLS) $(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(TARGETS)
 
 # PIP_FIND_LINKS is emptied: what lies on one machine must not decide what all machines install.

@@ -8,7 +8,6 @@ build/fuzz/TARGET-crash-..., and the exit status is 1. A corpus file of such byt
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,5 +106,4 @@ def main(seconds: float, keeping: bool, one: str | None, names: tuple[str, ...])
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONHASHSEED", "0")
     main()

@@ -48,6 +48,7 @@ def make_read_only(folder: Path) -> None:
 
 def fill(folder: Path, but: int) -> Path:
     """A file that takes all that is free, but for so many pages."""
+    assert os.path.ismount(folder), "only what a test mounted is filled"
     ballast = folder / "ballast"
     with ballast.open("ab", buffering=0) as file:
         try:
