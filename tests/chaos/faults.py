@@ -113,6 +113,7 @@ class Site:
     @asynccontextmanager
     async def _full(self, fault: Fault) -> AsyncIterator[None]:
         ballast = self.nodes[fault.nodes[0]].data / "ballast"
+        assert ballast.parent.is_mount(), "only a disk of the test's own is filled"
         free = shutil.disk_usage(ballast.parent).free
         with ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, free)
