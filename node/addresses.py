@@ -33,6 +33,9 @@ _VIRTUAL = (
 """Interfaces of container and VM bridges: the same 172.17.0.1 on every host, so their addresses come last."""
 
 
+_HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where a certain peer is to be reached over libp2p's TCP transport. `host`: an IP address or a DNS name."""
@@ -48,7 +51,7 @@ class Target:
 def parse_target(text: str) -> Target:
     """`/ip4/10.0.0.5/tcp/4501/p2p/12D3KooW...`; the host may be ip4, ip6, dns, dns4 or dns6. Raises BadInputError."""
     parts = _parts(text)
-    if len(parts) != 3 or parts[0][0] not in ("ip4", "ip6", "dns", "dns4", "dns6") or parts[2][0] != "p2p":
+    if len(parts) != 3 or parts[0][0] not in _HOSTS or parts[2][0] != "p2p":
         raise BadInputError(f'"{text}": write for example "/ip4/10.0.0.5/tcp/4501/p2p/12D3KooW..."')
     peer = PeerId(parts[2][1])
     try:
@@ -56,6 +59,29 @@ def parse_target(text: str) -> Target:
     except BadInputError as error:
         raise BadInputError(f'"{text}": {error}') from error
     return Target(peer, parts[0][1], _tcp_port(text, parts))
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTarget:
+    """A member by its address; `peer` None where whoever is there will do."""
+
+    host: str
+    port: int
+    peer: PeerId | None = None
+
+
+def parse_join_target(text: str) -> JoinTarget:
+    """`10.0.0.5:4501`, `[fd00::5]:4501`, or a multiaddr with or without `/p2p/...`. Raises BadInputError."""
+    if not text.startswith("/"):
+        where = parse_host_port(text, "ADDRESS")
+        return JoinTarget(where.host, where.port)
+    if "/p2p/" in text:
+        target = parse_target(text)
+        return JoinTarget(target.host, target.port, target.peer)
+    parts = _parts(text)
+    if len(parts) != 2 or parts[0][0] not in _HOSTS:
+        raise BadInputError(f'"{text}": write for example "/ip4/10.0.0.5/tcp/4501"')
+    return JoinTarget(parts[0][1], _tcp_port(text, parts))
 
 
 def parse_listen(text: str) -> HostPort:
@@ -67,7 +93,11 @@ def parse_listen(text: str) -> HostPort:
 
 
 def to_multiaddr(host: str, port: int, peer: PeerId) -> str:
-    return f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}/p2p/{peer}"
+    try:
+        kind = f"ip{ip_address(host).version}"
+    except ValueError:
+        kind = "dns"
+    return f"/{kind}/{host}/tcp/{port}/p2p/{peer}"
 
 
 def bulk_addresses(listen: HostPort) -> tuple[str, ...]:

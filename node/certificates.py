@@ -1,8 +1,8 @@
 """The cluster's authority, and the certificates by which its nodes know each other.
 
-The authority is one file: an Ed25519 key and its self-signed CA certificate. Every node that loads the file issues
-itself a certificate that holds its identity's key, so a peer id follows from a TLS handshake. What is in a
-certificate, and what each side checks: docs/PROTOCOL.md, "Identity and certificates".
+The authority is one file: an Ed25519 key and its self-signed CA certificate. A node that loads the file issues itself
+a certificate, and others one for a join token. It holds the node's own key, so a peer id follows from a TLS handshake.
+What is in a certificate, and what each side checks: docs/PROTOCOL.md, "Identity and certificates".
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 
 from cryptography import x509
@@ -21,29 +22,40 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from node import private_files
 from node.identity import Identity, from_pem, to_pem
-from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.admission import cluster_id, is_site
+from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError
 from protocol.ids import PeerId
-from protocol.records import peer_id_of
+from protocol.records import peer_id_of, public_key_of
+from protocol.wire import MAX_CERTIFICATE
 
 FILE_NAME = "cluster.pem"
 """In the data folder: the authority that a node makes for itself when no cluster key is configured."""
 
 _NOT_BEFORE = datetime(2000, 1, 1, tzinfo=UTC)
 _NOT_AFTER = datetime(2100, 1, 1, tzinfo=UTC)
-"""Wide on purpose: a board without a clock battery wakes up in 1970 or at its image's build date."""
+"""Of a certificate without end, which is never judged by a clock: a board without a battery wakes up in 1970."""
 
-MAX_CERTIFICATE = 4096
-"""Bytes of DER. Ours take 450; what a peer claims is not parsed beyond this."""
 _MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
 """What `cryptography` raises, when it parses a certificate and when its parts are looked at."""
 _MAX_NAME = 64
 """Characters that X.520 allows in a common name and in an organizational unit."""
+_NO_CHECK_TIME = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL, which the ssl module does not name: node/admission.py judges the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Authority:
     key: Ed25519PrivateKey
     certificate: x509.Certificate
+
+    @property
+    def der(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.DER)
+
+    @property
+    def cluster(self) -> bytes:
+        """The identifier of its cluster."""
+        return cluster_id(self.der)
 
 
 def create_authority(path: Path) -> None:
@@ -76,12 +88,54 @@ def own_authority(data_dir: Path) -> Authority:
     return load_authority(path)
 
 
-def issue(authority: Authority, identity: Identity, name: str) -> x509.Certificate:
-    """A node's certificate. Its common name is the peer id; `name` stands beside it for whoever reads it."""
-    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, identity.peer_id)]
-    if name:
-        attributes.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, name[:_MAX_NAME]))
-    builder = _builder(x509.Name(attributes), identity.private_key.public_key(), authority.certificate.subject)
+def open_authority() -> Authority:
+    """That of every node with `cluster.open`: its key is no secret, and its certificate is the same everywhere."""
+    key = Ed25519PrivateKey.from_private_bytes(sha256(b"shoal open cluster").digest())
+    return Authority(key, _ca_certificate(key, serial=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """Unix time, in whole seconds. `end` None: without end. Nothing is judged by `start`: see docs/PROTOCOL.md."""
+
+    start: int = 0
+    end: int | None = None
+
+    @classmethod
+    def lasting(cls, start: float, lifetime_s: int) -> Validity:
+        """For `lifetime_s` seconds, 0 without end."""
+        return cls(int(start), int(start) + lifetime_s) if lifetime_s else cls()
+
+    @property
+    def lifetime_s(self) -> int:
+        return 0 if self.end is None else self.end - self.start
+
+
+ENDLESS = Validity()
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Whom a certificate is for. Of `name` only what X.520 has room for is kept."""
+
+    peer: PeerId
+    name: str = ""
+    site: str = ""
+
+
+def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS) -> x509.Certificate:
+    """A node's certificate. Its common name is the peer id; name and site stand beside it."""
+    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, subject.peer)]
+    if subject.name:
+        attributes.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, subject.name[:_MAX_NAME]))
+    if is_site(subject.site):
+        attributes.append(x509.NameAttribute(NameOID.LOCALITY_NAME, subject.site))
+    key = Ed25519PublicKey.from_public_bytes(public_key_of(subject.peer))
+    return _issue(authority, x509.Name(attributes), key, validity)
+
+
+def _issue(authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity) -> x509.Certificate:
+    builder = _builder(name, key, authority.certificate.subject, x509.random_serial_number(), validity)
     usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
     return (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -90,6 +144,48 @@ def issue(authority: Authority, identity: Identity, name: str) -> x509.Certifica
         .add_extension(_issuer_key_id(authority.key), critical=False)
         .sign(authority.key, algorithm=None)
     )
+
+
+def issued_by(certificate: bytes, authority: bytes) -> PeerId:
+    """The peer that a certificate (DER) of this authority (DER) names. Raises NotAdmittedError for any other.
+
+    No time is looked at.
+    """
+    parsed = _parse(certificate)
+    try:
+        parsed.verify_directly_issued_by(x509.load_der_x509_certificate(authority))
+    except (*_MALFORMED, InvalidSignature) as error:
+        raise NotAdmittedError("certificate of another cluster") from error
+    return peer_of(certificate)
+
+
+def key_of_authority(certificate: bytes) -> Ed25519PublicKey:
+    """Of a CA certificate (DER). Raises PeerMisbehavedError where it is none of ours."""
+    parsed = _parse(certificate)
+    try:
+        key = parsed.public_key()
+    except _MALFORMED as error:
+        raise PeerMisbehavedError("CA certificate with a malformed key") from error
+    if not isinstance(key, Ed25519PublicKey) or not _is_authority(parsed):
+        raise PeerMisbehavedError("the certificate of the cluster is not that of an authority")
+    return key
+
+
+def subject_of(certificate: bytes) -> Subject:
+    """Of a certificate (DER) that was verified. Raises PeerMisbehavedError as `peer_of`."""
+    names = _parse(certificate).subject
+
+    def text(oid: x509.ObjectIdentifier) -> str:
+        return next((str(attribute.value) for attribute in names.get_attributes_for_oid(oid)), "")
+
+    return Subject(peer_of(certificate), text(NameOID.ORGANIZATIONAL_UNIT_NAME), text(NameOID.LOCALITY_NAME))
+
+
+def validity_of(certificate: bytes) -> Validity:
+    """Of a certificate (DER) that was verified."""
+    parsed = _parse(certificate)
+    start, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
+    return ENDLESS if end >= _NOT_AFTER else Validity(int(start.timestamp()), int(end.timestamp()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +197,9 @@ class Credentials:
     authority: bytes
 
     @classmethod
-    def issued(cls, authority: Authority, identity: Identity, name: str) -> Credentials:
-        certificate = issue(authority, identity, name).public_bytes(Encoding.DER)
-        return cls(identity, certificate, authority.certificate.public_bytes(Encoding.DER))
+    def issued(cls, authority: Authority, identity: Identity, name: str, site: str = "") -> Credentials:
+        certificate = issue(authority, Subject(identity.peer_id, name, site)).public_bytes(Encoding.DER)
+        return cls(identity, certificate, authority.der)
 
     def server_context(self) -> ssl.SSLContext:
         """Mutual TLS 1.3, without tickets: every connection proves both sides anew."""
@@ -115,31 +211,23 @@ class Credentials:
         """As the server's. No host name is checked: the name of a node is its key, see `peer_of`."""
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
 
-    def verify(self, certificate: bytes) -> PeerId:
-        """The peer that a certificate (DER) of this cluster names. Raises PeerMisbehavedError for any other.
-
-        For where TLS has not verified it already. As there are no expiring certificates, no time is looked at.
-        """
-        parsed = _parse(certificate)
-        try:
-            parsed.verify_directly_issued_by(x509.load_der_x509_certificate(self.authority))
-        except (*_MALFORMED, InvalidSignature) as error:
-            raise PeerMisbehavedError("certificate of another cluster") from error
-        return peer_of(certificate)
+    def show_in(self, context: ssl.SSLContext) -> None:
+        """Have the handshakes of a context show this certificate from now on."""
+        _load_chain(context, to_pem(self.identity.private_key) + _pem(self.certificate))
 
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
-        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.verify_flags |= ssl.VERIFY_X509_STRICT | _NO_CHECK_TIME
         context.load_verify_locations(cadata=self.authority)
-        _load_chain(context, to_pem(self.identity.private_key) + _pem(self.certificate))
+        self.show_in(context)
         return context
 
 
 def peer_of(certificate: bytes) -> PeerId:
-    """The peer id that follows from the key in a certificate (DER) which TLS or `Credentials.verify` has verified.
+    """The peer id that follows from the key in a certificate (DER) which TLS or `issued_by` has verified.
 
     Raises PeerMisbehavedError where the key is no Ed25519 key or the common name is another than the peer id.
     """
@@ -158,6 +246,8 @@ def peer_of(certificate: bytes) -> PeerId:
 
 
 def _parse(certificate: bytes) -> x509.Certificate:
+    if not certificate:
+        raise NotAdmittedError("showed no certificate")
     if len(certificate) > MAX_CERTIFICATE:
         raise PeerMisbehavedError(f"certificate of {len(certificate)} bytes")
     try:
@@ -168,29 +258,40 @@ def _parse(certificate: bytes) -> x509.Certificate:
 
 def _new_authority() -> bytes:
     key = Ed25519PrivateKey.generate()
+    return to_pem(key) + _ca_certificate(key, x509.random_serial_number()).public_bytes(Encoding.PEM)
+
+
+def _ca_certificate(key: Ed25519PrivateKey, serial: int) -> x509.Certificate:
     digest = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"shoal cluster {digest.hex()[:16]}")])
-    certificate = (
-        _builder(name, key.public_key(), name)
+    return (
+        _builder(name, key.public_key(), name, serial, ENDLESS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(authority=True), critical=True)
         .add_extension(_issuer_key_id(key), critical=False)
         .sign(key, algorithm=None)
     )
-    return to_pem(key) + certificate.public_bytes(Encoding.PEM)
 
 
-def _builder(subject: x509.Name, key: Ed25519PublicKey, issuer: x509.Name) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, key: Ed25519PublicKey, issuer: x509.Name, serial: int, validity: Validity
+) -> x509.CertificateBuilder:
+    end = validity.end
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(_NOT_BEFORE)
-        .not_valid_after(_NOT_AFTER)
+        .serial_number(serial)
+        .not_valid_before(_NOT_BEFORE if end is None else _date(validity.start))
+        .not_valid_after(_NOT_AFTER if end is None else min(_date(end), _NOT_AFTER))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
+
+
+def _date(seconds: int) -> datetime:
+    """X.509 as the library writes it begins in 1950; what lies beyond our own bounds is put to them."""
+    return datetime.fromtimestamp(max(0, min(seconds, int(_NOT_AFTER.timestamp()))), UTC)
 
 
 def _issuer_key_id(key: Ed25519PrivateKey) -> x509.AuthorityKeyIdentifier:
@@ -214,7 +315,7 @@ def _key_usage(*, authority: bool) -> x509.KeyUsage:
 def _is_authority(certificate: x509.Certificate) -> bool:
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *_MALFORMED):
         return False
 
 

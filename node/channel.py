@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import trio
 
-from protocol.errors import PeerUnavailableError
+from protocol.errors import NotAdmittedError, PeerUnavailableError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -189,6 +189,8 @@ class TlsChannel(Channel):
     ) -> TlsChannel:
         """Takes over the connected socket `sock` and shakes hands; the deadline is the caller's.
 
+        Raises NotAdmittedError where the other side has no certificate of this cluster, PeerUnavailableError.
+
         A client learns only with its first read whether the server accepted its certificate (RFC 8446, section 4.4.4).
         """
         try:
@@ -217,6 +219,10 @@ class TlsChannel(Channel):
                 await self.wait_readable()
             except ssl.SSLWantWriteError:
                 await self._wait_writable()
+            except ssl.SSLError as error:
+                if why := _not_admitted(error):
+                    raise NotAdmittedError(why) from error
+                raise PeerUnavailableError(f"{what} failed: {error}") from error
             except (OSError, ValueError) as error:
                 raise PeerUnavailableError(f"{what} failed: {error}") from error
             else:
@@ -263,6 +269,13 @@ class TlsChannel(Channel):
     def _send(self, views: list[memoryview]) -> int:
         """OpenSSL wants a write that would block again with the same bytes: so it gets them."""
         return self._tls.send(views[0])
+
+
+def _not_admitted(error: ssl.SSLError) -> str:
+    """What is wrong with the certificate that the other side showed; "" where something else is."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate of another cluster ({error.verify_message})"
+    return "showed no certificate" if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE" else ""
 
 
 def _after(views: list[memoryview], sent: int) -> list[memoryview]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 import msgspec
 
-from node import cli_offline
+from node import cli_cluster, cli_offline
 from node.cli_common import (
     DEFAULTS,
     FAILED,
@@ -65,6 +65,7 @@ def main(ctx: click.Context, socket: Path, as_json: bool) -> None:
 
 
 cli_offline.add_to(main)
+cli_cluster.add_to(main)
 
 
 def _show(session: Session, path: str, kind: type[msgspec.Struct], **query: str) -> None:
@@ -282,26 +283,6 @@ def _tell(change: Change, *, dry_run: bool) -> None:
 
 
 # The rest
-
-
-@main.group(cls=Group)
-def cluster() -> None:
-    """The cluster's key, by which its nodes know each other."""
-
-
-@cluster.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@common
-@click.pass_obj
-def init(session: Session, file: Path) -> None:
-    """Make a new cluster's key in FILE: copy it to every node, and name it there as [cluster] key."""
-    from node.certificates import create_authority
-
-    create_authority(file)
-    if session.json:
-        click.echo(json.dumps({"file": str(file)}))
-    else:
-        click.echo(f"made {file}: whoever has it can add nodes to the cluster, so keep it as a secret")
 
 
 @main.command()

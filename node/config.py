@@ -92,6 +92,7 @@ class UpstreamPart(_Part, frozen=True):
 
 class ClusterPart(_Part, frozen=True):
     key: str = ""
+    open: bool = False
 
 
 class CachePart(_Part, frozen=True):
@@ -220,6 +221,8 @@ def check(config: Config) -> None:
     parse_size(config.cache.memory, "cache.memory")
     parse_size(config.cache.disk, "cache.disk")
     parse_floor(config.cache.min_free, "cache.min_free")
+    if config.cluster.key and config.cluster.open:
+        raise BadInputError("cluster.open: a cluster that anybody may enter has no key; remove cluster.key")
     names = [upstream.name for upstream in config.upstream]
     for upstream in config.upstream:
         check_upstream(upstream.name)

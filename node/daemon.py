@@ -27,8 +27,8 @@ from cache.tiered import Tiers
 from node import mirror as mirror_module
 from node.access import Access, PublicTable
 from node.addresses import bulk_addresses
+from node.admission import Admission
 from node.announcer import Announcer
-from node.certificates import Credentials, load_authority, own_authority, peer_of
 from node.channel import tune_allocator
 from node.config import (
     Config,
@@ -43,6 +43,7 @@ from node.config import (
     uplink_policy,
 )
 from node.control import metrics_handler, serve_control
+from node.control_admission import admission_routes
 from node.control_api import NodeControl, Parts, upstream_row
 from node.control_offline import offline_routes
 from node.exchange import Answer
@@ -50,6 +51,8 @@ from node.exchange_tls import TlsExchange
 from node.fetcher import Fetcher
 from node.http_server import Handler, Limits, serve_http
 from node.identity import Identity, load_or_create
+from node.joining import FILE_NAME as TOKENS
+from node.joining import Registrar, Uses
 from node.ledger import Ledger
 from node.library import SiteLibrary
 from node.listings import Listings
@@ -64,7 +67,11 @@ from node.origin import Origin
 from node.pins import Pins, digests_of, load_pins
 from node.prefetch import Prefetcher
 from node.remembered import RememberedPeers
+from node.renewal import Renewal
+from node.revocations import FILE_NAME as REVOCATIONS
+from node.revocations import Revocations
 from node.seeder import Seeder, Site
+from node.standing import save_joined, standing
 from node.swarm_libp2p import LibP2PSwarm
 from node.trust import Trust
 from node.uplink import Uplink, UplinkFile
@@ -77,7 +84,7 @@ from protocol.errors import BadInputError
 from protocol.health import Health
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import Member
-from protocol.messages import Ping, PingRequest, Request, Resolve, Sync
+from protocol.messages import Ping, PingRequest, Renew, Request, Resolve, Sync
 from protocol.placement import Placement
 from protocol.records import Record, make_record
 
@@ -109,11 +116,14 @@ class Dispatcher:
     membership: Gossiper
     names: Names
     seeder: Seeder
+    registrar: Registrar
 
     async def __call__(self, peer: PeerId, request: Request) -> Answer:
         match request:
             case Ping() | PingRequest() | Sync():
                 return await self.membership.handle(peer, request)
+            case Renew():
+                return await self.registrar.handle(peer, request)
             case Resolve():
                 return await self.names.handle(request)
             case _:
@@ -145,12 +155,6 @@ def _data_dir(config: Config) -> Path:
     return path
 
 
-def _credentials(config: Config, data_dir: Path, identity: Identity) -> Credentials:
-    key = config.cluster.key
-    authority = load_authority(Path(key)) if key else own_authority(data_dir)
-    return Credentials.issued(authority, identity, config.node.name)
-
-
 def _record_for(identity: Identity) -> Callable[[ObjectRef, int, bytes], Record]:
     def record_for(ref: ObjectRef, index: int, sha: bytes) -> Record:
         return make_record(ref, index, sha, identity.peer_id, identity.sign)
@@ -163,7 +167,10 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
     started_at = trio.current_time()
     data_dir = _data_dir(config)
     identity = load_or_create(data_dir)
-    credentials = _credentials(config, data_dir, identity)
+    place = standing(config, data_dir, identity)
+    revocations = Revocations(data_dir / REVOCATIONS, place.credentials.authority)
+    admission = Admission(place.credentials, revocations)
+    registrar = Registrar(place.authority, revocations, Uses(data_dir / TOKENS))
     metrics, ledger, health, directory = Metrics(), Ledger(), Health(), Directory()
     async with AsyncExitStack() as stack:
         mirror_listeners = await _listeners(parse_host_port(config.mirror.listen, "mirror.listen"), "mirror.listen")
@@ -173,7 +180,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         public = PublicTable(data_dir / "access.sqlite", pins.has_of)
         stack.callback(public.close)
         bulk = parse_host_port(config.peers.bulk, "peers.bulk")
-        own = Member(identity.peer_id, config.node.name, config.node.site, bulk_addresses(bulk))
+        own = Member(identity.peer_id, config.node.name, place.site, bulk_addresses(bulk))
         membership = Membership(own, int(time.time() * 1000), Random())
         uplinks = [
             Uplink(part.name, uplink_policy(part), sharing=lambda: len(membership.site)) for part in config.upstream
@@ -188,16 +195,16 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
 
         answers = _Late()
         exchange = TlsExchange(
-            credentials.server_context(),
-            credentials.client_context(),
-            peer_of,
+            admission.server_context,
+            admission.client_context,
+            admission.peer_of,
             listen=bulk,
             locate=membership.find,
-            refused=membership.is_quarantined,
+            refused=membership.is_refused,
             handler=answers,
             plain=config.peers.plain,
         )
-        service = Gossiper(membership, exchange)
+        service = Gossiper(membership, exchange, revocations)
         site = Site(
             identity.peer_id,
             membership,
@@ -217,7 +224,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             public_grace_s=parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
             loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
         )  # fmt: skip
-        answers.target = Dispatcher(service, names, seeder)
+        answers.target = Dispatcher(service, names, seeder, registrar)
         announcer = Announcer(site, seeder, directory, membership, table)
         fetcher = Fetcher(site, seeder, work)
         library = SiteLibrary(site, names, seeder, fetcher, ledger, metrics, announcer.finished)
@@ -237,10 +244,11 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             )
         )
         swarm = LibP2PSwarm(
-            credentials,
+            admission,
             lambda: membership.own,
+            joins=registrar.serve,
             listen=config.peers.listen,
-            bootstrap=config.peers.bootstrap,
+            bootstrap=[*config.peers.bootstrap, *place.bootstrap],
             mdns=config.peers.mdns,
             introduced=membership.introduced,
             current=membership.current,
@@ -268,11 +276,16 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         await work.start(UplinkFile(data_dir / "uplink.msgpack", uplinks).run)
         await work.start(exchange.run)
         await work.start(service.run)
+        await work.start(admission.watch, exchange.disconnect)
+        if place.joined is not None:
+            save = partial(save_joined, data_dir)
+            await work.start(Renewal(admission, place.joined, membership, exchange, save, Random()).run)
         await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))
         await work.start(announcer.run)
         await work.start(swarm.run)
         await work.start(prefetcher.run)
-        await work.start(partial(serve_control, control, Path(config.control.socket), offline_routes(offline)))
+        routes = {**offline_routes(offline), **admission_routes(service, revocations)}
+        await work.start(partial(serve_control, control, Path(config.control.socket), routes))
         if config.control.metrics:
             address = parse_host_port(config.control.metrics, "control.metrics")
             await _serve(work, await _listeners(address, "control.metrics"), metrics_handler(metrics), Limits(), None)

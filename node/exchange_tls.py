@@ -21,13 +21,14 @@ import trio
 from cachetools import LRUCache
 
 from cache.memory import sole
+from node.admission import Refusals
 from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S, AtWork, Call, answer, never
 from node.channel import Channel, PlainChannel, TlsChannel, Traffic
 from node.config import HostPort, parse_host_port
 from node.exchange import Answer, Body, Handler, Heard, Into, Lane
 from node.turns import Turns
 from protocol import wire
-from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import BLOCK_SIZE, PeerId
 from protocol.members import MAX_MEMBERS, Member
 from protocol.messages import Failed, GetBlock, GetShard, Reply, Request, Waiting
@@ -43,6 +44,8 @@ VIEWS = 4
 """Bodies that may wait on a connection as views of whole blocks. Where more do, the link is slower than this machine,
 and the next are copied out, since each could keep a block in memory for its part of it."""
 PLAIN_LANES = (Lane.URGENT, Lane.BULK)
+CHANNEL = "bulk"
+"""What refusals in the log call it."""
 
 Message = TypeVar("Message")
 
@@ -312,10 +315,10 @@ class _Incoming:
 class TlsExchange:
     """`Exchange` over mutual TLS; see there for the promises.
 
-    `peer_of` tells the peer id of a verified certificate (DER), `locate` where a member listens, `refused` whose
-    connections are not accepted. It listens from its construction and answers while it runs; a port of 0 in `listen`
-    takes a free one, and `address` tells which. With `plain`, blocks go in the clear to and from members that want it
-    too.
+    `peer_of` tells the peer id of a certificate (DER) that TLS has verified, or raises NotAdmittedError; `locate` where
+    a member listens, `refused` whose connections are not accepted. It listens from its construction and answers while
+    it runs; a port of 0 in `listen` takes a free one, and `address` tells which. With `plain`, blocks go in the clear
+    to and from members that want it too.
     """
 
     def __init__(
@@ -351,6 +354,7 @@ class TlsExchange:
         self._requests = trio.Semaphore(limits.requests)
         self._at_work = AtWork[tuple[_Incoming, int]](timing.waiting_first_s, timing.waiting_every_s)
         self._turns = Turns()
+        self._refusals = Refusals()
         self._answer_bytes = 0
         # What waits in it is in `_outgoing` too, which is bounded.
         self._to_dial, self._dials = trio.open_memory_channel[_Outgoing](math.inf)
@@ -514,8 +518,12 @@ class TlsExchange:
 
     async def _dial_address(self, peer: PeerId, lane: Lane, where: HostPort) -> _Reader[Reply]:
         sock = await _connect(where, self._timing.connect_s)
-        with trio.move_on_after(self._timing.handshake_s):
-            return await self._introduce(sock, peer, lane)
+        try:
+            with trio.move_on_after(self._timing.handshake_s):
+                return await self._introduce(sock, peer, lane)
+        except NotAdmittedError as error:
+            self._refusals.tell(CHANNEL, error.peer or where.host, str(where), error)
+            raise
         raise PeerUnavailableError("no handshake in time")
 
     async def _introduce(self, sock: socket.socket, peer: PeerId, lane: Lane) -> _Reader[Reply]:
@@ -537,20 +545,21 @@ class TlsExchange:
     async def _accept(self, nursery: trio.Nursery) -> None:
         while True:
             await self._handshakes.acquire()
-            nursery.start_soon(self._serve_incoming, await self._accept_one())
+            nursery.start_soon(self._serve_incoming, *await self._accept_one())
 
-    async def _accept_one(self) -> socket.socket:
+    async def _accept_one(self) -> tuple[socket.socket, HostPort]:
         while True:
             await trio.lowlevel.wait_readable(self._listener)
             try:
-                return self._listener.accept()[0]
+                sock, address = self._listener.accept()
+                return sock, HostPort(*address[:2])
             except OSError as error:
                 # Other errors say that the connection was gone before it was accepted: accept(2), "Error handling".
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.error("connections cannot be accepted: %s", error)  # noqa: TRY400 # the reason is all of it
                     await trio.sleep(self._timing.retry_s)
 
-    async def _serve_incoming(self, sock: socket.socket) -> None:
+    async def _serve_incoming(self, sock: socket.socket, where: HostPort) -> None:
         try:
             try:
                 peer, reader = await self._welcome_in_time(sock)
@@ -562,6 +571,8 @@ class TlsExchange:
                 reader.channel.close()
         except PeerUnavailableError as error:
             log.debug("an incoming connection ended: %s", error)
+        except NotAdmittedError as error:
+            self._refusals.tell(CHANNEL, error.peer or where.host, str(where), error)
         except PeerMisbehavedError as error:
             log.warning("an incoming connection broke the protocol: %s", error)
 

@@ -15,6 +15,8 @@ from typing import assert_never
 import trio
 
 from node.exchange import Answer, Exchange, Lane
+from node.revocations import Revocations
+from protocol.admission import Revocation
 from protocol.errors import BadInputError, DeniedError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
 from protocol.members import Member, State, Update
@@ -114,6 +116,16 @@ class Membership:
     def is_quarantined(self, peer: PeerId) -> bool:
         return self._swim.is_excluded(peer)
 
+    def banish(self, peer: PeerId) -> None:
+        """Its certificate is revoked: it is cut off and forgotten, and nothing about it is believed again."""
+        if peer == self._own.peer_id:
+            log.error("the certificate of this very node is revoked: members refuse it. Join anew with a new identity")
+        self._swim.banish(peer)
+        self._settle()
+
+    def is_refused(self, peer: PeerId) -> bool:
+        return self._swim.is_excluded(peer) or self._swim.is_banished(peer)
+
     def table(self) -> tuple[Row, ...]:
         """All other members that are remembered, by name."""
         rows = [self._row(peer) for peer in self._swim.known]
@@ -163,6 +175,11 @@ class Membership:
         self._swim.synced(peer)
         self._settle()
 
+    def spread(self) -> None:
+        """Have a few members synced with at once."""
+        self._swim.spread()
+        self._settle()
+
     def abandoned(self) -> None:
         self._swim.abandoned()
 
@@ -210,10 +227,13 @@ class Membership:
 class Gossiper:
     """Probes, tells and syncs as `membership` decides, and answers Ping, PingRequest and Sync."""
 
-    def __init__(self, membership: Membership, exchange: Exchange) -> None:
+    def __init__(self, membership: Membership, exchange: Exchange, revocations: Revocations) -> None:
         self._membership = membership
         self._exchange = exchange
+        self._revocations = revocations
         self._timeout_s = membership.config.probe_timeout_s
+        for one in revocations.all:
+            membership.banish(PeerId(one.subject))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Works until it is cancelled; a clean stop calls `leave` first."""
@@ -226,10 +246,29 @@ class Gossiper:
         finally:
             self._membership.abandoned()
 
+    def revoke(self, revocations: tuple[Revocation, ...]) -> list[str]:
+        """Hold to these from now on, and tell others. Returns the subjects that were not known.
+
+        Raises PeerMisbehavedError where the authority did not sign one.
+        """
+        new = self._revocations.add(revocations)
+        for subject in new:
+            log.warning("revoked", extra={"subject": subject})
+            self._membership.banish(PeerId(subject))
+        if new:
+            self._membership.spread()
+        return new
+
+    def _told(self, peer: PeerId, revocations: tuple[Revocation, ...]) -> None:
+        try:
+            self.revoke(revocations)
+        except PeerMisbehavedError as error:
+            self._membership.quarantine(peer, str(error))
+
     async def handle(self, peer: PeerId, request: Request) -> Answer:
-        """Raises DeniedError to the quarantined, BadInputError for requests that are not of membership."""
-        if self._membership.is_quarantined(peer):
-            raise DeniedError("quarantined")
+        """Raises DeniedError to the refused, BadInputError for requests that are not of membership."""
+        if self._membership.is_refused(peer):
+            raise DeniedError("quarantined or revoked")
         match request:
             case Ping():
                 self._membership.received(request.updates)
@@ -238,8 +277,9 @@ class Gossiper:
                 self._membership.received(request.updates)
                 return Answer(await self._ping_for(peer, request.target))
             case Sync():
+                self._told(peer, request.revocations)
                 self._membership.received(request.updates, whole_view=True)
-                return Answer(SyncReply(self._membership.view()))
+                return Answer(SyncReply(self._membership.view(), self._revocations.all))
             case _:
                 raise BadInputError(f"not a request of membership: {type(request).__name__}")
 
@@ -308,8 +348,10 @@ class Gossiper:
 
     async def _sync(self, sync: SyncWith) -> None:
         started = trio.current_time()
-        reply = await self._request(sync.peer, Sync(self._membership.view()), sync.timeout_s)
+        question = Sync(self._membership.view(), self._revocations.all)
+        reply = await self._request(sync.peer, question, sync.timeout_s)
         if isinstance(reply, SyncReply):
+            self._told(sync.peer, reply.revocations)
             self._membership.acked(sync.peer, trio.current_time() - started)
             self._membership.received(reply.updates, whole_view=True)
         self._membership.synced(sync.peer)

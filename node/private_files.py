@@ -1,4 +1,5 @@
-"""Files that hold a secret: created whole or not at all, for the owner alone, and never overwritten."""
+"""Keys and certificates in files: written whole or not at all, and durably. A key is for the owner alone, and never
+overwritten."""
 
 from __future__ import annotations
 
@@ -32,17 +33,32 @@ def create(path: Path, data: bytes) -> bool:
     return True
 
 
-def read(path: Path) -> bytes:
+def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file, or put it in the place of the one that is there. Raises BadInputError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        try:
+            _write(temporary, data)
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise BadInputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read(path: Path, most: int = MAX_BYTES) -> bytes:
     """The whole file. Raises BadInputError where it cannot be read or is too large; FileNotFoundError passes."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(most + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise BadInputError(f"{path} is larger than a key file can be")
+    if len(data) > most:
+        raise BadInputError(f"{path} is larger than such a file can be")
     return data
 
 

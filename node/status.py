@@ -243,6 +243,14 @@ class WhyReport(_Document, frozen=True):
     totals: dict[str, WhyTotal]
 
 
+class RevokeReport(_Document, frozen=True):
+    """`subject` is a peer id, or `token:` and a token's id; `total` counts the revocations that this node holds."""
+
+    subject: str
+    new: bool
+    total: int
+
+
 Level = Literal["ok", "warn", "fail"]
 
 

@@ -1,4 +1,5 @@
-"""Introductions over libp2p: TCP, Noise, yamux. The only file that imports libp2p. docs/PROTOCOL.md, "Introduction".
+"""Introductions and joins over libp2p: TCP, Noise, yamux. The only file that imports libp2p. docs/PROTOCOL.md,
+"Introduction".
 
 Of libp2p the transport's parts are used (multistream, Noise, yamux, peer ids), not its Host and Swarm: there one
 exception in one peer's task ends the whole service, a connection that was closed keeps its task and its place among
@@ -14,7 +15,7 @@ import node.libp2p_parts  # noqa: F401 # before libp2p: see there
 # isort: split
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,8 +39,10 @@ from libp2p.transport.upgrader import TransportUpgrader
 
 from node import mdns
 from node.addresses import Target, concrete_hosts, parse_listen, parse_target, to_multiaddr, with_observed
-from node.certificates import Credentials
+from node.admission import Admission, Refusals
 from node.config import HostPort
+from node.identity import Identity
+from node.joining import Line
 from node.swarm import Current, Introduced
 from protocol import introduction
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
@@ -52,6 +55,9 @@ logging.getLogger("libp2p").addHandler(logging.NullHandler())
 logging.getLogger("libp2p").propagate = False
 
 PROTOCOL = TProtocol("/shoal/introduce/1")
+JOIN = TProtocol("/shoal/join/1")
+CHANNEL = "introduction"
+"""What refusals in the log call it."""
 MAX_INBOUND = 32
 """Connections that are being introduced at once; more are closed at once, and their nodes come again."""
 MAX_DIALS = 8
@@ -59,6 +65,8 @@ MAX_DISCOVERED = 256
 """Peers that mDNS may make this node dial: anyone on the LAN can announce any number."""
 MAX_RECEIVED = 3 << 20
 """Bytes of one connection: a whole introduction is below 1.1 MiB, handshakes and framing included."""
+DEADLINE_S = 10.0
+"""For one introduction or join from its connect to its end."""
 _READ = 1 << 16
 _RATE_LIMITED = 1024
 """Peers and addresses whose last warning is remembered."""
@@ -68,8 +76,7 @@ _RATE_LIMITED = 1024
 class Timing:
     """Seconds. Retries are spread by +-25 %, so that a site that comes up together does not dial in step."""
 
-    deadline: float = 10.0
-    """For one introduction from its connect to its end."""
+    deadline: float = DEADLINE_S
     first_retry: float = 0.5
     last_retry: float = 10.0
     recheck: float = 6.5
@@ -86,14 +93,19 @@ class _Discovered:
     scope: trio.CancelScope
 
 
+Joins = Callable[[Line, str, PeerId], Awaitable[None]]
+"""Serves one join: the line, the host at its other end, this node's peer id. Raises as `Registrar.serve`."""
+
+
 class LibP2PSwarm:
     """See node.swarm.Swarm. `addresses` are known for certain once `run` has started (a port 0 is chosen then)."""
 
     def __init__(
         self,
-        credentials: Credentials,
+        admission: Admission,
         me: Callable[[], Member],
         *,
+        joins: Joins,
         listen: str,
         bootstrap: Sequence[str],
         mdns: bool,
@@ -103,8 +115,9 @@ class LibP2PSwarm:
         rng: random.Random | None = None,
     ) -> None:
         """`listen` and `bootstrap` are multiaddrs; raises BadInputError for one that is malformed."""
-        self._credentials = credentials
+        self._admission = admission
         self._me = me
+        self._joins = joins
         self._listen = parse_listen(listen)
         self._hosts = concrete_hosts(self._listen.host)
         self._port = self._listen.port
@@ -114,7 +127,8 @@ class LibP2PSwarm:
         self._current = current
         self._timing = timing or Timing()
         self._rng = rng or random.Random()
-        self._upgrader = _upgrader(credentials)
+        self._upgrader = _upgrader(admission.identity)
+        self._refusals = Refusals(self._timing.silence)
         self._inbound = trio.CapacityLimiter(MAX_INBOUND)
         self._dials = trio.CapacityLimiter(MAX_DIALS)
         self._busy: set[PeerId] = set()
@@ -139,7 +153,7 @@ class LibP2PSwarm:
 
     @property
     def _own_id(self) -> PeerId:
-        return self._credentials.identity.peer_id
+        return self._admission.identity.peer_id
 
     async def _open_listeners(self) -> list[trio.SocketListener]:
         try:
@@ -176,14 +190,14 @@ class LibP2PSwarm:
         async with self._dials:
             try:
                 with self._occupied(target.peer), _deadline(self._timing.deadline):
-                    async with await _connect(target) as stream:
+                    async with await _connect(target.host, target.port) as stream:
                         return await self._introduce(stream, target.peer)
             except PeerUnavailableError as error:
                 self._log_rarely(level, str(target), f"cannot reach {target}, which is tried again: {error}")
                 return False
 
     async def _discover(self, nursery: trio.Nursery) -> None:
-        tag = mdns.cluster_tag(self._credentials.authority)
+        tag = mdns.cluster_tag(self._admission.authority)
         mine = mdns.Announcement(self._own_id, tag, self._hosts, self._port)
         await mdns.run(mine, partial(self._found, nursery), self._lost)
 
@@ -228,12 +242,15 @@ class LibP2PSwarm:
     async def _introduce(self, stream: trio.SocketStream, expected: PeerId | None) -> bool:
         """False where either is refused. `expected` is whom this node dialled. Raises PeerUnavailableError."""
         remote = _remote(stream)
-        async with _libp2p_stream(self._upgrader, stream, expected) as line:
+        async with _libp2p_stream(self._upgrader, stream, expected) as (line, protocol):
             try:
+                if protocol == JOIN:
+                    await self._serve_join(line, remote.host)
+                    return False
                 with self._occupied(line.peer):
                     members = await self._exchange(line, first=expected is not None)
             except PeerMisbehavedError as error:
-                self._log_rarely(logging.WARNING, line.peer, f"refused {line.peer} at {remote}: {error}")
+                self._refusals.tell("join" if protocol == JOIN else CHANNEL, line.peer, str(remote), error)
                 return False
         log.info(
             "introduced to %s (%s) at %s, who named %d others", members[0].name, line.peer, remote, len(members) - 1
@@ -241,16 +258,21 @@ class LibP2PSwarm:
         self._introduced((with_observed(members[0], remote.host), *members[1:]))
         return True
 
+    async def _serve_join(self, line: _Line, host: str) -> None:
+        await self._joins(line, host, self._own_id)
+        with trio.move_on_after(self._timing.linger):
+            await line.wait_closed()
+
     async def _exchange(self, line: _Line, *, first: bool) -> tuple[Member, ...]:
         """Raises PeerMisbehavedError for a peer of another cluster, before anything was said about members."""
         if first:
-            await line.send(introduction.encode_hello(self._credentials.certificate))
+            await line.send(introduction.encode_hello(self._admission.certificate))
             self._verify(line.peer, await line.receive(introduction.MAX_HELLO))
             await line.send(self._members())
             return introduction.decode_members(await line.receive(introduction.MAX_MEMBERS_BYTES), line.peer)
         try:
             hello = await line.receive(introduction.MAX_HELLO)
-            await line.send(introduction.encode_hello(self._credentials.certificate))
+            await line.send(introduction.encode_hello(self._admission.certificate))
             self._verify(line.peer, hello)
             members = introduction.decode_members(await line.receive(introduction.MAX_MEMBERS_BYTES), line.peer)
             await line.send(self._members())
@@ -260,7 +282,7 @@ class LibP2PSwarm:
                 await line.wait_closed()
 
     def _verify(self, peer: PeerId, hello: bytes) -> None:
-        named = self._credentials.verify(introduction.decode_hello(hello))
+        named = self._admission.verify(introduction.decode_hello(hello))
         if named != peer:
             raise PeerMisbehavedError(f"shows the certificate of {named}")
 
@@ -330,27 +352,44 @@ class _BoundedTcp(TrioTCPStream):
         return data
 
 
-def _upgrader(credentials: Credentials) -> TransportUpgrader:
+def _upgrader(identity: Identity) -> TransportUpgrader:
     """Noise and yamux only: no plaintext, no secio, no mplex."""
-    keys = create_new_key_pair(credentials.identity.private_key.private_bytes_raw())
+    keys = create_new_key_pair(identity.private_key.private_bytes_raw())
     noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
     return TransportUpgrader({NOISE: noise}, {TProtocol(YAMUX): Yamux})
 
 
 @asynccontextmanager
+async def join_line(identity: Identity, host: str, port: int, expected: PeerId | None) -> AsyncIterator[Line]:
+    """A line to the member there, whoever it is where none is expected, for a join; the deadline is `DEADLINE_S`.
+
+    Raises PeerUnavailableError.
+    """
+    with _deadline(DEADLINE_S):
+        tcp = await _connect(host, port)
+        async with tcp, _libp2p_stream(_upgrader(identity), tcp, expected, JOIN) as (line, _):
+            yield line
+
+
+@asynccontextmanager
 async def _libp2p_stream(
-    upgrader: TransportUpgrader, tcp: trio.SocketStream, expected: PeerId | None
-) -> AsyncIterator[_Line]:
-    """Secure and multiplex `tcp`, and open (to `expected`) or accept the one stream. Raises PeerUnavailableError."""
+    upgrader: TransportUpgrader, tcp: trio.SocketStream, expected: PeerId | None, wanted: TProtocol | None = None
+) -> AsyncIterator[tuple[_Line, TProtocol]]:
+    """Secure and multiplex `tcp`, and open or accept the one stream, and for which protocol it is.
+
+    It is opened where this side dialled: with the peer `expected`, or with anybody for the protocol `wanted`. Raises
+    PeerUnavailableError.
+    """
     failure: ShoalError | None = None
+    dialled = wanted or (PROTOCOL if expected is not None else None)
     async with trio.open_nursery() as nursery:
         try:
             with _translated():
-                connection = await _upgrade(upgrader, tcp, expected)
+                connection = await _upgrade(upgrader, tcp, expected, dialled=dialled is not None)
             nursery.start_soon(_pump, connection)
             with _translated():
-                stream = await _negotiate(connection, dialled=expected is not None)
-            yield _Line(PeerId(connection.peer_id.to_base58()), stream)
+                stream, protocol = await _negotiate(connection, dialled)
+            yield _Line(PeerId(connection.peer_id.to_base58()), stream), protocol
         except ShoalError as error:
             failure = error  # raised in here, the nursery would wrap it in a group
         nursery.cancel_scope.cancel()
@@ -358,25 +397,31 @@ async def _libp2p_stream(
         raise failure
 
 
-async def _upgrade(upgrader: TransportUpgrader, tcp: trio.SocketStream, expected: PeerId | None) -> Yamux:
-    peer = None if expected is None else ID.from_base58(expected)
-    raw = RawConnection(_BoundedTcp(tcp), expected is not None)
-    secured = await upgrader.upgrade_security(raw, expected is not None, peer)
+async def _upgrade(
+    upgrader: TransportUpgrader, tcp: trio.SocketStream, expected: PeerId | None, *, dialled: bool
+) -> Yamux:
+    raw = RawConnection(_BoundedTcp(tcp), dialled)
+    if dialled and expected is None:
+        # libp2p's own upgrade insists on a peer id, its Noise does not: who it is, is proven all the same.
+        secured = await upgrader.security_multistream.secure_outbound(raw, None)  # type: ignore[arg-type]
+    else:
+        secured = await upgrader.upgrade_security(raw, dialled, ID.from_base58(expected) if expected else None)
     connection = await upgrader.upgrade_connection(secured, secured.get_remote_peer())
     assert isinstance(connection, Yamux)  # the only muxer that is offered
     return connection
 
 
-async def _negotiate(connection: Yamux, *, dialled: bool) -> YamuxStream:
+async def _negotiate(connection: Yamux, dialled: TProtocol | None) -> tuple[YamuxStream, TProtocol]:
     await connection.event_started.wait()
     if dialled:
         stream = await connection.open_stream()
-        await MultiselectClient().select_one_of([PROTOCOL], MultiselectCommunicator(stream))
-        return stream
+        await MultiselectClient().select_one_of([dialled], MultiselectCommunicator(stream))
+        return stream, dialled
     accepted = await connection.accept_stream()
     assert isinstance(accepted, YamuxStream)
-    await Multiselect({PROTOCOL: None}).negotiate(MultiselectCommunicator(accepted))
-    return accepted
+    protocol, _ = await Multiselect({PROTOCOL: None, JOIN: None}).negotiate(MultiselectCommunicator(accepted))
+    assert protocol is not None  # it is one of those
+    return accepted, protocol
 
 
 async def _pump(connection: Yamux) -> None:
@@ -388,10 +433,10 @@ async def _pump(connection: Yamux) -> None:
         log.debug("yamux with %s ended: %s", connection.peer_id, error)
 
 
-async def _connect(target: Target) -> trio.SocketStream:
+async def _connect(host: str, port: int) -> trio.SocketStream:
     """DNS names are resolved, and their addresses raced, by trio (RFC 8305)."""
     try:
-        return await trio.open_tcp_stream(target.host, target.port)
+        return await trio.open_tcp_stream(host, port)
     except OSError as error:
         raise PeerUnavailableError(str(error)) from error
 

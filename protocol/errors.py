@@ -18,6 +18,17 @@ class PeerMisbehavedError(ShoalError):
     """A peer broke the protocol or sent bytes that do not match what was signed."""
 
 
+class NotAdmittedError(PeerMisbehavedError):
+    """Who is there is not, or no longer, a member of this cluster. The text says why; `peer`, where proven, who."""
+
+    def __init__(self, text: str, peer: str = "") -> None:
+        super().__init__(text, peer)
+        self.peer = peer
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class PeerUnavailableError(ShoalError):
     """A peer did not answer in time, or cannot be reached."""
 

@@ -38,11 +38,11 @@ _Members = tuple[Member, ...]
 _ENCODER = msgspec.msgpack.Encoder()
 _HELLOS = msgspec.msgpack.Decoder(Hello)
 _MEMBERS = msgspec.msgpack.Decoder(_Members)
-_Decoded = TypeVar("_Decoded")
+Decoded = TypeVar("Decoded")
 
 
 def encode_hello(certificate: bytes) -> bytes:
-    return _frame(_ENCODER.encode(Hello(VERSION, certificate)))
+    return frame(_ENCODER.encode(Hello(VERSION, certificate)))
 
 
 def encode_members(me: Member, known: Sequence[Member]) -> bytes:
@@ -52,7 +52,7 @@ def encode_members(me: Member, known: Sequence[Member]) -> bytes:
     while len(body) > MAX_MEMBERS_BYTES:
         others = others[: len(others) // 2]
         body = _ENCODER.encode((me, *others))
-    return _frame(body)
+    return frame(body)
 
 
 def body_length(prefix: bytes, most: int) -> int:
@@ -65,7 +65,7 @@ def body_length(prefix: bytes, most: int) -> int:
 
 def decode_hello(body: bytes) -> bytes:
     """The certificate (DER, not verified yet). Raises PeerMisbehavedError."""
-    hello = _decode(_HELLOS, body)
+    hello = decode(_HELLOS, body)
     if hello.version != VERSION:
         raise PeerMisbehavedError(f"speaks version {hello.version} of the introduction, not {VERSION}")
     return hello.certificate
@@ -73,7 +73,7 @@ def decode_hello(body: bytes) -> bytes:
 
 def decode_members(body: bytes, peer: PeerId) -> tuple[Member, ...]:
     """What `peer` said of itself and of others, itself first. Raises PeerMisbehavedError."""
-    members = _decode(_MEMBERS, body)
+    members = decode(_MEMBERS, body)
     if not 1 <= len(members) <= MAX_INTRODUCED:
         raise PeerMisbehavedError(f"introduction that names {len(members)} members")
     for member in members:
@@ -83,11 +83,11 @@ def decode_members(body: bytes, peer: PeerId) -> tuple[Member, ...]:
     return members
 
 
-def _frame(body: bytes) -> bytes:
+def frame(body: bytes) -> bytes:
     return PREFIX.pack(len(body)) + body
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decoded:
+def decode(decoder: msgspec.msgpack.Decoder[Decoded], body: bytes) -> Decoded:
     try:
         return decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -100,15 +100,15 @@ def _check(member: Member) -> None:
     except BadInputError as error:
         raise PeerMisbehavedError(f"names a member by a false id: {error}") from error
     bounded = (
-        _is_text(member.name, MAX_NAME)
-        and _is_text(member.site, MAX_NAME)
+        is_text(member.name, MAX_NAME)
+        and is_text(member.site, MAX_NAME)
         and len(member.addresses) <= MAX_ADDRESSES
-        and all(_is_text(address, MAX_ADDRESS) for address in member.addresses)
+        and all(is_text(address, MAX_ADDRESS) for address in member.addresses)
         and 0 <= member.weight <= MAX_WEIGHT
     )
     if not bounded:
         raise PeerMisbehavedError(f"what it says of member {member.peer_id} is out of bounds")
 
 
-def _is_text(text: str, most: int) -> bool:
+def is_text(text: str, most: int) -> bool:
     return len(text) <= most and text.isprintable()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from protocol.admission import Revocation
 from protocol.ids import PeerId
 from protocol.members import Update
 from protocol.records import Record
@@ -87,12 +88,19 @@ class PingRequest(_Message, frozen=True, tag=8):
 
 
 class Sync(_Message, frozen=True, tag=9):
-    """The sender's whole view; answered by the receiver's."""
+    """The sender's whole view, and all revocations that it holds; answered by the receiver's."""
 
     updates: tuple[Update, ...]
+    revocations: tuple[Revocation, ...] = ()
 
 
-Request = GetShard | GetBlock | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync
+class Renew(_Message, frozen=True, tag=10):
+    """To a member that has the authority's key: the sender's certificate (DER), for one that ends later."""
+
+    certificate: bytes
+
+
+Request = GetShard | GetBlock | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync | Renew
 
 
 class ShardFound(_Message, frozen=True, tag=32):
@@ -142,6 +150,7 @@ class Pong(_Message, frozen=True, tag=38):
 
 class SyncReply(_Message, frozen=True, tag=39):
     updates: tuple[Update, ...]
+    revocations: tuple[Revocation, ...] = ()
 
 
 class Waiting(_Message, frozen=True, tag=40):
@@ -160,6 +169,12 @@ class Failed(_Message, frozen=True, tag=41):
     text: str
 
 
-Reply = ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Pong | SyncReply | Waiting | Failed
+class Renewed(_Message, frozen=True, tag=42):
+    certificate: bytes
+
+
+Reply = (
+    ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Pong | SyncReply | Waiting | Failed | Renewed
+)
 
 FAILURES = ("not-held", "not-found", "denied", "unavailable", "busy", "bad-request")

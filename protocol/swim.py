@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from heapq import nsmallest
@@ -28,8 +28,9 @@ from protocol.ids import PeerId
 from protocol.members import MAX_MEMBERS, Member, State, Update
 from protocol.wire import MAX_HEADER, MAX_INCARNATION
 
-MAX_VIEW_BYTES = MAX_HEADER - (64 << 10)
-"""Of a view's encoded statements: a message's bound, less its frame. Only invented members ever come near it."""
+MAX_VIEW_BYTES = MAX_HEADER - (256 << 10)
+"""Of a view's encoded statements: a message's bound, less its frame and all revocations. Only invented members ever
+come near it."""
 
 RTT_GAIN = 0.2
 """Weight of a new round-trip sample: about the last five count."""
@@ -132,6 +133,7 @@ class Event(StrEnum):
     DROPPED = "dropped"
     LEFT = "left"
     READMITTED = "re-admitted"
+    REVOKED = "revoked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +232,7 @@ class Swim:
         self._known: dict[PeerId, Known] = {}
         self._suspects: dict[PeerId, float] = {}
         self._excluded: dict[PeerId, float] = {}
+        self._banished: set[PeerId] = set()
         self._rumours = Rumours()
         self._rumours.add(own.peer_id)
         self._probing: dict[PeerId, Probe] = {}
@@ -307,13 +310,13 @@ class Swim:
         for update in updates:
             if update.member.peer_id == self._own.member.peer_id:
                 self._refute(update)
-            elif update.incarnation > 0:
+            elif update.incarnation > 0 and update.member.peer_id not in self._banished:
                 self._hear(update, now, whole_view)
 
     def introduced(self, member: Member, now: float) -> None:
         """`member` proved to be of the cluster, and to be at these addresses."""
         self._notice_pause(now)
-        if member.peer_id == self._own.member.peer_id:
+        if member.peer_id == self._own.member.peer_id or member.peer_id in self._banished:
             return
         known = self._known.get(member.peer_id)
         if known is None or known.is_hint:
@@ -325,6 +328,8 @@ class Swim:
 
     def hint(self, member: Member, now: float) -> None:
         """`member` is said to have been there; it is asked, and not shown before it answers."""
+        if member.peer_id in self._banished:
+            return
         if member.peer_id != self._own.member.peer_id and member.peer_id not in self._known:
             self._adopt(Update(member, State.DEAD, 0), now)
             self._want_sync(member.peer_id)
@@ -378,6 +383,30 @@ class Swim:
 
     def is_excluded(self, peer: PeerId) -> bool:
         return peer in self._excluded
+
+    def banish(self, peer: PeerId) -> None:
+        """Forget `peer`, and whatever is said of it from now on. For good: who calls bounds their number."""
+        if peer == self._own.member.peer_id or peer in self._banished:
+            return
+        self._banished.add(peer)
+        self._wanted_cuts.append(peer)
+        known = self._known.get(peer)
+        if known is not None:
+            self._tell(known.update.member, Event.REVOKED)
+            self._suspects.pop(peer, None)
+            self._probing.pop(peer, None)
+            self._drop(peer)
+            self._stale = True
+
+    def is_banished(self, peer: PeerId) -> bool:
+        return peer in self._banished
+
+    def spread(self) -> None:
+        """There is news that only syncs carry: sync with a few members of this site, and of others."""
+        site = self._own.member.site
+        far = [peer for peer, one in self._known.items() if one.is_live and one.update.member.site != site]
+        for peer in [*self._sample(self._config.gossip_fanout), *self._pick(far, self._config.gossip_fanout)]:
+            self._want_sync(peer)
 
     def leave(self) -> tuple[Gossip, ...]:
         """This node goes: whom to tell. After this it neither probes nor refutes."""
@@ -508,8 +537,10 @@ class Swim:
         return self._config.parallel_syncs - len(self._syncing)
 
     def _sample(self, count: int) -> list[PeerId]:
-        others = self._neighbours()
-        return self._rng.sample(others, min(count, len(others)))
+        return self._pick(self._neighbours(), count)
+
+    def _pick(self, peers: Sequence[PeerId], count: int) -> list[PeerId]:
+        return self._rng.sample(peers, min(count, len(peers)))
 
     def _neighbours(self) -> tuple[PeerId, ...]:
         """Peer ids of the site, sorted, without the own."""

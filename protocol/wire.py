@@ -19,6 +19,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 
 from protocol import messages as msg
+from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT
 from protocol.errors import BadInputError, PeerMisbehavedError
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, shard_length
 from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Update
@@ -54,6 +55,8 @@ MAX_ADDRESS = 262
 MAX_WEIGHT = 1e6
 MAX_INCARNATION = 1 << 53
 MAX_FAILURE_TEXT = 500
+MAX_CERTIFICATE = 4096
+"""Bytes of DER; ours take 450."""
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,64}", re.ASCII)
 
@@ -201,6 +204,7 @@ _ANSWERS: dict[type[Any], type[Any]] = {
     msg.Ping: msg.Pong,
     msg.PingRequest: msg.Pong,
     msg.Sync: msg.SyncReply,
+    msg.Renew: msg.Renewed,
 }
 
 
@@ -308,6 +312,19 @@ def _ping_request(message: msg.PingRequest) -> None:
     _updates(message.updates, MAX_PIGGYBACK)
 
 
+def _sync(message: msg.Sync | msg.SyncReply) -> None:
+    """What the revocations say is checked with the authority's key, by who has it."""
+    _updates(message.updates, MAX_MEMBERS)
+    _need(len(message.revocations) <= MAX_REVOCATIONS, "revocations")
+    for one in message.revocations:
+        _text(one.subject, MAX_SUBJECT)
+        _need(len(one.signature) == 64, "signature")
+
+
+def _certificate(message: msg.Renew | msg.Renewed) -> None:
+    _need(len(message.certificate) <= MAX_CERTIFICATE, "certificate")
+
+
 def _failed(message: msg.Failed) -> None:
     _need(message.code in msg.FAILURES and len(message.text) <= MAX_FAILURE_TEXT, "failure")
 
@@ -321,13 +338,15 @@ _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     msg.Resolve: _resolve,
     msg.Ping: lambda message: _updates(message.updates, MAX_PIGGYBACK),
     msg.PingRequest: _ping_request,
-    msg.Sync: lambda message: _updates(message.updates, MAX_MEMBERS),
+    msg.Sync: _sync,
+    msg.Renew: _certificate,
     msg.ShardFound: _shard_found,
     msg.BlockFound: lambda message: _record(message.record),
     msg.HoldingsFound: _holdings,
     msg.Holders: _holders,
     msg.Resolved: _resolved,
     msg.Pong: lambda message: _updates(message.updates, MAX_PIGGYBACK),
-    msg.SyncReply: lambda message: _updates(message.updates, MAX_MEMBERS),
+    msg.SyncReply: _sync,
+    msg.Renewed: _certificate,
     msg.Failed: _failed,
 }

@@ -17,8 +17,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node import certificates, mdns, swarm_libp2p
 from node.addresses import Target, parse_target
+from node.admission import Admission
 from node.certificates import Authority, Credentials
 from node.identity import Identity
+from node.joining import Line
 from node.swarm_libp2p import LibP2PSwarm, Timing
 from protocol import introduction
 from protocol.errors import BadInputError, PeerUnavailableError
@@ -74,6 +76,10 @@ def log() -> Iterator[Log]:
     logger.setLevel(level)
 
 
+async def nobody_joins(line: Line, host: str, own: PeerId) -> None:
+    raise AssertionError(f"{line.peer} came to join")
+
+
 class Node:
     """A swarm and a membership that believes every introduction."""
 
@@ -94,8 +100,9 @@ class Node:
         self.introductions: list[tuple[Member, ...]] = []
         self._changed = trio.Event()
         self.swarm = LibP2PSwarm(
-            Credentials.issued(authority, self.identity, name),
+            Admission(Credentials.issued(authority, self.identity, name)),
             lambda: self.me,
+            joins=nobody_joins,
             listen=listen,
             bootstrap=bootstrap,
             mdns=multicast,
@@ -404,9 +411,9 @@ def test_a_liar_of_the_own_cluster_is_refused(authority: Authority, log: Log, li
 
 
 async def talk(to: Node, credentials: Credentials, words: Lie) -> None:
-    upgrader = swarm_libp2p._upgrader(credentials)
+    upgrader = swarm_libp2p._upgrader(credentials.identity)
     stream = await trio.open_tcp_stream("127.0.0.1", to.port)
-    async with stream, swarm_libp2p._libp2p_stream(upgrader, stream, to.me.peer_id) as line:
+    async with stream, swarm_libp2p._libp2p_stream(upgrader, stream, to.me.peer_id) as (line, _):
         await words(line, credentials)
         await line.wait_closed()
 

@@ -10,12 +10,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from node import certificates
-from node.certificates import Authority, Credentials
+from node.certificates import Authority, Credentials, Subject, Validity, issued_by
 from node.identity import Identity
 from protocol.errors import BadInputError, PeerMisbehavedError
 from protocol.ids import PeerId
+from protocol.wire import MAX_CERTIFICATE
 
 
 @pytest.fixture
@@ -31,8 +33,9 @@ def identity() -> Identity:
 def impostor(authority: Authority) -> Credentials:
     """A certificate of the cluster over one key that goes by the name of another."""
     mine = identity()
-    lie = Identity(mine.private_key, identity().peer_id)
-    return Credentials.issued(authority, lie, "impostor")
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity().peer_id)])
+    lie = certificates._issue(authority, name, mine.private_key.public_key(), certificates.ENDLESS)
+    return Credentials(mine, lie.public_bytes(Encoding.DER), authority.der)
 
 
 def shake_hands(client: Credentials, server: Credentials) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
@@ -115,16 +118,16 @@ def test_a_client_without_certificate_is_refused(authority: Authority) -> None:
     server.close()
 
 
-def test_verify_does_what_tls_does(authority: Authority, tmp_path: Path) -> None:
-    here, there = Credentials.issued(authority, identity(), "a"), Credentials.issued(authority, identity(), "b")
+def test_issued_by_does_what_tls_does(authority: Authority, tmp_path: Path) -> None:
+    there = Credentials.issued(authority, identity(), "b")
     stranger = Credentials.issued(certificates.own_authority(tmp_path), identity(), "stranger")
-    assert here.verify(there.certificate) == there.identity.peer_id
+    assert issued_by(there.certificate, authority.der) == there.identity.peer_id
     with pytest.raises(PeerMisbehavedError, match="another cluster"):
-        here.verify(stranger.certificate)
+        issued_by(stranger.certificate, authority.der)
     with pytest.raises(PeerMisbehavedError, match="another name"):
-        here.verify(impostor(authority).certificate)
+        issued_by(impostor(authority).certificate, authority.der)
     with pytest.raises(PeerMisbehavedError, match="another name"):
-        here.verify(here.authority)
+        issued_by(authority.der, authority.der)
 
 
 def test_a_name_that_is_not_the_keys_is_refused(authority: Authority) -> None:
@@ -136,13 +139,13 @@ def test_a_forged_issuer_is_not_enough(authority: Authority) -> None:
     forger = Authority(Ed25519PrivateKey.generate(), authority.certificate)
     forged = Credentials.issued(forger, identity(), "forged")
     with pytest.raises(PeerMisbehavedError, match="another cluster"):
-        Credentials.issued(authority, identity(), "member").verify(forged.certificate)
+        issued_by(forged.certificate, authority.der)
 
 
 @pytest.mark.parametrize("bytes_", [b"", b"\x30\x80", b"\x00" * 5000], ids=["none", "stub", "large"])
 def test_malformed_certificates_are_refused(authority: Authority, bytes_: bytes) -> None:
     with pytest.raises(PeerMisbehavedError):
-        Credentials.issued(authority, identity(), "member").verify(bytes_)
+        issued_by(bytes_, authority.der)
     with pytest.raises(PeerMisbehavedError):
         certificates.peer_of(bytes_)
 
@@ -172,7 +175,7 @@ def test_files_that_are_no_authority_are_named(authority: Authority, tmp_path: P
     path = tmp_path / "cluster.key"
     whole = path.read_bytes()
     key, certificate = whole.split(b"-----BEGIN CERTIFICATE")
-    node = certificates.issue(authority, Identity.of(authority.key), "x").public_bytes(Encoding.PEM)
+    node = certificates.issue(authority, Subject(Identity.of(authority.key).peer_id)).public_bytes(Encoding.PEM)
     other = x509.load_pem_x509_certificate(b"-----BEGIN CERTIFICATE" + certificate)
     assert other == authority.certificate
     certificates.create_authority(tmp_path / "second")
@@ -186,5 +189,21 @@ def test_files_that_are_no_authority_are_named(authority: Authority, tmp_path: P
 
 
 def test_certificates_stay_well_below_their_bound(authority: Authority) -> None:
-    credentials = Credentials.issued(authority, identity(), "n" * 300)
-    assert len(credentials.certificate) < certificates.MAX_CERTIFICATE / 4
+    credentials = Credentials.issued(authority, identity(), "n" * 300, "s" * 64)
+    assert len(credentials.certificate) < MAX_CERTIFICATE / 4
+
+
+def test_what_a_certificate_says_comes_out_again(authority: Authority) -> None:
+    who = Subject(identity().peer_id, "edge-1", "harbour")
+    for validity in (certificates.ENDLESS, Validity.lasting(1_700_000_000.7, 86400)):
+        der = certificates.issue(authority, who, validity).public_bytes(Encoding.DER)
+        assert certificates.subject_of(der) == who
+        assert certificates.validity_of(der) == validity
+    assert Validity.lasting(1_700_000_000.7, 86400).lifetime_s == 86400
+    assert Validity.lasting(5.0, 0) == certificates.ENDLESS
+
+
+def test_an_open_cluster_is_the_same_everywhere() -> None:
+    assert certificates.open_authority().der == certificates.open_authority().der
+    node = Credentials.issued(certificates.open_authority(), identity(), "a")
+    assert issued_by(node.certificate, certificates.open_authority().der) == node.identity.peer_id

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable
 from hashlib import sha256
+from pathlib import Path
 from random import Random
 
 import msgspec
@@ -13,18 +14,23 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from node.certificates import open_authority
 from node.exchange import Answer, Heard, Lane
 from node.exchange_memory import MemoryExchange, MemoryNetwork
 from node.membership import Gossiper, Membership
 from node.remembered import MAX_REMEMBERED, RememberedPeers
-from protocol.errors import BadInputError, DeniedError, PeerUnavailableError
+from node.revocations import Revocations
+from protocol.admission import make_revocation
+from protocol.errors import BadInputError, DeniedError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
 from protocol.members import Member, State, Update
-from protocol.messages import GetHoldings, Ping, PingRequest, Pong, Request
+from protocol.messages import GetHoldings, Ping, PingRequest, Pong, Request, Sync
 from protocol.records import peer_id_of
 from protocol.swim import SwimConfig
 
 LATENCY_S = 0.002
+AUTHORITY = open_authority()
+NOWHERE = Path("nowhere")
 QUARANTINE_S = 300.0
 
 
@@ -41,9 +47,9 @@ class Node:
         self.own = own
         self.membership = Membership(own, incarnation, Random(site.rng.random()), config, QUARANTINE_S)
         self.exchange = MemoryExchange(
-            site.network, own.peer_id, refused=self.membership.is_quarantined, handler=self._handle
+            site.network, own.peer_id, refused=self.membership.is_refused, handler=self._handle
         )
-        self.gossiper = Gossiper(self.membership, self)
+        self.gossiper = Gossiper(self.membership, self, Revocations(site.folder / own.peer_id, AUTHORITY.der))
         self.scope = trio.CancelScope()
         self.asked: list[PeerId] = []
 
@@ -78,8 +84,9 @@ class Node:
 
 
 class Site:
-    def __init__(self, nursery: trio.Nursery, seed: int) -> None:
+    def __init__(self, nursery: trio.Nursery, seed: int, folder: Path = NOWHERE) -> None:
         self.nursery = nursery
+        self.folder = folder
         self.rng = Random(seed)
         self.network = MemoryNetwork(LATENCY_S)
         self.loss = 0.0
@@ -126,10 +133,10 @@ async def until(holds: Callable[[], bool], within_s: float) -> float:
     return trio.current_time() - started
 
 
-def run(scenario: Callable[[Site], Awaitable[None]], seed: int = 1) -> None:
+def run(scenario: Callable[[Site], Awaitable[None]], seed: int = 1, folder: Path = NOWHERE) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            await scenario(Site(nursery, seed))
+            await scenario(Site(nursery, seed, folder))
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
@@ -306,6 +313,83 @@ def test_a_quarantined_peer_is_out_of_the_view_and_left_alone_for_a_time() -> No
     run(scenario)
 
 
+def revoke(node: Node, subject: str) -> list[str]:
+    return node.gossiper.revoke((make_revocation(AUTHORITY.cluster, subject, 1, AUTHORITY.key.sign),))
+
+
+def test_a_revoked_node_is_out_of_every_view_and_stays_out(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(20)
+        gone = site.nodes[7]
+        others = [node for node in site.nodes if node is not gone]
+        assert revoke(site.nodes[3], gone.own.peer_id) == [gone.own.peer_id]
+        assert revoke(site.nodes[3], gone.own.peer_id) == []
+        assert await site.agree(20, others) < 20
+        for node in others:
+            assert node.membership.find(gone.own.peer_id) is None
+            assert node.membership.is_refused(gone.own.peer_id)
+        introduce(gone, site.nodes[0])
+        site.nodes[0].membership.received((Update(gone.own, State.ALIVE, 9999),))
+        await until(lambda: gone.sees() == {gone.own.peer_id}, 240)
+        assert gone.own.peer_id not in states(site.nodes[0])
+
+    run(scenario, folder=tmp_path)
+
+
+def test_a_node_that_was_off_hears_of_a_revocation_and_keeps_it(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(3)
+        off, gone, tells = site.nodes
+        site.kill(off)
+        revoke(tells, gone.own.peer_id)
+        site.kill(gone)
+        back = await site.start(off.own, 2000)
+        introduce(back, tells)
+        await until(lambda: back.membership.is_refused(gone.own.peer_id), 5)
+        site.kill(back)
+        again = await site.start(off.own, 3000)
+        assert again.membership.is_refused(gone.own.peer_id)
+
+    run(scenario, folder=tmp_path)
+
+
+def test_other_sites_hear_of_a_revocation(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        near, far, gone = member(0), member(1), member(2)
+        far = msgspec.structs.replace(far, site="elsewhere")
+        one, two = await site.start(near), await site.start(far)
+        introduce(one, two)
+        await trio.sleep(3)
+        revoke(one, gone.peer_id)
+        await until(lambda: two.membership.is_refused(gone.peer_id), 3)
+
+    run(scenario, folder=tmp_path)
+
+
+def test_who_tells_a_forged_revocation_is_quarantined_and_nobody_revoked(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(2)
+        one, two = site.nodes
+        forged = make_revocation(AUTHORITY.cluster, member(9).peer_id, 1, lambda data: bytes(64))
+        with pytest.raises(PeerMisbehavedError):
+            one.gossiper.revoke((forged,))
+        await one.gossiper.handle(two.own.peer_id, Sync((), (forged,)))
+        assert "not signed" in one.membership.table()[0].quarantine
+        assert not one.membership.is_refused(member(9).peer_id)
+
+    run(scenario, folder=tmp_path)
+
+
+def test_a_node_is_told_that_it_is_revoked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(site: Site) -> None:
+        await site.grow(1)
+        revoke(site.nodes[0], site.nodes[0].own.peer_id)
+        assert site.nodes[0].membership.find(site.nodes[0].own.peer_id) is not None
+
+    run(scenario, folder=tmp_path)
+    assert "this very node is revoked" in caplog.text
+
+
 def test_a_node_cannot_quarantine_itself() -> None:
     async def scenario(site: Site) -> None:
         node = await site.start(member(0))
@@ -426,7 +510,7 @@ def test_whatever_is_cancelled_the_view_stays_whole() -> None:
             await trio.sleep(0.001)
             node.scope = trio.CancelScope()
             node.exchange = MemoryExchange(
-                site.network, node.own.peer_id, refused=node.membership.is_quarantined, handler=node._handle
+                site.network, node.own.peer_id, refused=node.membership.is_refused, handler=node._handle
             )
             await site.nursery.start(node.run)
             await trio.sleep(step * 0.0371)

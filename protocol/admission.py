@@ -1,0 +1,230 @@
+"""What the cluster's authority signs beside certificates: join tokens and revocations.
+
+Values, their bytes and their checks; no clock, so `now` is an argument. Bytes: docs/FORMATS.md, "Join tokens" and
+"Revocations". What is done with them: docs/PROTOCOL.md, "Joining" and "Revocation".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import TypeVar
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from protocol.errors import BadInputError, NotAdmittedError
+from protocol.ids import PeerId
+from protocol.records import public_key_of
+
+Sign = Callable[[bytes], bytes]
+"""Ed25519 with the authority's key."""
+
+TOKEN_PREFIX, _TOKEN_CONTEXT = "shoal-join-1.", b"shoal-token-1\x00"  # names a format
+REVOCATION_PREFIX, _REVOCATION_CONTEXT = "shoal-revocation-1.", b"shoal-revocation-1\x00"
+_TOKEN_SUBJECT = "token:"  # names a kind
+
+SIGNATURE = 64
+ID_BYTES = 16
+MAX_TEXT = 1024
+"""Characters of a token or a revocation; ours have some 210."""
+MAX_SITE = 64
+MAX_USES = 1024
+"""Nodes that one token of a limited number may admit: as many peer ids are kept for it."""
+MAX_TIME = 1 << 40
+"""Unix seconds: beyond any date, within an integer of 64 bits whatever is added."""
+MIN_LIFETIME_S = 24 * 3600
+"""A certificate that lives for less is over before a clock that is wrong by hours lets its node renew it."""
+MAX_SUBJECT = 64
+"""Characters: a peer id has 52, a token's subject 38."""
+MAX_REVOCATIONS = 1024
+"""All of them travel in every sync of whole views: 150 KiB. A cluster that loses more nodes than that to strangers
+needs a new key."""
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """An invitation. `cluster` is the SHA-256 of the CA certificate; `made` and `expires` are Unix time.
+
+    `uses`: how many nodes it admits, 0 for any number. `lifetime`: seconds that a certificate issued for it is valid,
+    0 without end.
+    """
+
+    cluster: bytes
+    site: str
+    made: int
+    expires: int
+    uses: int
+    lifetime: int
+    id: bytes
+
+    @property
+    def subject(self) -> str:
+        """By what name it is revoked. It is no secret: it cannot be used."""
+        return _TOKEN_SUBJECT + self.id.hex()
+
+
+class Revocation(msgspec.Struct, frozen=True, array_like=True):
+    """The authority's word that a peer id, or a join token's `subject`, is not to be let in any more. For good."""
+
+    subject: str
+    made: int
+    signature: bytes
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TOKENS = msgspec.msgpack.Decoder(Token)
+_REVOCATIONS = msgspec.msgpack.Decoder(Revocation)
+_Value = TypeVar("_Value")
+
+
+def cluster_id(authority: bytes) -> bytes:
+    """Names a cluster: the SHA-256 of its CA certificate (DER)."""
+    return sha256(authority).digest()
+
+
+# Tokens
+
+
+def make_token(token: Token, sign: Sign) -> str:
+    """The text of a token. Raises BadInputError for values out of bounds."""
+    _check_token(token)
+    body = _ENCODER.encode(token)
+    return _to_text(TOKEN_PREFIX, body + sign(_TOKEN_CONTEXT + body))
+
+
+def read_token(text: str) -> Token:
+    """What a token says, unproven: its bearer cannot check it before he has the CA certificate. Raises BadInputError.
+
+    No error holds any of the text, which is a secret.
+    """
+    return _token_of(_from_text(TOKEN_PREFIX, text, "join token"))
+
+
+def check_token(text: str, authority: Ed25519PublicKey, cluster: bytes, now: float) -> Token:
+    """A token that this authority signed and that has not expired at `now` (Unix time).
+
+    Raises NotAdmittedError saying what is wrong with it. How often it was used is the caller's to know.
+    """
+    try:
+        data = _from_text(TOKEN_PREFIX, text, "join token")
+        token = _token_of(data)
+    except BadInputError as error:
+        raise NotAdmittedError(str(error)) from error
+    if token.cluster != cluster or not _is_signed(authority, data[-SIGNATURE:], _TOKEN_CONTEXT + data[:-SIGNATURE]):
+        raise NotAdmittedError("the join token is of another cluster, or altered")
+    if now > token.expires:
+        raise NotAdmittedError(
+            f"the join token expired at {date(token.expires)} by the clock of who issues certificates, {date(now)}"
+        )
+    return token
+
+
+def _token_of(data: bytes) -> Token:
+    token = _decoded(_TOKENS, data[:-SIGNATURE], "join token")
+    _check_token(token)
+    return token
+
+
+def _check_token(token: Token) -> None:
+    good = (
+        len(token.cluster) == 32
+        and is_site(token.site)
+        and 0 <= token.made < token.expires <= MAX_TIME
+        and 0 <= token.uses <= MAX_USES
+        and (token.lifetime == 0 or MIN_LIFETIME_S <= token.lifetime <= MAX_TIME)
+        and len(token.id) == ID_BYTES
+    )
+    if not good:
+        raise BadInputError("the join token's values are out of bounds")
+
+
+def is_site(text: str) -> bool:
+    """Whether it can be the site in a token and a certificate."""
+    return 1 <= len(text) <= MAX_SITE and text.isprintable()
+
+
+# Revocations
+
+
+def make_revocation(cluster: bytes, subject: str, now: int, sign: Sign) -> Revocation:
+    """Raises BadInputError where `subject` is neither a peer id nor a token's."""
+    _check_subject(subject)
+    return Revocation(subject, now, sign(_revoked(cluster, subject, now)))
+
+
+def revocation_text(revocation: Revocation) -> str:
+    return _to_text(REVOCATION_PREFIX, _ENCODER.encode(revocation))
+
+
+def read_revocation(text: str) -> Revocation:
+    """What it says, unproven. Raises BadInputError."""
+    return _decoded(_REVOCATIONS, _from_text(REVOCATION_PREFIX, text, "revocation"), "revocation")
+
+
+def check_revocation(revocation: Revocation, authority: Ed25519PublicKey, cluster: bytes) -> None:
+    """Raises BadInputError unless this authority signed it."""
+    _check_subject(revocation.subject)
+    if not 0 <= revocation.made <= MAX_TIME or len(revocation.signature) != SIGNATURE:
+        raise BadInputError("the revocation's values are out of bounds")
+    signed = _revoked(cluster, revocation.subject, revocation.made)
+    if not _is_signed(authority, revocation.signature, signed):
+        raise BadInputError(f"the revocation of {revocation.subject} is not signed by this cluster's authority")
+
+
+def _revoked(cluster: bytes, subject: str, made: int) -> bytes:
+    return _REVOCATION_CONTEXT + _ENCODER.encode((cluster, subject, made))
+
+
+def _check_subject(subject: str) -> None:
+    if subject.startswith(_TOKEN_SUBJECT):
+        digits = subject.removeprefix(_TOKEN_SUBJECT)
+        if len(digits) != 2 * ID_BYTES or set(digits) - set("0123456789abcdef"):
+            raise BadInputError(f"not the name of a join token: {subject[:80]!r}")
+    else:
+        public_key_of(PeerId(subject))
+
+
+# Both
+
+
+def date(seconds: float) -> str:
+    """For people: `2026-11-24 16:38 UTC`."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:.0f} s after 1970"
+
+
+def _is_signed(authority: Ed25519PublicKey, signature: bytes, signed: bytes) -> bool:
+    try:
+        authority.verify(signature, signed)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _to_text(prefix: str, data: bytes) -> str:
+    return prefix + base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def _from_text(prefix: str, text: str, what: str) -> bytes:
+    """Only what `_to_text` makes: one value has one text."""
+    coded = text.removeprefix(prefix)
+    try:
+        data = base64.b64decode(coded + "=" * (-len(coded) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        data = b""
+    if len(text) > MAX_TEXT or len(data) <= SIGNATURE or _to_text(prefix, data) != text:
+        raise BadInputError(f"not a {what}: it begins with {prefix} and has to be copied whole")
+    return data
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[_Value], data: bytes, what: str) -> _Value:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInputError(f"the {what} cannot be decoded") from error
