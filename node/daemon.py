@@ -335,14 +335,14 @@ async def _open_tiers(
 
 async def _run_until_signal(config: Config) -> None:
     stop = trio.Event()
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
 
-            async def watch() -> None:
-                async for _ in signals:
-                    stop.set()
-                    return
+        async def watch() -> None:
+            async for _ in signals:
+                stop.set()
+                return
 
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
             await run(config, Notifier(), stop)
             nursery.cancel_scope.cancel()

@@ -29,7 +29,9 @@ LAST_PART = 3
 """In this part of its lifetime a certificate is renewed: the last third of 24 h at least, and 24 h of leeway after it,
 are more than a clock is wrong by or an outage of the members with the key usually takes."""
 LOOK_EVERY_S = 600.0
-"""Also between tries. The clock may be set at any time, so nothing waits for longer."""
+"""The clock may be set at any time, so nothing waits for longer."""
+RETRY_S = 5.0
+"""After a first failure, doubled after each: at the start of the node nobody is known yet."""
 MOST_ASKED = 32
 ANSWER_S = 2.0
 
@@ -58,10 +60,15 @@ class Renewal:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until it is cancelled; at once over for a certificate without end."""
         task_status.started()
+        pause = RETRY_S
         while (end := validity_of(self._admission.certificate).end) is not None:
-            if self._is_due(end) and not await self._renew():
-                log.warning("no member renewed the certificate", extra={"ends": date(end)})
-            await trio.sleep(LOOK_EVERY_S * self._rng.uniform(0.75, 1.25))
+            if not self._is_due(end) or await self._renew():
+                pause = RETRY_S
+                await trio.sleep(LOOK_EVERY_S)
+                continue
+            log.warning("no member renewed the certificate", extra={"ends": date(end), "again_s": pause})
+            await trio.sleep(pause * self._rng.uniform(0.75, 1.25))
+            pause = min(2 * pause, LOOK_EVERY_S)
 
     def _is_due(self, end: int) -> bool:
         return self._now() >= end - validity_of(self._admission.certificate).lifetime_s / LAST_PART
@@ -75,7 +82,7 @@ class Renewal:
                 )
                 self._save(self._joined)
                 self._admission.renew(certificate)
-                log.info("certificate renewed", extra={"by": peer, "validity": validity_of(certificate)})
+                log.info("certificate renewed", extra={"by": peer})
                 return True
         return False
 

@@ -1,0 +1,162 @@
+"""Join tokens and revocations: what is made is accepted, and nothing that differs from it in any way is."""
+
+from __future__ import annotations
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol import admission
+from protocol.admission import (
+    MAX_REVOCATIONS,
+    MAX_SITE,
+    MAX_TIME,
+    MAX_USES,
+    MIN_LIFETIME_S,
+    Revocation,
+    Token,
+    check_revocation,
+    check_token,
+    cluster_id,
+    make_revocation,
+    make_token,
+    read_revocation,
+    read_token,
+    revocation_text,
+)
+from protocol.errors import BadInputError, NotAdmittedError
+from protocol.messages import SyncReply
+from protocol.records import peer_id_of
+from protocol.wire import MAX_HEADER, encode_head
+
+KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([byte]) * 32) for byte in (1, 2))
+CLUSTER = cluster_id(b"certificate")
+SITES = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=MAX_SITE)
+TOKENS = st.builds(
+    lambda site, made, lasts, uses, lifetime, id_: Token(CLUSTER, site, made, made + lasts, uses, lifetime, id_),
+    SITES, st.integers(0, 1 << 39), st.integers(1, 1 << 38), st.integers(0, MAX_USES),
+    st.just(0) | st.integers(MIN_LIFETIME_S, MAX_TIME), st.binary(min_size=16, max_size=16),
+)  # fmt: skip
+PEERS = st.binary(min_size=32, max_size=32).map(peer_id_of)
+SUBJECTS = PEERS | st.binary(min_size=16, max_size=16).map(lambda id_: "token:" + id_.hex())
+
+
+def accepted(text: str, now: float = 0.0) -> Token:
+    return check_token(text, KEY.public_key(), CLUSTER, now)
+
+
+@given(TOKENS)
+def test_a_token_comes_out_as_it_went_in(token: Token) -> None:
+    text = make_token(token, KEY.sign)
+    assert read_token(text) == accepted(text) == accepted(text, token.expires) == token
+    assert len(text) <= 500
+    assert set(text) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")
+    with pytest.raises(NotAdmittedError, match="expired"):
+        accepted(text, token.expires + 1)
+
+
+@given(TOKENS, st.data())
+def test_a_token_that_was_altered_anywhere_is_refused(token: Token, data: st.DataObject) -> None:
+    text = make_token(token, KEY.sign)
+    assert_refused(altered(text, data))
+
+
+def altered(text: str, data: st.DataObject) -> str:
+    """Another character, one more, one less, or a piece of it."""
+    at = data.draw(st.integers(0, len(text) - 1))
+    other = data.draw(st.characters(codec="latin-1"))
+    changed = data.draw(
+        st.sampled_from([text[:at] + other + text[at + 1 :], text[:at] + other + text[at:], text[:at], text[at + 1 :]])
+    )
+    return changed if changed != text else text + "A"
+
+
+def assert_refused(text: str) -> None:
+    with pytest.raises(NotAdmittedError) as caught:
+        accepted(text)
+    assert text[20:] not in str(caught.value) or len(text) <= 20, "an error must not hold the secret"
+
+
+@given(st.text(max_size=1200))
+def test_any_text_is_refused(text: str) -> None:
+    for candidate in (text, admission.TOKEN_PREFIX + text):
+        assert_refused(candidate)
+        with pytest.raises(BadInputError):
+            read_revocation(candidate)
+
+
+@given(TOKENS)
+def test_a_token_of_another_authority_is_refused(token: Token) -> None:
+    with pytest.raises(NotAdmittedError, match="another cluster"):
+        accepted(make_token(token, OTHER.sign))
+    with pytest.raises(NotAdmittedError, match="another cluster"):
+        check_token(make_token(token, KEY.sign), KEY.public_key(), cluster_id(b"other"), 0)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        Token(b"short", "s", 0, 1, 0, 0, bytes(16)),
+        Token(CLUSTER, "", 0, 1, 0, 0, bytes(16)),
+        Token(CLUSTER, "s" * (MAX_SITE + 1), 0, 1, 0, 0, bytes(16)),
+        Token(CLUSTER, "a\nb", 0, 1, 0, 0, bytes(16)),
+        Token(CLUSTER, "s", -1, 1, 0, 0, bytes(16)),
+        Token(CLUSTER, "s", 5, 5, 0, 0, bytes(16)),
+        Token(CLUSTER, "s", 0, MAX_TIME + 1, 0, 0, bytes(16)),
+        Token(CLUSTER, "s", 0, 1, MAX_USES + 1, 0, bytes(16)),
+        Token(CLUSTER, "s", 0, 1, -1, 0, bytes(16)),
+        Token(CLUSTER, "s", 0, 1, 0, MIN_LIFETIME_S - 1, bytes(16)),
+        Token(CLUSTER, "s", 0, 1, 0, 0, bytes(15)),
+    ],
+)
+def test_values_out_of_bounds_are_neither_made_nor_accepted(token: Token) -> None:
+    with pytest.raises(BadInputError, match="out of bounds"):
+        make_token(token, KEY.sign)
+    body = admission._ENCODER.encode(token)
+    text = admission._to_text(admission.TOKEN_PREFIX, body + KEY.sign(admission._TOKEN_CONTEXT + body))
+    assert_refused(text)
+
+
+@given(SUBJECTS, st.integers(0, MAX_TIME))
+def test_a_revocation_comes_out_as_it_went_in(subject: str, made: int) -> None:
+    revocation = make_revocation(CLUSTER, subject, made, KEY.sign)
+    check_revocation(revocation, KEY.public_key(), CLUSTER)
+    assert read_revocation(revocation_text(revocation)) == revocation
+    for key, cluster in ((OTHER.public_key(), CLUSTER), (KEY.public_key(), cluster_id(b"other"))):
+        with pytest.raises(BadInputError, match="not signed"):
+            check_revocation(revocation, key, cluster)
+
+
+@given(SUBJECTS, SUBJECTS, st.integers(0, 1 << 33), st.data())
+def test_a_revocation_that_was_altered_anywhere_is_refused(
+    subject: str, other: str, made: int, data: st.DataObject
+) -> None:
+    revocation = make_revocation(CLUSTER, subject, made, KEY.sign)
+    text = altered(revocation_text(revocation), data)
+    with pytest.raises(BadInputError):
+        check_revocation(read_revocation(text), KEY.public_key(), CLUSTER)
+    for lie in (Revocation(other, made, revocation.signature), Revocation(subject, made + 1, revocation.signature)):
+        if lie != revocation:
+            with pytest.raises(BadInputError):
+                check_revocation(lie, KEY.public_key(), CLUSTER)
+
+
+@pytest.mark.parametrize("subject", ["", "12D3KooW", "token:", "token:" + "G" * 32, "token:" + "a" * 31, "x" * 60])
+def test_only_peers_and_tokens_can_be_revoked(subject: str) -> None:
+    with pytest.raises(BadInputError):
+        make_revocation(CLUSTER, subject, 0, KEY.sign)
+
+
+def test_a_token_is_revoked_by_its_name() -> None:
+    token = Token(CLUSTER, "s", 0, 1, 0, 0, bytes(range(16)))
+    assert token.subject == "token:000102030405060708090a0b0c0d0e0f"
+    check_revocation(make_revocation(CLUSTER, token.subject, 0, KEY.sign), KEY.public_key(), CLUSTER)
+
+
+def test_all_revocations_and_a_whole_view_fit_one_message() -> None:
+    from protocol.swim import MAX_VIEW_BYTES
+
+    most = Revocation("x" * admission.MAX_SUBJECT, MAX_TIME, bytes(64))
+    size = len(encode_head(1, SyncReply((), (most,) * MAX_REVOCATIONS), 0))
+    assert size + MAX_VIEW_BYTES < MAX_HEADER
