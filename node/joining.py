@@ -134,11 +134,10 @@ class Registrar:
     async def serve(self, line: Line, host: str, own: PeerId) -> None:
         """One join. Raises PeerUnavailableError, PeerMisbehavedError; refusals are told to the peer and the log."""
         knock = join.decode_knock(await line.receive(join.MAX_MESSAGE))
-        if self._authority is None:
-            await line.send(join.encode(join.Offer(join.VERSION, b"", b"", NO_KEY)))
-            return
-        if self._wrong.get(host, 0) >= MOST_WRONG:
-            await line.send(join.encode(join.Offer(join.VERSION, b"", b"", "too many wrong tokens; wait a minute")))
+        refusal = self._refusal(host)
+        if self._authority is None or refusal:
+            self._refusals.tell(CHANNEL, line.peer, host, refusal)
+            await line.send(join.encode(join.Offer(join.VERSION, b"", b"", refusal)))
             return
         proof = self._authority.key.sign(join.proven(knock.nonce, line.peer, own))
         await line.send(join.encode(join.Offer(join.VERSION, self._authority.der, proof)))
@@ -151,6 +150,12 @@ class Registrar:
             await line.send(join.encode(join.Admittance(b"", str(error)[: join.MAX_REFUSAL])))
         else:
             await line.send(join.encode(join.Admittance(certificate)))
+
+    def _refusal(self, host: str) -> str:
+        """Why nobody from there is heard; empty where somebody is."""
+        if self._authority is None:
+            return NO_KEY
+        return "too many wrong tokens; wait a minute" if self._wrong.get(host, 0) >= MOST_WRONG else ""
 
     def _admit(self, authority: Authority, peer: PeerId, application: join.Application) -> bytes:
         now = self._now()

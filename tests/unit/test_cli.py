@@ -15,8 +15,11 @@ from click.testing import CliRunner, Result
 from node.cli import main
 from node.http_server import Request, Response, serve_http
 from node.status import Check
+from protocol.admission import read_revocation, read_token
+from protocol.records import peer_id_of
 from tests.support.fake_control import DIGEST, PEER, FakeControl, served
 
+PEER_ID = peer_id_of(bytes(32))
 DOCUMENTS = {
     "status": "name", "peers": "peers", "images": "images", "cache": "tiers", "tags": "tags", "why alpine": "objects",
     "doctor": "checks", "version": "p2pctl",
@@ -294,3 +297,60 @@ def test_doctor_when_the_mirror_is_gone(path: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     levels = {check["name"]: check["level"] for check in json.loads(result.stdout)["checks"]}
     assert levels == {"daemon": "ok", "mirror": "fail", "containerd": "ok", "clock": "ok"}
+
+
+# Admission
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    assert run("cluster", "init", tmp_path / "cluster.key").exit_code == 0
+    return tmp_path / "cluster.key"
+
+
+def test_cluster_token(key: Path) -> None:
+    told = json.loads(run("cluster", "token", "--key", key, "--site", "harbour", "--uses", "3", "--json").stdout)
+    token = read_token(told["token"])
+    assert (token.site, token.uses, token.lifetime) == ("harbour", 3, 0)
+    assert token.expires - token.made == 24 * 3600
+    assert (told["subject"], told["site"]) == (token.subject, "harbour")
+    plain = run("cluster", "token", "--key", key, "--site", "harbour", "--expires", "2h", "--lifetime", "90d")
+    token = read_token(plain.stdout.strip())
+    assert (token.expires - token.made, token.lifetime) == (7200, 90 * 86400)
+    assert "for site harbour" in plain.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--site", ""), "--site"),
+        (("--site", "s" * 65), "--site"),
+        (("--site", "s", "--uses", "-1"), "--uses"),
+        (("--site", "s", "--lifetime", "23h"), "--lifetime"),
+        (("--site", "s", "--expires", "0s"), "--expires"),
+        (("--site", "s", "--expires", "soon"), "--expires"),
+    ],
+)
+def test_a_token_that_cannot_be_is_named(key: Path, options: tuple[str, ...], named: str) -> None:
+    result = run("cluster", "token", "--key", key, *options)
+    assert result.exit_code == 1
+    assert named in result.stderr
+
+
+def test_cluster_revoke_prints_what_another_machine_can_use(key: Path) -> None:
+    token = run("cluster", "token", "--key", key, "--site", "s").stdout.strip()
+    for what, subject in ((token, read_token(token).subject), (PEER_ID, PEER_ID)):
+        text = run("cluster", "revoke", "--key", key, what, "--print").stdout.strip()
+        assert read_revocation(text).subject == subject
+    assert "--key" in run("cluster", "revoke", PEER_ID, "--print").stderr
+    assert "not an Ed25519 peer id" in run("cluster", "revoke", "--key", key, "nobody", "--print").stderr
+    assert run("--socket", "/none", "cluster", "revoke", "--key", key, PEER_ID).exit_code == 3
+
+
+def test_join_says_what_is_wrong_before_it_asks_anybody(tmp_path: Path) -> None:
+    config = tmp_path / "p2pd.toml"
+    config.write_text(f'[node]\ndata_dir = "{tmp_path}/data"\n')
+    result = run("join", "nonsense", "127.0.0.1:1", "--config", config)
+    assert result.exit_code == 1
+    assert "not a join token" in result.stderr
+    assert not (tmp_path / "data").exists()

@@ -1,0 +1,49 @@
+"""POST /revoke: only what the authority signed is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+
+from node.certificates import open_authority
+from node.control_admission import admission_routes
+from node.exchange_memory import MemoryExchange, MemoryNetwork
+from node.http_server import Request, Response
+from node.membership import Gossiper, Membership
+from node.revocations import Revocations
+from protocol.admission import make_revocation, revocation_text
+from protocol.errors import BadInputError
+from protocol.members import Member
+from protocol.records import peer_id_of
+
+AUTHORITY = open_authority()
+OWN, GONE = peer_id_of(bytes(32)), peer_id_of(b"g" * 32)
+
+
+def test_a_revocation_is_taken_once_and_a_forged_one_never(tmp_path: Path) -> None:
+    async def main() -> None:
+        membership = Membership(Member(OWN, "n", "s", ()), 1, Random(1))
+        exchange = MemoryExchange(MemoryNetwork(0.0), OWN, refused=membership.is_refused, handler=None)  # type: ignore[arg-type]
+        revocations = Revocations(tmp_path / "revocations", AUTHORITY.der)
+        method, handler = admission_routes(Gossiper(membership, exchange, revocations), revocations)["/revoke"]
+        assert method == "POST"
+
+        async def post(body: str) -> bytes:
+            response: Response = await handler(Request("POST", "/revoke", {}, {}, body.encode()))
+            assert isinstance(response.body, bytes)
+            return response.body
+
+        text = revocation_text(make_revocation(AUTHORITY.cluster, GONE, 5, AUTHORITY.key.sign))
+        assert b'"new":true,"total":1' in await post(text + "\n")
+        assert b'"new":false,"total":1' in await post(text)
+        assert membership.is_refused(GONE)
+        forged = revocation_text(make_revocation(AUTHORITY.cluster, OWN, 5, lambda data: bytes(64)))
+        for wrong in (forged, "", "nonsense", "\u00e9"):
+            with pytest.raises(BadInputError):
+                await post(wrong)
+        assert len(revocations.all) == 1
+
+    trio.run(main)
