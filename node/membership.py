@@ -21,7 +21,7 @@ from protocol.errors import BadInputError, DeniedError, PeerMisbehavedError, Pee
 from protocol.ids import PeerId
 from protocol.members import Member, State, Update
 from protocol.messages import Failed, Ping, PingRequest, Pong, Reply, Request, Sync, SyncReply
-from protocol.swim import Action, Disconnect, Event, Gossip, Probe, Swim, SwimConfig, SyncWith
+from protocol.swim import Action, Disconnect, Event, Gossip, Probe, Swim, SwimConfig, SyncWith, Tell
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Membership:
         self._settle()
 
     def spread(self) -> None:
-        """Have a few members synced with at once."""
+        """Have some members told of the revocations at once."""
         self._swim.spread()
         self._settle()
 
@@ -271,6 +271,7 @@ class Gossiper:
             raise DeniedError("quarantined or revoked")
         match request:
             case Ping():
+                self._told(peer, request.revocations)
                 self._membership.received(request.updates)
                 return Answer(Pong(self._membership.updates_for(peer)))
             case PingRequest():
@@ -297,6 +298,9 @@ class Gossiper:
                 await self._ping(action.peer, self._timeout_s)
             case SyncWith():
                 await self._sync(action)
+            case Tell():
+                question = Ping(self._membership.updates_for(action.peer), self._revocations.all)
+                await self._request(action.peer, question, self._timeout_s)
             case Disconnect():
                 self._exchange.disconnect(action.peer)
             case _:

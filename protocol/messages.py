@@ -75,9 +75,10 @@ class Resolve(_Message, frozen=True, tag=6):
 
 
 class Ping(_Message, frozen=True, tag=7):
-    """SWIM probe; `updates` piggyback."""
+    """SWIM probe; `updates` piggyback. `revocations`: those that the sender holds, while one of them is news."""
 
     updates: tuple[Update, ...]
+    revocations: tuple[Revocation, ...] = ()
 
 
 class PingRequest(_Message, frozen=True, tag=8):

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 
 from protocol import messages as msg
-from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT
+from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT, Revocation
 from protocol.errors import BadInputError, PeerMisbehavedError
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, shard_length
 from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Update
@@ -312,13 +312,22 @@ def _ping_request(message: msg.PingRequest) -> None:
     _updates(message.updates, MAX_PIGGYBACK)
 
 
-def _sync(message: msg.Sync | msg.SyncReply) -> None:
-    """What the revocations say is checked with the authority's key, by who has it."""
-    _updates(message.updates, MAX_MEMBERS)
-    _need(len(message.revocations) <= MAX_REVOCATIONS, "revocations")
-    for one in message.revocations:
+def _revocations(revocations: tuple[Revocation, ...]) -> None:
+    """What they say is checked with the authority's key, by who has it."""
+    _need(len(revocations) <= MAX_REVOCATIONS, "revocations")
+    for one in revocations:
         _text(one.subject, MAX_SUBJECT)
         _need(len(one.signature) == 64, "signature")
+
+
+def _ping(message: msg.Ping) -> None:
+    _updates(message.updates, MAX_PIGGYBACK)
+    _revocations(message.revocations)
+
+
+def _sync(message: msg.Sync | msg.SyncReply) -> None:
+    _updates(message.updates, MAX_MEMBERS)
+    _revocations(message.revocations)
 
 
 def _certificate(message: msg.Renew | msg.Renewed) -> None:
@@ -336,7 +345,7 @@ _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     msg.FindHolders: lambda message: _digests((message.digest,), 1),
     msg.Announce: lambda message: _digests(message.digests, MAX_ANNOUNCED),
     msg.Resolve: _resolve,
-    msg.Ping: lambda message: _updates(message.updates, MAX_PIGGYBACK),
+    msg.Ping: _ping,
     msg.PingRequest: _ping_request,
     msg.Sync: _sync,
     msg.Renew: _certificate,

@@ -324,7 +324,7 @@ def test_a_revoked_node_is_out_of_every_view_and_stays_out(tmp_path: Path) -> No
         others = [node for node in site.nodes if node is not gone]
         assert revoke(site.nodes[3], gone.own.peer_id) == [gone.own.peer_id]
         assert revoke(site.nodes[3], gone.own.peer_id) == []
-        assert await site.agree(20, others) < 20
+        await site.agree(1, others)
         for node in others:
             assert node.membership.find(gone.own.peer_id) is None
             assert node.membership.is_refused(gone.own.peer_id)
