@@ -14,7 +14,7 @@ from node.certificates import load_authority, subject_of
 from node.config import Config, parse_duration
 from node.identity import load_or_create
 from node.join_client import join
-from node.standing import save_joined
+from node.standing import joined_site, save_joined
 from protocol import admission
 from protocol.admission import Token, cluster_id
 from protocol.errors import BadInputError
@@ -66,7 +66,7 @@ def join_cluster(config: Config, text: str, address: str) -> dict[str, str]:
     """
     if config.cluster.key or config.cluster.open:
         raise BadInputError("this node's configuration has a [cluster] key or is open: it needs no token")
-    admission.read_token(text)
+    joined_site(config.node, admission.read_token(text).site)
     return _as_owner(Path(config.node.data_dir), lambda: _join(config, text, address))
 
 

@@ -89,7 +89,7 @@ def standing(config: Config, data_dir: Path, identity: Identity) -> Standing:
     joined = load_joined(data_dir, identity)
     authority = _configured(config)
     if authority is None and joined is not None:
-        site = _site(config.node, joined.site)
+        site = joined_site(config.node, joined.site)
         credentials = Credentials(identity, joined.certificate, joined.authority)
         return Standing(credentials, None, site, joined)
     if authority is not None and joined is not None and joined.authority != authority.der:
@@ -113,8 +113,8 @@ def _configured(config: Config) -> Authority | None:
     return load_authority(Path(config.cluster.key)) if config.cluster.key else None
 
 
-def _site(part: NodePart, joined: str) -> str:
-    """The token's, unless the configuration says another one."""
+def joined_site(part: NodePart, joined: str) -> str:
+    """The token's. Raises BadInputError where the configuration names another one."""
     if part.site not in (joined, NodePart().site):
-        raise BadInputError(f'node.site = "{part.site}", but the node joined "{joined}": remove the key, or join again')
+        raise BadInputError(f'node.site = "{part.site}", and the token is for "{joined}": the two have to be the same')
     return joined
