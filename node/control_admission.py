@@ -5,13 +5,25 @@ from __future__ import annotations
 
 import trio
 
+from node.admission import Admission
+from node.certificates import validity_of
 from node.control import Routes, document
 from node.http_server import Request, Response
 from node.membership import Gossiper
 from node.revocations import Revocations
-from node.status import RevokeReport
-from protocol.admission import read_revocation
+from node.standing import Standing
+from node.status import ClusterRow, RevokeReport
+from protocol.admission import cluster_id, read_revocation
 from protocol.errors import BadInputError, PeerMisbehavedError, UnavailableError
+
+
+def cluster_row(admission: Admission, revocations: Revocations, place: Standing) -> ClusterRow:
+    return ClusterRow(
+        id=cluster_id(admission.authority).hex(),
+        admits=place.authority is not None,
+        certificate_ends=validity_of(admission.certificate).end,
+        revocations=len(revocations.all),
+    )
 
 
 def admission_routes(gossiper: Gossiper, revocations: Revocations) -> Routes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from node.status import (
     BulkTotals,
     CachedObject,
     CacheReport,
+    ClusterRow,
     DoctorReport,
     EndpointRow,
     ImageRow,
@@ -82,6 +83,7 @@ class Parts:
     metrics: Metrics
     mirror_address: str
     started_at: float
+    cluster: Callable[[], ClusterRow]
 
 
 def rss_bytes() -> int:
@@ -97,7 +99,7 @@ class NodeControl:
         traffic = parts.exchange.statistics()
         return Status(
             name=parts.config.node.name,
-            site=parts.config.node.site,
+            site=parts.membership.own.site,
             peer_id=parts.site.own,
             addresses=parts.swarm.addresses,
             uptime_s=trio.current_time() - parts.started_at,
@@ -113,6 +115,7 @@ class NodeControl:
             mirror=parts.mirror_address,
             wear=self._wear(),
             upstreams=tuple(upstream_row(part, parts.upstreams) for part in parts.config.upstream),
+            cluster=parts.cluster(),
         )
 
     def _wear(self) -> Wear:

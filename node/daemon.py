@@ -43,7 +43,7 @@ from node.config import (
     uplink_policy,
 )
 from node.control import metrics_handler, serve_control
-from node.control_admission import admission_routes
+from node.control_admission import admission_routes, cluster_row
 from node.control_api import NodeControl, Parts, upstream_row
 from node.control_offline import offline_routes
 from node.exchange import Answer
@@ -256,7 +256,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         control = NodeControl(
             Parts(
                 config, site, membership, swarm, exchange, names, upstreams, library, ledger, metrics,
-                config.mirror.listen, started_at,
+                config.mirror.listen, started_at, lambda: cluster_row(admission, revocations, place),
             )
         )  # fmt: skip
         metrics.watch_served(

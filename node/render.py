@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from node.status import (
     NOT_READ,
     CacheReport,
     Check,
+    ClusterRow,
     ImagesReport,
     PeerRow,
     PeersReport,
@@ -123,6 +125,7 @@ def _status(status: Status, out: Console) -> None:
     for name, value in (
         ("node", f"{status.name} (site {status.site})"),
         ("peer id", status.peer_id),
+        ("cluster", _cluster(status.cluster)),
         ("addresses", " ".join(status.addresses) or "-"),
         ("mirror", f"http://{status.mirror}" if status.mirror else "-"),
         ("state", f"{'ready' if status.ready else 'starting'}, up {duration(status.uptime_s)}, p2pd {status.version}"),
@@ -141,6 +144,16 @@ def _status(status: Status, out: Console) -> None:
     if status.upstreams:
         out.print()
         _upstreams(status.upstreams, out)
+
+
+def _cluster(row: ClusterRow | None) -> str:
+    if row is None:
+        return "-"
+    left = ""
+    if row.certificate_ends is not None:
+        seconds = row.certificate_ends - time.time()
+        left = f", certificate for {duration(seconds)}" if seconds > 0 else ", certificate over"
+    return f"{row.id[:16]} ({'has its key' if row.admits else 'joined'}{left}, {row.revocations} revoked)"
 
 
 def _upstreams(rows: Iterable[UpstreamRow], out: Console) -> None:

@@ -77,6 +77,18 @@ class UpstreamRow(_Document, frozen=True):
     uplink: UplinkRow | None = None
 
 
+class ClusterRow(_Document, frozen=True):
+    """`id` is the SHA-256 of the CA certificate, in hexadecimal; `admits` whether this node can let others join.
+
+    `certificate_ends` is Unix time, null for a certificate without end; `revocations` counts those that are held.
+    """
+
+    id: str
+    admits: bool
+    certificate_ends: float | None = None
+    revocations: int = 0
+
+
 class Status(_Document, frozen=True):
     """`peers_alive` counts the other members of the site; `mirror` is `host:port`."""
 
@@ -97,6 +109,7 @@ class Status(_Document, frozen=True):
     mirror: str = ""
     wear: Wear = Wear()
     upstreams: tuple[UpstreamRow, ...] = ()
+    cluster: ClusterRow | None = None
 
 
 class PeerHealth(_Document, frozen=True):

@@ -168,6 +168,10 @@ def test_a_cluster_grows_by_tokens_and_shrinks_by_revocation(cluster: Cluster, i
         wait_refused(node, gone, "bulk", "certificate revoked")
     wait_refused(one, gone, "introduction", "certificate revoked")
     assert "revoked" in why_not(three, token, where(one))
+    row = two.status()["cluster"]
+    assert row["id"] == cluster.authority.cluster.hex()
+    assert (row["admits"], row["revocations"]) == (False, 1)
+    assert one.status()["cluster"]["admits"] is True
     assert one.status()["peers_alive"] == two.status()["peers_alive"] == 1
 
     one.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from node.status import (
     CachedObject,
     CacheReport,
     Check,
+    ClusterRow,
     DoctorReport,
     EndpointRow,
     ImageRow,
@@ -40,6 +42,7 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 
 DIGEST = Digest("sha256", "ab" * 32)
 PEER = "12D3KooWPeerOfTheTests"
+ENDS = time.time() + 10 * 86400 + 5400
 SOURCES = ("memory", "disk", "containerd", "peer", "origin")
 
 
@@ -61,6 +64,7 @@ class FakeControl:
             requests=dict.fromkeys(SOURCES, 0) | {"peer": 3, "origin": 1},
             cache={"memory": TierRow(bytes=1 << 20, budget_bytes=64 << 20, entries=1)},
             origin_bytes=1 << 20, rss_bytes=90 << 20, mirror=self.mirror,
+            cluster=ClusterRow(id="ab" * 32, admits=False, certificate_ends=ENDS, revocations=3),
             upstreams=(
                 UpstreamRow(
                     name="r.example:5000", url="http://r.example:5000",

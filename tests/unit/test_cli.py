@@ -80,6 +80,7 @@ def test_status(path: Path) -> None:
     text = run("--socket", path, "status").stdout
     for part in (
         "edge-1 (site lab)",
+        "abababababababab (joined, certificate for 10 d 1 h, 3 revoked)",
         "ready, up 1 h 1 m",
         "r.example:5000",
         "answered 503; again in 2.0 s",
