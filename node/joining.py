@@ -67,11 +67,11 @@ class Line(Protocol):
     async def receive(self, most: int) -> bytes: ...
 
 
-class _Used(msgspec.Struct, array_like=True):
+class _Used(msgspec.Struct, frozen=True, array_like=True):
     """By whom a token was used."""
 
     expires: int
-    peers: list[PeerId]
+    peers: tuple[PeerId, ...]
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True):
@@ -94,16 +94,16 @@ class Uses:
         if not token.uses:
             return
         self._used = {subject: used for subject, used in self._used.items() if used.expires >= now}
-        used = self._used.get(token.subject) or _Used(token.expires, [])
+        used = self._used.get(token.subject) or _Used(token.expires, ())
         if peer in used.peers:
             return
         if len(used.peers) >= token.uses:
             raise NotAdmittedError(f"the join token has admitted {token.uses} nodes, which is all it may")
         if token.subject not in self._used and len(self._used) >= MAX_TOKENS:
             raise NotAdmittedError("too many join tokens of a limited number of uses are valid at once")
-        used.peers.append(peer)
-        self._used[token.subject] = used
-        private_files.replace(self._path, msgspec.msgpack.encode(_File(1, self._used)))
+        all_used = {**self._used, token.subject: _Used(used.expires, (*used.peers, peer))}
+        private_files.replace(self._path, msgspec.msgpack.encode(_File(1, all_used)))
+        self._used = all_used
 
     def _load(self) -> dict[str, _Used]:
         try:
@@ -144,10 +144,15 @@ class Registrar:
         application = join.decode_application(await line.receive(join.MAX_MESSAGE))
         try:
             certificate = self._admit(self._authority, line.peer, application)
-        except (NotAdmittedError, BadInputError) as error:
+        except NotAdmittedError as error:
             self._wrong[host] = self._wrong.get(host, 0) + 1
             self._refusals.tell(CHANNEL, line.peer, host, error)
             await line.send(join.encode(join.Admittance(b"", str(error)[: join.MAX_REFUSAL])))
+        except BadInputError as error:
+            log.error("a use of a join token cannot be written down", extra={"reason": error})  # noqa: TRY400 # all of it
+            await line.send(
+                join.encode(join.Admittance(b"", "its disk takes nothing: try another member with the key"))
+            )
         else:
             await line.send(join.encode(join.Admittance(certificate)))
 

@@ -257,6 +257,17 @@ def test_uses_are_bounded_and_forgotten_with_their_tokens(authority: Authority, 
         Uses(tmp_path / "uses")
 
 
+def test_a_use_that_cannot_be_written_down_admits_nobody(authority: Authority, tmp_path: Path) -> None:
+    async def main() -> None:
+        desk = Desk(authority, tmp_path / "gone")
+        for _ in range(MOST_WRONG + 1):
+            with pytest.raises(NotAdmittedError, match="its disk takes nothing"):
+                await desk.join(token(authority, uses=2), who=identity().peer_id)
+        await desk.join(token(authority))
+
+    run(main)
+
+
 # The new node's side
 
 
