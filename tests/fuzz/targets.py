@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cache.disk_index import _parse as parse_row
-from node.certificates import Authority, Credentials, _new_authority, peer_of
+from node.certificates import Authority, Credentials, _new_authority, issued_by, peer_of
 from node.config import load
 from node.control import control_handler
 from node.control_offline import offline_routes
@@ -114,7 +114,7 @@ CREDENTIALS = Credentials.issued(
 
 
 def certificate(data: bytes) -> None:
-    for check in (peer_of, CREDENTIALS.verify):
+    for check in (peer_of, lambda data: issued_by(data, CREDENTIALS.authority)):
         with suppress(PeerMisbehavedError):
             peer: PeerId = check(data)
             assert peer
