@@ -45,6 +45,8 @@ from node.config import (
 from node.control import metrics_handler, serve_control
 from node.control_api import NodeControl, Parts, upstream_row
 from node.control_offline import offline_routes
+from node.evidence import Judge
+from node.evidence_file import EvidenceFile
 from node.exchange import Answer
 from node.exchange_tls import TlsExchange
 from node.fetcher import Fetcher
@@ -76,7 +78,7 @@ from protocol.errors import BadInputError
 from protocol.health import Health
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import Member
-from protocol.messages import Ping, PingRequest, Request, Resolve, Sync
+from protocol.messages import Accuse, Ping, PingRequest, Request, Resolve, Sync
 from protocol.placement import Placement
 from protocol.records import Record, make_record
 
@@ -108,9 +110,12 @@ class Dispatcher:
     membership: Gossiper
     names: Names
     seeder: Seeder
+    judge: Judge
 
     async def __call__(self, peer: PeerId, request: Request) -> Answer:
         match request:
+            case Accuse():
+                return await self.judge.handle(peer, request)
             case Ping() | PingRequest() | Sync():
                 return await self.membership.handle(peer, request)
             case Resolve():
@@ -216,7 +221,10 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             public_grace_s=parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
             loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
         )  # fmt: skip
-        answers.target = Dispatcher(service, names, seeder)
+        judge = Judge(
+            site, seeder, identity.sign, lambda upstream: len(upstreams.endpoints(upstream)) > 1, work, Random()
+        )
+        answers.target = Dispatcher(service, names, seeder, judge)
         announcer = Announcer(site, seeder, directory, membership, table)
         fetcher = Fetcher(site, seeder, work)
         library = SiteLibrary(site, names, seeder, fetcher, ledger, metrics, announcer.finished)
@@ -246,7 +254,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         )
         control = NodeControl(
             Parts(
-                config, site, membership, swarm, exchange, names, upstreams, library, ledger, metrics,
+                config, site, membership, judge, swarm, exchange, names, upstreams, library, ledger, metrics,
                 config.mirror.listen, started_at,
             )
         )  # fmt: skip
@@ -267,6 +275,8 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         await work.start(exchange.run)
         await work.start(service.run)
         await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))
+        await work.start(partial(EvidenceFile(data_dir / "evidence.msgpack").run, membership, judge))
+        await work.start(judge.run)
         await work.start(announcer.run)
         await work.start(swarm.run)
         await work.start(prefetcher.run)

@@ -15,8 +15,10 @@ from node.objects import Source
 from node.planned import carry_out
 from node.seeder import LOOK_EVERY_S, SILENCE_S, BlockAddress, Obtained, Seeder, Site, Work
 from node.single_flight import SingleFlight, Ticket
+from node.trust import Suspicion
 from protocol.erasure import decode_block, encode_shard
 from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
+from protocol.evidence import contradict
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
 from protocol.ids import PeerId, Piece, Shard, shard_length
@@ -202,6 +204,9 @@ class Fetcher:
             attempt.record = answer.message.record
         elif attempt.record.sha256 != answer.message.record.sha256:
             log.warning("two records of %s disagree", attempt.address.block)
+            if contradict(attempt.record, answer.message.record):
+                source = str(attempt.address.locator)
+                self._site.trust.suspect(Suspicion(attempt.record, source, other=answer.message.record))
             return attempt.plan.failed(peer, now)
         self._warmed(attempt.address)
         attempt.shards.setdefault(answer.message.index, (peer, answer.body))
@@ -240,9 +245,9 @@ class Fetcher:
         """Quarantine those whose shards are not those of the true block; of this node's own, drop it."""
         site, shape, claim = self._site, attempt.shape, attempt.record
         if claim is not None and claim.sha256 != truth.held.record.sha256:
-            # Two claims. What this node itself just read from the registry decides; else the whole object will.
-            if truth.source is Source.ORIGIN and claim.signer != site.own:
-                site.view.quarantine(claim.signer, f"signed a false record of {attempt.address.block}")
+            # Two claims. What a mirror gave decides nothing yet, and of what members gave the whole object will.
+            if truth.source is Source.ORIGIN:
+                site.trust.suspect(Suspicion(claim, str(attempt.address.locator)))
             return
         for index, (peer, body) in attempt.shards.items():
             right = encode_shard(truth.held.data, shape.k, shape.m, index)

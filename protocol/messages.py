@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from protocol.evidence import Evidence
 from protocol.ids import PeerId
 from protocol.members import Update
 from protocol.records import Record
@@ -92,7 +93,13 @@ class Sync(_Message, frozen=True, tag=9):
     updates: tuple[Update, ...]
 
 
-Request = GetShard | GetBlock | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync
+class Accuse(_Message, frozen=True, tag=10):
+    """Evidence that the sender keeps, with the seconds since it was found; answered by the receiver's."""
+
+    told: tuple[tuple[Evidence, float], ...]
+
+
+Request = GetShard | GetBlock | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync | Accuse
 
 
 class ShardFound(_Message, frozen=True, tag=32):
@@ -160,6 +167,13 @@ class Failed(_Message, frozen=True, tag=41):
     text: str
 
 
-Reply = ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Pong | SyncReply | Waiting | Failed
+class Accusations(_Message, frozen=True, tag=42):
+    told: tuple[tuple[Evidence, float], ...]
+
+
+Reply = (
+    ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Pong | SyncReply | Waiting | Failed
+    | Accusations
+)  # fmt: skip
 
 FAILURES = ("not-held", "not-found", "denied", "unavailable", "busy", "bad-request")

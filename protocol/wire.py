@@ -20,6 +20,7 @@ import msgspec
 
 from protocol import messages as msg
 from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, shard_length
 from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Update
 from protocol.records import Record
@@ -54,6 +55,8 @@ MAX_ADDRESS = 262
 MAX_WEIGHT = 1e6
 MAX_INCARNATION = 1 << 53
 MAX_FAILURE_TEXT = 500
+MAX_TOLD = 64
+"""Pieces of evidence in one message: a site in which so many lie at once has none that could tell."""
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,64}", re.ASCII)
 
@@ -201,6 +204,7 @@ _ANSWERS: dict[type[Any], type[Any]] = {
     msg.Ping: msg.Pong,
     msg.PingRequest: msg.Pong,
     msg.Sync: msg.SyncReply,
+    msg.Accuse: msg.Accusations,
 }
 
 
@@ -308,6 +312,17 @@ def _ping_request(message: msg.PingRequest) -> None:
     _updates(message.updates, MAX_PIGGYBACK)
 
 
+def _told(told: tuple[tuple[Evidence, float], ...]) -> None:
+    _need(len(told) <= MAX_TOLD, "evidence")
+    for evidence, age_s in told:
+        for record in (evidence.record, evidence.other):
+            if record is not None:
+                _record(record)
+        _peer(evidence.finder)
+        _need(len(evidence.source) <= MAX_SOURCE and len(evidence.signature) == 64, "evidence")
+        _need(math.isfinite(age_s) and age_s >= 0, "age")
+
+
 def _failed(message: msg.Failed) -> None:
     _need(message.code in msg.FAILURES and len(message.text) <= MAX_FAILURE_TEXT, "failure")
 
@@ -330,4 +345,6 @@ _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     msg.Pong: lambda message: _updates(message.updates, MAX_PIGGYBACK),
     msg.SyncReply: lambda message: _updates(message.updates, MAX_MEMBERS),
     msg.Failed: _failed,
+    msg.Accuse: lambda message: _told(message.told),
+    msg.Accusations: lambda message: _told(message.told),
 }
