@@ -245,9 +245,10 @@ class Fetcher:
         """Quarantine those whose shards are not those of the true block; of this node's own, drop it."""
         site, shape, claim = self._site, attempt.shape, attempt.record
         if claim is not None and claim.sha256 != truth.held.record.sha256:
-            # Two claims. What a mirror gave decides nothing yet, and of what members gave the whole object will.
-            if truth.source is Source.ORIGIN:
-                site.trust.suspect(Suspicion(claim, str(attempt.address.locator)))
+            # Two claims: the registry decides, and no mirror or member.
+            record = truth.held.record
+            other = record if contradict(claim, record) else None
+            site.trust.suspect(Suspicion(claim, str(attempt.address.locator), other=other))
             return
         for index, (peer, body) in attempt.shards.items():
             right = encode_shard(truth.held.data, shape.k, shape.m, index)

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from protocol import wire
 from protocol.errors import PeerMisbehavedError
+from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import MAX_MEMBERS, Member, State, Update
 from protocol.messages import (
     FAILURES,
+    Accusations,
+    Accuse,
     Announce,
     BlockFound,
     Done,
@@ -72,6 +75,15 @@ def records(draw: st.DrawFn) -> Record:
     return Record(digest, index, length, size, sha, draw(peers), signature)
 
 
+told = st.lists(
+    st.tuples(
+        st.builds(Evidence, records(), texts, peers, st.binary(min_size=64, max_size=64), st.none() | records()),
+        st.floats(0, 1e9),
+    ),
+    max_size=3,
+).map(tuple)
+
+
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(
         lambda digest, block, code, *rest: GetShard(digest, *block, *code, *rest),
@@ -85,6 +97,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(Ping, updates),
     st.builds(PingRequest, peers, updates),
     st.builds(Sync, updates),
+    st.builds(Accuse, told),
 )  # fmt: skip
 replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(lambda code, record: ShardFound(*code, record), codes, records()),
@@ -103,6 +116,7 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(SyncReply, updates),
     st.builds(Waiting, st.booleans()),
     st.builds(Failed, st.sampled_from(FAILURES), texts),
+    st.builds(Accusations, told),
 )
 ids = st.integers(0, 2**32 - 1)
 
@@ -249,6 +263,13 @@ def altered(**changes: Any) -> Record:
     return msgspec.structs.replace(RECORD, **changes)
 
 
+EVIDENCE = Evidence(RECORD, "", PEER, bytes(64))
+
+
+def told_of(age_s: float = 0.0, **changes: Any) -> Accuse:
+    return Accuse(((msgspec.structs.replace(EVIDENCE, **changes), age_s),))
+
+
 def with_member(**changes: Any) -> Update:
     return Update(msgspec.structs.replace(UPDATE.member, **changes), State.ALIVE, 1)
 
@@ -303,6 +324,14 @@ def with_member(**changes: Any) -> Update:
         Resolved(DIGEST, 1, "", 0.0, -0.5),
         Resolved(DIGEST, 1, "", 0.0, float("nan")),
         GetShard(DIGEST, 0, 1, 4, 1, 0, 2, "", False, "not base58!"),
+        Accuse(((EVIDENCE, 0.0),) * (wire.MAX_TOLD + 1)),
+        told_of(source="x" * 601),
+        told_of(finder=PeerId("0")),
+        told_of(signature=bytes(63)),
+        told_of(record=altered(sha256=b"")),
+        told_of(other=altered(signature=b"")),
+        told_of(age_s=-1.0),
+        told_of(age_s=float("inf")),
         Failed("oops", ""),
         Failed("busy", "x" * 501),
     ],
