@@ -48,6 +48,7 @@ class Verdict(StrEnum):
     UNPROVEN = "not proven here yet"
     UNPROVABLE = "cannot be proven here"
     PROVEN = "proven here"
+    SPARED = "not looked into, since another one is proven"
     VOID = "void"
     """The record is true, or a mirror gives the same bytes. Kept so as not to be looked into twice."""
 
@@ -235,7 +236,7 @@ class Judge:
     async def _judge(self, case: Case) -> None:
         evidence, now = case.evidence, trio.current_time()
         if any(one.verdict is Verdict.PROVEN for one in self.about(evidence.record.signer)):
-            case.due = now + RETRY_S  # he is out already
+            case.verdict = Verdict.SPARED
             return
         try:
             if not case.spread and not self._can_tell(evidence):

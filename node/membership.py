@@ -105,7 +105,7 @@ class Membership:
 
     def quarantine(self, peer: PeerId, reason: str, seconds: float | None = None) -> None:
         """`seconds`: what is left of one that was begun before this process."""
-        if peer == self._own.peer_id:
+        if peer == self._own.peer_id or (self.is_quarantined(peer) and self._reasons.get(peer) == reason):
             return
         seconds = self._quarantine_s if seconds is None else seconds
         log.info("quarantined", extra={"peer": peer, "reason": reason, "seconds": seconds})
