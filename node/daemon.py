@@ -42,7 +42,7 @@ from node.config import (
     tag_policies,
     uplink_policy,
 )
-from node.control import metrics_handler, serve_control
+from node.control import METRICS_LIMITS, metrics_handler, serve_control
 from node.control_api import NodeControl, Parts, upstream_row
 from node.control_offline import offline_routes
 from node.evidence import Judge
@@ -283,7 +283,9 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         await work.start(partial(serve_control, control, Path(config.control.socket), offline_routes(offline)))
         if config.control.metrics:
             address = parse_host_port(config.control.metrics, "control.metrics")
-            await _serve(work, await _listeners(address, "control.metrics"), metrics_handler(metrics), Limits(), None)
+            await _serve(
+                work, await _listeners(address, "control.metrics"), metrics_handler(metrics), METRICS_LIMITS, None
+            )
         listings = Listings(
             upstreams.passthrough, library, data_dir / "listings.sqlite",
             parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),

@@ -80,9 +80,12 @@ REPLIES: msgspec.msgpack.Decoder[tuple[int, msg.Reply]] = msgspec.msgpack.Decode
 
 @dataclass(frozen=True, slots=True)
 class Head(Generic[Message]):
+    """`size`: bytes of the header itself."""
+
     request_id: int
     message: Message
     body_length: int
+    size: int = 0
 
 
 def encode_hello(lane: str, plain: bool = False) -> bytes:
@@ -147,7 +150,7 @@ class Heads(Generic[Message]):
         expected = body_length_of(message)  # type: ignore[arg-type] # Message is a Request or a Reply
         if frame[1] != expected:
             raise PeerMisbehavedError(f"{type(message).__name__} with a body of {frame[1]} bytes, not {expected}")
-        return Head(request_id, message, expected)
+        return Head(request_id, message, expected, len(frame[0]))
 
     def take(self, body: memoryview) -> int:
         """Copy what was fed of the body that follows the last head; returns how many bytes that were."""
