@@ -10,6 +10,7 @@ from itertools import combinations
 import trio
 
 from cache.store import Buffer, Held
+from node.blame import Blame
 from node.exchange import Answer, Lane
 from node.objects import Source
 from node.planned import carry_out
@@ -50,6 +51,7 @@ class Fetcher:
     def __init__(self, site: Site, seeder: Seeder, nursery: trio.Nursery) -> None:
         self._site, self._seeder = site, seeder
         self._budget = SpareBudget()
+        self._wrong = Blame()
         self._reads: SingleFlight[Work, Obtained] = SingleFlight(nursery)
         self.window = ReadWindow()
         self.turned = trio.lowlevel.ParkingLot()
@@ -242,7 +244,7 @@ class Fetcher:
         return decode_block(shards, shape.k, shape.m, attempt.address.length)
 
     async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
-        """Quarantine those whose shards are not those of the true block; of this node's own, drop it."""
+        """Quarantine who made shards wrong, as far as that is clear (node/blame.py); of this node's own, drop it."""
         site, shape, claim = self._site, attempt.shape, attempt.record
         if claim is not None and claim.sha256 != truth.held.record.sha256:
             # Two claims: the registry decides, and no mirror or member.
@@ -250,11 +252,12 @@ class Fetcher:
             other = record if contradict(claim, record) else None
             site.trust.suspect(Suspicion(claim, str(attempt.address.locator), other=other))
             return
+        home = site.placement().keepers(attempt.address.block, attempt.address.length)[1][0]
         for index, (peer, body) in attempt.shards.items():
-            right = encode_shard(truth.held.data, shape.k, shape.m, index)
-            if memoryview(body) == memoryview(right):
+            if memoryview(body) == memoryview(encode_shard(truth.held.data, shape.k, shape.m, index)):
                 continue
             if peer == site.own:
                 await site.tiers.discard(Piece(attempt.address.block, Shard(shape.k, shape.m, index)))
-            else:
-                site.view.quarantine(peer, f"wrong shard of {attempt.address.ref.digest} #{attempt.address.index}")
+            liar = self._wrong.wrong(peer, home)
+            if liar is not None:
+                site.view.quarantine(liar, f"wrong shards of {attempt.address.ref.digest} #{attempt.address.index}")

@@ -197,6 +197,8 @@ PING_HEADER = msgpack.packb([1, [7, []]])
     ids=["http", "zeros", "lengths", "header", "body with a request", "hello twice", "cut"],
 )
 def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -> None:
+    """S-20"""
+
     async def scenario(cluster: Cluster) -> None:
         one, two = await cluster.start(), await cluster.start()
         assert await one.ask(two.peer, PING) == Answer(PONG)
@@ -210,6 +212,8 @@ def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -
 
 
 def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
+    """S-22"""
+
     async def never(peer: PeerId, request: Request) -> Answer:
         await trio.sleep_forever()
         raise AssertionError
@@ -228,6 +232,8 @@ def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
 
 
 def test_only_members_are_let_in(tmp_path: Path) -> None:
+    """S-23"""
+
     async def scenario(cluster: Cluster) -> None:
         node, client = await cluster.start(), await cluster.start()
         (tmp_path / "other").mkdir()
@@ -324,6 +330,8 @@ def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
 
 
 def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(tmp_path: Path) -> None:
+    """S-19"""
+
     async def drip(raw: Raw) -> None:
         request_id, _ = await raw.read_frame()
         await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
@@ -838,6 +846,8 @@ def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) 
 
 
 def test_a_peer_that_says_much_after_a_body_holds_up_nobody(tmp_path: Path) -> None:
+    """S-19"""
+
     async def flood(raw: Raw) -> None:
         request_id, _ = await raw.read_frame()
         await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)

@@ -401,6 +401,8 @@ async def false_name(line: "swarm_libp2p._Line", credentials: Credentials) -> No
     ],
 )
 def test_a_liar_of_the_own_cluster_is_refused(authority: Authority, log: Log, lie: Lie, reason: str) -> None:
+    """S-30"""
+
     async def main() -> None:
         a = Node(authority, "a")
         async with running(a):

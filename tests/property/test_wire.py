@@ -170,6 +170,7 @@ def test_replies_and_bodies_come_through_however_they_are_cut(said: list[tuple[i
 
 @given(st.binary(max_size=300), st.integers(0, 2**32 - 1))
 def test_garbage_is_misbehaviour_or_not_yet_a_frame(header: bytes, body_length: int) -> None:
+    """S-20"""
     for kind in (wire.REQUESTS, wire.REPLIES):
         for data in (header, frame(header, body_length), frame(header)):
             heads = wire.Heads(kind)
@@ -235,6 +236,7 @@ def test_a_valid_header_that_was_altered_never_breaks_the_reader(message: Reques
     ids=["utf-8", "nesting", "array length", "string length", "outer length", "updates length"],
 )
 def test_lengths_that_are_claimed_allocate_nothing(header: bytes) -> None:
+    """S-20"""
     tracemalloc.start()
     heads = wire.Heads(wire.REQUESTS)
     heads.feed(frame(header))
@@ -249,6 +251,7 @@ def test_lengths_that_are_claimed_allocate_nothing(header: bytes) -> None:
     "prefix", [(wire.MAX_HEADER + 1, 0), (2**32 - 1, 0), (10, BLOCK_SIZE + 1), (0, 2**32 - 1), (2**32 - 1, 2**32 - 1)]
 )
 def test_a_prefix_over_the_bounds_is_refused_before_its_header_comes(prefix: tuple[int, int]) -> None:
+    """S-20"""
     heads = wire.Heads(wire.REPLIES)
     heads.feed(struct.pack(">II", *prefix))
     with pytest.raises(PeerMisbehavedError):
@@ -337,6 +340,7 @@ def with_member(**changes: Any) -> Update:
     ],
 )
 def test_bounds(message: Request | Reply) -> None:
+    """S-20"""
     heads = wire.Heads(wire.REQUESTS if type(message).__struct_config__.tag < 32 else wire.REPLIES)
     heads.feed(wire.encode_head(1, message, wire.body_length_of(message)))
     with pytest.raises(PeerMisbehavedError):
