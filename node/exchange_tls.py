@@ -124,8 +124,8 @@ class _Writer:
     """The frames that wait for a connection. Those without a body go first and together: a `Waiting` that stood behind
     a block on a slow link would come too late. How many wait is bounded by who puts them."""
 
-    def __init__(self, channel: Channel, turns: Turns) -> None:
-        self._channel, self._turns = channel, turns
+    def __init__(self, peer: PeerId, channel: Channel, turns: Turns) -> None:
+        self._peer, self._channel, self._turns = peer, channel, turns
         self._small: deque[_Frame] = deque()
         self._large: deque[_Frame] = deque()
         self._work = trio.lowlevel.ParkingLot()
@@ -152,7 +152,7 @@ class _Writer:
             while True:
                 if self._small:
                     await self._channel.send_all(self._next_small())
-                elif self._large and self._turns.take(self._work):
+                elif self._large and self._turns.take(self._work, self._peer):
                     await self._channel.send_all(*self._next_large())
                     if self._turns.contended:
                         await self._channel.wait_taken()
@@ -492,7 +492,7 @@ class TlsExchange:
         reason: ShoalError = PeerUnavailableError(f"{connection.peer} takes nothing more")
         try:
             async with trio.open_nursery() as nursery:
-                writer = _Writer(reader.channel, self._turns)
+                writer = _Writer(connection.peer, reader.channel, self._turns)
                 nursery.start_soon(writer.run, nursery.cancel_scope)
                 connection.connected(writer)
                 reason = await self._read_replies(connection, reader)
@@ -616,7 +616,7 @@ class TlsExchange:
     async def _attend(self, peer: PeerId, reader: _Reader[Request]) -> None:
         """Answer until the connection ends; raises why."""
         self._admit(peer)  # again: others came while this one said hello
-        writer = _Writer(reader.channel, self._turns)
+        writer = _Writer(peer, reader.channel, self._turns)
         connection = _Incoming(peer, writer, self._limits.requests_per_connection)
         reason: ShoalError = PeerUnavailableError("disconnected")
         self._incoming.add(connection)
