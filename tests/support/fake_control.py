@@ -79,8 +79,8 @@ class FakeControl:
     async def peers(self) -> PeersReport:
         await trio.lowlevel.checkpoint()
         row = EvidenceRow(
-            block=f"{DIGEST}#3", source="docker.io/library/alpine#blobs", found_by="edge-3", found_by_id=PEER, age_s=60.0,
-            verdict="proven here",
+            block=f"{DIGEST}#3", source="docker.io/library/alpine#blobs", found_by="edge-3", found_by_id=PEER,
+            age_s=60.0, verdict="proven here",
         )  # fmt: skip
         bad = PeerRow(
             peer_id="12D3bad", name="evil\x1b[2J", site="lab", state="alive", quarantine="wrong bytes", evidence=(row,)
