@@ -33,8 +33,10 @@ SOCKET_MODE = 0o660
 MAX_SOCKET_PATH = 107
 """Bytes of sockaddr_un.sun_path, less its end mark."""
 
-LIMITS = Limits(descriptors=1)
+LIMITS = Limits(connections=64, descriptors=1)
 """For the server: an archive's file comes with the request, since p2pd may not open what p2pctl's user may."""
+METRICS_LIMITS = Limits(connections=16, body_bytes=0, methods=("GET", "HEAD"))
+"""A few scrapers, each with a connection that it keeps."""
 _BACKLOG = 16
 _STATUS_CODES = ((BadInputError, 400), (DeniedError, 403), (NotFoundError, 404), (UnavailableError, 503))
 _OTHER_ERROR = 502

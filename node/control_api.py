@@ -14,6 +14,7 @@ import trio
 from cache.store import Holdings, StoreStatistics
 from node.config import Config, UpstreamPart, parse_floor
 from node.doctor import Facts, disk_space, examine, probe_upstreams, writable_error
+from node.evidence import Case, Judge
 from node.exchange_tls import TlsExchange
 from node.images import MAX_DEPTH
 from node.ledger import Ledger
@@ -32,6 +33,7 @@ from node.status import (
     ClusterRow,
     DoctorReport,
     EndpointRow,
+    EvidenceRow,
     ImageRow,
     ImagesReport,
     PeerHealth,
@@ -74,6 +76,7 @@ class Parts:
     config: Config
     site: Site
     membership: Membership
+    judge: Judge
     swarm: Swarm
     exchange: TlsExchange
     names: Names
@@ -143,6 +146,20 @@ class NodeControl:
             bytes_received=traffic.received if traffic else 0,
             bytes_sent=traffic.sent if traffic else 0,
             quarantine=row.quarantine,
+            evidence=tuple(self._evidence_row(case) for case in self._parts.judge.about(peer)),
+        )
+
+    def _evidence_row(self, case: Case) -> EvidenceRow:
+        evidence = case.evidence
+        finder = self._parts.membership.find(evidence.finder)
+        return EvidenceRow(
+            block=f"{evidence.record.digest}#{evidence.record.index}",
+            source=evidence.source,
+            found_by=finder.name if finder else evidence.finder,
+            found_by_id=evidence.finder,
+            age_s=trio.current_time() - case.found_at,
+            verdict=case.verdict.value,
+            contradicted=evidence.other is not None,
         )
 
     async def images(self) -> ImagesReport:

@@ -42,10 +42,12 @@ from node.config import (
     tag_policies,
     uplink_policy,
 )
-from node.control import metrics_handler, serve_control
+from node.control import METRICS_LIMITS, metrics_handler, serve_control
 from node.control_admission import admission_routes, cluster_row
 from node.control_api import NodeControl, Parts, upstream_row
 from node.control_offline import offline_routes
+from node.evidence import Judge
+from node.evidence_file import EvidenceFile
 from node.exchange import Answer
 from node.exchange_tls import TlsExchange
 from node.fetcher import Fetcher
@@ -84,7 +86,7 @@ from protocol.errors import BadInputError
 from protocol.health import Health
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import Member
-from protocol.messages import Ping, PingRequest, Renew, Request, Resolve, Sync
+from protocol.messages import Accuse, Ping, PingRequest, Renew, Request, Resolve, Sync
 from protocol.placement import Placement
 from protocol.records import Record, make_record
 
@@ -117,9 +119,12 @@ class Dispatcher:
     names: Names
     seeder: Seeder
     registrar: Registrar
+    judge: Judge
 
     async def __call__(self, peer: PeerId, request: Request) -> Answer:
         match request:
+            case Accuse():
+                return await self.judge.handle(peer, request)
             case Ping() | PingRequest() | Sync():
                 return await self.membership.handle(peer, request)
             case Renew():
@@ -224,7 +229,10 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             public_grace_s=parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
             loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
         )  # fmt: skip
-        answers.target = Dispatcher(service, names, seeder, registrar)
+        judge = Judge(
+            site, seeder, identity.sign, lambda upstream: len(upstreams.endpoints(upstream)) > 1, work, Random()
+        )
+        answers.target = Dispatcher(service, names, seeder, registrar, judge)
         announcer = Announcer(site, seeder, directory, membership, table)
         fetcher = Fetcher(site, seeder, work)
         library = SiteLibrary(site, names, seeder, fetcher, ledger, metrics, announcer.finished)
@@ -255,7 +263,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         )
         control = NodeControl(
             Parts(
-                config, site, membership, swarm, exchange, names, upstreams, library, ledger, metrics,
+                config, site, membership, judge, swarm, exchange, names, upstreams, library, ledger, metrics,
                 config.mirror.listen, started_at, lambda: cluster_row(admission, revocations, place),
             )
         )  # fmt: skip
@@ -281,6 +289,8 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             save = partial(save_joined, data_dir)
             await work.start(Renewal(admission, place.joined, membership, exchange, save, Random()).run)
         await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))
+        await work.start(partial(EvidenceFile(data_dir / "evidence.msgpack").run, membership, judge))
+        await work.start(judge.run)
         await work.start(announcer.run)
         await work.start(swarm.run)
         await work.start(prefetcher.run)
@@ -288,7 +298,9 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         await work.start(partial(serve_control, control, Path(config.control.socket), routes))
         if config.control.metrics:
             address = parse_host_port(config.control.metrics, "control.metrics")
-            await _serve(work, await _listeners(address, "control.metrics"), metrics_handler(metrics), Limits(), None)
+            await _serve(
+                work, await _listeners(address, "control.metrics"), metrics_handler(metrics), METRICS_LIMITS, None
+            )
         listings = Listings(
             upstreams.passthrough, library, data_dir / "listings.sqlite",
             parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),

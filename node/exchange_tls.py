@@ -11,7 +11,7 @@ import logging
 import math
 import socket
 import ssl
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -26,6 +26,7 @@ from node.calls import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S
 from node.channel import Channel, PlainChannel, TlsChannel, Traffic
 from node.config import HostPort, parse_host_port
 from node.exchange import Answer, Body, Handler, Heard, Into, Lane
+from node.shares import Shares
 from node.turns import Turns
 from protocol import wire
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
@@ -39,6 +40,13 @@ BATCH_BYTES = 16384
 """Small frames that wait to be written go together, as one TLS record; reads of heads are as long."""
 HEADS_WEIGHT = 4 * BATCH_BYTES
 """What a read of heads counts among bytes of bodies: it may be hundreds of messages."""
+HEADS_RATE = 8 << 20
+"""Bytes a second of one peer's requests that are longer than BATCH_BYTES: each is decoded in one go, 60 ms for a view
+of the largest size, and all others wait for that. What sites in use say is far below."""
+WHOLE_S = 10.0
+"""From a message's first byte to the last of its header: a peer that says part of one has memory for the rest of it."""
+HANDSHAKES_PER_ADDRESS = 32
+"""Of those under way: who has but one address keeps nobody else out. A member opens three at once."""
 BACKLOG = 1024
 VIEWS = 4
 """Bodies that may wait on a connection as views of whole blocks. Where more do, the link is slower than this machine,
@@ -80,11 +88,12 @@ class Limits:
     """One for each lane, and the ones they replace while those are not yet known to be dead."""
     handshakes: int = 128
     requests: int = 2048
-    """At work for all peers together; a single one can hold a fifth."""
+    """At work for all peers together, in shares (node/shares.py); a single one can hold a fifth."""
     requests_per_connection: int = REQUESTS_PER_CONNECTION
     answer_bytes: int = 64 << 20
-    """Bodies that wait for the peers to take them; beyond it the answer is `busy`. While no link takes a byte the reads
-    of a site leave half of this here: MOST blocks (protocol/window.py) of each node, by turns at all of them."""
+    """Bodies that wait for the peers to take them, in shares; beyond it the answer is `busy`. While no link takes a
+    byte the reads of a site leave half of this here: MOST blocks (protocol/window.py) of each node, by turns at all of
+    them. Where there are but two nodes, the other one may have just that half."""
     pending_per_connection: int = 512
     """Requests that have no answer yet, the cancelled ones among them."""
 
@@ -118,8 +127,8 @@ class _Writer:
     """The frames that wait for a connection. Those without a body go first and together: a `Waiting` that stood behind
     a block on a slow link would come too late. How many wait is bounded by who puts them."""
 
-    def __init__(self, channel: Channel, turns: Turns) -> None:
-        self._channel, self._turns = channel, turns
+    def __init__(self, peer: PeerId, channel: Channel, turns: Turns) -> None:
+        self._peer, self._channel, self._turns = peer, channel, turns
         self._small: deque[_Frame] = deque()
         self._large: deque[_Frame] = deque()
         self._work = trio.lowlevel.ParkingLot()
@@ -146,7 +155,7 @@ class _Writer:
             while True:
                 if self._small:
                     await self._channel.send_all(self._next_small())
-                elif self._large and self._turns.take(self._work):
+                elif self._large and self._turns.take(self._work, self._peer):
                     await self._channel.send_all(*self._next_large())
                     if self._turns.contended:
                         await self._channel.wait_taken()
@@ -197,8 +206,17 @@ class _Reader(Generic[Message]):
 
     async def head(self) -> wire.Head[Message]:
         while (head := self._heads.next()) is None:
+            if not self._heads.at_rest:
+                return await self._rest_of_head()
             await self._feed()
         return head
+
+    async def _rest_of_head(self) -> wire.Head[Message]:
+        with trio.move_on_after(WHOLE_S):
+            while (head := self._heads.next()) is None:
+                await self._feed()
+            return head
+        raise PeerUnavailableError(f"a message did not come whole in {WHOLE_S} s")
 
     async def body(self, length: int, room: Callable[[], memoryview | None], progress: Callable[[], None]) -> None:
         """Into `room()`, asked anew after each wait; what it has no room for is read and dropped. `progress` is called
@@ -351,11 +369,13 @@ class TlsExchange:
         self._unreached: dict[PeerId, tuple[float, Member, str]] = {}
         self._traffic: LRUCache[PeerId, Traffic] = LRUCache(MAX_MEMBERS)
         self._handshakes = trio.Semaphore(limits.handshakes)
-        self._requests = trio.Semaphore(limits.requests)
+        self._requests = Shares(limits.requests)
         self._at_work = AtWork[tuple[_Incoming, int]](timing.waiting_first_s, timing.waiting_every_s)
+        self._shaking: Counter[str] = Counter()
+        self._paced: LRUCache[PeerId, float] = LRUCache(MAX_MEMBERS)
         self._turns = Turns()
         self._refusals = Refusals()
-        self._answer_bytes = 0
+        self._answer_bytes = Shares(limits.answer_bytes)
         # What waits in it is in `_outgoing` too, which is bounded.
         self._to_dial, self._dials = trio.open_memory_channel[_Outgoing](math.inf)
 
@@ -476,7 +496,7 @@ class TlsExchange:
         reason: ShoalError = PeerUnavailableError(f"{connection.peer} takes nothing more")
         try:
             async with trio.open_nursery() as nursery:
-                writer = _Writer(reader.channel, self._turns)
+                writer = _Writer(connection.peer, reader.channel, self._turns)
                 nursery.start_soon(writer.run, nursery.cancel_scope)
                 connection.connected(writer)
                 reason = await self._read_replies(connection, reader)
@@ -548,11 +568,16 @@ class TlsExchange:
             nursery.start_soon(self._serve_incoming, *await self._accept_one())
 
     async def _accept_one(self) -> tuple[socket.socket, HostPort]:
+        """A connection, and where it came from."""
         while True:
             await trio.lowlevel.wait_readable(self._listener)
             try:
                 sock, address = self._listener.accept()
-                return sock, HostPort(*address[:2])
+                where = HostPort(*address[:2])
+                if self._shaking[where.host] < HANDSHAKES_PER_ADDRESS:
+                    self._shaking[where.host] += 1
+                    return sock, where
+                sock.close()
             except OSError as error:
                 # Other errors say that the connection was gone before it was accepted: accept(2), "Error handling".
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -565,6 +590,9 @@ class TlsExchange:
                 peer, reader = await self._welcome_in_time(sock)
             finally:
                 self._handshakes.release()
+                self._shaking[where.host] -= 1
+                if not self._shaking[where.host]:
+                    del self._shaking[where.host]
             try:
                 await self._attend(peer, reader)
             finally:
@@ -599,7 +627,7 @@ class TlsExchange:
     async def _attend(self, peer: PeerId, reader: _Reader[Request]) -> None:
         """Answer until the connection ends; raises why."""
         self._admit(peer)  # again: others came while this one said hello
-        writer = _Writer(reader.channel, self._turns)
+        writer = _Writer(peer, reader.channel, self._turns)
         connection = _Incoming(peer, writer, self._limits.requests_per_connection)
         reason: ShoalError = PeerUnavailableError("disconnected")
         self._incoming.add(connection)
@@ -612,7 +640,7 @@ class TlsExchange:
                     nursery.cancel_scope.cancel()
         finally:
             self._incoming.discard(connection)
-            self._answer_bytes -= writer.bytes_waiting
+            self._answer_bytes.give(peer, writer.bytes_waiting)
             for request_id in [*connection.at_work]:
                 self._end_work(connection, request_id)
         raise reason
@@ -631,11 +659,12 @@ class TlsExchange:
         try:
             while True:
                 head = await reader.head()
+                await self._pace(connection.peer, head.size)
                 connection.check_number(head.request_id)
                 if plain and not _is_for_block(head.message):
                     raise PeerMisbehavedError(f"{type(head.message).__name__} came in the clear")
                 await _acquire(connection.slots)
-                await _acquire(self._requests)
+                await self._requests.wait(connection.peer, 1)
                 connection.at_work.add(head.request_id)
                 self._at_work.begin((connection, head.request_id))
                 connection.used_at = trio.current_time()
@@ -643,18 +672,23 @@ class TlsExchange:
         except (PeerMisbehavedError, PeerUnavailableError) as error:
             return type(error)(f"{connection.peer}: {error}")
 
+    async def _pace(self, peer: PeerId, size: int) -> None:
+        if size > BATCH_BYTES:
+            until = max(trio.current_time(), self._paced.get(peer, 0.0)) + size / HEADS_RATE
+            self._paced[peer] = until
+            await trio.sleep_until(until)
+
     async def _answer(self, connection: _Incoming, request: wire.Head[Request]) -> None:
         head, body = await answer(self._handler, connection.peer, request)
         size = len(body or b"")
-        if self._answer_bytes + size > self._limits.answer_bytes:
+        if not self._answer_bytes.take(connection.peer, size):
             size, body = 0, None
             head = wire.encode_head(request.request_id, Failed("busy", "too many answers wait to be taken"), 0)
         elif body and connection.writer.large_waiting >= VIEWS:
             body = sole(body)
-        self._answer_bytes += size
 
         def leaving() -> None:
-            self._answer_bytes -= size
+            self._answer_bytes.give(connection.peer, size)
             if body:
                 self._end_work(connection, request.request_id)
             connection.slots.release()
@@ -669,7 +703,7 @@ class TlsExchange:
         connection.at_work.remove(request_id)
         connection.ready.discard(request_id)
         self._at_work.end((connection, request_id))
-        self._requests.release()
+        self._requests.give(connection.peer, 1)
 
     def _say_waiting(self, key: tuple[_Incoming, int]) -> None:
         """Unless the peer does not read: there they would pile up."""

@@ -10,13 +10,16 @@ from itertools import combinations
 import trio
 
 from cache.store import Buffer, Held
+from node.blame import Blame
 from node.exchange import Answer, Lane
 from node.objects import Source
 from node.planned import carry_out
 from node.seeder import LOOK_EVERY_S, SILENCE_S, BlockAddress, Obtained, Seeder, Site, Work
 from node.single_flight import SingleFlight, Ticket
+from node.trust import Suspicion
 from protocol.erasure import decode_block, encode_shard
 from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
+from protocol.evidence import contradict
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
 from protocol.ids import PeerId, Piece, Shard, shard_length
@@ -48,6 +51,7 @@ class Fetcher:
     def __init__(self, site: Site, seeder: Seeder, nursery: trio.Nursery) -> None:
         self._site, self._seeder = site, seeder
         self._budget = SpareBudget()
+        self._wrong = Blame()
         self._reads: SingleFlight[Work, Obtained] = SingleFlight(nursery)
         self.window = ReadWindow()
         self.turned = trio.lowlevel.ParkingLot()
@@ -204,6 +208,9 @@ class Fetcher:
             attempt.record = answer.message.record
         elif attempt.record.sha256 != answer.message.record.sha256:
             log.warning("two records of %s disagree", attempt.address.block)
+            if contradict(attempt.record, answer.message.record):
+                source = str(attempt.address.locator)
+                self._site.trust.suspect(Suspicion(attempt.record, source, other=answer.message.record))
             return attempt.plan.failed(peer, now)
         self._warmed(attempt.address)
         attempt.shards.setdefault(answer.message.index, (peer, answer.body))
@@ -239,18 +246,20 @@ class Fetcher:
         return decode_block(shards, shape.k, shape.m, attempt.address.length)
 
     async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
-        """Quarantine those whose shards are not those of the true block; of this node's own, drop it."""
+        """Quarantine who made shards wrong, as far as that is clear (node/blame.py); of this node's own, drop it."""
         site, shape, claim = self._site, attempt.shape, attempt.record
         if claim is not None and claim.sha256 != truth.held.record.sha256:
-            # Two claims. What this node itself just read from the registry decides; else the whole object will.
-            if truth.source is Source.ORIGIN and claim.signer != site.own:
-                site.view.quarantine(claim.signer, f"signed a false record of {attempt.address.block}")
+            # Two claims: the registry decides, and no mirror or member.
+            record = truth.held.record
+            other = record if contradict(claim, record) else None
+            site.trust.suspect(Suspicion(claim, str(attempt.address.locator), other=other))
             return
+        home = site.placement().keepers(attempt.address.block, attempt.address.length)[1][0]
         for index, (peer, body) in attempt.shards.items():
-            right = encode_shard(truth.held.data, shape.k, shape.m, index)
-            if memoryview(body) == memoryview(right):
+            if memoryview(body) == memoryview(encode_shard(truth.held.data, shape.k, shape.m, index)):
                 continue
             if peer == site.own:
                 await site.tiers.discard(Piece(attempt.address.block, Shard(shape.k, shape.m, index)))
-            else:
-                site.view.quarantine(peer, f"wrong shard of {attempt.address.ref.digest} #{attempt.address.index}")
+            liar = self._wrong.wrong(peer, home)
+            if liar is not None:
+                site.view.quarantine(liar, f"wrong shards of {attempt.address.ref.digest} #{attempt.address.index}")

@@ -20,6 +20,7 @@ from node.names import Names
 from node.objects import Resolved, Source
 from node.read_ahead import ReadAhead, Room
 from node.seeder import BlockAddress, Obtained, Seeder, Site
+from node.trust import Suspicion
 from node.upstream import MAX_MANIFEST
 from protocol.errors import CorruptObjectError, ShoalError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
@@ -69,7 +70,7 @@ class SiteLibrary:
                 if hasher is not None:
                     hasher.update(data)
                     if index == last:
-                        await self.check(locator, ref, hasher.hexdigest())
+                        data = await self.check(locator, ref, hasher.hexdigest()) or data
                 if whole and locator.kind == "manifests" and ref.size <= MAX_MANIFEST:
                     parts.append(bytes(data))
                     if index == last:
@@ -99,19 +100,27 @@ class SiteLibrary:
         for index, (part,) in _by_block([(start, stop)]):
             self._ledger.note(digest, index, read, part.stop - part.start)
 
-    async def check(self, locator: Locator, ref: ObjectRef, found: str) -> None:
+    async def check(self, locator: Locator, ref: ObjectRef, found: str) -> Buffer | None:
         """All blocks were read and hash to `found`: are these the bytes that the digest names? A client gets the last
-        one only then. Raises CorruptObjectError."""
-        if found == ref.digest.hex:
-            self._site.tiers.seal(ref)
-            self._finished(ref)
-            return
-        log.error("%s came with wrong bytes: reading it again from the registry", ref.digest)
-        await self._repair(locator, ref)
-        raise CorruptObjectError(f"{ref.digest}: its blocks did not make the object; they were dropped")
+        one only then; it is returned where it alone was wrong and is right now. Raises CorruptObjectError."""
+        last = None
+        if found != ref.digest.hex:
+            log.error("%s came with wrong bytes: reading it again from the registry", ref.digest)
+            last = await self._repair(locator, ref)
+            if last is None:
+                raise CorruptObjectError(f"{ref.digest}: its blocks did not make the object; they were dropped")
+        self._site.tiers.seal(ref)
+        self._finished(ref)
+        return last
 
-    async def _repair(self, locator: Locator, ref: ObjectRef) -> None:
-        """Compare every block with the registry's; who signed a false record is quarantined, and the block dropped."""
+    async def _repair(self, locator: Locator, ref: ObjectRef) -> Buffer | None:
+        """Compare every block with the registry's and replace those that are false; who signed one is quarantined.
+
+        Returns the last block where no other one was false, and all of them make the object now.
+        """
+        hasher = hashlib.new(ref.digest.algorithm)
+        false: set[int] = set()
+        last: Buffer = b""
         for index in range(ref.block_count):
             address = BlockAddress(locator, ref, index)
             found = await self._site.tiers.get(Piece(address.block), ref.size)
@@ -120,19 +129,24 @@ class SiteLibrary:
             try:
                 truth = await self._seeder.reread(address)
                 record = found[0].record
-                false = record.sha256 != truth.record.sha256
-                deceived = false and await self._seeder.deceived(address, record)
+                is_false = record.sha256 != truth.record.sha256
+                deceived = is_false and await self._seeder.deceived(address, record)
             except ShoalError as error:
                 log.warning("%s #%d cannot be compared, and is dropped: %s", ref.digest, index, error)
                 await self._site.tiers.discard(Piece(address.block))
                 continue
-            if false:
+            last = truth.data
+            hasher.update(last)
+            if is_false:
+                false.add(index)
                 await self._site.tiers.discard(Piece(address.block))
                 await self._site.tiers.put(Piece(address.block), truth.data, truth.record)
                 if deceived:
                     log.error("%s #%d: a mirror of %s gives wrong bytes", ref.digest, index, locator.upstream)
                 elif record.signer != self._site.own:
                     self._site.view.quarantine(record.signer, f"signed a false record of {ref.digest} #{index}")
+                    self._site.trust.suspect(Suspicion(record, str(locator), compared=True))
+        return last if false == {ref.block_count - 1} and hasher.hexdigest() == ref.digest.hex else None
 
 
 def _by_block(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[slice]]]:

@@ -105,13 +105,20 @@ class Membership:
         self._swim.doubt(peer, trio.current_time())
         self._settle()
 
-    def quarantine(self, peer: PeerId, reason: str) -> None:
-        if peer == self._own.peer_id:
+    def quarantine(self, peer: PeerId, reason: str, seconds: float | None = None) -> None:
+        """`seconds`: what is left of one that was begun before this process."""
+        if peer == self._own.peer_id or (self.is_quarantined(peer) and self._reasons.get(peer) == reason):
             return
-        log.info("quarantined", extra={"peer": peer, "reason": reason, "seconds": self._quarantine_s})
-        self._swim.exclude(peer, trio.current_time() + self._quarantine_s)
+        seconds = self._quarantine_s if seconds is None else seconds
+        log.info("quarantined", extra={"peer": peer, "reason": reason, "seconds": seconds})
+        self._swim.exclude(peer, trio.current_time() + seconds)
         self._reasons[peer] = reason
         self._settle()
+
+    def quarantines(self) -> tuple[tuple[PeerId, str, float], ...]:
+        """Who is in quarantine, why, and for how many seconds more."""
+        now = trio.current_time()
+        return tuple((peer, self._reasons[peer], until - now) for peer, until in self._swim.excluded.items())
 
     def is_quarantined(self, peer: PeerId) -> bool:
         return self._swim.is_excluded(peer)

@@ -212,6 +212,20 @@ def _peers(report: PeersReport, out: Console) -> None:
             size(peer.bytes_sent), " ".join(peer.addresses), short_peer(peer.peer_id),
         )  # fmt: skip
     out.print(table)
+    if any(peer.evidence for peer in report.peers):
+        out.print()
+        _evidence(report.peers, out)
+
+
+def _evidence(peers: Iterable[PeerRow], out: Console) -> None:
+    table = new_table("false record by", "of block", "found by", ">ago", "and is")
+    for peer in peers:
+        for one in peer.evidence:
+            digest, _, index = one.block.partition("#")
+            new_row(
+                table, peer.name, f"{digest[:SHORT_DIGEST]} #{index}", one.found_by, duration(one.age_s), one.verdict
+            )
+    out.print(table)
 
 
 def _peer_state(peer: PeerRow) -> str:

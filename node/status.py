@@ -119,8 +119,26 @@ class PeerHealth(_Document, frozen=True):
     failures: int = 0
 
 
+class EvidenceRow(_Document, frozen=True):
+    """A record that a peer signed and another member found false. `contradicted`: by a second one of the same signer.
+
+    `block` is `digest#index`. `verdict` is what this node found itself: a Verdict of node/evidence.py.
+    """
+
+    block: str
+    source: str
+    found_by: str
+    found_by_id: str
+    age_s: float
+    verdict: str
+    contradicted: bool = False
+
+
 class PeerRow(_Document, frozen=True):
-    """`since_s` is the time in this `state`; `quarantine` is the reason, empty for a peer in good standing."""
+    """`since_s` is the time in this `state`; `quarantine` is the reason, empty for a peer in good standing.
+
+    `evidence` is what is held against the peer, proven or not.
+    """
 
     peer_id: str
     name: str
@@ -133,6 +151,7 @@ class PeerRow(_Document, frozen=True):
     bytes_received: int = 0
     bytes_sent: int = 0
     quarantine: str = ""
+    evidence: tuple[EvidenceRow, ...] = ()
 
 
 class PeersReport(_Document, frozen=True):

@@ -15,6 +15,7 @@ import node.libp2p_parts  # noqa: F401 # before libp2p: see there
 # isort: split
 import logging
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ CHANNEL = "introduction"
 """What refusals in the log call it."""
 MAX_INBOUND = 32
 """Connections that are being introduced at once; more are closed at once, and their nodes come again."""
+MAX_PER_ADDRESS = 16
+"""Of those: who has but one address keeps no new node out."""
 MAX_DIALS = 8
 MAX_DISCOVERED = 256
 """Peers that mDNS may make this node dial: anyone on the LAN can announce any number."""
@@ -131,6 +134,7 @@ class LibP2PSwarm:
         self._refusals = Refusals(self._timing.silence)
         self._inbound = trio.CapacityLimiter(MAX_INBOUND)
         self._dials = trio.CapacityLimiter(MAX_DIALS)
+        self._hosts_in: Counter[str] = Counter()
         self._busy: set[PeerId] = set()
         self._discovered: dict[PeerId, _Discovered] = {}
         self._logged: TTLCache[str, None] = TTLCache(_RATE_LIMITED, self._timing.silence, timer=trio.current_time)
@@ -226,18 +230,29 @@ class LibP2PSwarm:
 
     async def _answer(self, stream: trio.SocketStream) -> None:
         try:
-            self._inbound.acquire_nowait()
-        except trio.WouldBlock:
-            await trio.aclose_forcefully(stream)
-            return
-        try:
-            with _deadline(self._timing.deadline):
+            with self._place_for(_remote(stream).host), _deadline(self._timing.deadline):
                 await self._introduce(stream, None)
+        except trio.WouldBlock:
+            log.debug("a connection found no place")
         except PeerUnavailableError as error:
             log.debug("a connection came to nothing: %s", error)
         finally:
-            self._inbound.release()
             await trio.aclose_forcefully(stream)
+
+    @contextmanager
+    def _place_for(self, host: str) -> Iterator[None]:
+        """Raises trio.WouldBlock where there is none."""
+        if self._hosts_in[host] >= MAX_PER_ADDRESS:
+            raise trio.WouldBlock
+        self._inbound.acquire_nowait()
+        self._hosts_in[host] += 1
+        try:
+            yield
+        finally:
+            self._inbound.release()
+            self._hosts_in[host] -= 1
+            if not self._hosts_in[host]:
+                del self._hosts_in[host]
 
     async def _introduce(self, stream: trio.SocketStream, expected: PeerId | None) -> bool:
         """False where either is refused. `expected` is whom this node dialled. Raises PeerUnavailableError."""

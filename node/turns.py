@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import trio
 
+from protocol.ids import PeerId
+
 MOST = 6
 """Enough to keep the link busy while one of them has a slow receiver or has lost a packet."""
+OF_ONE = 3
+"""Of these, of one peer, for each lane. One that takes nothing on any of its connections does not stop the others."""
 TURN_S = 1.0
 """A receiver that takes longer goes on without a turn: it holds up the others no more than this."""
 
@@ -19,30 +23,40 @@ class Turns:
 
     def __init__(self) -> None:
         self._since: dict[trio.lowlevel.ParkingLot, float] = {}
-        self._queue: dict[trio.lowlevel.ParkingLot, None] = {}
+        self._queue: dict[trio.lowlevel.ParkingLot, PeerId] = {}
+        self._peers: dict[trio.lowlevel.ParkingLot, PeerId] = {}
+        """Whose the turns are."""
         self._contended = trio.Event()
 
     @property
     def contended(self) -> bool:
         return bool(self._queue)
 
-    def take(self, who: trio.lowlevel.ParkingLot) -> bool:
+    def take(self, who: trio.lowlevel.ParkingLot, peer: PeerId) -> bool:
         """Whether it is the turn of `who`; where not, it is unparked when that has come."""
         if who in self._since:
             return True
-        if len(self._since) < MOST:
-            self._since[who] = trio.current_time()
+        if len(self._since) < MOST and self._may(peer):
+            self._begin(who, peer)
             return True
-        self._queue[who] = None
+        self._queue[who] = peer
         self._contended.set()
         return False
 
+    def _may(self, peer: PeerId) -> bool:
+        return sum(one == peer for one in self._peers.values()) < OF_ONE
+
+    def _begin(self, who: trio.lowlevel.ParkingLot, peer: PeerId) -> None:
+        self._since[who], self._peers[who] = trio.current_time(), peer
+
     def give(self, who: trio.lowlevel.ParkingLot) -> None:
         """The turn ended, or was over before."""
-        if self._since.pop(who, None) is not None and self._queue:
-            following = next(iter(self._queue))
-            del self._queue[following]
-            self._since[following] = trio.current_time()
+        if self._since.pop(who, None) is None:
+            return
+        del self._peers[who]
+        following = next((one for one, peer in self._queue.items() if self._may(peer)), None)
+        if following is not None:
+            self._begin(following, self._queue.pop(following))
             following.unpark()
 
     def leave(self, who: trio.lowlevel.ParkingLot) -> None:

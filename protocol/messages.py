@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from protocol.admission import Revocation
+from protocol.evidence import Evidence
 from protocol.ids import PeerId
 from protocol.members import Update
 from protocol.records import Record
@@ -101,7 +102,15 @@ class Renew(_Message, frozen=True, tag=10):
     certificate: bytes
 
 
-Request = GetShard | GetBlock | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync | Renew
+class Accuse(_Message, frozen=True, tag=11):
+    """Evidence that the sender keeps, with the seconds since it was found; answered by the receiver's."""
+
+    told: tuple[tuple[Evidence, float], ...]
+
+
+Request = (
+    GetShard | GetBlock | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync | Renew | Accuse
+)
 
 
 class ShardFound(_Message, frozen=True, tag=32):
@@ -174,8 +183,13 @@ class Renewed(_Message, frozen=True, tag=42):
     certificate: bytes
 
 
+class Accusations(_Message, frozen=True, tag=43):
+    told: tuple[tuple[Evidence, float], ...]
+
+
 Reply = (
-    ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Pong | SyncReply | Waiting | Failed | Renewed
-)
+    ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Pong | SyncReply | Waiting | Failed
+    | Renewed | Accusations
+)  # fmt: skip
 
 FAILURES = ("not-held", "not-found", "denied", "unavailable", "busy", "bad-request")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from heapq import nsmallest
@@ -392,6 +392,11 @@ class Swim:
         self._excluded[peer] = until
         self._wanted_cuts.append(peer)
         self._stale = True
+
+    @property
+    def excluded(self) -> Mapping[PeerId, float]:
+        """Who is excluded, and until when."""
+        return self._excluded
 
     def is_excluded(self, peer: PeerId) -> bool:
         return peer in self._excluded

@@ -21,6 +21,7 @@ import msgspec
 from protocol import messages as msg
 from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT, Revocation
 from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, shard_length
 from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Update
 from protocol.records import Record
@@ -57,6 +58,8 @@ MAX_INCARNATION = 1 << 53
 MAX_FAILURE_TEXT = 500
 MAX_CERTIFICATE = 4096
 """Bytes of DER; ours take 450."""
+MAX_TOLD = 64
+"""Pieces of evidence in one message: a site in which so many lie at once has none that could tell."""
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,64}", re.ASCII)
 
@@ -80,9 +83,12 @@ REPLIES: msgspec.msgpack.Decoder[tuple[int, msg.Reply]] = msgspec.msgpack.Decode
 
 @dataclass(frozen=True, slots=True)
 class Head(Generic[Message]):
+    """`size`: bytes of the header itself."""
+
     request_id: int
     message: Message
     body_length: int
+    size: int = 0
 
 
 def encode_hello(lane: str, plain: bool = False) -> bytes:
@@ -147,7 +153,7 @@ class Heads(Generic[Message]):
         expected = body_length_of(message)  # type: ignore[arg-type] # Message is a Request or a Reply
         if frame[1] != expected:
             raise PeerMisbehavedError(f"{type(message).__name__} with a body of {frame[1]} bytes, not {expected}")
-        return Head(request_id, message, expected)
+        return Head(request_id, message, expected, len(frame[0]))
 
     def take(self, body: memoryview) -> int:
         """Copy what was fed of the body that follows the last head; returns how many bytes that were."""
@@ -205,6 +211,7 @@ _ANSWERS: dict[type[Any], type[Any]] = {
     msg.PingRequest: msg.Pong,
     msg.Sync: msg.SyncReply,
     msg.Renew: msg.Renewed,
+    msg.Accuse: msg.Accusations,
 }
 
 
@@ -334,6 +341,17 @@ def _certificate(message: msg.Renew | msg.Renewed) -> None:
     _need(len(message.certificate) <= MAX_CERTIFICATE, "certificate")
 
 
+def _told(told: tuple[tuple[Evidence, float], ...]) -> None:
+    _need(len(told) <= MAX_TOLD, "evidence")
+    for evidence, age_s in told:
+        for record in (evidence.record, evidence.other):
+            if record is not None:
+                _record(record)
+        _peer(evidence.finder)
+        _need(len(evidence.source) <= MAX_SOURCE and len(evidence.signature) == 64, "evidence")
+        _need(math.isfinite(age_s) and age_s >= 0, "age")
+
+
 def _failed(message: msg.Failed) -> None:
     _need(message.code in msg.FAILURES and len(message.text) <= MAX_FAILURE_TEXT, "failure")
 
@@ -358,4 +376,6 @@ _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     msg.SyncReply: _sync,
     msg.Renewed: _certificate,
     msg.Failed: _failed,
+    msg.Accuse: lambda message: _told(message.told),
+    msg.Accusations: lambda message: _told(message.told),
 }

@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -19,11 +20,11 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node import channel
+from node import channel, exchange_tls
 from node.certificates import Authority, Credentials, own_authority, peer_of
 from node.config import HostPort
 from node.exchange import Answer, Lane
-from node.exchange_tls import BATCH_BYTES, Limits, Timing, TlsExchange
+from node.exchange_tls import BATCH_BYTES, HANDSHAKES_PER_ADDRESS, Limits, Timing, TlsExchange
 from node.identity import Identity
 from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
@@ -32,7 +33,6 @@ from protocol.members import Member
 from protocol.messages import (
     BlockFound,
     Done,
-    Failed,
     FindHolders,
     GetBlock,
     Holders,
@@ -197,6 +197,8 @@ PING_HEADER = msgpack.packb([1, [7, []]])
     ids=["http", "zeros", "lengths", "header", "body with a request", "hello twice", "cut"],
 )
 def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -> None:
+    """S-20"""
+
     async def scenario(cluster: Cluster) -> None:
         one, two = await cluster.start(), await cluster.start()
         assert await one.ask(two.peer, PING) == Answer(PONG)
@@ -210,6 +212,8 @@ def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -
 
 
 def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
+    """S-22"""
+
     async def never(peer: PeerId, request: Request) -> Answer:
         await trio.sleep_forever()
         raise AssertionError
@@ -228,6 +232,8 @@ def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
 
 
 def test_only_members_are_let_in(tmp_path: Path) -> None:
+    """S-23"""
+
     async def scenario(cluster: Cluster) -> None:
         node, client = await cluster.start(), await cluster.start()
         (tmp_path / "other").mkdir()
@@ -261,6 +267,54 @@ def test_a_client_that_says_nothing_is_dropped_in_time(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_one_address_without_a_certificate_keeps_no_other_out(tmp_path: Path) -> None:
+    """S-43"""
+
+    async def scenario(cluster: Cluster) -> None:
+        timing = Timing(handshake_s=5.0)
+        node, other = await cluster.start(timing=timing), await cluster.start(timing=Timing())
+        address = node.exchange.address
+
+        async def connect() -> trio.SocketStream:
+            return await trio.open_tcp_stream(address.host, address.port, local_address="127.0.0.9")
+
+        idle = [await connect() for _ in range(Limits().handshakes)]
+        for stream in idle[HANDSHAKES_PER_ADDRESS:]:
+            assert await stream.receive_some(1) == b""
+        with trio.fail_after(timing.handshake_s / 2):
+            assert await other.ask(node.peer, PING) == Answer(PONG)
+
+    play(tmp_path, scenario)
+
+
+def test_a_message_that_does_not_come_whole_ends_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S-42: byte by byte, so that something always comes."""
+    monkeypatch.setattr(exchange_tls, "WHOLE_S", 0.3)
+
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(timing=Timing())
+        raw = await cluster.dial_raw(node)
+        await raw.send(HELLO)
+        await raw.read_frame()
+        async with trio.open_nursery() as nursery:
+
+            async def drip() -> None:
+                await raw.send(struct.pack(">II", wire.MAX_HEADER, 0))
+                with suppress(trio.BrokenResourceError):
+                    while True:
+                        await raw.send(b"x")
+                        await trio.testing.wait_all_tasks_blocked(0.01)
+
+            nursery.start_soon(drip)
+            while node.exchange.statistics().connections_in:
+                await trio.testing.wait_all_tasks_blocked(0.02)
+            nursery.cancel_scope.cancel()
+
+    play(tmp_path, scenario)
+
+
 def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
     async def half(raw: Raw) -> None:
         request_id, _ = await raw.read_frame()
@@ -276,6 +330,8 @@ def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
 
 
 def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(tmp_path: Path) -> None:
+    """S-19"""
+
     async def drip(raw: Raw) -> None:
         request_id, _ = await raw.read_frame()
         await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
@@ -436,24 +492,26 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
     play(tmp_path, scenario)
 
 
-def test_answers_that_nobody_takes_do_not_fill_the_memory(tmp_path: Path) -> None:
-    """What waits for the peer that does not read is bounded, others hear `busy`; it is given back with the peer."""
+def test_answers_that_nobody_takes_leave_the_others_their_part(tmp_path: Path) -> None:
+    """S-41: what waits for peers that do not read is bounded, and each leaves to others as much as it has."""
 
     async def scenario(cluster: Cluster) -> None:
-        limits = Limits(answer_bytes=8 * BLOCK_SIZE)
+        limits = Limits(answer_bytes=12 * BLOCK_SIZE)
         node, other = await cluster.start(limits=limits, timing=Timing(stall_s=1000.0)), await cluster.start()
-        raw = await cluster.dial_raw(node)
-        await raw.send(HELLO)
-        for request_id in range(60):
-            await raw.say(request_id, GET)
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        failed = (await other.ask(node.peer, GET)).message
-        assert isinstance(failed, Failed)
-        assert failed.code == "busy"
-        raw.stream.transport_stream.socket.close()
+        hogs = []
+        for left in (6, 3, 1):  # of 12; the later ones find less
+            hogs.append(await cluster.dial_raw(node))
+            await hogs[-1].send(HELLO)
+            for request_id in range(60):
+                await hogs[-1].say(request_id, GET)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert node.exchange._answer_bytes.free >= left * BLOCK_SIZE
+            assert (await other.ask(node.peer, GET)).body == BLOCK
+        for raw in hogs:
+            raw.stream.transport_stream.socket.close()
         while node.exchange.statistics().connections_in > 1:
             await trio.testing.wait_all_tasks_blocked(0.01)
-        assert (await other.ask(node.peer, GET)).body == BLOCK
+        assert node.exchange._answer_bytes.free == limits.answer_bytes
 
     play(tmp_path, scenario)
 
@@ -788,6 +846,8 @@ def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) 
 
 
 def test_a_peer_that_says_much_after_a_body_holds_up_nobody(tmp_path: Path) -> None:
+    """S-19"""
+
     async def flood(raw: Raw) -> None:
         request_id, _ = await raw.read_frame()
         await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)

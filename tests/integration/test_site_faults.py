@@ -62,6 +62,7 @@ def test_the_other_nodes_pull_while_the_registry_is_gone(
 def test_altered_bytes_on_a_nodes_disk_reach_no_client(
     folder: Path, image: Image, proxy: CountingProxy, restarted: bool
 ) -> None:
+    """S-29"""
     with site(folder / "site", proxy.url, memory="2MiB") as nodes:
         pull_through(nodes, folder / "first", image)
         if restarted:

@@ -324,15 +324,26 @@ def test_garbage_on_the_port_harms_nobody(authority: Authority) -> None:
     run(main)
 
 
-def test_idle_connections_are_bounded_and_cut(authority: Authority) -> None:
+def test_idle_connections_are_bounded_in_all_and_for_each_address_and_cut(authority: Authority) -> None:
+    """S-43"""
+
     async def main() -> None:
         a = Node(authority, "a", timing=Timing(deadline=0.5, linger=0.1))
         async with running(a) as nursery:
-            idle = [await trio.open_tcp_stream("127.0.0.1", a.port) for _ in range(swarm_libp2p.MAX_INBOUND)]
-            for stream in idle:
-                assert await stream.receive_some(1) != b""
-            extra = await trio.open_tcp_stream("127.0.0.1", a.port)
-            assert await extra.receive_some(1) == b""
+            idle: list[trio.SocketStream] = []
+
+            async def connect(source: str) -> trio.SocketStream:
+                return await trio.open_tcp_stream("127.0.0.1", a.port, local_address=source)
+
+            for source in ("127.0.0.2", "127.0.0.3"):
+                mine = [await connect(source) for _ in range(swarm_libp2p.MAX_PER_ADDRESS)]
+                for stream in mine:
+                    assert await stream.receive_some(1) != b""
+                idle += mine
+                extra = await connect(source)
+                assert await extra.receive_some(1) == b""
+                if len(idle) < swarm_libp2p.MAX_INBOUND:  # who is at another address is let in meanwhile
+                    assert await (await connect("127.0.0.4")).receive_some(1) != b""
             for stream in idle:
                 assert await closes(stream)
             b = Node(authority, "b", [a.address])
@@ -397,6 +408,8 @@ async def false_name(line: "swarm_libp2p._Line", credentials: Credentials) -> No
     ],
 )
 def test_a_liar_of_the_own_cluster_is_refused(authority: Authority, log: Log, lie: Lie, reason: str) -> None:
+    """S-30"""
+
     async def main() -> None:
         a = Node(authority, "a")
         async with running(a):

@@ -81,6 +81,7 @@ def test_statements_about_a_member_are_totally_ordered(a: Update, b: Update, c: 
 
 @given(st.lists(about_one, min_size=1, max_size=4))
 def test_the_order_and_the_number_of_hearings_do_not_matter(heard: list[Update]) -> None:
+    """S-22"""
     results = set()
     for order in permutations(heard):
         swim = make()
@@ -404,6 +405,7 @@ def test_a_view_of_hostile_members_still_fits_one_message() -> None:
 
 
 def test_a_full_table_gives_up_the_dead_for_the_living_only() -> None:
+    """S-24"""
     with patch.object(module, "MAX_MEMBERS", 11):
         swim = make(peers=10)
         swim.received([alive("x")], 0.0)

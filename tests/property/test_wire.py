@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from protocol import wire
 from protocol.errors import PeerMisbehavedError
+from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import MAX_MEMBERS, Member, State, Update
 from protocol.messages import (
     FAILURES,
+    Accusations,
+    Accuse,
     Announce,
     BlockFound,
     Done,
@@ -72,6 +75,15 @@ def records(draw: st.DrawFn) -> Record:
     return Record(digest, index, length, size, sha, draw(peers), signature)
 
 
+told = st.lists(
+    st.tuples(
+        st.builds(Evidence, records(), texts, peers, st.binary(min_size=64, max_size=64), st.none() | records()),
+        st.floats(0, 1e9),
+    ),
+    max_size=3,
+).map(tuple)
+
+
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(
         lambda digest, block, code, *rest: GetShard(digest, *block, *code, *rest),
@@ -85,6 +97,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(Ping, updates),
     st.builds(PingRequest, peers, updates),
     st.builds(Sync, updates),
+    st.builds(Accuse, told),
 )  # fmt: skip
 replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(lambda code, record: ShardFound(*code, record), codes, records()),
@@ -103,6 +116,7 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(SyncReply, updates),
     st.builds(Waiting, st.booleans()),
     st.builds(Failed, st.sampled_from(FAILURES), texts),
+    st.builds(Accusations, told),
 )
 ids = st.integers(0, 2**32 - 1)
 
@@ -156,6 +170,7 @@ def test_replies_and_bodies_come_through_however_they_are_cut(said: list[tuple[i
 
 @given(st.binary(max_size=300), st.integers(0, 2**32 - 1))
 def test_garbage_is_misbehaviour_or_not_yet_a_frame(header: bytes, body_length: int) -> None:
+    """S-20"""
     for kind in (wire.REQUESTS, wire.REPLIES):
         for data in (header, frame(header, body_length), frame(header)):
             heads = wire.Heads(kind)
@@ -221,6 +236,7 @@ def test_a_valid_header_that_was_altered_never_breaks_the_reader(message: Reques
     ids=["utf-8", "nesting", "array length", "string length", "outer length", "updates length"],
 )
 def test_lengths_that_are_claimed_allocate_nothing(header: bytes) -> None:
+    """S-20"""
     tracemalloc.start()
     heads = wire.Heads(wire.REQUESTS)
     heads.feed(frame(header))
@@ -235,6 +251,7 @@ def test_lengths_that_are_claimed_allocate_nothing(header: bytes) -> None:
     "prefix", [(wire.MAX_HEADER + 1, 0), (2**32 - 1, 0), (10, BLOCK_SIZE + 1), (0, 2**32 - 1), (2**32 - 1, 2**32 - 1)]
 )
 def test_a_prefix_over_the_bounds_is_refused_before_its_header_comes(prefix: tuple[int, int]) -> None:
+    """S-20"""
     heads = wire.Heads(wire.REPLIES)
     heads.feed(struct.pack(">II", *prefix))
     with pytest.raises(PeerMisbehavedError):
@@ -247,6 +264,13 @@ RECORD = Record(DIGEST, 0, 10, 10, bytes(32), PEER, bytes(64))
 
 def altered(**changes: Any) -> Record:
     return msgspec.structs.replace(RECORD, **changes)
+
+
+EVIDENCE = Evidence(RECORD, "", PEER, bytes(64))
+
+
+def told_of(age_s: float = 0.0, **changes: Any) -> Accuse:
+    return Accuse(((msgspec.structs.replace(EVIDENCE, **changes), age_s),))
 
 
 def with_member(**changes: Any) -> Update:
@@ -303,11 +327,20 @@ def with_member(**changes: Any) -> Update:
         Resolved(DIGEST, 1, "", 0.0, -0.5),
         Resolved(DIGEST, 1, "", 0.0, float("nan")),
         GetShard(DIGEST, 0, 1, 4, 1, 0, 2, "", False, "not base58!"),
+        Accuse(((EVIDENCE, 0.0),) * (wire.MAX_TOLD + 1)),
+        told_of(source="x" * 601),
+        told_of(finder=PeerId("0")),
+        told_of(signature=bytes(63)),
+        told_of(record=altered(sha256=b"")),
+        told_of(other=altered(signature=b"")),
+        told_of(age_s=-1.0),
+        told_of(age_s=float("inf")),
         Failed("oops", ""),
         Failed("busy", "x" * 501),
     ],
 )
 def test_bounds(message: Request | Reply) -> None:
+    """S-20"""
     heads = wire.Heads(wire.REQUESTS if type(message).__struct_config__.tag < 32 else wire.REPLIES)
     heads.feed(wire.encode_head(1, message, wire.body_length_of(message)))
     with pytest.raises(PeerMisbehavedError):

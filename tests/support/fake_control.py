@@ -19,6 +19,7 @@ from node.status import (
     ClusterRow,
     DoctorReport,
     EndpointRow,
+    EvidenceRow,
     ImageRow,
     ImagesReport,
     PeerRow,
@@ -81,7 +82,13 @@ class FakeControl:
 
     async def peers(self) -> PeersReport:
         await trio.lowlevel.checkpoint()
-        bad = PeerRow(peer_id="12D3bad", name="evil\x1b[2J", site="lab", state="alive", quarantine="wrong bytes")
+        row = EvidenceRow(
+            block=f"{DIGEST}#3", source="docker.io/library/alpine#blobs", found_by="edge-3", found_by_id=PEER,
+            age_s=60.0, verdict="proven here",
+        )  # fmt: skip
+        bad = PeerRow(
+            peer_id="12D3bad", name="evil\x1b[2J", site="lab", state="alive", quarantine="wrong bytes", evidence=(row,)
+        )
         return PeersReport(peers=(PeerRow(peer_id=PEER, name="edge-2", site="lab", state="alive", rtt_ms=0.4), bad))
 
     async def images(self) -> ImagesReport:

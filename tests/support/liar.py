@@ -1,25 +1,46 @@
-"""p2pd, but every shard that it gives to others has one wrong bit: `python -m tests.support.liar --config FILE`."""
+"""p2pd, but a member that lies: `LIE=shards python -m tests.support.liar --config FILE`.
+
+`shards`: every shard that it gives to others has one wrong bit. `records`: so has every block of the larger
+objects that it reads from the registry, and it signs what it made of it.
+"""
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from node.daemon import main
 from node.exchange import Answer
+from node.locator import Locator
+from node.origin import Origin
 from node.seeder import Seeder
-from protocol.ids import PeerId
+from protocol.ids import ObjectRef, PeerId
 from protocol.messages import ShardFound
 
-_honest = Seeder.handle
+_honest, _honest_read = Seeder.handle, Origin.read
+
+
+def _wrong(data: bytes | bytearray | memoryview) -> bytearray:
+    wrong = bytearray(data)
+    wrong[len(wrong) // 2] ^= 1
+    return wrong
 
 
 async def _lie(self: Seeder, peer: PeerId, request: object) -> Answer:
     answer = await _honest(self, peer, request)
     if not isinstance(answer.message, ShardFound) or answer.body is None:
         return answer
-    wrong = bytearray(answer.body)
-    wrong[len(wrong) // 2] ^= 1
-    return Answer(answer.message, wrong)
+    return Answer(answer.message, _wrong(answer.body))
+
+
+async def _misread(self: Origin, locator: Locator, ref: ObjectRef, index: int, **how: Any) -> bytearray:
+    data = await _honest_read(self, locator, ref, index, **how)
+    return _wrong(data) if ref.block_count > 1 else data
 
 
 if __name__ == "__main__":
-    Seeder.handle = _lie  # type: ignore[method-assign]
+    if os.environ.get("LIE") == "records":
+        Origin.read = _misread  # type: ignore[method-assign]
+    else:
+        Seeder.handle = _lie  # type: ignore[method-assign]
     main()

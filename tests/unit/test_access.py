@@ -204,6 +204,8 @@ def test_a_repository_that_is_not_public_any_more_is_forgotten(tmp_path: Path) -
 
 @pytest.mark.parametrize(("age", "served"), [(60.0, True), (PUBLIC_GRACE_S + 60, False), (None, False)])
 def test_the_site_is_asked_what_was_public(tmp_path: Path, age: float | None, served: bool) -> None:
+    """S-26"""
+
     async def scenario(fixture: Fixture) -> None:
         fixture.registry.down = True
         if age is not None:
@@ -218,6 +220,8 @@ def test_the_site_is_asked_what_was_public(tmp_path: Path, age: float | None, se
 
 
 def test_the_site_is_not_asked_for_tokens(tmp_path: Path) -> None:
+    """S-26"""
+
     async def scenario(fixture: Fixture) -> None:
         with pytest.raises(ChallengedError):
             await fixture.admit(PRIVATE)

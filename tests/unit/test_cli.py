@@ -99,6 +99,13 @@ def test_peers_with_a_name_that_would_steer_the_terminal(path: Path) -> None:
     assert "evil?[2J" in text
 
 
+def test_peers_with_the_evidence_against_them(path: Path) -> None:
+    text = run("--socket", path, "peers").stdout
+    row = next(line for line in text.splitlines() if "proven here" in line)
+    for part in ("evil", "#3", "edge-3", "1 m 0 s"):
+        assert part in row
+
+
 def test_tags(path: Path) -> None:
     text = run("--socket", path, "tags", "alpine").stdout
     for part in ("docker.io/library/alpine:latest", "1 m 15 s", "stale", "edge-2", "docker.io/*", "1 h 0 m", "always"):

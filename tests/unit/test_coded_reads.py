@@ -293,6 +293,8 @@ def test_without_any_peer_that_answers_the_node_asks_the_registry() -> None:
 
 
 def test_a_liar_is_found_out_by_its_shards() -> None:
+    """S-01"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         def lie(answer: Answer) -> Answer:
             if not isinstance(answer.message, ShardFound) or answer.body is None:
@@ -315,6 +317,8 @@ def test_a_liar_is_found_out_by_its_shards() -> None:
 
 
 def test_a_record_that_no_member_signed_is_not_believed() -> None:
+    """S-23"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         stranger = Identity.of(Ed25519PrivateKey.generate())
         address = BlockAddress(LOCATOR, REF, 0)
@@ -373,6 +377,8 @@ def test_who_is_asked_for_exactly_one_shard_gives_no_other_that_it_kept_in_an_ea
 
 
 def test_another_acts_for_a_home_whose_own_link_is_bad() -> None:
+    """S-19"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         home, bad = home_of(nodes, 0), Registry(block_s=1000.0)
         async with trio.open_nursery() as nursery:
@@ -524,6 +530,8 @@ class WithMirror(Registry):
 
 @pytest.mark.parametrize("mirrored", ["everywhere", "at home"])
 def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: str) -> None:
+    """S-13"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         bad = WithMirror()
         home = nodes[0].site.placement().keepers(REF.block(1), BLOCK_SIZE)[1][0]
@@ -551,6 +559,8 @@ async def read_whole(library: SiteLibrary) -> bytes:
 
 
 def test_no_member_reads_for_another_what_its_own_client_does_not_read() -> None:
+    """S-27"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.private = True
         elsewhere = replace(LOCATOR, repository="other", grant=Grant("Bearer of another repository"))

@@ -242,6 +242,7 @@ def test_a_broken_body_ends_with_fin_and_a_bug_is_told(caplog) -> None:
 
 
 def test_clients_that_leave_or_stall_cost_nothing(caplog, tmp_path) -> None:
+    """S-31"""
     path = tmp_path / "file"
     path.write_bytes(BIG)
     ended = trio.Event()
@@ -278,6 +279,8 @@ def test_clients_that_leave_or_stall_cost_nothing(caplog, tmp_path) -> None:
 
 
 def test_slow_requests_and_idle_connections_are_bounded_in_time() -> None:
+    """S-31"""
+
     async def main() -> None:
         async with serving(echo, Limits(idle_s=0.2, request_s=0.2)) as served:
             async with await served.connect() as stream:
@@ -377,6 +380,8 @@ LINES = st.sampled_from(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(LINES | st.binary(max_size=20), max_size=12))
 def test_no_bytes_bring_a_traceback_or_an_error_of_ours(parts: list[bytes], caplog) -> None:
+    """S-31"""
+
     async def main() -> None:
         async with serving(echo) as served:
             answer = await served.raw(b"".join(parts))

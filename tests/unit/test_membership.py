@@ -487,6 +487,8 @@ def test_a_node_that_only_one_link_fails_is_kept_by_its_helpers() -> None:
 
 
 def test_a_liar_about_others_is_refuted() -> None:
+    """S-24"""
+
     async def scenario(site: Site) -> None:
         await site.grow(5)
         victim = site.nodes[1]

@@ -106,6 +106,7 @@ def test_a_record_of_another_block_is_refused(record: Record) -> None:
 
 
 def test_nobody_signs_for_another() -> None:
+    """S-23"""
     forged = make_record(REF, 2, sha256(TAIL).digest(), SIGNER, OTHER_KEY.sign)
     with pytest.raises(PeerMisbehavedError, match=f"not {SIGNER}'s"):
         check_record(forged, REF, 2)

@@ -368,6 +368,8 @@ def test_the_first_pattern_that_fits_gives_the_policy() -> None:
 
 
 def test_what_is_read_with_a_grant_is_asked_of_no_other_node(tmp_path: Path) -> None:
+    """S-27"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         granted = replace(APP, grant=Grant("Bearer of-alice"))
         assert await nodes[0].version() == 1

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 import trio
 import trio.testing
 
-from node.turns import MOST, TURN_S, Turns
+from node.turns import MOST, OF_ONE, TURN_S, Turns
+from protocol.ids import PeerId
 
 
 def play(scenario: Callable[[Turns], Awaitable[None]]) -> None:
@@ -21,8 +22,13 @@ def play(scenario: Callable[[Turns], Awaitable[None]]) -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def peer_of(lot: trio.lowlevel.ParkingLot) -> PeerId:
+    """Each its own."""
+    return PeerId(str(id(lot)))
+
+
 async def send(turns: Turns, lot: trio.lowlevel.ParkingLot, seconds: float, ended: list[float]) -> None:
-    while not turns.take(lot):
+    while not turns.take(lot, peer_of(lot)):
         await lot.park()
     await trio.sleep(seconds)
     turns.give(lot)
@@ -61,11 +67,28 @@ def test_slow_receivers_hold_up_the_others_for_a_turn_only() -> None:
 def test_who_leaves_gives_up_turn_and_place() -> None:
     async def scenario(turns: Turns) -> None:
         lots = [trio.lowlevel.ParkingLot() for _ in range(MOST + 2)]
-        assert [turns.take(lot) for lot in lots] == [True] * MOST + [False] * 2
+        assert [turns.take(lot, peer_of(lot)) for lot in lots] == [True] * MOST + [False] * 2
         turns.leave(lots[MOST])
         turns.leave(lots[0])
-        assert turns.take(lots[MOST + 1])
+        assert turns.take(lots[MOST + 1], peer_of(lots[MOST + 1]))
         assert not turns.contended
-        assert not turns.take(lots[0])
+        assert not turns.take(lots[0], peer_of(lots[0]))
+
+    play(scenario)
+
+
+def test_one_peer_leaves_turns_to_the_others() -> None:
+    """S-40"""
+
+    async def scenario(turns: Turns) -> None:
+        hog, other = PeerId("hog"), PeerId("other")
+        lots = [trio.lowlevel.ParkingLot() for _ in range(MOST)]
+        assert sum(turns.take(lot, hog) for lot in lots) == OF_ONE
+        free, waits = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
+        assert turns.take(free, other)
+        turns.give(free)
+        assert turns.take(waits, other), "though others of the hog wait for longer"
+        turns.give(lots[0])
+        assert turns.take(lots[OF_ONE], hog)
 
     play(scenario)

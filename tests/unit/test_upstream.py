@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
@@ -212,6 +213,19 @@ def test_a_manifest_is_resolved_and_revalidated() -> None:
 
     methods = [request.method for request in run(check).registry.requests]
     assert methods == ["GET", "HEAD", "HEAD", "GET", "GET", "GET"]
+
+
+def test_what_comes_compressed_is_not_decompressed() -> None:
+    """S-21"""
+    bomb = gzip.compress(bytes(64 << 20))
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        headers = {"Content-Type": MEDIA_TYPE, "Content-Encoding": "gzip"}
+        fixture.registry._manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
+        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
+        assert (resolved.ref, body) == (ref_of(bomb), bomb)
+
+    run(check)
 
 
 @pytest.mark.parametrize("fault", [None, "no head"])

@@ -142,6 +142,8 @@ def test_what_a_mirror_broke_off_is_read_on_from_the_registry() -> None:
 
 
 def test_wrong_bytes_of_a_mirror_are_refused_where_a_digest_tells() -> None:
+    """S-28"""
+
     async def check(fixture: Fixture) -> None:
         fixture.mirror.manifest = b"forged"
         assert await fixture.manifest(str(MANIFEST_REF.digest)) == MANIFEST

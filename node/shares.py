@@ -1,0 +1,45 @@
+"""What peers share, and no one of them can take away from the others.
+
+Each may have as much of it as is free: one that takes all that it can leaves half, n that do so at once leave
+1/(n + 1), and one after the other each leaves half of what there is, until those before it give back.
+
+Choudhury and Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches" (1998), with alpha = 1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import trio
+
+from protocol.ids import PeerId
+
+
+class Shares:
+    """`total` of anything: bytes, places."""
+
+    def __init__(self, total: int) -> None:
+        self.free = total
+        self._taken: Counter[PeerId] = Counter()
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    def take(self, peer: PeerId, amount: int) -> bool:
+        """Whether the peer gets so much more now."""
+        if amount and self._taken[peer] + amount > self.free:
+            return False
+        self.free -= amount
+        self._taken[peer] += amount
+        return True
+
+    async def wait(self, peer: PeerId, amount: int) -> None:
+        """Takes it as soon as can be; without a checkpoint where that is now."""
+        while not self.take(peer, amount):
+            await self._waiting.park()
+
+    def give(self, peer: PeerId, amount: int) -> None:
+        self.free += amount
+        self._taken[peer] -= amount
+        if self._taken[peer] <= 0:
+            del self._taken[peer]
+        if self._waiting:
+            self._waiting.unpark_all()

@@ -1,0 +1,70 @@
+"""One member asks far more than it should, over real sockets: what the others feel of it. S-nn: docs/SECURITY.md."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import quantiles
+
+import pytest
+import trio
+
+from node.exchange import Lane
+from node.exchange_tls import Limits, Timing
+from protocol import wire
+from protocol.ids import PeerId
+from protocol.members import MAX_MEMBERS, Member, State, Update
+from protocol.messages import Request, Sync
+from tests.integration.test_exchange_tls import GET, HELLO, PING, Cluster, Node, Raw, play
+
+ASKED = 10_000
+SAMPLES = 100
+FACTOR, GRACE_S = 10.0, 0.05
+"""Measured: a factor of 0.6 to 1.7 in floods of requests for blocks and of pings."""
+AT_ONCE_S = {"views": 0.4, "blocks": 0.0, "pings": 0.0}
+"""A view of the largest size is decoded in one go, 65 ms."""
+A_VIEW = tuple(
+    Update(Member(PeerId("12D3KooW" + "x" * 44), "n" * 20, "site", ("10.0.0.1:4502",)), State.ALIVE, 1)
+    for _ in range(MAX_MEMBERS)
+)
+
+
+async def p99_s(asker: Node, node: Node, message: Request) -> float:
+    took = []
+    for _ in range(SAMPLES):
+        began = time.perf_counter()
+        await asker.exchange.request(node.peer, message, lane=Lane.CONTROL, silence_s=10.0)
+        took.append(time.perf_counter() - began)
+    return quantiles(took, n=100)[-1]
+
+
+async def ask_on(raw: Raw, message: Request) -> None:
+    """Asks and asks, and reads nothing, until it is thrown out."""
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await raw.send(HELLO)
+        for request_id in range(ASKED):
+            await raw.send(wire.encode_head(request_id, message, 0))
+
+
+@pytest.mark.parametrize("flood", ["blocks", "pings", "views"])
+@pytest.mark.parametrize("asked", [PING, GET], ids=["ping", "block"])
+def test_a_flood_of_one_member_hardly_slows_the_others(tmp_path: Path, flood: str, asked: Request) -> None:
+    """S-40: on as many connections as it may have, and reading nothing."""
+    message = {"blocks": GET, "pings": PING, "views": Sync(A_VIEW)}[flood]
+
+    async def scenario(cluster: Cluster) -> None:
+        node, other = await cluster.start(timing=Timing()), await cluster.start(timing=Timing())
+        calm_s = await p99_s(other, node, asked)
+        async with trio.open_nursery() as nursery:
+            credentials = cluster.credentials().client_context()
+            for _ in range(Limits().connections_per_peer):
+                nursery.start_soon(ask_on, await cluster.dial_raw(node, credentials), message)
+            while node.exchange.statistics().connections_in < 1 + Limits().connections_per_peer:
+                await trio.lowlevel.checkpoint()
+            flooded_s = await p99_s(other, node, asked)
+            nursery.cancel_scope.cancel()
+        print(f"{flood}: p99 {1000 * calm_s:.1f} ms, flooded {1000 * flooded_s:.1f} ms")
+        assert flooded_s < FACTOR * calm_s + GRACE_S + AT_ONCE_S[flood]
+
+    play(tmp_path, scenario)

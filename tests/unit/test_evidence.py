@@ -1,0 +1,532 @@
+"""False records and those who accuse: who is found out by whom, and what it costs. Virtual time.
+
+The names S-nn are lines of docs/SECURITY.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.evidence import EXCHANGE_S, MAX_KEPT, MAX_UNDECIDED, PAUSE_S, RETRY_S, SPREAD_S, Case, Judge, Verdict
+from node.evidence_file import EvidenceFile
+from node.exchange import Answer, Lane
+from node.exchange_memory import MemoryNetwork
+from node.identity import Identity
+from node.ledger import Ledger
+from node.library import SiteLibrary
+from node.membership import QUARANTINE_S, Membership
+from node.metrics import Metrics
+from node.origin import Origin
+from node.trust import Suspicion
+from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
+from protocol.evidence import Evidence, check_evidence, make_evidence
+from protocol.ids import BLOCK_SIZE, PeerId, Piece
+from protocol.members import Member
+from protocol.messages import Accuse, Request, ShardFound
+from protocol.records import Record, make_record
+from tests.unit import test_coded_reads as coded
+from tests.unit.test_coded_reads import BODY, LOCATOR, REF, Registry, WithMirror, home_of, not_keeping, read_whole
+
+SOURCE = str(LOCATOR)
+SOON_S = 2 * EXCHANGE_S
+
+
+class Node(coded.Node):
+    def __init__(
+        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Registry,
+        nursery: trio.Nursery,
+    ) -> None:  # fmt: skip
+        super().__init__(identity, members, network, registry, nursery)
+        self.identity, self.mirrored = identity, False
+        self.judge = Judge(
+            self.site, self.seeder, identity.sign, lambda upstream: self.mirrored, nursery, Random(self.own)
+        )
+
+    async def handle(self, peer: PeerId, request: Request) -> Answer:
+        if isinstance(request, Accuse):
+            return await self.judge.handle(peer, request)
+        return await super().handle(peer, request)
+
+    @property
+    def library(self) -> SiteLibrary:
+        unused: Any = None
+        return SiteLibrary(self.site, unused, self.seeder, self.fetcher, Ledger(), Metrics(), lambda ref: None)
+
+    def signs(self, index: int, data: bytes) -> Record:
+        return make_record(REF, index, sha256(data).digest(), self.own, self.identity.sign)
+
+    def accuses(self, record: Record, other: Record | None = None) -> Evidence:
+        return make_evidence(record, SOURCE, self.own, self.identity.sign, other)
+
+    async def tells(self, target: Node, *evidence: Evidence) -> None:
+        await self.seeder.ask(target.own, Accuse(tuple((one, 0.0) for one in evidence)), Lane.CONTROL, 1.0)
+
+
+def suspicion(record: Record, *, compared: bool) -> Suspicion:
+    return Suspicion(record, SOURCE, compared)
+
+
+Scenario = Callable[[list[Node], Registry], Awaitable[None]]
+
+
+def play(count: int, scenario: Scenario, judging: int | None = None) -> None:
+    """`count` nodes, of which `judging` (all, where it is left out) run their judges from the start."""
+
+    async def main() -> None:
+        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
+        identities = [Identity.of(key) for key in keys]
+        members = [Member(one.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, one in enumerate(identities)]
+        network, registry = MemoryNetwork(0.001), Registry()
+        async with trio.open_nursery() as nursery:
+            nodes = [Node(one, members, network, registry, nursery) for one in identities]
+            for node in nodes:
+                await nursery.start(node.exchange.run)
+            for node in nodes[:judging]:
+                await nursery.start(node.judge.run)
+            with trio.fail_after(3 * QUARANTINE_S):
+                await scenario(nodes, registry)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def until(holds: Callable[[], bool], within_s: float = SOON_S) -> None:
+    ends = trio.current_time() + within_s
+    while not holds():
+        assert trio.current_time() < ends, f"not within {within_s} s"
+        await trio.sleep(0.1)
+
+
+async def poison(liar: Node, index: int) -> Record:
+    """The liar keeps a block of its own making, with a record to fit, and answers with it."""
+    false = bytes(REF.block_length(index))
+    record = liar.signs(index, false)
+    await liar.tiers.put(Piece(REF.block(index)), false, record)
+    return record
+
+
+def verdicts(nodes: list[Node], liar: Node) -> list[Verdict]:
+    return [case.verdict for node in nodes for case in node.judge.about(liar.own)]
+
+
+@pytest.mark.parametrize("index", range(REF.block_count))
+def test_who_signed_a_false_record_is_shut_out_by_the_whole_site(index: int) -> None:
+    """S-05"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar = home_of(nodes, index)  # type: ignore[arg-type] # a list of a subclass
+        assert isinstance(liar, Node)
+        await poison(liar, index)
+        others = [node for node in nodes if node is not liar]
+        if index == REF.block_count - 1:  # what no client has got yet is put right at once
+            assert await read_whole(others[0].library) == BODY
+        else:
+            with pytest.raises(CorruptObjectError):
+                await read_whole(others[0].library)
+            assert await read_whole(others[0].library) == BODY
+        await until(lambda: all(node.view.is_quarantined(liar.own) for node in others))
+        assert verdicts(others, liar) == [Verdict.PROVEN] * len(others)
+        for node in others[1:]:
+            assert set(node.view.quarantined) == {liar.own}
+            (case,) = node.judge.about(liar.own)
+            assert case.evidence.finder == others[0].own
+            assert case.evidence.record.index == index
+            assert await read_whole(node.library) == BODY
+
+    play(7, scenario)
+
+
+def test_no_block_of_a_liar_outlives_it_where_it_was_kept() -> None:
+    """S-06"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, others = nodes[0], nodes[1:]
+        record = await poison(liar, 1)
+        false = bytes(BLOCK_SIZE)
+        for node in others:
+            await node.tiers.put(Piece(REF.block(1)), false, record)
+        await others[0].tells(others[1], others[0].accuses(record))
+        await until(lambda: all(node.view.is_quarantined(liar.own) for node in others[1:]))
+        assert not any(node.tiers.holds(Piece(REF.block(1))) for node in others[1:])
+
+    play(5, scenario)
+
+
+def test_a_record_that_no_bytes_fit_is_found_out_by_who_reads_the_block() -> None:
+    """S-07"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar = home_of(nodes, 0)  # type: ignore[arg-type]
+        assert isinstance(liar, Node)
+        false = liar.signs(0, b"of no bytes at all".ljust(BLOCK_SIZE))
+
+        def lie(answer: Answer) -> Answer:
+            if not isinstance(answer.message, ShardFound) or answer.message.record.index:
+                return answer
+            return Answer(msgspec.structs.replace(answer.message, record=false), answer.body)
+
+        liar.spoil = lie
+        reader = not_keeping(nodes, 0)  # type: ignore[arg-type]
+        assert bytes((await reader.read(0)).held.data) == BODY[:BLOCK_SIZE]
+        others = [node for node in nodes if node is not liar]
+        await until(lambda: all(node.view.is_quarantined(liar.own) for node in others))
+        assert all(set(node.view.quarantined) == {liar.own} for node in others)
+
+    play(7, scenario)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_two_records_of_one_block_convict_their_signer_without_the_registry(mirrored: bool) -> None:
+    """S-08: but not where a mirror may have given its signer either."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        receiver.mirrored, registry.down = mirrored, True
+        pair = liar.signs(0, BODY[:BLOCK_SIZE]), liar.signs(0, bytes(BLOCK_SIZE))
+        await finder.tells(receiver, finder.accuses(*pair))
+        await trio.sleep(SOON_S)
+        assert receiver.view.is_quarantined(liar.own) is not mirrored
+        registry.down = False
+        await trio.sleep(RETRY_S)
+        assert receiver.view.is_quarantined(liar.own)
+        assert not receiver.view.is_quarantined(finder.own)
+
+    play(3, scenario, judging=3)
+
+
+def test_who_reads_two_records_of_one_signer_tells_of_both() -> None:
+    """S-08"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar = home_of(nodes, 0)  # type: ignore[arg-type]
+        assert isinstance(liar, Node)
+        given: list[Record] = []
+
+        def lie(answer: Answer) -> Answer:
+            """To everyone bytes of his own."""
+            if not isinstance(answer.message, ShardFound) or answer.message.record.index:
+                return answer
+            given.append(liar.signs(0, bytes([len(given)]) * BLOCK_SIZE))
+            return Answer(msgspec.structs.replace(answer.message, record=given[-1]), answer.body)
+
+        liar.spoil = lie
+        reader = not_keeping(nodes, 0)  # type: ignore[arg-type]
+        assert bytes((await reader.read(0)).held.data) == BODY[:BLOCK_SIZE]
+        await until(lambda: reader.view.is_quarantined(liar.own))
+        assert reader.judge.about(liar.own)[0].evidence.other is not None
+
+    play(7, scenario)
+
+
+def test_who_accuses_falsely_loses_his_standing_and_the_accused_keeps_it() -> None:
+    """S-09"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, honest, others = nodes[0], nodes[1], nodes[2:]
+        await honest.read_all()
+        registry.asked.clear()
+        truths = [honest.signs(index, BODY[index * BLOCK_SIZE :][:BLOCK_SIZE]) for index in range(REF.block_count)]
+        for node in others:
+            await liar.tells(node, *(liar.accuses(record) for record in truths))
+        await until(lambda: all(node.view.is_quarantined(liar.own) for node in others))
+        await trio.sleep(SOON_S)
+        assert not any(node.view.is_quarantined(honest.own) for node in others)
+        assert registry.asked.total() == len(others), "each receiver reads one block"
+
+    play(6, scenario)
+
+
+def test_accusations_are_few_for_each_accuser_and_looked_into_one_by_one() -> None:
+    """S-10"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, honest, receiver = nodes[0], nodes[1], nodes[2]
+        registry.down = True
+        records = [honest.signs(0, bytes([number]) * BLOCK_SIZE) for number in range(60)]
+        await liar.tells(receiver, *(liar.accuses(record) for record in records))
+        assert len(receiver.judge.cases) == MAX_UNDECIDED
+        registry.down, registry.block_s = False, 1.0
+        await trio.sleep(RETRY_S + SPREAD_S * 3 + 1)
+        assert registry.asked.total() <= MAX_UNDECIDED
+
+    play(3, scenario)
+
+
+def test_the_table_of_evidence_is_bounded_and_what_is_proven_stays_longest() -> None:
+    """S-10"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        finder, signer, receiver = nodes
+        proven = finder.accuses(signer.signs(0, b"false"))
+        receiver.judge.restore([Case(proven, -10.0, Verdict.PROVEN)])
+        for number in range(2 * MAX_KEPT):
+            evidence = finder.accuses(signer.signs(0, number.to_bytes(4, "big")))
+            receiver.judge.restore([Case(evidence, 0.0, Verdict.UNPROVABLE)])
+        assert len(receiver.judge.cases) == MAX_KEPT
+        assert proven in [case.evidence for case in receiver.judge.cases]
+
+    play(3, scenario, judging=0)
+
+
+@pytest.mark.parametrize("forged", ["finder", "record", "pair"])
+def test_who_tells_of_evidence_with_a_wrong_signature_is_shut_out(forged: str) -> None:
+    """S-11"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, honest, receiver = nodes[0], nodes[1], nodes[2]
+        record = honest.signs(0, bytes(BLOCK_SIZE))
+        evidence = liar.accuses(record)
+        if forged == "finder":
+            evidence = msgspec.structs.replace(evidence, finder=nodes[3].own)
+        elif forged == "record":
+            evidence = liar.accuses(msgspec.structs.replace(record, sha256=bytes(32)))
+        else:
+            evidence = liar.accuses(record, honest.signs(1, bytes(BLOCK_SIZE)))
+        with pytest.raises((UnavailableError, PeerUnavailableError)):
+            await liar.tells(receiver, evidence)
+        assert set(receiver.view.quarantined) == {liar.own}
+        assert not receiver.judge.cases
+
+    play(4, scenario)
+
+
+def test_while_the_registry_is_out_of_reach_nobody_is_shut_out_and_the_accusation_is_kept() -> None:
+    """S-12"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        record, registry.down = liar.signs(0, bytes(BLOCK_SIZE)), True
+        await finder.tells(receiver, finder.accuses(record))
+        await trio.sleep(5 * RETRY_S)
+        assert not receiver.view.quarantined
+        assert verdicts([receiver], liar) == [Verdict.UNPROVEN]
+        registry.down = False
+        await until(lambda: receiver.view.is_quarantined(liar.own), RETRY_S + 1)
+        assert verdicts([receiver], liar) == [Verdict.PROVEN]
+        assert registry.asked == Counter([0])
+
+    play(3, scenario)
+
+
+def test_what_the_registry_does_not_give_here_stays_unproven() -> None:
+    """S-12"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        record, registry.private = liar.signs(0, bytes(BLOCK_SIZE)), True
+        await finder.tells(receiver, finder.accuses(record))
+        await trio.sleep(SOON_S)
+        assert verdicts([receiver], liar) == [Verdict.UNPROVABLE]
+        assert not receiver.view.quarantined
+
+    play(3, scenario)
+
+
+def test_who_was_deceived_by_a_mirror_is_not_shut_out_by_anybody() -> None:
+    """S-13"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        deceived, finder, receiver = nodes[0], nodes[1], nodes[2]
+        async with trio.open_nursery() as nursery:
+            receiver.mirrored = True
+            receiver.seeder._origin = Origin(WithMirror(), nursery)
+            await finder.tells(receiver, finder.accuses(deceived.signs(0, bytes(BLOCK_SIZE))))
+            await trio.sleep(SOON_S)
+            assert [case.verdict for case in receiver.judge.cases] == [Verdict.VOID]
+            assert not receiver.view.quarantined
+            nursery.cancel_scope.cancel()
+
+    play(3, scenario)
+
+
+def test_an_object_that_is_held_whole_decides_without_the_registry(tmp_path: Path) -> None:
+    """S-14"""
+    (tmp_path / "whole").write_bytes(BODY)
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        registry.down = True
+        disk: Any = receiver.tiers._disk
+        disk.open_sealed = lambda digest: (tmp_path / "whole").open("rb")
+        await finder.tells(receiver, finder.accuses(liar.signs(3, bytes(REF.block_length(3)))))
+        await until(lambda: receiver.view.is_quarantined(liar.own), 1.0)
+        await liar.tells(nodes[3], liar.accuses(finder.signs(0, BODY[:BLOCK_SIZE])))
+        disk = nodes[3].tiers._disk
+        disk.open_sealed = lambda digest: (tmp_path / "whole").open("rb")
+        await until(lambda: nodes[3].view.is_quarantined(liar.own))
+        assert not registry.asked
+
+    play(4, scenario)
+
+
+def test_who_joins_later_hears_of_it() -> None:
+    """S-15"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, late = nodes[0], nodes[1], nodes[3]
+        site = late.view.site
+        late.view.site = tuple(one for one in site if one.peer_id == late.own)
+        finder.site.trust.suspect(suspicion(liar.signs(0, bytes(BLOCK_SIZE)), compared=True))
+        await until(lambda: nodes[2].view.is_quarantined(liar.own))
+        late.view.site, late.judge._cases = site, {}
+        await trio.lowlevel.checkpoint()
+        await until(lambda: late.view.is_quarantined(liar.own), 2 * EXCHANGE_S + PAUSE_S)
+
+    play(4, scenario)
+
+
+def test_evidence_that_is_an_hour_old_is_neither_told_nor_taken() -> None:
+    """S-16"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
+        await finder.seeder.ask(receiver.own, Accuse(((evidence, QUARANTINE_S),)), Lane.CONTROL, 1.0)
+        assert not receiver.judge.cases
+        await finder.tells(receiver, evidence)
+        await until(lambda: receiver.view.is_quarantined(liar.own))
+        receiver.view.quarantined.clear()
+        await trio.sleep(QUARANTINE_S)
+        registry.asked.clear()
+        await finder.tells(receiver, evidence)  # told as if it were new: it counts once
+        await trio.sleep(SOON_S)
+        assert not receiver.view.quarantined
+        assert not receiver.judge.about(liar.own)
+        assert not registry.asked
+
+    play(3, scenario)
+
+
+def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
+    """S-17"""
+    path = tmp_path / "evidence.msgpack"
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, node = nodes[0], nodes[1], nodes[2]
+        own = next(one for one in node.view.site if one.peer_id == node.own)
+        wall = 1.7e9
+
+        def clock() -> float:
+            return wall + trio.current_time()
+
+        before, file = Membership(own, 1, Random(1)), EvidenceFile(path, clock)
+        file.save(before, node.judge)
+        assert not path.exists()
+        evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
+        node.judge.restore([Case(evidence, trio.current_time(), Verdict.PROVEN)])
+        before.quarantine(liar.own, "signed a false record")
+        file.save(before, node.judge)
+        written = path.read_bytes()
+        await trio.sleep(1000)
+        file.save(before, node.judge)
+        assert path.read_bytes() == written, "what did not change is not written"
+
+        after, again = Membership(own, 2, Random(2)), nodes[3]
+        EvidenceFile(path, clock).load(after, again.judge)
+        ((peer, reason, left),) = after.quarantines()
+        assert (peer, reason) == (liar.own, "signed a false record")
+        assert left == pytest.approx(QUARANTINE_S - 1000)
+        (case,) = again.judge.about(liar.own)
+        assert (case.evidence, case.verdict) == (evidence, Verdict.PROVEN)
+
+        wall += QUARANTINE_S  # the quarantine is over, or the clock jumped
+        ended, last = Membership(own, 3, Random(3)), nodes[4]
+        EvidenceFile(path, clock).load(ended, last.judge)
+        assert not ended.quarantines()
+        assert not last.judge.about(liar.own)
+        assert len(last.judge.cases) == 1, "so that it does not count once more"
+
+    play(5, scenario, judging=0)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x93\x02\x90\x90", bytes(2 << 20), b"\x93\x01\x91\x93\xa1x\xa1y\xc0"])
+def test_a_damaged_file_of_evidence_is_passed_over(tmp_path: Path, data: bytes) -> None:
+    """S-17"""
+    path = tmp_path / "evidence.msgpack"
+    path.write_bytes(data)
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        own = nodes[0].view.site[0]
+        membership = Membership(own, 1, Random(1))
+        EvidenceFile(path).load(membership, nodes[0].judge)
+        assert not membership.quarantines()
+        assert not nodes[0].judge.cases
+
+    play(1, scenario, judging=0)
+
+
+KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 4)]
+ALICE, BOB, CAROL = (Identity.of(key) for key in KEYS)
+GENUINE = make_evidence(
+    make_record(REF, 1, bytes(32), ALICE.peer_id, ALICE.sign), SOURCE, BOB.peer_id, BOB.sign,
+    make_record(REF, 1, bytes([1]) * 32, ALICE.peer_id, ALICE.sign),
+)  # fmt: skip
+
+
+@given(st.data())
+def test_evidence_that_was_altered_anywhere_is_refused(data: st.DataObject) -> None:
+    """S-11"""
+    check_evidence(GENUINE)
+    encoded = bytearray(msgspec.msgpack.encode(GENUINE))
+    encoded[data.draw(st.integers(0, len(encoded) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        altered = msgspec.msgpack.decode(encoded, type=Evidence)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return
+    if altered != GENUINE:
+        with pytest.raises(PeerMisbehavedError):
+            check_evidence(altered)
+
+
+def test_nobody_accuses_in_the_name_of_another() -> None:
+    """S-11"""
+    for stranger in (ALICE, CAROL):
+        with pytest.raises(PeerMisbehavedError):
+            check_evidence(replace_finder(stranger.peer_id))
+
+
+def replace_finder(finder: PeerId) -> Evidence:
+    return msgspec.structs.replace(GENUINE, finder=finder)
+
+
+def test_what_a_member_tells_of_itself_or_of_strangers_is_passed_over() -> None:
+    """S-10"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, receiver = nodes[0], nodes[1]
+        stranger = Identity.of(Ed25519PrivateKey.generate())
+        unknown = make_record(REF, 0, bytes(32), stranger.peer_id, stranger.sign)
+        of_receiver = receiver.signs(0, bytes(BLOCK_SIZE))
+        by_stranger = make_evidence(of_receiver, SOURCE, stranger.peer_id, stranger.sign)
+        await liar.tells(receiver, liar.accuses(unknown), liar.accuses(of_receiver), by_stranger)
+        assert not receiver.judge.cases
+
+    play(2, scenario)
+
+
+def test_a_suspicion_that_comes_to_nothing_costs_one_block_once() -> None:
+    """S-13"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        honest, reader = nodes
+        record = honest.signs(0, BODY[:BLOCK_SIZE])
+        for _ in range(5):
+            reader.site.trust.suspect(suspicion(record, compared=False))
+            await trio.sleep(1)
+        assert registry.asked == Counter([0])
+        assert not reader.view.quarantined
+
+    play(2, scenario)

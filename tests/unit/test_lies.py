@@ -1,0 +1,244 @@
+"""Members that lie about shards, blocks, holdings, members and names: every read ends, with the right bytes.
+
+Virtual time. The names S-nn are lines of docs/SECURITY.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.blame import Blame
+from node.exchange import Answer
+from node.exchange_memory import MemoryNetwork
+from node.identity import Identity
+from protocol.ids import BLOCK_SIZE, PeerId
+from protocol.members import Member
+from protocol.messages import (
+    BlockFound,
+    Failed,
+    GetBlock,
+    Holders,
+    HoldingsFound,
+    Request,
+    Resolve,
+    Resolved,
+)
+from protocol.placement import Placement
+from tests.unit import test_tags as tags
+from tests.unit.test_coded_reads import REF, Node, Registry, all_read, home_of, not_keeping, play
+
+
+def flipped(answer: Answer) -> Answer:
+    if answer.body is None:
+        return answer
+    wrong = bytearray(answer.body)
+    wrong[-1] ^= 128
+    return Answer(answer.message, wrong)
+
+
+def test_a_wrong_parity_shard_makes_no_wrong_block() -> None:
+    """S-02"""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await all_read(nodes)
+        reader = not_keeping(nodes, 0)
+        _, keepers = reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)
+        by_id = {node.own: node for node in nodes}
+        liar = by_id[keepers[4]]
+        liar.spoil = flipped
+        network.kill(keepers[1])  # so that the parity is needed
+        await reader.forget(0)
+        registry.asked.clear()
+        assert (await reader.read(0)).held.data == (await nodes[0].read(0)).held.data
+        assert set(reader.view.quarantined) <= {liar.own}
+
+    play(7, scenario)
+
+
+def test_wrong_bytes_of_a_whole_block_are_refused_when_they_come() -> None:
+    """S-03"""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        liar, reader = nodes
+        await liar.read_all()
+        liar.spoil = flipped
+        await reader.read_all()
+        assert set(reader.view.quarantined) == {liar.own}
+
+    play(2, scenario)
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_a_home_that_gives_keepers_wrong_shards_has_none_of_them_shut_out(count: int) -> None:
+    """S-04"""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        liar = home_of(nodes, 0)
+        liar.spoil = flipped
+        for node in nodes:
+            if node is not liar:
+                await node.read_all()
+        assert any(node.view.quarantined for node in nodes)
+        assert all(set(node.view.quarantined) <= {liar.own} for node in nodes)
+
+    play(count, scenario)
+
+
+@given(
+    st.sampled_from("abcdef").flatmap(
+        lambda liar: st.lists(
+            st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")).filter(lambda pair: liar in pair)
+        ).map(lambda pairs: (liar, pairs))
+    )
+)
+def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[tuple[str, str]]]) -> None:
+    """S-04: every wrong shard went through the hands of the liar, as keeper or as home."""
+    liar, pairs = what
+
+    async def main() -> None:
+        blame = Blame()
+        for keeper, home in pairs:
+            found = blame.wrong(PeerId(keeper), PeerId(home))
+            assert found in (None, liar) or found == keeper == home
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("answers", ["not held", "wrong bytes"])
+def test_who_claims_to_hold_what_it_does_not_costs_a_question_and_no_copy(answers: str) -> None:
+    """S-18"""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        liar = nodes[0]
+
+        def lie(answer: Answer) -> Answer:
+            message = answer.message
+            if isinstance(message, HoldingsFound):
+                return Answer(HoldingsFound(b"\xff", ()))
+            if isinstance(message, Holders):
+                return Answer(Holders((liar.own,)))
+            return flipped(answer) if answers == "wrong bytes" and not isinstance(message, Failed) else answer
+
+        for node in nodes:
+            for digest in (REF.digest,):
+                node.seeder._directory.announce(digest, liar.own, trio.current_time())
+        liar.spoil = lie
+        await all_read(nodes[1:])
+        assert all(count <= 2 for count in registry.asked.values())
+        assert all(set(node.view.quarantined) <= {liar.own} for node in nodes)
+
+    play(6, scenario)
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
+    """S-19: its `Waiting` goes on for ever."""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        liar = nodes[0]
+
+        async def never(peer: PeerId, request: Request) -> Answer:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        liar.exchange._handler = never
+        for node in nodes[1:]:
+            for index in range(REF.block_count):
+                with trio.fail_after(20):
+                    await node.read(index, urgent=urgent)
+        assert not any(node.view.quarantined for node in nodes), "slowness is no lie"
+
+    play(6, scenario)
+
+
+def test_members_that_are_invented_cost_time_and_no_pull() -> None:
+    """S-24"""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([9, n])).digest()) for n in range(40)]
+        ghosts = [Member(Identity.of(key).peer_id, "ghost", "site", ("192.0.2.9:1",)) for key in keys]
+        placement = Placement([*nodes[0].view.site, *ghosts], 4, 1)
+        for node in nodes:
+            node.view.site = (*node.view.site, *ghosts)
+            node.site = type(node.site)(
+                node.own, node.view, lambda: placement, node.exchange, node.site.health, node.site.trust, node.tiers
+            )
+            node.seeder._site = node.fetcher._site = node.site
+        for node in nodes:
+            await node.read_all()
+
+    play(5, scenario)
+
+
+def test_a_member_that_tells_a_name_wrongly_is_named_and_a_digest_stands_for_itself(tmp_path: Path) -> None:
+    """S-25"""
+    wrong = "sha256:" + "66" * 32
+
+    async def scenario(nodes: list[tags.Node], registry: tags.Registry, network: MemoryNetwork) -> None:
+        reader = nodes[0]
+
+        async def lie(peer: PeerId, request: Request) -> Answer:
+            assert isinstance(request, Resolve)
+            return Answer(Resolved(wrong, 1, "a/b", 0.0))
+
+        for node in nodes[1:]:
+            node.exchange._handler = lie
+        told = Counter[bool]()
+        for number in range(8):
+            found = await reader.names.resolve(tags.APP, f"v{number}")
+            is_wrong = str(found.ref.digest) == wrong
+            told[is_wrong] += 1
+            _, told_by, _ = reader.row(f"v{number}")
+            assert (told_by in {node.own for node in nodes[1:]}) is is_wrong
+        assert told[True], "a tag is a member's word: docs/SECURITY.md says so"
+        true = await reader.names._ask_origin(tags.APP, "latest")
+        by_digest = await reader.names.resolve(tags.APP, str(true.ref.digest))
+        assert by_digest.ref == true.ref
+
+    tags.play(tmp_path, 4, scenario)
+
+
+def test_a_lie_about_a_digest_is_refused_and_the_registry_asked(tmp_path: Path) -> None:
+    """S-25"""
+    wrong = "sha256:" + "66" * 32
+    asked = str(REF.digest)
+
+    async def scenario(nodes: list[tags.Node], registry: tags.Registry, network: MemoryNetwork) -> None:
+        async def lie(peer: PeerId, request: Request) -> Answer:
+            return Answer(Resolved(wrong, 1, "a/b", 0.0))
+
+        for node in nodes[1:]:
+            node.exchange._handler = lie
+        before = registry.asked
+        found = await nodes[0].names.resolve(tags.APP, asked)
+        assert str(found.ref.digest) != wrong
+        assert registry.asked == before + 1
+
+    tags.play(tmp_path, 4, scenario)
+
+
+def test_what_was_found_is_not_a_message_that_only_looks_like_one() -> None:
+    """S-03: a whole block is asked for, and its record is of that block."""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await nodes[0].read_all()
+        other = nodes[0].site.exchange
+        answer = await nodes[0].seeder.handle(nodes[1].own, GetBlock(str(REF.digest), 1, REF.size))
+        assert isinstance(answer.message, BlockFound)
+
+        async def replay(peer: PeerId, request: Request) -> Answer:
+            return answer  # of block 1, whatever is asked
+
+        other._handler = replay  # type: ignore[attr-defined]
+        assert await nodes[1].read_all()
+        assert all(set(node.view.quarantined) <= {nodes[0].own} for node in nodes)
+
+    play(3, scenario)
