@@ -659,12 +659,14 @@ class TlsExchange:
         try:
             while True:
                 head = await reader.head()
-                await self._pace(connection.peer, head.size)
+                if head.size > BATCH_BYTES:
+                    await self._pace(connection.peer, head.size)
                 connection.check_number(head.request_id)
                 if plain and not _is_for_block(head.message):
                     raise PeerMisbehavedError(f"{type(head.message).__name__} came in the clear")
                 await _acquire(connection.slots)
-                await self._requests.wait(connection.peer, 1)
+                if not self._requests.take(connection.peer, 1):
+                    await self._requests.wait(connection.peer, 1)
                 connection.at_work.add(head.request_id)
                 self._at_work.begin((connection, head.request_id))
                 connection.used_at = trio.current_time()
@@ -673,10 +675,9 @@ class TlsExchange:
             return type(error)(f"{connection.peer}: {error}")
 
     async def _pace(self, peer: PeerId, size: int) -> None:
-        if size > BATCH_BYTES:
-            until = max(trio.current_time(), self._paced.get(peer, 0.0)) + size / HEADS_RATE
-            self._paced[peer] = until
-            await trio.sleep_until(until)
+        until = max(trio.current_time(), self._paced.get(peer, 0.0)) + size / HEADS_RATE
+        self._paced[peer] = until
+        await trio.sleep_until(until)
 
     async def _answer(self, connection: _Incoming, request: wire.Head[Request]) -> None:
         head, body = await answer(self._handler, connection.peer, request)

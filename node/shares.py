@@ -8,8 +8,6 @@ Choudhury and Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet S
 
 from __future__ import annotations
 
-from collections import Counter
-
 import trio
 
 from protocol.ids import PeerId
@@ -20,15 +18,18 @@ class Shares:
 
     def __init__(self, total: int) -> None:
         self.free = total
-        self._taken: Counter[PeerId] = Counter()
+        self._taken: dict[PeerId, int] = {}
         self._waiting = trio.lowlevel.ParkingLot()
 
     def take(self, peer: PeerId, amount: int) -> bool:
         """Whether the peer gets so much more now."""
-        if amount and self._taken[peer] + amount > self.free:
+        if not amount:
+            return True
+        taken = self._taken.get(peer, 0) + amount
+        if taken > self.free:
             return False
         self.free -= amount
-        self._taken[peer] += amount
+        self._taken[peer] = taken
         return True
 
     async def wait(self, peer: PeerId, amount: int) -> None:
@@ -37,9 +38,13 @@ class Shares:
             await self._waiting.park()
 
     def give(self, peer: PeerId, amount: int) -> None:
+        if not amount:
+            return
         self.free += amount
-        self._taken[peer] -= amount
-        if self._taken[peer] <= 0:
+        left = self._taken[peer] - amount
+        if left:
+            self._taken[peer] = left
+        else:
             del self._taken[peer]
         if self._waiting:
             self._waiting.unpark_all()
