@@ -118,9 +118,10 @@ class NameTable:
             rows = self._database.run(
                 f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", (source, reference)
             )
-            if not rows:
+            found = self._resolved(*rows[0]) if rows else None
+            if found is None:
                 return None
-            known = self._recent[source, reference] = self._resolved(*rows[0]), rows[0][3], ""
+            known = self._recent[source, reference] = found, rows[0][3], ""
         return replace(known[0], age_s=self._age(known[1]))
 
     def put(self, source: str, reference: str, resolved: Resolved, told_by: str = "") -> None:
@@ -144,7 +145,8 @@ class NameTable:
             " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000",
             (),
         )
-        return [(row[0], row[1], self._resolved(*row[2:])) for row in rows]
+        found = ((row[0], row[1], self._resolved(*row[2:])) for row in rows)
+        return [(source, reference, one) for source, reference, one in found if one is not None]
 
     def tags(self, pattern: str) -> list[KnownTag]:
         """Those that an SQLite GLOB over `upstream/repository:tag` fits, the latest confirmed first."""
@@ -154,11 +156,11 @@ class NameTable:
             " AND replace(source, '#manifests', ':') || reference GLOB ? ORDER BY confirmed DESC LIMIT 1000",
             (pattern,),
         )
+        found = ((source, tag, self._resolved(*columns)) for source, tag, *columns in rows)
         return [
-            KnownTag(
-                Locator.parse(source), tag, self._resolved(*columns), self._recent.get((source, tag), (0, 0, ""))[2]
-            )
-            for source, tag, *columns in rows
+            KnownTag(Locator.parse(source), tag, one, self._recent.get((source, tag), (0, 0, ""))[2])
+            for source, tag, one in found
+            if one is not None
         ]
 
     def trim(self) -> None:
@@ -171,8 +173,13 @@ class NameTable:
     def _row(self, source: str, reference: str, one: Resolved) -> tuple[object, ...]:
         return source, reference, str(one.ref.digest), one.ref.size, one.media_type, self._clock() - one.age_s
 
-    def _resolved(self, digest: str, size: int, media_type: str, confirmed: float) -> Resolved:
-        return Resolved(ObjectRef(Digest.parse(digest), size), media_type, self._age(confirmed))
+    def _resolved(self, digest: str, size: int, media_type: str, confirmed: float) -> Resolved | None:
+        """None where the disk altered it: what is unknown is asked for."""
+        try:
+            return Resolved(ObjectRef(Digest.parse(digest), size), media_type, self._age(confirmed))
+        except BadInputError as error:
+            log.warning("a remembered name is damaged: %s", error)
+            return None
 
     def _age(self, confirmed: float) -> float:
         # A clock that was set back makes the age unknown: the name is asked for again as soon as can be.

@@ -218,7 +218,7 @@ class Prefetcher:
         temporary = self.path.with_name(self.path.name + ".new")
         try:
             temporary.write_bytes(msgspec.json.encode(_File(1, tuple(item.single for item in self._items))))
-            os.replace(temporary, self.path)  # no fsync: a power cut costs an order, which can be given again
+            os.replace(temporary, self.path)  # no fsync: a power cut costs orders, which can be given again
         except OSError as error:
             log.warning("cannot write %s: what is ordered ends with this process: %s", self.path, error)
 

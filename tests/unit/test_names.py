@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -39,6 +41,20 @@ def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
     table = NameTable(path)
     table.put(SOURCE, "v1", FOUND)
     assert table.get(SOURCE, "v1") is not None
+
+
+def test_a_row_that_the_disk_altered_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "names.sqlite"
+    table = NameTable(path)
+    table.put(SOURCE, "v1", FOUND)
+    table.put(SOURCE, "v2", FOUND)
+    table.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE name SET digest = 'sha256:no' WHERE reference = 'v1'")
+    table = NameTable(path)
+    assert table.get(SOURCE, "v1") is None
+    assert [reference for _, reference, _ in table.images()] == ["v2"]
+    assert [one.tag for one in table.tags("*")] == ["v2"]
 
 
 def test_what_a_disk_does_not_take_is_remembered_until_the_node_stops(tmp_path: Path, caplog) -> None:
