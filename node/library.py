@@ -22,7 +22,7 @@ from node.read_ahead import ReadAhead, Room
 from node.seeder import BlockAddress, Obtained, Seeder, Site
 from node.trust import Suspicion
 from node.upstream import MAX_MANIFEST
-from protocol.errors import CorruptObjectError, ShoalError
+from protocol.errors import CorruptObjectError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,12 @@ class SiteLibrary:
                 yield b""
             for index, wanted in _by_block(spans):
                 served = sum(part.stop - part.start for part in wanted)
-                data = self._note(BlockAddress(locator, ref, index), await ahead.first(), served)
+                try:
+                    obtained = await ahead.first()
+                except UnavailableError:
+                    self._names.doubt(locator, ref)
+                    raise
+                data = self._note(BlockAddress(locator, ref, index), obtained, served)
                 if hasher is not None:
                     hasher.update(data)
                     if index == last:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 import trio
-from cachetools import LRUCache
+from cachetools import LRUCache, TTLCache
 
 from node.database import Database
 from node.exchange import Answer, Lane
@@ -40,6 +40,8 @@ LAST_RESORT_MEMBERS = 64
 """Asked for what they know when the registry does not answer."""
 JOINED_S = 1.0
 """A home's question to the registry, which another's joins, may be so much older."""
+DOUBTED_S = 60.0
+"""A home that lies is asked again after this, and found out again."""
 REGISTRY = "registry"
 MAX_MANIFEST_ENTRIES = 1024
 UNTYPED = "application/octet-stream"
@@ -215,6 +217,7 @@ class Names:
         self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._site_asked: LRUCache[_Key, float] = LRUCache(_MAX_RECENT)
         """When the site was asked last for a tag that the registry did not tell; without those that it told since."""
+        self._doubted: TTLCache[tuple[str, ObjectRef], bool] = TTLCache(_MAX_RECENT, DOUBTED_S, timer=trio.current_time)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         """For a client of this node. Raises NotFoundError, DeniedError or UnavailableError."""
@@ -272,7 +275,16 @@ class Names:
 
     def _fresh(self, locator: Locator, reference: str) -> Resolved | None:
         found = self.known(locator, reference)
-        return found if found and found.age_s < self._ttl_s(locator, reference) else None
+        if found is None or self._is_doubted(locator, found):
+            return None
+        return found if found.age_s < self._ttl_s(locator, reference) else None
+
+    def doubt(self, locator: Locator, ref: ObjectRef) -> None:
+        """What was told cannot be read: a member may have told a wrong size. The registry is asked itself then."""
+        self._doubted[str(locator), ref] = True
+
+    def _is_doubted(self, locator: Locator, found: Resolved) -> bool:
+        return (str(locator), found.ref) in self._doubted
 
     def _ttl_s(self, locator: Locator, reference: str) -> float:
         """A digest stands for the same for ever."""
@@ -323,6 +335,8 @@ class Names:
             except ShoalError as error:
                 log.debug("name home %s: %s", home, error)
                 continue
+            if self._is_doubted(locator, found):
+                break
             limit_s = max(trio.current_time() - began + JOINED_S, self._ttl_s(locator, reference))
             if found.age_s < limit_s or self._out_of_reach_lately(locator, reference):
                 return found
@@ -389,6 +403,8 @@ class Names:
 
     async def _revalidate(self, locator: Locator, reference: str) -> Resolved:
         key, known, asked = (str(locator), reference), self.known(locator, reference), trio.current_time()
+        if known is not None and self._is_doubted(locator, known):
+            known = None
         try:
             found, body = await self._upstreams.resolve(locator, reference, known)
         except UnavailableError as error:
@@ -397,6 +413,7 @@ class Names:
             self._forget(locator, reference)
             raise
         self._site_asked.pop(key, None)
+        self._doubted.pop((str(locator), found.ref), None)
         # The registry may have answered what was true when it was asked.
         found = replace(found, age_s=trio.current_time() - asked)
         if locator.kind == "manifests":

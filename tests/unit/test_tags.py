@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -33,6 +34,7 @@ from protocol.health import Health
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import Member
 from protocol.messages import Request, Resolve
+from protocol.messages import Resolved as Told
 from protocol.placement import Placement
 from tests.support.disk_like import DiskLike
 from tests.unit.test_coded_reads import FixedView
@@ -109,12 +111,16 @@ class Node:
         self.table = NameTable(folder / f"{self.own}.sqlite", lambda: EPOCH + trio.current_time())
         self.ages: list[float] = []
         self.heard: list[Resolve] = []
+        self.lies = False
         self.names = Names(site, self.table, reached, seeder, nursery, POLICIES, self.ages.append)
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         assert isinstance(request, Resolve)
         self.heard.append(request)
-        return await self.names.handle(request)
+        answer = await self.names.handle(request)
+        if self.lies and isinstance(answer.message, Told):
+            return Answer(msgspec.structs.replace(answer.message, size=answer.message.size + 1))
+        return answer
 
     async def version(self, tag: str = "latest") -> int:
         found = await self.names.resolve(APP, tag)
@@ -224,6 +230,28 @@ def test_a_tag_that_the_registry_deleted_does_not_come_back_when_it_is_out_of_re
         for node in nodes:
             with pytest.raises(UnavailableError):
                 await node.version()
+
+    play(tmp_path, 5, scenario)
+
+
+@pytest.mark.parametrize("by_digest", [False, True])
+def test_a_wrong_size_of_a_member_is_asked_of_the_registry_once_it_cannot_be_read(
+    tmp_path: Path, by_digest: bool
+) -> None:
+    """S-25."""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        body = manifest(1)
+        right = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
+        reference = str(right.digest) if by_digest else "latest"
+        home = nodes[0].names._site.placement().name_homes(f"{APP}@{reference}")[0]
+        reader = next(node for node in nodes if node.own != home)
+        next(node for node in nodes if node.own == home).lies = True
+        told = await reader.names.resolve(APP, reference)
+        assert told.ref == replace(right, size=right.size + 1)
+        reader.names.doubt(APP, told.ref)
+        for _ in range(2):
+            assert (await reader.names.resolve(APP, reference)).ref == right
 
     play(tmp_path, 5, scenario)
 
