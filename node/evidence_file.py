@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +12,9 @@ import trio
 
 from node.evidence import MAX_KEPT, Case, Judge, Verdict
 from node.membership import QUARANTINE_S, Membership
+from node.small_files import load, save
 from protocol.evidence import Evidence
 from protocol.ids import PeerId
-
-log = logging.getLogger(__name__)
 
 MAX_QUARANTINES, MAX_REASON = 1024, 300
 MAX_FILE = 1 << 20
@@ -51,13 +48,8 @@ class EvidenceFile:
         self._written: tuple[set[tuple[PeerId, str]], set[tuple[Evidence, Verdict]]] = set(), set()
 
     def load(self, membership: Membership, judge: Judge) -> None:
-        try:
-            with self._path.open("rb") as file:
-                read = msgspec.msgpack.decode(file.read(MAX_FILE), type=_File)
-        except FileNotFoundError:
-            return
-        except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
-            log.warning("the evidence kept is not readable", extra={"path": self._path, "reason": error})
+        read = load(self._path, _File, MAX_FILE, "the evidence kept")
+        if read is None:
             return
         now = self._clock()
         for one in read.quarantines[:MAX_QUARANTINES]:
@@ -82,14 +74,8 @@ class EvidenceFile:
                 tuple(_Kept(one.evidence, now + one.found_at - here, one.verdict) for one in cases),
             )
         )
-        temporary = self._path.with_name(self._path.name + ".new")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, self._path)  # no fsync: what is lost with the power is told again by the others
-        except OSError as error:
-            log.warning("cannot write the evidence", extra={"path": self._path, "reason": error})
-            return
-        self._written = state
+        if save(self._path, data, "the evidence kept"):
+            self._written = state
 
     async def run(
         self, membership: Membership, judge: Judge, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

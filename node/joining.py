@@ -34,7 +34,7 @@ from node.certificates import (
 from node.exchange import Answer
 from protocol import join
 from protocol.admission import MAX_USES, Token, check_token, cluster_id, read_token
-from protocol.errors import BadInputError, DeniedError, NotAdmittedError, PeerMisbehavedError
+from protocol.errors import UNDECODABLE, BadInputError, DeniedError, NotAdmittedError, PeerMisbehavedError
 from protocol.ids import PeerId
 from protocol.messages import Failed, Renew, Renewed
 
@@ -110,7 +110,7 @@ class Uses:
             return msgspec.msgpack.decode(private_files.read(self._path, MAX_FILE), type=_File).tokens
         except FileNotFoundError:
             return {}
-        except (UnicodeDecodeError, msgspec.MsgspecError) as error:
+        except UNDECODABLE as error:
             raise BadInputError(f"{self._path} is damaged; without it used tokens count as new: remove it") from error
 
 

@@ -22,7 +22,7 @@ from node.database import Database
 from node.locator import Grant, Locator
 from node.objects import Library
 from node.upstream import MAX_MANIFEST, Passed
-from protocol.errors import NotFoundError, UnavailableError
+from protocol.errors import UNDECODABLE, NotFoundError, UnavailableError
 from protocol.ids import Digest
 
 log = logging.getLogger(__name__)
@@ -195,5 +195,5 @@ def _decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
     """None for what is no such document: that is handed on as it is."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return None

@@ -29,7 +29,7 @@ from node.status import TagState
 from node.tag_policy import TagPolicies, TagPolicy
 from node.upstream import MEDIA_TYPE
 from protocol import messages
-from protocol.errors import BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
+from protocol.errors import UNDECODABLE, BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef, PeerId
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def parse_manifest(body: bytes) -> Manifest:
     """Empty for what is no manifest of the two families; what it names is checked by whoever uses it."""
     try:
         return msgspec.json.decode(body, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return Manifest()
 
 

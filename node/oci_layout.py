@@ -19,7 +19,7 @@ import msgspec
 from node.locator import ImageName, Kind, is_digest
 from node.tar import Entry, Read
 from node.upstream import MAX_MANIFEST, MEDIA_TYPE
-from protocol.errors import BadInputError
+from protocol.errors import UNDECODABLE, BadInputError
 from protocol.ids import Digest, ObjectRef
 
 LAYOUT, INDEX = "oci-layout", "index.json"
@@ -249,5 +249,5 @@ class _Reader:
 def _decode(name: str, data: bytes, kind: type[_Document]) -> _Document:
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise BadInputError(f"{name}: not the JSON that it should be: {error}") from error

@@ -5,8 +5,6 @@ Nothing depends on it being there, new or true: what it names is only asked. Byt
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +12,8 @@ import msgspec
 import trio
 
 from node.membership import Membership
-from protocol.errors import UNDECODABLE
+from node.small_files import load, save
 from protocol.members import Member, State
-
-log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 1024
 """One of them alive is enough."""
@@ -39,15 +35,8 @@ class RememberedPeers:
 
     def load(self) -> tuple[Member, ...]:
         """Empty where there is no such file, or a damaged one."""
-        try:
-            with self._path.open("rb") as file:
-                data = file.read(MAX_FILE)
-            return msgspec.msgpack.decode(data, type=_File).members[:MAX_REMEMBERED]
-        except FileNotFoundError:
-            return ()
-        except (OSError, *UNDECODABLE) as error:
-            log.warning("remembered peers are not readable", extra={"path": self._path, "reason": error})
-            return ()
+        found = load(self._path, _File, MAX_FILE, "remembered peers")
+        return found.members[:MAX_REMEMBERED] if found else ()
 
     def save(self, membership: Membership) -> None:
         """The site's members, live ones first, replacing the file whole. Without any, what is there stays."""
@@ -57,14 +46,8 @@ class RememberedPeers:
         data = msgspec.msgpack.encode(_File(1, members))
         if not members or data == self._written:
             return
-        temporary = self._path.with_name(self._path.name + ".new")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, self._path)  # no fsync: a lost file costs nothing that bootstrap does not mend
-        except OSError as error:
-            log.warning("cannot write the remembered peers", extra={"path": self._path, "reason": error})
-            return
-        self._written = data
+        if save(self._path, data, "remembered peers"):
+            self._written = data
 
     async def run(
         self, membership: Membership, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

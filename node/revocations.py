@@ -12,7 +12,7 @@ import msgspec
 from node import private_files
 from node.certificates import key_of_authority
 from protocol.admission import MAX_REVOCATIONS, Revocation, check_revocation, cluster_id
-from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Revocations:
             return msgspec.msgpack.decode(private_files.read(self._path, MAX_FILE), type=_File).revocations
         except FileNotFoundError:
             return ()
-        except (BadInputError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        except (BadInputError, *UNDECODABLE) as error:
             log.error(  # noqa: TRY400 # the reason is all of it
                 "the revocations are not readable; members tell them again", extra={"path": self._path, "reason": error}
             )

@@ -28,7 +28,7 @@ from node.certificates import (
 from node.config import Config, NodePart
 from node.identity import Identity
 from protocol.admission import cluster_id
-from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def load_joined(data_dir: Path, identity: Identity) -> Joined | None:
         peer = issued_by(joined.certificate, joined.authority)
     except FileNotFoundError:
         return None
-    except (msgspec.MsgspecError, UnicodeDecodeError, PeerMisbehavedError) as error:
+    except (*UNDECODABLE, PeerMisbehavedError) as error:
         raise BadInputError(f"{path} is damaged ({error}): remove it and join again") from error
     if peer != identity.peer_id:
         raise BadInputError(f"{path} is for {peer}, and this node is {identity.peer_id}: remove it and join again")

@@ -7,8 +7,6 @@ them. Background reads make way: while a body is read for somebody who waits, an
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +18,9 @@ import msgspec
 import trio
 
 from node.hours import local_time
+from node.small_files import load, save
 from node.uplink_policy import UplinkPolicy
-from protocol.errors import UNDECODABLE, UnavailableError
-
-log = logging.getLogger(__name__)
+from protocol.errors import UnavailableError
 
 BURST_S = 0.25
 """What was not used may be made up for: a loop that is late shall not lower the rate."""
@@ -197,15 +194,8 @@ class UplinkFile:
         self._written = b""
 
     def load(self) -> None:
-        try:
-            with self._path.open("rb") as file:
-                found = msgspec.msgpack.decode(file.read(_MAX_FILE), type=_File)
-        except FileNotFoundError:
-            return
-        except (OSError, *UNDECODABLE) as error:
-            log.warning("the uplink's use is not readable", extra={"path": self._path, "reason": error})
-            return
-        days = {day.upstream: day for day in found.days}
+        found = load(self._path, _File, _MAX_FILE, "the uplink's use")
+        days = {day.upstream: day for day in found.days} if found else {}
         for uplink in self._uplinks:
             if (day := days.get(uplink.name)) is not None:
                 uplink.restore(day.day, max(0, day.used))
@@ -214,14 +204,8 @@ class UplinkFile:
         data = msgspec.msgpack.encode(_File(1, tuple(_Day(uplink.name, *uplink.day()) for uplink in self._uplinks)))
         if data == self._written:
             return
-        temporary = self._path.with_name(self._path.name + ".new")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, self._path)  # no fsync: a power cut costs some bytes more than the day's
-        except OSError as error:
-            log.warning("cannot write the uplink's use", extra={"path": self._path, "reason": error})
-            return
-        self._written = data
+        if save(self._path, data, "the uplink's use"):
+            self._written = data
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self.load()

@@ -17,7 +17,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from protocol.errors import BadInputError, NotAdmittedError
+from protocol.errors import UNDECODABLE, BadInputError, NotAdmittedError
 from protocol.ids import PeerId
 from protocol.records import public_key_of
 
@@ -226,5 +226,5 @@ def _from_text(prefix: str, text: str, what: str) -> bytes:
 def _decoded(decoder: msgspec.msgpack.Decoder[_Value], data: bytes, what: str) -> _Value:
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise BadInputError(f"the {what} cannot be decoded") from error

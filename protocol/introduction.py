@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
 from protocol.ids import PeerId
 from protocol.members import MAX_ADDRESSES, Member
 from protocol.records import public_key_of
@@ -90,7 +90,7 @@ def frame(body: bytes) -> bytes:
 def decode(decoder: msgspec.msgpack.Decoder[Decoded], body: bytes) -> Decoded:
     try:
         return decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise PeerMisbehavedError(f"message cannot be decoded: {error}") from error
 
 

@@ -20,7 +20,7 @@ import msgspec
 
 from protocol import messages as msg
 from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT, Revocation
-from protocol.errors import BadInputError, PeerMisbehavedError
+from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
 from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, shard_length
 from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Update
@@ -182,7 +182,7 @@ Decoded = TypeVar("Decoded")
 def _decode(decoder: msgspec.msgpack.Decoder[Decoded], header: bytearray) -> Decoded:
     try:
         return decoder.decode(header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise PeerMisbehavedError(f"header cannot be decoded: {error}") from error
 
 
