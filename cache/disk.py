@@ -33,7 +33,7 @@ from cache.disk_flush import Batch, Entry, File, Outcome, carry_out
 from cache.disk_index import DiskIndex, Stored, key_of, open_index
 from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
 from cache.lru_k import LRUKCache
-from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, check_bytes, length_of
+from cache.pieces import CORRELATED_S, MAX_ENTRIES, UNBOUNDED, Bitmaps, check_bytes, length_of
 from cache.pinned import PinnedPolicy
 from cache.recovery import can_punch, reconcile, relative_path, space
 from cache.store import Buffer, Held, Holdings, StoreStatistics
@@ -117,11 +117,11 @@ class DiskStore:
         timer: Callable[[], float],
     ) -> None:  # fmt: skip
         self._folder = folder
-        self._budget = budget_bytes = budget_bytes if folder.usable else 0
+        self._budget = budget_bytes if folder.usable else 0
         self._floor = free_share, free_bytes
         self._timer = timer
-        policy: LRUKCache[Piece, int] = LRUKCache(budget_bytes, int, correlated=CORRELATED_S, timer=timer)
-        self._policy = PinnedPolicy(policy, pinned)
+        policy: LRUKCache[Piece, int] = LRUKCache(UNBOUNDED, int, correlated=CORRELATED_S, timer=timer)
+        self._policy = PinnedPolicy(policy, pinned, self._budget)
         self._entries: dict[Piece, Entry] = {}
         self._bitmaps = Bitmaps()
         self._files: dict[tuple[Digest, Shard | None], File] = {}
@@ -396,6 +396,11 @@ class DiskStore:
                 self._remove(entry)
 
     # What its owner wants kept, and wants gone
+
+    def resize(self, budget_bytes: int, *, free_share: float = 0.0, free_bytes: int = 0) -> None:
+        """The bounds of `open`, from the next flush on: what does not fit then is evicted."""
+        self._budget = self._policy.budget_bytes = budget_bytes if self._folder.usable else 0
+        self._floor, self._spare_at = (free_share, free_bytes), -math.inf
 
     def pin(self, digest: Digest) -> None:
         """From now on no whole block of the object is evicted, whether it is held or will be."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import trio
 
 from cache.lru_k import LRUKCache
-from cache.pieces import CORRELATED_S, Bitmaps, check_bytes
+from cache.pieces import CORRELATED_S, UNBOUNDED, Bitmaps, check_bytes
 from cache.store import Buffer, Held, Holdings, StoreStatistics
 from protocol.ids import Digest, Piece
 from protocol.records import Record
@@ -41,8 +41,14 @@ class MemoryStore:
     """
 
     def __init__(self, budget_bytes: int, timer: Callable[[], float]) -> None:
-        self._cache: LRUKCache[Piece, Held] = LRUKCache(budget_bytes, _bytes_held, correlated=CORRELATED_S, timer=timer)
+        self._cache: LRUKCache[Piece, Held] = LRUKCache(UNBOUNDED, _bytes_held, correlated=CORRELATED_S, timer=timer)
+        self._budget = budget_bytes
         self._pieces = Bitmaps()
+
+    def resize(self, budget_bytes: int) -> None:
+        """What does not fit any more is evicted at once."""
+        self._budget = budget_bytes
+        self._evict(0)
 
     async def get(self, piece: Piece) -> Held | None:
         await trio.lowlevel.checkpoint()
@@ -55,10 +61,9 @@ class MemoryStore:
             return True
         held = Held(sole(data), record)
         need = _bytes_held(held)
-        if need > self._cache.maxsize:
+        if need > self._budget:
             return False
-        for victim in list(self._cache.victims(need)):
-            self._remove(victim)
+        self._evict(need)
         self._cache[piece] = held
         self._pieces.add(piece)
         return True
@@ -67,6 +72,10 @@ class MemoryStore:
         await trio.lowlevel.checkpoint()
         if piece in self._pieces:
             self._remove(piece)
+
+    def _evict(self, need: int) -> None:
+        for victim in self._cache.victims(need + UNBOUNDED - self._budget):
+            self._remove(victim)
 
     def _remove(self, piece: Piece) -> None:
         del self._cache[piece]
@@ -82,4 +91,4 @@ class MemoryStore:
         return self._pieces.objects()
 
     def statistics(self) -> StoreStatistics:
-        return StoreStatistics(int(self._cache.currsize), int(self._cache.maxsize), len(self._cache))
+        return StoreStatistics(int(self._cache.currsize), self._budget, len(self._cache))

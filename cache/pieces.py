@@ -16,6 +16,9 @@ CORRELATED_S = 30.0
 """References closer than this count as one: a pull puts a block, reads it back and serves it to the site's other
 nodes within seconds, which says nothing of whether anyone will want it again."""
 
+UNBOUNDED = 1 << 62
+"""For the policy of a store that keeps to its budget itself: cachetools' bound cannot be changed."""
+
 MAX_ENTRIES = 1 << 18
 """Pieces in one store. Each costs about 1 KiB of memory beside its bytes, whatever its size."""
 

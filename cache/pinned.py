@@ -12,8 +12,10 @@ class PinnedPolicy:
     A shard of a pinned object is none of it: it is derived from the whole block, which a pin has fetched.
     """
 
-    def __init__(self, policy: LRUKCache[Piece, int], pinned: frozenset[Digest]) -> None:
+    def __init__(self, policy: LRUKCache[Piece, int], pinned: frozenset[Digest], budget_bytes: int) -> None:
+        """`budget_bytes`, which may be changed, is for what is kept and the rest; the `policy` has no bound itself."""
         self._policy = policy
+        self.budget_bytes = budget_bytes
         self._pinned = set(pinned)
         self._kept: dict[Piece, int] = {}
         self.kept_bytes = 0
@@ -46,7 +48,8 @@ class PinnedPolicy:
 
     def victims(self, need: int) -> list[Piece]:
         """What to remove, in order, so that `need` more fits beside the policy's and what is kept, as far as it can."""
-        return self._policy.victims(min(need + self.kept_bytes, int(self._policy.maxsize)))
+        wanted = min(need + self.kept_bytes, self.budget_bytes)
+        return self._policy.victims(wanted + int(self._policy.maxsize) - self.budget_bytes)
 
     def pin(self, digest: Digest, pieces: list[Piece]) -> None:
         """`pieces` are those held of the object."""

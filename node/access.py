@@ -120,11 +120,16 @@ class Access:
         nursery: trio.Nursery, *, public_grace_s: float, loopback: bool,
     ) -> None:  # fmt: skip
         """`loopback`: only clients of this machine reach the mirror, so that they may send a password."""
-        self._grace_s = {canonical(name): grace_s for name, grace_s in grace_s.items()}
+        self.change(grace_s, public_grace_s)
         self._registries, self._public, self._site_says = registries, public, site_says
-        self._public_grace_s, self._loopback = public_grace_s, loopback
+        self._loopback = loopback
         self._verdicts: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
         self._asking: SingleFlight[tuple[_Key, str], bool] = SingleFlight(nursery)
+
+    def change(self, grace_s: Mapping[str, float], public_grace_s: float) -> None:
+        """From the next request on."""
+        self._grace_s = {canonical(name): seconds for name, seconds in grace_s.items()}
+        self._public_grace_s = public_grace_s
 
     async def admit(self, locator: Locator, reference: str, authorization: str) -> Locator:
         """The locator to read with for a client that sent this Authorization header, "" for none.

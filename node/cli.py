@@ -1,7 +1,7 @@
 """p2pctl: asks the daemon through its control socket, and shows what it says.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. With --json the only thing on standard
-output is the document. What takes long to import (rich, httpx) is imported where it is needed.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached, 4 it needs a restart. With --json the only
+thing on standard output is the document. What takes long to import (rich, httpx) is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from node import cli_cluster, cli_offline
 from node.cli_common import (
     DEFAULTS,
     FAILED,
+    NEEDS_RESTART,
     UNREACHABLE,
     Command,
     Failure,
@@ -41,6 +42,7 @@ from node.status import (
     PeersReport,
     PullEvent,
     PullResult,
+    ReloadReport,
     Status,
     TagsReport,
     WhyReport,
@@ -283,6 +285,27 @@ def _tell(change: Change, *, dry_run: bool) -> None:
 
 
 # The rest
+
+
+@main.command()
+@common
+@click.pass_obj
+def reload(session: Session) -> None:
+    """Have p2pd read its configuration again. Pulls go on.
+
+    All of it is taken or nothing (exit status 1). What needs a restart is named (exit status 4), and waits for it.
+    """
+    data = session.client.post("/reload")
+    report = decode(data, ReloadReport)
+    if session.json:
+        click.echo(data.rstrip())
+    else:
+        for line in report.changed or ("nothing",):
+            click.echo(f"changed {line}")
+        for line in report.needs_restart:
+            click.echo(f"needs a restart: {line}")
+    if report.needs_restart:
+        _quit(NEEDS_RESTART)
 
 
 @main.command()

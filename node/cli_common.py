@@ -19,6 +19,7 @@ from protocol.errors import BadInputError, ShoalError
 
 FAILED = 1
 UNREACHABLE = 3
+NEEDS_RESTART = 4
 
 DEFAULTS = Config()
 _Document = TypeVar("_Document", bound=msgspec.Struct)

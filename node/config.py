@@ -255,6 +255,11 @@ def uplink_policy(part: UpstreamPart) -> UplinkPolicy:
     return UplinkPolicy(rate, daily, hours, part.daily_spent == "refuse")
 
 
+def access_grace_s(config: Config) -> dict[str, float]:
+    """Of the upstreams that relay, by name."""
+    return {one.name: parse_duration(one.access_grace, one.name) for one in config.upstream if one.access == "relay"}
+
+
 def tag_policies(config: Config) -> TagPolicies:
     """Raises BadInputError naming the key."""
     default = TagPolicy(

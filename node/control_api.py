@@ -73,7 +73,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 class Parts:
     """What the daemon built, as far as the operator is told of it."""
 
-    config: Config
+    config: Callable[[], Config]
     site: Site
     membership: Membership
     judge: Judge
@@ -101,7 +101,7 @@ class NodeControl:
         parts = self._parts
         traffic = parts.exchange.statistics()
         return Status(
-            name=parts.config.node.name,
+            name=parts.membership.own.name,
             site=parts.membership.own.site,
             peer_id=parts.site.own,
             addresses=parts.swarm.addresses,
@@ -117,7 +117,7 @@ class NodeControl:
             bulk=BulkTotals(bytes_sent=traffic.bytes_sent, bytes_received=traffic.bytes_received),
             mirror=parts.mirror_address,
             wear=self._wear(),
-            upstreams=tuple(upstream_row(part, parts.upstreams) for part in parts.config.upstream),
+            upstreams=tuple(upstream_row(part, parts.upstreams) for part in parts.config().upstream),
             cluster=parts.cluster(),
         )
 
@@ -281,7 +281,8 @@ class NodeControl:
 
     async def doctor(self) -> DoctorReport:
         parts = self._parts
-        config, data_dir = parts.config, Path(parts.config.node.data_dir)
+        config = parts.config()
+        data_dir = Path(config.node.data_dir)
         async with httpx.AsyncClient(verify=True) as client:
             themselves = {part.name: part.urls[-1] for part in config.upstream}
             mirrors = {f"{part.name} by {url}": url for part in config.upstream for url in part.urls[:-1]}

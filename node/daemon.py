@@ -33,6 +33,7 @@ from node.channel import tune_allocator
 from node.config import (
     Config,
     HostPort,
+    access_grace_s,
     check,
     load,
     parse_duration,
@@ -68,6 +69,7 @@ from node.offline import Offline, OfflineParts
 from node.origin import Origin
 from node.pins import Pins, digests_of, load_pins
 from node.prefetch import Prefetcher
+from node.reload import LiveParts, Reloader
 from node.remembered import RememberedPeers
 from node.renewal import Renewal
 from node.revocations import FILE_NAME as REVOCATIONS
@@ -167,8 +169,11 @@ def _record_for(identity: Identity) -> Callable[[ObjectRef, int, bytes], Record]
     return record_for
 
 
-async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
-    """The node, until `stop` is set. Raises BadInputError where the configuration cannot be carried out."""
+async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.Event) -> None:
+    """The node, until `stop` is set. `path` is where the configuration is from, and is read again at SIGHUP.
+
+    Raises BadInputError where the configuration cannot be carried out.
+    """
     started_at = trio.current_time()
     data_dir = _data_dir(config)
     identity = load_or_create(data_dir)
@@ -178,20 +183,26 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
     registrar = Registrar(place.authority, revocations, Uses(data_dir / TOKENS))
     metrics, ledger, health, directory = Metrics(), Ledger(), Health(), Directory()
     async with AsyncExitStack() as stack:
+        hang_ups = stack.enter_context(trio.open_signal_receiver(signal.SIGHUP))
         mirror_listeners = await _listeners(parse_host_port(config.mirror.listen, "mirror.listen"), "mirror.listen")
         loaded_pins = load_pins(data_dir / "pins.json")
-        tiers, disk = await _open_tiers(config, data_dir, identity, digests_of(loaded_pins), stack)
+        tiers, memory, disk = await _open_tiers(config, data_dir, identity, digests_of(loaded_pins), stack)
         pins = Pins(data_dir / "pins.json", loaded_pins, disk)
         public = PublicTable(data_dir / "access.sqlite", pins.has_of)
         stack.callback(public.close)
         bulk = parse_host_port(config.peers.bulk, "peers.bulk")
         own = Member(identity.peer_id, config.node.name, place.site, bulk_addresses(bulk))
         membership = Membership(own, int(time.time() * 1000), Random())
-        uplinks = [
-            Uplink(part.name, uplink_policy(part), sharing=lambda: len(membership.site)) for part in config.upstream
-        ]
+        uplinks = {
+            part.name: Uplink(part.name, uplink_policy(part), sharing=lambda: len(membership.site))
+            for part in config.upstream
+        }
+
+        def uplink_of(name: str) -> Uplink:
+            return uplinks.setdefault(name, Uplink(name, sharing=lambda: len(membership.site)))
+
         upstreams = await stack.enter_async_context(
-            Upstreams(config.upstream, count=metrics.origin, rng=Random(), uplinks=uplinks, public=public.note)
+            Upstreams(config.upstream, count=metrics.origin, rng=Random(), uplinks=uplinks.values(), public=public.note)
         )
         table = NameTable(data_dir / "names.sqlite")
         stack.callback(table.close)
@@ -224,8 +235,7 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             site, table, upstreams, seeder, work, tag_policies(config), metrics.tag_served, public.age, pins.names
         )
         access = Access(
-            {one.name: parse_duration(one.access_grace, one.name) for one in config.upstream if one.access == "relay"},
-            upstreams, public, names.public_age_s, work,
+            access_grace_s(config), upstreams, public, names.public_age_s, work,
             public_grace_s=parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
             loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
         )  # fmt: skip
@@ -261,10 +271,20 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
             introduced=membership.introduced,
             current=membership.current,
         )
+        listings = Listings(
+            upstreams.passthrough, library, data_dir / "listings.sqlite",
+            parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
+        )  # fmt: skip
+        stack.callback(listings.close)
+        live = LiveParts(
+            upstreams, uplink_of, names, access, listings, lambda more: swarm.prepared([*more, *place.bootstrap]),
+            pins, memory, disk,
+        )  # fmt: skip
+        reloader = Reloader(path, config, live.prepared, notifier)
         control = NodeControl(
             Parts(
-                config, site, membership, judge, swarm, exchange, names, upstreams, library, ledger, metrics,
-                config.mirror.listen, started_at, lambda: cluster_row(admission, revocations, place),
+                lambda: reloader.config, site, membership, judge, swarm, exchange, names, upstreams, library, ledger,
+                metrics, config.mirror.listen, started_at, lambda: cluster_row(admission, revocations, place),
             )
         )  # fmt: skip
         metrics.watch_served(
@@ -279,9 +299,9 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         metrics.watch_members(
             lambda: len(membership.site) - 1, lambda: sum(bool(row.quarantine) for row in membership.table())
         )
-        metrics.watch_upstreams(lambda: [upstream_row(part, upstreams) for part in config.upstream])
+        metrics.watch_upstreams(lambda: [upstream_row(part, upstreams) for part in reloader.config.upstream])
 
-        await work.start(UplinkFile(data_dir / "uplink.msgpack", uplinks).run)
+        await work.start(UplinkFile(data_dir / "uplink.msgpack", uplinks.values()).run)
         await work.start(exchange.run)
         await work.start(service.run)
         await work.start(admission.watch, exchange.disconnect)
@@ -294,22 +314,18 @@ async def run(config: Config, notifier: Notifier, stop: trio.Event) -> None:
         await work.start(announcer.run)
         await work.start(swarm.run)
         await work.start(prefetcher.run)
-        routes = {**offline_routes(offline), **admission_routes(service, revocations)}
+        routes = {**offline_routes(offline), **admission_routes(service, revocations), **reloader.routes()}
         await work.start(partial(serve_control, control, Path(config.control.socket), routes))
         if config.control.metrics:
             address = parse_host_port(config.control.metrics, "control.metrics")
             await _serve(
                 work, await _listeners(address, "control.metrics"), metrics_handler(metrics), METRICS_LIMITS, None
             )
-        listings = Listings(
-            upstreams.passthrough, library, data_dir / "listings.sqlite",
-            parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
-        )  # fmt: skip
-        stack.callback(listings.close)
         handler = Mirror(library, upstreams.names, listings, access).handle
         async with trio.open_nursery() as serving:
             await _serve(serving, mirror_listeners, handler, mirror_module.LIMITS, stop)
             await work.start(notifier.watchdog)
+            work.start_soon(reloader.on_signals, hang_ups)
             notifier.ready(f"mirror on {config.mirror.listen}")
             log.info("ready", extra={"mirror": config.mirror.listen, "peer_id": identity.peer_id})
             await stop.wait()
@@ -333,7 +349,7 @@ async def _serve(
 
 async def _open_tiers(
     config: Config, data_dir: Path, identity: Identity, pinned: frozenset[Digest], stack: AsyncExitStack
-) -> tuple[Tiers, DiskStore]:
+) -> tuple[Tiers, MemoryStore, DiskStore]:
     share, least = parse_floor(config.cache.min_free, "cache.min_free")
     budget = parse_size(config.cache.disk, "cache.disk")
     disk = await stack.enter_async_context(
@@ -342,10 +358,10 @@ async def _open_tiers(
     memory = MemoryStore(parse_size(config.cache.memory, "cache.memory"), trio.current_time)
     folder = config.cache.containerd_store
     content = ContentStore(Path(folder), record_for=_record_for(identity)) if folder else None
-    return Tiers(memory, disk, content), disk
+    return Tiers(memory, disk, content), memory, disk
 
 
-async def _run_until_signal(config: Config) -> None:
+async def _run_until_signal(config: Config, path: Path | None) -> None:
     stop = trio.Event()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
 
@@ -356,7 +372,7 @@ async def _run_until_signal(config: Config) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
-            await run(config, Notifier(), stop)
+            await run(config, path, Notifier(), stop)
             nursery.cancel_scope.cancel()
 
 
@@ -375,7 +391,7 @@ def main(path: Path | None, print_peer_id: bool) -> None:
             configure(config.node.log)
             tune_allocator()
             gc.freeze()  # what was imported stays: without this each full collection looks at all of it for 80 ms
-            trio.run(_run_until_signal, config)
+            trio.run(_run_until_signal, config, path)
     except* BadInputError as group:
         for error in _leaves(group):
             click.echo(f"p2pd: {error}", err=True)

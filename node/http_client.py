@@ -182,6 +182,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         self._slots = trio.Semaphore(connections)
         self._idle: deque[_Wire] = deque()
         """In the order in which they became idle."""
+        self._retired = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         timeout = request.extensions["timeout"]
@@ -237,15 +238,20 @@ class DirectTransport(httpx.AsyncBaseTransport):
 
     def _release(self, wire: _Wire | None, reusable: bool) -> None:
         self._slots.release()
-        if wire is not None and reusable:
+        if wire is not None and reusable and not self._retired:
             wire.idle_since = trio.current_time()
             self._idle.append(wire)
         elif wire is not None:
             wire.close()
 
-    async def aclose(self) -> None:
+    def retire(self) -> None:
+        """From now on no connection is kept when its answer is over; requests are served as before."""
+        self._retired = True
         while self._idle:
             self._idle.pop().close()
+
+    async def aclose(self) -> None:
+        self.retire()
 
 
 def _came_with_head(parser: h11.Connection) -> bytes:

@@ -68,7 +68,7 @@ class Listings:
     """Of all upstreams, for clients that may read the repository. Both methods raise as `Upstreams.resolve`."""
 
     def __init__(self, passthrough: Passthrough, library: Library, path: Path, max_age_s: float) -> None:
-        self._passthrough, self._library, self._max_age_s = passthrough, library, max_age_s
+        self._passthrough, self._library, self.max_age_s = passthrough, library, max_age_s
         self._database = Database(path, _SCHEMA)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Listings:
         try:
             passed = await self._listed(_key(locator, "tags/list", query), ask)
         except UnavailableError:
-            whole = self._remembered(_key(locator, "tags/list", {}), self._max_age_s)
+            whole = self._remembered(_key(locator, "tags/list", {}), self.max_age_s)
             if whole is None or whole.link:
                 raise
             return _page(whole, query, whole=True)
@@ -131,7 +131,7 @@ class Listings:
         try:
             passed = await ask()
         except UnavailableError as error:
-            stale = self._remembered(key, self._max_age_s)
+            stale = self._remembered(key, self.max_age_s)
             if stale is None:
                 raise
             log.warning("%s is served as it was last listed: %s", key[:300], error)

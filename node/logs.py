@@ -91,6 +91,11 @@ def configure(level: str, stream: TextIO = sys.stderr) -> None:
     handler.setFormatter(LogfmtFormatter(journal=under_journald(os.environ, stream)))
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    root = logging.getLogger()
     root.setLevel(level.upper())
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -78,9 +78,10 @@ class _Target:
 class Mirror:
     """`handle` is a handler for `http_server.serve_http`."""
 
-    def __init__(self, library: Library, upstream_names: Sequence[str], listings: Listings, access: Access) -> None:
+    def __init__(self, library: Library, upstreams: Collection[str], listings: Listings, access: Access) -> None:
+        """`upstreams` by their canonical names; it may change."""
         self._library, self._access = library, access
-        self._upstreams = {canonical(name): name for name in upstream_names}
+        self._upstreams = upstreams
         self._listings = listings
         self._missing: LRUCache[_Target, str] = LRUCache(MAX_MISSING)
         """With the registry's word for it."""
@@ -162,9 +163,9 @@ class Mirror:
             asked, repository = first, rest
         else:
             asked, repository = "docker.io", name
-        configured = self._upstreams.get(canonical(asked))
-        if configured is None:
-            names = ", ".join(self._upstreams.values())
+        configured = canonical(asked)
+        if configured not in self._upstreams:
+            names = ", ".join(self._upstreams)
             raise _ProblemError(404, "NAME_UNKNOWN", f"{asked[:255]!r} is not configured here; configured: {names}")
         return configured, repository
 

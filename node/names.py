@@ -211,7 +211,7 @@ class Names:
         pinned: Callable[[str, str], bool] = lambda source, reference: False,
     ) -> None:
         self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
-        self._policies, self._served = policies, served
+        self.policies, self._served = policies, served
         self._public_age, self._pinned = public_age, pinned
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
@@ -261,7 +261,7 @@ class Names:
         """The tags that this node knows, whose `upstream/repository:tag` fits the pattern."""
         found = []
         for one in self._table.tags(pattern):
-            policy = self._policies.of(one.locator, one.tag)
+            policy = self.policies.of(one.locator, one.tag)
             found.append((one, policy, self._state(one, policy)))
         return found
 
@@ -288,7 +288,7 @@ class Names:
 
     def _ttl_s(self, locator: Locator, reference: str) -> float:
         """A digest stands for the same for ever."""
-        return math.inf if is_digest(reference) else self._policies.of(locator, reference).ttl_s
+        return math.inf if is_digest(reference) else self.policies.of(locator, reference).ttl_s
 
     def _usable(self, locator: Locator, reference: str) -> Resolved | None:
         """Stale, but within the age limit or pinned here: for when nobody knows better."""
@@ -298,7 +298,7 @@ class Names:
         return None
 
     def _max_age_s(self, locator: Locator, reference: str) -> float:
-        return math.inf if is_digest(reference) else self._policies.of(locator, reference).max_age_s
+        return math.inf if is_digest(reference) else self.policies.of(locator, reference).max_age_s
 
     def _note(self, locator: Locator, reference: str, found: Resolved, told_by: str) -> Resolved:
         """The younger of what was told and what is known: a late answer must not bring back what a tag was before."""

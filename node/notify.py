@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 
 import sdnotify
@@ -30,6 +31,10 @@ class Notifier:
 
     def ready(self, status: str = "") -> None:
         self._systemd.notify(f"READY=1\nSTATUS={status}" if status else "READY=1")
+
+    def reloading(self) -> None:
+        """`ready` ends it. The time is what Type=notify-reload asks for; systemd 252 passes it over."""
+        self._systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         self._systemd.notify("STOPPING=1")

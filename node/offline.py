@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class OfflineParts:
     table: NameTable
     pins: Pins
     prefetcher: Prefetcher
-    upstreams: Sequence[str]
+    upstreams: Collection[str]
     record_for: RecordFor
     finished: Callable[[ObjectRef], None]
     """Tells the site's directories of an object that is held."""

@@ -121,8 +121,15 @@ class Pins:
 
     @property
     def most_bytes(self) -> int:
-        budget = self._disk.statistics().budget_bytes
-        return budget - budget // LEFT_FREE
+        return _most(self._disk.statistics().budget_bytes)
+
+    def check_fits(self, budget_bytes: int) -> None:
+        """Raises BadInputError where the disk's budget is to become too small for what is pinned."""
+        if budget_bytes < self._disk.statistics().budget_bytes and self.bytes > _most(budget_bytes):
+            raise BadInputError(
+                f"cache.disk: {_mib(self.bytes)} are pinned, and at most {_mib(_most(budget_bytes))} could be, nine"
+                " tenths of it: unpin something"
+            )
 
     def names(self, source: str, reference: str) -> bool:
         """Whether a pinned image has this name: it stands for what it did, however long ago that was confirmed."""
@@ -221,6 +228,10 @@ def _replace(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _most(budget_bytes: int) -> int:
+    return budget_bytes - budget_bytes // LEFT_FREE
 
 
 def _mib(count: int) -> str:

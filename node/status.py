@@ -283,6 +283,13 @@ class RevokeReport(_Document, frozen=True):
     total: int
 
 
+class ReloadReport(_Document, frozen=True):
+    """One line for each key, `cache.disk: "10GiB" -> "20GiB"`; what `needs_restart` holds as it was."""
+
+    changed: tuple[str, ...]
+    needs_restart: tuple[str, ...]
+
+
 Level = Literal["ok", "warn", "fail"]
 
 

@@ -124,7 +124,8 @@ class LibP2PSwarm:
         self._listen = parse_listen(listen)
         self._hosts = concrete_hosts(self._listen.host)
         self._port = self._listen.port
-        self._bootstrap = [target for target in map(parse_target, bootstrap) if target.peer != self._own_id]
+        self._bootstrap = self._seeds(bootstrap)
+        self._changed = trio.Event()
         self._with_mdns = mdns
         self._introduced = introduced
         self._current = current
@@ -149,11 +150,24 @@ class LibP2PSwarm:
         self._port = listeners[0].socket.getsockname()[1]
         async with trio.open_nursery() as nursery:
             await nursery.start(trio.serve_listeners, self._answer, listeners)
-            for target in self._bootstrap:
-                nursery.start_soon(self._keep_introduced, (target,), logging.WARNING)
+            nursery.start_soon(self._keep_bootstrapped)
             if self._with_mdns:
                 nursery.start_soon(self._discover, nursery)
             task_status.started()
+
+    def prepared(self, bootstrap: Sequence[str]) -> Callable[[], None]:
+        """What dials these from now on, and no others. Raises BadInputError."""
+        seeds = self._seeds(bootstrap)
+
+        def change() -> None:
+            if seeds != self._bootstrap:
+                self._bootstrap = seeds
+                self._changed.set()
+
+        return change
+
+    def _seeds(self, bootstrap: Sequence[str]) -> list[Target]:
+        return [target for target in map(parse_target, bootstrap) if target.peer != self._own_id]
 
     @property
     def _own_id(self) -> PeerId:
@@ -166,6 +180,15 @@ class LibP2PSwarm:
             raise BadInputError(f"peers.listen: cannot listen on {self._listen}: {error}") from error
 
     # Whom to dial, and when.
+
+    async def _keep_bootstrapped(self) -> None:
+        while True:
+            self._changed = trio.Event()
+            async with trio.open_nursery() as nursery:
+                for target in self._bootstrap:
+                    nursery.start_soon(self._keep_introduced, (target,), logging.WARNING)
+                await self._changed.wait()
+                nursery.cancel_scope.cancel()
 
     async def _keep_introduced(self, ways: Sequence[Target], level: int) -> None:
         """Dial one peer, by its ways in turn, whenever it is not among the current members."""

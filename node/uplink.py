@@ -7,7 +7,7 @@ them. Background reads make way: while a body is read for somebody who waits, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -72,6 +72,14 @@ class Uplink:
         self._foreground = 0
         self._quiet_at = float("-inf")
         self._idle = trio.lowlevel.ParkingLot()
+        self._changed = trio.Event()
+
+    def change(self, policy: UplinkPolicy) -> None:
+        """From now on. Who waits for the old rate waits no longer: that is a portion for each body."""
+        if policy != self.policy:
+            self.policy, self._paid_until = policy, float("-inf")
+            self._changed.set()
+            self._changed = trio.Event()
 
     def use(self) -> UplinkUse:
         now, share = self._clock(), max(1, self._sharing())
@@ -116,7 +124,8 @@ class Uplink:
         due = self._reserve(taken.count if taken.counted else 0, use.rate)
         try:
             if due > trio.current_time():
-                await trio.sleep_until(due)
+                with trio.move_on_at(due):
+                    await self._changed.wait()
         except BaseException:
             self.came(taken, 0)
             raise
@@ -188,10 +197,10 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 class UplinkFile:
     """What is used of the day, for after a restart. Bytes: docs/FORMATS.md, "Use of the uplink"."""
 
-    def __init__(self, path: Path, uplinks: Sequence[Uplink]) -> None:
-        self._path = path
-        self._uplinks = [uplink for uplink in uplinks if uplink.policy.daily]
-        self._written = b""
+    def __init__(self, path: Path, uplinks: Collection[Uplink]) -> None:
+        """`uplinks` may change, and what their policies are."""
+        self._path, self._uplinks = path, uplinks
+        self._written = _encoded([])
 
     def load(self) -> None:
         found = load(self._path, _File, _MAX_FILE, "the uplink's use")
@@ -201,7 +210,7 @@ class UplinkFile:
                 uplink.restore(day.day, max(0, day.used))
 
     def save(self) -> None:
-        data = msgspec.msgpack.encode(_File(1, tuple(_Day(uplink.name, *uplink.day()) for uplink in self._uplinks)))
+        data = _encoded([uplink for uplink in self._uplinks if uplink.policy.daily])
         if data == self._written:
             return
         if save(self._path, data, "the uplink's use"):
@@ -210,11 +219,13 @@ class UplinkFile:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self.load()
         task_status.started()
-        if not self._uplinks:
-            return
         try:
             while True:
                 await trio.sleep(SAVE_EVERY_S)
                 self.save()
         finally:
             self.save()
+
+
+def _encoded(uplinks: Collection[Uplink]) -> bytes:
+    return msgspec.msgpack.encode(_File(1, tuple(_Day(uplink.name, *uplink.day()) for uplink in uplinks)))

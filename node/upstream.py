@@ -18,7 +18,7 @@ import hashlib
 import logging
 import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar, cast
 
 import httpx
+import msgspec
 import trio
 from cachetools import LRUCache, TTLCache
 
@@ -73,6 +74,8 @@ and names, one by one, not knowing that."""
 TOKEN_FAILURE_S = 1.0
 """Whoever waited for a token while that failed fails with it, rather than trying in turn."""
 SKIPPED_BYTES = 256 << 10
+REMOVED_S = 300.0
+"""A pull asks for one object after the other: it may end at a registry that is configured no more."""
 TIMEOUT = httpx.Timeout(connect=5.0, read=10.0, write=10.0, pool=30.0)
 ACCEPT = ", ".join(
     [
@@ -143,7 +146,7 @@ class Upstreams:
     """All configured registries. An async context manager: leaving it closes the connections."""
 
     def __init__(
-        self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random, uplinks: Sequence[Uplink] = (),
+        self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random, uplinks: Iterable[Uplink] = (),
         public: Callable[[Locator], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """`uplinks`: those of upstreams that have limits; the others have none.
@@ -151,16 +154,49 @@ class Upstreams:
         `public` is called when a registry that was told nothing of who reads gave what a name stands for.
         """
         self._public = public
-        context = ssl.create_default_context()
-        limited = {uplink.name: uplink for uplink in uplinks}
-        self._registries = {
-            canonical(part.name): _registry(part, limited.get(part.name) or Uplink(part.name), context, count, rng)
-            for part in parts
-        }
+        self._context, self._count, self._rng = ssl.create_default_context(), count, rng
+        self._registries: dict[str, _Registry] = {}
+        self._removed: dict[str, tuple[_Registry, float]] = {}
+        """With the time until which reads find them."""
+        self.prepared(parts, uplinks)()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._registries)
+    def names(self) -> Collection[str]:
+        """Those of now: a view that changes with them."""
+        return self._registries.keys()
+
+    def prepared(self, parts: Sequence[UpstreamPart], uplinks: Iterable[Uplink] = ()) -> Callable[[], None]:
+        """What takes `parts` in the place of those before; it does not fail. Raises BadInputError.
+
+        What of an upstream stays as it was keeps its connections, tokens and breaker. Reads under way end where they
+        began, and for REMOVED_S those of an upstream that is removed may go on.
+        """
+        limited = {uplink.name: uplink for uplink in uplinks}
+        wanted = {canonical(part.name): self._kept(part) or self._made(part, limited) for part in parts}
+
+        def change() -> None:
+            for name, registry in self._registries.items():
+                if wanted.get(name) is not registry:
+                    registry.retire()
+                if name not in wanted:
+                    self._removed[name] = registry, trio.current_time() + REMOVED_S
+            self._registries.clear()
+            self._registries.update(wanted)
+
+        return change
+
+    def _kept(self, part: UpstreamPart) -> _Registry | None:
+        """The registry that there is, where a new one would be the same. A file `ca` may have changed."""
+        known = self._registries.get(canonical(part.name))
+        return known if known is not None and known.part == _own(part) and not part.ca else None
+
+    def _made(self, part: UpstreamPart, uplinks: Mapping[str, Uplink]) -> _Registry:
+        known = self._registries.get(canonical(part.name))
+        uplink = uplinks.get(part.name) or Uplink(part.name)
+        made = _registry(part, uplink, self._context, self._count, self._rng)
+        if known is not None:
+            made.inherit(known)
+        return made
 
     def connections(self, upstream: str) -> int:
         """How many `blocks` of it can be read at once; one connection is left for names."""
@@ -275,10 +311,14 @@ class Upstreams:
 
     def _find(self, upstream: str) -> _Registry:
         """The registry itself."""
-        registry = self._registries.get(canonical(upstream))
+        registry = self._registries.get(canonical(upstream)) or self._removed_lately(canonical(upstream))
         if registry is None:
             raise NotFoundError(f"{upstream} is not configured here; configured: {', '.join(self.names)}")
         return registry
+
+    def _removed_lately(self, name: str) -> _Registry | None:
+        registry, until = self._removed.get(name, (None, 0.0))
+        return registry if registry is not None and trio.current_time() < until else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +340,7 @@ class _Registry:
     ) -> None:  # fmt: skip
         """`mirrors` of the registry itself; None for one of them, which has another name and so other credentials."""
         self._url = httpx.URL(url.rstrip("/"))
+        self.part = _own(part)
         self._upstream = part.name
         self.name = part.name if mirrors is not None else self._url.netloc.decode("ascii")
         self.is_mirror = mirrors is None
@@ -311,7 +352,7 @@ class _Registry:
         self.breaker = Breaker()
         self.body_connections = max(1, part.connections - 1)
         self.bodies = trio.Semaphore(self.body_connections)
-        self.client = _client(part, context)
+        self._transport, self.client = _client(part, context)
         self._count = count
         self._config = DockerConfig(part.docker_config if part.access == "node" else "")
         self.relays = part.access == "relay"
@@ -323,6 +364,18 @@ class _Registry:
         self._authorized: LRUCache[str, tuple[str, float]] = LRUCache(MAX_AUTHORIZED)
         self._authorizing = trio.Lock()
         self._token_failure: tuple[float, _FailedError] | None = None
+
+    def retire(self) -> None:
+        """Another has taken its place: what it reads it reads to the end, and then it keeps no connection."""
+        for registry in (self, *self.mirrors):
+            registry._transport.retire()
+
+    def inherit(self, before: _Registry) -> None:
+        """What clients were just told to meet, and what was read so far of each URL."""
+        self._challenges = before._challenges
+        received = {one._url: one._received for one in (before, *before.mirrors)}
+        for registry in (self, *self.mirrors):
+            registry._received = received.get(registry._url, 0)
 
     def report(self) -> Endpoint:
         retry_in_s = self.breaker.rest_s(trio.current_time())
@@ -641,13 +694,18 @@ class _Attempts:
         await trio.sleep(again)
 
 
+def _own(part: UpstreamPart) -> UpstreamPart:
+    """Without what is the uplink's and the access's."""
+    return msgspec.structs.replace(part, rate="", daily="", daily_spent="refuse", hours=(), access_grace="")
+
+
 def _registry(part: UpstreamPart, uplink: Uplink, context: ssl.SSLContext, count: Count, rng: Random) -> _Registry:
     *before, url = part.urls
     mirrors = tuple(_Registry(part, one, uplink, context, count, rng) for one in before)
     return _Registry(part, url, uplink, context, count, rng, mirrors)
 
 
-def _client(part: UpstreamPart, default: ssl.SSLContext) -> httpx.AsyncClient:
+def _client(part: UpstreamPart, default: ssl.SSLContext) -> tuple[DirectTransport, httpx.AsyncClient]:
     try:
         context = ssl.create_default_context(cafile=part.ca) if part.ca else default
         if part.ca and len(part.urls) > 1:
@@ -655,10 +713,11 @@ def _client(part: UpstreamPart, default: ssl.SSLContext) -> httpx.AsyncClient:
     except (OSError, ssl.SSLError) as error:
         raise BadInputError(f'upstream "{part.name}": ca = "{part.ca}": {error}') from error
     context.set_alpn_protocols(["http/1.1"])
-    return httpx.AsyncClient(
+    transport = DirectTransport(context, part.connections)
+    return transport, httpx.AsyncClient(
         verify=context,
         # The least specific of patterns: where the environment names a proxy, that is taken, by httpx's own transport.
-        mounts={"all://*": DirectTransport(context, part.connections)},
+        mounts={"all://*": transport},
         timeout=TIMEOUT,
         limits=httpx.Limits(max_connections=part.connections),
         follow_redirects=True,

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.lru_k import LRUKCache
+from cache.pieces import UNBOUNDED
 from cache.pinned import PinnedPolicy
 from protocol.ids import BlockId, Digest, Piece, Shard
 
@@ -31,7 +32,7 @@ actions = st.lists(
 @given(actions, st.sets(st.sampled_from(DIGESTS)))
 def test_sums_and_victims(taken: list[tuple[str, Piece, int]], pinned: set[Digest]) -> None:
     clock = [0.0]
-    policy = PinnedPolicy(LRUKCache(BUDGET, int, timer=lambda: clock[0]), frozenset(pinned))
+    policy = PinnedPolicy(LRUKCache(UNBOUNDED, int, timer=lambda: clock[0]), frozenset(pinned), BUDGET)
     held: dict[Piece, int] = {}
     for what, piece, size in taken:
         clock[0] += 1
