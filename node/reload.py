@@ -72,7 +72,6 @@ class LiveParts:
 
     def prepared(self, config: Config) -> Change:
         """What applies a configuration that was checked; it does not fail. Raises BadInputError."""
-        parse_listen(config.peers.listen)
         self.pins.check_fits(parse_size(config.cache.disk, "cache.disk"))
         uplinks = [self.uplink_of(part.name) for part in config.upstream]
         registries = self.upstreams.prepared(config.upstream, uplinks)
@@ -123,6 +122,7 @@ class Reloader:
         if self._path is None:
             raise BadInputError("p2pd was started without --config: there is nothing to read again")
         wanted = load(self._path)
+        parse_listen(wanted.peers.listen)
         config = _with_live(self.config, wanted)
         change = self._prepared(config)
         report = ReloadReport(

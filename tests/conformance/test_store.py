@@ -170,6 +170,28 @@ def test_evicts_what_was_not_used_twice_and_keeps_the_budget(open_store: Open, t
     run(open_store, test)
 
 
+def test_a_budget_that_changes_is_kept_to_from_then_on(open_store: Open) -> None:
+    async def test(store: BlockStore) -> None:
+        assert isinstance(store, MemoryStore | DiskStore)
+        blobs = [Blob.random(seed, BLOCK_SIZE) for seed in range(20, 29)]
+        for blob in blobs[:4]:
+            assert await put(store, blob, blob.pieces[0])
+        store.resize(BUDGET // 2)
+        assert store.statistics().budget_bytes == BUDGET // 2
+        assert await put(store, blobs[4], blobs[4].pieces[0])
+        assert store.statistics().bytes <= BUDGET // 2
+        left = [await got(store, blob, blob.pieces[0]) for blob in blobs[:5]]
+        assert (left[:3], left[4]) == ([False] * 3, True), "a disk evicts a little more than it must"
+        store.resize(2 * BUDGET)
+        for blob in blobs[1:]:
+            assert await put(store, blob, blob.pieces[0])
+        assert store.statistics().entries == 8, "twice as many as the first budget had room for"
+        store.resize(0)
+        assert not await put(store, blobs[0], blobs[0].pieces[0])
+
+    run(open_store, test)
+
+
 def test_declines_what_is_larger_than_the_budget(tmp_path: Path) -> None:
     async def main() -> None:
         async with DiskStore.open(tmp_path, BLOCK_SIZE - 1) as disk:

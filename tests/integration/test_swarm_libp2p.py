@@ -196,6 +196,24 @@ def test_a_third_node_hears_of_the_second(authority: Authority) -> None:
     run(main)
 
 
+def test_who_is_named_later_is_dialled_then_and_who_is_named_no_more_is_not(authority: Authority) -> None:
+    async def main() -> None:
+        a, b, c = Node(authority, "a"), Node(authority, "b"), Node(authority, "c")
+        async with running(a, b, c):
+            a.swarm.prepared([b.address])()
+            await a.wait_known(b)
+            with pytest.raises(BadInputError):
+                a.swarm.prepared([b.address, "/ip4/127.0.0.1"])
+            a.swarm.prepared([c.address])()
+            await a.wait_known(c)
+            a.known.clear()
+            a.introductions.clear()
+            await a.wait_known(c)
+            assert {members[0] for members in a.introductions} == {c.me}
+
+    run(main)
+
+
 def test_nodes_that_dial_each_other_meet(authority: Authority) -> None:
     async def main() -> None:
         one, two = (Identity.of(Ed25519PrivateKey.generate()) for _ in range(2))

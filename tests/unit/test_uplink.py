@@ -196,6 +196,40 @@ def test_background_bodies_are_read_in_the_hours_only_where_there_are_any() -> N
     play(scenario)
 
 
+def test_another_rate_holds_at_once_also_for_who_waits_for_the_old_one() -> None:
+    async def scenario() -> None:
+        link = uplink(UplinkPolicy(rate=1, daily=RATE))
+        link.note(3600)  # a name, which is paid by the bodies after it: for an hour
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, link, RATE // 2)
+            await trio.sleep(60)
+            link.change(UplinkPolicy(rate=RATE))
+        assert 60.0 <= trio.current_time() <= 61.0
+        assert link.use().used == RATE // 2 + 3600, "what is used of the day is not forgotten"
+        began = trio.current_time()
+        await read(link, 4 * RATE)
+        assert trio.current_time() - began == pytest.approx(4.0, abs=2 * BURST_S + PORTION_S)
+
+    play(scenario)
+
+
+def test_a_daily_budget_that_comes_later_is_kept_in_the_file(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path, link = tmp_path / "uplink.msgpack", uplink(UplinkPolicy())
+        async with trio.open_nursery() as nursery:
+            await nursery.start(UplinkFile(path, [link]).run)
+            await trio.sleep(2 * SAVE_EVERY_S)
+            assert not path.exists()
+            link.change(UplinkPolicy(daily=1000))
+            await read(link, 300)
+            nursery.cancel_scope.cancel()
+        again = uplink(UplinkPolicy(daily=1000))
+        UplinkFile(path, [again]).load()
+        assert again.use().used == 300
+
+    play(scenario)
+
+
 def test_what_is_used_outlives_a_restart_but_not_the_day(tmp_path: Path) -> None:
     async def scenario() -> None:
         path, policy = tmp_path / "uplink.msgpack", UplinkPolicy(daily=1000)
