@@ -13,10 +13,10 @@ CODE := node protocol cache
 WITH_TESTS := $(CODE) tests $(wildcard simulations/*.py)
 LOCK_TOOLS := build/lock-tools
 
-.PHONY: help setup packages demo test lint types imports bench chaos fuzz lock clean
+.PHONY: help setup packages demo test lint types imports bench chaos churn fuzz lock clean
 
 help:
-	@echo "make demo | test | bench | chaos | fuzz | setup | lint | types | imports | lock | clean"
+	@echo "make demo | test | bench | chaos | churn | fuzz | setup | lint | types | imports | lock | clean"
 
 packages:
 	@.ci/packages
@@ -63,6 +63,11 @@ bench: setup
 SEED ?= 1
 chaos: setup
 	@$(BIN)/python -m tests.chaos --seed $(SEED)
+
+# What must not grow while members and clients come and go, for half an hour.
+MINUTES ?= 30
+churn: setup
+	@$(BIN)/python -m tests.chaos --churn --seed $(SEED) --minutes $(MINUTES) --nodes 5
 
 # atheris is no dependency of the tests, which run the same targets without it (tests/property/test_fuzz_corpus.py).
 FUZZ_TOOLS := build/fuzz-tools

@@ -296,6 +296,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         )
         metrics.watch_cache(tiers.statistics)
         metrics.watch_wear(written_bytes)
+        metrics.watch_tasks(lambda: trio.lowlevel.current_statistics().tasks_living)
         metrics.watch_members(
             lambda: len(membership.site) - 1, lambda: sum(bool(row.quarantine) for row in membership.table())
         )

@@ -77,6 +77,9 @@ class Metrics:
     def watch_wear(self, written_bytes: Callable[[], int]) -> None:
         self.registry.register(_WearCounter(written_bytes))
 
+    def watch_tasks(self, living: Callable[[], int]) -> None:
+        self.registry.register(_TaskGauge(living))
+
     def watch_members(self, alive: Callable[[], int], quarantined: Callable[[], int]) -> None:
         self.registry.register(_MemberGauges(alive, quarantined))
 
@@ -148,6 +151,14 @@ class _WearCounter:
 
     def collect(self) -> Iterator[Metric]:
         yield CounterMetricFamily("p2pd_disk_written_bytes", "Bytes written to disks", self._written_bytes())
+
+
+class _TaskGauge:
+    def __init__(self, living: Callable[[], int]) -> None:
+        self._living = living
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("p2pd_tasks", "Tasks of the daemon's loop", self._living())
 
 
 class _MemberGauges:

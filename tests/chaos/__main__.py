@@ -12,6 +12,7 @@ import sys
 
 import click
 
+from tests.chaos import churn
 from tests.chaos.run import Settings, run
 from tests.support.lab import NoLabError, check_lab
 
@@ -20,12 +21,16 @@ from tests.support.lab import NoLabError, check_lab
 @click.option("--seed", type=int, default=1, show_default=True, help="Decides all faults and pulls.")
 @click.option("--minutes", type=float, default=10.0, show_default=True)
 @click.option("--nodes", type=click.IntRange(4, 50), default=8, show_default=True)
-def main(seed: int, minutes: float, nodes: int) -> None:
+@click.option(
+    "--churn", "churns", is_flag=True, help="No faults, but members and clients that come and go all the time."
+)
+def main(seed: int, minutes: float, nodes: int, churns: bool) -> None:
     try:
         check_lab()
     except NoLabError as error:
         raise click.ClickException(str(error)) from error
-    sys.exit(1 if run(Settings(seed, minutes * 60, nodes)) else 0)
+    wrong = churn.run(seed, minutes * 60, nodes) if churns else run(Settings(seed, minutes * 60, nodes))
+    sys.exit(1 if wrong else 0)
 
 
 main()

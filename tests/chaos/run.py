@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h11
 import trio
@@ -81,10 +82,10 @@ def run(settings: Settings) -> list[str]:
     console.print(f"chaos, seed {settings.seed}: {settings.again}")
     scratch, seen = Path(tempfile.mkdtemp(prefix="shoal-")), Seen()
     try:
-        with _made(scratch, settings) as struck:
+        with made(scratch, settings.nodes) as struck:
             trio.run(_play, settings, struck, seen)
             for node in struck.nodes:
-                _read_log(node, seen)
+                read_log(node, seen.wrong)
             size = sum(images_mb * MB for images_mb in IMAGES_MB)
             console.print(_table(settings, seen, struck.proxy.count.received / size))
     finally:
@@ -99,25 +100,26 @@ def run(settings: Settings) -> list[str]:
 
 
 @contextlib.contextmanager
-def _made(scratch: Path, settings: Settings) -> Iterator[Site]:
+def made(scratch: Path, count: int, **keys: Any) -> Iterator[Site]:
+    """A lab of so many nodes, all running; `keys` are for their configurations."""
     with contextlib.ExitStack() as stack:
-        made = stack.enter_context(lab(settings.nodes, RATES))
-        registry = stack.enter_context(registries.docker_registry(scratch / "registry", made.wan))
-        with made.wan.entered():
+        network = stack.enter_context(lab(count, RATES))
+        registry = stack.enter_context(registries.docker_registry(scratch / "registry", network.wan))
+        with network.wan.entered():
             for number, size in enumerate(IMAGES_MB):
                 layers = [[(f"n-{part}", images.noise(10 * number + part, size * MB // 2))] for part in range(2)]
                 image = images.build(scratch / f"image-{number}", layers)
-                registries.push(registry, image, REPOSITORY, _tag(number))
+                registries.push(registry, image, REPOSITORY, tag_of(number))
                 shutil.rmtree(scratch / f"image-{number}")
         proxy = stack.enter_context(
-            CountingProxy(registry.host, registry.port, delay_s=0.005, namespace=made.wan, listen=WAN)
+            CountingProxy(registry.host, registry.port, delay_s=0.005, namespace=network.wan, listen=WAN)
         )
         folder = scratch / "s"
-        for index in range(settings.nodes):
+        for index in range(count):
             stack.enter_context(_disk(folder / f"node-{index + 1}" / "data"))
-        nodes = stack.enter_context(site(folder, proxy.url, settings.nodes, start=False, lab=made, memory=MEMORY))
+        nodes = stack.enter_context(site(folder, proxy.url, count, start=False, lab=network, memory=MEMORY, **keys))
         start_all(nodes)
-        yield Site(made, proxy, nodes, set())
+        yield Site(network, proxy, nodes, set())
 
 
 @contextlib.contextmanager
@@ -130,7 +132,7 @@ def _disk(path: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", path], check=False)
 
 
-def _tag(number: int) -> str:
+def tag_of(number: int) -> str:
     return f"v{number}"
 
 
@@ -167,13 +169,13 @@ async def _strike(struck: Site, fault: Fault, began: float, seen: Seen) -> None:
 async def _client(
     settings: Settings, struck: Site, index: int, schedule: list[Fault], began: float, seen: Seen
 ) -> None:
-    tags = [_tag(number) for number in range(len(IMAGES_MB))]
+    tags = [tag_of(number) for number in range(len(IMAGES_MB))]
     for pause_s, tag in pulls(settings.seed, index, tags):
         await trio.sleep(pause_s)
         start = trio.current_time() - began
         if start > settings.seconds:
             return
-        problem = await _pull(struck, index, tag)
+        problem = await pull(struck, index, tag)
         end = trio.current_time() - began
         excuse = next((one for one in schedule if one.excuses(index, start, end, GRACE_S)), None)
         if not problem:
@@ -185,7 +187,7 @@ async def _client(
             seen.wrong.append(f"{start:.1f} to {end:.1f} s: {tag} through {name}: {problem[:300]}")
 
 
-async def _pull(struck: Site, index: int, tag: str) -> str:
+async def pull(struck: Site, index: int, tag: str) -> str:
     """What went wrong; "" where nothing did. WRONG is what nothing excuses."""
     namespace, node = struck.lab.nodes[index], struck.nodes[index]
     client = Client(lambda: namespace.connect(node.host, node.mirror_port), f"{UPSTREAM}/{REPOSITORY}", tag)
@@ -241,9 +243,9 @@ async def _heal(struck: Site, seen: Seen) -> None:
             seen.wrong.append(str(error))
     for number in range(len(IMAGES_MB)):
         for index, node in enumerate(struck.nodes):
-            problem = await _pull(struck, index, _tag(number))
+            problem = await pull(struck, index, tag_of(number))
             if problem:
-                seen.wrong.append(f"at the end: {_tag(number)} through {node.name}: {problem[:300]}")
+                seen.wrong.append(f"at the end: {tag_of(number)} through {node.name}: {problem[:300]}")
     for node in struck.nodes:
         _flat(node, seen)
 
@@ -256,11 +258,11 @@ def _flat(node: Node, seen: Seen) -> None:
         seen.wrong.append(f"{node.name}: memory grew from {rss[25] >> 20} to {rss[-1] >> 20} MiB")
 
 
-def _read_log(node: Node, seen: Seen) -> None:
+def read_log(node: Node, wrong: list[str]) -> None:
     lines = node.log.read_text("utf-8", "replace").splitlines()
     for number, line in enumerate(lines):
         if line.startswith("Traceback"):
-            seen.wrong.append(f"{node.name} had a bug: " + " / ".join(lines[number - 1 : number + 25])[:1500])
+            wrong.append(f"{node.name} had a bug: " + " / ".join(lines[number - 1 : number + 25])[:1500])
             return
 
 

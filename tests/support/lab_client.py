@@ -48,9 +48,9 @@ class Client:
     async def pull(self) -> None:
         """Raises PullFailedError."""
         self.started = trio.current_time()
-        index = await self._manifest(self.reference)
+        index = await self.manifest(self.reference)
         entry = next(one for one in index["manifests"] if one["platform"]["architecture"] == ARCHITECTURE)
-        manifest = await self._manifest(entry["digest"])
+        manifest = await self.manifest(entry["digest"])
         limit = trio.CapacityLimiter(LAYERS_AT_ONCE)
         async with trio.open_nursery() as nursery:
             for blob in (manifest["config"], *manifest["layers"]):
@@ -58,7 +58,8 @@ class Client:
                 nursery.start_soon(self._blob, blob["digest"], limit)
         self.ended = trio.current_time()
 
-    async def _manifest(self, reference: str) -> dict[str, Any]:
+    async def manifest(self, reference: str) -> dict[str, Any]:
+        """By a tag or a digest. Raises PullFailedError."""
         body = bytearray()
         await self._get(f"manifests/{reference}", body.extend)
         found = f"sha256:{hashlib.sha256(body).hexdigest()}"

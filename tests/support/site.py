@@ -49,7 +49,7 @@ min_free = "1%"
 containerd_store = "{containerd_store}"
 [control]
 socket = "{folder}/p2pd.sock"
-metrics = ""
+metrics = "{metrics}"
 """
 
 
@@ -75,6 +75,7 @@ class Node:
     def __init__(
         self, name: str, host: str, folder: Path, url: str, *, key: Path | None = None,
         memory: str = "64MiB", containerd_store: str = "", namespace: Namespace | None = None, upstream: str = UPSTREAM,
+        metrics: str = "",
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -91,7 +92,7 @@ class Node:
         self._keys: dict[str, object] = {
             "name": name, "host": host, "folder": folder, "mirror": self.mirror_port, "libp2p": self.libp2p_port,
             "bulk": self.bulk_port, "upstream": upstream, "url": url, "key": key or "", "memory": memory,
-            "containerd_store": containerd_store,
+            "containerd_store": containerd_store, "metrics": metrics,
         }  # fmt: skip
         self.bootstrap([])
 
