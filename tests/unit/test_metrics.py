@@ -53,6 +53,8 @@ def test_gauges_are_asked_when_shown() -> None:
     metrics.watch_cache(lambda: tiers)
     metrics.watch_members(lambda: alive[0], lambda: 1)
     metrics.watch_wear(lambda: 77)
+    metrics.watch_tasks(lambda: 8)
+    assert samples(metrics)["p2pd_tasks", ()] == 8
     assert samples(metrics)["p2pd_disk_written_bytes_total", ()] == 77
     assert samples(metrics)["p2pd_cache_bytes", ("memory",)] == 1
     assert samples(metrics)["p2pd_peers_alive", ()] == 4
