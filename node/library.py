@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, closing, nullcontext
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from typing import BinaryIO
 
-from cache.store import Buffer
+import trio
+
+from cache.store import Buffer, Held
 from node.fetcher import Fetcher
 from node.ledger import Ledger, Read
 from node.locator import Locator
@@ -30,6 +33,11 @@ log = logging.getLogger(__name__)
 HEAD_WAIT_S = 20.0
 """A client waits little longer for the head of an answer, but much longer for the next byte of a body: while the first
 block is still on its way then, the answer begins without it."""
+CHECKED_FIRST = 4 << 20
+"""Bytes of an object of which nothing is given before all of it is right; docs/benchmarks/hot-paths.md has what that
+costs. Of a larger object a client gets its last block only then."""
+CHECK_S = 60.0
+"""Where a small object takes longer it is given like a large one: clients wait some minutes for the next byte."""
 
 Finished = Callable[[ObjectRef], None]
 
@@ -55,35 +63,87 @@ class SiteLibrary:
             return
         spans = ((start, stop), *more)
         whole = spans == ((0, ref.size),)
-        hasher = hashlib.new(ref.digest.algorithm) if whole else None
+        seen: dict[int, Obtained] = {}
+        with self._seeder.granted(locator, ref.digest) if locator.grant else nullcontext():
+            if ref.size <= CHECKED_FIRST and not (whole and ref.block_count == 1):
+                async with aclosing(self._look_over(locator, ref, seen, whole=whole)) as waits:
+                    async for _ in waits:
+                        yield b""
+            async with aclosing(self._give(locator, ref, spans, seen, whole=whole)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _look_over(
+        self, locator: Locator, ref: ObjectRef, seen: dict[int, Obtained], *, whole: bool
+    ) -> AsyncGenerator[None, None]:
+        """Have a small object come, and note in `seen` how each block did, without its bytes, if they are right: those
+        are in the tiers then. Yields where a client would wait too long for the head of an answer or its next byte.
+
+        Raises CorruptObjectError. Nothing is noted where it takes too long, was put right just now, or where what is
+        not `whole` wanted has blocks that nobody can give.
+        """
+        hasher = hashlib.new(ref.digest.algorithm)
+        came: dict[int, Obtained] = {}
+        began = told = trio.current_time()
+        with closing(self._ahead(locator, ref, range(ref.block_count), urgent=ref.block_count == 1)) as ahead:
+            for index in range(ref.block_count):
+                if not await ahead.ended_within(told + HEAD_WAIT_S - trio.current_time()):
+                    yield
+                    told = trio.current_time()
+                    if told > began + CHECK_S:
+                        return
+                try:
+                    obtained = await ahead.first()
+                except UnavailableError:
+                    if whole:
+                        self._names.doubt(locator, ref)
+                        raise
+                    return
+                hasher.update(obtained.held.data)
+                came[index] = replace(obtained, held=Held(b"", obtained.held.record))
+                ahead.taken()
+        if await self.check(locator, ref, hasher.hexdigest()) is None:
+            seen.update(came)
+
+    async def _give(
+        self, locator: Locator, ref: ObjectRef, spans: Sequence[tuple[int, int]], seen: Mapping[int, Obtained], *,
+        whole: bool,
+    ) -> AsyncGenerator[Buffer, None]:  # fmt: skip
+        """The bytes of the spans; of blocks that were `seen` to be right exactly those."""
+        hasher = hashlib.new(ref.digest.algorithm) if whole and not seen else None
         parts: list[bytes] = []
         last = ref.block_count - 1
-        blocks = (BlockAddress(locator, ref, index) for index, _ in _by_block(spans))
         extent = max(stop for _, stop in spans) - min(start for start, _ in spans)
-        ahead = ReadAhead(self._fetcher, self._room, blocks, urgent=extent <= BLOCK_SIZE)
-        with closing(ahead), self._seeder.granted(locator, ref.digest) if locator.grant else nullcontext():
+        indices = (index for index, _ in _by_block(spans))
+        with closing(self._ahead(locator, ref, indices, urgent=extent <= BLOCK_SIZE)) as ahead:
             if not await ahead.ended_within(HEAD_WAIT_S):
                 yield b""
             for index, wanted in _by_block(spans):
-                served = sum(part.stop - part.start for part in wanted)
                 try:
                     obtained = await ahead.first()
                 except UnavailableError:
                     self._names.doubt(locator, ref)
                     raise
-                data = self._note(BlockAddress(locator, ref, index), obtained, served)
+                data, first = obtained.held.data, seen.get(index, obtained)
+                if first is not obtained and first.held.record.sha256 != obtained.held.record.sha256:
+                    raise CorruptObjectError(f"{ref.digest} #{index} was right, and came again with other bytes")
+                self._note(BlockAddress(locator, ref, index), first, sum(part.stop - part.start for part in wanted))
                 if hasher is not None:
                     hasher.update(data)
                     if index == last:
-                        data = await self.check(locator, ref, hasher.hexdigest()) or data
+                        data = await self.check(locator, ref, hasher.hexdigest(), given=last) or data
                 if whole and locator.kind == "manifests" and ref.size <= MAX_MANIFEST:
                     parts.append(bytes(data))
                     if index == last:
                         self._names.learn(locator, b"".join(parts))
                 for part in wanted:
                     yield memoryview(data)[part]
-                del data
+                del data, obtained, first
                 ahead.taken()
+
+    def _ahead(self, locator: Locator, ref: ObjectRef, indices: Iterable[int], *, urgent: bool) -> ReadAhead:
+        blocks = (BlockAddress(locator, ref, index) for index in indices)
+        return ReadAhead(self._fetcher, self._room, blocks, urgent=urgent)
 
     def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
         found = self._site.tiers.open_sealed(digest)
@@ -93,38 +153,38 @@ class SiteLibrary:
         self._note_range(digest, start, stop, Read(Source(tier), 0.0, 0, (), time.time()))
         return file
 
-    def _note(self, address: BlockAddress, obtained: Obtained, served: int) -> Buffer:
+    def _note(self, address: BlockAddress, obtained: Obtained, served: int) -> None:
         self._metrics.read(obtained.source, obtained.seconds)
         for _ in range(obtained.retries):
             self._metrics.retried(obtained.source)
         read = Read(obtained.source, obtained.seconds, obtained.retries, obtained.peers, time.time())
         self._ledger.note(address.ref.digest, address.index, read, served)
-        return obtained.held.data
 
     def _note_range(self, digest: Digest, start: int, stop: int, read: Read) -> None:
         for index, (part,) in _by_block([(start, stop)]):
             self._ledger.note(digest, index, read, part.stop - part.start)
 
-    async def check(self, locator: Locator, ref: ObjectRef, found: str) -> Buffer | None:
-        """All blocks were read and hash to `found`: are these the bytes that the digest names? A client gets the last
-        one only then; it is returned where it alone was wrong and is right now. Raises CorruptObjectError."""
+    async def check(self, locator: Locator, ref: ObjectRef, found: str, given: int = 0) -> Buffer | None:
+        """All blocks were read and hash to `found`: are these the bytes that the digest names? A client has got the
+        first `given` of them. Where they were not, and only others of them were wrong, these are right now and the last
+        block is returned. Raises CorruptObjectError."""
         last = None
         if found != ref.digest.hex:
             log.error("%s came with wrong bytes: reading it again from the registry", ref.digest)
-            last = await self._repair(locator, ref)
+            last = await self._repair(locator, ref, given)
             if last is None:
                 raise CorruptObjectError(f"{ref.digest}: its blocks did not make the object; they were dropped")
         self._site.tiers.seal(ref)
         self._finished(ref)
         return last
 
-    async def _repair(self, locator: Locator, ref: ObjectRef) -> Buffer | None:
+    async def _repair(self, locator: Locator, ref: ObjectRef, given: int) -> Buffer | None:
         """Compare every block with the registry's and replace those that are false; who signed one is quarantined.
 
-        Returns the last block where no other one was false, and all of them make the object now.
+        Returns the last block where none of the first `given` was false, and all of them make the object now.
         """
         hasher = hashlib.new(ref.digest.algorithm)
-        false: set[int] = set()
+        first_false = ref.block_count
         last: Buffer = b""
         for index in range(ref.block_count):
             address = BlockAddress(locator, ref, index)
@@ -143,7 +203,7 @@ class SiteLibrary:
             last = truth.data
             hasher.update(last)
             if is_false:
-                false.add(index)
+                first_false = min(first_false, index)
                 await self._site.tiers.discard(Piece(address.block))
                 await self._site.tiers.put(Piece(address.block), truth.data, truth.record)
                 if deceived:
@@ -151,7 +211,7 @@ class SiteLibrary:
                 elif record.signer != self._site.own:
                     self._site.view.quarantine(record.signer, f"signed a false record of {ref.digest} #{index}")
                     self._site.trust.suspect(Suspicion(record, str(locator), compared=True))
-        return last if false == {ref.block_count - 1} and hasher.hexdigest() == ref.digest.hex else None
+        return last if first_false >= given and hasher.hexdigest() == ref.digest.hex else None
 
 
 def _by_block(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[slice]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node import library
 from node.evidence import EXCHANGE_S, MAX_KEPT, MAX_UNDECIDED, PAUSE_S, RETRY_S, SPREAD_S, Case, Judge, Verdict
 from node.evidence_file import EvidenceFile
 from node.exchange import Answer, Lane
@@ -123,15 +125,21 @@ def verdicts(nodes: list[Node], liar: Node) -> list[Verdict]:
 
 
 @pytest.mark.parametrize("index", range(REF.block_count))
-def test_who_signed_a_false_record_is_shut_out_by_the_whole_site(index: int) -> None:
+@pytest.mark.parametrize("checked_first", [True, False])
+def test_who_signed_a_false_record_is_shut_out_by_the_whole_site(
+    index: int, checked_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """S-05"""
+    if not checked_first:
+        monkeypatch.setattr(library, "CHECKED_FIRST", REF.size - 1)
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar = home_of(nodes, index)  # type: ignore[arg-type] # a list of a subclass
         assert isinstance(liar, Node)
         await poison(liar, index)
         others = [node for node in nodes if node is not liar]
-        if index == REF.block_count - 1:  # what no client has got yet is put right at once
+        # What no client has got yet is put right at once.
+        if checked_first or index == REF.block_count - 1:
             assert await read_whole(others[0].library) == BODY
         else:
             with pytest.raises(CorruptObjectError):
@@ -147,6 +155,32 @@ def test_who_signed_a_false_record_is_shut_out_by_the_whole_site(index: int) -> 
             assert await read_whole(node.library) == BODY
 
     play(7, scenario)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (BLOCK_SIZE - 10, BLOCK_SIZE + 10), (REF.size - 5, REF.size)])
+def test_a_part_of_a_small_object_is_given_only_when_all_of_it_is_right(start: int, stop: int) -> None:
+    """S-05"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar = nodes[0]
+        for index in range(REF.block_count):
+            await poison(liar, index)
+        async with aclosing(nodes[1].library.read(LOCATOR, REF, start, stop)) as chunks:
+            assert b"".join([bytes(chunk) async for chunk in chunks]) == BODY[start:stop]
+        await until(lambda: nodes[2].view.is_quarantined(liar.own))
+
+    play(3, scenario)
+
+
+def test_what_is_not_to_be_had_whole_is_given_in_part() -> None:
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        (node,) = nodes
+        await node.read(1)
+        registry.down = True
+        async with aclosing(node.library.read(LOCATOR, REF, BLOCK_SIZE, BLOCK_SIZE + 9)) as chunks:
+            assert b"".join([bytes(chunk) async for chunk in chunks]) == BODY[BLOCK_SIZE : BLOCK_SIZE + 9]
+
+    play(1, scenario)
 
 
 def test_no_block_of_a_liar_outlives_it_where_it_was_kept() -> None:
