@@ -61,9 +61,10 @@ class Server:
     base: str
     """What stands before `/blobs/` and `/manifests/`."""
     pid: int
+    host: str = HOST
 
     def request(self, tail: str, method: str = "GET", headers: str = "") -> bytes:
-        lines = f"{method} {self.base}/{tail} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\nUser-Agent: bench\r\n"
+        lines = f"{method} {self.base}/{tail} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nUser-Agent: bench\r\n"
         return f"{lines}Accept: {MANIFEST}, */*\r\n{headers}\r\n".encode()
 
     def cpu_s(self) -> float:
@@ -77,7 +78,7 @@ class Client:
     """One connection, kept alive."""
 
     def __init__(self, server: Server) -> None:
-        self._sock = socket.create_connection((HOST, server.port))
+        self._sock = socket.create_connection((server.host, server.port))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 20, 0))
         self._buffer = bytearray(1 << 20)
         self._view = memoryview(self._buffer)

@@ -1,0 +1,79 @@
+"""What it costs to give nothing of an object before all of it is right: `python -m tests.benchmarks.check_first`.
+
+Two sites of five that differ in this alone read the same blobs in turns: one node from the registry (cold), and then
+another from the site (warm). Medians; the third read is from the node's own checked file, and the same in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.hot_paths import Client, Server
+from tests.support import image as images
+from tests.support import registry as registries
+from tests.support.site import UPSTREAM, Node, site, start_all
+
+REPOSITORY, TAG = "demo/app", "v1"
+SIZES_MIB, ROUNDS, COUNT = (1, 4, 16, 64), 7, 5
+BOUNDS = {"as it comes": 0, "checked first": 64 << 20}
+PROGRAM = "import node.library; node.library.CHECKED_FIRST = {}; from node.daemon import main; main()"
+
+
+def timed(node: Node, digest: str) -> tuple[float, float]:
+    """Seconds to the first byte and to the last."""
+    server = Server(node.name, node.mirror_port, f"/v2/{UPSTREAM}/{REPOSITORY}", 0, node.host)
+    with contextlib.closing(Client(server)) as client:
+        start = time.perf_counter()
+        _, length = client.ask(server.request(f"blobs/{digest}"))
+        client.drop(1)
+        first = time.perf_counter() - start
+        client.drop(length - 1)
+        return first, time.perf_counter() - start
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="shoal-check-"))
+    sizes = [size for size in SIZES_MIB for _ in range(ROUNDS)]
+    times: dict[tuple[int, str, str], list[tuple[float, float]]] = defaultdict(list)
+    try:
+        layers = [[("noise", images.noise(number, (size << 20) - 4096))] for number, size in enumerate(sizes)]
+        image = images.build(folder / "image", layers)
+        with contextlib.ExitStack() as stack:
+            registry = stack.enter_context(registries.docker_registry(folder / "registry"))
+            registries.push(registry, image, REPOSITORY, TAG)
+            sites = {}
+            for name, bound in BOUNDS.items():
+                nodes = stack.enter_context(site(folder / str(bound), registry.url, COUNT, start=False))
+                for node in nodes:
+                    node.program = [sys.executable, "-c", PROGRAM.format(bound)]
+                start_all(nodes)
+                sites[name] = nodes
+            for number, (size, blob) in enumerate(zip(sizes, image.layers, strict=True)):
+                for name in sorted(sites, reverse=bool(number % 2)):
+                    one, other = sites[name][number % COUNT], sites[name][(number + 1) % COUNT]
+                    for what, node in (("cold", one), ("warm", other), ("again", other)):
+                        times[size, what, name].append(timed(node, blob.digest))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table = Table("MiB", "from", *(f"{name}: {what}" for what in ("first byte", "last byte") for name in BOUNDS), "÷")
+    for size in SIZES_MIB:
+        for what, place in (("cold", "registry"), ("warm", "site"), ("again", "own file")):
+            medians = [
+                statistics.median(one[index] for one in times[size, what, name]) for index in (0, 1) for name in BOUNDS
+            ]
+            table.add_row(str(size), place, *(f"{1000 * s:.1f} ms" for s in medians), f"{medians[3] / medians[2]:.2f}")
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
