@@ -334,6 +334,9 @@ class DiskStore:
     def holdings(self, digest: Digest) -> Holdings:
         return self._bitmaps.holdings(digest)
 
+    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
+        return [(piece, entry.record) for piece, entry in self._entries.items() if entry.record.signer == signer]
+
     def objects(self) -> Iterable[Digest]:
         return self._bitmaps.objects()
 

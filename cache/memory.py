@@ -10,7 +10,7 @@ import trio
 from cache.lru_k import LRUKCache
 from cache.pieces import CORRELATED_S, UNBOUNDED, Bitmaps, check_bytes
 from cache.store import Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import Digest, Piece
+from protocol.ids import Digest, PeerId, Piece
 from protocol.records import Record
 
 ENTRY_BYTES = 1024
@@ -44,6 +44,7 @@ class MemoryStore:
         self._cache: LRUKCache[Piece, Held] = LRUKCache(UNBOUNDED, _bytes_held, correlated=CORRELATED_S, timer=timer)
         self._budget = budget_bytes
         self._pieces = Bitmaps()
+        self._records: dict[Piece, Record] = {}
 
     def resize(self, budget_bytes: int) -> None:
         """What does not fit any more is evicted at once."""
@@ -66,6 +67,7 @@ class MemoryStore:
         self._evict(need)
         self._cache[piece] = held
         self._pieces.add(piece)
+        self._records[piece] = record
         return True
 
     async def discard(self, piece: Piece) -> None:
@@ -80,12 +82,16 @@ class MemoryStore:
     def _remove(self, piece: Piece) -> None:
         del self._cache[piece]
         self._pieces.remove(piece)
+        del self._records[piece]
 
     def holds(self, piece: Piece) -> bool:
         return piece in self._pieces
 
     def holdings(self, digest: Digest) -> Holdings:
         return self._pieces.holdings(digest)
+
+    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
+        return [(piece, record) for piece, record in self._records.items() if record.signer == signer]
 
     def objects(self) -> Iterable[Digest]:
         return self._pieces.objects()

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from protocol.ids import Digest, Piece, Shard
+from protocol.ids import Digest, PeerId, Piece, Shard
 from protocol.records import Record
 
 Buffer = bytes | bytearray | memoryview
@@ -62,6 +62,10 @@ class BlockStore(Protocol):
     def holds(self, piece: Piece) -> bool: ...
 
     def holdings(self, digest: Digest) -> Holdings: ...
+
+    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
+        """What is held by one member's word."""
+        ...
 
     def objects(self) -> Iterable[Digest]:
         """Objects of which at least one piece is held, in no promised order."""

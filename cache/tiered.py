@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import BinaryIO, Literal, Protocol
 
 from cache.store import BlockStore, Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import BlockId, Digest, ObjectRef, Piece, Shard
+from protocol.ids import BlockId, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
 
 Tier = Literal["memory", "disk", "containerd"]
@@ -81,6 +81,9 @@ class Tiers:
             for shard, bits in held.shards.items():
                 shards[shard] = shards.get(shard, 0) | bits
         return Holdings(blocks, shards)
+
+    def signed_by(self, signer: PeerId) -> dict[Piece, Record]:
+        return {piece: record for store in self.stores.values() for piece, record in store.signed_by(signer)}
 
     def objects(self) -> set[Digest]:
         return {digest for store in self.stores.values() for digest in store.objects()}

@@ -6,13 +6,16 @@ bounded rate; and who accuses falsely loses the standing that he wanted to take 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
+from typing import BinaryIO
 
 import trio
 from cachetools import LRUCache
@@ -24,7 +27,7 @@ from node.seeder import SMALL_SILENCE_S, BlockAddress, Seeder, Site
 from node.trust import Suspicion
 from protocol.errors import DeniedError, PeerMisbehavedError, PeerUnavailableError, ShoalError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
-from protocol.ids import BLOCK_SIZE, PeerId, Piece
+from protocol.ids import BLOCK_SIZE, ObjectRef, PeerId, Piece
 from protocol.messages import Accusations, Accuse
 from protocol.records import Record
 from protocol.wire import MAX_TOLD
@@ -40,6 +43,8 @@ EXCHANGE_S, PAUSE_S = 30.0, 5.0
 SPREAD_S = 0.5
 """For each member of the site: together they ask the registry about twice a second, however many they are."""
 RETRY_S = 60.0
+UNDER_WAY_S = 60.0
+"""After it no read that believed a liar before it was found out is still to be stored."""
 
 
 class Verdict(StrEnum):
@@ -113,6 +118,9 @@ class Judge:
             nursery.start_soon(self._look_into)
             nursery.start_soon(self._decide)
             nursery.start_soon(self._exchange)
+            live = [one for one in self._cases.values() if one.is_live(trio.current_time())]
+            for signer in {one.evidence.record.signer for one in live if one.verdict is Verdict.PROVEN}:
+                nursery.start_soon(self._clear, signer)
             task_status.started()
 
     # What others tell
@@ -199,7 +207,7 @@ class Judge:
             if record.signer == self._site.own or key in self._cleared or (case is not None and not case.is_undecided):
                 continue
             if suspicion.compared or await self._found_false(suspicion):
-                await self._accuse(suspicion)
+                self._accuse(suspicion)
 
     async def _found_false(self, suspicion: Suspicion) -> bool:
         try:
@@ -211,11 +219,11 @@ class Judge:
             self._cleared[key_of(suspicion.record, suspicion.source)] = None
         return is_false is True
 
-    async def _accuse(self, suspicion: Suspicion) -> None:
+    def _accuse(self, suspicion: Suspicion) -> None:
         evidence = make_evidence(suspicion.record, suspicion.source, self._site.own, self._sign, suspicion.other)
         case = Case(evidence, trio.current_time())
         self._keep(case)
-        await self._convict(case)
+        self._convict(case)
         self._tell(evidence)
 
     # Judging
@@ -250,12 +258,12 @@ class Judge:
             log.info("evidence about %s cannot be proven here: %s", evidence.record.block, error)
             case.verdict = Verdict.UNPROVABLE
         else:
-            await self._settle(case, is_false)
+            self._settle(case, is_false)
 
-    async def _settle(self, case: Case, is_false: bool | None) -> None:
+    def _settle(self, case: Case, is_false: bool | None) -> None:
         evidence = case.evidence
         if is_false:
-            await self._convict(case)
+            self._convict(case)
             return
         case.verdict = Verdict.VOID
         if is_false is None:
@@ -268,16 +276,38 @@ class Judge:
             if one.evidence.finder == finder and one.is_undecided:
                 one.verdict = Verdict.VOID
 
-    async def _convict(self, case: Case) -> None:
+    def _convict(self, case: Case) -> None:
         case.verdict, record = Verdict.PROVEN, case.evidence.record
         log.warning("a false record", extra={"peer": record.signer, "block": record.block, "by": case.evidence.finder})
         self._site.view.quarantine(record.signer, f"signed a false record of {record.digest} #{record.index}")
-        held = self._site.tiers.holdings(record.object.digest).shards
-        shards = [Piece(record.block, shard) for shard, bits in held.items() if bits >> record.index & 1]
-        for piece in [Piece(record.block), *shards]:
-            found = await self._site.tiers.get(piece, record.size)
-            if found is not None and found[0].record.signer == record.signer:
-                await self._site.tiers.discard(piece)
+        self._nursery.start_soon(self._clear, record.signer)
+
+    async def _clear(self, signer: PeerId) -> None:
+        """Drop what is held by a liar's word alone: all that is not of an object which is here whole, and right."""
+        tiers = self._site.tiers
+        for pause_s in (0.0, UNDER_WAY_S):
+            await trio.sleep(pause_s)
+            objects: dict[ObjectRef, list[Piece]] = {}
+            for piece, record in tiers.signed_by(signer).items():
+                objects.setdefault(record.object, []).append(piece)
+            for ref, pieces in objects.items():
+                if not await self._is_right(ref):
+                    for piece in pieces:
+                        await tiers.discard(piece)
+
+    async def _is_right(self, ref: ObjectRef) -> bool:
+        if (file := self._sealed(ref)) is not None:
+            file.close()
+            return True
+        hasher = hashlib.new(ref.digest.algorithm)
+        if self._site.tiers.holdings(ref.digest).blocks != (1 << ref.block_count) - 1:
+            return False
+        for index in range(ref.block_count):
+            found = await self._site.tiers.get(Piece(ref.block(index)), ref.size)
+            if found is None:
+                return False
+            hasher.update(found[0].data)
+        return hasher.hexdigest() == ref.digest.hex
 
     def _can_tell(self, evidence: Evidence) -> bool:
         """Without asking the registry."""
@@ -299,9 +329,19 @@ class Judge:
 
     def _own_copy(self, record: Record) -> bytes | None:
         """The block's bytes, where its object is held whole and was checked against its digest."""
-        found = self._site.tiers.open_sealed(record.object.digest)
+        file = self._sealed(record.object)
+        if file is None:
+            return None
+        with file:
+            return os.pread(file.fileno(), record.length, record.index * BLOCK_SIZE)
+
+    def _sealed(self, ref: ObjectRef) -> BinaryIO | None:
+        found = self._site.tiers.open_sealed(ref.digest)
         if found is None:
             return None
-        with found[0] as file:
-            whole = os.fstat(file.fileno()).st_size == record.size
-            return os.pread(file.fileno(), record.length, record.index * BLOCK_SIZE) if whole else None
+        with ExitStack() as stack:
+            file = stack.enter_context(found[0])
+            if os.fstat(file.fileno()).st_size != ref.size:
+                return None
+            stack.pop_all()
+            return file

@@ -34,8 +34,8 @@ HEAD_WAIT_S = 20.0
 """A client waits little longer for the head of an answer, but much longer for the next byte of a body: while the first
 block is still on its way then, the answer begins without it."""
 CHECKED_FIRST = 4 << 20
-"""Bytes of an object of which nothing is given before all of it is right; docs/benchmarks/hot-paths.md has what that
-costs. Of a larger object a client gets its last block only then."""
+"""Bytes of an object of which nothing is given before all of it is right; tests/benchmarks/check_first.py measures
+what that costs. Of a larger object a client gets its last block only then."""
 CHECK_S = 60.0
 """Where a small object takes longer it is given like a large one: clients wait some minutes for the next byte."""
 
@@ -54,7 +54,37 @@ class SiteLibrary:
         self._room = Room()
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
-        return await self._names.resolve(locator, reference)
+        found = await self._names.resolve(locator, reference)
+        if locator.kind == "blobs" or found.ref.size > MAX_MANIFEST:
+            return found
+        if (typed := self._names.typed(found)) is not None:
+            return typed
+        # A member may have told it: clients go by the type before they have the bytes.
+        try:
+            body = await self._manifest(locator, found.ref)
+        except UnavailableError as error:
+            log.debug("%s is not looked at: %s", found.ref.digest, error)
+        else:
+            self._names.look_at(locator, found, body)
+        # What cannot be read or told by its bytes is doubted by now, and the registry itself asked.
+        return self._names.typed(found) or await self._names.resolve(locator, reference)
+
+    async def _manifest(self, locator: Locator, ref: ObjectRef) -> bytes:
+        """Checked. Raises as `read`."""
+        parts = []
+        with self._seeder.granted(locator, ref.digest) if locator.grant else nullcontext():
+            async with aclosing(self._look_over(locator, ref, {}, whole=True)) as waits:
+                async for _ in waits:
+                    raise UnavailableError("it takes too long")
+        for index in range(ref.block_count):
+            found = await self._site.tiers.get(Piece(ref.block(index)), ref.size)
+            if found is None:
+                raise UnavailableError("no tier keeps it")
+            parts.append(found[0].data)
+        body = b"".join(parts)
+        if hashlib.new(ref.digest.algorithm, body).hexdigest() != ref.digest.hex:
+            raise CorruptObjectError(f"{ref.digest} came again with other bytes")
+        return body
 
     async def read(
         self, locator: Locator, ref: ObjectRef, start: int, stop: int, *more: tuple[int, int]

@@ -45,6 +45,17 @@ DOUBTED_S = 60.0
 REGISTRY = "registry"
 MAX_MANIFEST_ENTRIES = 1024
 UNTYPED = "application/octet-stream"
+_TYPES = {
+    "manifests": (
+        "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
+    ),
+    "layers": ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"),
+    "schema 1": (
+        "application/vnd.docker.distribution.manifest.v1+prettyjws",
+        "application/vnd.docker.distribution.manifest.v1+json",
+    ),
+}  # fmt: skip
+"""By what a manifest that does not name its own type has in it."""
 _MAX_ROWS = 100_000
 _MAX_RECENT = 4096
 """Names that are answered without SQLite."""
@@ -78,6 +89,20 @@ def parse_manifest(body: bytes) -> Manifest:
         return msgspec.json.decode(body, type=Manifest)
     except UNDECODABLE:
         return Manifest()
+
+
+def media_type_of(body: bytes, told: str) -> str | None:
+    """A manifest's, by its own word, else by its shape, which the `told` one has to fit; None where neither tells."""
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+    except UNDECODABLE:
+        return None
+    own = fields.get("mediaType")
+    if isinstance(own, str) and MEDIA_TYPE.fullmatch(own):
+        return own
+    shape = "schema 1" if fields.get("schemaVersion") == 1 else next((key for key in _TYPES if key in fields), "")
+    fitting = _TYPES.get(shape, ())
+    return told if told in fitting else next(iter(fitting), None)
 
 
 def descriptors(manifest: Manifest, kind: str) -> Iterator[Resolved]:
@@ -217,6 +242,8 @@ class Names:
         self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._site_asked: LRUCache[_Key, float] = LRUCache(_MAX_RECENT)
         """When the site was asked last for a tag that the registry did not tell; without those that it told since."""
+        self._types: LRUCache[Digest, str] = LRUCache(_MAX_RECENT)
+        """Of manifests, by the registry's word or their own bytes."""
         self._doubted: TTLCache[tuple[str, ObjectRef], bool] = TTLCache(_MAX_RECENT, DOUBTED_S, timer=trio.current_time)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
@@ -249,6 +276,21 @@ class Names:
         # Clients go by a manifest's type: one that its index does not type is left to be asked for.
         typed = [one for one in descriptors(manifest, "manifests") if one.media_type != UNTYPED]
         self._table.put_many(str(locator.of_kind("manifests")), typed)
+
+    def typed(self, found: Resolved) -> Resolved | None:
+        """With the manifest's own media type, whoever told another one; None where it was not looked at yet."""
+        media_type = self._types.get(found.ref.digest)
+        return None if media_type is None else replace(found, media_type=media_type)
+
+    def look_at(self, locator: Locator, found: Resolved, body: bytes) -> None:
+        """A manifest, whose digest is right, is here: is it of the media type that was told?"""
+        media_type = media_type_of(body, found.media_type)
+        if media_type is None:
+            self.doubt(locator, found.ref)
+            return
+        if media_type != found.media_type:
+            log.warning("%s is of type %s, and %s was told", found.ref.digest, media_type, found.media_type)
+        self._types[found.ref.digest] = media_type
 
     def known(self, locator: Locator, reference: str) -> Resolved | None:
         """What this node remembers, however old."""
@@ -419,6 +461,7 @@ class Names:
         if locator.kind == "manifests":
             self._table.put(str(locator), str(found.ref.digest), found)
         if body is not None:
+            self._types[found.ref.digest] = found.media_type
             await self._seeder.admit(locator, found.ref, body)
             self.learn(locator, body)
         return self._note(locator, reference, found, REGISTRY)

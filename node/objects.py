@@ -42,8 +42,9 @@ class Library(Protocol):
       NotFoundError, DeniedError or UnavailableError.
     - `read` yields the bytes [start, stop) of an object in order, and then those of each of `more`, in chunks within a
       block and one of these ranges, while later blocks still arrive; the first chunk is empty where the first block
-      takes so long that a client would give up. All its work ends when the generator is closed (`aclosing`). A read of
-      the whole object yields its last block only once the object's digest is right, else raises CorruptObjectError; a
+      takes so long that a client would give up. All its work ends when the generator is closed (`aclosing`). Of a
+      small object nothing is yielded before its digest is right, of a larger one that is read whole its last block is
+      not; else CorruptObjectError is raised. A
       block that nobody can give raises UnavailableError. Nothing it yields is altered later.
     - `sealed` gives an open file whose bytes are exactly the object, checked by this process and unchanged since, for
       sendfile; None where there is no such file. Leaving the context closes the file. It tells where the file is from

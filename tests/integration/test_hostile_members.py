@@ -46,7 +46,7 @@ def liar_at(node: Node) -> dict[str, Any]:
 def test_who_signs_what_the_registry_never_gave_is_named_on_every_node_and_pulls_succeed(
     folder: Path, image: Image, proxy: CountingProxy
 ) -> None:
-    """S-05, S-17: the first attempt may end without the last block, and never whole with a wrong byte."""
+    """S-05, S-17: of a large layer the first attempt may lack its last block, and is never whole with a wrong byte."""
     with ExitStack() as stack:
         nodes = stack.enter_context(site(folder / "site", proxy.url, start=False))
         honest = have_lie(nodes, "records")

@@ -35,7 +35,7 @@ from node.origin import Origin
 from node.trust import Suspicion
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
-from protocol.ids import BLOCK_SIZE, PeerId, Piece
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import Accuse, Request, ShardFound
 from protocol.records import Record, make_record
@@ -197,6 +197,32 @@ def test_no_block_of_a_liar_outlives_it_where_it_was_kept() -> None:
         assert not any(node.tiers.holds(Piece(REF.block(1))) for node in others[1:])
 
     play(5, scenario)
+
+
+def test_what_else_a_liar_signed_is_dropped_unless_it_is_of_an_object_that_is_right() -> None:
+    """S-06"""
+    whole = b"right" * 200_000
+    right = ObjectRef(Digest("sha256", sha256(whole).hexdigest()), len(whole))
+    other = ObjectRef(Digest("sha256", "ab" * 32), 2 * BLOCK_SIZE)
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, holder = nodes
+        shard = Piece(other.block(1), Shard(4, 1, 2))
+        for index in range(right.block_count):
+            data = whole[index * BLOCK_SIZE :][:BLOCK_SIZE]
+            record = make_record(right, index, sha256(data).digest(), liar.own, liar.identity.sign)
+            await holder.tiers.put(Piece(right.block(index)), data, record)
+        for index, piece in ((0, Piece(other.block(0))), (1, shard)):
+            record = make_record(other, index, sha256(bytes(BLOCK_SIZE)).digest(), liar.own, liar.identity.sign)
+            await holder.tiers.put(piece, bytes(BLOCK_SIZE if index == 0 else BLOCK_SIZE // 4), record)
+        await finder.tells(holder, finder.accuses(liar.signs(0, bytes(BLOCK_SIZE))))
+        await until(lambda: holder.view.is_quarantined(liar.own))
+        await trio.sleep(1)
+        assert not holder.tiers.holdings(other.digest).blocks
+        assert not holder.tiers.holds(shard)
+        assert all(holder.tiers.holds(Piece(right.block(index))) for index in range(right.block_count))
+
+    play(3, scenario)
 
 
 def test_a_record_that_no_bytes_fit_is_found_out_by_who_reads_the_block() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from node.names import MAX_MANIFEST_ENTRIES, NameTable, descriptors, parse_manifest
+from node.names import MAX_MANIFEST_ENTRIES, NameTable, descriptors, media_type_of, parse_manifest
 from node.objects import Resolved
 from protocol.ids import Digest, ObjectRef
 
@@ -41,6 +41,24 @@ def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
     table = NameTable(path)
     table.put(SOURCE, "v1", FOUND)
     assert table.get(SOURCE, "v1") is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "told", "found"),
+    [
+        (b'{"mediaType":"x/own","layers":[]}', "x/told", "x/own"),
+        (b'{"layers":[]}', "application/vnd.docker.distribution.manifest.v2+json", None),
+        (b'{"layers":[]}', "application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json"),
+        (b'{"manifests":[]}', "x/told", "application/vnd.oci.image.index.v1+json"),
+        (b'{"schemaVersion":1}', "application/vnd.docker.distribution.manifest.v1+json", None),
+        (b'{"mediaType":"not a type","x":1}', "x/told", ""),
+        (b"[]", "x/told", ""),
+        (b"\xff", "x/told", ""),
+    ],
+)
+def test_a_manifest_tells_its_own_type(body: bytes, told: str, found: str | None) -> None:
+    """`found` None: what was told fits; empty: the bytes do not tell."""
+    assert media_type_of(body, told) == (told if found is None else found or None)
 
 
 def test_a_row_that_the_disk_altered_is_unknown(tmp_path: Path) -> None:

@@ -20,8 +20,12 @@ from cache.tiered import Tiers
 from node.config import Config, MirrorPart, TagsPart, tag_policies
 from node.exchange import Answer
 from node.exchange_memory import MemoryExchange, MemoryNetwork
+from node.fetcher import Fetcher
 from node.identity import Identity
+from node.ledger import Ledger
+from node.library import SiteLibrary
 from node.locator import Grant, Locator
+from node.metrics import Metrics
 from node.names import Names, NameTable
 from node.objects import Resolved
 from node.origin import Origin
@@ -37,6 +41,7 @@ from protocol.messages import Request, Resolve
 from protocol.messages import Resolved as Told
 from protocol.placement import Placement
 from tests.support.disk_like import DiskLike
+from tests.unit import test_coded_reads as coded
 from tests.unit.test_coded_reads import FixedView
 
 APP = Locator("origin.test", "app", "manifests")
@@ -254,6 +259,35 @@ def test_a_wrong_size_of_a_member_is_asked_of_the_registry_once_it_cannot_be_rea
             assert (await reader.names.resolve(APP, reference)).ref == right
 
     play(tmp_path, 5, scenario)
+
+
+@pytest.mark.parametrize("lie", ["type", "size"])
+def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(tmp_path: Path, lie: str) -> None:
+    """S-25"""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        reader, media_type = nodes[0], "application/vnd.oci.image.manifest.v1+json"
+        body = manifest(1) if lie == "size" else json.dumps({"mediaType": media_type, "layers": []}).encode()
+        right = Resolved(ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body)), media_type)
+        false = replace(right, media_type="application/vnd.oci.image.index.v1+json")
+        if lie == "size":
+            false = replace(right, ref=replace(right.ref, size=right.ref.size + 1))
+        site, seeder = reader.names._site, reader.names._seeder
+        await seeder.admit(APP, right.ref, body)
+        reader.table.put(str(APP), "latest", false, "a liar")
+        async with trio.open_nursery() as nursery:
+            down = coded.Registry()
+            down.down, seeder._origin = True, Origin(down, nursery)
+            fetcher = Fetcher(site, seeder, nursery)
+            library = SiteLibrary(site, reader.names, seeder, fetcher, Ledger(), Metrics(), lambda ref: None)
+            for _ in range(2):
+                found = await library.resolve(APP, "latest")
+                assert found.ref == right.ref
+                assert found.media_type == ("a/b" if lie == "size" else media_type)
+            nursery.cancel_scope.cancel()
+        assert registry.asked == (lie == "size"), "the bytes decide where they can"
+
+    play(tmp_path, 1, scenario)
 
 
 def test_an_offline_site_asks_itself_once_in_a_time_to_live(tmp_path: Path) -> None:
