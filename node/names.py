@@ -345,7 +345,7 @@ class Names:
     def _note(self, locator: Locator, reference: str, found: Resolved, told_by: str) -> Resolved:
         """The younger of what was told and what is known: a late answer must not bring back what a tag was before."""
         known = self.known(locator, reference)
-        if known is not None and known.age_s < found.age_s:
+        if known is not None and known.age_s < found.age_s and not self._is_doubted(locator, known):
             return known
         self._table.put(str(locator), reference, found, told_by)
         return found
