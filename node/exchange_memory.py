@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from node.calls import REQUESTS_PER_CONNECTION, AtWork, Call, answer
-from node.exchange import Answer, Handler, Heard, Into, Lane
+from node.exchange import Answer, Body, Handler, Heard, Into, Lane
 from protocol import wire
 from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import PeerId
@@ -61,10 +61,14 @@ class MemoryNetwork:
             raise PeerUnavailableError(f"{peer} cannot be reached")
         return self._nodes[peer]
 
-    async def travel(self, *ends: PeerId) -> None:
-        """One way between two nodes; a stopped one holds up what leaves it and what comes to it."""
+    def reaches(self, sender: PeerId, receiver: PeerId) -> bool:
+        """Whether what one says now comes to the other; else it waits until it can."""
+        return not self.is_stopped(sender) and not self.is_stopped(receiver)
+
+    async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
+        """One way of a frame of `size` bytes; a stopped node holds up what leaves it and what comes to it."""
         await trio.sleep(self.latency_s)
-        for peer in ends:
+        for peer in (sender, receiver):
             while self.is_stopped(peer):
                 await self._stopped[peer].wait()
 
@@ -72,11 +76,14 @@ class MemoryNetwork:
 class _Line:
     """A request between two nodes until its answer has come."""
 
-    def __init__(self, asker: PeerId, lane: Lane, call: Call) -> None:
+    def __init__(self, asker: PeerId, lane: Lane, call: Call, size: int) -> None:
         self.asker = asker
         self.lane = lane
         self.call = call
+        self.size = size
         self.scope = trio.CancelScope()
+        self.ready = False
+        """The answer is there, and on its way."""
 
     def cut(self) -> None:
         self.call.end(PeerUnavailableError(f"the connection with {self.call.peer} was closed"))
@@ -100,8 +107,8 @@ class MemoryExchange:
         self._refused = refused
         self._handler = handler
         self._slots = defaultdict[tuple[PeerId, Lane], trio.Semaphore](lambda: trio.Semaphore(requests_per_connection))
-        self._asked: set[_Line] = set()
-        self._answering: set[_Line] = set()
+        self._asked: dict[_Line, None] = {}  # in the order in which they came, so that a run can be repeated
+        self._answering: dict[_Line, None] = {}
         self._at_work = AtWork[_Line]()
         self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # what is in it, its askers wait for
 
@@ -116,19 +123,20 @@ class MemoryExchange:
         into: Into | None = None,
     ) -> Answer:
         self._network.node(self._own)
-        line = _Line(self._own, lane, Call(peer, _checked(message), silence_s, heard, into))
+        frame = wire.encode_head(0, message, 0)
+        line = _Line(self._own, lane, Call(peer, _checked(frame), silence_s, heard, into), len(frame))
         self._network.node(peer).accept(line)
-        self._asked.add(line)
+        self._asked[line] = None
         try:
             return await line.call.wait()
         finally:
-            self._asked.discard(line)
+            del self._asked[line]
 
     def accept(self, line: _Line) -> None:
         """Raises PeerUnavailableError where the asker is refused."""
         if self._refused(line.asker):
             raise PeerUnavailableError(f"{self._own} refuses {line.asker}")
-        self._answering.add(line)
+        self._answering[line] = None
         self._arrivals.send_nowait(line)
 
     def disconnect(self, peer: PeerId) -> None:
@@ -152,40 +160,49 @@ class MemoryExchange:
             self._network.leave(self._own, self)
 
     def _say_waiting(self, line: _Line) -> None:
-        if not self._network.is_stopped(self._own) and not self._network.is_stopped(line.asker):
-            line.call.waiting(False)
+        if self._network.reaches(self._own, line.asker):
+            line.call.waiting(line.ready)
 
     async def _serve(self, line: _Line) -> None:
         with line.scope:
-            await self._network.travel(line.asker, self._own)
-            async with self._slots[line.asker, line.lane]:
-                result = await self._answer(line)
-            await self._network.travel(self._own, line.asker)
+            await self._network.travel(line.asker, self._own, line.size)
+            result = await self._answered(line)
             if isinstance(result, Answer):
                 line.call.deliver(result)
             else:
                 line.call.end(result)
-        self._answering.discard(line)
+        del self._answering[line]
 
-    async def _answer(self, line: _Line) -> Answer | ShoalError:
-        request = line.call.message
+    async def _answered(self, line: _Line) -> Answer | ShoalError:
+        """What comes to the asker, when all of it is there."""
+        slot = self._slots[line.asker, line.lane]
+        await slot.acquire()
         self._at_work.begin(line)
         try:
-            head, body = await answer(self._handler, line.asker, wire.Head(0, request, 0))
+            try:
+                head, body = await answer(self._handler, line.asker, wire.Head(0, line.call.message, 0))
+            finally:
+                slot.release()
+            line.ready = body is not None
+            await self._network.travel(self._own, line.asker, len(head) + len(body or b""))
         finally:
             self._at_work.end(line)
-        try:
-            message = _read(wire.REPLIES, head)
-            wire.check_answer(request, message)
-        except PeerMisbehavedError as error:
-            return error
-        return Answer(message, body)
+        return _answer_in(line.call.message, head, body)
 
 
-def _checked(message: Request) -> Request:
+def _answer_in(request: Request, head: bytes, body: Body | None) -> Answer | ShoalError:
+    try:
+        message = _read(wire.REPLIES, head)
+        wire.check_answer(request, message)
+    except PeerMisbehavedError as error:
+        return error
+    return Answer(message, body)
+
+
+def _checked(frame: bytes) -> Request:
     """Raises PeerUnavailableError for what a peer would not take, as it would close the connection."""
     try:
-        return _read(wire.REQUESTS, wire.encode_head(0, message, 0))
+        return _read(wire.REQUESTS, frame)
     except PeerMisbehavedError as error:
         raise PeerUnavailableError(f"the request is malformed: {error}") from error
 
