@@ -1,0 +1,161 @@
+"""The network of a simulation: links with rates, latencies, lost packets, sites and their uplinks, and partitions.
+
+A frame goes over the links of its way one after the other, cut through: the next link begins when the first byte is
+there. Each link sends frames in the order in which they come, one at a time. Real senders share a link between a few
+connections (`node/turns.py`), which moves the same bytes in the same time. Small frames wait for no more than what a
+switch holds in its queue, since bodies wait in their senders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
+
+import trio
+
+from node.exchange_memory import MemoryNetwork
+from protocol.ids import PeerId
+
+Latency = Callable[[Random], float]
+"""Seconds of one way."""
+
+PACKET_BYTES = 1448
+"""Of a stream in a packet of 1514 bytes on an Ethernet."""
+WIRE_SHARE = 1514 / PACKET_BYTES
+SMALL_BYTES = 8192
+QUEUE_BYTES = 37_500
+"""What stands before a small frame on a busy link: 7.5 ms at 40 Mbit/s."""
+TIMEOUT_S = 0.2
+"""TCP's shortest timeout, after which a packet is sent again that nothing sent behind it shows to be lost."""
+TAIL_PACKETS = 3
+MOST_TIMEOUTS = 6
+
+
+def constant(seconds: float) -> Latency:
+    return lambda rng: seconds
+
+
+def lognormal(median_s: float, p99_s: float) -> Latency:
+    """The usual shape of measured latencies: most near the median, few far above."""
+    sigma = math.log(p99_s / median_s) / 2.326
+    return lambda rng: rng.lognormvariate(math.log(median_s), sigma)
+
+
+class Link:
+    """One direction of a line, `rate` in bytes a second."""
+
+    def __init__(self, rate: float = math.inf) -> None:
+        self.rate = rate
+        self.carried = 0
+        """Bytes, without headers."""
+        self._free_at = 0.0
+
+    def send(self, now: float, size: int) -> tuple[float, float]:
+        """When the first byte and when the last one of a frame that comes now is through."""
+        took = size * WIRE_SHARE / self.rate
+        free_at = max(now, self._free_at)
+        begins = min(free_at, now + QUEUE_BYTES / self.rate) if size <= SMALL_BYTES else free_at
+        self._free_at = free_at + took
+        self.carried += size
+        return begins, begins + took
+
+
+class Port:
+    """Where a node, or a site, meets the network."""
+
+    def __init__(self, up: float = math.inf, down: float = math.inf) -> None:
+        self.up, self.down = Link(up), Link(down)
+
+
+class SimulatedNetwork(MemoryNetwork):
+    """`latency` is that of one way between two nodes, with that of the uplinks beside it where they pass them."""
+
+    def __init__(self, rng: Random, latency: Latency, *, uplink_latency: Latency | None = None) -> None:
+        super().__init__()
+        self._rng, self._latency, self._uplink_latency = rng, latency, uplink_latency or constant(0.0)
+        self.loss = 0.0
+        """Of all packets, the share that is lost."""
+        self._ports: dict[PeerId, Port] = {}
+        self._sites: dict[PeerId, str] = {}
+        self._uplinks: dict[str, Port] = {}
+        self._sides: dict[PeerId, int] = {}
+        self._no_uplink: set[str] = set()
+        self._changed = trio.Event()
+
+    def plug(self, peer: PeerId, site: str, port: Port) -> None:
+        self._ports[peer], self._sites[peer] = port, site
+        self._uplinks.setdefault(site, Port())
+
+    def uplink(self, site: str) -> Port:
+        return self._uplinks.setdefault(site, Port())
+
+    def port(self, peer: PeerId) -> Port:
+        return self._ports.setdefault(peer, Port())
+
+    # Faults
+
+    def part(self, *sides: Iterable[PeerId]) -> None:
+        """From now on nothing passes between the sides; who is in none of them is with the first."""
+        self._sides = {peer: number for number, side in enumerate(sides) for peer in side}
+        self._change()
+
+    def heal(self) -> None:
+        self.part()
+
+    def cut_uplink(self, site: str) -> None:
+        self._no_uplink.add(site)
+
+    def mend_uplink(self, site: str) -> None:
+        self._no_uplink.discard(site)
+        self._change()
+
+    def has_uplink(self, site: str) -> bool:
+        return site not in self._no_uplink
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def reaches(self, sender: PeerId, receiver: PeerId) -> bool:
+        return super().reaches(sender, receiver) and self._passes(sender, receiver)
+
+    def _passes(self, sender: PeerId, receiver: PeerId) -> bool:
+        sites = {self._sites.get(sender), self._sites.get(receiver)}
+        apart = self._sides.get(sender, 0) != self._sides.get(receiver, 0)
+        return not apart and (len(sites) == 1 or not sites & self._no_uplink)
+
+    # Frames
+
+    async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
+        while not self._passes(sender, receiver):  # TCP sends it again until it is through
+            await self._changed.wait()
+        path = [self.port(sender).up, self.port(receiver).down]
+        latency_s = self._latency(self._rng)
+        if (here := self._sites.get(sender)) != (there := self._sites.get(receiver)) and here and there:
+            path[1:1] = [self._uplinks[here].up, self._uplinks[there].down]
+            latency_s += self._uplink_latency(self._rng)
+        await self.carry(path, size, latency_s)
+        await super().travel(sender, receiver, size)
+
+    async def carry(self, path: Sequence[Link], size: int, latency_s: float) -> None:
+        through_at = 0.0
+        for link in path:
+            now = trio.current_time()
+            begins, ends = link.send(now, size)
+            through_at = max(through_at, ends)
+            if begins > now:
+                await trio.sleep_until(begins)
+        await trio.sleep_until(max(through_at, trio.current_time()) + latency_s + self._lost_s(size, latency_s))
+
+    def _lost_s(self, size: int, latency_s: float) -> float:
+        """What lost packets cost: TCP's mean rate under loss (Mathis et al., 1997), and its timeouts where one of the
+        last packets is lost."""
+        if not self.loss:
+            return 0.0
+        slow_s = size * 2 * latency_s * math.sqrt(self.loss) / (1.22 * PACKET_BYTES)
+        tail = min(TAIL_PACKETS, -(-size // PACKET_BYTES))
+        lost = 0
+        while lost < MOST_TIMEOUTS and self._rng.random() > (1 - self.loss) ** (tail if lost == 0 else 1):
+            lost += 1
+        return slow_s + TIMEOUT_S * (2**lost - 1)

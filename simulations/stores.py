@@ -1,0 +1,55 @@
+"""What the nodes of a simulation store: equal bytes are in this process's memory once, whoever holds them."""
+
+from __future__ import annotations
+
+import trio
+
+from cache.memory import MemoryStore
+from cache.store import Buffer
+from cache.tiered import Tiers
+from protocol.ids import Digest, ObjectRef, Piece
+from protocol.records import Record
+
+
+class SharedBytes:
+    """Of all nodes: a thousand of them that hold an image hold it once."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Piece, bytes], bytes] = {}
+
+    def shared(self, piece: Piece, data: Buffer, record: Record) -> Buffer:
+        """`data`, or the equal bytes that are held already."""
+        held = self._held.get((piece, record.sha256))
+        if held is None:
+            held = self._held[piece, record.sha256] = bytes(data)
+        return held if held == data else data
+
+
+class SharedStore(MemoryStore):
+    def __init__(self, budget_bytes: int, shared: SharedBytes) -> None:
+        super().__init__(budget_bytes, trio.current_time)
+        self._shared = shared
+
+    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+        return await super().put(piece, self._shared.shared(piece, data, record), record)
+
+
+class DiskLike(SharedStore):
+    """In the place of the disk: simulations have no files."""
+
+    def open_sealed(self, digest: Digest) -> None:
+        return None
+
+    def seal(self, ref: ObjectRef) -> bool:
+        return False
+
+    def is_pinned(self, digest: Digest) -> bool:
+        return False
+
+    async def drop_object(self, digest: Digest) -> None:
+        return None
+
+
+def tiers(memory: int, disk: int, shared: SharedBytes) -> Tiers:
+    """Budgets in bytes."""
+    return Tiers(SharedStore(memory, shared), DiskLike(disk, shared), None)
