@@ -6,7 +6,6 @@ client with its tokens, breaker and rates. Their work is done by simulations/net
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -136,16 +135,11 @@ class Node:
             limit.release_on_behalf_of(layer)
 
     async def read(self, ref: ObjectRef, kind: str = "blobs", span: tuple[int, int] | None = None) -> None:
-        """A whole object, checked against its digest, or a part of it. Raises what became of it."""
+        """A whole object, which the library checks against its digest, or a part of it. Raises what became of it."""
         start, stop = span or (0, ref.size)
-        hasher = hashlib.new(ref.digest.algorithm) if span is None else None
         async with aclosing(self.library.read(locator(kind), ref, start, stop)) as parts:
             async for part in parts:
-                if hasher is not None:
-                    hasher.update(part)
                 self._cluster.note_read(len(part))
-        if hasher is not None and hasher.hexdigest() != ref.digest.hex:
-            raise AssertionError(f"wrong bytes of {ref.digest}")
 
 
 class Cluster:

@@ -136,7 +136,8 @@ class SimulatedNetwork(MemoryNetwork):
             path[1:1] = [self._uplinks[here].up, self._uplinks[there].down]
             latency_s += self._uplink_latency(self._rng)
         await self.carry(path, size, latency_s)
-        await super().travel(sender, receiver, size)
+        if not super().reaches(sender, receiver):
+            await super().travel(sender, receiver, size)
 
     async def carry(self, path: Sequence[Link], size: int, latency_s: float) -> None:
         through_at = 0.0
