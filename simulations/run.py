@@ -39,7 +39,12 @@ def play(seed: int, main: Callable[[], Awaitable[T]]) -> T:
 def with_progress(name: str, run: Callable[[Told], T]) -> T:
     """On standard error, where that is a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(name, total=1.0)
         return run(lambda share: progress.update(task, completed=share))

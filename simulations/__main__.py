@@ -1,0 +1,20 @@
+"""`python -m simulations NAME`: the scenarios, each of which one seed decides."""
+
+from __future__ import annotations
+
+import click
+
+from simulations.flash_crowd import flash_crowd
+from simulations.run import fix_hashes
+
+
+@click.group()
+def main() -> None:
+    """The shipped code in virtual time. What came of it: docs/SIMULATIONS.md."""
+
+
+main.add_command(flash_crowd)
+
+if __name__ == "__main__":
+    fix_hashes()
+    main(prog_name="python -m simulations")
