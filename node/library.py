@@ -117,7 +117,7 @@ class SiteLibrary:
         began = told = trio.current_time()
         with closing(self._ahead(locator, ref, range(ref.block_count), urgent=ref.block_count == 1)) as ahead:
             for index in range(ref.block_count):
-                if not await ahead.ended_within(told + HEAD_WAIT_S - trio.current_time()):
+                if not await ahead.ended_within(max(0.0, told + HEAD_WAIT_S - trio.current_time())):
                     yield
                     told = trio.current_time()
                     if told > began + CHECK_S:

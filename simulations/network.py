@@ -159,4 +159,4 @@ class SimulatedNetwork(MemoryNetwork):
         lost = 0
         while lost < MOST_TIMEOUTS and self._rng.random() > (1 - self.loss) ** (tail if lost == 0 else 1):
             lost += 1
-        return slow_s + TIMEOUT_S * (2**lost - 1)
+        return slow_s + TIMEOUT_S * ((1 << lost) - 1)

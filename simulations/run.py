@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -30,7 +29,7 @@ def play(seed: int, main: Callable[[], Awaitable[T]]) -> T:
     from trio._core import _run  # it has no other switch for this; Hypothesis sets the same two
 
     _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    _run._r = random.Random(seed)
+    _run._r.seed(seed)
     gc.collect()
     gc.freeze()
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

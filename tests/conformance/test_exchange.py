@@ -1,4 +1,5 @@
-"""What every Exchange promises (node/exchange.py): in memory and virtual time; over TLS, and plain, on loopback."""
+"""What every Exchange promises (node/exchange.py): in memory and on simulated links, in virtual time; over TLS, and
+plain, on loopback."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 
 import pytest
 import trio
@@ -46,6 +48,7 @@ from protocol.messages import (
     ShardFound,
 )
 from protocol.records import Record, make_record
+from simulations.network import Port, SimulatedNetwork, lognormal
 
 SIZE = 2 * BLOCK_SIZE + 5
 REF = ObjectRef(Digest("sha256", "ab" * 32), SIZE)
@@ -84,7 +87,7 @@ class MemorySite:
 
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
         self._nursery = nursery
-        self._network = MemoryNetwork(latency_s=0.001)
+        self._network: MemoryNetwork = MemoryNetwork(latency_s=0.001)
         self._count = 0
 
     async def add(self, handler: Handler, mute: bool = False) -> Node:
@@ -102,6 +105,19 @@ class MemorySite:
 
     def absent(self) -> PeerId:
         return PeerId("12D3KooWAbsent")
+
+
+class SimulatedSite(MemorySite):
+    """On links of 40 Mbit/s."""
+
+    def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
+        super().__init__(nursery, folder)
+        self._network = SimulatedNetwork(Random(1), lognormal(0.0005, 0.005))
+
+    async def add(self, handler: Handler, mute: bool = False) -> Node:
+        node = await super().add(handler, mute)
+        self._network.plug(node.peer, "site", Port(5e6, 5e6))
+        return node
 
 
 class TlsSite:
@@ -158,13 +174,15 @@ Scenario = Callable[[Site], Awaitable[None]]
 Play = Callable[[Scenario], None]
 
 
-SITES: dict[str, type[Site]] = {"memory": MemorySite, "tls": TlsSite, "plain": PlainSite}
+SITES: dict[str, type[Site]] = {
+    "memory": MemorySite, "simulated": SimulatedSite, "tls": TlsSite, "plain": PlainSite,
+}  # fmt: skip
 
 
 @pytest.fixture(params=SITES)
 def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
     """Runs a scenario on a site of the implementation; everything that the site started ends with it."""
-    memory = request.param == "memory"
+    memory = issubclass(SITES[request.param], MemorySite)
 
     def run(scenario: Scenario) -> None:
         async def main() -> None:

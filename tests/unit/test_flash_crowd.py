@@ -1,0 +1,57 @@
+"""A small flash crowd of the shipped nodes in virtual time: it finds out where balance or single flight is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from node.single_flight import SingleFlight
+from protocol.placement import Placement
+from simulations.flash_crowd import FlashCrowd, run
+
+SMALL = FlashCrowd(nodes=12, image=16_000_000)
+
+
+def told_nothing(share: float) -> None:
+    """Nobody looks."""
+
+
+def test_a_crowd_reads_each_byte_once_near_the_limit_and_shares_the_work() -> None:
+    shares: list[float] = []
+    result = run(SMALL, shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    assert result.copies <= 1.02
+    assert max(result.seconds) < 1.6 * result.limit_s  # 30 blocks only: their way over three links is a third of this
+    assert result.imbalance < 1.35
+
+
+def test_what_is_asked_for_twice_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def each_for_himself(self: object, key: object, work: object) -> object:
+        return await work()  # type: ignore[operator]
+
+    monkeypatch.setattr(SingleFlight, "do", each_for_himself)
+    assert run(SMALL, told_nothing).copies > 1.5
+
+
+def test_an_unfair_placement_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked = Placement._ranked
+
+    def the_same_for_all(self: Placement, key: str, count: int) -> object:
+        return ranked(self, "", count)
+
+    monkeypatch.setattr(Placement, "_ranked", the_same_for_all)
+    assert run(SMALL, told_nothing).imbalance > 2
+
+
+def test_a_seed_decides_every_byte_that_is_printed() -> None:
+    command = [sys.executable, "-m", "simulations", "flash-crowd", "--nodes", "5", "--image", "2000000", "--json"]
+    first, second, other = (
+        subprocess.run([*command, "--seed", seed], check=True, capture_output=True, timeout=120).stdout
+        for seed in ("1", "1", "2")
+    )
+    assert first == second != other
+    assert len(json.loads(first)["seconds"]) == 5
