@@ -9,8 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/pyt
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CODE := node protocol cache
-WITH_TESTS := $(CODE) tests $(wildcard simulations/*.py)
+CODE := node protocol cache simulations
+WITH_TESTS := $(CODE) tests
 LOCK_TOOLS := build/lock-tools
 
 .PHONY: help setup packages demo test lint types imports bench chaos churn fuzz lock clean
