@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -15,7 +16,7 @@ from cache.disk import DiskStore
 from cache.memory import ENTRY_BYTES, MemoryStore
 from cache.store import BlockStore, Holdings
 from protocol.errors import BadInputError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece, Shard
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record, make_record
 from tests.support.blobs import SIGNER, Blob
 
@@ -127,6 +128,21 @@ def test_discards_one_piece_and_no_other(open_store: Open) -> None:
         assert await got(store, BLOB, BLOB.shard(1, DATA))
         assert await put(store, BLOB, BLOB.pieces[0])
         assert await got(store, BLOB, BLOB.pieces[0])
+
+    run(open_store, test)
+
+
+def test_names_what_one_signed_and_nothing_that_is_gone(open_store: Open) -> None:
+    async def test(store: BlockStore) -> None:
+        kept, gone, other = BLOB.shard(1, DATA), BLOB.pieces[0], BLOB.pieces[2]
+        foreign = msgspec.structs.replace(BLOB.record(other), signer=PeerId("12D3KooWother"))
+        for piece in (kept, gone):
+            await put(store, BLOB, piece)
+        await store.discard(gone)
+        await store.put(other, BLOB.bytes_of(other), foreign)
+        assert store.signed_by(SIGNER) == [(kept, BLOB.record(kept))]
+        assert store.signed_by(foreign.signer) == [(other, foreign)]
+        assert store.signed_by(PeerId("12D3KooWnobody")) == []
 
     run(open_store, test)
 
