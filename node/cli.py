@@ -7,6 +7,7 @@ thing on standard output is the document. What takes long to import (rich, httpx
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -27,9 +28,11 @@ from node.cli_common import (
     ImageParam,
     Session,
     common,
+    configuration,
     decode,
     echo,
     events,
+    read_configuration,
     show_document,
 )
 from node.config import DEFAULT_UPSTREAMS
@@ -310,16 +313,17 @@ def reload(session: Session) -> None:
 
 @main.command()
 @_certs_dir
+@configuration
 @common
 @click.pass_obj
-def doctor(session: Session, certs_dir: Path) -> None:
+def doctor(session: Session, certs_dir: Path, path: Path | None) -> None:
     """Look for what is wrong with this node, and say what to do about it."""
     try:
         running = decode(session.client.get("/status"), Status)
         found = decode(session.client.get("/doctor"), DoctorReport).checks
     except DaemonUnreachableError as error:
         checks = [Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
-        checks += _outside(certs_dir, None)
+        checks += [*_outside(certs_dir, None), _certificate(path)]
         _show_checks(session, checks)
         _quit(UNREACHABLE)
     socket = Check(name="daemon", level="ok", text=f"p2pd {running.version} answers on {session.socket}")
@@ -352,6 +356,16 @@ def _outside(certs_dir: Path, running: Status | None) -> list[Check]:
     if not certs_dir.parent.is_dir():
         return [*checks, Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})")]
     return [*checks, check_hosts(*_pointing(certs_dir, mirror, running))]
+
+
+def _certificate(path: Path | None) -> Check:
+    """As its files tell, where no daemon does."""
+    from node.doctor import certificate_in_files, check_certificate
+
+    try:
+        return check_certificate(certificate_in_files(read_configuration(path)), time.time())
+    except BadInputError as error:
+        return Check(name="configuration", level="fail", text=str(error), hint="p2pd does not start with it")
 
 
 def _pointing(certs_dir: Path, mirror: str, running: Status | None) -> tuple[list[str], list[str], str]:

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import click
 
-from node.cli_common import Group, Session, common, decode
-from node.config import load
+from node.cli_common import Group, Session, common, configuration, decode, read_configuration
 from node.status import RevokeReport
 from protocol.errors import BadInputError
-
-CONFIG = Path("/etc/p2pd/p2pd.toml")
 
 
 def add_to(group: click.Group) -> None:
@@ -104,10 +101,7 @@ def revoke(session: Session, what: str, key: Path | None, only_print: bool) -> N
 @click.command()
 @click.argument("token")
 @click.argument("address")
-@click.option(
-    "--config", "path", type=click.Path(path_type=Path),
-    help=f"The daemon's configuration.  [default: {CONFIG}, where there is one]",
-)  # fmt: skip
+@configuration
 @common
 @click.pass_obj
 def join(session: Session, token: str, address: str, path: Path | None) -> None:
@@ -119,7 +113,7 @@ def join(session: Session, token: str, address: str, path: Path | None) -> None:
     from node.cluster_work import join_cluster
 
     text = (sys.stdin.readline() if token == "-" else token).strip()  # stands for standard input
-    told = join_cluster(load(path or (CONFIG if CONFIG.exists() else None)), text, address)
+    told = join_cluster(read_configuration(path), text, address)
     if session.json:
         click.echo(json.dumps(told))
     else:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from node.config import Config
+from node.config import Config, load
 from node.control_client import ControlClient, DaemonUnreachableError
 from node.locator import ImageName
 from node.version import version
@@ -21,6 +21,7 @@ FAILED = 1
 UNREACHABLE = 3
 NEEDS_RESTART = 4
 
+CONFIG = Path("/etc/p2pd/p2pd.toml")
 DEFAULTS = Config()
 _Document = TypeVar("_Document", bound=msgspec.Struct)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -102,6 +103,20 @@ def common(command: Command) -> Command:
     path = click.Path(path_type=Path)
     command = click.option("--json", is_flag=True, expose_value=False, callback=_set, help="Print JSON.")(command)
     return click.option("--socket", type=path, expose_value=False, callback=_set, hidden=True)(command)
+
+
+def configuration(command: Command) -> Command:
+    """--config, for what p2pctl does without the daemon; see `read_configuration`."""
+    option = click.option(
+        "--config", "path", type=click.Path(path_type=Path),
+        help=f"The daemon's configuration.  [default: {CONFIG}, where there is one]",
+    )  # fmt: skip
+    return option(command)
+
+
+def read_configuration(path: Path | None) -> Config:
+    """Raises BadInputError."""
+    return load(path or (CONFIG if CONFIG.exists() else None))
 
 
 def decode(data: bytes, kind: type[_Document]) -> _Document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import trio
 
 from cache.store import Holdings, StoreStatistics
 from node.config import Config, UpstreamPart, parse_floor
-from node.doctor import Facts, disk_space, examine, probe_upstreams, writable_error
+from node.doctor import Facts, Shown, disk_space, examine, probe_upstreams, writable_error
 from node.evidence import Case, Judge
 from node.exchange_tls import TlsExchange
 from node.images import MAX_DEPTH
@@ -87,6 +88,7 @@ class Parts:
     mirror_address: str
     started_at: float
     cluster: Callable[[], ClusterRow]
+    certificate: Callable[[], Shown]
 
 
 def rss_bytes() -> int:
@@ -305,6 +307,8 @@ class NodeControl:
             free_bytes=free,
             total_bytes=total,
             floor=parse_floor(config.cache.min_free, "cache.min_free"),
+            certificate=await trio.to_thread.run_sync(parts.certificate),
+            now=time.time(),
         )
         return examine(facts)
 

@@ -47,6 +47,7 @@ from node.control import METRICS_LIMITS, metrics_handler, serve_control
 from node.control_admission import admission_routes, cluster_row
 from node.control_api import NodeControl, Parts, upstream_row
 from node.control_offline import offline_routes
+from node.doctor import certificate_shown
 from node.evidence import Judge
 from node.evidence_file import EvidenceFile
 from node.exchange import Answer
@@ -285,6 +286,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             Parts(
                 lambda: reloader.config, site, membership, judge, swarm, exchange, names, upstreams, library, ledger,
                 metrics, config.mirror.listen, started_at, lambda: cluster_row(admission, revocations, place),
+                lambda: certificate_shown(reloader.config, admission, revocations),
             )
         )  # fmt: skip
         metrics.watch_served(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -17,13 +17,25 @@ from pathlib import Path
 import httpx
 import trio
 
+from node import identity
+from node.admission import LEEWAY_S, Admission
+from node.certificates import ENDLESS, Validity, validity_of
+from node.config import Config
+from node.renewal import LOOK_EVERY_S, due_at
+from node.revocations import FILE_NAME as REVOCATIONS
+from node.revocations import Revocations
+from node.standing import held
 from node.status import Check, DoctorReport, Level
+from protocol.admission import date
+from protocol.errors import BadInputError
 
 PROBE_S = 5.0
 """For one registry to say anything at all."""
 SKEW_WARN_S = 30.0
 SKEW_FAIL_S = 300.0
 """Registry tokens live 5 minutes: with a larger skew they are expired, or not yet valid, when they come."""
+RENEWED_WITHIN_S = 2 * LOOK_EVERY_S
+"""Of the time from which on it is due: one that takes longer is worth a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +47,18 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """The certificate that this node shows, or would if p2pd ran. `problem` is what the next start stumbles over."""
+
+    validity: Validity = ENDLESS
+    revoked: bool = False
+    problem: str = ""
+    runs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
-    """`floor` is `(share, bytes)` as in `node.config.parse_floor`; names are those of members.
+    """`floor` is `(share, bytes)` as in `node.config.parse_floor`; names are those of members; `now` is Unix time.
 
     `upstreams` by name are the registries themselves, `mirrors` by `name by url` what is asked before them. `spent` are
     the upstreams whose bytes of the day are used up.
@@ -53,6 +75,8 @@ class Facts:
     free_bytes: int
     total_bytes: int
     floor: tuple[float, int]
+    certificate: Shown
+    now: float
     mirrors: Mapping[str, Probe] = field(default_factory=dict)
     spent: Sequence[str] = ()
     extra: Sequence[Check] = field(default=())
@@ -64,6 +88,7 @@ def examine(facts: Facts) -> DoctorReport:
         *(check_upstream_mirror(name, probe) for name, probe in facts.mirrors.items()),
         *(check_spent(name) for name in facts.spent),
         check_clock({**facts.upstreams, **facts.mirrors}),
+        check_certificate(facts.certificate, facts.now),
         check_peers(facts.alive, facts.bootstrap, mdns=facts.mdns),
         check_quarantine(facts.quarantined),
         check_bulk(facts.bulk_unreachable),
@@ -109,6 +134,36 @@ def check_clock(probes: Mapping[str, Probe]) -> Check:
     )
 
 
+def check_certificate(shown: Shown, now: float) -> Check:
+    """As the members judge it (docs/PROTOCOL.md, "Identity and certificates"), and before they do."""
+    name, end = "certificate", shown.validity.end
+    if shown.problem:
+        hint = "p2pd goes on as it started; at its next start this counts" if shown.runs else "p2pd does not start so"
+        return Check(name=name, level="fail", text=shown.problem, hint=hint)
+    if shown.revoked:
+        hint = "for good: for a new identity remove identity.key and joined.json in the data folder, then p2pctl join"
+        return Check(name=name, level="fail", text="revoked: no member lets this node in", hint=hint)
+    if end is None:
+        return Check(name=name, level="ok", text="without end")
+    return _check_end(shown, end, now)
+
+
+def _check_end(shown: Shown, end: int, now: float) -> Check:
+    name, start, due = "certificate", shown.validity.start, due_at(shown.validity)
+    if now > end + LEEWAY_S:
+        hint = "p2pctl join with a new token, if the clock here is right"
+        return Check(name=name, level="fail", text=f"expired at {date(end)}: no member lets this node in", hint=hint)
+    if now < start - SKEW_WARN_S:
+        hint = "members take it all the same; set the time (timedatectl), or it is renewed too late"
+        return Check(name=name, level="warn", text=f"not valid before {date(start)}: the clock is behind", hint=hint)
+    if now < due + (RENEWED_WITHIN_S if shown.runs else 0):
+        return Check(name=name, level="ok", text=f"until {date(end)}, renewed from {date(due)} on")
+    text = f"ends at {date(end)}" if now <= end else f"expired at {date(end)}, taken until {date(end + LEEWAY_S)}"
+    text += f"; members are asked for another since {date(due)}" if shown.runs else "; it is due to be renewed"
+    hint = "start a member that holds the cluster's key, or p2pctl join" if shown.runs else "start p2pd: it renews it"
+    return Check(name=name, level="warn" if now <= end else "fail", text=text, hint=hint)
+
+
 def check_peers(alive: int, bootstrap: int, *, mdns: bool) -> Check:
     if alive:
         return Check(name="peers", level="ok", text=f"{alive} alive in this site")
@@ -117,7 +172,7 @@ def check_peers(alive: int, bootstrap: int, *, mdns: bool) -> Check:
     where = f"{bootstrap} bootstrap addresses" if bootstrap else "mDNS"
     if bootstrap and mdns:
         where += " and mDNS"
-    hint = "do they run, share the cluster key and the site, and let peers.listen and peers.bulk through?"
+    hint = "do they run, share cluster key and site, let peers.listen and peers.bulk through, and not revoke this?"
     return Check(name="peers", level="fail" if bootstrap else "warn", text=f"none found by {where}", hint=hint)
 
 
@@ -171,6 +226,34 @@ def check_hosts(unconfigured: Sequence[str], configured: Sequence[str], problem:
 
 
 # Facts
+
+
+def certificate_in_files(config: Config) -> Shown:
+    """What p2pd would show; it makes no file. Blocks."""
+    data_dir = Path(config.node.data_dir)
+    try:
+        own = identity.load(data_dir)
+        authority, joined = held(config, data_dir, own)
+    except FileNotFoundError:
+        return Shown(runs=False)
+    except BadInputError as error:
+        return Shown(problem=str(error), runs=False)
+    if authority is not None or joined is None:
+        return Shown(runs=False)
+    revocations = Revocations(data_dir / REVOCATIONS, joined.authority)
+    return Shown(validity_of(joined.certificate), own.peer_id in revocations, runs=False)
+
+
+def certificate_shown(config: Config, admission: Admission, revoked: Container[str]) -> Shown:
+    """What p2pd shows as it runs, and what it would find in its files at its next start. Blocks."""
+    problem = ""
+    try:
+        _, joined = held(config, Path(config.node.data_dir), admission.identity)
+        if joined is not None and joined.authority != admission.authority:
+            problem = "joined another cluster since p2pd started: restart it"
+    except BadInputError as error:
+        problem = str(error)
+    return Shown(validity_of(admission.certificate), admission.identity.peer_id in revoked, problem)
 
 
 def http_status(address: str) -> tuple[int | None, str]:

@@ -42,11 +42,16 @@ def load_or_create(data_dir: Path) -> Identity:
 
     Raises BadInputError for a file that cannot be read or is no Ed25519 key; such a file is left as it is.
     """
-    path = data_dir / FILE_NAME
     try:
-        return _parse(path, private_files.read(path))
+        return load(data_dir)
     except FileNotFoundError:
-        _create(data_dir, path)
+        _create(data_dir, data_dir / FILE_NAME)
+    return load(data_dir)
+
+
+def load(data_dir: Path) -> Identity:
+    """As `load_or_create`, but makes none: FileNotFoundError passes."""
+    path = data_dir / FILE_NAME
     return _parse(path, private_files.read(path))
 
 

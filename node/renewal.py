@@ -6,6 +6,7 @@ docs/PROTOCOL.md, "Joining". Nobody is told who those members are: they are aske
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from random import Random
@@ -14,7 +15,7 @@ import trio
 
 from node.addresses import parse_target
 from node.admission import Admission
-from node.certificates import issued_by, validity_of
+from node.certificates import Validity, issued_by, validity_of
 from node.exchange import Exchange, Lane
 from node.standing import Joined
 from node.view import View
@@ -34,6 +35,11 @@ RETRY_S = 5.0
 """After a first failure, doubled after each: at the start of the node nobody is known yet."""
 MOST_ASKED = 32
 ANSWER_S = 2.0
+
+
+def due_at(validity: Validity) -> float:
+    """The Unix time from which on it is renewed."""
+    return math.inf if validity.end is None else validity.end - validity.lifetime_s / LAST_PART
 
 
 class Renewal:
@@ -62,7 +68,7 @@ class Renewal:
         task_status.started()
         pause = RETRY_S
         while (end := validity_of(self._admission.certificate).end) is not None:
-            if not self._is_due(end) or await self._renew():
+            if not self._is_due() or await self._renew():
                 pause = RETRY_S
                 await trio.sleep(LOOK_EVERY_S)
                 continue
@@ -70,8 +76,8 @@ class Renewal:
             await trio.sleep(pause * self._rng.uniform(0.75, 1.25))
             pause = min(2 * pause, LOOK_EVERY_S)
 
-    def _is_due(self, end: int) -> bool:
-        return self._now() >= end - validity_of(self._admission.certificate).lifetime_s / LAST_PART
+    def _is_due(self) -> bool:
+        return self._now() >= due_at(validity_of(self._admission.certificate))
 
     async def _renew(self) -> bool:
         for peer in self._candidates():

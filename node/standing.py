@@ -86,29 +86,36 @@ def save_joined(data_dir: Path, joined: Joined) -> None:
 
 def standing(config: Config, data_dir: Path, identity: Identity) -> Standing:
     """`cluster.key` counts before a join, and a join before the node's own cluster. Raises BadInputError."""
-    joined = load_joined(data_dir, identity)
-    authority = _configured(config)
+    authority, joined = held(config, data_dir, identity)
+    if config.cluster.open:
+        log.warning(
+            "cluster.open: whoever reaches the ports of this node is a member, reads what it caches and may alter what"
+            " it serves. For a lab"
+        )
     if authority is None and joined is not None:
         site = joined_site(config.node, joined.site)
         credentials = Credentials(identity, joined.certificate, joined.authority)
         return Standing(credentials, None, site, joined)
-    if authority is not None and joined is not None and joined.authority != authority.der:
-        raise BadInputError(
-            f"{data_dir / FILE_NAME} is of the cluster {cluster_id(joined.authority).hex()[:16]}, and what [cluster]"
-            f" says of {authority.cluster.hex()[:16]}: remove the one or the other"
-        )
     authority = authority or own_authority(data_dir)
     certificate = issue(authority, Subject(identity.peer_id, config.node.name, config.node.site))
     credentials = Credentials(identity, certificate.public_bytes(Encoding.DER), authority.der)
     return Standing(credentials, authority, config.node.site)
 
 
+def held(config: Config, data_dir: Path, identity: Identity) -> tuple[Authority | None, Joined | None]:
+    """The authority that is configured, and what a join brought; no file is made. Raises BadInputError."""
+    joined = load_joined(data_dir, identity)
+    authority = _configured(config)
+    if authority is not None and joined is not None and joined.authority != authority.der:
+        raise BadInputError(
+            f"{data_dir / FILE_NAME} is of the cluster {cluster_id(joined.authority).hex()[:16]}, and what [cluster]"
+            f" says of {authority.cluster.hex()[:16]}: remove the one or the other"
+        )
+    return authority, joined
+
+
 def _configured(config: Config) -> Authority | None:
     if config.cluster.open:
-        log.warning(
-            "cluster.open: whoever reaches the ports of this node is a member, reads what it caches and may alter what"
-            " it serves. For a lab"
-        )
         return open_authority()
     return load_authority(Path(config.cluster.key)) if config.cluster.key else None
 

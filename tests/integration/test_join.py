@@ -29,7 +29,7 @@ from node.config import load
 from node.control_client import ControlClient
 from node.identity import load_or_create
 from node.standing import FILE_NAME, Joined, save_joined
-from protocol.admission import Token, make_token
+from protocol.admission import Token, date, make_token
 from protocol.errors import ShoalError
 from protocol.ids import PeerId
 from tests.support.clients import pull_through
@@ -110,6 +110,12 @@ def peers(node: Node) -> str:
     return ControlClient(node.socket).get("/peers").decode()
 
 
+def doctor(node: Node) -> str:
+    """What `p2pctl doctor` says of its certificate."""
+    told = node.ctl("doctor", "--json", "--config", str(node.config)).stdout
+    return next(check["text"] for check in json.loads(told)["checks"] if check["name"] == "certificate")
+
+
 def where(node: Node) -> str:
     return f"{node.host}:{node.libp2p_port}"
 
@@ -157,6 +163,7 @@ def test_a_cluster_grows_by_tokens_and_shrinks_by_revocation(cluster: Cluster, i
     end = validity_of(shown(two)).end
     assert end is not None
     assert end > now + HOUR
+    assert f"ends at {date(end)}; members are asked" in doctor(two), "by its clock it is due again"
 
     _nobody_else_gets_in(cluster, token)
 
@@ -167,6 +174,10 @@ def test_a_cluster_grows_by_tokens_and_shrinks_by_revocation(cluster: Cluster, i
         wait_for(f"{node.name} lets it go", lambda node=node: gone not in peers(node))  # type: ignore[misc]
         wait_refused(node, gone, "bulk", "certificate revoked")
     wait_refused(one, gone, "introduction", "certificate revoked")
+    three.ctl("cluster", "revoke", "--key", str(cluster.key), gone)  # others, who shut it out at once, may not tell it
+    assert "revoked: no member lets" in doctor(three)
+    three.stop()
+    assert "revoked: no member lets" in doctor(three), "and so do its files"
     assert "revoked" in why_not(three, token, where(one))
     row = two.status()["cluster"]
     assert row["id"] == cluster.authority.cluster.hex()

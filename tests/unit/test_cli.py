@@ -307,6 +307,20 @@ def test_doctor_when_the_mirror_is_gone(path: Path, tmp_path: Path) -> None:
     assert levels == {"daemon": "ok", "mirror": "fail", "containerd": "ok", "clock": "ok"}
 
 
+def test_doctor_without_a_daemon_looks_at_the_certificate_in_its_files(tmp_path: Path) -> None:
+    def checks(text: str) -> dict[str, str]:
+        (tmp_path / "p2pd.toml").write_text(text)
+        result = run("--socket", tmp_path / "s", "doctor", "--config", tmp_path / "p2pd.toml", "--json")
+        assert result.exit_code == 3
+        return {check["name"]: check["level"] for check in json.loads(result.stdout)["checks"]}
+
+    good = f'[node]\ndata_dir = "{tmp_path}"\n'
+    assert checks(good)["certificate"] == "ok"
+    (tmp_path / "identity.key").write_text("none")
+    assert checks(good)["certificate"] == "fail"
+    assert checks("[nodes]\n")["configuration"] == "fail"
+
+
 # Admission
 
 

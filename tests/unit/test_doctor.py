@@ -9,10 +9,42 @@ import httpx
 import pytest
 import trio
 import trio.testing
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from node import doctor
-from node.doctor import Facts, Probe, clock_skew, disk_space, examine, http_status, probe_upstreams, writable_error
+from node.admission import Admission
+from node.certificates import (
+    ENDLESS,
+    Authority,
+    Credentials,
+    Subject,
+    Validity,
+    create_authority,
+    issue,
+    load_authority,
+)
+from node.config import ClusterPart, Config, NodePart
+from node.doctor import (
+    Facts,
+    Probe,
+    Shown,
+    certificate_in_files,
+    certificate_shown,
+    check_certificate,
+    clock_skew,
+    disk_space,
+    examine,
+    http_status,
+    probe_upstreams,
+    writable_error,
+)
+from node.identity import load_or_create
+from node.revocations import FILE_NAME as REVOCATIONS
+from node.revocations import Revocations
+from node.standing import Joined, save_joined
+from protocol.admission import make_revocation
 
+DAY = 86400
 GOOD = Facts(
     upstreams={"docker.io": Probe("", 0.5)},
     alive=3,
@@ -25,6 +57,8 @@ GOOD = Facts(
     free_bytes=50 << 30,
     total_bytes=100 << 30,
     floor=(0.05, 0),
+    certificate=Shown(Validity(0, 90 * DAY)),
+    now=DAY,
 )
 
 
@@ -53,6 +87,15 @@ def test_all_is_well() -> None:
         ({"data_dir_error": "read-only"}, "data_dir", "fail"),
         ({"free_bytes": 5 << 30}, "disk space", "warn"),
         ({"free_bytes": 5 << 30, "floor": (0.0, 1 << 30)}, "disk space", "ok"),
+        ({"certificate": Shown()}, "certificate", "ok"),
+        ({"now": -20.0}, "certificate", "ok"),
+        ({"now": -31.0}, "certificate", "warn"),
+        ({"now": 60 * DAY + 1199.0}, "certificate", "ok"),
+        ({"now": 60 * DAY + 1200.0}, "certificate", "warn"),
+        ({"now": 90 * DAY + 1.0}, "certificate", "fail"),
+        ({"now": 91 * DAY + 1.0}, "certificate", "fail"),
+        ({"certificate": Shown(Validity(0, 90 * DAY), revoked=True)}, "certificate", "fail"),
+        ({"certificate": Shown(problem="of another cluster")}, "certificate", "fail"),
     ],
 )
 def test_what_is_wrong_is_told_with_what_to_do(change: dict[str, object], name: str, level: str) -> None:
@@ -60,6 +103,74 @@ def test_what_is_wrong_is_told_with_what_to_do(change: dict[str, object], name: 
     assert levels(facts)[name] == level
     (check,) = [check for check in examine(facts).checks if check.name == name]
     assert bool(check.hint) == (level != "ok" and "not compared" not in check.text)
+
+
+@pytest.mark.parametrize(
+    ("day", "runs", "text", "hint"),
+    [
+        (-1, True, "not valid before 1970-01-01 00:00 UTC: the clock is behind", "set the time"),
+        (59, False, "until 1970-04-01 00:00 UTC, renewed from 1970-03-02 00:00 UTC on", ""),
+        (
+            61,
+            True,
+            "ends at 1970-04-01 00:00 UTC; members are asked for another since 1970-03-02",
+            "holds the cluster's",
+        ),
+        (61, False, "ends at 1970-04-01 00:00 UTC; it is due to be renewed", "start p2pd"),
+        (90.5, True, "expired at 1970-04-01 00:00 UTC, taken until 1970-04-02 00:00 UTC; members", "p2pctl join"),
+        (92, True, "expired at 1970-04-01 00:00 UTC: no member lets this node in", "p2pctl join"),
+    ],
+)
+def test_what_is_said_of_a_certificate_that_ends(day: float, runs: bool, text: str, hint: str) -> None:
+    check = check_certificate(Shown(Validity(0, 90 * DAY), runs=runs), day * DAY)
+    assert check.text.startswith(text)
+    assert hint in check.hint
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    create_authority(tmp_path / "cluster.key")
+    return load_authority(tmp_path / "cluster.key")
+
+
+def join(config: Config, authority: Authority, validity: Validity) -> Admission:
+    data_dir = Path(config.node.data_dir)
+    own = load_or_create(data_dir)
+    certificate = issue(authority, Subject(own.peer_id, "edge-1", "harbour"), validity).public_bytes(Encoding.DER)
+    save_joined(data_dir, Joined(certificate=certificate, authority=authority.der))
+    return Admission(Credentials(own, certificate, authority.der))
+
+
+def test_the_certificate_of_a_node_that_does_not_run(tmp_path: Path, authority: Authority) -> None:
+    config = Config(node=NodePart(data_dir=str(tmp_path / "data")))
+    assert certificate_in_files(config) == Shown(runs=False)
+    assert not (tmp_path / "data").exists()
+
+    own = join(config, authority, Validity(0, DAY)).identity.peer_id
+    assert certificate_in_files(config) == Shown(Validity(0, DAY), runs=False)
+    revocation = make_revocation(authority.cluster, own, 1, authority.key.sign)
+    Revocations(tmp_path / "data" / REVOCATIONS, authority.der).add([revocation])
+    assert certificate_in_files(config).revoked
+
+    same = Config(node=config.node, cluster=ClusterPart(key=str(tmp_path / "cluster.key")))
+    assert certificate_in_files(same) == Shown(runs=False), "it issues itself one"
+    create_authority(tmp_path / "other.key")
+    other = Config(node=config.node, cluster=ClusterPart(key=str(tmp_path / "other.key")))
+    assert "is of the cluster" in certificate_in_files(other).problem
+    (tmp_path / "data" / "joined.json").write_text("{")
+    assert "remove it and join again" in certificate_in_files(config).problem
+
+
+def test_the_certificate_of_a_node_that_runs(tmp_path: Path, authority: Authority) -> None:
+    config = Config(node=NodePart(data_dir=str(tmp_path / "data")))
+    admission = join(config, authority, Validity(0, DAY))
+    assert certificate_shown(config, admission, ()) == Shown(Validity(0, DAY))
+    assert certificate_shown(config, admission, {admission.identity.peer_id}).revoked
+    create_authority(tmp_path / "other.key")
+    join(config, load_authority(tmp_path / "other.key"), ENDLESS)
+    assert "restart" in certificate_shown(config, admission, ()).problem
+    (tmp_path / "data" / "joined.json").write_text("{")
+    assert "remove it and join again" in certificate_shown(config, admission, ()).problem
 
 
 def test_clock_skew() -> None:
