@@ -29,6 +29,8 @@ LOOK_EVERY_S = 60.0
 SILENCE_S = 300.0
 """The same refusal is told again after this time."""
 _REMEMBERED = 1024
+REVOKED = "certificate revoked"
+"""What a refusal for it says."""
 
 
 class Refusals:
@@ -71,6 +73,9 @@ class Admission:
     def authority(self) -> bytes:
         return self._credentials.authority
 
+    def is_revoked(self, peer: PeerId) -> bool:
+        return peer in self._revoked
+
     def verify(self, certificate: bytes) -> PeerId:
         """The member that a certificate (DER) names; for where TLS has not verified it. Raises NotAdmittedError, and
         PeerMisbehavedError for one that is malformed."""
@@ -80,8 +85,8 @@ class Admission:
     def peer_of(self, certificate: bytes) -> PeerId:
         """As `verify`, for a certificate that TLS has verified."""
         peer = peer_of(certificate)
-        if peer in self._revoked:
-            raise NotAdmittedError("certificate revoked", peer)
+        if self.is_revoked(peer):
+            raise NotAdmittedError(REVOKED, peer)
         end = validity_of(certificate).end
         if end is not None and self._is_over(end):
             raise NotAdmittedError(f"certificate expired at {date(end)}", peer)

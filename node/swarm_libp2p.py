@@ -40,7 +40,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 
 from node import mdns
 from node.addresses import Target, concrete_hosts, parse_listen, parse_target, to_multiaddr, with_observed
-from node.admission import Admission, Refusals
+from node.admission import REVOKED, Admission, Refusals
 from node.config import HostPort
 from node.identity import Identity
 from node.joining import Line
@@ -82,12 +82,19 @@ class Timing:
     deadline: float = DEADLINE_S
     first_retry: float = 0.5
     last_retry: float = 10.0
+    """Of a node that has no other member."""
+    longest_retry: float = 600.0
+    """Of one that has: who comes back is told of by them, or finds them by what it remembers."""
     recheck: float = 6.5
-    """How often a peer that was introduced is looked for among the current members."""
+    """How often a peer is looked for among the current members, whether it was introduced or is waited for."""
     linger: float = 1.0
     """How long the side that speaks last waits for the other to have read it."""
     silence: float = 300.0
     """The same warning about the same peer is not repeated within this."""
+
+    def back_off(self, failures: int, *, alone: bool) -> float:
+        """From one failed dial to the next, after so many earlier ones; `alone`: the node has no other member."""
+        return min(self.last_retry if alone else self.longest_retry, self.first_retry * 2.0 ** min(failures, 16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,21 +198,37 @@ class LibP2PSwarm:
                 nursery.cancel_scope.cancel()
 
     async def _keep_introduced(self, ways: Sequence[Target], level: int) -> None:
-        """Dial one peer, by its ways in turn, whenever it is not among the current members."""
-        failures = 0
-        while True:
-            if self._is_current(ways[0].peer) or await self._dial(ways[failures % len(ways)], level):
+        """Dial one peer, by its ways in turn, whenever it is not among the current members, until it is revoked.
+
+        Failures are logged at `level` where there is no other member, at level debug where there is.
+        """
+        peer, failures = ways[0].peer, 0
+        while not self._admission.is_revoked(peer):
+            told = level if self._is_alone() else logging.DEBUG
+            if self._is_current(peer) or await self._dial(ways[failures % len(ways)], told):
                 failures = 0
                 await trio.sleep(self._spread(self._timing.recheck))
             else:
-                await trio.sleep(self._spread(self._back_off(failures)))
+                await self._rest(peer, failures)
                 failures += 1
+        self._refusals.tell(CHANNEL, peer, str(HostPort(ways[0].host, ways[0].port)), REVOKED)
+
+    async def _rest(self, peer: PeerId, failures: int) -> None:
+        """Until the next dial, or the peer came by itself. Who else is there may change meanwhile."""
+        rested = 0.0
+        while not self._is_current(peer):
+            left = self._timing.back_off(failures, alone=self._is_alone()) - rested
+            if left <= 0:
+                return
+            step = min(left, self._timing.recheck)
+            await trio.sleep(self._spread(step))
+            rested += step
+
+    def _is_alone(self) -> bool:
+        return not any(member.peer_id != self._own_id for member in self._current())
 
     def _is_current(self, peer: PeerId) -> bool:
         return any(member.peer_id == peer for member in self._current())
-
-    def _back_off(self, failures: int) -> float:
-        return min(self._timing.last_retry, self._timing.first_retry * 2.0 ** min(failures, 16))
 
     def _spread(self, seconds: float) -> float:
         return seconds * self._rng.uniform(0.75, 1.25)
@@ -337,7 +360,8 @@ class LibP2PSwarm:
 
     def _log_rarely(self, level: int, subject: str, text: str) -> None:
         log.log(logging.DEBUG if subject in self._logged else level, text)
-        self._logged[subject] = None
+        if level > logging.DEBUG:
+            self._logged[subject] = None
 
 
 class _Line:

@@ -6,13 +6,14 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node import certificates, mdns, swarm_libp2p
@@ -93,6 +94,7 @@ class Node:
         identity: Identity | None = None,
         timing: Timing = QUICK,
         multicast: bool = False,
+        revoked: Container[str] = (),
     ) -> None:
         self.identity = identity or Identity.of(Ed25519PrivateKey.generate())
         self.me = Member(self.identity.peer_id, name, "site", ("127.0.0.1:4502",))
@@ -100,7 +102,7 @@ class Node:
         self.introductions: list[tuple[Member, ...]] = []
         self._changed = trio.Event()
         self.swarm = LibP2PSwarm(
-            Admission(Credentials.issued(authority, self.identity, name)),
+            Admission(Credentials.issued(authority, self.identity, name), revoked),
             lambda: self.me,
             joins=nobody_joins,
             listen=listen,
@@ -269,6 +271,63 @@ def test_a_dead_bootstrap_address_is_tried_until_it_answers(authority: Authority
             await b.wait_known(a)
 
     run(main)
+
+
+@pytest.mark.parametrize(
+    ("failures", "alone", "company"),
+    [(0, 0.5, 0.5), (4, 8.0, 8.0), (5, 10.0, 16.0), (11, 10.0, 600.0), (999, 10.0, 600.0)],
+)
+def test_who_has_other_members_waits_for_longer(failures: int, alone: float, company: float) -> None:
+    assert Timing().back_off(failures, alone=True) == alone
+    assert Timing().back_off(failures, alone=False) == company
+
+
+class Dials:
+    """Stands for a network on which nobody answers; notes when it was asked, in virtual time."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    async def __call__(self, host: str, port: int) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        self.at.append(trio.current_time())
+        raise PeerUnavailableError("nobody is there")
+
+
+def test_a_bootstrap_peer_that_is_gone_for_good_costs_little(
+    authority: Authority, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dials = Dials()
+    monkeypatch.setattr(swarm_libp2p, "_connect", dials)
+    gone, other = (Identity.of(Ed25519PrivateKey.generate()).peer_id for _ in range(2))
+    revoked: set[str] = set()
+    node = Node(authority, "a", [f"/ip4/127.0.0.1/tcp/1/p2p/{gone}"], timing=Timing(), revoked=revoked)
+
+    def dialled(begin: float, end: float) -> int:
+        return sum(begin <= at < end for at in dials.at)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(node.swarm.run)
+            node.known[other] = Member(other, "b", "site", ())
+            await trio.sleep(86400)
+            assert dialled(0, 3600) < 20
+            assert 130 < dialled(3600, 86400) < 160, "every ten minutes"
+            assert log.having("cannot reach")
+            assert not log.having("cannot reach", logging.WARNING)
+
+            node.known.clear()
+            await trio.sleep(600)
+            assert dialled(86400 + 15, 87000) > 40, "alone it is looked for at once, and soon again"
+            assert len(log.having("cannot reach", logging.WARNING)) == 1
+
+            revoked.add(gone)
+            before = len(dials.at)
+            await trio.sleep(86400)
+            assert len(dials.at) == before
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_a_peer_that_is_forgotten_is_introduced_again(authority: Authority) -> None:
