@@ -115,6 +115,17 @@ def test_work_under_way_is_held_and_bounded(path: Path) -> None:
     play(scenario)
 
 
+def test_a_smaller_budget_has_to_have_room_for_what_is_pinned(path: Path) -> None:
+    async def scenario() -> None:
+        pins = Pins(path, (), Disk())
+        await pins.add(image("app", 1, 2, 3, 4))
+        pins.check_fits(50 << 20)
+        with pytest.raises(BadInputError, match=r"cache\.disk: 40 MiB are pinned"):
+            pins.check_fits(44 << 20)
+
+    play(scenario)
+
+
 def test_a_pin_that_cannot_be_written_does_not_count(path: Path) -> None:
     async def scenario() -> None:
         disk = Disk()

@@ -1,0 +1,188 @@
+"""What a reload takes, what it names as waiting for a restart, and that a refusal changes nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+import trio
+
+from cache.disk import DiskStore
+from cache.memory import ENTRY_BYTES, MemoryStore
+from cache.store import BlockStore
+from node.config import CachePart, Config, UpstreamPart, load, uplink_policy
+from node.notify import Notifier
+from node.reload import LIVE, LiveParts, Reloader
+from node.uplink import Uplink
+from node.upstream import Upstreams
+from protocol.errors import BadInputError
+from protocol.ids import BLOCK_SIZE
+from tests.support.blobs import Blob
+
+FIRST = '[[upstream]]\nname = "r.test"\nurl = "http://127.0.0.1:9"\n'
+EDITS = {
+    'node.name="edge-9"': 'node.name: "edge-1" -> "edge-9"',
+    'node.site="harbour"': 'node.site: "default" -> "harbour"',
+    'node.data_dir="/other"': 'node.data_dir: "/var/lib/p2pd" -> "/other"',
+    'node.log="debug"': 'node.log: "info" -> "debug"',
+    'mirror.listen="127.0.0.1:5055"': 'mirror.listen: "127.0.0.1:5050" -> "127.0.0.1:5055"',
+    'mirror.tag_ttl="5s"': 'mirror.tag_ttl: "60s" -> "5s"',
+    'mirror.tag_max_age="1d"': 'mirror.tag_max_age: "7d" -> "1d"',
+    'tags=[{match="*:edge"}]': 'tags: [] -> [{"match":"*:edge","ttl":"","max_age":"","cache":true}]',
+    'peers.listen="/ip4/127.0.0.1/tcp/1"': 'peers.listen: "/ip4/0.0.0.0/tcp/4501" -> "/ip4/127.0.0.1/tcp/1"',
+    'peers.bulk="127.0.0.1:1"': 'peers.bulk: "0.0.0.0:4502" -> "127.0.0.1:1"',
+    'peers.bootstrap=["/ip4/10.0.0.1/tcp/1"]': 'peers.bootstrap: [] -> ["/ip4/10.0.0.1/tcp/1"]',
+    "peers.mdns=false": "peers.mdns: true -> false",
+    "peers.plain=true": "peers.plain: false -> true",
+    "peers.k=3": "peers.k: 4 -> 3",
+    "peers.m=2": "peers.m: 1 -> 2",
+    'upstream=[{name="r.test",url="http://127.0.0.1:8"}]': (
+        'upstream "r.test": url: "http://127.0.0.1:9" -> "http://127.0.0.1:8"'
+    ),
+    'cluster.key="/k"': 'cluster.key: "" -> "/k"',
+    "cluster.open=true": "cluster.open: false -> true",
+    'cache.memory="1MiB"': 'cache.memory: "64MiB" -> "1MiB"',
+    'cache.disk="1GiB"': 'cache.disk: "10GiB" -> "1GiB"',
+    'cache.min_free="1%"': 'cache.min_free: "5%" -> "1%"',
+    'cache.containerd_store="/c"': 'cache.containerd_store: "" -> "/c"',
+    'control.socket="/s"': 'control.socket: "/run/p2pd/p2pd.sock" -> "/s"',
+    'control.metrics=""': 'control.metrics: "127.0.0.1:5051" -> ""',
+}
+
+
+class Daemon:
+    """What runs with a configuration, as far as a reload sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "p2pd.toml"
+        self.write()
+        self.applied: list[Config] = []
+        self.refuses = False
+        self.reloader = Reloader(self._path, load(self._path), self.prepared, Notifier())
+
+    def write(self, edit: str = "") -> None:
+        """The first configuration, but for `edit`."""
+        self._path.write_text(
+            f"{edit}\n"
+            + ("" if "node.name" in edit else 'node.name = "edge-1"\n')
+            + ("" if "upstream" in edit else FIRST)
+        )
+
+    def prepared(self, config: Config) -> Callable[[], None]:
+        if self.refuses:
+            raise BadInputError("it does not fit")
+        return lambda: self.applied.append(config)
+
+
+def keys() -> set[str]:
+    found = set()
+    for name in Config.__struct_fields__:
+        part = getattr(Config(), name)
+        inner = part.__struct_fields__ if isinstance(part, msgspec.Struct) else ()
+        found |= {f"{name}.{key}" for key in inner} or {name}
+    return found
+
+
+def test_every_key_is_edited_here() -> None:
+    assert {edit.partition("=")[0] for edit in EDITS} == keys() > LIVE
+
+
+@pytest.mark.parametrize(("edit", "line"), EDITS.items())
+def test_a_key_is_taken_or_named_as_waiting(tmp_path: Path, edit: str, line: str) -> None:
+    daemon = Daemon(tmp_path)
+    before, live = daemon.reloader.config, edit.partition("=")[0] in LIVE
+    daemon.write(edit)
+    for again in range(2):
+        report = daemon.reloader.reload()
+        assert report.changed == ((line,) if live and not again else ())
+        assert report.needs_restart == (() if live else (line,)), "as long as it waits"
+    assert (daemon.reloader.config != before) is live
+    assert daemon.applied[-1] == daemon.reloader.config
+    daemon.write()
+    report = daemon.reloader.reload()
+    assert (len(report.changed), report.needs_restart) == (int(live), ())
+    assert daemon.reloader.config == before
+
+
+def test_what_a_part_refuses_leaves_all_as_it_was(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path)
+    before, daemon.refuses = daemon.reloader.config, True
+    daemon.write('cache.memory = "1MiB"')
+    with pytest.raises(BadInputError, match="it does not fit"):
+        daemon.reloader.reload()
+    assert (daemon.reloader.config, daemon.applied) == (before, [])
+
+
+# The parts themselves
+
+
+class Nobody:
+    """A part that takes whatever it is told."""
+
+    policies = max_age_s = None
+
+    def change(self, grace_s: Mapping[str, float], max_age_s: float) -> None: ...
+
+    def check_fits(self, budget_bytes: int) -> None: ...
+
+
+def config(memory: int, disk: int, **uplink: str) -> Config:
+    cache = CachePart(memory=f"{memory}B", disk=f"{disk}B", min_free="0B")
+    return Config(cache=cache, upstream=(UpstreamPart(name="r.test", url="http://127.0.0.1:9", **uplink),))
+
+
+def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_right(tmp_path: Path) -> None:
+    blobs = [Blob.random(seed, BLOCK_SIZE) for seed in range(4)]
+    room = 4 * (BLOCK_SIZE + 2 * ENTRY_BYTES)
+
+    async def put(*stores: BlockStore) -> None:
+        for blob, store in product(blobs, stores):
+            assert await store.put(blob.pieces[0], blob.content, blob.record(blob.pieces[0]))
+
+    async def held(store: BlockStore) -> list[bool]:
+        found = [await store.get(blob.pieces[0]) for blob in blobs]
+        assert all(one is None or bytes(one.data) == blob.content for one, blob in zip(found, blobs, strict=True))
+        return [one is not None for one in found]
+
+    async def main() -> None:
+        old = config(room, room, rate="1MiB")
+        link = Uplink("r.test", uplink_policy(old.upstream[0]))
+        memory = MemoryStore(room, trio.current_time)
+        async with (
+            DiskStore.open(tmp_path, room) as disk,
+            Upstreams(old.upstream, count=lambda name, size: None, rng=Random(1), uplinks=[link]) as upstreams,
+        ):
+            some = Nobody()
+            parts = LiveParts(
+                upstreams,
+                {"r.test": link}.__getitem__,
+                some,
+                some,
+                some,
+                lambda seeds: lambda: None,
+                some,
+                memory,
+                disk,
+            )
+            await put(memory, disk)
+            change = parts.prepared(config(room // 2, room // 2, rate="8MiB", daily="1GiB"))
+            assert (memory.statistics().entries, disk.statistics().budget_bytes, link.use().rate) == (4, room, 1 << 20)
+            change()
+            assert memory.statistics().bytes <= memory.statistics().budget_bytes == room // 2
+            assert await held(memory) == [False, False, True, True], "the latest stay"
+            assert (link.use().rate, link.use().daily) == (8 << 20, 1 << 30)
+            await disk.discard(blobs[3].pieces[0])
+            await put(disk)
+            assert disk.statistics().bytes <= disk.statistics().budget_bytes == room // 2
+            assert (await held(disk))[3]
+
+            parts.prepared(config(room, room))()
+            assert not link.use().rate
+            await put(memory, disk)
+            assert await held(memory) == await held(disk) == [True] * 4
+
+    trio.run(main)
