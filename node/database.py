@@ -38,7 +38,7 @@ class Database:
                 self._connection.close()
                 self._connection = self._begin_anew(error)
                 return []
-            log.warning("%s: %s", self._path.name, error)
+            log.warning("%s: %s: what is learnt may be forgotten when the node stops", self._path.name, error)
         return found
 
     def _begin_anew(self, error: sqlite3.Error) -> sqlite3.Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sysconfig
 import tempfile
@@ -58,3 +59,12 @@ def registry(tmp_path_factory: pytest.TempPathFactory, image: images.Image) -> I
 def proxy(registry: registries.Registry) -> Iterator[CountingProxy]:
     with CountingProxy(registry.host, registry.port) as counting:
         yield counting
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, if there is one: what is made there is opened a thousand times."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="shoal-", dir=memory if os.access(memory, os.W_OK) else tmp_path))
+    yield folder
+    shutil.rmtree(folder)

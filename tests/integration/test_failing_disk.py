@@ -8,8 +8,11 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,11 @@ from cache.disk import DiskStore
 from node.database import Database
 from protocol.ids import BLOCK_SIZE, Shard
 from tests.support.blobs import Blob
+from tests.support.failing_sqlite import Calls, failing
 from tests.support.faulty_origin import FaultyOrigin, content
 from tests.support.mounts import fill, make_read_only, small_disk
 from tests.support.processes import tail
+from tests.support.remembered import Remembered
 from tests.support.site import P2PD, UPSTREAM, Node, run, site
 
 LARGE = 64 << 20
@@ -183,6 +188,58 @@ def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     trio.run(recovers, tmp_path)
 
 
+# SQLite's own calls fail: the index, and what is remembered
+
+
+def at_each_call(folder: Path, before: Callable[[Path], object], work: Callable[[Path], object]) -> Iterator[Path]:
+    """The folder after `before` and then `work`, of whose calls one failed, or all from one on; for each of them."""
+    before(folder / "before")
+    for on in (False, True):
+        for number in count():
+            found = folder / f"{number}{'+' * on}"
+            shutil.copytree(folder / "before", found)
+            calls = Calls(number, on)
+            with failing(calls):
+                work(found)
+            yield found
+            shutil.rmtree(found)
+            if calls.made <= number:
+                break
+
+
+def test_an_index_whose_calls_fail_gives_no_wrong_byte(quick: Path) -> None:
+    """S-32."""
+
+    async def work(folder: Path) -> None:
+        async with DiskStore.open(folder, LARGE) as store:
+            for blob in (*BLOBS, LONG):
+                await right(store, blob)
+            await store.discard(BLOBS[0].pieces[0])
+            await store.flush()
+            await put(store, BLOBS[0])
+            await store.put(SHARD, LONG.bytes_of(SHARD), LONG.record(SHARD))
+            await store.flush()
+            await put(store, LONG)
+            await store.flush()
+            for blob in (*BLOBS, LONG):
+                assert await right(store, blob) or not store.holds(blob.pieces[0])
+
+    for folder in at_each_call(quick, partial(trio.run, recovers), partial(trio.run, work)):
+        trio.run(recovers, folder)
+
+
+def test_databases_whose_calls_fail_remember_nothing_wrong(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """S-32."""
+
+    def before(folder: Path) -> None:
+        folder.mkdir()
+        trio.run(Remembered(folder).work, 0)
+
+    for folder in at_each_call(quick, before, lambda folder: trio.run(Remembered(folder).work, 1)):
+        trio.run(Remembered(folder).check, {"identity": [], "pinned": [0, 1, 2, 3]})
+    assert "names.sqlite: disk I/O error: what is learnt may be forgotten when the node stops" in caplog.text
+
+
 # What is remembered in SQLite
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS t (k TEXT PRIMARY KEY, v BLOB);"
@@ -255,6 +312,18 @@ def test_a_database_whose_pages_are_rubbish_is_begun_anew(tmp_path: Path, caplog
 # The daemon
 
 SIZE = 24 * BLOCK_SIZE + 12345
+SIGN = "sqlite-fails"
+PROGRAM = """\
+from pathlib import Path
+from node.daemon import main
+from tests.support.failing_sqlite import Calls, failing
+class Sign(Calls):
+    def fails(self):
+        return Path("{sign}").exists()
+with failing(Sign()):
+    main()
+"""
+"""A daemon whose SQLite fails while there is such a file."""
 
 
 @pytest.fixture
@@ -265,6 +334,7 @@ def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
         site(folder / "site", origin.url, 1, start=False, memory="2MiB") as (one,),
         small_disk(one.data, 64 << 20),
     ):
+        one.program = [sys.executable, "-c", PROGRAM.format(sign=one.data / SIGN)]
         try:
             one.start()
             yield one, origin
@@ -272,8 +342,13 @@ def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
             one.end()
 
 
-@pytest.mark.parametrize("fails", [make_read_only, lambda data: fill(data, 0)], ids=["read-only", "full"])
+@pytest.mark.parametrize(
+    "fails",
+    [make_read_only, lambda data: fill(data, 0), lambda data: (data / SIGN).touch()],
+    ids=["read-only", "full", "SQLite's calls"],
+)
 def test_a_pull_goes_on_without_the_disk(node: tuple[Node, FaultyOrigin], fails: Callable[[Path], object]) -> None:
+    """S-32."""
     one, origin = node
     with closing(http.client.HTTPConnection(one.host, one.mirror_port, timeout=60)) as connection:
         connection.request("GET", f"/v2/app/blobs/{origin.digest}?ns={UPSTREAM}")
@@ -288,7 +363,8 @@ def test_a_pull_goes_on_without_the_disk(node: tuple[Node, FaultyOrigin], fails:
     checks = one.ctl("doctor").stdout
     assert str(one.data) in checks
     assert one.stop() == 0
-    assert "Traceback" not in tail(one.log, 10_000)
+    assert "Traceback" not in (log := tail(one.log, 10_000))
+    assert "disk: " in log, "it says what it goes on without"
 
 
 def pulled(node: Node, origin: FaultyOrigin) -> bytes:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import cache
 from pathlib import Path
 
@@ -23,15 +21,6 @@ ROOT = Path(__file__).parents[2]
 SEEDS = (1,)
 Traces = Callable[[str], tuple[str, list[Operation]]]
 Check = Callable[[Path, Crash], Awaitable[None]]
-
-
-@pytest.fixture
-def quick(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, if there is one: what is made there is opened a thousand times."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="shoal-", dir=memory if os.access(memory, os.W_OK) else tmp_path))
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
