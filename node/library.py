@@ -65,7 +65,7 @@ class SiteLibrary:
         except UnavailableError as error:
             log.debug("%s is not looked at: %s", found.ref.digest, error)
         else:
-            self._names.look_at(locator, found, body)
+            self._names.look_at(locator, reference, found, body)
         # What cannot be read or told by its bytes is doubted by now, and the registry itself asked.
         return self._names.typed(found) or await self._names.resolve(locator, reference)
 

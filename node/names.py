@@ -185,10 +185,15 @@ class NameTable:
         )
         found = ((source, tag, self._resolved(*columns)) for source, tag, *columns in rows)
         return [
-            KnownTag(Locator.parse(source), tag, one, self._recent.get((source, tag), (0, 0, ""))[2])
+            KnownTag(Locator.parse(source), tag, one, self.told_by(source, tag))
             for source, tag, one in found
             if one is not None
         ]
+
+    def told_by(self, source: str, reference: str) -> str:
+        """As in KnownTag."""
+        known = self._recent.get((source, reference))
+        return known[2] if known else ""
 
     def trim(self) -> None:
         """Forget the names that were confirmed longest ago."""
@@ -265,6 +270,8 @@ class Names:
                 return Answer(messages.Failed("not-held", "not known here"))
         if found is None:
             found = await self._ask_origin(locator, request.reference)
+        if locator.kind == "manifests":
+            found = self.typed(found) or found
         public = self._public_age(locator)
         age_s = -1.0 if public is None else public
         return Answer(messages.Resolved(str(found.ref.digest), found.ref.size, found.media_type, found.age_s, age_s))
@@ -282,14 +289,18 @@ class Names:
         media_type = self._types.get(found.ref.digest)
         return None if media_type is None else replace(found, media_type=media_type)
 
-    def look_at(self, locator: Locator, found: Resolved, body: bytes) -> None:
-        """A manifest, whose digest is right, is here: is it of the media type that was told?"""
+    def look_at(self, locator: Locator, reference: str, found: Resolved, body: bytes) -> None:
+        """A manifest, whose digest is right, is here: is it of the media type that was told?
+
+        Who told another one is named, and no more: it may have been told so, or have it from an index that is wrong.
+        """
         media_type = media_type_of(body, found.media_type)
         if media_type is None:
             self.doubt(locator, found.ref)
             return
         if media_type != found.media_type:
-            log.warning("%s is of type %s, and %s was told", found.ref.digest, media_type, found.media_type)
+            teller = self._table.told_by(str(locator), reference) or "nobody that is remembered"
+            log.warning("%s is of type %s; %s told %s", found.ref.digest, media_type, teller, found.media_type)
         self._types[found.ref.digest] = media_type
 
     def known(self, locator: Locator, reference: str) -> Resolved | None:

@@ -262,7 +262,9 @@ def test_a_wrong_size_of_a_member_is_asked_of_the_registry_once_it_cannot_be_rea
 
 
 @pytest.mark.parametrize("lie", ["type", "size"])
-def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(tmp_path: Path, lie: str) -> None:
+def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
+    tmp_path: Path, lie: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """S-25"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -286,6 +288,11 @@ def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(tmp_path: 
                 assert found.media_type == ("a/b" if lie == "size" else media_type)
             nursery.cancel_scope.cancel()
         assert registry.asked == (lie == "size"), "the bytes decide where they can"
+        if lie == "type":
+            (line,) = [record.getMessage() for record in caplog.records if "is of type" in record.getMessage()]
+            assert line.endswith(f"is of type {media_type}; a liar told {false.media_type}")
+            answer = await reader.names.handle(Resolve(str(APP), "latest", 1))
+            assert answer.message.media_type == media_type, "what it knows better it tells no others"
 
     play(tmp_path, 1, scenario)
 
