@@ -40,13 +40,13 @@ class Tiers:
         if containerd is not None:
             self.stores = {**self.stores, "containerd": containerd}
 
-    async def get(self, piece: Piece, size: int | None = None) -> tuple[Held, Tier] | None:
+    async def get(self, piece: Piece, size: int | None = None, *, to_memory: bool = True) -> tuple[Held, Tier] | None:
         """A piece of an object of `size` bytes: a digest that somebody gives another size to is another object."""
         for tier, store in self.stores.items():
             # Most reads miss: they are not to cost a turn of the loop for each tier.
             held = await store.get(piece) if store.holds(piece) else None
             if held is not None and size in (None, held.record.size):
-                if tier != "memory" and piece.shard is None:
+                if to_memory and tier != "memory" and piece.shard is None:
                     await self._memory.put(piece, held.data, held.record)
                 return held, tier
         return None

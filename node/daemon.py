@@ -315,6 +315,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         await work.start(partial(EvidenceFile(data_dir / "evidence.msgpack").run, membership, judge))
         await work.start(judge.run)
         await work.start(announcer.run)
+        await work.start(library.check_parts)
         await work.start(swarm.run)
         await work.start(prefetcher.run)
         routes = {**offline_routes(offline), **admission_routes(service, revocations), **reloader.routes()}

@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import BinaryIO
 
 import trio
+from cachetools import TTLCache
 
 from cache.store import Buffer, Held
 from node.fetcher import Fetcher
@@ -39,6 +40,14 @@ what that costs. Of a larger object a client gets its last block only then."""
 CHECK_S = 60.0
 """Where a small object takes longer it is given like a large one: clients wait some minutes for the next byte."""
 
+MAX_LATELY = 4096
+MAX_CHECKS = 64
+"""Objects that were given in parts and wait to be checked; those beyond are when a part of them is read again."""
+CHECK_AGAIN_S = 3600.0
+"""Each is checked at most once in this time: what came since may be false, but a look reads all of it."""
+CHECK_PAUSE_S = 1.0
+"""A block of such an object waits for so long while clients read."""
+
 Finished = Callable[[ObjectRef], None]
 
 
@@ -52,6 +61,8 @@ class SiteLibrary:
         self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
         self._ledger, self._metrics, self._finished = ledger, metrics, finished
         self._room = Room()
+        self._check_later, self._to_check = trio.open_memory_channel[tuple[Locator, ObjectRef]](MAX_CHECKS)
+        self._lately: TTLCache[Digest, None] = TTLCache(MAX_LATELY, CHECK_AGAIN_S, timer=trio.current_time)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         found = await self._names.resolve(locator, reference)
@@ -102,6 +113,44 @@ class SiteLibrary:
             async with aclosing(self._give(locator, ref, spans, seen, whole=whole)) as chunks:
                 async for chunk in chunks:
                     yield chunk
+        if not whole and ref.size > CHECKED_FIRST:
+            self._given_in_part(locator, ref)
+
+    # What was given in parts, each by its record alone
+
+    def _given_in_part(self, locator: Locator, ref: ObjectRef) -> None:
+        held = self._site.tiers.holdings(ref.digest).blocks
+        if held == (1 << ref.block_count) - 1 and ref.digest not in self._lately:
+            try:
+                self._check_later.send_nowait((locator, ref))
+                self._lately[ref.digest] = None
+            except trio.WouldBlock:
+                log.debug("too many objects wait to be checked: %s is not", ref.digest)
+
+    async def check_parts(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Checks what was given in parts, once all of it is held, one by one. Runs until it is cancelled."""
+        task_status.started()
+        async for locator, ref in self._to_check:
+            found = await self._hash_held(ref)
+            try:
+                if found is not None:
+                    await self.check(locator, ref, found)
+            except ShoalError as error:
+                log.warning("%s, of which parts were given: %s", ref.digest, error)
+
+    async def _hash_held(self, ref: ObjectRef) -> str | None:
+        """In hexadecimal; None where not all of it is held any more."""
+        hasher = hashlib.new(ref.digest.algorithm)
+        for index in range(ref.block_count):
+            with trio.move_on_after(CHECK_PAUSE_S):
+                await self._fetcher.idle()
+            found = await self._site.tiers.get(Piece(ref.block(index)), ref.size, to_memory=False)
+            if found is None:
+                return None
+            hasher.update(found[0].data)
+        return hasher.hexdigest()
+
+    # How it is given
 
     async def _look_over(
         self, locator: Locator, ref: ObjectRef, seen: dict[int, Obtained], *, whole: bool

@@ -172,6 +172,65 @@ def test_a_part_of_a_small_object_is_given_only_when_all_of_it_is_right(start: i
     play(3, scenario)
 
 
+PARTS = [(0, 10), (BLOCK_SIZE, BLOCK_SIZE + 10), (2 * BLOCK_SIZE, REF.size)]
+
+
+async def read_parts(reader: SiteLibrary, *parts: tuple[int, int]) -> bytes:
+    read = b""
+    for start, stop in parts:
+        async with aclosing(reader.read(LOCATOR, REF, start, stop)) as chunks:
+            read += b"".join([bytes(chunk) async for chunk in chunks])
+    return read
+
+
+@pytest.mark.parametrize("index", range(REF.block_count))
+def test_a_large_object_of_which_parts_were_given_is_checked_once_all_of_it_is_held(
+    index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S-05"""
+    monkeypatch.setattr(library, "CHECKED_FIRST", REF.size - 1)
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar = home_of(nodes, index)  # type: ignore[arg-type]
+        assert isinstance(liar, Node)
+        await poison(liar, index)
+        reader, *others = (node for node in nodes if node is not liar)
+        given = reader.library
+        async with trio.open_nursery() as nursery:
+            await nursery.start(given.check_parts)
+            await read_parts(given, *PARTS[:-1])
+            await trio.sleep(60)
+            assert not reader.view.is_quarantined(liar.own), "not all of it is held"
+            await read_parts(given, *PARTS[-1:])
+            await until(lambda: all(node.view.is_quarantined(liar.own) for node in (reader, *others)))
+            assert await read_parts(given, *PARTS) == b"".join(BODY[start:stop] for start, stop in PARTS)
+            nursery.cancel_scope.cancel()
+        assert verdicts(others, liar) == [Verdict.PROVEN] * len(others)
+
+    play(7, scenario)
+
+
+def test_what_is_right_is_checked_once_in_an_hour_and_never_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "CHECKED_FIRST", REF.size - 1)
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        (node,) = nodes
+        given, sealed = node.library, list[ObjectRef]()
+        monkeypatch.setattr(node.tiers, "seal", sealed.append)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(given.check_parts)
+            for hour in (1, 2):
+                for _ in range(10):
+                    await read_parts(given, *PARTS)
+                    await trio.sleep(1)
+                assert sealed == [REF] * hour
+                await trio.sleep(3600)
+            nursery.cancel_scope.cancel()
+        assert registry.asked.total() == REF.block_count
+
+    play(1, scenario)
+
+
 def test_what_is_not_to_be_had_whole_is_given_in_part() -> None:
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         (node,) = nodes

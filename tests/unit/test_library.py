@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from random import Random
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -96,7 +97,8 @@ class Block:
 
 def library(fetcher: object) -> SiteLibrary:
     unused: Any = None
-    return SiteLibrary(unused, unused, unused, cast(Fetcher, fetcher), Ledger(), Metrics(), unused)
+    holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time))
+    return SiteLibrary(holds_nothing, unused, unused, cast(Fetcher, fetcher), Ledger(), Metrics(), unused)
 
 
 async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:
