@@ -136,6 +136,8 @@ class DiskStore:
         self._told: set[str] = set()
         self._flushing = trio.Lock()
         self._full = trio.Event()
+        self._stuck = False
+        """The index took nothing at the last flush; while puts have to wait for it they decline."""
 
     @classmethod
     @asynccontextmanager
@@ -351,7 +353,7 @@ class DiskStore:
 
     async def _make_room(self, piece: Piece, need: int) -> bool:
         """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""
-        if need > self._budget:
+        if need > self._budget or (self._stuck and len(self._dirty) >= MAX_UNSYNCED_PIECES):
             return False
         if piece in self._removed or len(self._dirty) >= MAX_UNSYNCED_PIECES:
             await self.flush()
@@ -481,6 +483,7 @@ class DiskStore:
 
     def _settle(self, batch: Batch, outcome: Outcome) -> None:
         self._spare_at = -math.inf
+        self._stuck = not outcome.committed
         for what, error in outcome.problems:
             self._tell(what, error)
         for entry in batch.removed:

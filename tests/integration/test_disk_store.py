@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -440,6 +441,28 @@ def test_a_failing_index_loses_nothing_that_is_held(tmp_path: Path, monkeypatch,
 
     run(tmp_path, test)
     assert caplog.text.count("disk is full") == 1
+
+
+def test_a_failing_index_is_not_waited_for_by_each_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def fail(*args: object) -> None:
+        tries.append(args)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async def test(store: DiskStore) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("cache.disk_index.DiskIndex.apply", fail)
+            for seed in range(20):
+                blob = Blob.random(seed, 1000)
+                assert await put(store, blob, blob.pieces[0]) == (seed < 3)
+            assert len(tries) == 1
+        await store.flush()
+        assert await put(store, OTHER, OTHER.pieces[0])
+
+    monkeypatch.setattr("cache.disk.MAX_UNSYNCED_PIECES", 3)
+    monkeypatch.setattr("cache.disk.FLUSH_S", math.inf)
+    run(tmp_path, test)
 
 
 def test_cancelled_while_the_disk_is_waited_for(tmp_path: Path, monkeypatch) -> None:
