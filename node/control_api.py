@@ -72,7 +72,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the daemon built, as far as the operator is told of it."""
+    """What the daemon built, as far as the operator is told of it. `issuers`: the members that it joined through."""
 
     config: Callable[[], Config]
     site: Site
@@ -89,6 +89,7 @@ class Parts:
     started_at: float
     cluster: Callable[[], ClusterRow]
     certificate: Callable[[], Shown]
+    issuers: int
 
 
 def rss_bytes() -> int:
@@ -298,7 +299,7 @@ class NodeControl:
             mirrors={name: probes[name] for name in mirrors},
             spent=[part.name for part in config.upstream if parts.upstreams.uplink(part.name).spent],
             alive=len(others),
-            bootstrap=len(config.peers.bootstrap),
+            bootstrap=len(config.peers.bootstrap) + parts.issuers,
             mdns=config.peers.mdns,
             quarantined={row.member.name: row.quarantine for row in parts.membership.table() if row.quarantine},
             bulk_unreachable=[member.name for member in others if parts.site.health.avoided(member.peer_id, now)],

@@ -286,7 +286,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             Parts(
                 lambda: reloader.config, site, membership, judge, swarm, exchange, names, upstreams, library, ledger,
                 metrics, config.mirror.listen, started_at, lambda: cluster_row(admission, revocations, place),
-                lambda: certificate_shown(reloader.config, admission, revocations),
+                lambda: certificate_shown(reloader.config, admission, revocations), len(place.bootstrap),
             )
         )  # fmt: skip
         metrics.watch_served(

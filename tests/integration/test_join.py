@@ -110,10 +110,9 @@ def peers(node: Node) -> str:
     return ControlClient(node.socket).get("/peers").decode()
 
 
-def doctor(node: Node) -> str:
-    """What `p2pctl doctor` says of its certificate."""
+def doctor(node: Node, of: str = "certificate") -> str:
     told = node.ctl("doctor", "--json", "--config", str(node.config)).stdout
-    return next(check["text"] for check in json.loads(told)["checks"] if check["name"] == "certificate")
+    return next(check["text"] for check in json.loads(told)["checks"] if check["name"] == of)
 
 
 def where(node: Node) -> str:
@@ -186,6 +185,8 @@ def test_a_cluster_grows_by_tokens_and_shrinks_by_revocation(cluster: Cluster, i
     assert one.status()["peers_alive"] == two.status()["peers_alive"] == 1
 
     one.stop()
+    wait_for("two is alone", lambda: not two.status()["peers_alive"])
+    assert doctor(two, "peers") == "none found by 1 bootstrap addresses"
     one.start()
     assert json.loads(one.ctl("cluster", "revoke", "--key", str(cluster.key), gone, "--json").stdout)["new"] is False
     for node in cluster.nodes:
