@@ -31,7 +31,7 @@ BACKOFF_CAP_S = 30.0
 UNFIT_S = 30.0
 """A node with a bad link gets no better in a moment, and trying it again costs seconds."""
 LAGGARD_FACTOR, LAGGARD_S = 8.0, 2.0
-"""A peer that takes so much longer than the middle one of its like, and so long, had better be left out."""
+"""A peer that takes so much longer than the middle one of all, and so long, had better be left out."""
 _GAIN = 0.125
 _DEVIATION_GAIN = 0.25
 
@@ -157,13 +157,13 @@ class Health:
         return sorted(peers, key=expected)
 
     def usable(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """Those of `peers`, in their order, that are fit, do not fail, and do not lag far behind the middle one."""
-        asked = list(peers)
-        means = {peer: self._faded_s(self._of(peer), now) for peer in asked if self._of(peer).measured}
+        """Those of `peers`, in their order, that are fit, do not fail, and do not lag far behind the middle one of all
+        that are known: two or three would make a laggard of whoever answered the first burst last."""
+        means = {peer: self._faded_s(state, now) for peer, state in self._peers.items() if state.measured}
         bound = max(LAGGARD_S, LAGGARD_FACTOR * median_low(means.values())) if means else 0.0
         return [
             peer
-            for peer in asked
+            for peer in peers
             if means.get(peer, 0.0) <= bound and not self.avoided(peer, now) and not self.unfit(peer, now)
         ]
 
