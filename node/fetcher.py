@@ -24,7 +24,7 @@ from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
 from protocol.ids import PeerId, Piece, Shard, shard_length
 from protocol.messages import GetShard, ShardFound
-from protocol.placement import Geometry
+from protocol.placement import Geometry, Route
 from protocol.records import Record
 from protocol.window import ReadWindow
 
@@ -39,12 +39,16 @@ class _Attempt:
     """One coded read as it goes."""
 
     address: BlockAddress
-    shape: Geometry
+    route: Route
     plan: ShardPlan
     lane: Lane
     shards: dict[int, tuple[PeerId, Buffer]] = field(default_factory=dict)
     record: Record | None = None
     failure: ShoalError | None = None
+
+    @property
+    def shape(self) -> Geometry:
+        return self.route.shape
 
 
 class Fetcher:
@@ -85,10 +89,10 @@ class Fetcher:
         found = await site.tiers.get(Piece(address.block), address.ref.size)
         if found is not None:
             return Obtained(found[0], Source(found[1]))
-        shape, keepers = site.placement().keepers(address.block, address.length)
+        route = site.placement().route(site.own, address.block, address.length)
         attempt: _Attempt | None = None
-        if keepers[0] != site.own:
-            attempt = await self._coded(address, shape, keepers, urgent)
+        if route.home != site.own:
+            attempt = await self._coded(address, route, urgent)
             held = await self._assemble(attempt)
             if held is not None:
                 peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
@@ -106,20 +110,18 @@ class Fetcher:
 
     # Asking
 
-    async def _coded(
-        self, address: BlockAddress, shape: Geometry, keepers: tuple[PeerId, ...], urgent: bool
-    ) -> _Attempt:
+    async def _coded(self, address: BlockAddress, route: Route, urgent: bool) -> _Attempt:
         """Ask until k shards are there or nobody is left."""
         site = self._site
-        health = site.health
+        health, shape, keepers = site.health, route.shape, route.keepers
         # The home also feeds the other keepers: of equals it is asked last.
-        others = (peer for peer in (*keepers[1:], keepers[0]) if peer != site.own)
+        others = sorted((peer for peer in keepers if peer != site.own), key=lambda peer: peer == route.home)
         order = health.order(others, trio.current_time())
         if site.own in keepers:
             # Others will want this node's shard anyway, so it is had first, and once.
             order.insert(0, site.own)
         plan = ShardPlan(keepers, order, shape.k, health.late_after_s, health.answered_at)
-        attempt = _Attempt(address, shape, plan, Lane.URGENT if urgent else Lane.BULK)
+        attempt = _Attempt(address, route, plan, Lane.URGENT if urgent else Lane.BULK)
         self._budget.earned(shape.k)
 
         async def ask(what: Ask) -> Answer | None:
@@ -155,7 +157,7 @@ class Fetcher:
         attempt.plan.heard(ask.peer, False, trio.current_time())  # as another keeper would say while it asks the home
         try:
             shard, data, record = await self._seeder.keep(
-                attempt.address, Shard(shape.k, shape.m, ask.want), exact=ask.exact
+                attempt.address, Shard(shape.k, shape.m, ask.want), attempt.route.reach, exact=ask.exact
             )
         except ShoalError as error:
             log.debug("own shard of %s: %s", attempt.address.block, error)
@@ -167,7 +169,7 @@ class Fetcher:
         site, address, plan = self._site, attempt.address, attempt.plan
         question = GetShard(
             str(address.ref.digest), address.index, address.ref.size, attempt.shape.k, attempt.shape.m,
-            ask.want, 2, str(address.locator), ask.exact, self._seeder.reader_of(address),
+            ask.want, attempt.route.reach, str(address.locator), ask.exact, self._seeder.reader_of(address),
             address.background,
         )  # fmt: skip
 
@@ -254,12 +256,11 @@ class Fetcher:
             other = record if contradict(claim, record) else None
             site.trust.suspect(Suspicion(claim, str(attempt.address.locator), other=other))
             return
-        home = site.placement().keepers(attempt.address.block, attempt.address.length)[1][0]
         for index, (peer, body) in attempt.shards.items():
             if memoryview(body) == memoryview(encode_shard(truth.held.data, shape.k, shape.m, index)):
                 continue
             if peer == site.own:
                 await site.tiers.discard(Piece(attempt.address.block, Shard(shape.k, shape.m, index)))
-            liar = self._wrong.wrong(peer, home)
+            liar = self._wrong.wrong(attempt.route.makers(peer, index))
             if liar is not None:
                 site.view.quarantine(liar, f"wrong shards of {attempt.address.ref.digest} #{attempt.address.index}")

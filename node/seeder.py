@@ -1,7 +1,8 @@
 """What a node does for others, and for itself as a keeper: answer from what it holds, keep its shard, act as home.
 
-Waits never form a circle: reader, keeper, home, holder or origin. A keeper waits for the home only (`reach` 2), a home
-for holders, who answer from what they hold (`reach` 0), and for the origin. Nobody waits for his own read of a block.
+Waits never form a circle: reader, keepers of cell above cell (`reach` 2 and more, one less at each step), home, holder
+or origin. A home waits for holders, who answer from what they hold (`reach` 0), and for the origin. Nobody waits for
+his own read of a block.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ HOME_LEAST_S, HOME_FACTOR, HOME_FADE = 12.5, 3.0, 0.95
 """A home may read a block for some times as long as the slowest of late, which a slow uplink makes long and which fades
 with each block, and for so long at least: on a crowded uplink TCP may starve a healthy connection for seconds. Who
 takes longer still has a bad link of its own; a client waits for 25 s."""
+CELL_S = 2.0
+"""So much longer a keeper waits for each cell between it and the home: who is slow is found out by who asks it."""
 LOOK_EVERY_S = 1.0
 """How often those who wait for a peer look whether it has taken too long, or turned out to have a bad link."""
 UNSETTLED_S = 30.0
@@ -204,7 +207,7 @@ class Seeder:
                 obtained = await self.home(address)
                 found = _cut(obtained.held, shard)
             else:
-                found = await self.keep(address, shard, exact=request.exact)
+                found = await self.keep(address, shard, request.reach, exact=request.exact)
         shard, body, record = found
         return Answer(ShardFound(shard.k, shard.m, shard.index, record), body)
 
@@ -234,31 +237,35 @@ class Seeder:
 
     # Keeping
 
-    async def keep(self, address: BlockAddress, shard: Shard, *, exact: bool) -> tuple[Shard, Buffer, Record]:
-        """This node's shard of a block, from the home where it is not held; it is kept from then on.
+    async def keep(
+        self, address: BlockAddress, shard: Shard, reach: int, *, exact: bool
+    ) -> tuple[Shard, Buffer, Record]:
+        """This node's shard of a block, from the cell above or the home where it is not held; it is kept from then on.
 
         Without `exact` it may be another one of that code, which an earlier view had this node keep.
         """
         found = await self._held_shard(address.ref, address.index, shard, exact=exact)
         if found is not None:
             return found
-        data, record = await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard))
+        data, record = await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard, reach))
         return shard, data, record
 
-    async def _obtain_shard(self, address: BlockAddress, shard: Shard) -> tuple[Buffer, Record]:
-        """From the home; the next rank acts as home where that fails, or gets on far more slowly than others."""
+    async def _obtain_shard(self, address: BlockAddress, shard: Shard, reach: int) -> tuple[Buffer, Record]:
+        """From its source; the next one takes its place where that fails, or gets on far more slowly than others: in
+        the root cell it acts as home."""
         site, now = self._site, trio.current_time()
-        _, keepers = site.placement().keepers(address.block, address.length)
-        usable = site.health.usable((peer for peer in keepers if peer != site.own), now)
+        route = site.placement().route(site.own, address.block, address.length)
+        sources = route.sources(shard.index, reach)
+        usable = site.health.usable((peer for peer in sources if peer != site.own), now)
         most = 1 if address.background else MAX_HOMES
-        homes = [peer for peer in keepers if peer == site.own or peer in usable][:most]
+        homes = [peer for peer in sources if peer == site.own or peer in usable][:most]
         plan = ShardPlan(homes, homes, 1, site.health.late_after_s, site.health.answered_at, HOME_PATIENCE_S)
         found: list[tuple[Buffer, Record]] = []
         failures: list[ShoalError] = [UnavailableError(f"no home of {address.ref.digest} #{address.index} answers")]
 
         async def ask(what: Ask) -> tuple[Buffer, Record] | None:
             try:
-                return await self._ask_home(what.peer, address, shard, plan)
+                return await self._ask_home(what.peer, sources[what.peer], address, shard, plan)
             except PeerMisbehavedError as error:
                 site.view.quarantine(what.peer, str(error))
                 failures.append(UnavailableError(str(error)))  # to the asker, who has done nothing wrong
@@ -278,7 +285,7 @@ class Seeder:
             now = trio.current_time()
             asks = self.note_overdue(plan)[1]
             for home, asked_at in plan.cold:
-                limit_s = math.inf if address.background else self._home_limit_s()
+                limit_s = math.inf if address.background else self._home_limit_s() + CELL_S * route.depth
                 if site.health.unfit(home, now) or now - asked_at > limit_s:
                     asks += plan.give_up(home, now)
             for home in plan.given_up:
@@ -311,15 +318,15 @@ class Seeder:
         return late, asks
 
     async def _ask_home(
-        self, home: PeerId, address: BlockAddress, shard: Shard, plan: ShardPlan
+        self, home: PeerId, reach: int, address: BlockAddress, shard: Shard, plan: ShardPlan
     ) -> tuple[Buffer, Record]:
         if home == self._site.own:
             plan.heard(home, False, trio.current_time())  # it is cold, as another home would say
             return _cut((await self.home(address)).held, shard)[1:]
         ref = address.ref
         question = GetShard(
-            str(ref.digest), address.index, ref.size, shard.k, shard.m, shard.index, 1, str(address.locator), True,
-            self.reader_of(address), address.background,
+            str(ref.digest), address.index, ref.size, shard.k, shard.m, shard.index, reach, str(address.locator),
+            True, self.reader_of(address), address.background,
         )  # fmt: skip
         answer = await self.ask(
             home, question, Lane.URGENT, SILENCE_S,

@@ -22,7 +22,8 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False)
 class GetShard(_Message, frozen=True, tag=1):
     """Shard `want` of the code (k, m) of a block; another shard of that code will do unless `exact`.
 
-    `reach` is how far the receiver may go for it: 2 ask the block's home, 1 ask the origin, 0 only what it holds.
+    `reach` is how far the receiver may go for it: 3 and more ask keepers nearer to the block's home, 2 ask the home,
+    1 ask the origin, 0 only what it holds.
     `source` is an opaque hint for the origin. `reader` is a peer id where the origin asks who reads: that member
     reads the block for whoever lacks it. It is "" where the origin gives it to everybody. `background`: nobody waits
     for it, and it makes way on the uplink.

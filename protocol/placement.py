@@ -3,11 +3,17 @@
 Every node computes the same answer from the same view, and a changed view moves only what must move (Thaler and
 Ravishankar, "Using name-based mappings to increase hit rates", 1998). A score mixes 64-bit hashes of key and member
 (splitmix64's finalizer) for all members at once, so that its cost is one numpy pass, whatever the site's size.
+
+**Cells.** The k+m keepers of a block can serve some twenty readers, and no thousand. So the members of a large site are
+cut into cells by their hashes, halves of halves, and each cell keeps a code of every block among its own members, who
+ask nobody else. For each block the cells are a tree, in an order of its own: a cell's keeper has its shard from the
+keeper of the same rank in the cell above, and in the root cell from the block's home. docs/decisions/0008-cells.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -19,9 +25,16 @@ from protocol.ids import BlockId, Digest, PeerId
 from protocol.members import Member
 
 DIRECTORY_MEMBERS = 3
+HOME_REACH = 2
+"""How far a request may go that only the block's home has still to be asked for: see GetShard."""
 SMALL_BLOCK = 64 * 1024
 """Blocks up to this size are copied to two keepers: cutting them up would cost requests and save nothing."""
 _REMEMBERED_BLOCKS = 4096
+CELL_CODES = 2
+"""A cell has at least so many times as many keeping members as a code has shards, so that each of them keeps a part of
+the blocks only, and a few may fall out."""
+CHILDREN = 3
+"""Cells below a cell of the tree: each costs its keepers one shard more to send, and each level costs time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,50 @@ def geometry(members: int, k: int, m: int, block_length: int) -> Geometry:
     return Geometry(max(1, min(k, members - parity)), parity)
 
 
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a member finds a block: the keepers by rank of its own cell, then of the cells above, up to the root's."""
+
+    shape: Geometry
+    cells: tuple[tuple[PeerId, ...], ...]
+
+    @property
+    def keepers(self) -> tuple[PeerId, ...]:
+        return self.cells[0]
+
+    @property
+    def home(self) -> PeerId:
+        return self.cells[-1][0]
+
+    @property
+    def depth(self) -> int:
+        """Cells between the member's own and the home."""
+        return len(self.cells) - 1
+
+    def sources(self, index: int, reach: int) -> dict[PeerId, int]:
+        """Whom a keeper asks in turn for shard `index`, and how far each of them may go for it, when it was told how
+        far it may go itself: less far at each step, so that no waits form a circle, also where views differ."""
+        if self.depth == 0 or reach <= HOME_REACH:
+            return dict.fromkeys(self.cells[-1], HOME_REACH - 1)
+        further = min(reach, self.reach) - 1
+        return {**dict.fromkeys(_pair(self.cells[1], index), further), self.home: HOME_REACH - 1}
+
+    @property
+    def reach(self) -> int:
+        """How far a keeper of the member's own cell has to go for a block that nobody has."""
+        return HOME_REACH + self.depth
+
+    def makers(self, sender: PeerId, index: int) -> frozenset[PeerId]:
+        """Who may have made a shard wrong that `sender` sent: it, who it may have it from, and so on to the home."""
+        above = (peer for cell in self.cells[1:] for peer in _pair(cell, index))
+        return frozenset((sender, *above, self.home))
+
+
+def _pair(cell: tuple[PeerId, ...], index: int) -> tuple[PeerId, PeerId]:
+    """Who is asked for shard `index` in a cell above: its keeper, and the next one where that fails."""
+    return cell[index % len(cell)], cell[(index + 1) % len(cell)]
+
+
 def _hash64(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
@@ -63,20 +120,52 @@ class Placement:
 
     def __init__(self, members: Sequence[Member], k: int, m: int) -> None:
         keeping = [member for member in members if member.weight > 0] or list(members)
-        self._peers = [member.peer_id for member in keeping]
-        self._hashes = np.array([_hash64(peer.encode()) for peer in self._peers], dtype=np.uint64)
-        self._weights = np.array([member.weight or 1.0 for member in keeping])
+        hashed = sorted((_hash64(member.peer_id.encode()), member.peer_id, member.weight or 1.0) for member in keeping)
+        self._peers = [peer for _, peer, _ in hashed]
+        self._hashes = np.array([value for value, _, _ in hashed], dtype=np.uint64)
+        self._weights = np.array([weight for _, _, weight in hashed])
         self._k, self._m = k, m
-        self._remembered: cachetools.LRUCache[BlockId, tuple[PeerId, ...]] = cachetools.LRUCache(_REMEMBERED_BLOCKS)
+        self._cells = list(self._cut(0, slice(0, len(hashed)), 63, CELL_CODES * (k + m)))
+        self._names = np.array([_hash64(f"cell {first} {bits}".encode()) for first, bits, _ in self._cells], np.uint64)
+        self._sums = np.array([self._weights[cell].sum() for _, _, cell in self._cells])
+        self._remembered: cachetools.LRUCache[tuple[PeerId, BlockId, int], Route] = cachetools.LRUCache(
+            _REMEMBERED_BLOCKS
+        )
+
+    def _cut(self, first: int, members: slice, bit: int, least: int) -> Iterator[tuple[int, int, slice]]:
+        """The cells of those whose hashes begin like `first` down to `bit`: in halves, while both have `least`."""
+        half = first | 1 << bit
+        middle = int(np.searchsorted(self._hashes, np.uint64(half)))
+        if min(middle - members.start, members.stop - middle) < least:
+            yield first, bit, members
+        else:
+            yield from self._cut(first, slice(members.start, middle), bit - 1, least)
+            yield from self._cut(half, slice(middle, members.stop), bit - 1, least)
+
+    def route(self, peer: PeerId, block: BlockId, length: int) -> Route:
+        """From a member, which may keep nothing itself, to a block."""
+        route = self._remembered.get((peer, block, length))
+        if route is None:
+            route = self._remembered[peer, block, length] = self._found(peer, block, length)
+        return route
+
+    def _found(self, peer: PeerId, block: BlockId, length: int) -> Route:
+        key = f"{block.digest}#{block.index}"
+        own = bisect_right(self._cells, _hash64(peer.encode()), key=lambda cell: cell[0]) - 1
+        order = _nearest(self._names, self._sums, key, len(self._cells))
+        at = int(np.flatnonzero(order == own)[0])
+        above = [at]
+        while at:
+            at = (at - 1) // CHILDREN
+            above.append(at)
+        members = [self._cells[order[number]][2] for number in above]
+        shape = geometry(members[0].stop - members[0].start, self._k, self._m, length)
+        return Route(shape, tuple(self._ranked(key, shape.width, cell) for cell in members))
 
     def keepers(self, block: BlockId, length: int) -> tuple[Geometry, tuple[PeerId, ...]]:
-        """The block's code, and its keepers by rank; rank 0 is its home."""
-        shape = geometry(len(self._peers), self._k, self._m, length)
-        ranked = self._remembered.get(block)
-        if ranked is None:
-            ranked = self._ranked(f"{block.digest}#{block.index}", self._k + self._m)
-            self._remembered[block] = ranked
-        return shape, ranked[: shape.width]
+        """The block's code, and its keepers by rank in the root cell; rank 0 is its home."""
+        route = self.route(self._peers[0], block, length)
+        return route.shape, route.cells[-1]
 
     def directory(self, digest: Digest) -> tuple[PeerId, ...]:
         """The members that know who holds some of an object."""
@@ -86,11 +175,19 @@ class Placement:
         """The members that ask the origin what a name stands for, the first one first."""
         return self._ranked(name, DIRECTORY_MEMBERS)
 
-    def _ranked(self, key: str, count: int) -> tuple[PeerId, ...]:
-        mixed = _mix(self._hashes ^ np.uint64(_hash64(key.encode())))
-        uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-        distance = -np.log(uniform) / self._weights
-        count = min(count, len(self._peers))
-        # Sorting the few nearest only keeps the cost of a large site at one pass.
-        few = np.argpartition(distance, count - 1)[:count] if count < len(self._peers) else np.arange(count)
-        return tuple(self._peers[i] for i in few[np.argsort(distance[few])])
+    def _ranked(self, key: str, count: int, among: slice = slice(None)) -> tuple[PeerId, ...]:
+        peers = self._peers[among]
+        return tuple(peers[i] for i in _nearest(self._hashes[among], self._weights[among], key, count))
+
+
+def _nearest(
+    hashes: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64], key: str, count: int
+) -> npt.NDArray[np.intp]:
+    """The numbers of the `count` that rank highest for a key, in order."""
+    mixed = _mix(hashes ^ np.uint64(_hash64(key.encode())))
+    uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    distance = -np.log(uniform) / weights
+    count = min(count, len(hashes))
+    # Sorting the few nearest only keeps the cost of a large site at one pass.
+    few = np.argpartition(distance, count - 1)[:count] if count < len(hashes) else np.arange(count)
+    return few[np.argsort(distance[few])]

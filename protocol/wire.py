@@ -35,7 +35,8 @@ MAX_HEADER = 4 << 20
 MAX_HELLO = 64
 MAX_K = 32
 MAX_M = 8
-MAX_REACH = 2
+MAX_REACH = 16
+"""Cells in a row from a keeper to the home: more than the largest site has."""
 MAX_ANNOUNCED = 1024
 """Digests in one Announce: a node with more of them says so in several."""
 MAX_HOLDERS = 1024

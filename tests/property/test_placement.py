@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, PeerId
 from protocol.members import Member
-from protocol.placement import SMALL_BLOCK, Placement, geometry
+from protocol.placement import CELL_CODES, HOME_REACH, SMALL_BLOCK, Placement, Route, geometry
 
 DIGEST = Digest("sha256", "ab" * 32)
 
@@ -62,3 +62,92 @@ def test_a_weight_is_a_share_and_none_keeps_nothing() -> None:
     load = Counter(homes(Placement(view, 4, 1), 7000))
     assert load["none"] == 0
     assert 0.8 * 1000 < load["half"] < 1.2 * 1000
+
+
+# Cells
+
+SITES = st.tuples(st.integers(1, 200), st.integers(0, 10_000))
+"""How many members, and the index of a block."""
+
+
+def routes(count: int, index: int) -> dict[PeerId, Route]:
+    view = members(count)
+    placement = Placement(view, 4, 1)
+    return {one.peer_id: placement.route(one.peer_id, BlockId(DIGEST, index), BLOCK_SIZE) for one in view}
+
+
+@given(SITES)
+def test_all_members_see_one_tree(site: tuple[int, int]) -> None:
+    found = routes(*site)
+    assert len({route.cells[-1] for route in found.values()}) == 1
+    for route in found.values():
+        for above, cell in enumerate(route.cells):
+            assert all(found[peer].cells == route.cells[above:] for peer in cell)
+
+
+@given(SITES)
+def test_the_keepers_of_a_cell_serve_few_and_those_of_a_small_site_are_those_of_all(site: tuple[int, int]) -> None:
+    count, _ = site
+    cells = Counter(route.cells for route in routes(*site).values())
+    assert len(cells) == 1 or min(cells.values()) >= 10
+    assert max(cells.values()) < 60
+    assert count >= 2 * CELL_CODES * 5 or len(cells) == 1
+    assert max(len(route) for route in cells) <= 5
+
+
+@given(SITES, st.integers(HOME_REACH, 16), st.integers(0, 4), st.data())
+def test_waits_form_no_circle_whatever_each_member_believes_of_the_others(
+    site: tuple[int, int], reach: int, index: int, data: st.DataObject
+) -> None:
+    """Each asks by a view of its own."""
+    path = 0
+    while reach >= HOME_REACH:
+        view = data.draw(st.integers(1, 200))
+        route = data.draw(st.sampled_from(list(routes(view, site[1]).values())))
+        sources = route.sources(index, reach)
+        assert all(HOME_REACH - 1 <= further < reach for further in sources.values())
+        assert sources[route.home] == HOME_REACH - 1
+        reach = data.draw(st.sampled_from(list(sources.values())))
+        path += 1
+    assert path <= 15
+
+
+@given(SITES, st.integers(0, 4))
+def test_a_wrong_shards_makers_are_all_who_had_it_in_hand(site: tuple[int, int], index: int) -> None:
+    found = routes(*site)
+    for route in found.values():
+        sender = route.keepers[index % len(route.keepers)]
+        makers, hands = route.makers(sender, index), {sender}
+        while route.depth and hands:
+            sources = route.sources(index, route.reach)
+            assert set(sources) <= makers
+            route = found[next(iter(sources))]
+
+
+def test_a_member_that_leaves_moves_nothing_in_other_cells() -> None:
+    view = members(300)
+    before, after = Placement(view, 4, 1), Placement(view[1:], 4, 1)
+    moved = 0
+    for index in range(300):
+        block = BlockId(DIGEST, index)
+        there, then = (
+            before.route(view[150].peer_id, block, BLOCK_SIZE),
+            after.route(view[150].peer_id, block, BLOCK_SIZE),
+        )
+        assert there.keepers == then.keepers
+        moved += there.home != then.home
+    assert moved < 300 * 0.02
+
+
+def test_homes_and_keepers_are_balanced_in_a_large_site() -> None:
+    view = members(300)
+    placement = Placement(view, 4, 1)
+    load = Counter(homes(placement, 15_000))
+    assert max(load.values()) < 2 * 50
+    assert len(load) == 300
+
+
+def test_who_keeps_nothing_reads_from_the_cell_of_its_hash() -> None:
+    view = [*members(100), Member(PeerId("none"), "z", "site", (), 0.0)]
+    found = Placement(view, 4, 1).route(PeerId("none"), BlockId(DIGEST, 0), BLOCK_SIZE)
+    assert found.cells in {route.cells for route in routes(100, 0).values()}

@@ -286,7 +286,7 @@ def with_member(**changes: Any) -> Update:
         GetShard(DIGEST, 0, 10, 4, -1, 0, 0, ""),
         GetShard(DIGEST, 0, 10, 4, 1, 5, 0, ""),
         GetShard(DIGEST, 0, 10, 4, 1, -1, 0, ""),
-        GetShard(DIGEST, 0, 10, 4, 1, 0, 3, ""),
+        GetShard(DIGEST, 0, 10, 4, 1, 0, 17, ""),
         GetShard(DIGEST, 0, 10, 4, 1, 0, 0, "x" * 601),
         GetShard(DIGEST, 1, 10, 4, 1, 0, 0, ""),
         GetBlock(DIGEST, -1, 10),

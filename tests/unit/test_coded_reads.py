@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -118,6 +118,13 @@ class Node:
         self.seeder = Seeder(self.site, Origin(registry, nursery), Directory(), identity.sign, nursery)
         self.fetcher = Fetcher(self.site, self.seeder, nursery)
         self.spoil: Callable[[Answer], Answer] | None = None
+
+    def see(self, members: Iterable[Member]) -> None:
+        """Another view of the site from now on."""
+        self.view.site = tuple(members)
+        placement = Placement(self.view.site, 4, 1)
+        self.site = replace(self.site, placement=lambda: placement)
+        self.seeder._site = self.fetcher._site = self.site
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         answer = await self.seeder.handle(peer, request)
@@ -339,13 +346,8 @@ def test_a_new_home_asks_those_who_kept_before_it_asks_the_registry() -> None:
         await all_read(nodes[:2])
         for node in nodes:
             network.kill(nodes[4].own)
-            node.view.site = tuple(member for member in node.view.site if member.peer_id != nodes[4].own)
+            node.see(member for member in node.view.site if member.peer_id != nodes[4].own)
             node.view.changed_at = trio.current_time()
-            node.site = Site(
-                node.own, node.view, lambda view=node.view: Placement(view.site, 4, 1), node.exchange,
-                node.site.health, node.site.trust, node.tiers,
-            )  # fmt: skip
-            node.seeder._site = node.fetcher._site = node.site
         registry.down = True
         await all_read(nodes[2:4])
 

@@ -40,8 +40,8 @@ def test_what_is_asked_for_twice_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_unfair_placement_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     ranked = Placement._ranked
 
-    def the_same_for_all(self: Placement, key: str, count: int) -> object:
-        return ranked(self, "", count)
+    def the_same_for_all(self: Placement, key: str, *rest: object) -> object:
+        return ranked(self, "", *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Placement, "_ranked", the_same_for_all)
     assert run(SMALL, told_nothing).imbalance > 2

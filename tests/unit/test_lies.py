@@ -31,7 +31,6 @@ from protocol.messages import (
     Resolve,
     Resolved,
 )
-from protocol.placement import Placement
 from tests.unit import test_tags as tags
 from tests.unit.test_coded_reads import REF, Node, Registry, all_read, home_of, not_keeping, play
 
@@ -95,19 +94,19 @@ def test_a_home_that_gives_keepers_wrong_shards_has_none_of_them_shut_out(count:
 @given(
     st.sampled_from("abcdef").flatmap(
         lambda liar: st.lists(
-            st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")).filter(lambda pair: liar in pair)
-        ).map(lambda pairs: (liar, pairs))
+            st.frozensets(st.sampled_from("abcdef"), max_size=3).map(lambda others: others | {liar})
+        ).map(lambda events: (liar, events))
     )
 )
-def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[tuple[str, str]]]) -> None:
-    """S-04: every wrong shard went through the hands of the liar, as keeper or as home."""
-    liar, pairs = what
+def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[frozenset[str]]]) -> None:
+    """S-04: every wrong shard went through the hands of the liar, as keeper, as home, or between them."""
+    liar, events = what
 
     async def main() -> None:
         blame = Blame()
-        for keeper, home in pairs:
-            found = blame.wrong(PeerId(keeper), PeerId(home))
-            assert found in (None, liar) or found == keeper == home
+        for number, makers in enumerate(events):
+            alone = any(makers & others == {liar} for others in events[: number + 1])
+            assert blame.wrong(frozenset(map(PeerId, makers))) == (liar if alone else None)
 
     trio.run(main)
 
@@ -165,13 +164,8 @@ def test_members_that_are_invented_cost_time_and_no_pull() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([9, n])).digest()) for n in range(40)]
         ghosts = [Member(Identity.of(key).peer_id, "ghost", "site", ("192.0.2.9:1",)) for key in keys]
-        placement = Placement([*nodes[0].view.site, *ghosts], 4, 1)
         for node in nodes:
-            node.view.site = (*node.view.site, *ghosts)
-            node.site = type(node.site)(
-                node.own, node.view, lambda: placement, node.exchange, node.site.health, node.site.trust, node.tiers
-            )
-            node.seeder._site = node.fetcher._site = node.site
+            node.see((*node.view.site, *ghosts))
         for node in nodes:
             await node.read_all()
 

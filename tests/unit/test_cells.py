@@ -1,0 +1,153 @@
+"""A site of more members than keepers can serve: cells, the ways between them, and what falls out of these.
+
+Virtual time, real codes and records. The names S-nn are lines of docs/SECURITY.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import trio
+
+from node.exchange import Answer
+from node.exchange_memory import MemoryNetwork
+from node.objects import Source
+from protocol.ids import PeerId
+from protocol.messages import GetShard, Request
+from protocol.placement import HOME_REACH, Route
+from tests.unit.test_coded_reads import REF, Node, Registry, all_read, play
+from tests.unit.test_lies import flipped
+
+MANY = 60
+"""Members, which make four cells or more."""
+
+
+def route_of(node: Node, index: int) -> Route:
+    return node.site.placement().route(node.own, REF.block(index), REF.block_length(index))
+
+
+def deep(nodes: list[Node], index: int) -> Node:
+    """A member that keeps nothing of a block, and is as far as can be from its home."""
+    readers = (node for node in nodes if node.own not in route_of(node, index).keepers)
+    return max(readers, key=lambda node: route_of(node, index).depth)
+
+
+def by_id(nodes: list[Node]) -> dict[PeerId, Node]:
+    return {node.own: node for node in nodes}
+
+
+def test_a_large_site_reads_each_block_once_and_no_node_answers_for_all() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        answers: Counter[PeerId] = Counter()
+
+        def counted(node: Node) -> None:
+            handle = node.exchange._handler
+
+            async def count(peer: PeerId, request: Request) -> Answer:
+                answers[node.own] += isinstance(request, GetShard)
+                return await handle(peer, request)
+
+            node.exchange._handler = count
+
+        for node in nodes:
+            counted(node)
+        await all_read(nodes)
+        assert registry.asked == Counter(range(REF.block_count))
+        assert max(route_of(node, 0).depth for node in nodes) > 0
+        assert max(answers.values()) < 25 * REF.block_count  # of 60 readers
+
+    play(MANY, scenario)
+
+
+def test_a_cell_serves_its_own_when_all_above_it_are_gone() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        reader = deep(nodes, 0)
+        own = route_of(reader, 0)
+        before = next(node for node in nodes if node is not reader and route_of(node, 0).cells == own.cells)
+        await before.read(0)
+        for cell in own.cells[1:]:
+            for peer in cell:
+                network.kill(peer)
+        registry.down = True
+        assert (await reader.read(0)).source is Source.PEER
+
+    play(MANY, scenario)
+
+
+def test_a_source_that_hangs_costs_a_moment_and_no_copy() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        reader = deep(nodes, 0)
+        network.stop(route_of(reader, 0).cells[1][2])
+        before = trio.current_time()
+        await reader.read(0)
+        assert trio.current_time() - before < 4
+        assert registry.asked == Counter([0])
+
+    play(MANY, scenario)
+
+
+def test_a_home_that_is_gone_is_acted_for_once_and_all_read() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        home = route_of(nodes[0], 0).home
+        network.kill(home)
+        alive = [node for node in nodes if node.own != home]
+        async with trio.open_nursery() as nursery:
+            for node in alive:
+                nursery.start_soon(node.read, 0)
+        assert registry.asked == Counter([0])
+
+    play(MANY, scenario)
+
+
+def test_who_has_another_view_waits_in_no_circle() -> None:
+    """Half of the site believes that it is all of the site."""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        members = nodes[0].view.site
+        for node in nodes[::2]:
+            node.see(members[: len(members) // 2])
+        await all_read(nodes)
+        assert max(registry.asked.values()) <= 4
+
+    play(MANY, scenario)
+
+
+def test_a_liar_between_the_cells_is_found_and_nobody_else_is_taken_for_it() -> None:
+    """S-04"""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        liar = by_id(nodes)[route_of(deep(nodes, 0), 0).cells[1][0]]
+
+        async def lie(peer: PeerId, request: Request) -> Answer:
+            answer = await liar.handle(peer, request)
+            passes_on = isinstance(request, GetShard) and request.exact
+            return flipped(answer) if passes_on else answer
+
+        liar.exchange._handler = lie
+        await all_read(nodes)
+        accused = {peer for node in nodes for peer in node.view.quarantined}
+        assert accused == {liar.own}
+
+    play(MANY, scenario)
+
+
+def test_a_request_never_goes_further_than_the_one_before_it() -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        told: list[int] = []
+
+        def watched(node: Node) -> None:
+            async def handle(peer: PeerId, request: Request) -> Answer:
+                if isinstance(request, GetShard):
+                    told.append(request.reach)
+                return await node.handle(peer, request)
+
+            node.exchange._handler = handle
+
+        for node in nodes:
+            watched(node)
+        reader = deep(nodes, 0)
+        await reader.read(0)
+        depth = route_of(reader, 0).depth
+        assert set(told) == set(range(HOME_REACH - 1, HOME_REACH + depth + 1))
+
+    play(MANY, scenario)
