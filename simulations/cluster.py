@@ -166,6 +166,7 @@ class Cluster:
         for number in range(len(self._members)):
             self.nodes.append(self._node(number, 0))
         known = [Update(member, State.ALIVE, BORN_MS) for member in self._members]
+        nursery.start_soon(self.network.alarms.run)
         for node in self.nodes:
             settle(node.membership, known)
             await nursery.start(node.run)

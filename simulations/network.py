@@ -16,6 +16,7 @@ import trio
 
 from node.exchange_memory import MemoryNetwork
 from protocol.ids import PeerId
+from simulations.alarms import Alarms
 
 Latency = Callable[[Random], float]
 """Seconds of one way."""
@@ -71,8 +72,12 @@ class Port:
 class SimulatedNetwork(MemoryNetwork):
     """`latency` is that of one way between two nodes, with that of the uplinks beside it where they pass them."""
 
-    def __init__(self, rng: Random, latency: Latency, *, uplink_latency: Latency | None = None) -> None:
+    def __init__(
+        self, rng: Random, latency: Latency, *, uplink_latency: Latency | None = None, tick_s: float = 0.0
+    ) -> None:
         super().__init__()
+        self.alarms = Alarms(tick_s)
+        """To be run by whoever made the network."""
         self._rng, self._latency, self._uplink_latency = rng, latency, uplink_latency or constant(0.0)
         self.loss = 0.0
         """Of all packets, the share that is lost."""
@@ -140,14 +145,14 @@ class SimulatedNetwork(MemoryNetwork):
             await super().travel(sender, receiver, size)
 
     async def carry(self, path: Sequence[Link], size: int, latency_s: float) -> None:
-        through_at = 0.0
-        for link in path:
-            now = trio.current_time()
+        now = through_at = trio.current_time()
+        for number, link in enumerate(path, 1):
             begins, ends = link.send(now, size)
             through_at = max(through_at, ends)
-            if begins > now:
-                await trio.sleep_until(begins)
-        await trio.sleep_until(max(through_at, trio.current_time()) + latency_s + self._lost_s(size, latency_s))
+            if begins > now and size > SMALL_BYTES and number < len(path):
+                await self.alarms.until(begins)  # who comes to the next link in the meantime is before it there
+            now = begins
+        await self.alarms.until(through_at + latency_s + self._lost_s(size, latency_s))
 
     def _lost_s(self, size: int, latency_s: float) -> float:
         """What lost packets cost: TCP's mean rate under loss (Mathis et al., 1997), and its timeouts where one of the

@@ -32,6 +32,7 @@ def play(seed: int, main: Callable[[], Awaitable[T]]) -> T:
     _run._r.seed(seed)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(200_000, 20, 1000)  # little of it is cycles, and looking for them takes a quarter of the time
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 

@@ -112,7 +112,8 @@ class SimulatedSite(MemorySite):
 
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
         super().__init__(nursery, folder)
-        self._network = SimulatedNetwork(Random(1), lognormal(0.0005, 0.005))
+        self._network = network = SimulatedNetwork(Random(1), lognormal(0.0005, 0.005))
+        nursery.start_soon(network.alarms.run)
 
     async def add(self, handler: Handler, mute: bool = False) -> Node:
         node = await super().add(handler, mute)

@@ -24,7 +24,10 @@ def play(scenario: Callable[[SimulatedNetwork], Awaitable[None]], *, uplink: flo
         for peer, site in ((ONE, "here"), (TWO, "here"), (THREE, "there")):
             network.plug(peer, site, Port(RATE, RATE))
         network.uplink("here").up.rate = uplink
-        await scenario(network)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(network.alarms.run)
+            await scenario(network)
+            nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
