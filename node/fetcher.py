@@ -18,7 +18,7 @@ from node.seeder import LOOK_EVERY_S, SILENCE_S, BlockAddress, Obtained, Seeder,
 from node.single_flight import SingleFlight, Ticket
 from node.trust import Suspicion
 from protocol.erasure import decode_block, encode_shard
-from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
+from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.evidence import contradict
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
@@ -91,16 +91,18 @@ class Fetcher:
             return Obtained(found[0], Source(found[1]))
         route = site.placement().route(site.own, address.block, address.length)
         attempt: _Attempt | None = None
-        if route.home != site.own:
-            attempt = await self._coded(address, route, urgent)
+        for way in dict.fromkeys((route, route.root)) if route.home != site.own else ():
+            attempt = await self._coded(address, way, urgent)
             held = await self._assemble(attempt)
             if held is not None:
                 peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
                 attempt.shards.clear()  # as much as the block, and not to wait for the disk
                 await site.tiers.put(Piece(address.block), held.data, held.record)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
-            if address.background:  # what its home does not read now nobody does
-                raise attempt.failure or UnavailableError(f"{address.block} is not to be had now")
+            if isinstance(attempt.failure, (DeniedError, NotFoundError)):
+                break
+        if attempt is not None and address.background:  # what its home does not read now nobody does
+            raise attempt.failure or UnavailableError(f"{address.block} is not to be had now")
         obtained = await self._seeder.home(address)
         self._warmed(address)
         if attempt is not None:

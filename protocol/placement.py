@@ -5,9 +5,10 @@ Ravishankar, "Using name-based mappings to increase hit rates", 1998). A score m
 (splitmix64's finalizer) for all members at once, so that its cost is one numpy pass, whatever the site's size.
 
 **Cells.** The k+m keepers of a block can serve some twenty readers, and no thousand. So the members of a large site are
-cut into cells by their hashes, halves of halves, and each cell keeps a code of every block among its own members, who
-ask nobody else. For each block the cells are a tree, in an order of its own: a cell's keeper has its shard from the
-keeper of the same rank in the cell above, and in the root cell from the block's home. docs/decisions/0008-cells.md.
+cut into cells by their hashes, halves of halves, each of which has as many keeping members as a code has shards, or
+more. A cell keeps a code of every block among its own members, who ask nobody else. For each block the cells are a tree
+in an order of its own, with the cell of the block's home at its root: a cell's keeper has its shard from the keeper of
+the same rank in the cell above, and in the root cell from the home. docs/decisions/0008-cells.md.
 """
 
 from __future__ import annotations
@@ -30,9 +31,6 @@ HOME_REACH = 2
 SMALL_BLOCK = 64 * 1024
 """Blocks up to this size are copied to two keepers: cutting them up would cost requests and save nothing."""
 _REMEMBERED_BLOCKS = 4096
-CELL_CODES = 2
-"""A cell has at least so many times as many keeping members as a code has shards, so that each of them keeps a part of
-the blocks only, and a few may fall out."""
 CHILDREN = 3
 """Cells below a cell of the tree: each costs its keepers one shard more to send, and each level costs time."""
 
@@ -74,6 +72,11 @@ class Route:
     @property
     def home(self) -> PeerId:
         return self.cells[-1][0]
+
+    @property
+    def root(self) -> Route:
+        """That of a member of the root cell, for who finds nothing in its own."""
+        return Route(self.shape, self.cells[-1:])
 
     @property
     def depth(self) -> int:
@@ -125,7 +128,7 @@ class Placement:
         self._hashes = np.array([value for value, _, _ in hashed], dtype=np.uint64)
         self._weights = np.array([weight for _, _, weight in hashed])
         self._k, self._m = k, m
-        self._cells = list(self._cut(0, slice(0, len(hashed)), 63, CELL_CODES * (k + m)))
+        self._cells = list(self._cut(0, slice(0, len(hashed)), 63, k + m))
         self._names = np.array([_hash64(f"cell {first} {bits}".encode()) for first, bits, _ in self._cells], np.uint64)
         self._sums = np.array([self._weights[cell].sum() for _, _, cell in self._cells])
         self._remembered: cachetools.LRUCache[tuple[PeerId, BlockId, int], Route] = cachetools.LRUCache(
@@ -151,9 +154,10 @@ class Placement:
 
     def _found(self, peer: PeerId, block: BlockId, length: int) -> Route:
         key = f"{block.digest}#{block.index}"
-        own = bisect_right(self._cells, _hash64(peer.encode()), key=lambda cell: cell[0]) - 1
-        order = _nearest(self._names, self._sums, key, len(self._cells))
-        at = int(np.flatnonzero(order == own)[0])
+        home = self._cell_of(int(self._hashes[_nearest(self._hashes, self._weights, key, 1)[0]]))
+        others = _nearest(self._names, self._sums, key, len(self._cells))
+        order = [home, *others[others != home]]
+        at = order.index(self._cell_of(_hash64(peer.encode())))
         above = [at]
         while at:
             at = (at - 1) // CHILDREN
@@ -161,6 +165,10 @@ class Placement:
         members = [self._cells[order[number]][2] for number in above]
         shape = geometry(members[0].stop - members[0].start, self._k, self._m, length)
         return Route(shape, tuple(self._ranked(key, shape.width, cell) for cell in members))
+
+    def _cell_of(self, value: int) -> int:
+        """The number of the cell that a hash is in."""
+        return bisect_right(self._cells, value, key=lambda cell: cell[0]) - 1
 
     def keepers(self, block: BlockId, length: int) -> tuple[Geometry, tuple[PeerId, ...]]:
         """The block's code, and its keepers by rank in the root cell; rank 0 is its home."""

@@ -27,7 +27,7 @@ EVERY_S = 180.0
 """Between two things that happen, on the average."""
 QUIET_S = 300.0
 """At the end of each hour: longer than anything that is under way may take."""
-LEARNT = 6
+LEARNT = 9
 """Hours after which all that is remembered for a while is there."""
 
 Node = blocks.Node | tags.Node
