@@ -32,8 +32,7 @@ import trio
 from cache.disk_flush import Batch, Entry, File, Outcome, carry_out
 from cache.disk_index import DiskIndex, Stored, key_of, open_index
 from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
-from cache.lru_k import LRUKCache
-from cache.pieces import CORRELATED_S, MAX_ENTRIES, UNBOUNDED, Bitmaps, check_bytes, length_of
+from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, check_bytes, eviction_policy, length_of
 from cache.pinned import PinnedPolicy
 from cache.recovery import can_punch, reconcile, relative_path, space
 from cache.store import Buffer, Held, Holdings, StoreStatistics
@@ -120,8 +119,7 @@ class DiskStore:
         self._budget = budget_bytes if folder.usable else 0
         self._floor = free_share, free_bytes
         self._timer = timer
-        policy: LRUKCache[Piece, int] = LRUKCache(UNBOUNDED, int, correlated=CORRELATED_S, timer=timer)
-        self._policy = PinnedPolicy(policy, pinned, self._budget)
+        self._policy = PinnedPolicy(eviction_policy(int, timer), pinned, self._budget)
         self._entries: dict[Piece, Entry] = {}
         self._bitmaps = Bitmaps()
         self._files: dict[tuple[Digest, Shard | None], File] = {}

@@ -5,7 +5,7 @@ k-th last use was, and remembers uses beyond eviction; entries with fewer than k
 
 The classical rule loses to LRU in large caches, where it holds on to what was used often, long ago. `horizon` closes
 that: the k-th last reference never counts as older than `horizon` before the last one, so that the order of eviction
-runs from LRU (horizon 0) to LRU-K (infinite). tests/benchmarks/lru_k.py measures it.
+runs from LRU (horizon 0) to LRU-K (infinite). `python -m simulations cache` measures it.
 """
 
 from __future__ import annotations

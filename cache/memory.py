@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import trio
 
 from cache.lru_k import LRUKCache
-from cache.pieces import CORRELATED_S, UNBOUNDED, Bitmaps, check_bytes
+from cache.pieces import UNBOUNDED, Bitmaps, check_bytes, eviction_policy
 from cache.store import Buffer, Held, Holdings, StoreStatistics
 from protocol.ids import Digest, PeerId, Piece
 from protocol.records import Record
@@ -41,7 +41,7 @@ class MemoryStore:
     """
 
     def __init__(self, budget_bytes: int, timer: Callable[[], float]) -> None:
-        self._cache: LRUKCache[Piece, Held] = LRUKCache(UNBOUNDED, _bytes_held, correlated=CORRELATED_S, timer=timer)
+        self._cache: LRUKCache[Piece, Held] = eviction_policy(_bytes_held, timer)
         self._budget = budget_bytes
         self._pieces = Bitmaps()
         self._records: dict[Piece, Record] = {}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
 
+from cache.lru_k import LRUKCache
 from cache.store import Buffer, Holdings
 from protocol.errors import BadInputError
 from protocol.ids import BlockId, Digest, Piece, Shard, shard_length
 from protocol.records import Record
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 MAX_SHARDS = 255
 """k + m is below the size of the code's field, GF(256)."""
@@ -21,6 +26,11 @@ UNBOUNDED = 1 << 62
 
 MAX_ENTRIES = 1 << 18
 """Pieces in one store. Each costs about 1 KiB of memory beside its bytes, whatever its size."""
+
+
+def eviction_policy(size_of: Callable[[V], int], timer: Callable[[], float]) -> LRUKCache[K, V]:
+    """By which memory and disk name victims. `timer` in seconds."""
+    return LRUKCache(UNBOUNDED, size_of, correlated=CORRELATED_S, timer=timer)
 
 
 def length_of(piece: Piece, record: Record) -> int:

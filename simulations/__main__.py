@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from simulations.cache_policies import cache
 from simulations.flash_crowd import flash_crowd
 from simulations.run import fix_hashes
 
@@ -13,6 +14,7 @@ def main() -> None:
     """The shipped code in virtual time. What came of it: docs/SIMULATIONS.md."""
 
 
+main.add_command(cache)
 main.add_command(flash_crowd)
 
 if __name__ == "__main__":

@@ -1,0 +1,271 @@
+"""Hit ratios of the tiers' LRU-K beside other policies: two pools, Zipf, Zipf with scans, and a trace.
+
+LRU-K is the one that memory and disk evict by. The others are libcachesim's: LRU, FIFO, SIEVE (NSDI'24), S3-FIFO
+(SOSP'23), ARC (FAST'03), W-TinyLFU, and Belady's optimum, which knows the future. All entries are of one size.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate, islice
+from pathlib import Path
+from random import Random
+
+import click
+import libcachesim
+from rich.console import Console
+from rich.table import Table
+
+from cache.lru_k import LRUKCache
+from cache.pieces import UNBOUNDED, eviction_policy
+from simulations.run import Told, with_progress
+
+SHIPPED, LRU, OPTIMUM = "LRU-K (shipped)", "LRU", "optimum"
+SIZES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Cache sizes, in percent of the distinct objects."""
+
+REFERENCES = 100_000
+"""Of the workloads that are made, without the scans."""
+
+SMALLEST = 8
+"""Entries. In smaller caches libcachesim's policies have parts into which nothing gets, and it aborts."""
+
+OBJECTS = 10_000
+"""Of the Zipf workloads."""
+
+SCAN_EVERY, SCAN_LENGTH = 5_000, 1_000
+HOT, COLD, WARM_UP = 100, 10_000, 10_000
+"""The LRU-K paper's two pools, and the references before hits count."""
+
+NEVER = 1 << 62
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    references: Sequence[int]
+    sizes: dict[str, int]
+    """Entries in a cache, by what the size is called."""
+    interval_s: float
+    """Between references: it decides which ones are correlated."""
+    warm_up: int = 0
+
+    @cached_property
+    def next_uses(self) -> Sequence[int]:
+        """For each reference, the number of the next one to the same object."""
+        following: dict[int, int] = {}
+        uses = [NEVER] * len(self.references)
+        for turn in reversed(range(len(self.references))):
+            uses[turn] = following.get(self.references[turn], NEVER)
+            following[self.references[turn]] = turn
+        return uses
+
+
+Policy = Callable[[Workload, int], Iterator[bool]]
+"""Whether each reference finds its object, in a cache of so many entries."""
+
+
+def shipped(workload: Workload, size: int) -> Iterator[bool]:
+    """As cache/memory.py and cache/disk.py evict."""
+    now = 0.0
+    held: LRUKCache[int, None] = eviction_policy(lambda _: 1, lambda: now)
+    for turn, key in enumerate(workload.references):
+        now = turn * workload.interval_s
+        hit = key in held
+        if hit:
+            held[key]
+        else:
+            for victim in held.victims(1 + UNBOUNDED - size):
+                del held[victim]
+            held[key] = None
+        yield hit
+
+
+def library(cache_class: type[libcachesim.CacheBase], least: int = 0, **shares: float) -> Policy:
+    """`shares` are those of the cache that its parts have: of `least` entries at least, or nothing gets into them."""
+
+    def hits(workload: Workload, size: int) -> Iterator[bool]:
+        parts = {name: max(share, (least + 0.5) / size) for name, share in shares.items()}
+        cache = cache_class(size, hashpower=16, **parts)
+        request = libcachesim.Request()
+        request.obj_size = 1
+        for turn, (key, next_use) in enumerate(zip(workload.references, workload.next_uses, strict=True)):
+            request.obj_id, request.clock_time, request.next_access_vtime = key, turn, next_use
+            yield cache.get(request)
+
+    return hits
+
+
+POLICIES: dict[str, Policy] = {
+    SHIPPED: shipped,
+    LRU: library(libcachesim.LRU),
+    "FIFO": library(libcachesim.FIFO),
+    "SIEVE": library(libcachesim.Sieve),
+    "S3-FIFO": library(libcachesim.S3FIFO, least=2, small_size_ratio=0.1),
+    "ARC": library(libcachesim.ARC),
+    "W-TinyLFU": library(libcachesim.WTinyLFU, least=1, window_size=0.01),
+    OPTIMUM: library(libcachesim.Belady),
+}
+
+
+def hit_ratio(policy: Policy, workload: Workload, size: int) -> float:
+    return sum(islice(policy(workload, size), workload.warm_up, None)) / (len(workload.references) - workload.warm_up)
+
+
+def two_pools(rng: Random) -> list[int]:
+    return [rng.randrange(HOT) if turn % 2 else HOT + rng.randrange(COLD) for turn in range(REFERENCES)]
+
+
+def zipf(rng: Random) -> list[int]:
+    weights = list(accumulate(1 / rank for rank in range(1, OBJECTS + 1)))
+    return rng.choices(range(OBJECTS), cum_weights=weights, k=REFERENCES)
+
+
+def with_scans(references: Sequence[int]) -> list[int]:
+    """After each SCAN_EVERY references, SCAN_LENGTH objects that nobody asks for again, such as a nightly build's."""
+    mixed: list[int] = []
+    for start in range(0, len(references), SCAN_EVERY):
+        mixed += references[start : start + SCAN_EVERY]
+        fresh = OBJECTS + start // SCAN_EVERY * SCAN_LENGTH
+        mixed += range(fresh, fresh + SCAN_LENGTH)
+    return mixed
+
+
+def sized(objects: int, percents: Iterable[float]) -> dict[str, int]:
+    return {f"{percent:g} %": max(SMALLEST, round(objects * percent / 100)) for percent in percents}
+
+
+def read_trace(path: Path) -> list[int]:
+    """One object's number on each line, maybe compressed by zstd. Raises ClickException."""
+    try:
+        if path.suffix == ".zst":
+            raw = subprocess.run(["zstd", "-dc", path], check=True, capture_output=True).stdout
+        else:
+            raw = path.read_bytes()
+        return [int(line) for line in raw.split()]
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise click.ClickException(f"{path.name} is no trace that can be read: {error}") from error
+
+
+def workloads(seed: int, percents: Sequence[float], interval_s: float, trace: Path | None) -> list[Workload]:
+    pools, skewed = two_pools(Random(f"two pools {seed}")), zipf(Random(f"zipf {seed}"))
+    sizes = sized(len(set(skewed)), percents)  # for the scans too: what is scanned is not worth keeping
+    made = [
+        Workload("two pools", pools, {f"{HOT} entries": HOT}, interval_s, WARM_UP),
+        Workload("Zipf", skewed, sizes, interval_s),
+        Workload("Zipf with scans", with_scans(skewed), sizes, interval_s),
+    ]
+    if trace is not None:
+        read = read_trace(trace)
+        made.append(Workload("trace", read, sized(len(set(read)), percents), interval_s))
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    workload: str
+    sizes: dict[str, int]
+    percent: dict[str, list[float]]
+    """Hits, by policy and size."""
+
+    def ahead(self) -> list[float]:
+        """By how many points the shipped policy is before the best of the others that do not know the future."""
+        others = [row for name, row in self.percent.items() if name not in (SHIPPED, OPTIMUM)]
+        return [ours - max(row) for ours, *row in zip(self.percent[SHIPPED], *others, strict=True)]
+
+
+def run(those: Sequence[Workload], told: Told) -> list[Result]:
+    total = sum(len(each.references) * len(each.sizes) for each in those) * len(POLICIES)
+    done = 0
+
+    def measured(policy: Policy, workload: Workload, size: int) -> float:
+        nonlocal done
+        ratio = hit_ratio(policy, workload, size)
+        done += len(workload.references)
+        told(done / total)
+        return 100 * ratio
+
+    return [
+        Result(
+            each.name,
+            each.sizes,
+            {name: [measured(policy, each, size) for size in each.sizes.values()] for name, policy in POLICIES.items()},
+        )
+        for each in those
+    ]
+
+
+def table_of(result: Result) -> Table:
+    table = Table("hits in %", title=result.workload)
+    for name, size in result.sizes.items():
+        table.add_column(f"{name}\n{size}", justify="right")
+    for policy, row in result.percent.items():
+        table.add_row(policy, *(f"{value:.2f}" for value in row), end_section=policy == OPTIMUM)
+    table.add_row("shipped before the best other", *(f"{value:+.2f}" for value in result.ahead()))
+    return table
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """How far above LRU the others are, since what differs is small beside what does not."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = [result for result in results if len(result.sizes) > 1]
+    figure = Figure(figsize=(4 * len(shown), 3.5), layout="constrained")
+    for axes, result in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for policy, row in result.percent.items():
+            above = [value - base for value, base in zip(row, result.percent[LRU], strict=True)]
+            if policy != OPTIMUM:
+                axes.plot(list(result.sizes), above, "k-" if policy == SHIPPED else "-", label=policy)
+        axes.set(title=result.workload, xlabel="size of the cache", ylabel="points above LRU")
+    axes.legend(fontsize="small")
+    with matplotlib.rc_context({"svg.hashsalt": "", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def percents(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        parsed = tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value} is no list of percents") from error
+    if not all(0 < part <= 100 for part in parsed):
+        raise click.BadParameter("sizes are above 0 and at most 100 percent")
+    return parsed
+
+
+@click.command("cache")
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option(
+    "--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="One number a line, maybe .zst."
+)
+@click.option(
+    "--sizes", callback=percents, default=",".join(f"{size:g}" for size in SIZES), show_default=True,
+    help="Percent of the distinct objects.",
+)  # fmt: skip
+@click.option(
+    "--interval", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds from reference to reference."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG or PNG.")
+def cache(
+    seed: int, trace: Path | None, sizes: tuple[float, ...], interval: float, as_json: bool, plot_path: Path | None
+) -> None:
+    """Hit ratios of LRU-K as the tiers use it, beside other policies and the optimum."""
+    those = workloads(seed, sizes, interval, trace)
+    results = with_progress("cache", lambda told: run(those, told))
+    if plot_path is not None:
+        plot(results, plot_path)
+    if as_json:
+        what = {"seed": seed, "sizes": sizes, "interval_s": interval, "trace": trace.name if trace else None}
+        shown = [{**asdict(each), "ahead": each.ahead()} for each in results]
+        click.echo(json.dumps({"what": what, "results": shown}, indent=2))
+        return
+    console = Console(width=100)
+    for result in results:
+        console.print(table_of(result))
+    if trace is None:
+        console.print("No trace was given (--trace FILE): real requests are not among these.")
