@@ -21,6 +21,9 @@ CORRELATED_S = 30.0
 """References closer than this count as one: a pull puts a block, reads it back and serves it to the site's other
 nodes within seconds, which says nothing of whether anyone will want it again."""
 
+HORIZON_S = 10 * 86400.0
+"""How long ago a frequent use may lie to count. What is popular changes: without it, large caches lose to LRU."""
+
 UNBOUNDED = 1 << 62
 """For the policy of a store that keeps to its budget itself: cachetools' bound cannot be changed."""
 
@@ -30,7 +33,7 @@ MAX_ENTRIES = 1 << 18
 
 def eviction_policy(size_of: Callable[[V], int], timer: Callable[[], float]) -> LRUKCache[K, V]:
     """By which memory and disk name victims. `timer` in seconds."""
-    return LRUKCache(UNBOUNDED, size_of, correlated=CORRELATED_S, timer=timer)
+    return LRUKCache(UNBOUNDED, size_of, correlated=CORRELATED_S, horizon=HORIZON_S, timer=timer)
 
 
 def length_of(piece: Piece, record: Record) -> int:
