@@ -15,16 +15,23 @@ from simulations.cache_policies import (
     LRU,
     OPTIMUM,
     POLICIES,
+    SHIPPED,
     SMALLEST,
     WARM_UP,
     Workload,
     cache,
     hit_ratio,
+    run,
     shipped,
     two_pools,
+    workloads,
 )
 
 INTERVAL_S = 60.0
+
+
+def told_nothing(share: float) -> None:
+    """Nobody looks."""
 
 
 def small(seed: int, length: int = 3000) -> Workload:
@@ -36,6 +43,14 @@ def test_lru_k_finds_the_hot_pool() -> None:
     pools = Workload("two pools", two_pools(Random(1993)), {}, INTERVAL_S, WARM_UP)
     assert hit_ratio(shipped, pools, HOT) >= 0.45
     assert hit_ratio(POLICIES[LRU], pools, HOT) < 0.23
+
+
+def test_small_caches_lose_at_most_a_point_to_the_best_policy_under_scans() -> None:
+    (scans,) = (each for each in workloads(1, (0.3, 3), INTERVAL_S, None) if each.name == "Zipf with scans")
+    (result,) = run([scans], told_nothing)
+    assert min(result.ahead()) >= -1
+    for ours, lru, best in zip(*(result.percent[name] for name in (SHIPPED, LRU, OPTIMUM)), strict=True):
+        assert lru + 5 < ours < best
 
 
 @pytest.mark.parametrize("size", [SMALLEST, 50])
