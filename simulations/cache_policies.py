@@ -214,15 +214,15 @@ def plot(results: Sequence[Result], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    shown = [result for result in results if len(result.sizes) > 1]
-    figure = Figure(figsize=(4 * len(shown), 3.5), layout="constrained")
+    shown = results[1:]  # the two pools have one size only
+    figure = Figure(figsize=(3.5 * len(shown) + 1.5, 3.5), layout="constrained")
     for axes, result in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for policy, row in result.percent.items():
             above = [value - base for value, base in zip(row, result.percent[LRU], strict=True)]
             if policy != OPTIMUM:
-                axes.plot(list(result.sizes), above, "k-" if policy == SHIPPED else "-", label=policy)
+                axes.plot(list(result.sizes), above, "k--" if policy == SHIPPED else "-", label=policy)
         axes.set(title=result.workload, xlabel="size of the cache", ylabel="points above LRU")
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     with matplotlib.rc_context({"svg.hashsalt": "", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
