@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from random import Random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import click
 import trio
-from rich.console import Console
 from rich.table import Table
 
-from simulations.cluster import Cluster, Machine
-from simulations.network import SimulatedNetwork, constant, lognormal
-from simulations.registry import Registry
-from simulations.run import Told, play, with_progress
+from simulations.run import Told, play
+from simulations.scenario import (
+    MBIT,
+    SITE,
+    Output,
+    Setting,
+    after,
+    image_option,
+    layers_option,
+    of_bytes,
+    rate_option,
+    scenario,
+    uplink_option,
+)
 
-MBIT = 1e6 / 8
-SITE = "site-0"
-TICK_S = 0.0002
-"""A shard takes from a hundred to a thousand times as long on these links."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True)
-class FlashCrowd:
-    """What is simulated. Rates in Mbit/s, the image in bytes."""
-
-    nodes: int = 1000
-    seed: int = 1
-    image: int = 64_000_000
-    layers: int = 4
-    rate: float = 40.0
-    uplink: float = 40.0
-    lan_ms: float = 0.2
-    wan_ms: float = 10.0
-    """Both ways together, as all latencies here."""
-
+class FlashCrowd(Setting):
     @property
     def limit_s(self) -> float:
         """The fluid limit, that no way to share the links can beat."""
@@ -60,10 +51,6 @@ class Result:
     def copies(self) -> float:
         return self.origin_bytes / self.image
 
-    def after(self, share: float) -> float:
-        """Seconds until this share of the nodes was done."""
-        return sorted(self.seconds)[max(0, math.ceil(share * len(self.seconds)) - 1)]
-
     @property
     def imbalance(self) -> float:
         """The most that a node sent over the mean."""
@@ -72,20 +59,9 @@ class Result:
 
 def run(what: FlashCrowd, told: Told) -> Result:
     async def main() -> Result:
-        latency = lognormal(what.lan_ms / 2e3, what.lan_ms * 5 / 2e3)
-        network = SimulatedNetwork(Random(f"network {what.seed}"), latency, tick_s=TICK_S)
-        registry = Registry(what.seed, constant(what.wan_ms / 1e3))
-        network.uplink(SITE).down.rate = what.uplink * MBIT
-        image = registry.push("v1", [what.image // what.layers] * what.layers)
-        done = 0
-
-        def note(count: int) -> None:
-            nonlocal done
-            done += count
-            told(done / (image.size * what.nodes))
-
-        machine = Machine(what.rate * MBIT, what.rate * MBIT)
-        cluster = Cluster(what.seed, what.nodes, network, registry, machine, told=note)
+        registry = what.registry()
+        image = what.push(registry)
+        cluster = what.cluster(registry, of_bytes(image.size * what.nodes, told))
         seconds = [0.0] * what.nodes
         async with trio.open_nursery() as running:
             await cluster.start(running)
@@ -113,17 +89,14 @@ def table_of(what: FlashCrowd, result: Result) -> Table:
     table = Table("", "", title=title, show_header=False)
     table.add_row("fluid limit", f"{result.limit_s:.1f} s")
     for name, share in (("first", 0.0), ("median", 0.5), ("p99", 0.99), ("last", 1.0)):
-        seconds = result.after(share)
+        seconds = after(result.seconds, share)
         table.add_row(f"{name} completion", f"{seconds:.1f} s, {seconds / result.limit_s:.3f} of the limit")
     table.add_row("copies asked of the registry", f"{result.copies:.3f} in {result.origin_requests} requests")
     table.add_row("sent by a node, most over mean", f"{result.imbalance:.2f}")
     return table
 
 
-def plot(result: Result, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+def draw(result: Result, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
     nodes = len(result.seconds)
     left.plot(sorted(result.seconds), [number / nodes for number in range(1, nodes + 1)], "k-")
@@ -131,33 +104,13 @@ def plot(result: Result, path: Path) -> None:
     left.set(xlabel="seconds (dotted: the fluid limit)", ylabel="nodes that are done", xlim=(0, None), ylim=(0, 1))
     right.hist([count / result.image for count in result.sent], bins=30, color="k")
     right.set(xlabel="images sent by a node", ylabel="nodes")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-@click.command("flash-crowd")
-@click.option("--nodes", type=click.IntRange(1, 10_000), default=1000, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
-@click.option(
-    "--image", type=click.IntRange(1), default=64_000_000, show_default=True, help="Bytes, in --layers equal layers."
-)
-@click.option("--layers", type=click.IntRange(1, 128), default=4, show_default=True)
-@click.option(
-    "--rate", type=click.FloatRange(0, min_open=True), default=40.0, show_default=True, help="Mbit/s of a node."
-)
-@click.option(
-    "--uplink", type=click.FloatRange(0, min_open=True), default=40.0, show_default=True, help="Mbit/s of the site."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG or PNG.")
-def flash_crowd(
-    nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float, as_json: bool, plot_path: Path | None
-) -> None:
+@scenario("flash-crowd", nodes=1000)
+@image_option
+@layers_option
+@rate_option
+@uplink_option
+def flash_crowd(output: Output, nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float) -> None:
     """All nodes of a site are cold and pull one image at the same moment."""
-    what = FlashCrowd(nodes, seed, image, layers, rate, uplink)
-    result = with_progress("flash-crowd", lambda told: run(what, told))
-    if plot_path is not None:
-        plot(result, plot_path)
-    if as_json:
-        click.echo(json.dumps({"what": asdict(what), **asdict(result)}, indent=2))
-    else:
-        Console(width=100).print(table_of(what, result))
+    output.show(FlashCrowd(nodes, seed, image, layers, rate, uplink), run, table_of, draw)

@@ -1,0 +1,145 @@
+"""What the scenarios share: the site that most of them simulate, their options, and how a result is shown."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from protocol.ids import BLOCK_SIZE
+from simulations.cluster import Cluster, Machine
+from simulations.network import SimulatedNetwork, constant, lognormal
+from simulations.registry import Image, Registry
+from simulations.run import Told, with_progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+What = TypeVar("What")
+Result = TypeVar("Result")
+
+MBIT = 1e6 / 8
+SITE = "site-0"
+TICK_SHARE = 0.01
+"""Of the time that a shard takes: times are not told apart more finely than that."""
+
+image_option = click.option(
+    "--image", type=click.IntRange(1), default=64_000_000, show_default=True, help="Bytes, in --layers equal layers."
+)
+layers_option = click.option("--layers", type=click.IntRange(1, 128), default=4, show_default=True)
+rate_option = click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), default=40.0, show_default=True, help="Mbit/s of a node."
+)
+uplink_option = click.option(
+    "--uplink", type=click.FloatRange(0, min_open=True), default=40.0, show_default=True, help="Mbit/s of a site."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Nodes on equal links, and an image. Rates in Mbit/s, the image in bytes."""
+
+    nodes: int = 1000
+    seed: int = 1
+    image: int = 64_000_000
+    layers: int = 4
+    rate: float = 40.0
+    uplink: float = 40.0
+    lan_ms: float = 0.2
+    wan_ms: float = 10.0
+    """Both ways together, as all latencies here."""
+
+    def registry(self) -> Registry:
+        return Registry(self.seed, constant(self.wan_ms / 1e3))
+
+    def push(self, registry: Registry, tag: str = "v1") -> Image:
+        return registry.push(tag, [self.image // self.layers] * self.layers)
+
+    def cluster(self, registry: Registry, told: Callable[[int], None], *, sites: int = 1) -> Cluster:
+        """`told` is called with each number of bytes that a client got."""
+        latency = lognormal(self.lan_ms / 2e3, self.lan_ms * 5 / 2e3)
+        tick_s = TICK_SHARE * BLOCK_SIZE / 4 / (self.rate * MBIT)
+        network = SimulatedNetwork(Random(f"network {self.seed}"), latency, tick_s=tick_s)
+        for number in range(sites):
+            network.uplink(f"site-{number}").down.rate = self.uplink * MBIT
+        machine = Machine(self.rate * MBIT, self.rate * MBIT)
+        return Cluster(self.seed, self.nodes, network, registry, machine, sites=sites, told=told)
+
+
+def of_bytes(total: int, told: Told) -> Callable[[int], None]:
+    """For `Setting.cluster`, where the run ends when clients got `total` bytes."""
+    done = 0
+
+    def note(count: int) -> None:
+        nonlocal done
+        done += count
+        told(done / total)
+
+    return note
+
+
+def after(seconds: Sequence[float], share: float) -> float:
+    """When this share of what took so long each was done."""
+    return sorted(seconds)[max(0, math.ceil(share * len(seconds)) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a user wants to see of a scenario."""
+
+    name: str
+    as_json: bool
+    plot_path: Path | None
+
+    def show(
+        self, what: What, run: Callable[[What, Told], Result], table_of: Callable[[What, Result], Table],
+        draw: Callable[[Result, Figure], None],
+    ) -> None:  # fmt: skip
+        result = with_progress(self.name, lambda told: run(what, told))
+        if self.plot_path is not None:
+            _plot(self.plot_path, lambda figure: draw(result, figure))
+        if self.as_json:
+            click.echo(json.dumps({"what": _fields(what), **_fields(result)}, indent=2))
+        else:
+            Console(width=100).print(table_of(what, result))
+
+
+def scenario(name: str, *, nodes: int) -> Callable[[Callable[..., None]], click.Command]:
+    """A command from a function of `output`, `nodes`, `seed`, and what its own options give."""
+
+    def made(work: Callable[..., None]) -> click.Command:
+        @click.command(name)
+        @click.option("--nodes", type=click.IntRange(1, 10_000), default=nodes, show_default=True)
+        @click.option("--seed", type=int, default=1, show_default=True)
+        @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+        @click.option(
+            "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write an SVG or PNG."
+        )
+        @functools.wraps(work)
+        def command(as_json: bool, plot_path: Path | None, **given: Any) -> None:
+            work(output=Output(name, as_json, plot_path), **given)
+
+        return command
+
+    return made
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return asdict(value)
+
+
+def _plot(path: Path, draw: Callable[[Figure], None]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    draw(figure)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
