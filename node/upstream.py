@@ -94,6 +94,8 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASC
 
 Count = Callable[[str, int], None]
 """Called with the registry's name and the number of body bytes just read from it."""
+Connect = Callable[[UpstreamPart], tuple[httpx.AsyncClient, Callable[[], None]]]
+"""A client, and what has it keep no connection from then on."""
 _T = TypeVar("_T")
 
 
@@ -147,14 +149,14 @@ class Upstreams:
 
     def __init__(
         self, parts: Sequence[UpstreamPart], *, count: Count, rng: Random, uplinks: Iterable[Uplink] = (),
-        public: Callable[[Locator], None] = lambda _: None,
+        public: Callable[[Locator], None] = lambda _: None, connect: Connect | None = None,
     ) -> None:  # fmt: skip
-        """`uplinks`: those of upstreams that have limits; the others have none.
+        """`uplinks`: those of upstreams that have limits; the others have none. `connect`: None for sockets.
 
         `public` is called when a registry that was told nothing of who reads gave what a name stands for.
         """
         self._public = public
-        self._context, self._count, self._rng = ssl.create_default_context(), count, rng
+        self._connect, self._count, self._rng = connect or _sockets(), count, rng
         self._registries: dict[str, _Registry] = {}
         self._removed: dict[str, tuple[_Registry, float]] = {}
         """With the time until which reads find them."""
@@ -193,7 +195,7 @@ class Upstreams:
     def _made(self, part: UpstreamPart, uplinks: Mapping[str, Uplink]) -> _Registry:
         known = self._registries.get(canonical(part.name))
         uplink = uplinks.get(part.name) or Uplink(part.name)
-        made = _registry(part, uplink, self._context, self._count, self._rng)
+        made = _registry(part, uplink, self._connect, self._count, self._rng)
         if known is not None:
             made.inherit(known)
         return made
@@ -335,7 +337,7 @@ class _Registry:
     """One of an upstream's: a connection pool, a breaker, and what it takes for authorization."""
 
     def __init__(
-        self, part: UpstreamPart, url: str, uplink: Uplink, context: ssl.SSLContext, count: Count, rng: Random,
+        self, part: UpstreamPart, url: str, uplink: Uplink, connect: Connect, count: Count, rng: Random,
         mirrors: tuple[_Registry, ...] | None = None,
     ) -> None:  # fmt: skip
         """`mirrors` of the registry itself; None for one of them, which has another name and so other credentials."""
@@ -352,7 +354,7 @@ class _Registry:
         self.breaker = Breaker()
         self.body_connections = max(1, part.connections - 1)
         self.bodies = trio.Semaphore(self.body_connections)
-        self._transport, self.client = _client(part, context)
+        self.client, self._keep_none = connect(part)
         self._count = count
         self._config = DockerConfig(part.docker_config if part.access == "node" else "")
         self.relays = part.access == "relay"
@@ -368,7 +370,7 @@ class _Registry:
     def retire(self) -> None:
         """Another has taken its place: what it reads it reads to the end, and then it keeps no connection."""
         for registry in (self, *self.mirrors):
-            registry._transport.retire()
+            registry._keep_none()
 
     def inherit(self, before: _Registry) -> None:
         """What clients were just told to meet, and what was read so far of each URL."""
@@ -699,13 +701,24 @@ def _own(part: UpstreamPart) -> UpstreamPart:
     return msgspec.structs.replace(part, rate="", daily="", daily_spent="refuse", hours=(), access_grace="")
 
 
-def _registry(part: UpstreamPart, uplink: Uplink, context: ssl.SSLContext, count: Count, rng: Random) -> _Registry:
+def _registry(part: UpstreamPart, uplink: Uplink, connect: Connect, count: Count, rng: Random) -> _Registry:
     *before, url = part.urls
-    mirrors = tuple(_Registry(part, one, uplink, context, count, rng) for one in before)
-    return _Registry(part, url, uplink, context, count, rng, mirrors)
+    mirrors = tuple(_Registry(part, one, uplink, connect, count, rng) for one in before)
+    return _Registry(part, url, uplink, connect, count, rng, mirrors)
 
 
-def _client(part: UpstreamPart, default: ssl.SSLContext) -> tuple[DirectTransport, httpx.AsyncClient]:
+def _sockets() -> Connect:
+    default = ssl.create_default_context()
+
+    def connect(part: UpstreamPart) -> tuple[httpx.AsyncClient, Callable[[], None]]:
+        context = _trusted(part, default)
+        transport = DirectTransport(context, part.connections)
+        return client_over(transport, context, part.connections), transport.retire
+
+    return connect
+
+
+def _trusted(part: UpstreamPart, default: ssl.SSLContext) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=part.ca) if part.ca else default
         if part.ca and len(part.urls) > 1:
@@ -713,13 +726,19 @@ def _client(part: UpstreamPart, default: ssl.SSLContext) -> tuple[DirectTranspor
     except (OSError, ssl.SSLError) as error:
         raise BadInputError(f'upstream "{part.name}": ca = "{part.ca}": {error}') from error
     context.set_alpn_protocols(["http/1.1"])
-    transport = DirectTransport(context, part.connections)
-    return transport, httpx.AsyncClient(
+    return context
+
+
+def client_over(
+    transport: httpx.AsyncBaseTransport, context: ssl.SSLContext, connections: int, *, environment: bool = True
+) -> httpx.AsyncClient:
+    """`environment`: where that names a proxy, it is taken, by httpx's own transport and with this context."""
+    return httpx.AsyncClient(
         verify=context,
-        # The least specific of patterns: where the environment names a proxy, that is taken, by httpx's own transport.
-        mounts={"all://*": transport},
+        mounts={"all://*": transport},  # the least specific of patterns: those of proxies go before it
+        trust_env=environment,
         timeout=TIMEOUT,
-        limits=httpx.Limits(max_connections=part.connections),
+        limits=httpx.Limits(max_connections=connections),
         follow_redirects=True,
         max_redirects=MAX_REDIRECTS,
         headers={"User-Agent": "shoal", "Accept-Encoding": "identity"},

@@ -1,7 +1,7 @@
 """N nodes of the shipped code in one process: what p2pd runs behind its mirror, on a simulated network.
 
-Not here, since they are sockets and files: the mirror's HTTP, TLS, the introduction, the disk, and the registry's
-client with its tokens, breaker and rates. Their work is done by simulations/network.py, stores.py and registry.py.
+Not here, since they are sockets and files: the mirror's HTTP, TLS, the introduction, the disk, and what carries the
+questions of the registry's client. Their work is done by simulations/network.py, stores.py and registry.py.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from node.origin import Origin
 from node.revocations import Revocations
 from node.seeder import Seeder, Site
 from node.trust import Trust
+from node.upstream import Upstreams
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.ids import ObjectRef, PeerId
 from protocol.members import Member, State, Update
 from protocol.messages import Request
 from simulations.network import Port, SimulatedNetwork
-from simulations.registry import Image, Reached, Registry, locator
+from simulations.registry import PART, Image, Registry, locator, wired
 from simulations.stores import SharedBytes, tiers
 
 NOWHERE = Path("/nonexistent")
@@ -74,13 +75,16 @@ class Node:
         self.life = life
         self._cluster, self._identity = cluster, identity
         self.scope = trio.CancelScope()
-        self.membership = Membership(own, BORN_MS + life, Random(f"{cluster.seed} {number} {life}"))
+        self.membership = Membership(own, BORN_MS + life, self._rng("membership"))
         self.exchange = MemoryExchange(
             cluster.network, self.peer, refused=self.membership.is_refused, handler=self._handle
         )
         self.tiers = tiers(cluster.machine.memory, cluster.machine.disk, cluster.shared)
         self.ledger = Ledger()
         self._dispatcher: Dispatcher | None = None
+
+    def _rng(self, part: str) -> Random:
+        return Random(f"{self._cluster.seed} {self.number} {self.life} {part}")
 
     async def _handle(self, peer: PeerId, request: Request) -> Answer:
         assert self._dispatcher is not None
@@ -97,14 +101,19 @@ class Node:
 
     def _build(self, work: trio.Nursery) -> list[MemoryExchange | Gossiper | Judge | Announcer]:
         cluster, identity, membership, config = self._cluster, self._identity, self.membership, Config()
-        origin = Reached(cluster.registry, cluster.network, self.peer, self.own.site)
+        self.upstreams = Upstreams(
+            [PART], count=lambda upstream, count: None, rng=self._rng("upstreams"),
+            connect=wired(cluster.registry, cluster.network, self.peer, self.own.site),
+        )  # fmt: skip
         gossiper = Gossiper(membership, self.exchange, cluster.revocations)
         placement = CurrentPlacement(membership, config.peers.k, config.peers.m)
         trust, directory = Trust(self.peer, membership), Directory()
         site = Site(self.peer, membership, placement, self.exchange, Health(), trust, self.tiers)
-        self.seeder = Seeder(site, Origin(origin, work, lambda: len(membership.site)), directory, identity.sign, work)
+        self.seeder = Seeder(
+            site, Origin(self.upstreams, work, lambda: len(membership.site)), directory, identity.sign, work
+        )
         table = NameTable(IN_MEMORY, trio.current_time)
-        self.names = Names(site, table, origin, self.seeder, work, tag_policies(config), lambda age_s: None)
+        self.names = Names(site, table, self.upstreams, self.seeder, work, tag_policies(config), lambda age_s: None)
         judge = Judge(site, self.seeder, identity.sign, lambda upstream: False, work, Random(cluster.seed))
         announcer = Announcer(site, self.seeder, directory, membership, table)
         self.fetcher = Fetcher(site, self.seeder, work)

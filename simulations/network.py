@@ -118,6 +118,10 @@ class SimulatedNetwork(MemoryNetwork):
     def has_uplink(self, site: str) -> bool:
         return site not in self._no_uplink
 
+    async def wait_uplink(self, site: str) -> None:
+        while not self.has_uplink(site):
+            await self._changed.wait()
+
     def _change(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
@@ -144,7 +148,8 @@ class SimulatedNetwork(MemoryNetwork):
         if not super().reaches(sender, receiver):
             await super().travel(sender, receiver, size)
 
-    async def carry(self, path: Sequence[Link], size: int, latency_s: float) -> None:
+    async def carry(self, path: Sequence[Link], size: int, latency_s: float, *, rtt_s: float | None = None) -> None:
+        """`rtt_s`: between the ends that send again what is lost, where it is more than that of this path."""
         now = through_at = trio.current_time()
         for number, link in enumerate(path, 1):
             begins, ends = link.send(now, size)
@@ -152,14 +157,14 @@ class SimulatedNetwork(MemoryNetwork):
             if begins > now and size > SMALL_BYTES and number < len(path):
                 await self.alarms.until(begins)  # who comes to the next link in the meantime is before it there
             now = begins
-        await self.alarms.until(through_at + latency_s + self._lost_s(size, latency_s))
+        await self.alarms.until(through_at + latency_s + self._lost_s(size, rtt_s or 2 * latency_s))
 
-    def _lost_s(self, size: int, latency_s: float) -> float:
+    def _lost_s(self, size: int, rtt_s: float) -> float:
         """What lost packets cost: TCP's mean rate under loss (Mathis et al., 1997), and its timeouts where one of the
         last packets is lost."""
         if not self.loss:
             return 0.0
-        slow_s = size * 2 * latency_s * math.sqrt(self.loss) / (1.22 * PACKET_BYTES)
+        slow_s = size * rtt_s * math.sqrt(self.loss) / (1.22 * PACKET_BYTES)
         tail = min(TAIL_PACKETS, -(-size // PACKET_BYTES))
         lost = 0
         while lost < MOST_TIMEOUTS and self._rng.random() > (1 - self.loss) ** (tail if lost == 0 else 1):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import ssl
 from collections import Counter
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from random import Random
 
+import httpx
 import trio
 
 from node.config import UpstreamPart
-from node.locator import Locator, is_digest
-from node.objects import Resolved
-from protocol.errors import NotFoundError, UnavailableError
+from node.locator import Locator
+from node.upstream import Connect, client_over
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from simulations.network import Latency, SimulatedNetwork
 
@@ -22,8 +24,11 @@ UPSTREAM = "registry.test"
 REPOSITORY = "app"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
-CONNECT_S = 5.0
-"""Until a registry that does not answer is given up."""
+PART = UpstreamPart(name=UPSTREAM, url=f"http://{UPSTREAM}")
+_PATH = re.compile(rf"/v2/{REPOSITORY}/(manifests|blobs)/([^/]+)")
+_RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+_CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""httpx wants one, and makes one for each client otherwise, which takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,92 +47,137 @@ def locator(kind: str) -> Locator:
     return Locator.parse(f"{UPSTREAM}/{REPOSITORY}#{kind}")
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An answer to a request. `length`: of the body, which is not sent to a HEAD."""
+
+    status: int
+    body: memoryview = field(default_factory=lambda: memoryview(b""))
+    length: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 class Registry:
     """What it holds, and what it was asked for. `latency` is its time to the first byte."""
 
     def __init__(self, seed: int, latency: Latency) -> None:
         self.latency = latency
         self.rng = Random(f"registry {seed}")
-        self.down = False
+        self.fault: Callable[[], Served | None] = lambda: None
+        """What it answers in the place of what it should; None where it has no fault now."""
+        self.attempts: list[tuple[float, PeerId]] = []
+        """When each request was made, and by whom: also those that never came here."""
         self.requests: list[float] = []
         """When each came."""
+        self.sent: list[tuple[float, int]] = []
+        """Bytes of bodies, and when a node had them."""
         self.bytes_by_site: Counter[str] = Counter()
-        self.blocks: Counter[tuple[str, int]] = Counter()
-        self._bodies: dict[Digest, bytes] = {}
-        self._tags: dict[str, Resolved] = {}
+        self._bodies: dict[str, bytes] = {}
+        """By digest."""
+        self._tags: dict[str, str] = {}
 
     def push(self, tag: str, layers: list[int]) -> Image:
         """An image with layers of these sizes in bytes."""
         refs = tuple(self.add(self.rng.randbytes(size)) for size in layers)
         described = [{"mediaType": LAYER, "digest": str(ref.digest), "size": ref.size} for ref in refs]
         manifest = self.add(json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "layers": described}).encode())
-        self._tags[tag] = Resolved(manifest, MANIFEST)
+        self._tags[tag] = str(manifest.digest)
         return Image(tag, manifest, refs)
 
     def add(self, body: bytes) -> ObjectRef:
         digest = Digest("sha256", sha256(body).hexdigest())
-        self._bodies[digest] = body
+        self._bodies[str(digest)] = body
         return ObjectRef(digest, len(body))
 
-    def find(self, reference: str) -> Resolved:
-        if is_digest(reference):
-            digest = Digest.parse(reference)
-            if digest in self._bodies:
-                return Resolved(ObjectRef(digest, len(self._bodies[digest])), MANIFEST)
-        elif reference in self._tags:
-            return self._tags[reference]
-        raise NotFoundError(f"{reference} is not here")
+    def answer(self, method: str, path: str, wanted: str) -> Served:
+        """`wanted`: a Range header, or ""."""
+        if (failed := self.fault()) is not None:
+            return failed
+        asked = _PATH.fullmatch(path)
+        digest = self._tags.get(asked[2], asked[2]) if asked else ""
+        if asked is None or digest not in self._bodies:
+            return Served(404)
+        body = memoryview(self._bodies[digest])
+        headers = {"Docker-Content-Digest": digest, "Content-Type": MANIFEST if asked[1] == "manifests" else LAYER}
+        if method == "HEAD":
+            return Served(200, length=len(body), headers=headers)
+        if (part := _RANGE.fullmatch(wanted)) is None:
+            return Served(200, body, len(body), headers)
+        start, stop = int(part[1]), min(int(part[2]) + 1, len(body))
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+        return Served(206, body[start:stop], stop - start, headers)
 
-    def block(self, ref: ObjectRef, index: int) -> memoryview:
-        start = index * BLOCK_SIZE
-        return memoryview(self._bodies[ref.digest])[start : start + ref.block_length(index)]
 
-    def bytes_of(self, ref: ObjectRef) -> bytes:
-        return self._bodies[ref.digest]
-
-
-class Reached:
-    """The registry as one node reaches it: what node/origin.py and node/names.py want of node/upstream.py."""
+class Wire(httpx.AsyncBaseTransport):
+    """From one node to the registry: in the place of HTTP's bytes and of sockets, below node/upstream.py."""
 
     def __init__(self, registry: Registry, network: SimulatedNetwork, peer: PeerId, site: str) -> None:
         self._registry, self._network, self._peer, self._site = registry, network, peer, site
 
-    def connections(self, upstream: str) -> int:
-        return UpstreamPart(name=upstream).connections - 1  # one is for names
-
-    async def resolve(
-        self, locator: Locator, reference: str, known: Resolved | None = None
-    ) -> tuple[Resolved, bytes | None]:
-        await self._asked()
-        return self._registry.find(reference), None
-
-    async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
-        background: bool = False,
-    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
-        await self._asked()
-        uplink, own = self._network.uplink(self._site).down, self._network.port(self._peer).down
-        leaves_at = trio.current_time()
-        for index in range(first, first + count):
-            if not self._network.has_uplink(self._site):
-                await trio.sleep(CONNECT_S)
-                raise UnavailableError("the registry is silent")
-            block = self._registry.block(ref, index)
-            # As TCP does, the next block follows this one on the uplink before the node has all of it.
-            begins_at, leaves_at = uplink.send(leaves_at, len(block))
-            await trio.sleep_until(begins_at)
-            await self._network.carry([own], len(block), 0.0)
-            await trio.sleep_until(leaves_at)
-            self._registry.bytes_by_site[self._site] += len(block)
-            self._registry.blocks[str(ref.digest), index] += 1
-            yield bytearray(block)
-
-    async def _asked(self) -> None:
-        """Connected, and the head of the answer is there. Raises UnavailableError."""
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        registry, timeout = self._registry, request.extensions["timeout"]
+        registry.attempts.append((trio.current_time(), self._peer))
         if not self._network.has_uplink(self._site):
-            await trio.sleep(CONNECT_S)
-            raise UnavailableError("the registry is out of reach")
-        self._registry.requests.append(trio.current_time())
-        await trio.sleep(self._registry.latency(self._registry.rng))
-        if self._registry.down:
-            raise UnavailableError("the registry is down")
+            await trio.sleep(timeout["connect"])
+            raise httpx.ConnectTimeout("out of reach")
+        registry.requests.append(trio.current_time())
+        answer = registry.answer(request.method, request.url.path, request.headers.get("range", ""))
+        latency_s = registry.latency(registry.rng)
+        if latency_s > timeout["read"]:
+            await trio.sleep(timeout["read"])
+            raise httpx.ReadTimeout("slow")
+        await trio.sleep(latency_s)
+        await self.wait_uplink(timeout["read"])
+        body = Body(self, answer.body, timeout["read"])
+        headers = {"Content-Length": str(answer.length), **answer.headers}
+        return httpx.Response(answer.status, headers=headers, stream=body, extensions={"body": body})
+
+    async def wait_uplink(self, read_s: float) -> None:
+        """Raises httpx.ReadTimeout where it is cut for too long."""
+        with trio.move_on_after(read_s) as silent:
+            await self._network.wait_uplink(self._site)
+        if silent.cancelled_caught:
+            raise httpx.ReadTimeout("silent")
+
+    async def carry(self, size: int, leaves_at: float) -> float:
+        """Bytes of a body that follow those that left at this time; when they have left in turn."""
+        uplink, own = self._network.uplink(self._site).down, self._network.port(self._peer).down
+        # As TCP does, they follow on the uplink before the node has all of what was before them.
+        begins_at, leaves_at = uplink.send(leaves_at, size)
+        await trio.sleep_until(begins_at)
+        await self._network.carry([own], size, 0.0, rtt_s=self._registry.latency(self._registry.rng))
+        await trio.sleep_until(leaves_at)
+        self._registry.sent.append((trio.current_time(), size))
+        self._registry.bytes_by_site[self._site] += size
+        return leaves_at
+
+
+class Body(httpx.AsyncByteStream):
+    """As that of node/http_client.py."""
+
+    def __init__(self, wire: Wire, data: memoryview, read_s: float) -> None:
+        self._wire, self._left, self._read_s = wire, data, read_s
+        self._leaves_at = trio.current_time()
+
+    async def recv_into(self, view: memoryview) -> int:
+        count = min(len(view), len(self._left))
+        if count:
+            self._leaves_at = await self._wire.carry(count, self._leaves_at)
+            await self._wire.wait_uplink(self._read_s)
+        view[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        buffer = bytearray(BLOCK_SIZE)
+        while count := await self.recv_into(memoryview(buffer)):
+            yield bytes(buffer[:count])
+
+
+def wired(registry: Registry, network: SimulatedNetwork, peer: PeerId, site: str) -> Connect:
+    """For a node's Upstreams."""
+
+    def connect(part: UpstreamPart) -> tuple[httpx.AsyncClient, Callable[[], None]]:
+        wire = Wire(registry, network, peer, site)
+        return client_over(wire, _CONTEXT, part.connections, environment=False), lambda: None
+
+    return connect
