@@ -7,7 +7,7 @@ questions of the registry's client. Their work is done by simulations/network.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -75,6 +75,8 @@ class Node:
         self.life = life
         self._cluster, self._identity = cluster, identity
         self.scope = trio.CancelScope()
+        self.clients: set[trio.CancelScope] = set()
+        """They are broken off when it stops."""
         self.membership = Membership(own, BORN_MS + life, self._rng("membership"))
         self.exchange = MemoryExchange(
             cluster.network, self.peer, refused=self.membership.is_refused, handler=self._handle
@@ -124,7 +126,20 @@ class Node:
         self._dispatcher = Dispatcher(gossiper, self.names, self.seeder, registrar, judge)
         return [self.exchange, gossiper, judge, announcer]
 
+    def stop(self) -> None:
+        for scope in (self.scope, *self.clients):
+            scope.cancel()
+
     # What clients do
+
+    @contextmanager
+    def client(self) -> Iterator[trio.CancelScope]:
+        with trio.CancelScope() as scope:
+            self.clients.add(scope)
+            try:
+                yield scope
+            finally:
+                self.clients.remove(scope)
 
     async def pull(self, image: Image) -> None:
         """All of an image, as containerd reads it: the tag, the manifest, then three layers at a time."""
@@ -170,12 +185,12 @@ class Cluster:
         ]
         self.nodes: list[Node] = []
 
-    async def start(self, nursery: trio.Nursery) -> None:
+    async def start(self, nursery: trio.Nursery, life: int = 0) -> None:
         """All nodes, which have known each other for long."""
-        for number in range(len(self._members)):
-            self.nodes.append(self._node(number, 0))
-        known = [Update(member, State.ALIVE, BORN_MS) for member in self._members]
-        nursery.start_soon(self.network.alarms.run)
+        self.nodes[:] = [self._node(number, life) for number in range(len(self._members))]
+        known = [Update(member, State.ALIVE, BORN_MS + life) for member in self._members]
+        if not life:
+            nursery.start_soon(self.network.alarms.run)
         for node in self.nodes:
             settle(node.membership, known)
             await nursery.start(node.run)
@@ -188,12 +203,18 @@ class Cluster:
     async def restart(self, number: int, nursery: trio.Nursery, *, met: Iterable[Node] = ()) -> Node:
         """A node's next life, with an empty cache; it meets some members again."""
         before = self.nodes[number]
-        before.scope.cancel()
+        before.stop()
         node = self.nodes[number] = self._node(number, before.life + 1)
         for other in met:
             node.membership.introduced((other.own,))
         await nursery.start(node.run)
         return node
+
+    async def restart_all(self, nursery: trio.Nursery) -> None:
+        """At once, each with an empty cache."""
+        for node in self.nodes:
+            node.stop()
+        await self.start(nursery, self.nodes[0].life + 1)
 
     def sent(self) -> Iterator[int]:
         """Bytes that each node sent."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import trio
 from rich.console import Console
 from rich.table import Table
 
+from protocol.errors import ShoalError
 from protocol.ids import BLOCK_SIZE
-from simulations.cluster import Cluster, Machine
+from simulations.cluster import Cluster, Machine, Node
 from simulations.network import SimulatedNetwork, constant, lognormal
 from simulations.registry import Image, Registry
 from simulations.run import Told, with_progress
@@ -31,6 +35,9 @@ MBIT = 1e6 / 8
 SITE = "site-0"
 TICK_SHARE = 0.01
 """Of the time that a shard takes: times are not told apart more finely than that."""
+
+PAUSE_S, LONGEST_PAUSE_S, MAX_ATTEMPTS = 10.0, 300.0, 100
+"""kubelet's ImagePullBackOff."""
 
 image_option = click.option(
     "--image", type=click.IntRange(1), default=64_000_000, show_default=True, help="Bytes, in --layers equal layers."
@@ -73,6 +80,64 @@ class Setting:
             network.uplink(f"site-{number}").down.rate = self.uplink * MBIT
         machine = Machine(self.rate * MBIT, self.rate * MBIT)
         return Cluster(self.seed, self.nodes, network, registry, machine, sites=sites, told=told)
+
+
+@asynccontextmanager
+async def running(cluster: Cluster) -> AsyncIterator[trio.Nursery]:
+    """The cluster runs meanwhile, in this nursery."""
+    async with trio.open_nursery() as nursery:
+        await cluster.start(nursery)
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A pull by one node, or an attempt at it. `error` is "" where all of the image came."""
+
+    number: int
+    began: float
+    ended: float
+    error: str = ""
+
+
+async def pull_once(node: Node, image: Image) -> Pulled:
+    began, failure = trio.current_time(), ""
+    try:
+        with node.client() as client:
+            await node.pull(image)
+        if client.cancelled_caught:
+            failure = "the node stopped"
+    except* ShoalError as group:
+        failure = str(group.exceptions[0])
+    return Pulled(node.number, began, trio.current_time(), failure)
+
+
+async def pull_all(nodes: Iterable[Node], image: Image) -> list[Pulled]:
+    """At once."""
+    pulls: list[Pulled] = []
+
+    async def pull(node: Node) -> None:
+        pulls.append(await pull_once(node, image))
+
+    async with trio.open_nursery() as nursery:
+        for node in nodes:
+            nursery.start_soon(pull, node)
+    return pulls
+
+
+def most_within(times: Sequence[float], seconds: float) -> int:
+    """The most of these times, which are in order, that lie within a window of so many seconds."""
+    return max((number + 1 - bisect_left(times, at - seconds) for number, at in enumerate(times)), default=0)
+
+
+async def pull_until_done(node: Node, image: Image) -> list[Pulled]:
+    """As kubelet: again after a pause that doubles. All attempts; no more than MAX_ATTEMPTS."""
+    attempts = [await pull_once(node, image)]
+    while attempts[-1].error and len(attempts) < MAX_ATTEMPTS:
+        await trio.sleep(min(PAUSE_S * 2 ** (len(attempts) - 1), LONGEST_PAUSE_S))
+        attempts.append(await pull_once(node, image))
+    return attempts
 
 
 def of_bytes(total: int, told: Told) -> Callable[[int], None]:
