@@ -35,6 +35,7 @@ MIRROR = RetryPolicy("mirror", attempts=2, base_s=0.1, cap_s=0.1, retry_after_ca
 """Where another can be asked: only what breaks now and then is tried again."""
 
 RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
+"""What says nothing of the object that was asked for, but of the registry: it has too much to do, or is not there."""
 
 
 class Breaker:
@@ -46,6 +47,8 @@ class Breaker:
 
     FIRST_PAUSE_S = 2.0
     LONGEST_PAUSE_S = 16.0
+    LONGEST_ASKED_S = 300.0
+    """A server that asks for a longer pause is asked again after this: it may be well sooner than it thought."""
 
     def __init__(self) -> None:
         self._failures = 0
@@ -63,6 +66,10 @@ class Breaker:
         return 0.0
 
     @property
+    def probing(self) -> bool:
+        return self._failures > 0 and self._probing
+
+    @property
     def failing(self) -> bool:
         return self._failures > 0
 
@@ -73,13 +80,13 @@ class Breaker:
     def succeeded(self) -> None:
         self._failures = 0
 
-    def failed(self, now: float) -> None:
-        """Of calls that were under way together, only the first failure counts."""
-        if self._failures and not self._probing:
-            return
-        self._probing = False
-        self._failures += 1
-        self._closed_until = now + self._pause_s()
+    def failed(self, now: float, asked_s: float = 0.0) -> None:
+        """Of calls that were under way together, only the first failure counts. `asked_s`: the server's own pause."""
+        if not self._failures or self._probing:
+            self._probing = False
+            self._failures += 1
+            self._closed_until = now + self._pause_s()
+        self._closed_until = max(self._closed_until, now + min(asked_s, self.LONGEST_ASKED_S))
 
     def _pause_s(self) -> float:
         return min(self.LONGEST_PAUSE_S, self.FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 8))

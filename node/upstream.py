@@ -8,8 +8,8 @@ Specification: OCI distribution 1.1 (pull). What is not said there, and is done 
 redirects of blobs to other hosts (httpx drops Authorization on the way), 200 where a range was asked for.
 
 Every request is bounded in time, in size and in number; a registry that is out of reach costs one connect timeout, and
-then nothing for some seconds (`Breaker`). Errors name the registry and the object, never a URL, since URLs of blobs
-are signed.
+then nothing for some seconds (`Breaker`), one that has too much to do some attempts, and then the pause it wants.
+Errors name the registry and the object, never a URL, since URLs of blobs are signed.
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ BASIC_LIFETIME_S = 300.0
 REFUSED_S = 10.0
 """How long a repository that is not for everybody is not asked for without a client's grant: members ask for its blocks
 and names, one by one, not knowing that."""
+BROKEN_S, MAX_BROKEN = 2.0, 1024
+"""An object that the registry fails to give (500) is not asked for so soon again: a pull wants many of its blocks."""
+PROBE_S = 5.0
+"""As long as a connect takes at most."""
 TOKEN_FAILURE_S = 1.0
 """Whoever waited for a token while that failed fails with it, rather than trying in turn."""
 SKIPPED_BYTES = 256 << 10
@@ -352,6 +356,8 @@ class _Registry:
         self._received = 0
         self.rng = rng
         self.breaker = Breaker()
+        self.probed = trio.lowlevel.ParkingLot()
+        """All of it is unparked when the registry answered, or failed for everybody."""
         self.body_connections = max(1, part.connections - 1)
         self.bodies = trio.Semaphore(self.body_connections)
         self.client, self._keep_none = connect(part)
@@ -363,6 +369,8 @@ class _Registry:
         self._challenges: LRUCache[str, list[Challenge]] = LRUCache(MAX_AUTHORIZED)
         """What the registry last asked of whom it refused, by repository."""
         self._refused: TTLCache[str, bool] = TTLCache(MAX_AUTHORIZED, REFUSED_S, timer=trio.current_time)
+        self._broken: TTLCache[tuple[str, str], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
+        """The status that was the answer to a call, by its repository and tail."""
         self._authorized: LRUCache[str, tuple[str, float]] = LRUCache(MAX_AUTHORIZED)
         self._authorizing = trio.Lock()
         self._token_failure: tuple[float, _FailedError] | None = None
@@ -383,7 +391,19 @@ class _Registry:
         retry_in_s = self.breaker.rest_s(trio.current_time())
         return Endpoint(str(self._url), self.problem if self.breaker.failing else "", retry_in_s, self._received)
 
+    async def admit(self, what: str) -> None:
+        """Raises UnavailableError where the breaker lets no call through. While one tries whether the registry is well
+        again the others wait for what comes of it: the first pull after an outage makes many calls at once."""
+        wait_s = self.breaker.wait_s(trio.current_time())
+        if wait_s and self.breaker.probing:
+            with trio.move_on_after(PROBE_S):
+                await self.probed.park()
+            wait_s = self.breaker.wait_s(trio.current_time())
+        if wait_s:
+            raise UnavailableError(f"{self.name}: {what}: {self.problem}; next attempt in {wait_s:.0f} s")
+
     async def retrying(self, policy: RetryPolicy, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        await self.admit(what)
         attempts = _Attempts(self, policy, what)
         while True:
             try:
@@ -401,7 +421,9 @@ class _Registry:
                 await self.uplink.turn()
             async with self.bodies:
                 self.uplink.check(background=background)
-                attempts = attempts or _Attempts(self, BODY, call.what)
+                if attempts is None:
+                    await self.admit(call.what)
+                    attempts = _Attempts(self, BODY, call.what)
                 try:
                     async with aclosing(self.body(call, cutter, size, background)) as blocks:
                         async for block in blocks:
@@ -520,6 +542,8 @@ class _Registry:
         """The answer, after authorization and redirects; its body not yet read."""
         if call.grant is None and call.repository in self._refused:
             raise self._denied(call, "access denied (401)")
+        if (status := self._broken.get((call.repository, call.tail))) is not None:
+            raise _FailedError(f"answered {status} just now", again=False)
         url = self._url.copy_with(raw_path=(self._url.path.rstrip("/") + call.path).encode("ascii"))
         if call.query:
             url = url.copy_merge_params(call.query)
@@ -561,7 +585,9 @@ class _Registry:
             raise _FailedError(_reason(error), again=False, breaks=True) from error
         except httpx.HTTPError as error:
             raise _FailedError(_reason(error), again=True, breaks=isinstance(error, httpx.ConnectError)) from error
-        self.breaker.succeeded()
+        if response.status_code not in RETRIED_STATUS:
+            self.breaker.succeeded()
+            self.probed.unpark_all()
         return response
 
     def _expect(self, response: httpx.Response, call: _Call, *expected: int) -> None:
@@ -576,7 +602,10 @@ class _Registry:
             raise DeniedError(f"{self.name}: {call.what}: access denied ({status})")
         after = response.headers.get("retry-after", "")
         retry_after_s = float(after) if after.isascii() and after.isdigit() else None
-        raise _FailedError(f"answered {status}", again=status in RETRIED_STATUS, retry_after_s=retry_after_s)
+        busy = status in RETRIED_STATUS
+        if status >= 500 and not busy:
+            self._broken[call.repository, call.tail] = status
+        raise _FailedError(f"answered {status}", again=busy, breaks=busy, retry_after_s=retry_after_s)
 
     async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
         try:
@@ -667,16 +696,13 @@ class _Registry:
 
 
 class _Attempts:
-    """The attempts at one call: admitted by the breaker, spaced by the policy, ended with UnavailableError."""
+    """The attempts at one call: spaced by the policy, ended with UnavailableError."""
 
     def __init__(self, registry: _Registry, policy: RetryPolicy, what: str) -> None:
         self._registry = registry
         self._policy = MIRROR if registry.is_mirror else policy
         self._what = what
         self._failures = 0
-        wait_s = registry.breaker.wait_s(trio.current_time())
-        if wait_s:
-            raise UnavailableError(f"{registry.name}: {what}: out of reach, next attempt in {wait_s:.0f} s")
 
     def progressed(self) -> None:
         self._failures = 0
@@ -684,13 +710,16 @@ class _Attempts:
     async def pause(self, failure: _FailedError) -> None:
         registry = self._registry
         self._failures += 1
-        again = self._policy.delay(self._failures, failure.retry_after_s, registry.rng) if failure.again else None
+        # One that fails to answer again is not asked as often as one that did so far.
+        once_more = failure.again and not (failure.breaks and registry.breaker.failing)
+        again = self._policy.delay(self._failures, failure.retry_after_s, registry.rng) if once_more else None
         if again is None:
             if failure.breaks or registry.is_mirror:
                 if not registry.breaker.failing:
                     log.warning("%s is passed over for a while: %s", registry.name, failure)
                 registry.problem = str(failure)
-                registry.breaker.failed(trio.current_time())
+                registry.breaker.failed(trio.current_time(), failure.retry_after_s or 0.0)
+                registry.probed.unpark_all()
             raise UnavailableError(f"{registry.name}: {self._what}: {failure}") from failure
         log.info("%s: %s: %s; %s again in %.1f s", registry.name, self._what, failure, self._policy.name, again)
         await trio.sleep(again)
