@@ -5,8 +5,11 @@ from __future__ import annotations
 import click
 
 from simulations.cache_policies import cache
+from simulations.cold_restart import cold_restart
 from simulations.flash_crowd import flash_crowd
 from simulations.run import fix_hashes
+from simulations.two_sites import two_sites
+from simulations.uplink_cut import uplink_cut
 
 
 @click.group()
@@ -16,6 +19,9 @@ def main() -> None:
 
 main.add_command(cache)
 main.add_command(flash_crowd)
+main.add_command(uplink_cut)
+main.add_command(two_sites)
+main.add_command(cold_restart)
 
 if __name__ == "__main__":
     fix_hashes()

@@ -1,0 +1,153 @@
+"""A site pulls all the time from warm caches; then all nodes restart at once with empty ones, under the same load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
+
+import click
+import trio
+from rich.table import Table
+
+from simulations.run import Told, play
+from simulations.scenario import (
+    Output,
+    Pulled,
+    Setting,
+    after,
+    image_option,
+    layers_option,
+    most_within,
+    pull_all,
+    pull_once,
+    rate_option,
+    running,
+    scenario,
+    uplink_option,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WARM_S = 30.0
+AGAIN_S = 1.0
+"""A client whose pull was broken off comes back."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColdRestart(Setting):
+    images: int = 4
+    """Of `image` bytes each; a client pulls one after the other, drawn at random."""
+    every_s: float = 20.0
+    """Between two pulls of a node, in the mean."""
+    cold_s: float = 120.0
+    """Simulated after the restart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Times since the restart."""
+
+    pulls: tuple[Pulled, ...]
+    requests: tuple[float, ...]
+    sent: tuple[tuple[float, int], ...]
+    """Bytes of the registry, and when they came."""
+    size: int
+    """Of all images together."""
+
+    @property
+    def copies(self) -> float:
+        """Since the restart."""
+        return sum(count for at, count in self.sent if at >= 0) / self.size
+
+    def begun(self, since: float, until: float) -> list[Pulled]:
+        return [pull for pull in self.pulls if since <= pull.began < until]
+
+
+def run(what: ColdRestart, told: Told) -> Result:
+    async def main() -> Result:
+        registry, rng = what.registry(), Random(f"clients {what.seed}")
+        images = [what.push(registry, f"v{number}") for number in range(what.images)]
+        cluster = what.cluster(registry, lambda count: None)
+        pulls: list[Pulled] = []
+
+        async def client(number: int) -> None:
+            pause_s = rng.uniform(0, what.every_s)
+            while True:
+                await trio.sleep(pause_s)
+                pulls.append(await pull_once(cluster.nodes[number], rng.choice(images)))
+                pause_s = AGAIN_S if pulls[-1].error else rng.expovariate(1 / what.every_s)
+
+        async with running(cluster) as nursery, trio.open_nursery() as loading:
+            for image in images:
+                await pull_all(cluster.nodes, image)
+            for number in range(what.nodes):
+                loading.start_soon(client, number)
+            await trio.sleep(WARM_S)
+            began = trio.current_time()
+            await cluster.restart_all(nursery)
+            for second in range(int(what.cold_s)):
+                await trio.sleep(1)
+                told((second + 1) / int(what.cold_s))
+            loading.cancel_scope.cancel()
+        return Result(
+            tuple(Pulled(pull.number, pull.began - began, pull.ended - began, pull.error) for pull in pulls),
+            tuple(at - began for at in registry.requests),
+            tuple((at - began, count) for at, count in registry.sent),
+            sum(image.size for image in images),
+        )
+
+    return play(what.seed, main)
+
+
+def table_of(what: ColdRestart, result: Result) -> Table:
+    title = (
+        f"cold restart: {what.nodes} nodes, {what.images} images of {what.image / 1e6:g} MB, "
+        f"a pull each {what.every_s:g} s and node"
+    )
+    table = Table("", "before", "after", title=title)
+    warm, cold = result.begun(-WARM_S, 0), result.begun(0, what.cold_s)
+    table.add_row("pulls begun", str(len(warm)), str(len(cold)))
+    table.add_row("of them failed", *(str(sum(bool(pull.error) for pull in pulls)) for pulls in (warm, cold)))
+    for name, share in (("median", 0.5), ("longest", 1.0)):
+        took = [after([one.ended - one.began for one in pulls if not one.error], share) for pulls in (warm, cold)]
+        table.add_row(f"{name} pull", *(f"{seconds:.1f} s" for seconds in took))
+    asked = [at for at in result.requests if at < 0 and at >= -WARM_S], [at for at in result.requests if at >= 0]
+    table.add_row("requests to the registry", *(str(len(times)) for times in asked))
+    table.add_row("most of them in a second", *(str(most_within(times, 1)) for times in asked))
+    table.add_row("copies of all images", "", f"{result.copies:.3f}")
+    return table
+
+
+def draw(result: Result, figure: Figure) -> None:
+    left, right = figure.subplots(1, 2, sharex=True)
+    times, copies = [0.0], [0.0]
+    for at, count in result.sent:
+        if at >= 0:
+            times.append(at)
+            copies.append(copies[-1] + count / result.size)
+    left.plot(times, copies, "k-")
+    left.set(xlabel="seconds since the restart", ylabel="copies asked of the registry", ylim=(0, None))
+    done = [pull for pull in result.begun(-WARM_S, float("inf")) if not pull.error]
+    right.plot([pull.began for pull in done], [pull.ended - pull.began for pull in done], "k.", markersize=2)
+    right.set(xlabel="a pull's begin", ylabel="seconds that it took", ylim=(0, None))
+
+
+@scenario("cold-restart", nodes=100)
+@image_option
+@layers_option
+@rate_option
+@uplink_option
+@click.option("--images", type=click.IntRange(1, 100), default=4, show_default=True, help="Of --image bytes each.")
+@click.option(
+    "--every", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True,
+    help="Seconds between two pulls of a node, in the mean.",
+)  # fmt: skip
+def cold_restart(
+    output: Output, nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float, images: int,
+    every: float,
+) -> None:  # fmt: skip
+    """All nodes of a busy site restart at once with empty caches."""
+    what = ColdRestart(nodes, seed, image, layers, rate, uplink, images=images, every_s=every)
+    output.show(what, run, table_of, draw)

@@ -1,0 +1,109 @@
+"""Two sites behind one registry, each with its own uplink: both pull one image, the second one perhaps later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+import trio
+from rich.table import Table
+
+from simulations.run import Told, play
+from simulations.scenario import (
+    Output,
+    Setting,
+    after,
+    image_option,
+    layers_option,
+    of_bytes,
+    pull_all,
+    rate_option,
+    running,
+    scenario,
+    uplink_option,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SITES = ("site-0", "site-1")
+
+
+@dataclass(frozen=True, slots=True)
+class TwoSites(Setting):
+    later_s: float = 0.0
+    """When the second site begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class AtSite:
+    name: str
+    seconds: tuple[float, ...]
+    """Of each node's pull."""
+    copies: float
+    sent: int
+    """Bytes to the other site, gossip too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    sites: tuple[AtSite, ...]
+
+
+def run(what: TwoSites, told: Told) -> Result:
+    async def main() -> Result:
+        registry = what.registry()
+        image = what.push(registry)
+        cluster = what.cluster(registry, of_bytes(image.size * what.nodes, told), sites=len(SITES))
+        found: dict[str, AtSite] = {}
+
+        async def pull(site: str, later_s: float) -> None:
+            await trio.sleep(later_s)
+            pulls = await pull_all([node for node in cluster.nodes if node.own.site == site], image)
+            assert not any(pull.error for pull in pulls)
+            seconds = tuple(pull.ended - pull.began for pull in pulls)
+            sent = cluster.network.uplink(site).up.carried
+            found[site] = AtSite(site, seconds, registry.bytes_by_site[site] / image.size, sent)
+
+        async with running(cluster), trio.open_nursery() as pulling:
+            for number, site in enumerate(SITES):
+                pulling.start_soon(pull, site, number * what.later_s)
+        return Result(tuple(found[site] for site in SITES))
+
+    return play(what.seed, main)
+
+
+def table_of(what: TwoSites, result: Result) -> Table:
+    title = f"two sites: {what.nodes} nodes, {what.image / 1e6:g} MB, uplinks {what.uplink:g}, {what.later_s:g} s apart"
+    table = Table("", *(site.name for site in result.sites), title=title)
+    for name, share in (("median", 0.5), ("last", 1.0)):
+        table.add_row(f"{name} completion", *(f"{after(site.seconds, share):.1f} s" for site in result.sites))
+    table.add_row("copies asked of the registry", *(f"{site.copies:.3f}" for site in result.sites))
+    table.add_row("bytes to the other site", *(f"{site.sent:,}" for site in result.sites))
+    return table
+
+
+def draw(result: Result, figure: Figure) -> None:
+    axes = figure.subplots()
+    for site, style in zip(result.sites, ("k-", "k--"), strict=True):
+        nodes = len(site.seconds)
+        axes.plot(
+            sorted(site.seconds), [number / nodes for number in range(1, nodes + 1)], style,
+            label=f"{site.name}: {site.copies:.2f} copies",
+        )  # fmt: skip
+    axes.set(xlabel="seconds", ylabel="nodes that are done", xlim=(0, None), ylim=(0, 1))
+    axes.legend()
+
+
+@scenario("two-sites", nodes=100)
+@image_option
+@layers_option
+@rate_option
+@uplink_option
+@click.option("--later", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of the second site.")
+def two_sites(
+    output: Output, nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float, later: float
+) -> None:
+    """Two sites, each with its own uplink, pull one image."""
+    output.show(TwoSites(nodes, seed, image, layers, rate, uplink, later_s=later), run, table_of, draw)
