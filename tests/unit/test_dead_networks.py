@@ -14,11 +14,15 @@ from node.retry import BODY, RESOLVE, Breaker
 from node.upstream import BROKEN_S, TIMEOUT, Upstreams
 from protocol.errors import UnavailableError
 from protocol.ids import ObjectRef, PeerId
+from simulations import cold_restart, two_sites, uplink_cut
 from simulations.cluster import Cluster, Node
+from simulations.cold_restart import ColdRestart
 from simulations.network import SimulatedNetwork, constant
 from simulations.registry import PART, UPSTREAM, Image, Registry, Served, locator, wired
 from simulations.run import play
 from simulations.scenario import SITE, Pulled, Setting, most_within, pull_all, pull_until_done, running
+from simulations.two_sites import TwoSites
+from simulations.uplink_cut import UplinkCut
 
 NODES = 10
 IMAGE = 6_000_000
@@ -213,6 +217,38 @@ def test_when_all_nodes_restart_cold_the_registry_sees_one_copy_and_no_storm() -
         assert most_within(asked, 1) <= 2 * NODES
 
     simulate(scenario)
+
+
+# The scenarios, which are the same at size
+
+
+def told_nothing(share: float) -> None:
+    """Nobody looks."""
+
+
+def test_a_crowd_whose_uplink_is_cut_ends_when_it_is_mended() -> None:
+    what = UplinkCut(nodes=6, image=IMAGE, at_s=0.5, cut_s=60)
+    result = uplink_cut.run(what, told_nothing)
+    assert len(result.seconds) == what.nodes
+    assert min(result.seconds) > what.mended_s
+    assert max(result.seconds) < what.mended_s + 60
+    assert result.copies <= 1.6
+    assert len(result.tried) <= 6 * what.nodes
+
+
+def test_two_sites_read_a_copy_each_and_lend_each_other_nothing() -> None:
+    for site in two_sites.run(TwoSites(nodes=10, image=IMAGE, later_s=10), told_nothing).sites:
+        assert (site.copies <= 1.02, site.sent) == (True, 0)
+
+
+def test_a_busy_site_that_restarts_cold_reads_each_image_once() -> None:
+    what = ColdRestart(nodes=6, image=IMAGE // 2, images=3, every_s=5, cold_s=30)
+    result = cold_restart.run(what, told_nothing)
+    warm, cold = result.begun(-cold_restart.WARM_S, 0), result.begun(0, what.cold_s)
+    assert (len(warm) > what.nodes, len(cold) > what.nodes) == (True, True)
+    assert result.copies <= 1.05
+    assert max(pull.ended - pull.began for pull in cold) < 5
+    assert most_within([at for at in result.requests if at >= 0], 1) <= 3 * what.nodes
 
 
 # The registry's client alone
