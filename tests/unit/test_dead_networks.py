@@ -254,11 +254,13 @@ def test_a_busy_site_that_restarts_cold_reads_each_image_once() -> None:
 # The registry's client alone
 
 
-def play_client(scenario: Callable[[Upstreams, Registry, Image], Awaitable[None]]) -> None:
+def play_client(scenario: Callable[[Upstreams, Registry, Image], Awaitable[None]], *, reached: bool = True) -> None:
     async def main() -> None:
-        registry = Registry(1, constant(0.01))
+        registry, network = Registry(1, constant(0.01)), SimulatedNetwork(Random(1), constant(0.001))
+        if not reached:
+            network.cut_uplink(SITE)
         image = registry.push("v1", [IMAGE, IMAGE])
-        connect = wired(registry, SimulatedNetwork(Random(1), constant(0.001)), PeerId("12D3KooWone"), SITE)
+        connect = wired(registry, network, PeerId("12D3KooWone"), SITE)
         async with Upstreams([PART], count=lambda name, count: None, rng=Random(1), connect=connect) as upstreams:
             await scenario(upstreams, registry, image)
 
@@ -271,6 +273,23 @@ async def gives(upstreams: Upstreams, ref: ObjectRef) -> bool:
             return bool(await anext(blocks))
     except UnavailableError:
         return False
+
+
+def test_whatever_is_asked_for_without_an_uplink_a_node_tries_once_in_a_pause_and_a_connect() -> None:
+    """S-51"""
+
+    async def scenario(upstreams: Upstreams, registry: Registry, image: Image) -> None:
+        async def client() -> None:
+            while trio.current_time() < 3600:
+                assert not await gives(upstreams, image.layers[0])
+                await trio.sleep(0.5)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(client)
+        assert len(registry.attempts) <= 3600 / (Breaker.LONGEST_PAUSE_S + CONNECT_S) + 10
+
+    play_client(scenario, reached=False)
 
 
 @pytest.mark.parametrize("status", [429, 503])
