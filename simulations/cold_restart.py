@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import trio
@@ -16,15 +16,12 @@ from simulations.scenario import (
     Pulled,
     Setting,
     after,
-    image_option,
-    layers_option,
     most_within,
     pull_all,
     pull_once,
-    rate_option,
     running,
     scenario,
-    uplink_option,
+    setting_options,
 )
 
 if TYPE_CHECKING:
@@ -138,19 +135,12 @@ def draw(result: Result, figure: Figure) -> None:
 
 
 @scenario("cold-restart", nodes=100)
-@image_option
-@layers_option
-@rate_option
-@uplink_option
+@setting_options
 @click.option("--images", type=click.IntRange(1, 100), default=4, show_default=True, help="Of --image bytes each.")
 @click.option(
-    "--every", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True,
+    "--every", "every_s", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True,
     help="Seconds between two pulls of a node, in the mean.",
 )  # fmt: skip
-def cold_restart(
-    output: Output, nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float, images: int,
-    every: float,
-) -> None:  # fmt: skip
+def cold_restart(output: Output, **given: Any) -> None:
     """All nodes of a busy site restart at once with empty caches."""
-    what = ColdRestart(nodes, seed, image, layers, rate, uplink, images=images, every_s=every)
-    output.show(what, run, table_of, draw)
+    output.show(ColdRestart(**given), run, table_of, draw)

@@ -51,6 +51,11 @@ uplink_option = click.option(
 )
 
 
+def setting_options(work: Callable[..., None]) -> Callable[..., None]:
+    """All of a Setting's, by the names of its fields."""
+    return image_option(layers_option(rate_option(uplink_option(work))))
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Nodes on equal links, and an image. Rates in Mbit/s, the image in bytes."""

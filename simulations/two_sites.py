@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import trio
@@ -14,14 +14,11 @@ from simulations.scenario import (
     Output,
     Setting,
     after,
-    image_option,
-    layers_option,
     of_bytes,
     pull_all,
-    rate_option,
     running,
     scenario,
-    uplink_option,
+    setting_options,
 )
 
 if TYPE_CHECKING:
@@ -97,13 +94,10 @@ def draw(result: Result, figure: Figure) -> None:
 
 
 @scenario("two-sites", nodes=100)
-@image_option
-@layers_option
-@rate_option
-@uplink_option
-@click.option("--later", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of the second site.")
-def two_sites(
-    output: Output, nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float, later: float
-) -> None:
+@setting_options
+@click.option(
+    "--later", "later_s", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of the second site."
+)
+def two_sites(output: Output, **given: Any) -> None:
     """Two sites, each with its own uplink, pull one image."""
-    output.show(TwoSites(nodes, seed, image, layers, rate, uplink, later_s=later), run, table_of, draw)
+    output.show(TwoSites(**given), run, table_of, draw)

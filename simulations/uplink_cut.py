@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import trio
@@ -16,15 +16,12 @@ from simulations.scenario import (
     Pulled,
     Setting,
     after,
-    image_option,
-    layers_option,
     most_within,
     of_bytes,
     pull_until_done,
-    rate_option,
     running,
     scenario,
-    uplink_option,
+    setting_options,
 )
 
 if TYPE_CHECKING:
@@ -121,15 +118,11 @@ def draw(result: Result, figure: Figure) -> None:
 
 
 @scenario("uplink-cut", nodes=100)
-@image_option
-@layers_option
-@rate_option
-@uplink_option
-@click.option("--at", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds until the cut.")
-@click.option("--cut", type=click.FloatRange(0), default=120.0, show_default=True, help="Seconds until it is mended.")
-def uplink_cut(
-    output: Output, nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float, at: float, cut: float
-) -> None:
+@setting_options
+@click.option("--at", "at_s", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds until the cut.")
+@click.option(
+    "--cut", "cut_s", type=click.FloatRange(0), default=120.0, show_default=True, help="Seconds until it is mended."
+)
+def uplink_cut(output: Output, **given: Any) -> None:
     """The uplink is cut in the middle of a flash crowd, and mended after a time."""
-    what = UplinkCut(nodes, seed, image, layers, rate, uplink, at_s=at, cut_s=cut)
-    output.show(what, run, table_of, draw)
+    output.show(UplinkCut(**given), run, table_of, draw)
