@@ -15,7 +15,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,7 +26,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.table import Table
 
 from cache.memory import MemoryStore
-from cache.store import Buffer
 from cache.tiered import Tiers
 from node.certificates import Credentials, load_authority, peer_of
 from node.config import HostPort
@@ -36,17 +35,15 @@ from node.fetcher import Fetcher
 from node.identity import Identity
 from node.locator import Locator
 from node.origin import Origin
-from node.seeder import SILENCE_S, BlockAddress, Seeder, Site
+from node.seeder import BlockAddress, Seeder, Site
 from node.trust import Trust
 from protocol.directory import Directory
-from protocol.erasure import decode_block
-from protocol.errors import ShoalError, UnavailableError
+from protocol.errors import UnavailableError
 from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import Member
-from protocol.messages import BlockFound, GetBlock, GetShard, ShardFound
 from protocol.placement import Placement
-from protocol.records import Record
+from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped
 from tests.benchmarks.site import MB, MBIT, REPOSITORY, Bench, bench_site, console, noise_image
 from tests.support import registry as registries
 from tests.support.disk_like import DiskLike
@@ -99,117 +96,6 @@ class FixedView:
 
     def is_quarantined(self, peer: PeerId) -> bool:
         return False
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """The parts of a node that reads, as node/daemon.py puts them together."""
-
-    site: Site
-    exchange: TlsExchange
-    seeder: Seeder
-    fetcher: Fetcher
-    lane: Lane
-    rng: Random
-
-    def shuffled(self) -> list[PeerId]:
-        peers = [member.peer_id for member in self.site.view.site if member.weight]
-        self.rng.shuffle(peers)
-        return peers
-
-    async def block(self, peer: PeerId, address: BlockAddress) -> None:
-        """The whole block from one peer. Raises ShoalError."""
-        ref, began = address.ref, trio.current_time()
-        answer = await self.seeder.ask(
-            peer, GetBlock(str(ref.digest), address.index, ref.size), self.lane, SILENCE_S,
-            took_s=lambda: trio.current_time() - began,
-        )  # fmt: skip
-        assert isinstance(answer.message, BlockFound)
-        check(answer.message.record, answer.body or b"")
-
-    async def shard(self, peer: PeerId, want: int, address: BlockAddress) -> tuple[int, Buffer, Record]:
-        """Raises ShoalError."""
-        ref = address.ref
-        question = GetShard(str(ref.digest), address.index, ref.size, 4, 1, want, 0, str(address.locator), True)
-        answer = await self.seeder.ask(peer, question, self.lane, SILENCE_S)
-        assert isinstance(answer.message, ShardFound)
-        assert answer.body is not None
-        return answer.message.index, answer.body, answer.message.record
-
-
-def check(record: Record, data: Buffer) -> None:
-    assert record.matches(data), "a wrong block"
-
-
-Policy = Callable[[Reader, BlockAddress], Awaitable[None]]
-
-
-async def one_peer(reader: Reader, address: BlockAddress) -> None:
-    """Any peer; the next one when it fails."""
-    for peer in reader.shuffled():
-        with contextlib.suppress(ShoalError):
-            return await reader.block(peer, address)
-    raise UnavailableError("no peer gives the block")
-
-
-async def hedged(reader: Reader, address: BlockAddress) -> None:
-    """Any peer; a second one when the first takes longer than 95 of 100 of its answers (Dean and Barroso, 2013)."""
-    first, *others = reader.shuffled()
-    over = trio.Event()
-
-    async def from_first() -> None:
-        with contextlib.suppress(ShoalError):
-            await reader.block(first, address)
-            nursery.cancel_scope.cancel()
-        over.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(from_first)
-        with trio.move_on_after(reader.site.health.late_after_s(first)):
-            await over.wait()
-        for peer in others:
-            with contextlib.suppress(ShoalError):
-                await reader.block(peer, address)
-                nursery.cancel_scope.cancel()
-
-
-async def _shards(reader: Reader, address: BlockAddress, at_once: int) -> None:
-    """The shards of the first ranks; of the rest those that others fail to bring."""
-    shape, keepers = reader.site.placement().keepers(address.block, address.length)
-    left = list(range(at_once, len(keepers)))
-    found: dict[int, tuple[Buffer, Record]] = {}
-
-    async def take(rank: int) -> None:
-        try:
-            index, body, record = await reader.shard(keepers[rank], rank, address)
-        except ShoalError:
-            return await take(left.pop(0)) if left else None
-        found[index] = body, record
-        if len(found) >= shape.k:
-            nursery.cancel_scope.cancel()
-        return None
-
-    async with trio.open_nursery() as nursery:
-        for rank in range(at_once):
-            nursery.start_soon(take, rank)
-    record = next(iter(found.values()))[1]
-    check(record, decode_block({i: body for i, (body, _) in found.items()}, shape.k, shape.m, address.length))
-
-
-async def k_of_k(reader: Reader, address: BlockAddress) -> None:
-    await _shards(reader, address, 4)
-
-
-async def k_of_all(reader: Reader, address: BlockAddress) -> None:
-    await _shards(reader, address, 5)
-
-
-async def shipped(reader: Reader, address: BlockAddress) -> None:
-    ticket = reader.fetcher.begin(address, urgent=reader.lane is Lane.URGENT)
-    try:
-        await ticket.wait()
-    finally:
-        ticket.release()
 
 
 SHIPPED, K_OF_K = "shipped", "k of k"
@@ -265,7 +151,9 @@ class Run:
 
 
 @contextlib.asynccontextmanager
-async def reading(bench: Bench, credentials: Credentials, members: list[Member], lane: Lane) -> AsyncIterator[Reader]:
+async def reading(
+    bench: Bench, credentials: Credentials, members: list[Member], lane: Lane
+) -> AsyncIterator[tuple[Reader, TlsExchange]]:
     own = members[-1]
     view, health = FixedView(members), Health()
     placement = Placement(view.site, 4, 1)
@@ -283,7 +171,7 @@ async def reading(bench: Bench, credentials: Credentials, members: list[Member],
     async with trio.open_nursery() as work:
         seeder = Seeder(site, Origin(NoRegistry(), work), Directory(), lambda data: b"", work)  # type: ignore[arg-type]
         await work.start(exchange.run)
-        yield Reader(site, exchange, seeder, Fetcher(site, seeder, work), lane, Random(1))
+        yield Reader(site, seeder, Fetcher(site, seeder, work), lane, Random(1), health.late_after_s), exchange
         work.cancel_scope.cancel()
 
 
@@ -314,16 +202,16 @@ async def run(
     addresses: Sequence[BlockAddress],
 ) -> Run:  # fmt: skip
     window = 1 if load == "single" else WINDOW
-    async with reading(bench, *who, LOADS[load]) as reader:
+    async with reading(bench, *who, LOADS[load]) as (reader, exchange):
         await timed(policy, reader, addresses[:WARM_UP], window)
         with fault(bench):
-            before, began = reader.exchange.statistics().bytes_received, trio.current_time()
+            before, began = exchange.statistics().bytes_received, trio.current_time()
             seconds = await timed(policy, reader, addresses[WARM_UP:], window)
             took_s = trio.current_time() - began
             with trio.move_on_after(DRAIN_S):
-                while reader.exchange.statistics().requests_out:  # noqa: ASYNC110 # it is no event to the exchange
+                while exchange.statistics().requests_out:  # noqa: ASYNC110 # it is no event to the exchange
                     await trio.sleep(0.01)
-            received = reader.exchange.statistics().bytes_received - before
+            received = exchange.statistics().bytes_received - before
     return Run(seconds, took_s, received / (len(seconds) * BLOCK_SIZE) - 1)
 
 

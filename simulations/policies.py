@@ -1,0 +1,141 @@
+"""Ways to read a block from the peers: the one that ships, and four plain ones that it is measured against.
+
+All of them ask the same questions over the same exchange. tests/benchmarks/tail.py reads over sockets by them,
+simulations/tail.py in virtual time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from random import Random
+
+import trio
+
+from cache.store import Buffer
+from node.exchange import Lane
+from node.fetcher import Fetcher
+from node.seeder import SILENCE_S, BlockAddress, Seeder, Site
+from protocol.erasure import decode_block
+from protocol.errors import ShoalError, UnavailableError
+from protocol.ids import PeerId
+from protocol.messages import BlockFound, GetBlock, GetShard, ShardFound
+from protocol.records import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Parts of a node that keeps none of the blocks that it reads. `late_after_s` says how long one copy is waited for
+    before another one is asked for too; `reach` is that of questions for shards."""
+
+    site: Site
+    seeder: Seeder
+    fetcher: Fetcher
+    lane: Lane
+    rng: Random
+    late_after_s: Callable[[PeerId], float]
+    reach: int = 0
+
+    def shuffled(self, address: BlockAddress) -> list[PeerId]:
+        """The keepers, which hold the block whole."""
+        _, keepers = self.site.placement().keepers(address.block, address.length)
+        return self.rng.sample(keepers, len(keepers))
+
+    async def block(self, peer: PeerId, address: BlockAddress) -> None:
+        """The whole block from one peer. Raises ShoalError."""
+        ref, began = address.ref, trio.current_time()
+        answer = await self.seeder.ask(
+            peer, GetBlock(str(ref.digest), address.index, ref.size), self.lane, SILENCE_S,
+            took_s=lambda: trio.current_time() - began,
+        )  # fmt: skip
+        assert isinstance(answer.message, BlockFound)
+        check(answer.message.record, answer.body or b"")
+
+    async def shard(self, peer: PeerId, want: int, address: BlockAddress) -> tuple[int, Buffer, Record]:
+        """Raises ShoalError."""
+        ref = address.ref
+        question = GetShard(
+            str(ref.digest), address.index, ref.size, 4, 1, want, self.reach, str(address.locator), True
+        )
+        answer = await self.seeder.ask(peer, question, self.lane, SILENCE_S)
+        assert isinstance(answer.message, ShardFound)
+        assert answer.body is not None
+        return answer.message.index, answer.body, answer.message.record
+
+
+def check(record: Record, data: Buffer) -> None:
+    assert record.matches(data), "a wrong block"
+
+
+Policy = Callable[[Reader, BlockAddress], Awaitable[None]]
+
+
+async def one_peer(reader: Reader, address: BlockAddress) -> None:
+    """Any peer; the next one when it fails."""
+    for peer in reader.shuffled(address):
+        with contextlib.suppress(ShoalError):
+            return await reader.block(peer, address)
+    raise UnavailableError("no peer gives the block")
+
+
+async def hedged(reader: Reader, address: BlockAddress) -> None:
+    """Any peer; a second one when the first takes longer than 95 of 100 of its answers (Dean and Barroso, 2013)."""
+    first, *others = reader.shuffled(address)
+    over = trio.Event()
+
+    async def from_first() -> None:
+        with contextlib.suppress(ShoalError):
+            await reader.block(first, address)
+            nursery.cancel_scope.cancel()
+        over.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(from_first)
+        with trio.move_on_after(reader.late_after_s(first)):
+            await over.wait()
+        for peer in others:
+            with contextlib.suppress(ShoalError):
+                await reader.block(peer, address)
+                nursery.cancel_scope.cancel()
+    if not nursery.cancel_scope.cancel_called:
+        raise UnavailableError("no peer gives the block")
+
+
+async def _shards(reader: Reader, address: BlockAddress, at_once: int) -> None:
+    """The shards of the first ranks; of the rest those that others fail to bring."""
+    shape, keepers = reader.site.placement().keepers(address.block, address.length)
+    left = list(range(at_once, len(keepers)))
+    found: dict[int, tuple[Buffer, Record]] = {}
+
+    async def take(rank: int) -> None:
+        try:
+            index, body, record = await reader.shard(keepers[rank], rank, address)
+        except ShoalError:
+            return await take(left.pop(0)) if left else None
+        found[index] = body, record
+        if len(found) >= shape.k:
+            nursery.cancel_scope.cancel()
+        return None
+
+    async with trio.open_nursery() as nursery:
+        for rank in range(at_once):
+            nursery.start_soon(take, rank)
+    record = next(iter(found.values()))[1]
+    check(record, decode_block({i: body for i, (body, _) in found.items()}, shape.k, shape.m, address.length))
+
+
+async def k_of_k(reader: Reader, address: BlockAddress) -> None:
+    await _shards(reader, address, 4)
+
+
+async def k_of_all(reader: Reader, address: BlockAddress) -> None:
+    await _shards(reader, address, 5)
+
+
+async def shipped(reader: Reader, address: BlockAddress) -> None:
+    ticket = reader.fetcher.begin(address, urgent=reader.lane is Lane.URGENT)
+    try:
+        await ticket.wait()
+    finally:
+        ticket.release()
