@@ -10,6 +10,7 @@ from simulations.flash_crowd import flash_crowd
 from simulations.run import fix_hashes
 from simulations.two_sites import two_sites
 from simulations.uplink_cut import uplink_cut
+from simulations.tail import tail
 
 
 @click.group()
@@ -22,6 +23,7 @@ main.add_command(flash_crowd)
 main.add_command(uplink_cut)
 main.add_command(two_sites)
 main.add_command(cold_restart)
+main.add_command(tail)
 
 if __name__ == "__main__":
     fix_hashes()

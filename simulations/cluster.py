@@ -110,7 +110,7 @@ class Node:
         gossiper = Gossiper(membership, self.exchange, cluster.revocations)
         placement = CurrentPlacement(membership, config.peers.k, config.peers.m)
         trust, directory = Trust(self.peer, membership), Directory()
-        site = Site(self.peer, membership, placement, self.exchange, Health(), trust, self.tiers)
+        self.site = site = Site(self.peer, membership, placement, self.exchange, Health(), trust, self.tiers)
         self.seeder = Seeder(
             site, Origin(self.upstreams, work, lambda: len(membership.site)), directory, identity.sign, work
         )

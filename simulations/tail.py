@@ -1,0 +1,266 @@
+"""Reads of single blocks from keepers whose answers take as long as a large cache's did, by policies of several kinds.
+
+Lambda published a week's medians of its cache tiers and, in figure 9, what reading 4 of 5 shards cut off the latencies
+of reading 4 of 4 (Brooker et al., "On-demand Container Loading in AWS Lambda", USENIX ATC'23). Nothing but the time of
+an answer is simulated here: links are without limit.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import click
+import trio
+from rich.table import Table
+
+from node.exchange import Lane
+from node.seeder import BlockAddress
+from protocol.errors import UnavailableError
+from protocol.ids import BLOCK_SIZE, PeerId, Piece
+from simulations.cluster import Cluster, Machine, Node
+from simulations.network import SMALL_BYTES, Latency, SimulatedNetwork, constant
+from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped
+from simulations.registry import Registry, locator
+from simulations.run import Told, play
+from simulations.scenario import Output, after, scenario
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PEERS = (
+    (0.5, 0.55e-3), (0.686, 0.614e-3), (0.841, 0.690e-3), (0.888, 0.745e-3), (0.924, 0.812e-3), (0.974, 1.146e-3),
+    (0.98726, 1.533e-3), (0.999, 3.7e-3),
+)  # fmt: skip
+"""Of a shard from a keeper: median and p99.9 as published. The others are figure 9's: were shards independent, 4 of 5
+would cut 11 % off the median of 4 of 4, 35 % off its p90 and 47 % off its p95. What these leave open is made smooth."""
+P95_S = 0.96e-3
+"""Of these answers; after it the hedged reads ask for a second copy."""
+REGISTRY = ((0.5, 36e-3), (0.999, 175e-3))
+MISSING = 0.0006 / 0.3206
+"""Of the reads that the node's own cache did not answer, the share that no keeper could answer either."""
+SETTLED_S = 60.0
+"""By then a site asks nobody for what keepers of an earlier view may hold."""
+SPACING_S = 0.05
+"""After a read, so that what it gave up is over before the next one."""
+WARM_UP = 100
+"""Reads that are not counted: the reader learns how its peers answer."""
+
+
+K_OF_K, K_OF_ALL, URGENT, BULK = "4 of 4", "4 of 5", "shipped, urgent", "shipped, bulk"
+MODES: dict[str, tuple[Policy, Lane]] = {
+    "one copy": (one_peer, Lane.URGENT),
+    "one copy, hedged": (hedged, Lane.URGENT),
+    K_OF_K: (k_of_k, Lane.URGENT),
+    K_OF_ALL: (k_of_all, Lane.URGENT),
+    URGENT: (shipped, Lane.URGENT),
+    BULK: (shipped, Lane.BULK),
+}
+COMPARED = (K_OF_ALL, URGENT)
+"""With 4 of 4, where keepers are slow together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """`shared`: the shares of moments at which whatever makes a keeper slow or fast is the same for all of them, as if
+    they had one host or one switch. `slower`: so many times as long as published takes every answer of a keeper."""
+
+    nodes: int = 20
+    seed: int = 1
+    reads: int = 4000
+    slower: float = 1.0
+    shared: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    modes: tuple[str, ...] = tuple(MODES)
+    blocks: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Seconds of each read; bytes received beyond the blocks, as a share of these."""
+
+    seconds: tuple[float, ...]
+    extra: float
+    off_formula: float
+    """The most by which the share of reads that are over at some time differs from 5F^4 - 4F^5, where F is that of the
+    answers. It says something of reads that ask for all five shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    runs: dict[str, Run]
+    """Where keepers are slow each for itself."""
+    p95_by_shared: dict[float, dict[str, float]]
+
+    def cut(self, name: str, share: float) -> float:
+        """What a mode takes off this quantile of 4 of 4."""
+        return 1 - after(self.runs[name].seconds, share) / after(self.runs[K_OF_K].seconds, share)
+
+
+def through(points: Sequence[tuple[float, float]], slower: float = 1.0) -> Latency:
+    """Of which the quantiles are given, as (share, seconds): between them, and beyond, it is lognormal."""
+    places = [NormalDist().inv_cdf(share) for share, _ in points]
+    logs = [math.log(slower * seconds) for _, seconds in points]
+
+    def draw(rng: Random) -> float:
+        place = rng.gauss(0.0, 1.0)
+        right = min(max(1, bisect_right(places, place)), len(places) - 1)
+        slope = (logs[right] - logs[right - 1]) / (places[right] - places[right - 1])
+        return math.exp(logs[right] + slope * (place - places[right]))
+
+    return draw
+
+
+class TierNetwork(SimulatedNetwork):
+    """An answer with a body takes as long as `latency` says, anything else no time."""
+
+    def __init__(self, rng: Random, latency: Latency, shared: float) -> None:
+        super().__init__(rng, constant(0.0))
+        self._answer, self._share = latency, shared
+        self._for_all: float | None = None
+        self.answers: list[float] = []
+
+    def next_moment(self) -> None:
+        self._for_all = self._answer(self._rng) if self._rng.random() < self._share else None
+
+    async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
+        if size > SMALL_BYTES:
+            self.answers.append(self._answer(self._rng) if self._for_all is None else self._for_all)
+            await trio.sleep(self.answers[-1])
+        await super().travel(sender, receiver, size)
+
+
+async def _fill(cluster: Cluster, address: BlockAddress, keepers: Sequence[PeerId]) -> None:
+    """As if all keepers had read it."""
+    nodes = {node.peer: node for node in cluster.nodes}
+    held = (await nodes[keepers[0]].seeder.home(address)).held
+    for peer in keepers[1:]:
+        await nodes[peer].tiers.put(Piece(address.block), held.data, held.record)
+
+
+async def _timed(policy: Policy, reader: Reader, address: BlockAddress) -> float:
+    began = trio.current_time()
+    try:
+        await policy(reader, address)
+    except UnavailableError:
+        await reader.seeder.home(address)
+    took_s = trio.current_time() - began
+    await reader.site.tiers.discard(Piece(address.block))
+    return took_s
+
+
+def _one(what: Tail, mode: str, shared: float, told: Told) -> Run:
+    policy, lane = MODES[mode]
+
+    async def main() -> Run:
+        rng = Random(f"reads {what.seed}")
+        network = TierNetwork(Random(f"network {what.seed}"), through(PEERS, what.slower), shared)
+        registry = Registry(what.seed, through(REGISTRY))
+        missing = round(MISSING * what.reads)
+        [layer] = registry.push("v1", [2 * (what.blocks + missing) * BLOCK_SIZE]).layers
+        cluster = Cluster(what.seed, what.nodes, network, registry, Machine(math.inf, math.inf))
+        async with trio.open_nursery() as running:
+            await cluster.start(running)
+            node = cluster.nodes[0]
+            addresses = _not_kept(node, [BlockAddress(locator("blobs"), layer, i) for i in range(layer.block_count)])
+            cold, warm = addresses[:missing], addresses[missing:][: what.blocks]
+            for address in warm:
+                await _fill(cluster, address, node.site.placement().keepers(address.block, address.length)[1])
+            reads = cold + rng.choices(warm, k=what.reads - missing)
+            rng.shuffle(reads)
+            await trio.sleep(SETTLED_S)
+            reader = Reader(node.site, node.seeder, node.fetcher, lane, rng, lambda peer: what.slower * P95_S, reach=2)
+            seconds = []
+            for number, address in enumerate([*rng.choices(warm, k=WARM_UP), *reads]):
+                if number == WARM_UP:
+                    network.answers.clear()
+                    before = network.port(node.peer).down.carried
+                network.next_moment()
+                seconds.append(await _timed(policy, reader, address))
+                told(number / (WARM_UP + what.reads))
+                await trio.sleep(what.slower * SPACING_S)
+            received = network.port(node.peer).down.carried - before
+            running.cancel_scope.cancel()
+        counted = seconds[WARM_UP:]
+        extra = received / (what.reads * BLOCK_SIZE) - 1
+        return Run(tuple(counted), extra, _off_formula(counted, network.answers))
+
+    return play(what.seed, main)
+
+
+def _not_kept(node: Node, addresses: Sequence[BlockAddress]) -> list[BlockAddress]:
+    placement = node.site.placement()
+    return [one for one in addresses if node.peer not in placement.keepers(one.block, one.length)[1]]
+
+
+def _off_formula(seconds: Sequence[float], answers: Sequence[float]) -> float:
+    answers, count = sorted(answers), len(seconds)
+    most = 0.0
+    for number, one in enumerate(sorted(seconds)):
+        f = bisect_right(answers, one) / len(answers)
+        expected = 5 * f**4 - 4 * f**5
+        most = max(most, abs(number / count - expected), abs((number + 1) / count - expected))
+    return most
+
+
+def run(what: Tail, told: Told) -> Result:
+    each = [(mode, 0.0) for mode in what.modes]
+    each += [(mode, shared) for shared in what.shared for mode in (K_OF_K, *COMPARED)]
+    runs = {
+        (mode, shared): _one(what, mode, shared, lambda share, done=number: told((done + share) / len(each)))  # type: ignore[misc]
+        for number, (mode, shared) in enumerate(each)
+    }
+    p95: dict[float, dict[str, float]] = {}
+    for (mode, shared), one in runs.items():
+        p95.setdefault(shared, {})[mode] = after(one.seconds, 0.95)
+    return Result({mode: runs[mode, 0.0] for mode in what.modes}, p95)
+
+
+def table_of(what: Tail, result: Result) -> Table:
+    shares = (0.5, 0.9, 0.95, 0.99, 0.999)
+    table = Table(title=f"{what.reads} reads of a block from {what.nodes} nodes: milliseconds, against 4 of 4")
+    for column in ("", *(f"p{100 * share:g}" for share in shares), "p95 cut by", "extra bytes"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, one in result.runs.items():
+        times = [f"{1e3 * after(one.seconds, share):.2f}" for share in shares]
+        table.add_row(name, *times, f"{result.cut(name, 0.95):.0%}", f"{one.extra:.1%}")
+    table.add_section()
+    for shared, p95 in result.p95_by_shared.items():
+        cuts = ", ".join(f"{name} {1 - p95[name] / p95[K_OF_K]:.0%}" for name in COMPARED)
+        table.add_row(f"slow together {shared:.0%}", "", "", "", "", "", cuts)
+    table.add_section()
+    table.add_row("off 5F^4 - 4F^5", f"{100 * result.runs[K_OF_ALL].off_formula:.1f} points")
+    return table
+
+
+def draw(result: Result, figure: Figure) -> None:
+    left, right = figure.subplots(1, 2)
+    for name, one in result.runs.items():
+        seconds = sorted(one.seconds)
+        picked = range(0, len(seconds), max(1, len(seconds) // 300))
+        left.plot(
+            [1e3 * seconds[i] for i in picked], [1 - i / len(seconds) for i in picked], label=name, linewidth=1,
+            linestyle="--" if name.startswith("one copy") else "-",
+        )  # fmt: skip
+    left.set(xlabel="milliseconds", ylabel="reads that take longer", xscale="log", yscale="log")
+    left.legend(fontsize="small")
+    for name in COMPARED:
+        cuts = [100 * (1 - p95[name] / p95[K_OF_K]) for p95 in result.p95_by_shared.values()]
+        right.plot([100 * shared for shared in result.p95_by_shared], cuts, ".-", label=name)
+    right.set(xlabel="moments at which all keepers are slow together, %", ylabel="cut off p95 of 4 of 4, %")
+    right.legend(fontsize="small")
+
+
+@scenario("tail", nodes=20)
+@click.option("--reads", type=click.IntRange(100), default=4000, show_default=True)
+@click.option(
+    "--slower", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+    help="So many times as long takes every answer of a keeper.",
+)  # fmt: skip
+def tail(output: Output, nodes: int, seed: int, reads: int, slower: float) -> None:
+    """Single blocks from keepers with a large cache's latencies: plain copies, hedged, 4 of 4, 4 of 5, as shipped."""
+    output.show(Tail(nodes, seed, reads, slower), run, table_of, draw)

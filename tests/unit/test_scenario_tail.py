@@ -1,0 +1,21 @@
+"""Few reads of blocks with a large cache's latencies: what the fifth shard is worth, and what it costs."""
+
+from __future__ import annotations
+
+from simulations.tail import BULK, K_OF_ALL, K_OF_K, Tail, run
+from tests.unit.test_flash_crowd import told_nothing
+
+SMALL = Tail(reads=500, blocks=20, shared=(), modes=(K_OF_K, K_OF_ALL, BULK))
+
+
+def test_the_fifth_shard_cuts_the_tail_as_independent_shards_would_and_bulk_reads_take_few_more_bytes() -> None:
+    result = run(SMALL, told_nothing)
+    assert result.cut(K_OF_ALL, 0.95) > 0.4
+    assert result.runs[K_OF_ALL].off_formula < 0.06
+    assert result.runs[BULK].extra < 0.05
+
+
+def test_what_slows_all_keepers_together_leaves_nothing_of_it() -> None:
+    result = run(Tail(reads=200, blocks=20, shared=(1.0,), modes=()), told_nothing)
+    p95 = result.p95_by_shared[1.0]
+    assert p95[K_OF_ALL] > 0.9 * p95[K_OF_K]
