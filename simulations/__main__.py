@@ -6,7 +6,9 @@ import click
 
 from simulations.cache_policies import cache
 from simulations.cold_restart import cold_restart
+from simulations.churn import churn
 from simulations.flash_crowd import flash_crowd
+from simulations.fleet_start import fleet_start
 from simulations.run import fix_hashes
 from simulations.two_sites import two_sites
 from simulations.uplink_cut import uplink_cut
@@ -24,6 +26,8 @@ main.add_command(uplink_cut)
 main.add_command(two_sites)
 main.add_command(cold_restart)
 main.add_command(tail)
+main.add_command(fleet_start)
+main.add_command(churn)
 
 if __name__ == "__main__":
     fix_hashes()

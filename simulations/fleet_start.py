@@ -129,7 +129,9 @@ def run(what: FleetStart, told: Told) -> Result:
 
 
 def table_of(what: FleetStart, result: Result) -> Table:
-    title = f"{what.nodes * what.containers} containers on {what.nodes} hosts, {what.rate:g} Mbit/s, uplink {what.uplink:g}"
+    title = (
+        f"{what.nodes * what.containers} containers on {what.nodes} hosts, {what.rate:g} Mbit/s, uplink {what.uplink:g}"
+    )
     table = Table("", "", title=title, show_header=False)
     table.add_row("warm start", f"{what.warm_s:.2f} s")
     for name, share in (("median", 0.5), ("p99", 0.99), ("last", 1.0)):
@@ -151,7 +153,9 @@ def draw(result: Result, figure: Figure) -> None:
 
 @scenario("fleet-start", nodes=1000)
 @click.option("--containers", type=click.IntRange(1), default=10, show_default=True, help="On each node.")
-@click.option("--run", "run_bytes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Bytes in a row.")
+@click.option(
+    "--run", "run_bytes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Bytes in a row."
+)
 @rate_option
 @uplink_option
 @click.option("--traced", is_flag=True, help="What a start reads is known, and read ahead.")

@@ -1,0 +1,247 @@
+"""Nodes die and come back with empty caches while one image after the other is pulled by all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import TYPE_CHECKING
+
+import click
+import trio
+from rich.table import Table
+
+from protocol.errors import ShoalError
+from protocol.ids import PeerId
+from simulations.cluster import Cluster, Node
+from simulations.registry import Image
+from simulations.run import Told, play
+from simulations.scenario import SITE, Output, Setting, after, rate_option, scenario, uplink_option
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MET = 2
+"""Members that a node which comes back knows the addresses of."""
+ATTEMPTS, AGAIN_S = 10, 1.0
+"""For a pull, and the time between two of them."""
+SETTLE_S = 60.0
+"""After the last change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Churn(Setting):
+    """A new image comes every `image_s`, and each node begins to pull it in the first half of that time; one that
+    comes back pulls the newest too. A node dies every `change_s` on average, and is back after `away_s`."""
+
+    nodes: int = 40
+    image: int = 16_000_000
+    images: int = 8
+    image_s: float = 60.0
+    change_s: float = 10.0
+    away_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`deaths` and `returns`: seconds from each until every living node's view was right about it; a node that came
+    back must also see all others. `quiet` is the same without changes."""
+
+    seconds: tuple[float, ...]
+    """Of each pull that ended, attempts that failed included."""
+    failed: int
+    """Attempts."""
+    cut_off: int
+    """Pulls that their own node's death ended."""
+    copies: float
+    """Of all images, asked of the registry."""
+    deaths: tuple[float, ...] = ()
+    returns: tuple[float, ...] = ()
+    unsettled: int = 0
+    """Changes of which some view was wrong at the end."""
+    quiet: Result | None = None
+
+
+@dataclass(slots=True)
+class _Change:
+    peer: PeerId
+    is_there: bool
+    at: float
+    wrong: set[PeerId]
+    """Whose view is."""
+
+
+class _Views:
+    """What the living nodes believe of each change."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self._living = {node.peer for node in nodes}
+        self.open: list[_Change] = []
+        self.settled: dict[bool, list[float]] = {False: [], True: []}
+
+    def changed(self, node: Node, *, is_there: bool) -> None:
+        (self._living.add if is_there else self._living.discard)(node.peer)
+        if not is_there:
+            for change in self.open:
+                change.wrong.discard(node.peer)
+        self.open.append(_Change(node.peer, is_there, trio.current_time(), set(self._living)))
+
+    async def watch(self, node: Node) -> None:
+        while True:
+            self._look(node.peer, {member.peer_id for member in node.membership.site})
+            await node.membership.wait_changed()
+
+    def _look(self, viewer: PeerId, seen: set[PeerId]) -> None:
+        for change in self.open:
+            right = self._living <= seen if viewer == change.peer else (change.peer in seen) == change.is_there
+            if right:
+                change.wrong.discard(viewer)
+        for change in [one for one in self.open if not one.wrong]:
+            self.open.remove(change)
+            self.settled[change.is_there].append(trio.current_time() - change.at)
+
+
+class _Site:
+    """The nodes, their clients, and what comes of these."""
+
+    def __init__(self, what: Churn, cluster: Cluster, images: list[Image], nursery: trio.Nursery, told: Told) -> None:
+        self._what, self._cluster, self._images, self._nursery, self._told = what, cluster, images, nursery, told
+        self._rng = Random(f"churn {what.seed}")
+        self._lives: dict[int, trio.CancelScope] = {}
+        self._pulling: set[int] = set()
+        self._began = trio.current_time()
+        self.views = _Views(cluster.nodes)
+        self.seconds: list[float] = []
+        self.failed = self.cut_off = 0
+        for node in cluster.nodes:
+            nursery.start_soon(self._live, node, 0)
+
+    async def _live(self, node: Node, first: int) -> None:
+        """Until it dies. `first`: the first image that it pulls."""
+        with trio.CancelScope() as self._lives[node.number]:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.views.watch, node)
+                for number in range(first, len(self._images)):
+                    await trio.sleep_until(self._began + self._what.image_s * (number + self._rng.uniform(0.0, 0.5)))
+                    await self._pull(node, self._images[number])
+
+    async def _pull(self, node: Node, image: Image) -> None:
+        began = trio.current_time()
+        self._pulling.add(node.number)
+        for _ in range(ATTEMPTS):
+            try:
+                await node.pull(image)
+                break
+            except* ShoalError:
+                self.failed += 1
+            await trio.sleep(AGAIN_S)
+        self._pulling.discard(node.number)
+        self.seconds.append(trio.current_time() - began)
+        self._told(min(1.0, len(self.seconds) / (self._what.nodes * self._what.images)))
+
+    async def change(self) -> None:
+        """Until all images were there for a while."""
+        until = self._began + self._what.image_s * self._what.images
+        while (at := trio.current_time() + self._rng.expovariate(1.0) * self._what.change_s) < until:
+            await trio.sleep_until(at)
+            changing = {one.peer for one in self.views.open}
+            victims = [self._cluster.nodes[number] for number, life in self._lives.items() if not life.cancel_called]
+            self._nursery.start_soon(self._die, self._rng.choice([one for one in victims if one.peer not in changing]))
+        await trio.sleep_until(until + SETTLE_S)
+
+    async def _die(self, node: Node) -> None:
+        """Half of them without a word: requests to it wait, and are not refused."""
+        network, number = self._cluster.network, node.number
+        self._lives[number].cancel()
+        self.cut_off += number in self._pulling
+        self._pulling.discard(number)
+        self.views.changed(node, is_there=False)
+        if self._rng.random() < 0.5:
+            network.stop(node.peer)
+        else:
+            node.scope.cancel()
+        await trio.sleep(self._what.away_s)
+        node.scope.cancel()
+        await trio.sleep(0.0)
+        network.resume(node.peer)
+        met = self._rng.sample([self._cluster.nodes[one] for one in self._lives if self._is_alive(one)], MET)
+        node = await self._cluster.restart(number, self._nursery, met=met)
+        self.views.changed(node, is_there=True)
+        newest = int((trio.current_time() - self._began) / self._what.image_s)
+        self._nursery.start_soon(self._live, node, newest)
+
+    def _is_alive(self, number: int) -> bool:
+        return not self._lives[number].cancel_called
+
+
+def _one(what: Churn, told: Told) -> Result:
+    async def main() -> Result:
+        registry = what.registry()
+        images = [what.push(registry, f"v{number}") for number in range(what.images)]
+        cluster = what.cluster(registry, lambda count: None)
+        async with trio.open_nursery() as running:
+            await cluster.start(running)
+            site = _Site(what, cluster, images, running, told)
+            await site.change()
+            running.cancel_scope.cancel()
+        copies = registry.bytes_by_site[SITE] / sum(image.size for image in images)
+        settled = site.views.settled
+        return Result(
+            tuple(site.seconds), site.failed, site.cut_off, copies, tuple(settled[False]), tuple(settled[True]),
+            len(site.views.open),
+        )  # fmt: skip
+
+    return play(what.seed, main)
+
+
+def run(what: Churn, told: Told) -> Result:
+    changed = _one(what, lambda share: told(share / 2))
+    quiet = _one(replace(what, change_s=math.inf), lambda share: told((1 + share) / 2))
+    return replace(changed, quiet=quiet)
+
+
+def _percentiles(seconds: Sequence[float]) -> str:
+    if not seconds:
+        return "none"
+    times = ", ".join(f"p{100 * share:g} {after(seconds, share):.1f}" for share in (0.5, 0.95, 0.99))
+    return f"{len(seconds)}: {times}, longest {max(seconds):.1f} s"
+
+
+def table_of(what: Churn, result: Result) -> Table:
+    table = Table("", "", title=f"{what.nodes} nodes, one dies every {what.change_s:g} s on average", show_header=False)
+    assert result.quiet is not None
+    for name, one in (("", result), (" without changes", result.quiet)):
+        table.add_row(f"pulls{name}", _percentiles(one.seconds))
+        table.add_row(f"copies of each image{name}", f"{one.copies:.3f}")
+        table.add_row(f"attempts that failed{name}", f"{one.failed}")
+    table.add_row("pulls that their node's death ended", f"{result.cut_off}")
+    table.add_row("until all views are right about a death", _percentiles(result.deaths))
+    table.add_row("about a return", _percentiles(result.returns))
+    table.add_row("changes that some view missed", f"{result.unsettled}")
+    return table
+
+
+def draw(result: Result, figure: Figure) -> None:
+    left, right = figure.subplots(1, 2)
+    assert result.quiet is not None
+    for name, seconds in (("with changes", result.seconds), ("without", result.quiet.seconds)):
+        left.plot(sorted(seconds), [number / len(seconds) for number in range(1, len(seconds) + 1)], label=name)
+    left.set(xlabel="seconds of a pull", ylabel="pulls that are done", xlim=(0, None), ylim=(0, 1))
+    left.legend()
+    for name, seconds in (("deaths", result.deaths), ("returns", result.returns)):
+        right.plot(sorted(seconds), [number / len(seconds) for number in range(1, len(seconds) + 1)], label=name)
+    right.set(xlabel="seconds until all views are right", ylabel="changes", xlim=(0, None), ylim=(0, 1))
+    right.legend()
+
+
+@scenario("churn", nodes=40)
+@click.option(
+    "--every", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+    help="Seconds between two deaths, on average.",
+)  # fmt: skip
+@rate_option
+@uplink_option
+def churn(output: Output, nodes: int, seed: int, every: float, rate: float, uplink: float) -> None:
+    """Nodes die and come back with empty caches while all pull one image after the other."""
+    output.show(Churn(nodes, seed, rate=rate, uplink=uplink, change_s=every), run, table_of, draw)

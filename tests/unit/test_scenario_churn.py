@@ -1,0 +1,21 @@
+"""A small site whose nodes die and come back while all pull: nothing fails, and all views become right soon."""
+
+from __future__ import annotations
+
+from simulations.churn import Churn, run
+from tests.unit.test_flash_crowd import told_nothing
+
+SMALL = Churn(nodes=8, image=2_000_000, layers=2, images=3, change_s=15.0)
+
+
+def test_pulls_go_on_while_nodes_die_and_come_back_and_all_soon_agree_on_who_is_there() -> None:
+    result = run(SMALL, told_nothing)
+    assert result.failed == 0
+    assert len(result.deaths) == len(result.returns) > 5
+    assert result.unsettled == 0
+    assert max(result.deaths) < 12
+    assert max(result.returns) < 8
+    assert result.copies < 2
+    assert result.quiet is not None
+    assert result.quiet.copies <= 1.02
+    assert max(result.seconds) < max(result.quiet.seconds) + 6
