@@ -111,9 +111,7 @@ class Node:
         placement = CurrentPlacement(membership, config.peers.k, config.peers.m)
         trust, directory = Trust(self.peer, membership), Directory()
         self.site = site = Site(self.peer, membership, placement, self.exchange, Health(), trust, self.tiers)
-        self.seeder = Seeder(
-            site, Origin(self.upstreams, work, lambda: len(membership.site)), directory, identity.sign, work
-        )
+        self.seeder = Seeder(site, self._origin(work), directory, identity.sign, work)
         table = NameTable(IN_MEMORY, trio.current_time)
         self.names = Names(site, table, self.upstreams, self.seeder, work, tag_policies(config), lambda age_s: None)
         judge = Judge(site, self.seeder, identity.sign, lambda upstream: False, work, Random(cluster.seed))
@@ -125,6 +123,9 @@ class Node:
         registrar = Registrar(None, cluster.revocations, Uses(NOWHERE))
         self._dispatcher = Dispatcher(gossiper, self.names, self.seeder, registrar, judge)
         return [self.exchange, gossiper, judge, announcer]
+
+    def _origin(self, work: trio.Nursery) -> Origin:
+        return Origin(self.upstreams, work, lambda: len(self.membership.site))
 
     def stop(self) -> None:
         for scope in (self.scope, *self.clients):
@@ -184,6 +185,8 @@ class Cluster:
             for number, one in enumerate(self._identities)
         ]
         self.nodes: list[Node] = []
+        self.kinds: dict[int, type[Node]] = {}
+        """Of nodes that are not as they should be."""
 
     async def start(self, nursery: trio.Nursery, life: int = 0) -> None:
         """All nodes, which have known each other for long."""
@@ -198,7 +201,7 @@ class Cluster:
     def _node(self, number: int, life: int) -> Node:
         identity, own = self._identities[number], self._members[number]
         self.network.plug(identity.peer_id, own.site, Port(self.machine.up, self.machine.down))
-        return Node(self, number, identity, own, life)
+        return self.kinds.get(number, Node)(self, number, identity, own, life)
 
     async def restart(self, number: int, nursery: trio.Nursery, *, met: Iterable[Node] = ()) -> Node:
         """A node's next life, with an empty cache; it meets some members again."""
