@@ -9,6 +9,7 @@ from simulations.cold_restart import cold_restart
 from simulations.churn import churn
 from simulations.flash_crowd import flash_crowd
 from simulations.fleet_start import fleet_start
+from simulations.liar import liar
 from simulations.run import fix_hashes
 from simulations.two_sites import two_sites
 from simulations.uplink_cut import uplink_cut
@@ -28,6 +29,7 @@ main.add_command(cold_restart)
 main.add_command(tail)
 main.add_command(fleet_start)
 main.add_command(churn)
+main.add_command(liar)
 
 if __name__ == "__main__":
     fix_hashes()
