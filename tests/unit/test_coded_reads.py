@@ -34,7 +34,7 @@ from node.trust import Trust
 from protocol.directory import Directory
 from protocol.errors import DeniedError, UnavailableError
 from protocol.fetch_plan import WARM_FLOOR_S
-from protocol.health import Health
+from protocol.health import QUICK_S, Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
 from protocol.members import Member
 from protocol.messages import GetShard, Request, ShardFound
@@ -241,6 +241,7 @@ def test_an_urgent_read_asks_for_a_spare_only_where_answers_do_not_come_evenly()
             asked[-1] += isinstance(answer.message, ShardFound)
             return answer
 
+        network.latency_s = QUICK_S  # each way
         await all_read(nodes)
         reader = not_keeping(nodes, 0)
         for node in nodes:

@@ -19,6 +19,7 @@ from protocol.health import (
     BACKOFF_FIRST_S,
     FADE_S,
     LATE_CAP_S,
+    QUICK_S,
     UNFIT_S,
     UNKNOWN_LATE_S,
     Health,
@@ -233,6 +234,16 @@ def test_answers_are_steady_once_they_come_evenly() -> None:
     assert health.steady([PeerId("a"), PeerId("b")])
     health.answered(PeerId("b"), 0.3, 1.0)
     assert not health.steady([PeerId("a"), PeerId("b")])
+
+
+def test_answers_that_take_no_time_are_not_waited_for_one_by_one() -> None:
+    """A spare for a late one is asked for after WARM_FLOOR_S, which is far longer than all five at once take."""
+    health = Health()
+    for _ in range(100):
+        health.answered(PeerId("a"), QUICK_S / 2, 1.0)
+        health.answered(PeerId("b"), QUICK_S * 2, 1.0)
+    assert not health.steady([PeerId("a")])
+    assert health.steady([PeerId("b")])
 
 
 def test_of_equals_the_one_with_the_least_outstanding_is_asked() -> None:
