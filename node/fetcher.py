@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, takewhile
 
 import trio
 
@@ -263,6 +263,13 @@ class Fetcher:
                 continue
             if peer == site.own:
                 await site.tiers.discard(Piece(attempt.address.block, Shard(shape.k, shape.m, index)))
-            liar = self._wrong.wrong(attempt.route.makers(peer, index))
+            liar = self._wrong.wrong(attempt.route.makers(peer, index) | self._former_makers(attempt, peer, index))
             if liar is not None:
                 site.view.quarantine(liar, f"wrong shards of {attempt.address.ref.digest} #{attempt.address.index}")
+
+    def _former_makers(self, attempt: _Attempt, peer: PeerId, index: int) -> frozenset[PeerId]:
+        """Those who were makers before some were gone or in quarantine: keepers may have their shards from them."""
+        address, site = attempt.address, self._site
+        once = site.placement().of(site.view.known).route(site.own, address.block, address.length)
+        homes = takewhile(lambda peer: peer != attempt.route.home, once.cells[-1])
+        return frozenset(homes) | once.makers(peer, index)

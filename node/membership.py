@@ -93,6 +93,11 @@ class Membership:
         return None if known is None else known.update.member
 
     @property
+    def known(self) -> tuple[Member, ...]:
+        members = (known.update.member for known in self._swim.known.values())
+        return (self._own, *(member for member in members if member.site == self._own.site))
+
+    @property
     def own(self) -> Member:
         return self._own
 

@@ -135,6 +135,10 @@ class Placement:
             _REMEMBERED_BLOCKS
         )
 
+    def of(self, members: Sequence[Member]) -> Placement:
+        """The same code in another view."""
+        return Placement(members, self._k, self._m)
+
     def _cut(self, first: int, members: slice, bit: int, least: int) -> Iterator[tuple[int, int, slice]]:
         """The cells of those whose hashes begin like `first` down to `bit`: in halves, while both have `least`."""
         half = first | 1 << bit

@@ -82,7 +82,7 @@ class FixedView:
     version, changed_at = 0, -math.inf
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self.site = tuple(sorted(members, key=lambda member: member.peer_id))
+        self.site = self.known = tuple(sorted(members, key=lambda member: member.peer_id))
         self._members = {member.peer_id: member for member in members}
 
     def find(self, peer: PeerId) -> Member | None:
