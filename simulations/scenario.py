@@ -208,8 +208,10 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _plot(path: Path, draw: Callable[[Figure], None]) -> None:
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     draw(figure)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
