@@ -12,12 +12,11 @@ import click
 import trio
 from rich.table import Table
 
-from protocol.errors import ShoalError
 from protocol.ids import PeerId
 from simulations.cluster import Cluster, Node
 from simulations.registry import Image
 from simulations.run import Told, play
-from simulations.scenario import SITE, Output, Setting, after, rate_option, scenario, uplink_option
+from simulations.scenario import SITE, Output, Setting, after, pull_once, rate_option, running, scenario, uplink_option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +107,7 @@ class _Site:
     def __init__(self, what: Churn, cluster: Cluster, images: list[Image], nursery: trio.Nursery, told: Told) -> None:
         self._what, self._cluster, self._images, self._nursery, self._told = what, cluster, images, nursery, told
         self._rng = Random(f"churn {what.seed}")
-        self._lives: dict[int, trio.CancelScope] = {}
+        self._dead: set[int] = set()
         self._pulling: set[int] = set()
         self._began = trio.current_time()
         self.views = _Views(cluster.nodes)
@@ -119,7 +118,7 @@ class _Site:
 
     async def _live(self, node: Node, first: int) -> None:
         """Until it dies. `first`: the first image that it pulls."""
-        with trio.CancelScope() as self._lives[node.number]:
+        with node.client():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.views.watch, node)
                 for number in range(first, len(self._images)):
@@ -130,11 +129,9 @@ class _Site:
         began = trio.current_time()
         self._pulling.add(node.number)
         for _ in range(ATTEMPTS):
-            try:
-                await node.pull(image)
+            if not (await pull_once(node, image)).error:
                 break
-            except* ShoalError:
-                self.failed += 1
+            self.failed += 1
             await trio.sleep(AGAIN_S)
         self._pulling.discard(node.number)
         self.seconds.append(trio.current_time() - began)
@@ -146,33 +143,35 @@ class _Site:
         while (at := trio.current_time() + self._rng.expovariate(1.0) * self._what.change_s) < until:
             await trio.sleep_until(at)
             changing = {one.peer for one in self.views.open}
-            victims = [self._cluster.nodes[number] for number, life in self._lives.items() if not life.cancel_called]
-            self._nursery.start_soon(self._die, self._rng.choice([one for one in victims if one.peer not in changing]))
+            victims = [
+                node for node in self._cluster.nodes if node.number not in self._dead and node.peer not in changing
+            ]
+            self._nursery.start_soon(self._die, self._rng.choice(victims))
         await trio.sleep_until(until + SETTLE_S)
 
     async def _die(self, node: Node) -> None:
         """Half of them without a word: requests to it wait, and are not refused."""
         network, number = self._cluster.network, node.number
-        self._lives[number].cancel()
+        self._dead.add(number)
         self.cut_off += number in self._pulling
         self._pulling.discard(number)
         self.views.changed(node, is_there=False)
         if self._rng.random() < 0.5:
             network.stop(node.peer)
+            for client in node.clients:
+                client.cancel()
         else:
-            node.scope.cancel()
+            node.stop()
         await trio.sleep(self._what.away_s)
-        node.scope.cancel()
+        node.stop()
         await trio.sleep(0.0)
         network.resume(node.peer)
-        met = self._rng.sample([self._cluster.nodes[one] for one in self._lives if self._is_alive(one)], MET)
+        met = self._rng.sample([one for one in self._cluster.nodes if one.number not in self._dead], MET)
+        self._dead.discard(number)
         node = await self._cluster.restart(number, self._nursery, met=met)
         self.views.changed(node, is_there=True)
         newest = int((trio.current_time() - self._began) / self._what.image_s)
         self._nursery.start_soon(self._live, node, newest)
-
-    def _is_alive(self, number: int) -> bool:
-        return not self._lives[number].cancel_called
 
 
 def _one(what: Churn, told: Told) -> Result:
@@ -180,11 +179,9 @@ def _one(what: Churn, told: Told) -> Result:
         registry = what.registry()
         images = [what.push(registry, f"v{number}") for number in range(what.images)]
         cluster = what.cluster(registry, lambda count: None)
-        async with trio.open_nursery() as running:
-            await cluster.start(running)
-            site = _Site(what, cluster, images, running, told)
+        async with running(cluster) as nursery:
+            site = _Site(what, cluster, images, nursery, told)
             await site.change()
-            running.cancel_scope.cancel()
         copies = registry.bytes_by_site[SITE] / sum(image.size for image in images)
         settled = site.views.settled
         return Result(

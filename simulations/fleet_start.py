@@ -19,7 +19,7 @@ from protocol.ids import BLOCK_SIZE, ObjectRef
 from simulations.cluster import Node
 from simulations.registry import Image, locator
 from simulations.run import Told, play
-from simulations.scenario import SITE, Output, Setting, after, of_bytes, rate_option, scenario, uplink_option
+from simulations.scenario import SITE, Output, Setting, after, of_bytes, rate_option, running, scenario, uplink_option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,14 +109,12 @@ def run(what: FleetStart, told: Told) -> Result:
         reads = what.nodes * (what.containers + what.traced) * what.read
         cluster = what.cluster(registry, of_bytes(reads + what.nodes * what.containers * image.manifest.size, told))
         seconds: list[float] = []
-        async with trio.open_nursery() as running:
-            await cluster.start(running)
+        async with running(cluster):
             before = sum(cluster.network.port(node.peer).down.carried for node in cluster.nodes)
             async with trio.open_nursery() as starting:
                 for node in cluster.nodes:
                     starting.start_soon(_host, what, node, image, seconds)
             received = sum(cluster.network.port(node.peer).down.carried for node in cluster.nodes) - before
-            running.cancel_scope.cancel()
         blocks = {
             layer.block(index): layer.block_length(index)
             for layer, start, stop in what.runs(image)

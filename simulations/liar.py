@@ -15,7 +15,6 @@ from node.exchange import Answer
 from node.locator import Locator
 from node.origin import Origin
 from node.upstream import Upstreams
-from protocol.errors import ShoalError
 from protocol.ids import ObjectRef, PeerId
 from protocol.messages import Request, ShardFound
 from simulations.cluster import Node
@@ -29,7 +28,9 @@ from simulations.scenario import (
     image_option,
     layers_option,
     of_bytes,
+    pull_once,
     rate_option,
+    running,
     scenario,
     uplink_option,
 )
@@ -127,12 +128,10 @@ class _Watched:
     async def pull(self, node: Node, image: Image) -> None:
         began = trio.current_time()
         for _ in range(ATTEMPTS):
-            try:
-                await node.pull(image)
+            if not (await pull_once(node, image)).error:
                 self.seconds.append(trio.current_time() - began)
                 return
-            except* ShoalError:
-                self.failed += 1
+            self.failed += 1
         self.seconds.append(math.inf)
 
     async def watch(self, node: Node, liar: PeerId) -> None:
@@ -148,8 +147,7 @@ def _one(what: Liar, kind: str, told: Told) -> Crowd:
         cluster = what.cluster(registry, of_bytes(image.size * (what.nodes - 1), lambda share: told(min(1.0, share))))
         cluster.kinds[LIAR] = KINDS[kind]
         crowd = _Watched()
-        async with trio.open_nursery() as running:
-            await cluster.start(running)
+        async with running(cluster):
             liar = cluster.nodes[LIAR]
             assert isinstance(liar, _LyingNode)
             honest = [node for node in cluster.nodes if node is not liar]
@@ -160,7 +158,6 @@ def _one(what: Liar, kind: str, told: Told) -> Crowd:
                     for node in honest:
                         pulling.start_soon(crowd.pull, node, image)
                 watching.cancel_scope.deadline = trio.current_time() + (WAIT_S if liar.lies else 0.0)
-            running.cancel_scope.cancel()
         accused = {peer for node in honest for peer, _, _ in node.membership.quarantines()}
         return Crowd(
             tuple(crowd.seconds), crowd.failed, registry.bytes_by_site[SITE] / image.size, len(liar.lies),

@@ -28,7 +28,7 @@ from simulations.network import SMALL_BYTES, Latency, SimulatedNetwork, constant
 from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped
 from simulations.registry import Registry, locator
 from simulations.run import Told, play
-from simulations.scenario import Output, after, scenario
+from simulations.scenario import Output, after, running, scenario
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,8 +163,7 @@ def _one(what: Tail, mode: str, shared: float, told: Told) -> Run:
         missing = round(MISSING * what.reads)
         [layer] = registry.push("v1", [2 * (what.blocks + missing) * BLOCK_SIZE]).layers
         cluster = Cluster(what.seed, what.nodes, network, registry, Machine(math.inf, math.inf))
-        async with trio.open_nursery() as running:
-            await cluster.start(running)
+        async with running(cluster):
             node = cluster.nodes[0]
             addresses = _not_kept(node, [BlockAddress(locator("blobs"), layer, i) for i in range(layer.block_count)])
             cold, warm = addresses[:missing], addresses[missing:][: what.blocks]
@@ -184,7 +183,6 @@ def _one(what: Tail, mode: str, shared: float, told: Told) -> Run:
                 told(number / (WARM_UP + what.reads))
                 await trio.sleep(what.slower * SPACING_S)
             received = network.port(node.peer).down.carried - before
-            running.cancel_scope.cancel()
         counted = seconds[WARM_UP:]
         extra = received / (what.reads * BLOCK_SIZE) - 1
         return Run(tuple(counted), extra, _off_formula(counted, network.answers))
