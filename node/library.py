@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from typing import BinaryIO
+from zlib import crc32
 
 import trio
 from cachetools import TTLCache
@@ -27,7 +28,8 @@ from node.seeder import BlockAddress, Obtained, Seeder, Site
 from node.trust import Suspicion
 from node.upstream import MAX_MANIFEST
 from protocol.errors import CorruptObjectError, ShoalError, UnavailableError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
+from protocol.records import Record
 
 log = logging.getLogger(__name__)
 
@@ -258,39 +260,82 @@ class SiteLibrary:
         return last
 
     async def _repair(self, locator: Locator, ref: ObjectRef, given: int) -> Buffer | None:
-        """Compare every block with the registry's and replace those that are false; who signed one is quarantined.
+        """Compare blocks with the registry's and replace those that are false, until all make the object; who signed
+        one is quarantined, and what else it signed is compared next.
 
-        Returns the last block where none of the first `given` was false, and all of them make the object now.
+        Returns the last block where none of the first `given` was false, and all of them make the object now. Where one
+        of a liar was among them the read breaks off whatever the others are: the liar's are dropped.
         """
-        hasher = hashlib.new(ref.digest.algorithm)
+        claims = await self._claims(ref)
+        # The nodes of a site, which find out together, begin at different blocks: one of them meets a false one soon.
+        begin = crc32(self._site.own.encode()) % ref.block_count
+        left = sorted(claims, key=lambda index: (index - begin) % ref.block_count)
         first_false = ref.block_count
-        last: Buffer = b""
+        while left:
+            index = next((one for one in left if self._is_doubtful(claims[one])), left[0])
+            left.remove(index)
+            is_false = await self._compare(BlockAddress(locator, ref, index), claims[index])
+            first_false = min(first_false, index if is_false else ref.block_count)
+            if not self._is_doubtful(claims[index]):
+                continue
+            if first_false < given:
+                await self._drop(claims[index].signer, ref)
+                return None
+            if not any(self._is_doubtful(claims[one]) for one in left) and (last := await self._if_right(ref)):
+                return last
+        return await self._if_right(ref) if first_false >= given else None
+
+    async def _claims(self, ref: ObjectRef) -> dict[int, Record]:
+        """The records of the blocks that are here."""
+        claims: dict[int, Record] = {}
         for index in range(ref.block_count):
-            address = BlockAddress(locator, ref, index)
-            found = await self._site.tiers.get(Piece(address.block), ref.size)
+            found = await self._site.tiers.get(Piece(ref.block(index)), ref.size)
+            if found is not None:
+                claims[index] = found[0].record
+        return claims
+
+    def _is_doubtful(self, record: Record) -> bool:
+        return not self._site.trust.accepts(record.signer)
+
+    async def _compare(self, address: BlockAddress, claim: Record) -> bool:
+        """Whether the block that was here by this claim was false. It is the registry's now, and who signed a false
+        claim is in quarantine."""
+        ref, piece = address.ref, Piece(address.block)
+        try:
+            truth = await self._seeder.reread(address)
+            is_false = claim.sha256 != truth.record.sha256
+            deceived = is_false and await self._seeder.deceived(address, claim)
+        except ShoalError as error:
+            log.warning("%s #%d cannot be compared, and is dropped: %s", ref.digest, address.index, error)
+            await self._site.tiers.discard(piece)
+            return False
+        if is_false or not self._site.tiers.holds(piece):
+            await self._site.tiers.discard(piece)
+            await self._site.tiers.put(piece, truth.data, truth.record)
+        if deceived:
+            log.error("%s #%d: a mirror of %s gives wrong bytes", ref.digest, address.index, address.locator.upstream)
+        elif is_false and claim.signer != self._site.own:
+            self._site.view.quarantine(claim.signer, f"signed a false record of {ref.digest} #{address.index}")
+            self._site.trust.suspect(Suspicion(claim, str(address.locator), compared=True))
+        return is_false
+
+    async def _drop(self, liar: PeerId, ref: ObjectRef) -> None:
+        """What is here of an object by a liar's word."""
+        for piece, record in self._site.tiers.signed_by(liar).items():
+            if record.object == ref:
+                await self._site.tiers.discard(piece)
+
+    async def _if_right(self, ref: ObjectRef) -> Buffer | None:
+        """The last block, where all are held and make the object."""
+        hasher = hashlib.new(ref.digest.algorithm)
+        data: Buffer = b""
+        for index in range(ref.block_count):
+            found = await self._site.tiers.get(Piece(ref.block(index)), ref.size)
             if found is None:
-                continue
-            try:
-                truth = await self._seeder.reread(address)
-                record = found[0].record
-                is_false = record.sha256 != truth.record.sha256
-                deceived = is_false and await self._seeder.deceived(address, record)
-            except ShoalError as error:
-                log.warning("%s #%d cannot be compared, and is dropped: %s", ref.digest, index, error)
-                await self._site.tiers.discard(Piece(address.block))
-                continue
-            last = truth.data
-            hasher.update(last)
-            if is_false:
-                first_false = min(first_false, index)
-                await self._site.tiers.discard(Piece(address.block))
-                await self._site.tiers.put(Piece(address.block), truth.data, truth.record)
-                if deceived:
-                    log.error("%s #%d: a mirror of %s gives wrong bytes", ref.digest, index, locator.upstream)
-                elif record.signer != self._site.own:
-                    self._site.view.quarantine(record.signer, f"signed a false record of {ref.digest} #{index}")
-                    self._site.trust.suspect(Suspicion(record, str(locator), compared=True))
-        return last if first_false >= given and hasher.hexdigest() == ref.digest.hex else None
+                return None
+            data = found[0].data
+            hasher.update(data)
+        return data if hasher.hexdigest() == ref.digest.hex else None
 
 
 def _by_block(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[slice]]]:

@@ -140,7 +140,7 @@ class _Watched:
         self.quarantined_at.append(trio.current_time())
 
 
-def _one(what: Liar, kind: str, told: Told) -> Crowd:
+def crowd_of(what: Liar, kind: str, told: Told) -> Crowd:
     async def main() -> Crowd:
         registry = what.registry()
         image = what.push(registry)
@@ -169,7 +169,7 @@ def _one(what: Liar, kind: str, told: Told) -> Crowd:
 
 def run(what: Liar, told: Told) -> Result:
     crowds = {
-        kind: _one(what, kind, lambda share, before=before: told((before + share) / len(KINDS)))  # type: ignore[misc]
+        kind: crowd_of(what, kind, lambda share, before=before: told((before + share) / len(KINDS)))  # type: ignore[misc]
         for before, kind in enumerate(KINDS)
     }
     return Result(crowds)

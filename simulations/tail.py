@@ -237,13 +237,10 @@ def table_of(what: Tail, result: Result) -> Table:
 
 def draw(result: Result, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
+    beyond = [10 ** (-step / 20) for step in range(60)]
     for name, one in result.runs.items():
-        seconds = sorted(one.seconds)
-        picked = range(0, len(seconds), max(1, len(seconds) // 300))
-        left.plot(
-            [1e3 * seconds[i] for i in picked], [1 - i / len(seconds) for i in picked], label=name, linewidth=1,
-            linestyle="--" if name.startswith("one copy") else "-",
-        )  # fmt: skip
+        times = [1e3 * after(one.seconds, 1 - share) for share in beyond]
+        left.plot(times, beyond, "--" if name.startswith("one copy") else "-", label=name, linewidth=1)
     left.set(xlabel="milliseconds", ylabel="reads that take longer", xscale="log", yscale="log")
     left.legend(fontsize="small")
     for name in COMPARED:
