@@ -5,15 +5,15 @@ from __future__ import annotations
 import click
 
 from simulations.cache_policies import cache
-from simulations.cold_restart import cold_restart
 from simulations.churn import churn
+from simulations.cold_restart import cold_restart
 from simulations.flash_crowd import flash_crowd
 from simulations.fleet_start import fleet_start
 from simulations.liar import liar
 from simulations.run import fix_hashes
+from simulations.tail import tail
 from simulations.two_sites import two_sites
 from simulations.uplink_cut import uplink_cut
-from simulations.tail import tail
 
 
 @click.group()
