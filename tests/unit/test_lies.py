@@ -99,7 +99,7 @@ def test_a_home_that_gives_keepers_wrong_shards_has_none_of_them_shut_out(count:
     )
 )
 def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[frozenset[str]]]) -> None:
-    """S-04: every wrong shard went through the hands of the liar, as keeper, as home, or between them, now or before."""
+    """S-04: every wrong shard went through the hands of the liar, as keeper, as home, or between them, once or now."""
     liar, events = what
 
     async def main() -> None:
