@@ -38,14 +38,14 @@ def all_shards(block: bytes, k: int, m: int) -> list[bytes]:
     return [bytes(encode_shard(block, k, m, index)) for index in range(k + m)]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(geometries, st.binary(max_size=150))
 def test_shards_are_those_of_reedsolo(geometry: tuple[int, int], block: bytes) -> None:
     k, m = geometry
     assert all_shards(block, k, m) == oracle_shards(block, k, m)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(geometries, st.binary(min_size=1, max_size=150), st.data())
 def test_recovery_agrees_with_reedsolo(geometry: tuple[int, int], block: bytes, data: st.DataObject) -> None:
     k, m = geometry
@@ -66,7 +66,7 @@ def test_recovery_agrees_with_reedsolo(geometry: tuple[int, int], block: bytes, 
         assert b"".join(bytes(column) for column in zip(*columns, strict=True))[: len(block)] == block
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(geometries, st.integers(0, 5000), st.randoms(use_true_random=False), st.data())
 def test_any_k_shards_make_the_block(
     geometry: tuple[int, int], length: int, rng: random.Random, data: st.DataObject

@@ -58,7 +58,7 @@ def test_changes_of_the_corpus(name: str) -> None:
     count = 40 if name in SLOW else 150
 
     @given(st.one_of(st.binary(max_size=200), st.builds(edited, st.sampled_from(seeds(name)), edits)))
-    @settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=count, suppress_health_check=[HealthCheck.too_slow])
     def check(data: bytes) -> None:
         TARGETS[name](data)
 

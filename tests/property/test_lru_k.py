@@ -97,7 +97,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(steps, max_size=60),
     st.integers(1, 3),

@@ -98,7 +98,7 @@ async def carry_out(opened, actions: list[tuple[str, Piece]]) -> None:
 
 
 @given(actions=steps)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_memory(actions: list[tuple[str, Piece]]) -> None:
     @asynccontextmanager
     async def opened() -> AsyncIterator[MemoryStore]:
@@ -115,13 +115,13 @@ def run_on_disk(actions: list[tuple[str, Piece]]) -> None:
 
 
 @given(actions=steps)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_disk(actions: list[tuple[str, Piece]]) -> None:
     run_on_disk(actions)
 
 
 @given(actions=steps)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_disk_that_cannot_punch_holes(actions: list[tuple[str, Piece]]) -> None:
     with patch("cache.disk.can_punch", lambda directory: False):
         run_on_disk(actions)

@@ -159,7 +159,7 @@ def test_requests_come_through_however_they_are_cut(said: list[tuple[int, Reques
 
 
 @given(st.lists(st.tuples(ids, replies), max_size=4), st.integers(1, 20000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_replies_and_bodies_come_through_however_they_are_cut(said: list[tuple[int, Reply]], chunk: int) -> None:
     data = b"".join(encoded(*one) for one in said)
     for size in (1, chunk, len(data) + 1):

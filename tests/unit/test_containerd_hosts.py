@@ -98,7 +98,7 @@ def hosts_files(draw: st.DrawFn) -> str:
     return text.replace("\n", "\r\n") if draw(st.booleans()) else text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(hosts_files())
 def test_install_adds_only_the_mirror_and_uninstall_is_its_inverse(text: str) -> None:
     with tempfile.TemporaryDirectory() as name:

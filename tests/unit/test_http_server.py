@@ -377,7 +377,7 @@ LINES = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(LINES | st.binary(max_size=20), max_size=12))
 def test_no_bytes_bring_a_traceback_or_an_error_of_ours(parts: list[bytes], caplog) -> None:
     """S-31"""

@@ -372,7 +372,7 @@ HEADERS = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     method=st.sampled_from(["GET", "HEAD", "PUT"]),
     path=st.lists(WORDS | st.text(max_size=8), max_size=7).map(lambda words: "/v2/" + "/".join(words)),

@@ -179,7 +179,7 @@ def cut(first: int, count: int) -> list[bytes]:
     return [BLOB[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] for i in range(first, first + count)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=st.integers(1, 3 * BLOCK_SIZE), data=st.data())
 def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
     content = (BLOB * 2)[:size]
