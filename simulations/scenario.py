@@ -40,7 +40,7 @@ PAUSE_S, LONGEST_PAUSE_S, MAX_ATTEMPTS = 10.0, 300.0, 100
 """kubelet's ImagePullBackOff."""
 
 image_option = click.option(
-    "--image", type=click.IntRange(1), default=64_000_000, show_default=True, help="Bytes, in --layers equal layers."
+    "--image", type=click.IntRange(1), default=32_000_000, show_default=True, help="Bytes, in --layers equal layers."
 )
 layers_option = click.option("--layers", type=click.IntRange(1, 128), default=4, show_default=True)
 rate_option = click.option(
@@ -62,7 +62,7 @@ class Setting:
 
     nodes: int = 1000
     seed: int = 1
-    image: int = 64_000_000
+    image: int = 32_000_000
     layers: int = 4
     rate: float = 40.0
     uplink: float = 40.0
