@@ -237,11 +237,12 @@ def table_of(what: Tail, result: Result) -> Table:
 
 def draw(result: Result, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
-    beyond = [10 ** (-step / 20) for step in range(60)]
+    beyond = [10 ** (-step / 15) for step in range(45)]
     for name, one in result.runs.items():
         times = [1e3 * after(one.seconds, 1 - share) for share in beyond]
         left.plot(times, beyond, "--" if name.startswith("one copy") else "-", label=name, linewidth=1)
     left.set(xlabel="milliseconds", ylabel="reads that take longer", xscale="log", yscale="log")
+    left.minorticks_off()
     left.legend(fontsize="small")
     for name in COMPARED:
         cuts = [100 * (1 - p95[name] / p95[K_OF_K]) for p95 in result.p95_by_shared.values()]
