@@ -19,7 +19,7 @@ from protocol.ids import BLOCK_SIZE, ObjectRef
 from simulations.cluster import Node
 from simulations.registry import Image, locator
 from simulations.run import Told, play
-from simulations.scenario import SITE, Output, Setting, after, of_bytes, rate_option, running, scenario, uplink_option
+from simulations.scenario import SITE, Output, Setting, after, of_bytes, running, scenario
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,8 +154,12 @@ def draw(result: Result, figure: Figure) -> None:
 @click.option(
     "--run", "run_bytes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Bytes in a row."
 )
-@rate_option
-@uplink_option
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), default=1500.0, show_default=True, help="Mbit/s of a node."
+)
+@click.option(
+    "--uplink", type=click.FloatRange(0, min_open=True), default=10_000.0, show_default=True, help="Mbit/s of the site."
+)
 @click.option("--traced", is_flag=True, help="What a start reads is known, and read ahead.")
 def fleet_start(
     output: Output, nodes: int, seed: int, containers: int, run_bytes: int, rate: float, uplink: float, traced: bool
