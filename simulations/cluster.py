@@ -172,8 +172,9 @@ class Cluster:
 
     def __init__(
         self, seed: int, count: int, network: SimulatedNetwork, registry: Registry, machine: Machine, *,
-        sites: int = 1, told: Callable[[int], None] = lambda count: None,
+        sites: int = 1, readers: int = 0, told: Callable[[int], None] = lambda count: None,
     ) -> None:  # fmt: skip
+        """The first `readers` of the nodes keep nothing for others."""
         self.seed, self.network, self.registry, self.machine = seed, network, registry, machine
         self.shared, self.metrics = SharedBytes(), Metrics()
         self.revocations = Revocations(NOWHERE, open_authority().der)
@@ -181,7 +182,7 @@ class Cluster:
         """Bytes that a client got."""
         self._identities = [identity_of(seed, number) for number in range(count)]
         self._members = [
-            Member(one.peer_id, f"n{number}", f"site-{number % sites}", ("192.0.2.1:1",))
+            Member(one.peer_id, f"n{number}", f"site-{number % sites}", ("192.0.2.1:1",), float(number >= readers))
             for number, one in enumerate(self._identities)
         ]
         self.nodes: list[Node] = []

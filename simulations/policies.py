@@ -21,13 +21,14 @@ from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
 from protocol.ids import PeerId
 from protocol.messages import BlockFound, GetBlock, GetShard, ShardFound
+from protocol.placement import Route
 from protocol.records import Record
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
     """Parts of a node that keeps none of the blocks that it reads. `late_after_s` says how long one copy is waited for
-    before another one is asked for too; `reach` is that of questions for shards."""
+    before another one is asked for too; `far`: whether keepers get for it what they lack."""
 
     site: Site
     seeder: Seeder
@@ -35,11 +36,14 @@ class Reader:
     lane: Lane
     rng: Random
     late_after_s: Callable[[PeerId], float]
-    reach: int = 0
+    far: bool = False
+
+    def route(self, address: BlockAddress) -> Route:
+        return self.site.placement().route(self.site.own, address.block, address.length)
 
     def shuffled(self, address: BlockAddress) -> list[PeerId]:
         """The keepers, which hold the block whole."""
-        _, keepers = self.site.placement().keepers(address.block, address.length)
+        keepers = self.route(address).keepers
         return self.rng.sample(keepers, len(keepers))
 
     async def block(self, peer: PeerId, address: BlockAddress) -> None:
@@ -54,10 +58,8 @@ class Reader:
 
     async def shard(self, peer: PeerId, want: int, address: BlockAddress) -> tuple[int, Buffer, Record]:
         """Raises ShoalError."""
-        ref = address.ref
-        question = GetShard(
-            str(ref.digest), address.index, ref.size, 4, 1, want, self.reach, str(address.locator), True
-        )
+        ref, reach = address.ref, self.route(address).reach if self.far else 0
+        question = GetShard(str(ref.digest), address.index, ref.size, 4, 1, want, reach, str(address.locator), True)
         answer = await self.seeder.ask(peer, question, self.lane, SILENCE_S)
         assert isinstance(answer.message, ShardFound)
         assert answer.body is not None
@@ -104,7 +106,8 @@ async def hedged(reader: Reader, address: BlockAddress) -> None:
 
 async def _shards(reader: Reader, address: BlockAddress, at_once: int) -> None:
     """The shards of the first ranks; of the rest those that others fail to bring."""
-    shape, keepers = reader.site.placement().keepers(address.block, address.length)
+    route = reader.route(address)
+    shape, keepers = route.shape, route.keepers
     left = list(range(at_once, len(keepers)))
     found: dict[int, tuple[Buffer, Record]] = {}
 

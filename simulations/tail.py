@@ -23,7 +23,7 @@ from node.exchange import Lane
 from node.seeder import BlockAddress
 from protocol.errors import UnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId, Piece
-from simulations.cluster import Cluster, Machine, Node
+from simulations.cluster import Cluster, Machine
 from simulations.network import SMALL_BYTES, Latency, SimulatedNetwork, constant
 from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped
 from simulations.registry import Registry, locator
@@ -161,18 +161,18 @@ def _one(what: Tail, mode: str, shared: float, told: Told) -> Run:
         network = TierNetwork(Random(f"network {what.seed}"), through(PEERS, what.slower), shared)
         registry = Registry(what.seed, through(REGISTRY))
         missing = round(MISSING * what.reads)
-        [layer] = registry.push("v1", [2 * (what.blocks + missing) * BLOCK_SIZE]).layers
-        cluster = Cluster(what.seed, what.nodes, network, registry, Machine(math.inf, math.inf))
+        [layer] = registry.push("v1", [(what.blocks + missing) * BLOCK_SIZE]).layers
+        cluster = Cluster(what.seed, what.nodes, network, registry, Machine(math.inf, math.inf), readers=1)
         async with running(cluster):
             node = cluster.nodes[0]
-            addresses = _not_kept(node, [BlockAddress(locator("blobs"), layer, i) for i in range(layer.block_count)])
-            cold, warm = addresses[:missing], addresses[missing:][: what.blocks]
+            reader = Reader(node.site, node.seeder, node.fetcher, lane, rng, lambda peer: what.slower * P95_S, far=True)
+            addresses = [BlockAddress(locator("blobs"), layer, index) for index in range(layer.block_count)]
+            cold, warm = addresses[:missing], addresses[missing:]
             for address in warm:
-                await _fill(cluster, address, node.site.placement().keepers(address.block, address.length)[1])
+                await _fill(cluster, address, reader.route(address).keepers)
             reads = cold + rng.choices(warm, k=what.reads - missing)
             rng.shuffle(reads)
             await trio.sleep(SETTLED_S)
-            reader = Reader(node.site, node.seeder, node.fetcher, lane, rng, lambda peer: what.slower * P95_S, reach=2)
             seconds = []
             for number, address in enumerate([*rng.choices(warm, k=WARM_UP), *reads]):
                 if number == WARM_UP:
@@ -188,11 +188,6 @@ def _one(what: Tail, mode: str, shared: float, told: Told) -> Run:
         return Run(tuple(counted), extra, _off_formula(counted, network.answers))
 
     return play(what.seed, main)
-
-
-def _not_kept(node: Node, addresses: Sequence[BlockAddress]) -> list[BlockAddress]:
-    placement = node.site.placement()
-    return [one for one in addresses if node.peer not in placement.keepers(one.block, one.length)[1]]
 
 
 def _off_formula(seconds: Sequence[float], answers: Sequence[float]) -> float:
