@@ -8,7 +8,6 @@ his own read of a block.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from protocol.errors import (
 )
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import Health
+from protocol.home_times import HomeTimes
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
 from protocol.messages import (
     Announce,
@@ -67,12 +67,6 @@ SMALL_SILENCE_S = 1.0
 """For questions that are answered from memory."""
 HOME_PATIENCE_S = 8.0
 """A late home is waited for so much longer before another one acts for it: that costs a copy from the origin."""
-HOME_LEAST_S, HOME_FACTOR, HOME_FADE = 12.5, 3.0, 0.95
-"""A home may read a block for some times as long as the slowest of late, which a slow uplink makes long and which fades
-with each block, and for so long at least: on a crowded uplink TCP may starve a healthy connection for seconds. Who
-takes longer still has a bad link of its own; a client waits for 25 s."""
-CELL_S = 2.0
-"""So much longer a keeper waits for each cell between it and the home: who is slow is found out by who asks it."""
 LOOK_EVERY_S = 1.0
 """How often those who wait for a peer look whether it has taken too long, or turned out to have a bad link."""
 UNSETTLED_S = 30.0
@@ -163,7 +157,7 @@ class Seeder:
         self._granted: dict[Digest, list[Locator]] = {}
         """With what clients of this node now read what their registries do not give to everybody."""
         self._keeping: SingleFlight[tuple[Shard, Work], tuple[Buffer, Record]] = SingleFlight(nursery)
-        self._home_s = 0.0
+        self._home_times = HomeTimes()
         self._holdings: cachetools.TTLCache[tuple[PeerId, Digest], Holdings] = cachetools.TTLCache(
             4096, HOLDINGS_TTL_S, timer=trio.current_time
         )
@@ -265,7 +259,8 @@ class Seeder:
 
         async def ask(what: Ask) -> tuple[Buffer, Record] | None:
             try:
-                return await self._ask_home(what.peer, sources[what.peer], address, shard, plan)
+                with self._home_times.waiting(what.peer):
+                    return await self._ask_home(what.peer, sources[what.peer], address, shard, plan)
             except PeerMisbehavedError as error:
                 site.view.quarantine(what.peer, str(error))
                 failures.append(UnavailableError(str(error)))  # to the asker, who has done nothing wrong
@@ -278,15 +273,15 @@ class Seeder:
                 return plan.failed(what.peer, trio.current_time())
             found.append(answer)
             if plan.was_cold(what.peer):
-                self._learn_home_s(trio.current_time() - now)
+                self._home_times.came(address.length, now, trio.current_time())
             return plan.got(what.peer, what.want, trio.current_time())
 
         def overdue() -> list[Ask]:
             now = trio.current_time()
             asks = self.note_overdue(plan)[1]
             for home, asked_at in plan.cold:
-                limit_s = math.inf if address.background else self._home_limit_s() + CELL_S * route.depth
-                if site.health.unfit(home, now) or now - asked_at > limit_s:
+                slow = not address.background and self._home_times.too_long(home, asked_at, route.depth, now)
+                if site.health.unfit(home, now) or slow:
                     asks += plan.give_up(home, now)
             for home in plan.given_up:
                 if not site.health.unfit(home, now):
@@ -299,15 +294,6 @@ class Seeder:
             raise failures[-1]
         await self._store_shard(address.block, shard, *found[0])
         return found[0]
-
-    def _home_limit_s(self) -> float:
-        return max(HOME_LEAST_S, HOME_FACTOR * self._home_s)
-
-    def _learn_home_s(self, took_s: float) -> None:
-        """The longest of late: the first of a crowd may be there in a fifth of the time that the others need. What is
-        far beyond counts for little, so that one bad home does not make all look slow."""
-        usual = self._home_s or took_s
-        self._home_s = max(min(took_s, 2 * usual), HOME_FADE * usual)
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
         """Who is late by the plan, which counts against them, and whom to ask for those given up."""
@@ -374,7 +360,7 @@ class Seeder:
                 data = await self._in_background(locator, address)
             else:
                 data = await self._origin.read(locator, address.ref, address.index)
-                self._learn_home_s(trio.current_time() - began)
+                self._home_times.came(address.length, began, trio.current_time())
             obtained = Obtained(Held(data, self._claim(address, data)), Source.ORIGIN)
         if self._site.tiers.holds(Piece(address.block)):
             await self._site.tiers.discard(Piece(address.block))  # of another size, or signed by nobody who is known

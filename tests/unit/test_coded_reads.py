@@ -29,12 +29,13 @@ from node.locator import Grant, Locator
 from node.metrics import Metrics
 from node.objects import Source
 from node.origin import Origin
-from node.seeder import BACKGROUND_S, HOME_LEAST_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
+from node.seeder import BACKGROUND_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
 from node.trust import Trust
 from protocol.directory import Directory
 from protocol.errors import DeniedError, UnavailableError
 from protocol.fetch_plan import WARM_FLOOR_S
 from protocol.health import QUICK_S, Health
+from protocol.home_times import LEAST_S
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
 from protocol.members import Member
 from protocol.messages import GetShard, Request, ShardFound
@@ -387,7 +388,7 @@ def test_another_acts_for_a_home_whose_own_link_is_bad() -> None:
         async with trio.open_nursery() as nursery:
             home.seeder._origin = Origin(bad, nursery)
             reader = next(node for node in nodes if node is not home)
-            with trio.fail_after(HOME_LEAST_S + 2 * LOOK_EVERY_S):
+            with trio.fail_after(LEAST_S + 2 * LOOK_EVERY_S):
                 assert (await reader.read(0)).source is Source.PEER
             assert registry.asked[0] == 1
             nursery.cancel_scope.cancel()
@@ -397,12 +398,12 @@ def test_another_acts_for_a_home_whose_own_link_is_bad() -> None:
 
 def test_a_slow_uplink_makes_all_homes_slow_and_no_block_is_read_twice() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        registry.block_s = HOME_LEAST_S / 2
+        registry.block_s = LEAST_S / 2
         for index in range(3):
             async with trio.open_nursery() as nursery:
                 for node in nodes:
                     nursery.start_soon(node.read, index)
-            registry.block_s = min(2 * registry.block_s, 2 * HOME_LEAST_S)
+            registry.block_s = min(2 * registry.block_s, 2 * LEAST_S)
         assert registry.asked == Counter(range(3))
 
     play(5, scenario)

@@ -1,0 +1,44 @@
+"""When another acts for a home: not while all are slow, and soon when one is."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from protocol.home_times import CELL_S, FACTOR, LEAST_S, HomeTimes
+from protocol.ids import BLOCK_SIZE, PeerId
+
+ONE, TWO = PeerId("one"), PeerId("two")
+
+
+def waiting(times: HomeTimes, *homes: PeerId) -> ExitStack:
+    stack = ExitStack()
+    for home in homes:
+        stack.enter_context(times.waiting(home))
+    return stack
+
+
+def test_a_home_that_alone_is_waited_for_may_take_so_long_and_longer_for_cells_between() -> None:
+    times = HomeTimes()
+    with waiting(times, ONE, ONE):
+        assert not times.too_long(ONE, 0.0, 0, LEAST_S)
+        assert times.too_long(ONE, 0.0, 0, LEAST_S + 0.1)
+        assert not times.too_long(ONE, 0.0, 2, LEAST_S + 2 * CELL_S)
+        assert times.too_long(ONE, 0.0, 2, LEAST_S + 2 * CELL_S + 0.1)
+
+
+def test_of_homes_that_all_bring_nothing_yet_none_is_to_blame() -> None:
+    times = HomeTimes()
+    with waiting(times, ONE, TWO):
+        assert not times.too_long(ONE, 0.0, 0, 1000.0)
+        times.came(1000, 1.0, 2.0)  # a small one
+        assert not times.too_long(ONE, 0.0, 0, 1000.0)
+    assert times.too_long(ONE, 0.0, 0, 1000.0), "the other one has brought its block, or is gone"
+
+
+def test_a_home_that_others_overtake_is_slow_by_what_they_take() -> None:
+    times = HomeTimes()
+    with waiting(times, ONE, TWO):
+        times.came(BLOCK_SIZE, 1.0, 11.0)
+        assert not times.too_long(ONE, 0.0, 0, FACTOR * 10.0)
+        assert times.too_long(ONE, 0.0, 0, FACTOR * 10.0 + 0.1)
+        assert not times.too_long(ONE, 2.0, 0, 1000.0), "it was asked later than what came"
