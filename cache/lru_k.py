@@ -45,10 +45,11 @@ class LRUKCache(Cache[K, V]):
     """Evicts the entry whose k-th last reference is oldest, and the least recently used among equals.
 
     - A reference is a `get`, `[]` or assignment of an entry held, and the assignment that inserts it; `in` is none.
-      References less than `correlated` after the previous one to the same key belong to it.
+      References less than `correlated` after the previous one to the same key belong to it, until `burst` after the
+      first of them: what is asked for all the time is not what was asked for once.
     - The references to `history` times as many keys as are held (and HISTORY_FLOOR) outlive their eviction or
       deletion; those that went first are forgotten first.
-    - `correlated` and `horizon` are in the timer's units; the timer never goes back.
+    - `correlated`, `burst` and `horizon` are in the timer's units; the timer never goes back.
 
     The heap has each entry under an order that it had once. As references only raise an entry's order, that is a
     lower bound, corrected when it comes to the top: a hit costs O(1), an eviction O(log n) amortised.
@@ -61,15 +62,17 @@ class LRUKCache(Cache[K, V]):
         *,
         k: int = 2,
         correlated: float = 0.0,
+        burst: float = math.inf,
         history: float = 8.0,
         horizon: float = math.inf,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
-        if k < 1 or correlated < 0 or history < 0 or horizon < 0:
-            raise ValueError("k must be positive; correlated, history and horizon must be non-negative")
+        if k < 1 or min(correlated, burst, history, horizon) < 0:
+            raise ValueError("k must be positive; correlated, burst, history and horizon must be non-negative")
         super().__init__(maxsize, getsizeof)
         self._k = k
         self._correlated = correlated
+        self._burst = burst
         self._history = history
         self._horizon = horizon
         self._timer = timer
@@ -131,7 +134,8 @@ class LRUKCache(Cache[K, V]):
         self._turn += 1
         held = self._held.get(key)
         past = held or self._gone.pop(key, _UNKNOWN)
-        times = past.times if now - past.last < self._correlated else (*past.times, now)[-self._k :]
+        belongs = now - past.last < self._correlated and now - past.times[-1] < self._burst
+        times = past.times if belongs else (*past.times, now)[-self._k :]
         self._held[key] = _Past(times, now, self._turn)
         if held is None:
             self._enqueue(key)

@@ -21,6 +21,10 @@ CORRELATED_S = 30.0
 """References closer than this count as one: a pull puts a block, reads it back and serves it to the site's other
 nodes within seconds, which says nothing of whether anyone will want it again."""
 
+BURST_S = 600.0
+"""How long such references count as one: longer than a site takes for an image. What is in use all the time would
+otherwise look like what was used once."""
+
 REFERENCES = 3
 """The k of LRU-K. The last but one reference is a poor estimate of how often a piece is wanted; the one before it finds
 1 to 2 points more in caches of up to 1 % of what is asked for (docs/SIMULATIONS.md)."""
@@ -37,7 +41,9 @@ MAX_ENTRIES = 1 << 18
 
 def eviction_policy(size_of: Callable[[V], int], timer: Callable[[], float]) -> LRUKCache[K, V]:
     """By which memory and disk name victims. `timer` in seconds."""
-    return LRUKCache(UNBOUNDED, size_of, k=REFERENCES, correlated=CORRELATED_S, horizon=HORIZON_S, timer=timer)
+    return LRUKCache(
+        UNBOUNDED, size_of, k=REFERENCES, correlated=CORRELATED_S, burst=BURST_S, horizon=HORIZON_S, timer=timer
+    )
 
 
 def length_of(piece: Piece, record: Record) -> int:

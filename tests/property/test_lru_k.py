@@ -30,6 +30,7 @@ class Definition:
     maxsize: int
     k: int
     correlated: float
+    burst: float
     history: float
     horizon: float
     clock: Clock
@@ -39,12 +40,12 @@ class Definition:
     turn: int = 0
 
     def bursts(self, key: str) -> list[float]:
-        times = [time for time, _ in self.references[key]]
-        return [
-            time
-            for before, time in zip([-math.inf, *times], times, strict=False)
-            if not time - before < self.correlated
-        ]
+        starts, before = list[float](), -math.inf
+        for time, _ in self.references[key]:
+            if not time - before < self.correlated or time - starts[-1] >= self.burst:
+                starts.append(time)
+            before = time
+        return starts
 
     def order(self, key: str) -> tuple[float, int]:
         bursts = self.bursts(key)
@@ -102,17 +103,18 @@ steps = st.one_of(
     st.lists(steps, max_size=60),
     st.integers(1, 3),
     st.sampled_from([0.0, 1.0, 2.5]),
+    st.sampled_from([math.inf, 0.0, 3.0]),
     st.sampled_from([0.0, 1.0, 8.0]),
     st.sampled_from([math.inf, 0.0, 4.0, 30.0]),
 )
 def test_it_evicts_what_the_definition_says(
-    script: list[tuple[object, ...]], k: int, correlated: float, history: float, horizon: float
+    script: list[tuple[object, ...]], k: int, correlated: float, burst: float, history: float, horizon: float
 ) -> None:
     clock = Clock()
     cache = LRUKCache[str, int](
-        12, lambda size: size, k=k, correlated=correlated, history=history, horizon=horizon, timer=clock
+        12, lambda size: size, k=k, correlated=correlated, burst=burst, history=history, horizon=horizon, timer=clock
     )
-    model = Definition(12, k, correlated, history, horizon, clock)
+    model = Definition(12, k, correlated, burst, history, horizon, clock)
     for step in script:
         apply(step, cache, model, clock)
         assert {key: Cache.__getitem__(cache, key) for key in cache} == model.sizes  # by no reference
@@ -188,6 +190,18 @@ def test_a_burst_counts_once() -> None:
     assert cache["burst"] == 0
     cache["new"] = 0
     assert set(cache) == {"twice", "new"}
+
+
+def test_what_is_in_use_all_the_time_is_not_taken_for_what_was_used_once() -> None:
+    clock = Clock()
+    cache = LRUKCache[str, int](2, correlated=5.0, burst=20.0, timer=clock)
+    cache["always"] = 0
+    for _ in range(5):
+        clock.now += 4.9
+        assert cache["always"] == 0
+    cache["new"] = 0
+    cache["newer"] = 0
+    assert set(cache) == {"always", "newer"}
 
 
 def test_zero_horizon_is_lru() -> None:
@@ -314,7 +328,9 @@ def test_naming_victims_changes_nothing() -> None:
     assert len(cache) == 3
 
 
-@pytest.mark.parametrize("wrong", [{"k": 0}, {"correlated": -1.0}, {"history": -0.1}, {"horizon": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"k": 0}, {"correlated": -1.0}, {"burst": -1.0}, {"history": -0.1}, {"horizon": -1.0}]
+)
 def test_impossible_parameters_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         LRUKCache(10, **wrong)
