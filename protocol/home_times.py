@@ -39,6 +39,8 @@ class HomeTimes:
             yield
         finally:
             self._waits[home] -= 1
+            if not self._waits[home]:
+                del self._waits[home]
 
     def came(self, length: int, asked_at: float, now: float) -> None:
         """A block of this many bytes that had to be read; a small one tells nothing of the uplink.
@@ -58,5 +60,4 @@ class HomeTimes:
         than others, or where no other is waited for."""
         if now - asked_at <= max(LEAST_S, FACTOR * self._slowest_s) + CELL_S * cells:
             return False
-        overtaken = asked_at <= self._came_asked_at
-        return overtaken or not any(count for other, count in self._waits.items() if other != home)
+        return asked_at <= self._came_asked_at or self._waits.keys() <= {home}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 from rich.table import Table
@@ -16,12 +16,10 @@ from simulations.scenario import (
     Output,
     Setting,
     after,
-    image_option,
-    layers_option,
     of_bytes,
-    rate_option,
+    running,
     scenario,
-    uplink_option,
+    setting_options,
 )
 
 if TYPE_CHECKING:
@@ -63,8 +61,7 @@ def run(what: FlashCrowd, told: Told) -> Result:
         image = what.push(registry)
         cluster = what.cluster(registry, of_bytes(image.size * what.nodes, told))
         seconds = [0.0] * what.nodes
-        async with trio.open_nursery() as running:
-            await cluster.start(running)
+        async with running(cluster):
             began = trio.current_time()
             before = list(cluster.sent())
 
@@ -76,7 +73,6 @@ def run(what: FlashCrowd, told: Told) -> Result:
                 for number in range(what.nodes):
                     pulling.start_soon(pull, number)
             sent = tuple(after - earlier for after, earlier in zip(cluster.sent(), before, strict=True))
-            running.cancel_scope.cancel()
         return Result(
             tuple(seconds), what.limit_s, registry.bytes_by_site[SITE], len(registry.requests), sent, image.size
         )
@@ -107,10 +103,7 @@ def draw(result: Result, figure: Figure) -> None:
 
 
 @scenario("flash-crowd", nodes=1000)
-@image_option
-@layers_option
-@rate_option
-@uplink_option
-def flash_crowd(output: Output, nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float) -> None:
+@setting_options
+def flash_crowd(output: Output, **given: Any) -> None:
     """All nodes of a site are cold and pull one image at the same moment."""
-    output.show(FlashCrowd(nodes, seed, image, layers, rate, uplink), run, table_of, draw)
+    output.show(FlashCrowd(**given), run, table_of, draw)

@@ -25,14 +25,11 @@ from simulations.scenario import (
     Output,
     Setting,
     after,
-    image_option,
-    layers_option,
     of_bytes,
     pull_once,
-    rate_option,
     running,
     scenario,
-    uplink_option,
+    setting_options,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +46,6 @@ WAIT_S = 300.0
 @dataclass(frozen=True, slots=True)
 class Liar(Setting):
     nodes: int = 30
-    image: int = 32_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +199,7 @@ def draw(result: Result, figure: Figure) -> None:
 
 
 @scenario("liar", nodes=30)
-@image_option
-@layers_option
-@rate_option
-@uplink_option
-def liar(output: Output, nodes: int, seed: int, image: int, layers: int, rate: float, uplink: float) -> None:
+@setting_options
+def liar(output: Output, **given: Any) -> None:
     """All nodes but one pull one image at the same moment; that one gives wrong shards, or signs false records."""
-    output.show(Liar(nodes, seed, image, layers, rate, uplink), run, table_of, draw)
+    output.show(Liar(**given), run, table_of, draw)
