@@ -24,13 +24,11 @@ from cache.content_store import ContentStore
 from cache.disk import DiskStore
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
-from node import mirror as mirror_module
-from node.access import Access, PublicTable
-from node.addresses import bulk_addresses
-from node.admission import Admission
-from node.announcer import Announcer
-from node.channel import tune_allocator
-from node.config import (
+from node.blocks.announcer import Announcer
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import Seeder, Site
+from node.blocks.trust import Trust
+from node.config.schema import (
     Config,
     HostPort,
     access_grace_s,
@@ -43,47 +41,49 @@ from node.config import (
     tag_policies,
     uplink_policy,
 )
-from node.control import METRICS_LIMITS, metrics_handler, serve_control
-from node.control_admission import admission_routes, cluster_row
-from node.control_api import NodeControl, Parts, upstream_row
-from node.control_offline import offline_routes
-from node.doctor import certificate_shown
-from node.evidence import Judge
-from node.evidence_file import EvidenceFile
-from node.exchange import Answer
-from node.exchange_tls import TlsExchange
-from node.fetcher import Fetcher
-from node.http_server import Handler, Limits, serve_http
-from node.identity import Identity, load_or_create
-from node.joining import FILE_NAME as TOKENS
-from node.joining import Registrar, Uses
-from node.ledger import Ledger
-from node.library import SiteLibrary
-from node.listings import Listings
-from node.logs import configure
-from node.membership import Gossiper, Membership
-from node.metrics import Metrics
-from node.mirror import Mirror
-from node.names import Names, NameTable
-from node.notify import Notifier
-from node.offline import Offline, OfflineParts
-from node.origin import Origin
-from node.pins import Pins, digests_of, load_pins
-from node.prefetch import Prefetcher
-from node.reload import LiveParts, Reloader
-from node.remembered import RememberedPeers
-from node.renewal import Renewal
-from node.revocations import FILE_NAME as REVOCATIONS
-from node.revocations import Revocations
-from node.seeder import Seeder, Site
-from node.standing import save_joined, standing
-from node.swarm_libp2p import LibP2PSwarm
-from node.trust import Trust
-from node.uplink import Uplink, UplinkFile
-from node.upstream import Upstreams
-from node.version import version
-from node.view import View
-from node.wear import written_bytes
+from node.content.library import SiteLibrary
+from node.content.listings import Listings
+from node.content.resolver import Names, NameTable
+from node.control.api import NodeControl, Parts, upstream_row
+from node.control.cluster_routes import admission_routes, cluster_row
+from node.control.doctor import certificate_shown
+from node.control.image_routes import offline_routes
+from node.control.reload import LiveParts, Reloader
+from node.control.routes import METRICS_LIMITS, metrics_handler, serve_control
+from node.evidence.judge import Judge
+from node.evidence.judge_file import EvidenceFile
+from node.exchange.channel import tune_allocator
+from node.exchange.contract import Answer
+from node.exchange.tls import TlsExchange
+from node.identity.credentials import save_joined, standing
+from node.identity.identity import Identity, load_or_create
+from node.identity.registrar import FILE_NAME as TOKENS
+from node.identity.registrar import Registrar, Uses
+from node.identity.revocations import FILE_NAME as REVOCATIONS
+from node.identity.revocations import Revocations
+from node.identity.verifier import Admission
+from node.images.operations import Offline, OfflineParts
+from node.images.pins import Pins, digests_of, load_pins
+from node.images.prefetch import Prefetcher
+from node.membership.addresses import bulk_addresses
+from node.membership.libp2p import LibP2PSwarm
+from node.membership.membership import Gossiper, Membership
+from node.membership.peers_file import RememberedPeers
+from node.membership.renewal import Renewal
+from node.membership.view import View
+from node.mirror import mirror as mirror_module
+from node.mirror.access import Access, PublicTable
+from node.mirror.mirror import Mirror
+from node.registry.batching import Origin
+from node.registry.uplink import Uplink, UplinkFile
+from node.registry.upstreams import Upstreams
+from node.runtime.disk_writes import written_bytes
+from node.runtime.logs import configure
+from node.runtime.systemd import Notifier
+from node.runtime.version import version
+from node.telemetry.metrics import Metrics
+from node.telemetry.provenance import Ledger
+from node.web.server import Handler, Limits, serve_http
 from protocol.directory import Directory
 from protocol.errors import BadInputError
 from protocol.health import Health

@@ -16,26 +16,26 @@ from random import Random
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.announcer import Announcer
-from node.certificates import open_authority
-from node.config import Config, tag_policies
+from node.blocks.announcer import Announcer
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import Seeder, Site
+from node.blocks.trust import Trust
+from node.config.schema import Config, tag_policies
+from node.content.library import SiteLibrary
+from node.content.resolver import Names, NameTable
 from node.daemon import CurrentPlacement, Dispatcher
-from node.evidence import Judge
-from node.exchange import Answer
-from node.exchange_memory import MemoryExchange
-from node.fetcher import Fetcher
-from node.identity import Identity
-from node.joining import Registrar, Uses
-from node.ledger import Ledger
-from node.library import SiteLibrary
-from node.membership import Gossiper, Membership
-from node.metrics import Metrics
-from node.names import Names, NameTable
-from node.origin import Origin
-from node.revocations import Revocations
-from node.seeder import Seeder, Site
-from node.trust import Trust
-from node.upstream import Upstreams
+from node.evidence.judge import Judge
+from node.exchange.contract import Answer
+from node.exchange.memory import MemoryExchange
+from node.identity.certificates import open_authority
+from node.identity.identity import Identity
+from node.identity.registrar import Registrar, Uses
+from node.identity.revocations import Revocations
+from node.membership.membership import Gossiper, Membership
+from node.registry.batching import Origin
+from node.registry.upstreams import Upstreams
+from node.telemetry.metrics import Metrics
+from node.telemetry.provenance import Ledger
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.ids import ObjectRef, PeerId

@@ -11,10 +11,10 @@ import trio
 from rich.table import Table
 
 from cache.store import Buffer
-from node.exchange import Answer
-from node.locator import Locator
-from node.origin import Origin
-from node.upstream import Upstreams
+from node.exchange.contract import Answer
+from node.oci.references import Locator
+from node.registry.batching import Origin
+from node.registry.upstreams import Upstreams
 from protocol.ids import ObjectRef, PeerId
 from protocol.messages import Request, ShardFound
 from simulations.cluster import Node

@@ -2,8 +2,8 @@
 
 A frame goes over the links of its way one after the other, cut through: the next link begins when the first byte is
 there. Each link sends frames in the order in which they come, one at a time. Real senders share a link between a few
-connections (`node/turns.py`), which moves the same bytes in the same time. Small frames wait for no more than what a
-switch holds in its queue, since bodies wait in their senders.
+connections (`node/exchange/send_slots.py`), which moves the same bytes in the same time. Small frames wait for no more
+than what a switch holds in its queue, since bodies wait in their senders.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from random import Random
 
 import trio
 
-from node.exchange_memory import MemoryNetwork
+from node.exchange.memory import MemoryNetwork
 from protocol.ids import PeerId
 from simulations.alarms import Alarms
 

@@ -14,9 +14,9 @@ from random import Random
 import trio
 
 from cache.store import Buffer
-from node.exchange import Lane
-from node.fetcher import Fetcher
-from node.seeder import SILENCE_S, BlockAddress, Seeder, Site
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import SILENCE_S, BlockAddress, Seeder, Site
+from node.exchange.contract import Lane
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
 from protocol.ids import PeerId

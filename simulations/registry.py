@@ -14,9 +14,9 @@ from random import Random
 import httpx
 import trio
 
-from node.config import UpstreamPart
-from node.locator import Locator
-from node.upstream import Connect, client_over
+from node.config.schema import UpstreamPart
+from node.oci.references import Locator
+from node.registry.upstreams import Connect, client_over
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from simulations.network import Latency, SimulatedNetwork
 
@@ -109,7 +109,7 @@ class Registry:
 
 
 class Wire(httpx.AsyncBaseTransport):
-    """From one node to the registry: in the place of HTTP's bytes and of sockets, below node/upstream.py."""
+    """From one node to the registry: in the place of HTTP's bytes and of sockets, below node/registry/upstreams.py."""
 
     def __init__(self, registry: Registry, network: SimulatedNetwork, peer: PeerId, site: str) -> None:
         self._registry, self._network, self._peer, self._site = registry, network, peer, site
@@ -153,7 +153,7 @@ class Wire(httpx.AsyncBaseTransport):
 
 
 class Body(httpx.AsyncByteStream):
-    """As that of node/http_client.py."""
+    """As that of node/registry/transport.py."""
 
     def __init__(self, wire: Wire, data: memoryview, read_s: float) -> None:
         self._wire, self._left, self._read_s = wire, data, read_s

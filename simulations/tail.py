@@ -19,8 +19,8 @@ import click
 import trio
 from rich.table import Table
 
-from node.exchange import Lane
-from node.seeder import BlockAddress
+from node.blocks.keeper import BlockAddress
+from node.exchange.contract import Lane
 from protocol.errors import UnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId, Piece
 from simulations.cluster import Cluster, Machine

@@ -27,16 +27,16 @@ from rich.table import Table
 
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
-from node.certificates import Credentials, load_authority, peer_of
-from node.config import HostPort
-from node.exchange import Lane
-from node.exchange_tls import TlsExchange
-from node.fetcher import Fetcher
-from node.identity import Identity
-from node.locator import Locator
-from node.origin import Origin
-from node.seeder import BlockAddress, Seeder, Site
-from node.trust import Trust
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import BlockAddress, Seeder, Site
+from node.blocks.trust import Trust
+from node.config.schema import HostPort
+from node.exchange.contract import Lane
+from node.exchange.tls import TlsExchange
+from node.identity.certificates import Credentials, load_authority, peer_of
+from node.identity.identity import Identity
+from node.oci.references import Locator
+from node.registry.batching import Origin
 from protocol.directory import Directory
 from protocol.errors import UnavailableError
 from protocol.health import Health

@@ -16,16 +16,24 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from node import swarm_libp2p
-from node.addresses import Target
-from node.admission import LEEWAY_S, Admission
-from node.certificates import Authority, Credentials, Subject, Validity, create_authority, issue, load_authority
-from node.config import HostPort
-from node.exchange import Answer, Lane
-from node.exchange_tls import TlsExchange
-from node.identity import Identity
-from node.joining import Line
-from node.swarm_libp2p import LibP2PSwarm, Timing
+from node.config.schema import HostPort
+from node.exchange.contract import Answer, Lane
+from node.exchange.tls import TlsExchange
+from node.identity.certificates import (
+    Authority,
+    Credentials,
+    Subject,
+    Validity,
+    create_authority,
+    issue,
+    load_authority,
+)
+from node.identity.identity import Identity
+from node.identity.registrar import Line
+from node.identity.verifier import LEEWAY_S, Admission
+from node.membership import libp2p as swarm_libp2p
+from node.membership.addresses import Target
+from node.membership.libp2p import LibP2PSwarm, Timing
 from protocol import introduction, wire
 from protocol.errors import PeerUnavailableError
 from protocol.ids import PeerId
@@ -246,7 +254,7 @@ async def found_by_mdns(scene: Scene) -> None:
 @pytest.fixture
 def log() -> Iterator[Refused]:
     handler = Refused()
-    logger = logging.getLogger("node.admission")
+    logger = logging.getLogger("node.identity.verifier")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     yield handler

@@ -1,5 +1,5 @@
-"""What every Exchange promises (node/exchange.py): in memory and on simulated links, in virtual time; over TLS, and
-plain, on loopback."""
+"""What every Exchange promises (node/exchange/contract.py): in memory and on simulated links, in virtual time; over
+TLS, and plain, on loopback."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.certificates import Credentials, own_authority, peer_of
-from node.config import HostPort
-from node.exchange import Answer, Exchange, Handler, Into, Lane
-from node.exchange_memory import MemoryExchange, MemoryNetwork
-from node.exchange_tls import Limits, Timing, TlsExchange
-from node.identity import Identity
+from node.config.schema import HostPort
+from node.exchange.contract import Answer, Exchange, Handler, Into, Lane
+from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.exchange.tls import Limits, Timing, TlsExchange
+from node.identity.certificates import Credentials, own_authority, peer_of
+from node.identity.identity import Identity
 from protocol.errors import (
     BadInputError,
     DeniedError,

@@ -23,22 +23,22 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cache.disk_index import _parse as parse_row
-from node.certificates import Authority, Credentials, _new_authority, issued_by, peer_of
-from node.config import load
-from node.control import control_handler
-from node.control_offline import offline_routes
-from node.http_client import DirectTransport, _origin, _Wire
-from node.http_range import parse_range
-from node.http_server import Handler, Limits, Request, _Server
-from node.identity import Identity, from_pem
-from node.listings import Listings, _of_type, _page
-from node.mirror import LIMITS, Mirror, _own_link
-from node.names import descriptors, parse_manifest
-from node.oci_layout import read_layout
-from node.registry_auth import parse_challenges, parse_docker_config, parse_token, relayed, token_request
-from node.remembered import _File as RememberedFile
-from node.tar import read_entries
-from node.upstream import Passed, _body_start, _FailedError
+from node.config.schema import load
+from node.content.listings import Listings, _of_type, _page
+from node.content.resolver import descriptors, parse_manifest
+from node.control.image_routes import offline_routes
+from node.control.routes import control_handler
+from node.identity.certificates import Authority, Credentials, _new_authority, issued_by, peer_of
+from node.identity.identity import Identity, from_pem
+from node.membership.peers_file import _File as RememberedFile
+from node.mirror.mirror import LIMITS, Mirror, _own_link
+from node.oci.byte_ranges import parse_range
+from node.oci.challenges import parse_challenges, parse_docker_config, parse_token, relayed, token_request
+from node.oci.layout import read_layout
+from node.oci.tar import read_entries
+from node.registry.transport import DirectTransport, _origin, _Wire
+from node.registry.upstreams import Passed, _body_start, _FailedError
+from node.web.server import Handler, Limits, Request, _Server
 from protocol import introduction, wire
 from protocol.errors import BadInputError, NotFoundError, PeerMisbehavedError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
@@ -236,7 +236,7 @@ class _Complaints(logging.Handler):
 
 
 _COMPLAINTS = _Complaints()
-logging.getLogger("node.http_server").addHandler(_COMPLAINTS)
+logging.getLogger("node.web.server").addHandler(_COMPLAINTS)
 
 
 def _served(handler: Handler, limits: Limits) -> Target:

@@ -16,13 +16,13 @@ import httpx
 import pytest
 import trio
 
-from node.config import UpstreamPart
-from node.http_server import serve_http
-from node.listings import Listings
-from node.locator import Locator
-from node.mirror import Mirror
-from node.objects import Resolved
-from node.upstream import Upstreams
+from node.config.schema import UpstreamPart
+from node.content.contract import Resolved
+from node.content.listings import Listings
+from node.mirror.mirror import Mirror
+from node.oci.references import Locator
+from node.registry.upstreams import Upstreams
+from node.web.server import serve_http
 from protocol.errors import NotFoundError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 from tests.support.access import Everybody

@@ -20,12 +20,13 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node import channel, exchange_tls
-from node.certificates import Authority, Credentials, own_authority, peer_of
-from node.config import HostPort
-from node.exchange import Answer, Lane
-from node.exchange_tls import BATCH_BYTES, HANDSHAKES_PER_ADDRESS, Limits, Timing, TlsExchange
-from node.identity import Identity
+from node.config.schema import HostPort
+from node.exchange import channel
+from node.exchange import tls as exchange_tls
+from node.exchange.contract import Answer, Lane
+from node.exchange.tls import BATCH_BYTES, HANDSHAKES_PER_ADDRESS, Limits, Timing, TlsExchange
+from node.identity.certificates import Authority, Credentials, own_authority, peer_of
+from node.identity.identity import Identity
 from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId

@@ -19,7 +19,7 @@ import pytest
 import trio
 
 from cache.disk import DiskStore
-from node.database import Database
+from node.runtime.sqlite import Database
 from protocol.ids import BLOCK_SIZE, Shard
 from tests.support.blobs import Blob
 from tests.support.failing_sqlite import Calls, failing

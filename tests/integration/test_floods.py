@@ -10,8 +10,8 @@ from statistics import quantiles
 import pytest
 import trio
 
-from node.exchange import Lane
-from node.exchange_tls import Limits, Timing
+from node.exchange.contract import Lane
+from node.exchange.tls import Limits, Timing
 from protocol import wire
 from protocol.ids import PeerId
 from protocol.members import MAX_MEMBERS, Member, State, Update

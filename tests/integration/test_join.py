@@ -14,7 +14,10 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from node.certificates import (
+from node.cli.admin import join_cluster
+from node.cli.client import ControlClient
+from node.config.schema import load
+from node.identity.certificates import (
     ENDLESS,
     Authority,
     Subject,
@@ -24,11 +27,8 @@ from node.certificates import (
     load_authority,
     validity_of,
 )
-from node.cluster_work import join_cluster
-from node.config import load
-from node.control_client import ControlClient
-from node.identity import load_or_create
-from node.standing import FILE_NAME, Joined, save_joined
+from node.identity.credentials import FILE_NAME, Joined, save_joined
+from node.identity.identity import load_or_create
 from protocol.admission import Token, date, make_token
 from protocol.errors import ShoalError
 from protocol.ids import PeerId

@@ -16,13 +16,15 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node import certificates, mdns, swarm_libp2p
-from node.addresses import Target, parse_target
-from node.admission import Admission
-from node.certificates import Authority, Credentials
-from node.identity import Identity
-from node.joining import Line
-from node.swarm_libp2p import LibP2PSwarm, Timing
+from node.identity import certificates
+from node.identity.certificates import Authority, Credentials
+from node.identity.identity import Identity
+from node.identity.registrar import Line
+from node.identity.verifier import Admission
+from node.membership import libp2p as swarm_libp2p
+from node.membership import mdns
+from node.membership.addresses import Target, parse_target
+from node.membership.libp2p import LibP2PSwarm, Timing
 from protocol import introduction
 from protocol.errors import BadInputError, PeerUnavailableError
 from protocol.ids import PeerId

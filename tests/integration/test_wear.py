@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from cache.disk import DiskStore
-from node.wear import written_bytes
+from node.runtime.disk_writes import written_bytes
 from protocol.ids import BLOCK_SIZE, Piece, Shard
 from tests.support.blobs import Blob
 from tests.support.faulty_origin import FaultyOrigin, content

@@ -16,10 +16,10 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.archive import ArchiveReader, ArchiveWriter
-from node.locator import ImageName
-from node.oci_layout import MAX_INDEX, PackedImage, read_layout
-from node.tar import END, MAX_ENTRIES, MAX_EXTENSION, header, padding, read_entries
+from node.images.archive import ArchiveReader, ArchiveWriter
+from node.oci.layout import MAX_INDEX, PackedImage, read_layout
+from node.oci.references import ImageName
+from node.oci.tar import END, MAX_ENTRIES, MAX_EXTENSION, header, padding, read_entries
 from protocol.errors import BadInputError
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE
 from tests.support.archives import Layout, blob_path, digest, small

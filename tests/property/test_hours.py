@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.hours import Hours
+from node.runtime.time_windows import Hours
 from protocol.errors import BadInputError
 
 MIDNIGHT = datetime(2026, 3, 4)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.locator import ImageName, Kind, Locator, check_reference, check_upstream, is_digest
+from node.oci.references import ImageName, Kind, Locator, check_reference, check_upstream, is_digest
 from protocol.errors import BadInputError
 
 DIGEST = "sha256:" + "0a" * 32

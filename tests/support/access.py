@@ -1,8 +1,8 @@
-"""Stands in for node/access.py where who reads is not the question."""
+"""Stands in for node/mirror/access.py where who reads is not the question."""
 
 from __future__ import annotations
 
-from node.locator import Locator
+from node.oci.references import Locator
 from protocol.errors import DeniedError
 
 

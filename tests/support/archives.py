@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from node.oci_layout import IMAGE_NAME
+from node.oci.layout import IMAGE_NAME
 from tests.support.image import CONFIG, INDEX, LAYER, MANIFEST
 
 Files = dict[str, bytes]

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import trio
 
-from node.control import serve_control
-from node.locator import ImageName
-from node.status import (
+from node.api.documents import (
     CachedObject,
     CacheReport,
     Check,
@@ -38,6 +36,8 @@ from node.status import (
     why_object,
     why_report,
 )
+from node.control.routes import serve_control
+from node.oci.references import ImageName
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 

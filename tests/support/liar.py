@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from node.blocks.keeper import Seeder
 from node.daemon import main
-from node.exchange import Answer
-from node.locator import Locator
-from node.origin import Origin
-from node.seeder import Seeder
+from node.exchange.contract import Answer
+from node.oci.references import Locator
+from node.registry.batching import Origin
 from protocol.ids import ObjectRef, PeerId
 from protocol.messages import ShardFound
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager
 from typing import BinaryIO
 
-from node.locator import Locator
-from node.objects import Resolved
+from node.content.contract import Resolved
+from node.oci.references import Locator
 from protocol.errors import NotFoundError
 from protocol.ids import Digest, ObjectRef
 

@@ -9,22 +9,22 @@ from random import Random
 from typing import Any, cast
 
 from cache.store import StoreStatistics
-from node.access import PublicTable
-from node.certificates import own_authority
-from node.identity import load_or_create
-from node.listings import Listings
-from node.locator import Grant, ImageName, Locator
-from node.membership import Membership
-from node.names import NameTable
-from node.objects import Resolved
-from node.oci_layout import Packed, PackedImage
-from node.offline_status import PrefetchOrder
-from node.pins import Pins, load_pins
-from node.prefetch import Prefetcher
-from node.remembered import RememberedPeers
-from node.uplink import Uplink, UplinkFile
-from node.uplink_policy import UplinkPolicy
-from node.upstream import Passed
+from node.api.image_documents import PrefetchOrder
+from node.config.uplink_policy import UplinkPolicy
+from node.content.contract import Resolved
+from node.content.listings import Listings
+from node.content.resolver import NameTable
+from node.identity.certificates import own_authority
+from node.identity.identity import load_or_create
+from node.images.pins import Pins, load_pins
+from node.images.prefetch import Prefetcher
+from node.membership.membership import Membership
+from node.membership.peers_file import RememberedPeers
+from node.mirror.access import PublicTable
+from node.oci.layout import Packed, PackedImage
+from node.oci.references import Grant, ImageName, Locator
+from node.registry.uplink import Uplink, UplinkFile
+from node.registry.upstreams import Passed
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import Member
 from tests.support.file_trace import say

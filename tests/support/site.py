@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from node.control_client import ControlClient
+from node.cli.client import ControlClient
 from protocol.errors import ShoalError
 from tests.support.lab import Lab, Namespace
 from tests.support.processes import free_ports, tail, terminate, wait_for
@@ -60,7 +60,7 @@ def program(name: str, module: str) -> list[str]:
 
 
 P2PD = program("p2pd", "node.daemon")
-P2PCTL = program("p2pctl", "node.cli")
+P2PCTL = program("p2pctl", "node.cli.main")
 
 
 def run(command: Sequence[str], *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:

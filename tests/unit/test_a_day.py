@@ -13,8 +13,8 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.exchange_memory import MemoryNetwork
-from node.identity import Identity
+from node.exchange.memory import MemoryNetwork
+from node.identity.identity import Identity
 from protocol.errors import ShoalError
 from protocol.ids import PeerId
 from protocol.members import Member

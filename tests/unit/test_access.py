@@ -11,8 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from node.access import FRESH_S, MAX_VERDICTS, REFUSED_S, Access, ChallengedError, PublicTable
-from node.locator import Locator
+from node.mirror.access import FRESH_S, MAX_VERDICTS, REFUSED_S, Access, ChallengedError, PublicTable
+from node.oci.references import Locator
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
 
 GRACE_S, PUBLIC_GRACE_S = 3600.0, 7 * 86400.0

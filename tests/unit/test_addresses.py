@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node import addresses
-from node.addresses import Target, bulk_addresses, concrete_hosts, parse_listen, parse_target, with_observed
-from node.config import HostPort
+from node.config.schema import HostPort
+from node.membership import addresses
+from node.membership.addresses import Target, bulk_addresses, concrete_hosts, parse_listen, parse_target, with_observed
 from protocol.errors import BadInputError
 from protocol.ids import PeerId
 from protocol.members import MAX_ADDRESSES, Member

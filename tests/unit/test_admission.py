@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from trio.testing import MockClock
 
-from node import standing as standings
-from node.admission import LEEWAY_S, LOOK_EVERY_S, SILENCE_S, Admission, Refusals
-from node.certificates import (
+from node.config.schema import ClusterPart, Config, NodePart
+from node.exchange.contract import Answer, Heard, Into, Lane
+from node.identity import credentials as standings
+from node.identity.certificates import (
     ENDLESS,
     Authority,
     Credentials,
@@ -29,13 +30,12 @@ from node.certificates import (
     open_authority,
     validity_of,
 )
-from node.config import ClusterPart, Config, NodePart
-from node.exchange import Answer, Heard, Into, Lane
-from node.identity import Identity
-from node.renewal import LOOK_EVERY_S as RENEWAL_EVERY_S
-from node.renewal import Renewal
-from node.revocations import Revocations
-from node.standing import Joined, load_joined, save_joined, standing
+from node.identity.credentials import Joined, load_joined, save_joined, standing
+from node.identity.identity import Identity
+from node.identity.revocations import Revocations
+from node.identity.verifier import LEEWAY_S, LOOK_EVERY_S, SILENCE_S, Admission, Refusals
+from node.membership.renewal import LOOK_EVERY_S as RENEWAL_EVERY_S
+from node.membership.renewal import Renewal
 from protocol.admission import MAX_REVOCATIONS, make_revocation
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId

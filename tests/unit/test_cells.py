@@ -10,10 +10,10 @@ from collections import Counter
 import pytest
 import trio
 
-from node.blame import Blame
-from node.exchange import Answer
-from node.exchange_memory import MemoryNetwork
-from node.objects import Source
+from node.blocks.faults import Blame
+from node.content.contract import Source
+from node.exchange.contract import Answer
+from node.exchange.memory import MemoryNetwork
 from protocol.ids import BLOCK_SIZE, BlockId, PeerId
 from protocol.members import Member
 from protocol.messages import GetShard, Request

@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from node import certificates
-from node.certificates import Authority, Credentials, Subject, Validity, issued_by
-from node.identity import Identity
+from node.identity import certificates
+from node.identity.certificates import Authority, Credentials, Subject, Validity, issued_by
+from node.identity.identity import Identity
 from protocol.errors import BadInputError, PeerMisbehavedError
 from protocol.ids import PeerId
 from protocol.wire import MAX_CERTIFICATE

@@ -12,9 +12,9 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from node.cli import main
-from node.http_server import Request, Response, serve_http
-from node.status import Check
+from node.api.documents import Check
+from node.cli.main import main
+from node.web.server import Request, Response, serve_http
 from protocol.admission import read_revocation, read_token
 from protocol.records import peer_id_of
 from tests.support.fake_control import DIGEST, PEER, FakeControl, served

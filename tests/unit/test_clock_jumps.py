@@ -9,12 +9,12 @@ import pytest
 import trio
 
 from cache.disk import DiskStore
-from node.access import PublicTable
-from node.locator import Locator
-from node.names import NameTable
-from node.objects import Resolved
-from node.uplink import Uplink
-from node.uplink_policy import UplinkPolicy
+from node.config.uplink_policy import UplinkPolicy
+from node.content.contract import Resolved
+from node.content.resolver import NameTable
+from node.mirror.access import PublicTable
+from node.oci.references import Locator
+from node.registry.uplink import Uplink
 from protocol.ids import Digest, ObjectRef
 from tests.support.blobs import Blob
 
@@ -38,7 +38,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in ("cache.disk", "node.access"):
+    for module in ("cache.disk", "node.mirror.access"):
         monkeypatch.setattr(f"{module}.time.time", clock)
     return clock
 

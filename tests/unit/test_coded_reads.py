@@ -19,18 +19,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cache.memory import MemoryStore
 from cache.store import Held
 from cache.tiered import Tiers
-from node.exchange import Answer, Lane
-from node.exchange_memory import MemoryExchange, MemoryNetwork
-from node.fetcher import Fetcher
-from node.identity import Identity
-from node.ledger import Ledger
-from node.library import SiteLibrary
-from node.locator import Grant, Locator
-from node.metrics import Metrics
-from node.objects import Source
-from node.origin import Origin
-from node.seeder import BACKGROUND_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
-from node.trust import Trust
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import BACKGROUND_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
+from node.blocks.trust import Trust
+from node.content.contract import Source
+from node.content.library import SiteLibrary
+from node.exchange.contract import Answer, Lane
+from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.identity.identity import Identity
+from node.oci.references import Grant, Locator
+from node.registry.batching import Origin
+from node.telemetry.metrics import Metrics
+from node.telemetry.provenance import Ledger
 from protocol.directory import Directory
 from protocol.errors import DeniedError, UnavailableError
 from protocol.fetch_plan import WARM_FLOOR_S
@@ -443,7 +443,7 @@ def test_what_nobody_waits_for_keeps_no_client_waiting(count: int) -> None:
                     await node.read(0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("node.seeder.BACKGROUND_S", 30.0)
+        patch.setattr("node.blocks.keeper.BACKGROUND_S", 30.0)
         play(count, scenario)
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node import containerd_hosts
-from node.containerd_hosts import (
+from node.cli import containerd_hosts
+from node.cli.containerd_hosts import (
     Registry,
     apply,
     config_path_advice,

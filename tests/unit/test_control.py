@@ -15,11 +15,7 @@ import msgspec
 import pytest
 import trio
 
-from node.control import control_socket, metrics_handler
-from node.control_client import ControlClient, DaemonRefusedError, DaemonUnreachableError, explain
-from node.http_server import Request
-from node.metrics import Metrics
-from node.status import (
+from node.api.documents import (
     NOT_READ,
     CacheReport,
     DoctorReport,
@@ -32,6 +28,10 @@ from node.status import (
     TagsReport,
     WhyReport,
 )
+from node.cli.client import ControlClient, DaemonRefusedError, DaemonUnreachableError, explain
+from node.control.routes import control_socket, metrics_handler
+from node.telemetry.metrics import Metrics
+from node.web.server import Request
 from protocol.errors import BadInputError
 from tests.support.fake_control import FakeControl, served
 

@@ -8,12 +8,12 @@ from random import Random
 import pytest
 import trio
 
-from node.certificates import open_authority
-from node.control_admission import admission_routes
-from node.exchange_memory import MemoryExchange, MemoryNetwork
-from node.http_server import Request, Response
-from node.membership import Gossiper, Membership
-from node.revocations import Revocations
+from node.control.cluster_routes import admission_routes
+from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.identity.certificates import open_authority
+from node.identity.revocations import Revocations
+from node.membership.membership import Gossiper, Membership
+from node.web.server import Request, Response
 from protocol.admission import make_revocation, revocation_text
 from protocol.errors import BadInputError
 from protocol.members import Member

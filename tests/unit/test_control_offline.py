@@ -14,12 +14,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from node.cli import main
-from node.control import serve_control
-from node.control_client import ControlClient, DaemonRefusedError
-from node.control_offline import offline_routes
-from node.locator import ImageName
-from node.offline_status import (
+from node.api.image_documents import (
     GcReport,
     PinRow,
     PinsReport,
@@ -30,7 +25,12 @@ from node.offline_status import (
     WorkProgress,
     WorkResult,
 )
-from node.platforms import Platform, own_platform
+from node.cli.client import ControlClient, DaemonRefusedError
+from node.cli.main import main
+from node.control.image_routes import offline_routes
+from node.control.routes import serve_control
+from node.oci.platforms import Platform, own_platform
+from node.oci.references import ImageName
 from protocol.errors import BadInputError, NotFoundError
 from tests.support.fake_control import DIGEST, FakeControl
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from node import credential_helper
-from node.credential_helper import CredentialHelpers, HelperError
-from node.registry_auth import Credentials
+from node.oci.challenges import Credentials
+from node.registry import credential_helper
+from node.registry.credential_helper import CredentialHelpers, HelperError
 
 GOOD = "#!/bin/sh\nread registry\necho called >> {log}\n" + (
     """[ "$1" = get ] && echo '{"ServerURL":"'$registry'","Username":"AWS","Secret":"s3cr3t"}'\n"""

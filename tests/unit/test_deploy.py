@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from node.config import Config, TagsPart, UpstreamPart, load
-from node.containerd_hosts import default_server
+from node.cli.containerd_hosts import default_server
+from node.config.schema import Config, TagsPart, UpstreamPart, load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MIRROR = Config().mirror.listen

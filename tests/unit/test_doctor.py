@@ -11,20 +11,9 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from node import doctor
-from node.admission import Admission
-from node.certificates import (
-    ENDLESS,
-    Authority,
-    Credentials,
-    Subject,
-    Validity,
-    create_authority,
-    issue,
-    load_authority,
-)
-from node.config import ClusterPart, Config, NodePart
-from node.doctor import (
+from node.config.schema import ClusterPart, Config, NodePart
+from node.control import doctor
+from node.control.doctor import (
     Facts,
     Probe,
     Shown,
@@ -38,10 +27,21 @@ from node.doctor import (
     probe_upstreams,
     writable_error,
 )
-from node.identity import load_or_create
-from node.revocations import FILE_NAME as REVOCATIONS
-from node.revocations import Revocations
-from node.standing import Joined, save_joined
+from node.identity.certificates import (
+    ENDLESS,
+    Authority,
+    Credentials,
+    Subject,
+    Validity,
+    create_authority,
+    issue,
+    load_authority,
+)
+from node.identity.credentials import Joined, save_joined
+from node.identity.identity import load_or_create
+from node.identity.revocations import FILE_NAME as REVOCATIONS
+from node.identity.revocations import Revocations
+from node.identity.verifier import Admission
 from protocol.admission import make_revocation
 
 DAY = 86400

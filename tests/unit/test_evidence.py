@@ -21,18 +21,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node import library
-from node.evidence import EXCHANGE_S, MAX_KEPT, MAX_UNDECIDED, PAUSE_S, RETRY_S, SPREAD_S, Case, Judge, Verdict
-from node.evidence_file import EvidenceFile
-from node.exchange import Answer, Lane
-from node.exchange_memory import MemoryNetwork
-from node.identity import Identity
-from node.ledger import Ledger
-from node.library import SiteLibrary
-from node.membership import QUARANTINE_S, Membership
-from node.metrics import Metrics
-from node.origin import Origin
-from node.trust import Suspicion
+from node.blocks.trust import Suspicion
+from node.content import library
+from node.content.library import SiteLibrary
+from node.evidence.judge import EXCHANGE_S, MAX_KEPT, MAX_UNDECIDED, PAUSE_S, RETRY_S, SPREAD_S, Case, Judge, Verdict
+from node.evidence.judge_file import EvidenceFile
+from node.exchange.contract import Answer, Lane
+from node.exchange.memory import MemoryNetwork
+from node.identity.identity import Identity
+from node.membership.membership import QUARANTINE_S, Membership
+from node.registry.batching import Origin
+from node.telemetry.metrics import Metrics
+from node.telemetry.provenance import Ledger
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard

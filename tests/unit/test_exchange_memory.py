@@ -8,9 +8,9 @@ import pytest
 import trio
 import trio.testing
 
-from node.calls import WAITING_EVERY_S, WAITING_FIRST_S, AtWork
-from node.exchange import Answer, Handler, Lane
-from node.exchange_memory import MemoryExchange, MemoryNetwork
+from node.exchange.contract import Answer, Handler, Lane
+from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.exchange.requests import WAITING_EVERY_S, WAITING_FIRST_S, AtWork
 from protocol.errors import PeerUnavailableError
 from protocol.ids import PeerId
 from protocol.messages import Ping, Pong, Request

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from node.single_flight import SingleFlight
+from node.runtime.single_flight import SingleFlight
 from protocol.placement import Placement
 from simulations.flash_crowd import FlashCrowd, run
 

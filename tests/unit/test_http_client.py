@@ -15,8 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from node import channel
-from node.http_client import Body, DirectTransport
+from node.exchange import channel
+from node.registry.transport import Body, DirectTransport
 
 BIG = bytes(range(256)) * 4096
 PLAIN = ssl.create_default_context()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.http_range import MAX_RANGES, Span, parse_range
+from node.oci.byte_ranges import MAX_RANGES, Span, parse_range
 
 SIZES = st.integers(0, 5000)
 OFFSETS = st.integers(0, 6000)

@@ -16,7 +16,7 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from node.http_server import (
+from node.web.server import (
     Buffer,
     FileBody,
     Handler,

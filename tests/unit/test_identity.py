@@ -8,7 +8,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from node import identity, private_files
+from node.identity import identity
+from node.runtime import secret_files
 from protocol.errors import BadInputError
 from protocol.records import public_key_of
 
@@ -56,7 +57,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_a_private_file_is_never_replaced(tmp_path: Path) -> None:
     path = tmp_path / "secret"
-    assert private_files.create(path, b"first")
-    assert not private_files.create(path, b"second")
+    assert secret_files.create(path, b"first")
+    assert not secret_files.create(path, b"second")
     assert path.read_bytes() == b"first"
     assert len(list(tmp_path.iterdir())) == 1

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from node import joining
-from node.certificates import (
+from node.identity import registrar as joining
+from node.identity.certificates import (
     ENDLESS,
     Authority,
     Subject,
@@ -28,8 +28,8 @@ from node.certificates import (
     subject_of,
     validity_of,
 )
-from node.identity import Identity
-from node.joining import MAX_TOKENS, MOST_WRONG, WRONG_S, Registrar, Uses, apply
+from node.identity.identity import Identity
+from node.identity.registrar import MAX_TOKENS, MOST_WRONG, WRONG_S, Registrar, Uses, apply
 from protocol import join
 from protocol.admission import Token, make_token
 from protocol.errors import BadInputError, DeniedError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError

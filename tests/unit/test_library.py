@@ -16,18 +16,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cache.memory import MemoryStore
 from cache.store import Buffer, Held
 from cache.tiered import Tiers
-from node.fetcher import Fetcher
-from node.identity import Identity
-from node.ledger import Ledger
-from node.library import HEAD_WAIT_S, SiteLibrary
-from node.locator import Locator
-from node.membership import Membership
-from node.metrics import Metrics
-from node.objects import Source
-from node.origin import Origin
-from node.read_ahead import FIRST_BLOCKS, HELD
-from node.seeder import BlockAddress, Obtained, Seeder, Site
-from node.trust import Trust
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import BlockAddress, Obtained, Seeder, Site
+from node.blocks.read_ahead import FIRST_BLOCKS, HELD
+from node.blocks.trust import Trust
+from node.content.contract import Source
+from node.content.library import HEAD_WAIT_S, SiteLibrary
+from node.identity.identity import Identity
+from node.membership.membership import Membership
+from node.oci.references import Locator
+from node.registry.batching import Origin
+from node.telemetry.metrics import Metrics
+from node.telemetry.provenance import Ledger
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece

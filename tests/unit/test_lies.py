@@ -15,10 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.blame import Blame
-from node.exchange import Answer
-from node.exchange_memory import MemoryNetwork
-from node.identity import Identity
+from node.blocks.faults import Blame
+from node.exchange.contract import Answer
+from node.exchange.memory import MemoryNetwork
+from node.identity.identity import Identity
 from protocol.ids import BLOCK_SIZE, PeerId
 from protocol.members import Member
 from protocol.messages import (

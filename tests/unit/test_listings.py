@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from node import listings as listings_module
-from node.listings import INDEX, Listings
-from node.locator import Grant, Locator
-from node.upstream import Passed
+from node.content import listings as listings_module
+from node.content.listings import INDEX, Listings
+from node.oci.references import Grant, Locator
+from node.registry.upstreams import Passed
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.ids import Digest
 from tests.support.memory_library import MemoryLibrary

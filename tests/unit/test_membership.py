@@ -14,12 +14,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.certificates import open_authority
-from node.exchange import Answer, Heard, Lane
-from node.exchange_memory import MemoryExchange, MemoryNetwork
-from node.membership import Gossiper, Membership
-from node.remembered import MAX_REMEMBERED, RememberedPeers
-from node.revocations import Revocations
+from node.exchange.contract import Answer, Heard, Lane
+from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.identity.certificates import open_authority
+from node.identity.revocations import Revocations
+from node.membership.membership import Gossiper, Membership
+from node.membership.peers_file import MAX_REMEMBERED, RememberedPeers
 from protocol.admission import make_revocation
 from protocol.errors import BadInputError, DeniedError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
@@ -226,7 +226,7 @@ def test_nobody_is_dropped_by_mistake_at_5_percent_loss(caplog: pytest.LogCaptur
         assert [node.membership.version for node in site.nodes] == versions
         suspicions.append(sum(record.message == "suspected" for record in caplog.records))
 
-    caplog.set_level(logging.INFO, "node.membership")
+    caplog.set_level(logging.INFO, "node.membership.membership")
     run(scenario)
     print(f"suspected {suspicions[0]} times (10 nodes, 10 minutes), dropped never")
 

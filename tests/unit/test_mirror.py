@@ -18,13 +18,13 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from node import mirror as mirror_module
-from node.http_server import Request, serve_http
-from node.listings import Listings
-from node.locator import Locator
-from node.mirror import Mirror
-from node.objects import Resolved
-from node.upstream import Passed
+from node.content.contract import Resolved
+from node.content.listings import Listings
+from node.mirror import mirror as mirror_module
+from node.mirror.mirror import Mirror
+from node.oci.references import Locator
+from node.registry.upstreams import Passed
+from node.web.server import Request, serve_http
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 from tests.support.access import Everybody

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from node.names import MAX_MANIFEST_ENTRIES, NameTable, descriptors, media_type_of, parse_manifest
-from node.objects import Resolved
+from node.content.contract import Resolved
+from node.content.resolver import MAX_MANIFEST_ENTRIES, NameTable, descriptors, media_type_of, parse_manifest
 from protocol.ids import Digest, ObjectRef
 
 SOURCE = "origin.test/app#manifests"

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.notify import Notifier, watchdog_interval
+from node.runtime.systemd import Notifier, watchdog_interval
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from node.locator import Locator
-from node.origin import MAX_RUN, Origin
+from node.oci.references import Locator
+from node.registry.batching import MAX_RUN, Origin
 from protocol.errors import NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 

@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from node.hours import Hours
-from node.pace import GIVE_WAY_S, Pace
+from node.images.throttle import GIVE_WAY_S, Pace
+from node.runtime.time_windows import Hours
 
 HOUR = 3600
 MIB = 1 << 20

@@ -9,9 +9,9 @@ import pytest
 import trio
 
 from cache.store import StoreStatistics
-from node.locator import ImageName
-from node.oci_layout import Packed, PackedImage
-from node.pins import Pins, digests_of, load_pins
+from node.images.pins import Pins, digests_of, load_pins
+from node.oci.layout import Packed, PackedImage
+from node.oci.references import ImageName
 from protocol.errors import BadInputError, NotFoundError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 

@@ -13,11 +13,11 @@ import trio
 import trio.testing
 
 from cache.store import Held
-from node.locator import Locator
-from node.objects import Resolved, Source
-from node.offline_status import PrefetchOrder
-from node.prefetch import AGAIN_S, DEPTH, Prefetcher
-from node.seeder import BlockAddress, Obtained
+from node.api.image_documents import PrefetchOrder
+from node.blocks.keeper import BlockAddress, Obtained
+from node.content.contract import Resolved, Source
+from node.images.prefetch import AGAIN_S, DEPTH, Prefetcher
+from node.oci.references import Locator
 from protocol.errors import BadInputError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
 from protocol.records import Record

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.registry_auth import (
+from node.oci.challenges import (
     Challenge,
     Credentials,
     DockerConfig,
@@ -21,7 +21,7 @@ from node.registry_auth import (
     relayed,
     token_request,
 )
-from node.retry import BODY, RESOLVE, Breaker
+from node.registry.retry import BODY, RESOLVE, Breaker
 
 TOKENS = st.text("abcdefXYZ0123-_.", min_size=1, max_size=12)
 VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)

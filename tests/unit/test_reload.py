@@ -14,11 +14,11 @@ import trio
 from cache.disk import DiskStore
 from cache.memory import ENTRY_BYTES, MemoryStore
 from cache.store import BlockStore
-from node.config import CachePart, Config, UpstreamPart, load, uplink_policy
-from node.notify import Notifier
-from node.reload import LIVE, LiveParts, Reloader
-from node.uplink import Uplink
-from node.upstream import Upstreams
+from node.config.schema import CachePart, Config, UpstreamPart, load, uplink_policy
+from node.control.reload import LIVE, LiveParts, Reloader
+from node.registry.uplink import Uplink
+from node.registry.upstreams import Upstreams
+from node.runtime.systemd import Notifier
 from protocol.errors import BadInputError
 from protocol.ids import BLOCK_SIZE
 from tests.support.blobs import Blob

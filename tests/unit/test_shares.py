@@ -10,7 +10,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.shares import Shares
+from node.exchange.fair_shares import Shares
 from protocol.ids import PeerId
 
 PEERS = [PeerId(name) for name in "abcdefgh"]

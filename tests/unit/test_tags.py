@@ -17,21 +17,21 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
-from node.config import Config, MirrorPart, TagsPart, tag_policies
-from node.exchange import Answer
-from node.exchange_memory import MemoryExchange, MemoryNetwork
-from node.fetcher import Fetcher
-from node.identity import Identity
-from node.ledger import Ledger
-from node.library import SiteLibrary
-from node.locator import Grant, Locator
-from node.metrics import Metrics
-from node.names import Names, NameTable
-from node.objects import Resolved
-from node.origin import Origin
-from node.seeder import Seeder, Site
-from node.tag_policy import TagPolicies, TagPolicy
-from node.trust import Trust
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import Seeder, Site
+from node.blocks.trust import Trust
+from node.config.schema import Config, MirrorPart, TagsPart, tag_policies
+from node.config.tag_policy import TagPolicies, TagPolicy
+from node.content.contract import Resolved
+from node.content.library import SiteLibrary
+from node.content.resolver import Names, NameTable
+from node.exchange.contract import Answer
+from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.identity.identity import Identity
+from node.oci.references import Grant, Locator
+from node.registry.batching import Origin
+from node.telemetry.metrics import Metrics
+from node.telemetry.provenance import Ledger
 from protocol.directory import Directory
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.health import Health

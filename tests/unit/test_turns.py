@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import trio
 import trio.testing
 
-from node.turns import MOST, OF_ONE, TURN_S, Turns
+from node.exchange.send_slots import MOST, OF_ONE, TURN_S, Turns
 from protocol.ids import PeerId
 
 

@@ -11,10 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from node.config import UpstreamPart, uplink_policy
-from node.hours import Hours
-from node.uplink import BURST_S, PORTION_S, QUIET_S, SAVE_EVERY_S, MakeWayError, Taken, Uplink, UplinkFile
-from node.uplink_policy import UplinkPolicy
+from node.config.schema import UpstreamPart, uplink_policy
+from node.config.uplink_policy import UplinkPolicy
+from node.registry.uplink import BURST_S, PORTION_S, QUIET_S, SAVE_EVERY_S, MakeWayError, Taken, Uplink, UplinkFile
+from node.runtime.time_windows import Hours
 from protocol.errors import UnavailableError
 
 NOON = datetime(2026, 3, 4, 12, 0)

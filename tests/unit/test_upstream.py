@@ -22,14 +22,14 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node import credential_helper
-from node import upstream as upstream_module
-from node.block_cutter import BlockCutter
-from node.config import UpstreamPart
-from node.http_server import Buffer, Request, Response, serve_http
-from node.locator import Grant, Locator
-from node.objects import Resolved
-from node.upstream import Upstreams
+from node.config.schema import UpstreamPart
+from node.content.contract import Resolved
+from node.oci.references import Grant, Locator
+from node.registry import credential_helper
+from node.registry import upstreams as upstream_module
+from node.registry.block_cutter import BlockCutter
+from node.registry.upstreams import Upstreams
+from node.web.server import Buffer, Request, Response, serve_http
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 

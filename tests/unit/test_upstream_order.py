@@ -12,10 +12,10 @@ from random import Random
 import pytest
 import trio
 
-from node.config import UpstreamPart
-from node.http_server import serve_http
-from node.locator import Grant, Locator
-from node.upstream import Upstreams
+from node.config.schema import UpstreamPart
+from node.oci.references import Grant, Locator
+from node.registry.upstreams import Upstreams
+from node.web.server import serve_http
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
 from tests.unit.test_upstream import BLOB_REF, BLOBS, MANIFEST, MANIFEST_REF, MANIFESTS, FakeRegistry, cut
 

@@ -9,11 +9,11 @@ from random import Random
 import pytest
 import trio
 
-from node import uplink as uplink_module
-from node.config import UpstreamPart
-from node.uplink import Uplink
-from node.uplink_policy import UplinkPolicy
-from node.upstream import Upstreams
+from node.config.schema import UpstreamPart
+from node.config.uplink_policy import UplinkPolicy
+from node.registry import uplink as uplink_module
+from node.registry.uplink import Uplink
+from node.registry.upstreams import Upstreams
 from protocol.errors import UnavailableError
 from protocol.ids import BLOCK_SIZE
 from tests.unit.test_upstream import BLOB_REF, BLOBS, MANIFEST, MANIFESTS, FakeRegistry, cut

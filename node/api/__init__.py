@@ -1,0 +1,1 @@
+"""The documents that the control socket and p2pctl exchange."""

@@ -1,0 +1,349 @@
+"""The documents of the control API, and who answers for them.
+
+Each struct is one JSON document, or a row of one, as `curl --unix-socket` shows it and as `p2pctl --json` prints it.
+Fields are added, never renamed. Sizes are bytes, digests `sha256:...`; a source is a `node.objects.Source` or, for a
+block that this node did not read, `NOT_READ`. Where a value is not known it is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from typing import Literal, Protocol
+
+import msgspec
+
+from node.oci.references import ImageName
+from protocol.ids import ObjectRef
+
+NOT_READ = "not read"
+
+
+class _Document(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+class TierRow(_Document, frozen=True):
+    bytes: int
+    budget_bytes: int
+    entries: int
+    pinned_bytes: int = 0
+
+
+class BulkTotals(_Document, frozen=True):
+    """What went over the bulk channel, coding and headers included."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class Wear(_Document, frozen=True):
+    """Since the start: what this process wrote to disks, and what it sent to clients and members."""
+
+    written_bytes: int = 0
+    served_bytes: int = 0
+
+
+class EndpointRow(_Document, frozen=True):
+    """A registry or a mirror of it. `problem` is why it is passed over for `retry_in_s`, "" while it answers."""
+
+    url: str
+    problem: str = ""
+    retry_in_s: float = 0.0
+    bytes_received: int = 0
+
+
+class UplinkRow(_Document, frozen=True):
+    """This node's part of the limits, now; `rate` in bytes per second, 0 for no limit.
+
+    In the `free` hours neither limit holds, and nothing counts as used.
+    """
+
+    rate: float
+    daily_bytes: float
+    used_today_bytes: int
+    free: bool
+    spent: bool
+
+
+class UpstreamRow(_Document, frozen=True):
+    """`url` is the registry itself, the last of `endpoints`, which are in the order in which they are asked.
+
+    `uplink` is null for an upstream without limits.
+    """
+
+    name: str
+    url: str
+    endpoints: tuple[EndpointRow, ...] = ()
+    uplink: UplinkRow | None = None
+
+
+class ClusterRow(_Document, frozen=True):
+    """`id` is the SHA-256 of the CA certificate, in hexadecimal; `admits` whether this node can let others join.
+
+    `certificate_ends` is Unix time, null for a certificate without end; `revocations` counts those that are held.
+    """
+
+    id: str
+    admits: bool
+    certificate_ends: float | None = None
+    revocations: int = 0
+
+
+class Status(_Document, frozen=True):
+    """`peers_alive` counts the other members of the site; `mirror` is `host:port`."""
+
+    name: str
+    site: str
+    peer_id: str
+    addresses: tuple[str, ...]
+    uptime_s: float
+    version: str
+    ready: bool
+    peers_alive: int
+    bytes_served: dict[str, int]
+    requests: dict[str, int]
+    cache: dict[str, TierRow]
+    origin_bytes: int
+    rss_bytes: int
+    bulk: BulkTotals = BulkTotals()
+    mirror: str = ""
+    wear: Wear = Wear()
+    upstreams: tuple[UpstreamRow, ...] = ()
+    cluster: ClusterRow | None = None
+
+
+class PeerHealth(_Document, frozen=True):
+    """`latency_ms` is a moving average over block reads; `failures` those since the last success."""
+
+    latency_ms: float | None = None
+    failures: int = 0
+
+
+class EvidenceRow(_Document, frozen=True):
+    """A record that a peer signed and another member found false. `contradicted`: by a second one of the same signer.
+
+    `block` is `digest#index`. `verdict` is what this node found itself: a Verdict of node/evidence/judge.py.
+    """
+
+    block: str
+    source: str
+    found_by: str
+    found_by_id: str
+    age_s: float
+    verdict: str
+    contradicted: bool = False
+
+
+class PeerRow(_Document, frozen=True):
+    """`since_s` is the time in this `state`; `quarantine` is the reason, empty for a peer in good standing.
+
+    `evidence` is what is held against the peer, proven or not.
+    """
+
+    peer_id: str
+    name: str
+    site: str
+    state: Literal["alive", "suspect", "dead", "left"]
+    addresses: tuple[str, ...] = ()
+    since_s: float = 0.0
+    rtt_ms: float | None = None
+    health: PeerHealth = PeerHealth()
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    quarantine: str = ""
+    evidence: tuple[EvidenceRow, ...] = ()
+
+
+class PeersReport(_Document, frozen=True):
+    peers: tuple[PeerRow, ...]
+
+
+class ImageRow(_Document, frozen=True):
+    """An image that this node resolved. `age_s`: since the registry last confirmed the tag; `size`: all its objects."""
+
+    image: str
+    digest: str
+    media_type: str
+    size: int
+    bytes_held: int
+    complete: bool
+    layers: int
+    age_s: float | None = None
+
+
+class ImagesReport(_Document, frozen=True):
+    images: tuple[ImageRow, ...]
+
+
+TagState = Literal["fresh", "due", "stale", "too old"]
+
+
+class TagRow(_Document, frozen=True):
+    """`age_s` is the time since the registry's last word on it, `told_by` the member whose name or peer id that is.
+
+    `state`: `fresh` is served without asking; `due` is asked for at the next pull; where the registry was out of reach
+    at the last one, `stale` is served and `too old` is not. `rule` is the pattern of the policy, "" for the defaults.
+    """
+
+    tag: str
+    digest: str
+    age_s: float
+    state: TagState
+    source: Literal["registry", "member", "remembered"]
+    ttl_s: float
+    max_age_s: float
+    cache: bool = True
+    told_by: str = ""
+    rule: str = ""
+
+
+class TagsReport(_Document, frozen=True):
+    tags: tuple[TagRow, ...]
+
+
+class CachedObject(_Document, frozen=True):
+    """What one tier holds of one object: whole blocks, and shards of blocks."""
+
+    digest: str
+    tier: str
+    blocks: int
+    shards: int
+    pinned: bool = False
+
+
+class CacheReport(_Document, frozen=True):
+    tiers: dict[str, TierRow]
+    objects: tuple[CachedObject, ...] = ()
+    wear: Wear = Wear()
+
+
+class PullProgress(_Document, frozen=True, tag_field="event", tag="progress"):
+    """`bytes_total` grows while manifests are still being read; `object` is the digest that moved last."""
+
+    phase: Literal["resolving", "pulling"]
+    object: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    by_source: dict[str, int] = {}
+
+
+class PullResult(_Document, frozen=True, tag_field="event", tag="result"):
+    """Always the last line of a pull."""
+
+    ok: bool
+    image: str
+    seconds: float
+    digest: str = ""
+    error: str = ""
+    bytes_total: int = 0
+    by_source: dict[str, int] = {}
+
+
+PullEvent = PullProgress | PullResult
+
+
+class WhyBlock(_Document, frozen=True):
+    """How this node got one block. `peers` are the peer ids that answered; `when` is Unix time."""
+
+    index: int
+    length: int
+    source: str
+    peers: tuple[str, ...] = ()
+    milliseconds: float | None = None
+    retries: int = 0
+    when: float | None = None
+
+
+class WhyObject(_Document, frozen=True):
+    digest: str
+    media_type: str
+    size: int
+    blocks: tuple[WhyBlock, ...]
+
+
+class WhyTotal(_Document, frozen=True):
+    blocks: int = 0
+    bytes: int = 0
+
+
+class WhyReport(_Document, frozen=True):
+    """Every block of the image is in here once; `totals` by source adds them up."""
+
+    image: str
+    digest: str
+    objects: tuple[WhyObject, ...]
+    totals: dict[str, WhyTotal]
+
+
+class RevokeReport(_Document, frozen=True):
+    """`subject` is a peer id, or `token:` and a token's id; `total` counts the revocations that this node holds."""
+
+    subject: str
+    new: bool
+    total: int
+
+
+class ReloadReport(_Document, frozen=True):
+    """One line for each key, `cache.disk: "10GiB" -> "20GiB"`; what `needs_restart` holds as it was."""
+
+    changed: tuple[str, ...]
+    needs_restart: tuple[str, ...]
+
+
+Level = Literal["ok", "warn", "fail"]
+
+
+class Check(_Document, frozen=True):
+    """`hint` says what to do about it; empty where all is well."""
+
+    name: str
+    level: Level
+    text: str
+    hint: str = ""
+
+
+class DoctorReport(_Document, frozen=True):
+    checks: tuple[Check, ...]
+
+
+class ControlApi(Protocol):
+    """What the control socket serves. Raises the errors of protocol.errors; an image nobody knows is NotFoundError.
+
+    `pull` yields progress at a rate fit for a person, and a PullResult last. Closing the generator ends the pull.
+    `tags` takes a glob over `upstream/repository:tag`.
+    """
+
+    async def status(self) -> Status: ...
+
+    async def peers(self) -> PeersReport: ...
+
+    async def images(self) -> ImagesReport: ...
+
+    async def tags(self, pattern: str) -> TagsReport: ...
+
+    async def cache(self) -> CacheReport: ...
+
+    def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[PullEvent, None]: ...
+
+    async def why(self, image: ImageName) -> WhyReport: ...
+
+    async def doctor(self) -> DoctorReport: ...
+
+
+def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock]) -> WhyObject:
+    """All blocks of an object: those that were read as noted, the others as not read."""
+    blocks = (
+        read.get(index) or WhyBlock(index=index, length=ref.block_length(index), source=NOT_READ)
+        for index in range(ref.block_count)
+    )
+    return WhyObject(digest=str(ref.digest), media_type=media_type, size=ref.size, blocks=tuple(blocks))
+
+
+def why_report(image: str, digest: str, objects: Iterable[WhyObject]) -> WhyReport:
+    """The report with its totals."""
+    listed = tuple(objects)
+    totals: dict[str, WhyTotal] = {}
+    for block in (block for listing in listed for block in listing.blocks):
+        total = totals.get(block.source, WhyTotal())
+        totals[block.source] = WhyTotal(blocks=total.blocks + 1, bytes=total.bytes + block.length)
+    return WhyReport(image=image, digest=digest, objects=listed, totals=totals)

@@ -1,0 +1,130 @@
+"""The documents of what is done for sites that are cut off: archives, pins, prefetch, gc; and who answers for them.
+
+As in node/api/documents.py: fields are added, never renamed; sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from node.oci.platforms import Platform
+from node.oci.references import ImageName
+
+Phase = Literal["checking", "storing", "reading", "writing"]
+PrefetchState = Literal["waiting", "running", "done", "failed", "cancelled"]
+
+
+class _Document(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+class WorkProgress(_Document, frozen=True, tag_field="event", tag="progress"):
+    """`object` is the digest that moved last."""
+
+    phase: Phase
+    object: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+class WorkResult(_Document, frozen=True, tag_field="event", tag="result"):
+    """Always the last line of an export, an import or a pin. `images` are `NAME@DIGEST`."""
+
+    ok: bool
+    seconds: float
+    images: tuple[str, ...] = ()
+    objects: int = 0
+    bytes_total: int = 0
+    error: str = ""
+
+
+WorkEvent = WorkProgress | WorkResult
+
+
+class PinRow(_Document, frozen=True):
+    """`bytes_held` are on this node's disk; `since` is Unix time."""
+
+    image: str
+    digest: str
+    size: int
+    bytes_held: int
+    since: float
+
+
+class PinsReport(_Document, frozen=True):
+    """`bytes` counts what several images share once; at most `most_bytes` may be pinned."""
+
+    pins: tuple[PinRow, ...]
+    bytes: int
+    most_bytes: int
+
+
+class PrefetchOrder(_Document, frozen=True, forbid_unknown_fields=True):
+    """No platform: this node's; `all_platforms` goes before. `rate` in bytes a second, 0 for none; `window` as
+    "22:00-06:00", or "" for any time."""
+
+    images: tuple[str, ...]
+    platforms: tuple[str, ...] = ()
+    all_platforms: bool = False
+    rate: int = 0
+    window: str = ""
+
+
+class PrefetchRow(_Document, frozen=True):
+    image: str
+    state: PrefetchState
+    bytes_done: int = 0
+    bytes_total: int = 0
+    rate: int = 0
+    window: str = ""
+    error: str = ""
+
+
+class PrefetchReport(_Document, frozen=True):
+    """`waits_for` says what holds up the next one, where something does."""
+
+    rows: tuple[PrefetchRow, ...]
+    waits_for: str = ""
+
+
+class GcReport(_Document, frozen=True):
+    """`bytes` of disk that were given back, or with `dry_run` would be; `held_bytes` are left."""
+
+    dry_run: bool
+    pieces: int
+    bytes: int
+    held_bytes: int
+    pinned_bytes: int
+
+
+class OfflineApi(Protocol):
+    """Descriptors are the caller's, open at the archive's file. Generators end with a WorkResult; errors come as one.
+
+    Closing a generator ends its work: an archive that was half written is of no use, of one half imported no name is
+    known.
+    """
+
+    def export_image(
+        self, image: ImageName, platforms: Sequence[Platform], descriptor: int
+    ) -> AsyncGenerator[WorkEvent, None]: ...
+
+    def import_archive(
+        self, descriptor: int, name: ImageName | None, *, pin: bool
+    ) -> AsyncGenerator[WorkEvent, None]: ...
+
+    def pin(self, image: ImageName, platforms: Sequence[Platform]) -> AsyncGenerator[WorkEvent, None]: ...
+
+    async def unpin(self, image: ImageName) -> PinsReport: ...
+
+    async def pins(self) -> PinsReport: ...
+
+    async def prefetch(self, order: PrefetchOrder) -> PrefetchReport: ...
+
+    async def prefetch_status(self) -> PrefetchReport: ...
+
+    async def prefetch_cancel(self) -> PrefetchReport: ...
+
+    async def gc(self, *, older_than_s: float | None, to_bytes: int | None, dry_run: bool) -> GcReport: ...

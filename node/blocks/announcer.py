@@ -1,0 +1,78 @@
+"""Tells the directories what this node holds, again and again, and at once when the view changes; keeps house."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import trio
+
+from node.blocks.keeper import SMALL_SILENCE_S, Seeder, Site
+from node.content.resolver import NameTable
+from node.exchange.contract import Lane
+from node.membership.membership import Membership
+from protocol.directory import Directory
+from protocol.errors import ShoalError
+from protocol.ids import Digest, ObjectRef, PeerId
+from protocol.messages import Announce
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 30.0
+"""A quarter of the directory's time to live."""
+BATCH = 256
+"""Digests in one message."""
+MAX_ANNOUNCED = 8192
+
+
+class Announcer:
+    def __init__(
+        self, site: Site, seeder: Seeder, directory: Directory, membership: Membership, names: NameTable
+    ) -> None:
+        self._site, self._seeder, self._directory = site, seeder, directory
+        self._membership, self._names = membership, names
+        self._send, self._receive = trio.open_memory_channel[Digest](1024)
+
+    def finished(self, ref: ObjectRef) -> None:
+        """An object is held whole: tell at once. A full queue only means that the next round tells."""
+        try:
+            self._send.send_nowait(ref.digest)
+        except trio.WouldBlock:
+            log.debug("announcement of %s waits for the next round", ref.digest)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce_finished)
+            task_status.started()
+            while True:
+                with trio.move_on_after(EVERY_S):
+                    await self._membership.wait_changed()
+                await self._site.tiers.drop_doubles()
+                self._names.trim()
+                await self._announce(list(self._site.tiers.objects())[:MAX_ANNOUNCED])
+
+    async def _announce_finished(self) -> None:
+        async for digest in self._receive:
+            await self._announce([digest])
+
+    async def _announce(self, digests: Iterable[Digest]) -> None:
+        by_peer: dict[PeerId, list[str]] = {}
+        for digest in digests:
+            for peer in self._site.placement().directory(digest):
+                if peer == self._site.own:
+                    self._directory.announce(digest, peer, trio.current_time())
+                else:
+                    by_peer.setdefault(peer, []).append(str(digest))
+        async with trio.open_nursery() as nursery:
+            for peer, texts in by_peer.items():
+                nursery.start_soon(self._tell, peer, texts)
+
+    async def _tell(self, peer: PeerId, digests: list[str]) -> None:
+        for first in range(0, len(digests), BATCH):
+            try:
+                await self._seeder.ask(
+                    peer, Announce(tuple(digests[first : first + BATCH])), Lane.CONTROL, SMALL_SILENCE_S
+                )
+            except ShoalError as error:
+                log.debug("announcement to %s: %s", peer, error)
+                return

@@ -1,0 +1,111 @@
+"""The blocks that a client will take, in its order: those under way, and those that are there before their turn.
+
+A block that is late holds up the client, but not the others: they are asked for, and kept, as far as the window and
+the room allow.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import trio
+
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import BlockAddress, Obtained, Work
+from node.runtime.single_flight import Ticket
+from protocol.window import MOST
+
+HELD = 2 * MOST
+"""Blocks that reads ahead hold in memory, under way or not: a late one does not stop those behind it."""
+FIRST_BLOCKS = 8
+"""Beside them, for clients that have none: some that stand still do not stop others; who finds none left waits. A block
+under way is a buffer of its size, and as much again in shards until they make it."""
+
+
+class Room:
+    """For the blocks of all clients of a node."""
+
+    def __init__(self) -> None:
+        self._free = trio.Semaphore(HELD + FIRST_BLOCKS)
+
+    async def take_first(self) -> None:
+        await self._free.acquire()
+
+    def take_more(self) -> bool:
+        if self._free.value <= FIRST_BLOCKS:
+            return False
+        self._free.acquire_nowait()
+        return True
+
+    def give(self) -> None:
+        self._free.release()
+
+
+class _Reading:
+    __slots__ = ("address", "cold", "ticket")
+
+    def __init__(self, address: BlockAddress, ticket: Ticket[Work, Obtained]) -> None:
+        self.address, self.ticket = address, ticket
+        self.cold = True
+
+
+class ReadAhead:
+    """Of one client. `close` it, whatever became of the read."""
+
+    def __init__(self, fetcher: Fetcher, room: Room, blocks: Iterator[BlockAddress], *, urgent: bool) -> None:
+        self._fetcher, self._room, self._urgent = fetcher, room, urgent
+        self._blocks = blocks
+        self._following = next(blocks, None)
+        self._readings: deque[_Reading] = deque()
+        self._warm = 0
+        fetcher.window.entered()
+
+    async def first(self) -> Obtained:
+        """The block that is next, for the client to take. Raises what became of its read."""
+        await self._first_ended()
+        return await self._readings[0].ticket.wait()
+
+    async def ended_within(self, seconds: float) -> bool:
+        """Whether the read of the block that is next ends in that time."""
+        with trio.move_on_after(seconds):
+            await self._first_ended()
+            return True
+        return False
+
+    async def _first_ended(self) -> None:
+        if not self._readings and self._following is not None:
+            await self._room.take_first()
+            self._begin(self._following)
+        while True:
+            while self._following is not None and self._may_begin():
+                self._begin(self._following)
+            if self._readings[0].ticket.ended:
+                return
+            await self._fetcher.turned.park()
+
+    def taken(self) -> None:
+        """The client has the first block: its room is free."""
+        self._readings.popleft().ticket.release()
+        self._room.give()
+
+    def close(self) -> None:
+        while self._readings:
+            self.taken()
+        self._fetcher.window.left()
+        self._fetcher.turned.unpark_all()
+
+    def _begin(self, address: BlockAddress) -> None:
+        self._readings.append(_Reading(address, self._fetcher.begin(address, self._urgent)))
+        self._following = next(self._blocks, None)
+
+    def _may_begin(self) -> bool:
+        window = self._fetcher.window
+        for one in self._readings:
+            if one.cold and not window.is_cold(one.address.key):
+                one.cold = False
+                self._warm += 1
+        under_way = sum(not one.ticket.ended for one in self._readings)
+        cold = sum(one.cold for one in self._readings)
+        fair = len(self._readings) < HELD // MOST * window.share
+        return fair and window.has_room(under_way, cold, self._warm) and self._room.take_more()

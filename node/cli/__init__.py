@@ -1,0 +1,1 @@
+"""p2pctl, the control program."""

@@ -1,0 +1,360 @@
+"""Pointing containerd at the mirror: one `hosts.toml` for each registry, merged into what the operator has.
+
+Facts of containerd (docs/hosts.md and core/remotes/docker/config/hosts.go): hosts are tried in the order in which
+their tables stand in the file, then `server`, by default the registry itself. The file is read again at every pull.
+Of the folders `host_port_`, `host:port` and `_default` the first that exists is used alone, and certificates lying in
+a folder count only while it has no hosts.toml.
+
+What is added is one run of lines between two marks, put in by text and not by writing the file anew, so every byte of
+the operator's stays as it is, and taking the run out gives the original back. A plan is made and checked for all
+files before the first one is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import re
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from node.oci.references import check_upstream
+from protocol.errors import BadInputError
+
+DEFAULT_CERTS_DIR = Path("/etc/containerd/certs.d")
+DEFAULT_CONFIG = Path("/etc/containerd/config.toml")
+BACKUP_SUFFIX = ".before-p2pctl"
+MAX_FILE = 256 << 10
+"""A hosts.toml has some dozen lines; anything larger is not one."""
+
+_BEGIN = "# >>> p2pctl: added lines"
+_END = "# <<< p2pctl"
+_MADE_FILE = " (in a file it made)"
+_MADE_FOLDER = " (in a folder it made)"
+_REMOVES = "; `p2pctl containerd uninstall` removes them"
+_STRING = r'"(?:[^"\\\r\n]|\\.)*"'
+_BLOCK = re.compile(
+    rf"^{re.escape(_BEGIN)}(?P<made>{re.escape(_MADE_FILE)}|{re.escape(_MADE_FOLDER)})?{re.escape(_REMOVES)}\r?\n"
+    rf"(?:server = {_STRING}\r?\n\r?\n)?"
+    rf"\[host\.{_STRING}\]\r?\n"
+    rf"  capabilities = [^\r\n]*\r?\n"
+    rf"{re.escape(_END)}(?:\r?\n|\Z)",
+    re.MULTILINE,
+)
+_MARK = re.compile(rf"^(?:{re.escape(_BEGIN)}|{re.escape(_END)})", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """A registry, and where containerd goes when the mirror cannot help (`server`, where the file has none)."""
+
+    name: str
+    server: str
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one file is, and is to be; None: no file. `notes` are for the operator."""
+
+    path: Path
+    before: str | None
+    after: str | None
+    notes: tuple[str, ...] = ()
+    made_folder: bool = False
+
+    @property
+    def is_needed(self) -> bool:
+        return self.before != self.after
+
+    @property
+    def backup(self) -> Path:
+        return self.path.with_name(self.path.name + BACKUP_SUFFIX)
+
+    def diff(self) -> str:
+        """Unified, as `diff -u` has it."""
+        old, new = (_lines(text or "") for text in (self.before, self.after))
+        old_name, new_name = ("/dev/null" if text is None else str(self.path) for text in (self.before, self.after))
+        lines = difflib.unified_diff(old, new, old_name, new_name)
+        return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+
+
+def default_server(name: str) -> str:
+    """Where containerd itself would go for a registry; empty where that depends on what answers there (loopback)."""
+    if name == "docker.io":
+        return "https://registry-1.docker.io"
+    host = name.rpartition(":")[0] or name
+    return "" if host == "localhost" or host.startswith("127.") else f"https://{name}"
+
+
+def check_mirror(url: str) -> str:
+    """The mirror's URL as it is written into the files: scheme, host and port only. Raises BadInputError."""
+    parts = urlsplit(url.rstrip("/"))
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query or parts.username:
+        raise BadInputError(f'not a mirror address: "{url}": write for example http://127.0.0.1:5050')
+    return url.rstrip("/")
+
+
+# Plans
+
+
+def plan_install(certs_dir: Path, mirror: str, registries: Sequence[Registry]) -> list[Change]:
+    """What to change so that each registry is pulled through `mirror`. Raises BadInputError; writes nothing."""
+    changes: dict[Path, Change] = {}
+    for registry in registries:
+        change = _plan_one(certs_dir, check_mirror(mirror), registry)
+        if change.path in changes:
+            raise BadInputError(
+                f"{registry.name} shares {change.path} with another registry: give each a file of its own"
+            )
+        changes[change.path] = change
+    return list(changes.values())
+
+
+def plan_uninstall(certs_dir: Path) -> list[Change]:
+    """What to change so that nothing that `plan_install` added is left, in every folder of `certs_dir`."""
+    changes = []
+    for path in sorted({path.resolve() for path in certs_dir.glob("*/hosts.toml")}):
+        text = _read(path)
+        if text is not None and _MARK.search(text):
+            changes.append(_plan_removal(path, text))
+    return changes
+
+
+def _plan_one(certs_dir: Path, mirror: str, registry: Registry) -> Change:
+    folder = _folder(certs_dir, check_upstream(registry.name))
+    path = (folder / "hosts.toml").resolve()
+    before = _read(path)
+    if before is None:
+        made = _MADE_FILE if folder.is_dir() else _MADE_FOLDER
+        after = _block(mirror, registry.server, made, "\n")
+        return Change(path, None, after, _masked(certs_dir, folder), made_folder=made == _MADE_FOLDER)
+    rest, made = _without_block(before, path)
+    hosts = _parse(rest, path).get("host")
+    if isinstance(hosts, dict) and mirror in hosts:
+        place = "first" if next(iter(hosts)) == mirror else "not first: containerd asks the hosts before it first"
+        return Change(path, before, before, (f"it already has [host.{json.dumps(mirror)}], {place}; left as it is",))
+    return Change(path, before, _with_block(rest, path, mirror, registry.server, made))
+
+
+def _plan_removal(path: Path, before: str) -> Change:
+    rest, made = _without_block(before, path)
+    gone = bool(made) and not rest.strip()
+    return Change(path, before, None if gone else rest, made_folder=made == _MADE_FOLDER)
+
+
+def _folder(certs_dir: Path, name: str) -> Path:
+    """Where containerd looks for this registry's hosts.toml first, of the folders that exist."""
+    host, colon, port = name.rpartition(":")
+    underscored = certs_dir / f"{host}_{port}_"
+    return underscored if colon and underscored.is_dir() else certs_dir / name
+
+
+def _masked(certs_dir: Path, folder: Path) -> tuple[str, ...]:
+    """What a new hosts.toml takes out of force."""
+    notes = []
+    certificates = [file.name for file in folder.glob("*") if file.suffix in (".crt", ".cert", ".key")]
+    if certificates:
+        notes.append(f"containerd now ignores {', '.join(sorted(certificates))} there: add them as ca or client")
+    if not folder.is_dir() and (certs_dir / "_default" / "hosts.toml").exists():
+        notes.append("containerd now ignores _default/hosts.toml for this registry: copy what is needed from it")
+    return tuple(notes)
+
+
+def points_at(certs_dir: Path, mirror: str, name: str) -> bool:
+    """Whether containerd asks `mirror` for this registry. Raises BadInputError on a file that is malformed."""
+    folder = _folder(certs_dir, check_upstream(name))
+    path = (folder if folder.is_dir() else certs_dir / "_default") / "hosts.toml"
+    text = _read(path)
+    return text is not None and mirror in _table(_parse(text, path), "host")
+
+
+# Text
+
+
+def _block(mirror: str, server: str, made: str, newline: str) -> str:
+    lines = [f"{_BEGIN}{made}{_REMOVES}"]
+    if server:
+        lines += [f"server = {json.dumps(server)}", ""]
+    lines += [f"[host.{json.dumps(mirror)}]", '  capabilities = ["pull", "resolve"]', _END, ""]
+    return newline.join(lines)
+
+
+def _with_block(text: str, path: Path, mirror: str, server: str, made: str) -> str:
+    """Before the first table, where top-level keys end and before every other host. Checked to mean just that."""
+    document = _parse(text, path)
+    block = _block(mirror, "" if "server" in document else server, made, "\r\n" if "\r\n" in text else "\n")
+    at = _first_table(text)
+    if text[:at] and not text[:at].endswith("\n"):
+        result = text + "\n" + block.rstrip()
+    else:
+        result = text[:at] + block + text[at:]
+    _check_added(result, document, mirror, path)
+    return result
+
+
+def _without_block(text: str, path: Path) -> tuple[str, str]:
+    """The text without the added lines, and what was made along with them. Raises BadInputError if they were edited."""
+    match = _BLOCK.search(text)
+    start, stop = match.span() if match else (0, 0)
+    if match and stop == len(text) and not match[0].endswith("\n") and start:
+        start -= 1  # the file had no line end, so one was added before the lines
+    rest = text[:start] + text[stop:]
+    mark = _MARK.search(rest)
+    if mark:
+        line = text.count("\n", 0, text.index(mark[0])) + 1
+        raise BadInputError(f"{path}, line {line}: the lines that p2pctl added were edited: remove them by hand")
+    return rest, (match["made"] or "") if match else ""
+
+
+def _first_table(text: str) -> int:
+    """Where the first table starts, with the comment lines right above it; the end where there is none."""
+    lines = _lines(text)
+    offsets = [0]
+    for line in lines:
+        offsets.append(offsets[-1] + len(line))
+    for number, line in enumerate(lines):
+        # A bracket inside a value that spans lines is no table: what precedes it is then not whole.
+        if line.lstrip(" \t").startswith("[") and _is_whole(text[: offsets[number]]):
+            while number and lines[number - 1].lstrip(" \t").startswith("#") and _is_whole(text[: offsets[number - 1]]):
+                number -= 1
+            return offsets[number]
+    return len(text)
+
+
+def _lines(text: str) -> list[str]:
+    """With their ends; unlike str.splitlines at line feeds only, as TOML has it."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return False
+    return True
+
+
+def _check_added(text: str, document: dict[str, object], mirror: str, path: Path) -> None:
+    hosts = document.get("host", {})
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        merged = tomllib.loads(text)
+        if isinstance(hosts, dict) and next(iter(merged["host"])) == mirror:
+            capabilities = {"capabilities": ["pull", "resolve"]}
+            expected = {"server": merged.get("server"), **document, "host": {mirror: capabilities, **hosts}}
+            if {"server": None, **merged} == expected:
+                return
+    raise BadInputError(f'{path}: its hosts are not tables such as [host."https://..."]: write them so, or add by hand')
+
+
+def _parse(text: str, path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInputError(f"{path}: not valid TOML, nothing was changed: {error}") from error
+
+
+def _read(path: Path) -> str | None:
+    """The file's text with its line ends as they are; None where there is no file."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BadInputError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_FILE:
+        raise BadInputError(f"{path}: larger than {MAX_FILE} bytes, which no hosts.toml is")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadInputError(f"{path}, line {line}: not UTF-8, nothing was changed") from error
+
+
+# Writing
+
+
+def apply(change: Change) -> None:
+    """Make one planned change: atomically, with a backup of what was there before the first one. Raises BadInputError.
+
+    A backup is never overwritten; one that equals what is now restored has served, and goes.
+    """
+    if not change.is_needed:
+        return
+    try:
+        if change.after is None:
+            _delete(change)
+        else:
+            _write(change, change.after)
+    except OSError as error:
+        raise BadInputError(f"cannot change {change.path}: {error.strerror}") from error
+
+
+def _write(change: Change, after: str) -> None:
+    change.path.parent.mkdir(parents=True, exist_ok=True)
+    mode = change.path.stat().st_mode & 0o7777 if change.before is not None else 0o644
+    restored = change.before is not None and _MARK.search(change.before) and not _MARK.search(after)
+    if change.before is not None and not _MARK.search(change.before) and not change.backup.exists():
+        _replace(change.backup, change.before, mode)
+    _replace(change.path, after, mode)
+    if restored and change.backup.exists() and change.backup.read_bytes() == after.encode():
+        change.backup.unlink()
+
+
+def _delete(change: Change) -> None:
+    change.path.unlink()
+    if change.made_folder:
+        with contextlib.suppress(OSError):  # not empty: somebody else uses it
+            change.path.parent.rmdir()
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """Readers see the old file or the new one, also after a power cut."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode("utf-8"))
+            os.fchmod(file.fileno(), mode)
+            if path.exists() and os.geteuid() == 0:
+                owner = path.stat()
+                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+# What containerd itself is told
+
+
+def config_path_advice(certs_dir: Path, config: Path = DEFAULT_CONFIG) -> str:
+    """What the operator should know of containerd's own configuration, which is only read."""
+    header = 'under [plugins."io.containerd.cri.v1.images".registry] (containerd 1.x: "io.containerd.grpc.v1.cri")'
+    wanted = f'config_path = "{certs_dir}" {header}'
+    text = _read(config)
+    if text is None:
+        return f"{config} is not there: kubelet and crictl pull through the mirror once it says {wanted}"
+    plugins = _parse(text, config).get("plugins", {})
+    names = ("io.containerd.cri.v1.images", "io.containerd.grpc.v1.cri")
+    registries = [_table(_table(plugins, name), "registry") for name in names]
+    paths = [str(registry["config_path"]) for registry in registries if registry.get("config_path")]
+    if not paths:
+        return f"{config} itself sets no config_path: kubelet and crictl pull through the mirror once it says {wanted}"
+    if ":" in paths[0]:
+        return f'{config}: config_path = "{paths[0]}" names several folders, which containerd 2.2 ignores: use {wanted}'
+    if Path(paths[0]) != certs_dir:
+        return f'{config}: config_path = "{paths[0]}" is another folder than {certs_dir}'
+    return f"{config} reads {certs_dir}; no restart is needed"
+
+
+def _table(parent: object, name: str) -> dict[str, object]:
+    found = parent.get(name) if isinstance(parent, dict) else None
+    return found if isinstance(found, dict) else {}

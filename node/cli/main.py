@@ -1,0 +1,396 @@
+"""p2pctl: asks the daemon through its control socket, and shows what it says.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached, 4 it needs a restart. With --json the only
+thing on standard output is the document. What takes long to import (rich, httpx) is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+import msgspec
+
+from node.api.documents import (
+    CacheReport,
+    Check,
+    DoctorReport,
+    ImagesReport,
+    PeersReport,
+    PullEvent,
+    PullResult,
+    ReloadReport,
+    Status,
+    TagsReport,
+    WhyReport,
+)
+from node.cli import cluster as cli_cluster
+from node.cli import images as cli_offline
+from node.cli.client import DaemonUnreachableError
+from node.cli.common import (
+    DEFAULTS,
+    FAILED,
+    NEEDS_RESTART,
+    UNREACHABLE,
+    Command,
+    Failure,
+    Group,
+    ImageParam,
+    Session,
+    common,
+    configuration,
+    decode,
+    echo,
+    events,
+    read_configuration,
+    show_document,
+)
+from node.config.schema import DEFAULT_UPSTREAMS
+from node.runtime.version import version
+from protocol.errors import BadInputError, ShoalError
+
+if TYPE_CHECKING:
+    from node.cli.containerd_hosts import Change, Registry
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--socket", type=click.Path(path_type=Path), envvar="P2PD_SOCKET", show_envvar=True, show_default=True,
+    default=Path(DEFAULTS.control.socket), help="The daemon's control socket.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
+@click.pass_context
+def main(ctx: click.Context, socket: Path, as_json: bool) -> None:
+    """See and steer the p2pd daemon of this node."""
+    ctx.obj = Session(socket, as_json)
+
+
+cli_offline.add_to(main)
+cli_cluster.add_to(main)
+
+
+def _show(session: Session, path: str, kind: type[msgspec.Struct], **query: str) -> None:
+    show_document(session, session.client.get(path, **query), kind, _print)
+
+
+def _print(document: msgspec.Struct) -> None:
+    from node.cli.render import console, show
+
+    show(document, console())
+
+
+@main.command()
+@common
+@click.pass_obj
+def status(session: Session) -> None:
+    """This node: who it is, what it served and from where, what it holds."""
+    _show(session, "/status", Status)
+
+
+@main.command()
+@common
+@click.pass_obj
+def peers(session: Session) -> None:
+    """The other members, their health and what was exchanged with them."""
+    _show(session, "/peers", PeersReport)
+
+
+@main.command()
+@common
+@click.pass_obj
+def images(session: Session) -> None:
+    """Images that went through this node, and how much of each it holds."""
+    _show(session, "/images", ImagesReport)
+
+
+@main.command()
+@common
+@click.pass_obj
+def cache(session: Session) -> None:
+    """The cache's tiers, and what they hold of which object."""
+    _show(session, "/cache", CacheReport)
+
+
+@main.command()
+@click.argument("pattern", default="*")
+@common
+@click.pass_obj
+def tags(session: Session, pattern: str) -> None:
+    """What each tag stands for here, since when, who said so, and the policy that applies.
+
+    PATTERN is a glob over registry/repository:tag, or a part of it: "docker.io/*:latest", alpine.
+    """
+    match = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    _show(session, "/tags", TagsReport, match=match)
+
+
+# Pull
+
+
+@main.command()
+@click.argument("image", type=ImageParam())
+@click.option("--all-platforms", is_flag=True, help="Not only this machine's platform.")
+@common
+@click.pass_obj
+def pull(session: Session, image: str, all_platforms: bool) -> None:
+    """Read IMAGE into this node, and through it into the site."""
+    everything = "1" if all_platforms else "0"
+    with closing(session.client.stream("/pull", image=image, all_platforms=everything)) as lines:
+        told = events(lines, PullEvent, "the pull's answer")
+        result = echo(told, PullResult) if session.json else _show_events(told, image)
+    if result is None:
+        raise DaemonUnreachableError("p2pd went away before the pull was over: systemctl status p2pd")
+    if not result.ok:
+        raise Failure(f"{result.image} was not pulled: {result.error}")
+    if not session.json:
+        from node.cli.render import console, show_pulled
+
+        show_pulled(console(), result)
+
+
+def _show_events(told: Iterator[tuple[bytes, PullEvent]], image: str) -> PullResult | None:
+    """The bar goes to standard error, and only to a terminal."""
+    from node.cli.render import transfer_bar
+
+    with transfer_bar(image) as (progress, task):
+        for _, event in told:
+            if isinstance(event, PullResult):
+                return event
+            progress.update(task, completed=event.bytes_done, total=event.bytes_total or None)
+    return None
+
+
+# Why
+
+
+@main.command()
+@click.argument("image", type=ImageParam())
+@click.option("--blocks", is_flag=True, help="A line for every block, not for every run of blocks from one source.")
+@common
+@click.pass_obj
+def why(session: Session, image: str, blocks: bool) -> None:
+    """Where each block of IMAGE came from, how long it took and what it took."""
+    data = session.client.get("/why", image=image)
+    report = decode(data, WhyReport)
+    if session.json:
+        click.echo(data.rstrip())
+        return
+    from node.cli.render import console, show_why
+
+    rows = decode(session.client.get("/peers"), PeersReport).peers
+    show_why(console(), report, {row.peer_id: row.name for row in rows}, every_block=blocks)
+
+
+# containerd
+
+
+@main.group(cls=Group)
+def containerd() -> None:
+    """Have containerd pull through this node's mirror."""
+
+
+def _certs_dir(command: Command) -> Command:
+    option = click.option(
+        "--certs-dir", type=click.Path(path_type=Path), default=Path("/etc/containerd/certs.d"), show_default=True,
+        help="containerd's config_path.",
+    )  # fmt: skip
+    return option(command)
+
+
+@containerd.command()
+@_certs_dir
+@click.option("--mirror", help="The mirror's address.  [default: the daemon's, else http://127.0.0.1:5050]")
+@click.option("--upstream", "upstreams", multiple=True, help="A registry; repeatable.  [default: the daemon's]")
+@click.option("--dry-run", is_flag=True, help="Print the changes as a diff, and make none.")
+@common
+@click.pass_obj
+def install(session: Session, certs_dir: Path, mirror: str | None, upstreams: tuple[str, ...], dry_run: bool) -> None:
+    """Add the mirror to each registry's hosts.toml, before the hosts that are there."""
+    from node.cli.containerd_hosts import plan_install
+
+    running = _running(session)
+    address = mirror or _mirror_url(running.mirror if running else "")
+    changes = plan_install(certs_dir, address, _registries(running, upstreams))
+    _change(session, changes, certs_dir, dry_run=dry_run)
+
+
+@containerd.command()
+@_certs_dir
+@click.option("--dry-run", is_flag=True, help="Print the changes as a diff, and make none.")
+@common
+@click.pass_obj
+def uninstall(session: Session, certs_dir: Path, dry_run: bool) -> None:
+    """Take out of every hosts.toml exactly what `install` added."""
+    from node.cli.containerd_hosts import plan_uninstall
+
+    _change(session, plan_uninstall(certs_dir), certs_dir, dry_run=dry_run)
+
+
+def _running(session: Session) -> Status | None:
+    """The daemon's status, where it can be had."""
+    try:
+        return decode(session.client.get("/status"), Status)
+    except DaemonUnreachableError:
+        click.echo(f"p2pd does not answer on {session.socket}: its default configuration is assumed", err=True)
+        return None
+
+
+def _mirror_url(listen: str) -> str:
+    """What a client on this machine calls the mirror that listens there."""
+    host, _, port = (listen or DEFAULTS.mirror.listen).rpartition(":")
+    anywhere = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+    return f"http://{anywhere.get(host, host)}:{port}"
+
+
+def _registries(running: Status | None, wanted: Sequence[str]) -> list[Registry]:
+    from node.cli.containerd_hosts import Registry, default_server
+
+    known = {part.name: part.urls[-1] for part in DEFAULT_UPSTREAMS}
+    if running:
+        known = {row.name: row.url for row in running.upstreams}
+    return [Registry(name, known.get(name) or default_server(name)) for name in dict.fromkeys(wanted or known)]
+
+
+def _change(session: Session, changes: Sequence[Change], certs_dir: Path, *, dry_run: bool) -> None:
+    from node.cli.containerd_hosts import apply, config_path_advice
+
+    advice = config_path_advice(certs_dir)
+    for change in changes:
+        if not dry_run:
+            apply(change)
+    if session.json:
+        rows = [
+            {"path": str(change.path), "changed": change.is_needed, "diff": change.diff(), "notes": change.notes}
+            for change in changes
+        ]
+        click.echo(json.dumps({"changes": rows, "dry_run": dry_run, "containerd": advice}))
+        return
+    for change in changes:
+        _tell(change, dry_run=dry_run)
+    if not changes:
+        click.echo(f"nothing to remove under {certs_dir}", err=True)
+    click.echo(f"note: {advice}", err=True)
+
+
+def _tell(change: Change, *, dry_run: bool) -> None:
+    if dry_run:
+        click.echo(change.diff(), nl=False)
+    elif change.is_needed:
+        click.echo(f"{'removed' if change.after is None else 'wrote'} {change.path}")
+    if not change.is_needed:
+        click.echo(f"unchanged {change.path}", err=dry_run)
+    for note in change.notes:
+        click.echo(f"note: {change.path}: {note}", err=True)
+
+
+# The rest
+
+
+@main.command()
+@common
+@click.pass_obj
+def reload(session: Session) -> None:
+    """Have p2pd read its configuration again. Pulls go on.
+
+    All of it is taken or nothing (exit status 1). What needs a restart is named (exit status 4), and waits for it.
+    """
+    data = session.client.post("/reload")
+    report = decode(data, ReloadReport)
+    if session.json:
+        click.echo(data.rstrip())
+    else:
+        for line in report.changed or ("nothing",):
+            click.echo(f"changed {line}")
+        for line in report.needs_restart:
+            click.echo(f"needs a restart: {line}")
+    if report.needs_restart:
+        _quit(NEEDS_RESTART)
+
+
+@main.command()
+@_certs_dir
+@configuration
+@common
+@click.pass_obj
+def doctor(session: Session, certs_dir: Path, path: Path | None) -> None:
+    """Look for what is wrong with this node, and say what to do about it."""
+    try:
+        running = decode(session.client.get("/status"), Status)
+        found = decode(session.client.get("/doctor"), DoctorReport).checks
+    except DaemonUnreachableError as error:
+        checks = [Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
+        checks += [*_outside(certs_dir, None), _certificate(path)]
+        _show_checks(session, checks)
+        _quit(UNREACHABLE)
+    socket = Check(name="daemon", level="ok", text=f"p2pd {running.version} answers on {session.socket}")
+    checks = [socket, *_outside(certs_dir, running), *found]
+    _show_checks(session, checks)
+    if any(check.level == "fail" for check in checks):
+        _quit(FAILED)
+
+
+def _quit(code: int) -> NoReturn:
+    raise click.exceptions.Exit(code)
+
+
+def _show_checks(session: Session, checks: Sequence[Check]) -> None:
+    if session.json:
+        click.echo(msgspec.json.encode(DoctorReport(checks=tuple(checks))))
+        return
+    from node.cli.render import console, show_checks
+
+    show_checks(console(), checks)
+
+
+def _outside(certs_dir: Path, running: Status | None) -> list[Check]:
+    """What is seen from outside the daemon."""
+    from node.control.doctor import check_hosts, check_mirror, http_status
+
+    mirror = _mirror_url(running.mirror if running else "")
+    address = mirror.removeprefix("http://")
+    checks = [check_mirror(address, *http_status(address))]
+    if not certs_dir.parent.is_dir():
+        return [*checks, Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})")]
+    return [*checks, check_hosts(*_pointing(certs_dir, mirror, running))]
+
+
+def _certificate(path: Path | None) -> Check:
+    """As its files tell, where no daemon does."""
+    from node.control.doctor import certificate_in_files, check_certificate
+
+    try:
+        return check_certificate(certificate_in_files(read_configuration(path)), time.time())
+    except BadInputError as error:
+        return Check(name="configuration", level="fail", text=str(error), hint="p2pd does not start with it")
+
+
+def _pointing(certs_dir: Path, mirror: str, running: Status | None) -> tuple[list[str], list[str], str]:
+    """Registries that containerd pulls past the mirror, those that it pulls through it, and what hinders telling."""
+    from node.cli.containerd_hosts import points_at
+
+    names = [registry.name for registry in _registries(running, ())]
+    try:
+        through = [name for name in names if points_at(certs_dir, mirror, name)]
+    except BadInputError as error:
+        return [], [], str(error)
+    return [name for name in names if name not in through], through, ""
+
+
+@main.command(name="version")
+@common
+@click.pass_obj
+def show_version(session: Session) -> None:
+    """The versions of p2pctl and of the daemon that runs."""
+    try:
+        daemon = decode(session.client.get("/status"), Status).version
+    except ShoalError:
+        daemon = None
+    if session.json:
+        click.echo(json.dumps({"p2pctl": version(), "p2pd": daemon}))
+    else:
+        click.echo(f"p2pctl {version()}\np2pd   {daemon or 'not reached'}")

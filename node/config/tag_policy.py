@@ -1,0 +1,44 @@
+"""How long a tag is believed to stand for what it did: by the first pattern of the configuration that fits it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+
+from cachetools import LRUCache
+
+from node.oci.challenges import canonical
+from node.oci.references import Locator
+
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TagPolicy:
+    """`match` is the pattern, "" for the defaults. A tag is asked for again `ttl_s` after the registry's last word on
+    it, and served up to `max_age_s` old while the registry is out of reach; both are 0 for one never cached."""
+
+    match: str
+    ttl_s: float
+    max_age_s: float
+
+    @property
+    def cached(self) -> bool:
+        return self.ttl_s > 0 or self.max_age_s > 0
+
+
+class TagPolicies:
+    def __init__(self, default: TagPolicy, rules: Sequence[TagPolicy] = ()) -> None:
+        self._default = default
+        self._rules = [(re.compile(translate(rule.match)), rule) for rule in rules]
+        self._remembered: LRUCache[tuple[Locator, str], TagPolicy] = LRUCache(_REMEMBERED)
+
+    def of(self, locator: Locator, tag: str) -> TagPolicy:
+        policy = self._remembered.get((locator, tag))
+        if policy is None:
+            name = f"{canonical(locator.upstream)}/{locator.repository}:{tag}"
+            policy = next((rule for pattern, rule in self._rules if pattern.match(name)), self._default)
+            self._remembered[locator, tag] = policy
+        return policy

@@ -1,0 +1,1 @@
+"""Names and objects as a client asks for them."""

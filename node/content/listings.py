@@ -1,0 +1,199 @@
+"""What a registry lists: the tags of a repository, and the manifests that refer to an object.
+
+Specification: OCI distribution 1.1, "Listing Tags", "Listing Referrers" and "Unavailable Referrers API". Registries
+differ in what they do of it, and the mirror does the rest: pages and filters where the registry gives all it has, the
+referrers tag where there is no referrers API. Answers are remembered on disk, for when the registry is out of reach.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlencode
+
+import msgspec
+
+from node.content.contract import Library
+from node.oci.references import Grant, Locator
+from node.registry.upstreams import MAX_MANIFEST, Passed
+from node.runtime.sqlite import Database
+from protocol.errors import UNDECODABLE, NotFoundError, UnavailableError
+from protocol.ids import Digest
+
+log = logging.getLogger(__name__)
+
+FRESH_S = 10.0
+"""A list is asked for anew after this time: what signs an image looks for its signature at once."""
+KEPT_BYTES = 32 << 20
+"""On disk, keys included; what was confirmed longest ago goes first."""
+INDEX = "application/vnd.oci.image.index.v1+json"
+NO_REFERRERS = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
+_TAG_PART = 64
+"""Characters of the digest's hex in a referrers tag."""
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS listing (key TEXT PRIMARY KEY, body BLOB NOT NULL, media_type TEXT NOT NULL,"
+    " link TEXT NOT NULL, confirmed REAL NOT NULL, size INTEGER NOT NULL);"
+)
+
+_T = TypeVar("_T")
+
+Passthrough = Callable[[str, str, str, Mapping[str, str], Grant | None], Awaitable[Passed]]
+"""(upstream, repository, `tags/list` or `referrers/<digest>`, query, grant); raises as `Upstreams.passthrough`."""
+
+
+class _Tags(msgspec.Struct):
+    name: str
+    tags: list[str] | None = None
+
+
+class _Index(msgspec.Struct, rename="camel", omit_defaults=True):
+    """An index whose descriptors stay as they came, byte for byte."""
+
+    schema_version: int
+    media_type: str
+    manifests: list[msgspec.Raw]
+    annotations: dict[str, str] = {}
+
+
+class _Typed(msgspec.Struct, rename="camel"):
+    artifact_type: str = ""
+
+
+class Listings:
+    """Of all upstreams, for clients that may read the repository. Both methods raise as `Upstreams.resolve`."""
+
+    def __init__(self, passthrough: Passthrough, library: Library, path: Path, max_age_s: float) -> None:
+        self._passthrough, self._library, self.max_age_s = passthrough, library, max_age_s
+        self._database = Database(path, _SCHEMA)
+
+    def close(self) -> None:
+        self._database.close()
+
+    async def tags(self, locator: Locator, query: Mapping[str, str]) -> Passed:
+        """A page of the repository's tags; `n` and `last` are honoured whether the registry does so or not."""
+
+        async def ask() -> Passed:
+            return await self._passthrough(locator.upstream, locator.repository, "tags/list", query, locator.grant)
+
+        try:
+            passed = await self._listed(_key(locator, "tags/list", query), ask)
+        except UnavailableError:
+            whole = self._remembered(_key(locator, "tags/list", {}), self.max_age_s)
+            if whole is None or whole.link:
+                raise
+            return _page(whole, query, whole=True)
+        return _page(passed, query, whole=False)
+
+    async def referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
+        """An index of what refers to `digest`, empty where nothing does.
+
+        The registry is asked for all of them: one remembered list then answers for every `artifactType`.
+        """
+        rest = {name: value for name, value in query.items() if name != "artifactType"}
+
+        async def ask() -> Passed:
+            return await self._ask_referrers(locator, digest, rest)
+
+        passed = await self._listed(_key(locator, f"referrers/{digest}", rest), ask)
+        return _of_type(passed, query["artifactType"]) if query.get("artifactType") else passed
+
+    async def _ask_referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
+        try:
+            tail = f"referrers/{digest}"
+            passed = await self._passthrough(locator.upstream, locator.repository, tail, query, locator.grant)
+            if passed.media_type == INDEX:  # and not the page of a web interface
+                return passed
+        except NotFoundError:
+            log.debug("%s has no referrers API", locator.upstream)
+        return Passed(await self._tagged(locator, digest), INDEX)
+
+    async def _tagged(self, locator: Locator, digest: Digest) -> bytes:
+        try:
+            found = await self._library.resolve(locator, f"{digest.algorithm}-{digest.hex[:_TAG_PART]}")
+        except NotFoundError:
+            return NO_REFERRERS
+        if found.media_type != INDEX or found.ref.size > MAX_MANIFEST:
+            return NO_REFERRERS
+        async with aclosing(self._library.read(locator, found.ref, 0, found.ref.size)) as chunks:
+            return b"".join([bytes(chunk) async for chunk in chunks])
+
+    # What is remembered
+
+    async def _listed(self, key: str, ask: Callable[[], Awaitable[Passed]]) -> Passed:
+        fresh = self._remembered(key, FRESH_S)
+        if fresh is not None:
+            return fresh
+        try:
+            passed = await ask()
+        except UnavailableError as error:
+            stale = self._remembered(key, self.max_age_s)
+            if stale is None:
+                raise
+            log.warning("%s is served as it was last listed: %s", key[:300], error)
+            return stale
+        self._remember(key, passed)
+        return passed
+
+    def _remembered(self, key: str, age_s: float) -> Passed | None:
+        now = time.time()
+        rows = self._database.run(
+            "SELECT body, media_type, link FROM listing WHERE key = ? AND confirmed BETWEEN ? AND ?",
+            (key, now - age_s, now),
+        )
+        return Passed(*rows[0]) if rows else None
+
+    def _remember(self, key: str, passed: Passed) -> None:
+        size = len(key) + len(passed.body) + len(passed.link)
+        row = (key, passed.body, passed.media_type, passed.link, time.time(), size)
+        self._database.run("INSERT OR REPLACE INTO listing VALUES (?, ?, ?, ?, ?, ?)", row)
+        self._database.run(
+            "DELETE FROM listing WHERE key IN (SELECT key FROM (SELECT key, SUM(size) OVER (ORDER BY confirmed DESC)"
+            " AS total FROM listing) WHERE total > ?)",
+            (KEPT_BYTES,),
+        )
+
+
+def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:
+    return f"{locator.upstream}/{locator.repository}/{tail}?{urlencode(sorted(query.items()))}"
+
+
+def _page(passed: Passed, query: Mapping[str, str], *, whole: bool) -> Passed:
+    """The page that is asked for, in order, where the answer holds all tags: if `whole`, or for a first page without a
+    next one, or where what it holds shows that the query was ignored."""
+    limit = int(query["n"]) if _is_count(query.get("n", "")) else None
+    last = query.get("last", "")
+    listed = _decoded(passed.body, _Tags)
+    if listed is None or passed.link:
+        return passed
+    tags = listed.tags or []
+    if not (whole or not query.keys() - {"n"} or last in tags or (limit is not None and len(tags) > limit)):
+        return passed
+    rest = sorted(tag for tag in tags if tag > last)
+    page = rest if limit is None else rest[:limit]
+    more = f'<?{urlencode({"n": limit, "last": page[-1]})}>; rel="next"' if page and len(page) < len(rest) else ""
+    return Passed(msgspec.json.encode(_Tags(listed.name, page)), passed.media_type, more)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def _of_type(passed: Passed, artifact_type: str) -> Passed:
+    index = _decoded(passed.body, _Index)
+    if index is None:
+        return passed
+    index.manifests = [one for one in index.manifests if _decoded(one, _Typed) == _Typed(artifact_type)]
+    return replace(passed, body=msgspec.json.encode(index), filters="artifactType")
+
+
+def _decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
+    """None for what is no such document: that is handed on as it is."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except UNDECODABLE:
+        return None

@@ -1,0 +1,1 @@
+"""The control socket: routes, doctor, reload."""

@@ -1,0 +1,41 @@
+"""Revocation on the control socket: POST /revoke with a revocation's text as the body. It is signed, so nobody is
+revoked by who may open the socket and does not have the authority's key."""
+
+from __future__ import annotations
+
+import trio
+
+from node.api.documents import ClusterRow, RevokeReport
+from node.control.routes import Routes, document
+from node.identity.certificates import validity_of
+from node.identity.credentials import Standing
+from node.identity.revocations import Revocations
+from node.identity.verifier import Admission
+from node.membership.membership import Gossiper
+from node.web.server import Request, Response
+from protocol.admission import cluster_id, read_revocation
+from protocol.errors import BadInputError, PeerMisbehavedError, UnavailableError
+
+
+def cluster_row(admission: Admission, revocations: Revocations, place: Standing) -> ClusterRow:
+    return ClusterRow(
+        id=cluster_id(admission.authority).hex(),
+        admits=place.authority is not None,
+        certificate_ends=validity_of(admission.certificate).end,
+        revocations=len(revocations.all),
+    )
+
+
+def admission_routes(gossiper: Gossiper, revocations: Revocations) -> Routes:
+    async def revoke(request: Request) -> Response:
+        await trio.lowlevel.checkpoint()
+        revocation = read_revocation(request.body.decode("utf-8", "replace").strip())
+        try:
+            new = gossiper.revoke((revocation,))
+        except PeerMisbehavedError as error:
+            raise BadInputError(str(error)) from error
+        if revocation.subject not in revocations:
+            raise UnavailableError("this cluster has all the revocations that it can hold: it needs a new key")
+        return document(RevokeReport(subject=revocation.subject, new=bool(new), total=len(revocations.all)))
+
+    return {"/revoke": ("POST", revoke)}

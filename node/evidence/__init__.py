@@ -1,0 +1,1 @@
+"""Proofs against members that signed false records."""

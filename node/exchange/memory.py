@@ -1,0 +1,215 @@
+"""Requests between members in one process, for tests and simulations: latency and silence in trio's clock, no sockets.
+
+What is asked and answered passes the wire's encoding and checks, so that nothing works here that would not elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from node.exchange.contract import Answer, Body, Handler, Heard, Into, Lane
+from node.exchange.requests import REQUESTS_PER_CONNECTION, AtWork, Call, answer
+from protocol import wire
+from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.ids import PeerId
+from protocol.messages import Reply, Request
+
+Message = TypeVar("Message", Request, Reply)
+
+
+class MemoryNetwork:
+    """What the exchanges of one simulation share. `latency_s` is that of each way."""
+
+    def __init__(self, latency_s: float = 0.0) -> None:
+        self.latency_s = latency_s
+        self._nodes: dict[PeerId, MemoryExchange] = {}
+        self._stopped: dict[PeerId, trio.Event] = {}
+
+    def stop(self, peer: PeerId) -> None:
+        """From now on nothing is heard of it, as of a process under SIGSTOP; requests to it wait."""
+        self._stopped.setdefault(peer, trio.Event())
+
+    def resume(self, peer: PeerId) -> None:
+        if self.is_stopped(peer):
+            self._stopped.pop(peer).set()
+
+    def is_stopped(self, peer: PeerId) -> bool:
+        return peer in self._stopped
+
+    def kill(self, peer: PeerId) -> None:
+        """Its requests fail at once, in both directions, and so does every later one until its exchange runs anew."""
+        if peer in self._nodes:
+            self.leave(peer, self._nodes[peer])
+
+    def join(self, peer: PeerId, exchange: MemoryExchange) -> None:
+        self._nodes[peer] = exchange
+
+    def leave(self, peer: PeerId, exchange: MemoryExchange) -> None:
+        if self._nodes.get(peer) is exchange:
+            del self._nodes[peer]
+        exchange.hang_up()
+
+    def node(self, peer: PeerId) -> MemoryExchange:
+        """Raises PeerUnavailableError where nobody runs under that name."""
+        if peer not in self._nodes:
+            raise PeerUnavailableError(f"{peer} cannot be reached")
+        return self._nodes[peer]
+
+    def reaches(self, sender: PeerId, receiver: PeerId) -> bool:
+        """Whether what one says now comes to the other; else it waits until it can."""
+        return not self.is_stopped(sender) and not self.is_stopped(receiver)
+
+    async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
+        """One way of a frame of `size` bytes; a stopped node holds up what leaves it and what comes to it."""
+        await trio.sleep(self.latency_s)
+        for peer in (sender, receiver):
+            while self.is_stopped(peer):
+                await self._stopped[peer].wait()
+
+
+class _Line:
+    """A request between two nodes until its answer has come."""
+
+    def __init__(self, asker: PeerId, lane: Lane, call: Call, size: int) -> None:
+        self.asker = asker
+        self.lane = lane
+        self.call = call
+        self.size = size
+        self.scope = trio.CancelScope()
+        self.ready = False
+        """The answer is there, and on its way."""
+
+    def cut(self) -> None:
+        self.call.end(PeerUnavailableError(f"the connection with {self.call.peer} was closed"))
+        self.scope.cancel()
+
+
+class MemoryExchange:
+    """`Exchange` on a `MemoryNetwork`; see there for the promises."""
+
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        own: PeerId,
+        *,
+        refused: Callable[[PeerId], bool],
+        handler: Handler,
+        requests_per_connection: int = REQUESTS_PER_CONNECTION,
+    ) -> None:
+        self._network = network
+        self._own = own
+        self._refused = refused
+        self._handler = handler
+        self._slots = defaultdict[tuple[PeerId, Lane], trio.Semaphore](lambda: trio.Semaphore(requests_per_connection))
+        self._asked: dict[_Line, None] = {}  # in the order in which they came, so that a run can be repeated
+        self._answering: dict[_Line, None] = {}
+        self._at_work = AtWork[_Line]()
+        self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # what is in it, its askers wait for
+
+    async def request(
+        self,
+        peer: PeerId,
+        message: Request,
+        *,
+        lane: Lane,
+        silence_s: float,
+        heard: Heard | None = None,
+        into: Into | None = None,
+    ) -> Answer:
+        self._network.node(self._own)
+        frame = wire.encode_head(0, message, 0)
+        line = _Line(self._own, lane, Call(peer, _checked(frame), silence_s, heard, into), len(frame))
+        self._network.node(peer).accept(line)
+        self._asked[line] = None
+        try:
+            return await line.call.wait()
+        finally:
+            del self._asked[line]
+
+    def accept(self, line: _Line) -> None:
+        """Raises PeerUnavailableError where the asker is refused."""
+        if self._refused(line.asker):
+            raise PeerUnavailableError(f"{self._own} refuses {line.asker}")
+        self._answering[line] = None
+        self._arrivals.send_nowait(line)
+
+    def disconnect(self, peer: PeerId) -> None:
+        for line in [*self._asked, *self._answering]:
+            if peer in (line.asker, line.call.peer):
+                line.cut()
+
+    def hang_up(self) -> None:
+        for line in [*self._asked, *self._answering]:
+            line.cut()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._network.join(self._own, self)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._at_work.keep_alive, self._say_waiting)
+                task_status.started()
+                async for line in self._inbox:
+                    nursery.start_soon(self._serve, line)
+        finally:
+            self._network.leave(self._own, self)
+
+    def _say_waiting(self, line: _Line) -> None:
+        if self._network.reaches(self._own, line.asker):
+            line.call.waiting(line.ready)
+
+    async def _serve(self, line: _Line) -> None:
+        with line.scope:
+            await self._network.travel(line.asker, self._own, line.size)
+            result = await self._answered(line)
+            if isinstance(result, Answer):
+                line.call.deliver(result)
+            else:
+                line.call.end(result)
+        del self._answering[line]
+
+    async def _answered(self, line: _Line) -> Answer | ShoalError:
+        """What comes to the asker, when all of it is there."""
+        slot = self._slots[line.asker, line.lane]
+        await slot.acquire()
+        self._at_work.begin(line)
+        try:
+            try:
+                head, body = await answer(self._handler, line.asker, wire.Head(0, line.call.message, 0))
+            finally:
+                slot.release()
+            line.ready = body is not None
+            await self._network.travel(self._own, line.asker, len(head) + len(body or b""))
+        finally:
+            self._at_work.end(line)
+        return _answer_in(line.call.message, head, body)
+
+
+def _answer_in(request: Request, head: bytes, body: Body | None) -> Answer | ShoalError:
+    try:
+        message = _read(wire.REPLIES, head)
+        wire.check_answer(request, message)
+    except PeerMisbehavedError as error:
+        return error
+    return Answer(message, body)
+
+
+def _checked(frame: bytes) -> Request:
+    """Raises PeerUnavailableError for what a peer would not take, as it would close the connection."""
+    try:
+        return _read(wire.REQUESTS, frame)
+    except PeerMisbehavedError as error:
+        raise PeerUnavailableError(f"the request is malformed: {error}") from error
+
+
+def _read(kind: msgspec.msgpack.Decoder[tuple[int, Message]], frame: bytes) -> Message:
+    heads = wire.Heads(kind)
+    heads.feed(frame)
+    head = heads.next()
+    assert head is not None
+    return head.message

@@ -1,0 +1,1 @@
+"""Keys, certificates, and the decision who is admitted."""

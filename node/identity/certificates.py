@@ -1,0 +1,333 @@
+"""The cluster's authority, and the certificates by which its nodes know each other.
+
+The authority is one file: an Ed25519 key and its self-signed CA certificate. A node that loads the file issues itself
+a certificate, and others one for a join token. It holds the node's own key, so a peer id follows from a TLS handshake.
+What is in a certificate, and what each side checks: docs/PROTOCOL.md, "Identity and certificates".
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from node.identity.identity import Identity, from_pem, to_pem
+from node.runtime import secret_files
+from protocol.admission import cluster_id, is_site
+from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError
+from protocol.ids import PeerId
+from protocol.records import peer_id_of, public_key_of
+from protocol.wire import MAX_CERTIFICATE
+
+FILE_NAME = "cluster.pem"
+"""In the data folder: the authority that a node makes for itself when no cluster key is configured."""
+
+_NOT_BEFORE = datetime(2000, 1, 1, tzinfo=UTC)
+_NOT_AFTER = datetime(2100, 1, 1, tzinfo=UTC)
+"""Of a certificate without end, which is never judged by a clock: a board without a battery wakes up in 1970."""
+
+_MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
+"""What `cryptography` raises, when it parses a certificate and when its parts are looked at."""
+_MAX_NAME = 64
+"""Characters that X.520 allows in a common name and in an organizational unit."""
+_NO_CHECK_TIME = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL, not named by the ssl module: node/identity/verifier.py judges the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    key: Ed25519PrivateKey
+    certificate: x509.Certificate
+
+    @property
+    def der(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.DER)
+
+    @property
+    def cluster(self) -> bytes:
+        """The identifier of its cluster."""
+        return cluster_id(self.der)
+
+
+def create_authority(path: Path) -> None:
+    """Make the authority file (PEM: private key, CA certificate; mode 0600). Raises BadInputError where one exists."""
+    if not secret_files.create(path, _new_authority()):
+        raise BadInputError(f"{path} exists already; a cluster's key is never overwritten")
+
+
+def load_authority(path: Path) -> Authority:
+    """Raises BadInputError naming the file where it is missing, unreadable or not an authority."""
+    try:
+        data = secret_files.read(path)
+    except FileNotFoundError as error:
+        raise BadInputError(f"no cluster key at {path}; make one with `p2pctl cluster init {path}`") from error
+    key = from_pem(path, data)
+    try:
+        certificate = x509.load_pem_x509_certificate(data)
+    except ValueError as error:
+        raise BadInputError(f"{path} holds no certificate beside its key") from error
+    if certificate.public_key() != key.public_key() or not _is_authority(certificate):
+        raise BadInputError(f"the certificate in {path} is not that of the authority whose key stands beside it")
+    return Authority(key, certificate)
+
+
+def own_authority(data_dir: Path) -> Authority:
+    """The authority of a cluster of this one node, made where missing. Raises BadInputError."""
+    path = data_dir / FILE_NAME
+    if not path.exists():
+        secret_files.create(path, _new_authority())
+    return load_authority(path)
+
+
+def open_authority() -> Authority:
+    """That of every node with `cluster.open`: its key is no secret, and its certificate is the same everywhere."""
+    key = Ed25519PrivateKey.from_private_bytes(sha256(b"shoal open cluster").digest())
+    return Authority(key, _ca_certificate(key, serial=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """Unix time, in whole seconds. `end` None: without end. Nothing is judged by `start`: see docs/PROTOCOL.md."""
+
+    start: int = 0
+    end: int | None = None
+
+    @classmethod
+    def lasting(cls, start: float, lifetime_s: int) -> Validity:
+        """For `lifetime_s` seconds, 0 without end."""
+        return cls(int(start), int(start) + lifetime_s) if lifetime_s else cls()
+
+    @property
+    def lifetime_s(self) -> int:
+        return 0 if self.end is None else self.end - self.start
+
+
+ENDLESS = Validity()
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Whom a certificate is for. Of `name` only what X.520 has room for is kept."""
+
+    peer: PeerId
+    name: str = ""
+    site: str = ""
+
+
+def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS) -> x509.Certificate:
+    """A node's certificate. Its common name is the peer id; name and site stand beside it."""
+    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, subject.peer)]
+    if subject.name:
+        attributes.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, subject.name[:_MAX_NAME]))
+    if is_site(subject.site):
+        attributes.append(x509.NameAttribute(NameOID.LOCALITY_NAME, subject.site))
+    key = Ed25519PublicKey.from_public_bytes(public_key_of(subject.peer))
+    return _issue(authority, x509.Name(attributes), key, validity)
+
+
+def _issue(authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity) -> x509.Certificate:
+    builder = _builder(name, key, authority.certificate.subject, x509.random_serial_number(), validity)
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(authority=False), critical=True)
+        .add_extension(usage, critical=False)
+        .add_extension(_issuer_key_id(authority.key), critical=False)
+        .sign(authority.key, algorithm=None)
+    )
+
+
+def issued_by(certificate: bytes, authority: bytes) -> PeerId:
+    """The peer that a certificate (DER) of this authority (DER) names. Raises NotAdmittedError for any other.
+
+    No time is looked at.
+    """
+    parsed = _parse(certificate)
+    try:
+        parsed.verify_directly_issued_by(x509.load_der_x509_certificate(authority))
+    except (*_MALFORMED, InvalidSignature) as error:
+        raise NotAdmittedError("certificate of another cluster") from error
+    return peer_of(certificate)
+
+
+def key_of_authority(certificate: bytes) -> Ed25519PublicKey:
+    """Of a CA certificate (DER). Raises PeerMisbehavedError where it is none of ours."""
+    parsed = _parse(certificate)
+    try:
+        key = parsed.public_key()
+    except _MALFORMED as error:
+        raise PeerMisbehavedError("CA certificate with a malformed key") from error
+    if not isinstance(key, Ed25519PublicKey) or not _is_authority(parsed):
+        raise PeerMisbehavedError("the certificate of the cluster is not that of an authority")
+    return key
+
+
+def subject_of(certificate: bytes) -> Subject:
+    """Of a certificate (DER) that was verified. Raises PeerMisbehavedError as `peer_of`."""
+    names = _parse(certificate).subject
+
+    def text(oid: x509.ObjectIdentifier) -> str:
+        return next((str(attribute.value) for attribute in names.get_attributes_for_oid(oid)), "")
+
+    return Subject(peer_of(certificate), text(NameOID.ORGANIZATIONAL_UNIT_NAME), text(NameOID.LOCALITY_NAME))
+
+
+def validity_of(certificate: bytes) -> Validity:
+    """Of a certificate (DER) that was verified."""
+    parsed = _parse(certificate)
+    start, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
+    return ENDLESS if end >= _NOT_AFTER else Validity(int(start.timestamp()), int(end.timestamp()))
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a node proves itself with, and whom it believes. Certificates are DER."""
+
+    identity: Identity
+    certificate: bytes
+    authority: bytes
+
+    @classmethod
+    def issued(cls, authority: Authority, identity: Identity, name: str, site: str = "") -> Credentials:
+        certificate = issue(authority, Subject(identity.peer_id, name, site)).public_bytes(Encoding.DER)
+        return cls(identity, certificate, authority.der)
+
+    def server_context(self) -> ssl.SSLContext:
+        """Mutual TLS 1.3, without tickets: every connection proves both sides anew."""
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        context.num_tickets = 0
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """As the server's. No host name is checked: the name of a node is its key, see `peer_of`."""
+        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def show_in(self, context: ssl.SSLContext) -> None:
+        """Have the handshakes of a context show this certificate from now on."""
+        _load_chain(context, to_pem(self.identity.private_key) + _pem(self.certificate))
+
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= ssl.VERIFY_X509_STRICT | _NO_CHECK_TIME
+        context.load_verify_locations(cadata=self.authority)
+        self.show_in(context)
+        return context
+
+
+def peer_of(certificate: bytes) -> PeerId:
+    """The peer id that follows from the key in a certificate (DER) which TLS or `issued_by` has verified.
+
+    Raises PeerMisbehavedError where the key is no Ed25519 key or the common name is another than the peer id.
+    """
+    parsed = _parse(certificate)
+    try:
+        key = parsed.public_key()
+        names = [attribute.value for attribute in parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    except _MALFORMED as error:
+        raise PeerMisbehavedError("certificate with a malformed key or subject") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise PeerMisbehavedError("certificate with a key of another kind than Ed25519")
+    peer = peer_id_of(key.public_bytes_raw())
+    if names != [peer]:
+        raise PeerMisbehavedError(f"certificate of {peer} goes by another name: {names!r:.200}")
+    return peer
+
+
+def _parse(certificate: bytes) -> x509.Certificate:
+    if not certificate:
+        raise NotAdmittedError("showed no certificate")
+    if len(certificate) > MAX_CERTIFICATE:
+        raise PeerMisbehavedError(f"certificate of {len(certificate)} bytes")
+    try:
+        return x509.load_der_x509_certificate(certificate)
+    except _MALFORMED as error:
+        raise PeerMisbehavedError("malformed certificate") from error
+
+
+def _new_authority() -> bytes:
+    key = Ed25519PrivateKey.generate()
+    return to_pem(key) + _ca_certificate(key, x509.random_serial_number()).public_bytes(Encoding.PEM)
+
+
+def _ca_certificate(key: Ed25519PrivateKey, serial: int) -> x509.Certificate:
+    digest = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"shoal cluster {digest.hex()[:16]}")])
+    return (
+        _builder(name, key.public_key(), name, serial, ENDLESS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(authority=True), critical=True)
+        .add_extension(_issuer_key_id(key), critical=False)
+        .sign(key, algorithm=None)
+    )
+
+
+def _builder(
+    subject: x509.Name, key: Ed25519PublicKey, issuer: x509.Name, serial: int, validity: Validity
+) -> x509.CertificateBuilder:
+    end = validity.end
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(serial)
+        .not_valid_before(_NOT_BEFORE if end is None else _date(validity.start))
+        .not_valid_after(_NOT_AFTER if end is None else min(_date(end), _NOT_AFTER))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _date(seconds: int) -> datetime:
+    """X.509 as the library writes it begins in 1950; what lies beyond our own bounds is put to them."""
+    return datetime.fromtimestamp(max(0, min(seconds, int(_NOT_AFTER.timestamp()))), UTC)
+
+
+def _issuer_key_id(key: Ed25519PrivateKey) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+
+
+def _key_usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, *_MALFORMED):
+        return False
+
+
+def _pem(certificate: bytes) -> bytes:
+    return ssl.DER_cert_to_PEM_cert(certificate).encode("ascii")
+
+
+def _load_chain(context: ssl.SSLContext, pem: bytes) -> None:
+    """The ssl module reads keys from files only: this one exists in memory, and only for the call."""
+    descriptor = os.memfd_create("credentials", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, pem)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)

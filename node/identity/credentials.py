@@ -1,0 +1,127 @@
+"""By what right this node is a member: the authority's key in a file, a certificate that it joined for, or a cluster of
+its own. docs/OPERATIONS.md, "Clusters"; bytes of `joined.json`: docs/FORMATS.md, "Joined".
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from node.config.schema import Config, NodePart
+from node.identity.certificates import (
+    Authority,
+    Credentials,
+    Subject,
+    issue,
+    issued_by,
+    key_of_authority,
+    load_authority,
+    open_authority,
+    own_authority,
+    subject_of,
+)
+from node.identity.identity import Identity
+from node.runtime import secret_files
+from protocol.admission import cluster_id
+from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "joined.json"
+
+
+class Joined(msgspec.Struct, frozen=True, kw_only=True):
+    """What a join brought. Certificates are DER; `bootstrap` are multiaddrs of who issued it."""
+
+    version: Literal[1] = 1
+    certificate: bytes
+    authority: bytes
+    bootstrap: tuple[str, ...] = ()
+
+    @property
+    def site(self) -> str:
+        return subject_of(self.certificate).site
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """`authority` is None on a node that joined: it admits nobody. `joined` is None on any other."""
+
+    credentials: Credentials
+    authority: Authority | None
+    site: str
+    joined: Joined | None = None
+
+    @property
+    def bootstrap(self) -> tuple[str, ...]:
+        """Beside the configured one."""
+        return self.joined.bootstrap if self.joined else ()
+
+
+def load_joined(data_dir: Path, identity: Identity) -> Joined | None:
+    """None where the node never joined. Raises BadInputError for a file that is damaged or of another identity."""
+    path = data_dir / FILE_NAME
+    try:
+        joined = msgspec.json.decode(secret_files.read(path), type=Joined)
+        key_of_authority(joined.authority)
+        peer = issued_by(joined.certificate, joined.authority)
+    except FileNotFoundError:
+        return None
+    except (*UNDECODABLE, PeerMisbehavedError) as error:
+        raise BadInputError(f"{path} is damaged ({error}): remove it and join again") from error
+    if peer != identity.peer_id:
+        raise BadInputError(f"{path} is for {peer}, and this node is {identity.peer_id}: remove it and join again")
+    return joined
+
+
+def save_joined(data_dir: Path, joined: Joined) -> None:
+    """In the place of an earlier one. Raises BadInputError."""
+    secret_files.replace(data_dir / FILE_NAME, msgspec.json.encode(joined) + b"\n", 0o644)
+
+
+def standing(config: Config, data_dir: Path, identity: Identity) -> Standing:
+    """`cluster.key` counts before a join, and a join before the node's own cluster. Raises BadInputError."""
+    authority, joined = held(config, data_dir, identity)
+    if config.cluster.open:
+        log.warning(
+            "cluster.open: whoever reaches the ports of this node is a member, reads what it caches and may alter what"
+            " it serves. For a lab"
+        )
+    if authority is None and joined is not None:
+        site = joined_site(config.node, joined.site)
+        credentials = Credentials(identity, joined.certificate, joined.authority)
+        return Standing(credentials, None, site, joined)
+    authority = authority or own_authority(data_dir)
+    certificate = issue(authority, Subject(identity.peer_id, config.node.name, config.node.site))
+    credentials = Credentials(identity, certificate.public_bytes(Encoding.DER), authority.der)
+    return Standing(credentials, authority, config.node.site)
+
+
+def held(config: Config, data_dir: Path, identity: Identity) -> tuple[Authority | None, Joined | None]:
+    """The authority that is configured, and what a join brought; no file is made. Raises BadInputError."""
+    joined = load_joined(data_dir, identity)
+    authority = _configured(config)
+    if authority is not None and joined is not None and joined.authority != authority.der:
+        raise BadInputError(
+            f"{data_dir / FILE_NAME} is of the cluster {cluster_id(joined.authority).hex()[:16]}, and what [cluster]"
+            f" says of {authority.cluster.hex()[:16]}: remove the one or the other"
+        )
+    return authority, joined
+
+
+def _configured(config: Config) -> Authority | None:
+    if config.cluster.open:
+        return open_authority()
+    return load_authority(Path(config.cluster.key)) if config.cluster.key else None
+
+
+def joined_site(part: NodePart, joined: str) -> str:
+    """The token's. Raises BadInputError where the configuration names another one."""
+    if part.site not in (joined, NodePart().site):
+        raise BadInputError(f'node.site = "{part.site}", and the token is for "{joined}": the two have to be the same')
+    return joined

@@ -1,0 +1,223 @@
+"""Both sides of a join, and the renewal of what it gave. docs/PROTOCOL.md, "Joining".
+
+`Registrar` is on every node and refuses where the node has no authority's key. `apply` is the new node's side, run by
+`p2pctl join`. Neither knows what carries the messages: see `Line`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+import trio
+from cachetools import TTLCache
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from node.exchange.contract import Answer
+from node.identity.certificates import (
+    Authority,
+    Subject,
+    Validity,
+    issue,
+    issued_by,
+    key_of_authority,
+    subject_of,
+    validity_of,
+)
+from node.identity.verifier import Refusals
+from node.runtime import secret_files
+from protocol import join
+from protocol.admission import MAX_USES, Token, check_token, cluster_id, read_token
+from protocol.errors import UNDECODABLE, BadInputError, DeniedError, NotAdmittedError, PeerMisbehavedError
+from protocol.ids import PeerId
+from protocol.messages import Failed, Renew, Renewed
+
+log = logging.getLogger(__name__)
+
+CHANNEL = "join"
+NO_KEY = (
+    "this member does not hold the cluster's key and cannot admit anybody: give the address of one whose"
+    " configuration names it as [cluster] key"
+)
+MOST_WRONG, WRONG_S = 8, 60.0
+"""Wrong tokens from one host in so many seconds; then its connections are refused at once, unheard."""
+_HOSTS = 1024
+MAX_TOKENS = 256
+"""Tokens of a limited number of uses that are remembered until they expire."""
+MAX_FILE = MAX_TOKENS * (MAX_USES + 1) * 64
+FILE_NAME = "tokens.msgpack"
+
+
+class Line(Protocol):
+    """A stream of messages with a peer that has proved to hold the key of its id.
+
+    Its methods raise PeerUnavailableError; `receive` PeerMisbehavedError for a message above `most` bytes.
+    """
+
+    peer: PeerId
+
+    async def send(self, message: bytes) -> None: ...
+
+    async def receive(self, most: int) -> bytes: ...
+
+
+class _Used(msgspec.Struct, frozen=True, array_like=True):
+    """By whom a token was used."""
+
+    expires: int
+    peers: tuple[PeerId, ...]
+
+
+class _File(msgspec.Struct, frozen=True, array_like=True):
+    version: Literal[1]
+    tokens: dict[str, _Used]
+
+
+class Uses:
+    """Who was admitted by tokens of a limited number of uses, in a file: this node's own count."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._used = self._load()
+
+    def take(self, token: Token, peer: PeerId, now: float) -> None:
+        """Count `peer` among those that the token admitted, durably; one that is among them costs nothing.
+
+        Raises NotAdmittedError where there are as many already, BadInputError where it cannot be written down.
+        """
+        if not token.uses:
+            return
+        self._used = {subject: used for subject, used in self._used.items() if used.expires >= now}
+        used = self._used.get(token.subject) or _Used(token.expires, ())
+        if peer in used.peers:
+            return
+        if len(used.peers) >= token.uses:
+            raise NotAdmittedError(f"the join token has admitted {token.uses} nodes, which is all it may")
+        if token.subject not in self._used and len(self._used) >= MAX_TOKENS:
+            raise NotAdmittedError("too many join tokens of a limited number of uses are valid at once")
+        all_used = {**self._used, token.subject: _Used(used.expires, (*used.peers, peer))}
+        secret_files.replace(self._path, msgspec.msgpack.encode(_File(1, all_used)))
+        self._used = all_used
+
+    def _load(self) -> dict[str, _Used]:
+        try:
+            return msgspec.msgpack.decode(secret_files.read(self._path, MAX_FILE), type=_File).tokens
+        except FileNotFoundError:
+            return {}
+        except UNDECODABLE as error:
+            raise BadInputError(f"{self._path} is damaged; without it used tokens count as new: remove it") from error
+
+
+class Registrar:
+    """Issues certificates for join tokens, and later ones to those who have one. `authority` None: to nobody."""
+
+    def __init__(
+        self,
+        authority: Authority | None,
+        revoked: Container[str],
+        uses: Uses,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._authority = authority
+        self._revoked = revoked
+        self._uses = uses
+        self._now = now
+        self._refusals = Refusals()
+        self._wrong: TTLCache[str, int] = TTLCache(_HOSTS, WRONG_S, timer=trio.current_time)
+
+    async def serve(self, line: Line, host: str, own: PeerId) -> None:
+        """One join. Raises PeerUnavailableError, PeerMisbehavedError; refusals are told to the peer and the log."""
+        knock = join.decode_knock(await line.receive(join.MAX_MESSAGE))
+        refusal = self._refusal(host)
+        if self._authority is None or refusal:
+            self._refusals.tell(CHANNEL, line.peer, host, refusal)
+            await line.send(join.encode(join.Offer(join.VERSION, b"", b"", refusal)))
+            return
+        proof = self._authority.key.sign(join.proven(knock.nonce, line.peer, own))
+        await line.send(join.encode(join.Offer(join.VERSION, self._authority.der, proof)))
+        application = join.decode_application(await line.receive(join.MAX_MESSAGE))
+        try:
+            certificate = self._admit(self._authority, line.peer, application)
+        except NotAdmittedError as error:
+            self._wrong[host] = self._wrong.get(host, 0) + 1
+            self._refusals.tell(CHANNEL, line.peer, host, error)
+            await line.send(join.encode(join.Admittance(b"", str(error)[: join.MAX_REFUSAL])))
+        except BadInputError as error:
+            log.error("a use of a join token cannot be written down", extra={"reason": error})  # noqa: TRY400 # all of it
+            await line.send(
+                join.encode(join.Admittance(b"", "its disk takes nothing: try another member with the key"))
+            )
+        else:
+            await line.send(join.encode(join.Admittance(certificate)))
+
+    def _refusal(self, host: str) -> str:
+        """Why nobody from there is heard; empty where somebody is."""
+        if self._authority is None:
+            return NO_KEY
+        return "too many wrong tokens; wait a minute" if self._wrong.get(host, 0) >= MOST_WRONG else ""
+
+    def _admit(self, authority: Authority, peer: PeerId, application: join.Application) -> bytes:
+        now = self._now()
+        token = check_token(application.token, authority.key.public_key(), authority.cluster, now)
+        if peer in self._revoked:
+            raise NotAdmittedError("this node's peer id is revoked: it needs a new identity")
+        if token.subject in self._revoked:
+            raise NotAdmittedError("the join token is revoked")
+        self._uses.take(token, peer, now)
+        log.info("admitted", extra={"peer": peer, "node": application.name, "site": token.site, "by": token.subject})
+        # A clock that stands behind must not shorten what the operator gave.
+        validity = Validity.lasting(max(now, token.made), token.lifetime)
+        return _der(authority, Subject(peer, application.name, token.site), validity)
+
+    async def handle(self, peer: PeerId, request: Renew) -> Answer:
+        """Raises DeniedError for a certificate that is not the asker's own; that it is a member's is known."""
+        await trio.lowlevel.checkpoint()
+        if self._authority is None:
+            return Answer(Failed("not-held", NO_KEY))
+        if issued_by(request.certificate, self._authority.der) != peer:
+            raise DeniedError("the certificate of another")
+        old = validity_of(request.certificate)
+        validity = Validity.lasting(max(self._now(), old.start), old.lifetime_s)
+        return Answer(Renewed(_der(self._authority, subject_of(request.certificate), validity)))
+
+
+def _der(authority: Authority, subject: Subject, validity: Validity) -> bytes:
+    return issue(authority, subject, validity).public_bytes(Encoding.DER)
+
+
+async def apply(line: Line, own: PeerId, text: str, name: str) -> tuple[bytes, bytes]:
+    """The certificate of this node, and the CA certificate, for the token `text`.
+
+    Raises NotAdmittedError with the other side's reason, or where it is not of the token's cluster; the token is shown
+    to nobody then. Raises BadInputError for what is no token, PeerMisbehavedError and PeerUnavailableError.
+    """
+    token = read_token(text)
+    nonce = secrets.token_bytes(join.NONCE)
+    await line.send(join.encode(join.Knock(join.VERSION, nonce)))
+    offer = join.decode_offer(await line.receive(join.MAX_MESSAGE))
+    if offer.refusal:
+        raise NotAdmittedError(offer.refusal)
+    _check_offer(offer, token, join.proven(nonce, own, line.peer))
+    await line.send(join.encode(join.Application(text, name)))
+    admittance = join.decode_admittance(await line.receive(join.MAX_MESSAGE))
+    if admittance.refusal:
+        raise NotAdmittedError(admittance.refusal)
+    if issued_by(admittance.certificate, offer.authority) != own:
+        raise PeerMisbehavedError("gave a certificate for another node")
+    return admittance.certificate, offer.authority
+
+
+def _check_offer(offer: join.Offer, token: Token, proven: bytes) -> None:
+    found = cluster_id(offer.authority)
+    if found != token.cluster:
+        raise NotAdmittedError(f"it is of the cluster {found.hex()[:16]}, and the token of {token.cluster.hex()[:16]}")
+    try:
+        key_of_authority(offer.authority).verify(offer.proof, proven)
+    except InvalidSignature as error:
+        raise NotAdmittedError("it does not hold the cluster's key: is somebody in between?") from error

@@ -1,0 +1,117 @@
+"""Who is let in: the one judge of certificates for every channel, and what this node shows of its own.
+
+A certificate is good if this cluster's authority issued it, its end is not over by more than `LEEWAY_S`, and its peer
+id is not revoked. docs/PROTOCOL.md, "Identity and certificates".
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Container
+from dataclasses import replace
+
+import trio
+from cachetools import LRUCache, TTLCache
+
+from node.identity.certificates import Credentials, issued_by, peer_of, validity_of
+from node.identity.identity import Identity
+from protocol.admission import date
+from protocol.errors import NotAdmittedError
+from protocol.ids import PeerId
+from protocol.members import MAX_MEMBERS
+
+log = logging.getLogger(__name__)
+
+LEEWAY_S = 24 * 3600
+"""A certificate counts for so long after its end: clocks of edge nodes are wrong by hours, such as a time zone."""
+LOOK_EVERY_S = 60.0
+SILENCE_S = 300.0
+"""The same refusal is told again after this time."""
+_REMEMBERED = 1024
+REVOKED = "certificate revoked"
+"""What a refusal for it says."""
+
+
+class Refusals:
+    """One warning for who was refused on which channel and why; the same again within `SILENCE_S` at level debug."""
+
+    def __init__(self, silence_s: float = SILENCE_S) -> None:
+        self._told: TTLCache[tuple[str, ...], None] = TTLCache(_REMEMBERED, silence_s, timer=trio.current_time)
+
+    def tell(self, channel: str, who: str, at: str, why: object) -> None:
+        """`who`: the peer id, or, where none is proven, the host; `at`: where it was."""
+        key = (channel, who, str(why))
+        level = logging.DEBUG if key in self._told else logging.WARNING
+        self._told[key] = None
+        log.log(level, f"refused {who} at {at}: {why}", extra={"channel": channel})
+
+
+class Admission:
+    """See the module. `now` is Unix time, in seconds."""
+
+    def __init__(
+        self, credentials: Credentials, revoked: Container[str] = (), now: Callable[[], float] = time.time
+    ) -> None:
+        self._credentials = credentials
+        self._revoked = revoked
+        self._now = now
+        self.server_context = credentials.server_context()
+        self.client_context = credentials.client_context()
+        self._ends: LRUCache[PeerId, int] = LRUCache(MAX_MEMBERS)
+        """Of the certificates that were shown here and have one."""
+
+    @property
+    def identity(self) -> Identity:
+        return self._credentials.identity
+
+    @property
+    def certificate(self) -> bytes:
+        return self._credentials.certificate
+
+    @property
+    def authority(self) -> bytes:
+        return self._credentials.authority
+
+    def is_revoked(self, peer: PeerId) -> bool:
+        return peer in self._revoked
+
+    def verify(self, certificate: bytes) -> PeerId:
+        """The member that a certificate (DER) names; for where TLS has not verified it. Raises NotAdmittedError, and
+        PeerMisbehavedError for one that is malformed."""
+        issued_by(certificate, self.authority)
+        return self.peer_of(certificate)
+
+    def peer_of(self, certificate: bytes) -> PeerId:
+        """As `verify`, for a certificate that TLS has verified."""
+        peer = peer_of(certificate)
+        if self.is_revoked(peer):
+            raise NotAdmittedError(REVOKED, peer)
+        end = validity_of(certificate).end
+        if end is not None and self._is_over(end):
+            raise NotAdmittedError(f"certificate expired at {date(end)}", peer)
+        if end is not None:
+            self._ends[peer] = end
+        else:
+            self._ends.pop(peer, None)
+        return peer
+
+    def renew(self, certificate: bytes) -> None:
+        """Show this one from now on. Connections that stand are not touched."""
+        self._credentials = replace(self._credentials, certificate=certificate)
+        for context in (self.server_context, self.client_context):
+            self._credentials.show_in(context)
+
+    def _is_over(self, end: int) -> bool:
+        return self._now() > end + LEEWAY_S
+
+    async def watch(
+        self, disconnect: Callable[[PeerId], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Calls `disconnect` for peers whose certificate runs out while they are connected."""
+        task_status.started()
+        while True:
+            await trio.sleep(LOOK_EVERY_S)
+            for peer in [peer for peer, end in self._ends.items() if self._is_over(end)]:
+                del self._ends[peer]
+                disconnect(peer)

@@ -1,0 +1,235 @@
+"""Images fetched ahead of time, one after the other, beside what clients read: in this node, whoever asked for it left.
+
+What was ordered and is not done is in a file, so that it goes on after a restart. Bytes: docs/FORMATS.md, "Prefetch".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import trio
+
+from node.api.image_documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
+from node.blocks.fetcher import Fetcher
+from node.blocks.keeper import BlockAddress, Obtained, Work
+from node.content.image_walk import locator_of, survey
+from node.content.library import SiteLibrary
+from node.images.throttle import Pace
+from node.oci.layout import Packed
+from node.oci.platforms import own_platform, parse_platforms
+from node.oci.references import ImageName
+from node.runtime.single_flight import Ticket
+from node.runtime.time_windows import Hours
+from protocol.errors import UNDECODABLE, BadInputError, ShoalError, UnavailableError
+from protocol.ids import Piece
+
+log = logging.getLogger(__name__)
+
+MAX_ORDERED = 4096
+"""Images that are waited for, and as many that are over and still told of."""
+MAX_FILE = 16 << 20
+DEPTH = 2
+"""Blocks under way: one that comes while the last is hashed. More would take the places of clients' reads."""
+AGAIN_S, AGAIN_MOST_S = 30.0, 900.0
+"""After a failure that may pass; doubled each time. A registry may be out of reach for a night; who minds cancels."""
+
+
+class _File(msgspec.Struct, frozen=True):
+    version: Literal[1]
+    orders: tuple[PrefetchOrder, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One image of an order."""
+
+    name: ImageName
+    order: PrefetchOrder
+    state: PrefetchState = "waiting"
+    error: str = ""
+    done: int = 0
+    total: int = 0
+    again_s: float = AGAIN_S
+    not_before: float = 0.0
+
+    @property
+    def row(self) -> PrefetchRow:
+        return PrefetchRow(
+            image=str(self.name), state=self.state, bytes_done=self.done, bytes_total=self.total,
+            rate=self.order.rate, window=self.order.window, error=self.error,
+        )  # fmt: skip
+
+    @property
+    def single(self) -> PrefetchOrder:
+        """The order for this image alone."""
+        return msgspec.structs.replace(self.order, images=(str(self.name),))
+
+
+@dataclass(slots=True)
+class Prefetcher:
+    path: Path
+    library: SiteLibrary
+    fetcher: Fetcher
+    holds: Callable[[Piece], bool]
+    _items: list[_Item] = field(default_factory=list)
+    _over: deque[_Item] = field(default_factory=lambda: deque(maxlen=MAX_ORDERED))
+    _pace: Pace | None = None
+    _working: trio.CancelScope | None = None
+    _news: trio.Event = field(default_factory=trio.Event)
+
+    def report(self) -> PrefetchReport:
+        rows = tuple(item.row for item in (*self._over, *self._items))
+        return PrefetchReport(rows=rows, waits_for=self._pace.waits_for if self._pace else "")
+
+    def order(self, order: PrefetchOrder) -> None:
+        """Raises BadInputError; then nothing of it is taken."""
+        items = _items(order)
+        if len(self._items) + len(items) > MAX_ORDERED:
+            raise BadInputError(f"{len(self._items)} images wait already, and at most {MAX_ORDERED} may")
+        self._items += items
+        self._save()
+        self._news.set()
+
+    def cancel(self) -> None:
+        """All that is not done."""
+        for item in self._items:
+            item.state = "cancelled"
+            self._over.append(item)
+        self._items.clear()
+        self._save()
+        if self._working is not None:
+            self._working.cancel()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._items = self._load()
+        task_status.started()
+        while True:
+            self._news = trio.Event()
+            now = trio.current_time()
+            item = next((one for one in self._items if one.not_before <= now), None)
+            if item is None:
+                with trio.move_on_at(min((one.not_before for one in self._items), default=float("inf"))):
+                    await self._news.wait()
+                continue
+            with trio.CancelScope() as self._working:
+                await self._one(item)
+            self._working = self._pace = None
+
+    async def _one(self, item: _Item) -> None:
+        item.state = "running"
+        try:
+            await self._fetch(item)
+        except UnavailableError as error:
+            self._put_off(item, str(error))
+        except ShoalError as error:
+            self._end(item, "failed", str(error))
+        except Exception as error:  # a bug in one image is told, and must not end the daemon
+            log.exception("prefetch of %s failed", item.name)
+            self._end(item, "failed", f"internal error: {type(error).__name__}")
+        else:
+            self._end(item, "done", "")
+
+    def _put_off(self, item: _Item, error: str) -> None:
+        if item in self._items:  # else it was cancelled meanwhile
+            log.info("prefetch of %s goes on in %.0f s: %s", item.name, item.again_s, error)
+            item.state, item.error = "waiting", error
+            item.not_before = trio.current_time() + item.again_s
+            item.again_s = min(2 * item.again_s, AGAIN_MOST_S)
+
+    def _end(self, item: _Item, state: PrefetchState, error: str) -> None:
+        if item in self._items:
+            item.state, item.error = state, error
+            self._items.remove(item)
+            self._over.append(item)
+            self._save()
+
+    # Reading
+
+    async def _fetch(self, item: _Item) -> None:
+        hours = Hours.parse(item.order.window) if item.order.window else None
+        self._pace = pace = Pace(item.order.rate, hours, self.fetcher.idle)
+        await pace.wait(0)
+        platforms = () if item.order.all_platforms else parse_platforms(item.order.platforms) or (own_platform(),)
+        image = await survey(self.library, item.name, platforms)
+        item.total = sum(packed.ref.size for packed in image.objects)
+        item.done = 0
+        for packed in image.objects:
+            await self._object(item, packed, pace)
+
+    async def _object(self, item: _Item, packed: Packed, pace: Pace) -> None:
+        """Checked as a whole, like what a client reads."""
+        ref, locator = packed.ref, locator_of(item.name, packed)
+        if all(self.holds(Piece(ref.block(index))) for index in range(ref.block_count)):
+            item.done += ref.size
+            return
+        hasher = hashlib.new(ref.digest.algorithm)
+        ahead: deque[Ticket[Work, Obtained]] = deque()
+
+        async def take() -> None:
+            data = (await ahead[0].wait()).held.data
+            ahead.popleft().release()
+            hasher.update(data)
+            item.done += len(data)
+            item.again_s = AGAIN_S
+
+        try:
+            for index in range(ref.block_count):
+                address = BlockAddress(locator, ref, index, background=True)
+                if not self.holds(Piece(address.block)):
+                    await pace.wait(address.length)
+                ahead.append(self.fetcher.begin(address, urgent=False))
+                if len(ahead) == DEPTH:
+                    await take()
+            while ahead:
+                await take()
+        finally:
+            for ticket in ahead:
+                ticket.release()
+        if hasher.hexdigest() == ref.digest.hex:
+            await self.library.check(locator, ref, hasher.hexdigest())
+            return
+        async with aclosing(self.library.read(locator, ref, 0, ref.size)) as chunks:  # which finds out who was wrong
+            async for _ in chunks:
+                pass
+
+    # The file
+
+    def _load(self) -> list[_Item]:
+        try:
+            with self.path.open("rb") as file:
+                orders = msgspec.json.decode(file.read(MAX_FILE), type=_File).orders
+            return [item for order in orders[:MAX_ORDERED] for item in _items(order)][:MAX_ORDERED]
+        except FileNotFoundError:
+            return []
+        except (OSError, *UNDECODABLE, BadInputError) as error:
+            log.warning("%s is not readable, and what was ordered is forgotten: %s", self.path, error)
+            return []
+
+    def _save(self) -> None:
+        temporary = self.path.with_name(self.path.name + ".new")
+        try:
+            temporary.write_bytes(msgspec.json.encode(_File(1, tuple(item.single for item in self._items))))
+            os.replace(temporary, self.path)  # no fsync: a power cut costs orders, which can be given again
+        except OSError as error:
+            log.warning("cannot write %s: what is ordered ends with this process: %s", self.path, error)
+
+
+def _items(order: PrefetchOrder) -> list[_Item]:
+    """Raises BadInputError."""
+    if not order.images:
+        raise BadInputError("no image is named")
+    if order.window:
+        Hours.parse(order.window)
+    if order.rate < 0:
+        raise BadInputError("the rate is below 0")
+    parse_platforms(order.platforms)
+    return [_Item(ImageName.parse(image), order) for image in dict.fromkeys(order.images)]

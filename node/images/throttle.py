@@ -1,0 +1,44 @@
+"""When background reading may go on: at a rate, within hours of the day, and after what clients want."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+
+import trio
+
+from node.runtime.time_windows import Hours, local_time
+
+GIVE_WAY_S = 10.0
+"""So long a block is put off while clients read: a client that never ends does not stop all other work."""
+CLOCK_S = 30.0
+"""Between looks at the wall clock, which may be set."""
+
+
+class Pace:
+    """Of one reader. `idle` returns once no client of this node reads."""
+
+    def __init__(
+        self,
+        rate: int,
+        hours: Hours | None,
+        idle: Callable[[], Awaitable[None]],
+        clock: Callable[[], datetime] = local_time,
+    ) -> None:
+        self._rate, self._hours, self._idle, self._clock = rate, hours, idle, clock
+        self._next_at = trio.current_time()
+        self.waits_for = ""
+
+    async def wait(self, count: int) -> None:
+        """Until the next `count` bytes may be asked for."""
+        self.waits_for = "clients that read now"
+        with trio.move_on_after(GIVE_WAY_S):
+            await self._idle()
+        self.waits_for = "its rate"
+        await trio.sleep_until(self._next_at)
+        self.waits_for = "its hours of the day"
+        while self._hours is not None and (seconds := self._hours.opens_in(self._clock())):  # noqa: ASYNC110 - a clock that is set tells nobody
+            await trio.sleep(min(seconds, CLOCK_S))
+        self.waits_for = ""
+        if self._rate:
+            self._next_at = max(self._next_at, trio.current_time()) + count / self._rate

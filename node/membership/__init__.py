@@ -1,0 +1,1 @@
+"""The members of the site, and how they find each other."""

@@ -1,0 +1,169 @@
+"""Discovery on the LAN by multicast DNS and DNS-SD (RFC 6762, RFC 6763): service `_shoal-p2p._udp.local.`.
+
+zeroconf runs in threads of its own; whatever it finds crosses into the trio loop by the loop's token. Nothing here
+is needed for the node to work: what fails costs one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from ipaddress import ip_address
+
+import trio
+import zeroconf
+
+from node.membership.addresses import Target
+from protocol.errors import BadInputError
+from protocol.ids import PeerId
+from protocol.members import MAX_ADDRESSES
+from protocol.records import public_key_of
+
+Found = Callable[[tuple[Target, ...]], None]
+
+log = logging.getLogger(__name__)
+
+SERVICE = "_shoal-p2p._udp.local."
+_LOOKUP_MS = 2000
+_CLOSE_S = 2.0
+"""How long a stop waits for the goodbye to be sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What a node says of itself. `cluster` keeps nodes of several clusters on one LAN from dialling each other."""
+
+    peer: PeerId
+    cluster: str
+    hosts: tuple[str, ...]
+    port: int
+
+    @property
+    def instance(self) -> str:
+        return f"{self.peer}.{SERVICE}"
+
+
+def cluster_tag(authority: bytes) -> str:
+    """Names a cluster by its CA certificate (DER); a hint, not a proof."""
+    return sha256(authority).hexdigest()[:16]
+
+
+async def run(mine: Announcement, found: Found, lost: Callable[[PeerId], None]) -> None:
+    """Announce this node on the interfaces of its hosts, and tell of others of its cluster, until cancelled.
+
+    Returns early, after one warning, where multicast does not work. `found` comes again when addresses change.
+    """
+    listener = _Listener(mine, found, lost, trio.lowlevel.current_trio_token())
+    try:
+        responder = await trio.to_thread.run_sync(partial(_start, mine, listener))
+    except (OSError, zeroconf.Error, RuntimeError) as error:
+        log.warning("mDNS does not work here; peers are found by bootstrap only: %s", error or type(error).__name__)
+        return
+    try:
+        await trio.sleep_forever()
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_S):
+            await trio.to_thread.run_sync(_stop, responder, abandon_on_cancel=True)
+
+
+def _start(mine: Announcement, listener: _Listener) -> zeroconf.Zeroconf:
+    responder = zeroconf.Zeroconf(interfaces=_interfaces(mine.hosts))
+    try:
+        responder.register_service(_service(mine), cooperating_responders=True)
+        responder.add_service_listener(SERVICE, listener)
+    except BaseException:
+        responder.close()
+        raise
+    return responder
+
+
+def _interfaces(hosts: Sequence[str]) -> list[str]:
+    """IPv4 where there is any: one family is enough to be heard, and the announcement carries both."""
+    four = [host for host in hosts if ":" not in host]
+    usable = four or [host for host in hosts if not ip_address(host).is_loopback]
+    if not usable:
+        raise OSError("the IPv6 loopback interface carries no multicast")
+    return usable
+
+
+def _stop(responder: zeroconf.Zeroconf) -> None:
+    try:
+        responder.close()
+    except (OSError, zeroconf.Error, RuntimeError) as error:
+        log.warning("mDNS did not stop cleanly: %s", error or type(error).__name__)
+
+
+def _service(mine: Announcement) -> zeroconf.ServiceInfo:
+    return zeroconf.ServiceInfo(
+        SERVICE,
+        mine.instance,
+        port=mine.port,
+        properties={"txtvers": "1", "cluster": mine.cluster},
+        server=f"{mine.peer}.local.",
+        parsed_addresses=list(mine.hosts),
+    )
+
+
+class _Listener(zeroconf.ServiceListener):
+    """Called in zeroconf's browser thread, one call at a time, where a look-up may block."""
+
+    def __init__(
+        self,
+        mine: Announcement,
+        found: Found,
+        lost: Callable[[PeerId], None],
+        loop: trio.lowlevel.TrioToken,
+    ) -> None:
+        self._mine = mine
+        self._found = found
+        self._lost = lost
+        self._loop = loop
+
+    def add_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
+        peer = self._other(name)
+        if peer is None:
+            return
+        try:
+            info = zc.get_service_info(type_, name, timeout=_LOOKUP_MS)
+        except (OSError, zeroconf.Error, RuntimeError) as error:
+            log.debug("mDNS look-up of %s failed: %s", peer, error)
+            return
+        ways = self._ways(peer, info) if info else ()
+        if ways:
+            self._tell(partial(self._found, ways))
+
+    def update_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
+        self.add_service(zc, type_, name)
+
+    def remove_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
+        peer = self._other(name)
+        if peer:
+            self._tell(partial(self._lost, peer))
+
+    def _other(self, name: str) -> PeerId | None:
+        peer = PeerId(name.removesuffix(f".{SERVICE}"))
+        try:
+            public_key_of(peer)
+        except BadInputError:
+            return None
+        return None if peer == self._mine.peer else peer
+
+    def _ways(self, peer: PeerId, info: zeroconf.ServiceInfo) -> tuple[Target, ...]:
+        if info.properties.get(b"cluster") != self._mine.cluster.encode() or not info.port:
+            return ()
+        hosts = [host for host in info.parsed_addresses() if _is_usable(host, self._mine.hosts)]
+        return tuple(Target(peer, host, info.port) for host in hosts[:MAX_ADDRESSES])
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        try:
+            self._loop.run_sync_soon(call)
+        except trio.RunFinishedError:
+            log.debug("mDNS told of a peer after the end")
+
+
+def _is_usable(host: str, mine: Sequence[str]) -> bool:
+    """Loopback is a peer's address only for nodes that listen there themselves."""
+    return not ip_address(host).is_loopback or any(ip_address(own).is_loopback for own in mine)

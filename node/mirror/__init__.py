@@ -1,0 +1,1 @@
+"""The registry API that clients see."""

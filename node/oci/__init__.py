@@ -1,0 +1,1 @@
+"""The OCI formats as values: no I/O, no async."""

@@ -1,0 +1,253 @@
+"""An image archive as values: an OCI image layout (image specification 1.1) in a tar file.
+
+    oci-layout    index.json: the images and their names    blobs/<algorithm>/<hex>: manifests, configs, layers
+
+An index may name manifests of platforms that the archive does not hold; a manifest that it holds is held with its
+config and all layers. Names: `io.containerd.image.name` (containerd, docker save) or the layout's own
+`org.opencontainers.image.ref.name`, where that is a whole name with its registry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from node.oci.references import ImageName, Kind, is_digest
+from node.oci.tar import Entry, Read
+from node.registry.upstreams import MAX_MANIFEST, MEDIA_TYPE
+from protocol.errors import UNDECODABLE, BadInputError
+from protocol.ids import Digest, ObjectRef
+
+LAYOUT, INDEX = "oci-layout", "index.json"
+REF_NAME = "org.opencontainers.image.ref.name"
+IMAGE_NAME = "io.containerd.image.name"
+MAX_INDEX = 4 << 20
+MAX_DESCRIPTORS = 1024
+"""In one document."""
+MAX_MANIFESTS = 4096
+"""Read for one archive, those of several images counted for each."""
+MAX_DEPTH = 2
+"""An index of indexes is as deep as it gets."""
+
+_Document = TypeVar("_Document", bound=msgspec.Struct)
+
+
+class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
+    digest: str
+    size: int
+    media_type: str = ""
+    platform: dict[str, Any] | None = None
+    annotations: dict[str, str] | None = None
+
+
+class _Layout(msgspec.Struct, frozen=True, rename="camel"):
+    image_layout_version: str
+
+
+class ManifestFile(msgspec.Struct, frozen=True, rename="camel"):
+    """A manifest, an index, or index.json."""
+
+    media_type: str = ""
+    config: Descriptor | None = None
+    layers: tuple[Descriptor, ...] | None = None
+    manifests: tuple[Descriptor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An object of an image; in an archive that is read, where its bytes begin."""
+
+    ref: ObjectRef
+    kind: Kind
+    media_type: str
+    offset: int = 0
+
+    @property
+    def entry(self) -> str:
+        return blob_name(self.ref.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedImage:
+    """`objects` has each once, the root first."""
+
+    name: ImageName
+    objects: tuple[Packed, ...]
+
+    @property
+    def root(self) -> Packed:
+        return self.objects[0]
+
+
+def blob_name(digest: Digest) -> str:
+    return f"blobs/{digest.algorithm}/{digest.hex}"
+
+
+# Writing
+
+
+def layout_files(root: Packed, name: ImageName) -> dict[str, bytes]:
+    """The two small files that come before the blobs."""
+    descriptor = {
+        "mediaType": root.media_type,
+        "digest": str(root.ref.digest),
+        "size": root.ref.size,
+        "annotations": {REF_NAME: str(name), IMAGE_NAME: str(name)},
+    }
+    index = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": [descriptor],
+    }
+    return {
+        LAYOUT: msgspec.json.encode({"imageLayoutVersion": "1.0.0"}),
+        INDEX: msgspec.json.encode(index),
+    }
+
+
+# Reading
+
+
+def read_layout(entries: Mapping[str, Entry], read: Read, name: ImageName | None) -> list[PackedImage]:
+    """The images of an archive; `name` is for the only one, whatever the archive calls it.
+
+    Manifests are hashed here, other blobs are not. Raises BadInputError naming the entry.
+    """
+    reader = _Reader(entries, read)
+    layout = reader.document(LAYOUT, _Layout, MAX_INDEX)
+    if not layout.image_layout_version.startswith("1."):
+        raise BadInputError(f"{LAYOUT}: version {layout.image_layout_version[:20]!r} is not known here")
+    roots = reader.document(INDEX, ManifestFile, MAX_INDEX).manifests or ()
+    if not 0 < len(roots) <= MAX_DESCRIPTORS:
+        raise BadInputError(f"{INDEX}: it names {len(roots)} images; 1 to {MAX_DESCRIPTORS} are taken")
+    for algorithm in reader.algorithms - {"sha256", "sha512"}:
+        raise BadInputError(f"blobs/{algorithm}: only sha256 and sha512 are known here")
+    objects: dict[str, tuple[Packed, ...]] = {}
+    images: dict[ImageName, PackedImage] = {}
+    for root, called in _named(roots, name):
+        if root.digest not in objects:
+            objects[root.digest] = tuple(reader.walk(root))
+        image = PackedImage(called, objects[root.digest])
+        if images.setdefault(called, image).root.ref != image.root.ref:
+            raise BadInputError(f"{INDEX}: {called} stands for two images")
+    return list(images.values())
+
+
+def _named(roots: Sequence[Descriptor], name: ImageName | None) -> Iterator[tuple[Descriptor, ImageName]]:
+    if name is not None and len({root.digest for root in roots}) > 1:
+        raise BadInputError(f"{INDEX}: it names {len(roots)} images, and one name was given for them")
+    for root in roots:
+        found = name or _own_name(root)
+        if is_digest(found.reference) and found.reference != root.digest:
+            raise BadInputError(f"{INDEX}: {root.digest[:160]} is not {found}")
+        yield root, found
+
+
+def _own_name(root: Descriptor) -> ImageName:
+    """A name without a registry would be taken for one of docker.io's, which nobody said."""
+    annotations = root.annotations or {}
+    for text in (annotations.get(IMAGE_NAME, ""), annotations.get(REF_NAME, "")):
+        first, slash, _ = text.partition("/")
+        if slash and ("." in first or ":" in first or first == "localhost"):
+            try:
+                return ImageName.parse(text)
+            except BadInputError as error:
+                raise BadInputError(f"{INDEX}: {error}") from error
+    called = annotations.get(REF_NAME) or "nothing"
+    raise BadInputError(
+        f"{INDEX}: {root.digest[:160]} is called {called[:160]!r}, which is no whole name: say which, with"
+        " --name REGISTRY/REPOSITORY:TAG"
+    )
+
+
+@dataclass(slots=True)
+class _Reader:
+    entries: Mapping[str, Entry]
+    read: Read
+    seen: dict[Digest, Packed] = field(default_factory=dict)
+    manifests: int = 0
+
+    @property
+    def algorithms(self) -> set[str]:
+        return {name.split("/")[1] for name in self.entries if name.startswith("blobs/") and name.count("/") > 1}
+
+    def document(self, name: str, kind: type[_Document], most: int) -> _Document:
+        entry = self.entries.get(name)
+        if entry is None:
+            raise BadInputError(f"{name}: not in the archive: this is no OCI image layout")
+        return _decode(name, self._small(entry, most), kind)
+
+    def _small(self, entry: Entry, most: int) -> bytes:
+        if entry.size > most:
+            raise BadInputError(f"{entry.name}: it has {entry.size} bytes, at most {most} are taken")
+        return self.read(entry.offset, entry.size)
+
+    def walk(self, root: Descriptor) -> Iterator[Packed]:
+        self.seen = {}
+        packed = self._packed(root, "manifests", INDEX)
+        if packed is None:
+            raise BadInputError(f"{INDEX}: {root.digest[:160]} is not in the archive")
+        yield packed
+        yield from self._below(packed, 0)
+
+    def _below(self, packed: Packed, depth: int) -> Iterator[Packed]:
+        """What a manifest names and was not named before."""
+        name = packed.entry
+        document = self._manifest(packed)
+        inner, blobs = document.manifests or (), [*filter(None, (document.config,)), *(document.layers or ())]
+        if len(inner) + len(blobs) > MAX_DESCRIPTORS:
+            raise BadInputError(f"{name}: it names more than {MAX_DESCRIPTORS} objects")
+        for one in blobs:
+            known = len(self.seen)
+            found = self._packed(one, "blobs", name)
+            if found is None:
+                raise BadInputError(f"{name}: it names {one.digest[:160]}, which is not in the archive")
+            if len(self.seen) > known:
+                yield found
+        present = 0
+        for one in inner:
+            known = len(self.seen)
+            found = self._packed(one, "manifests", name)
+            present += found is not None
+            if found is not None and len(self.seen) > known:
+                if depth >= MAX_DEPTH:
+                    raise BadInputError(f"{name}: an index below {MAX_DEPTH} others")
+                yield found
+                yield from self._below(found, depth + 1)
+        if not blobs and not present:
+            raise BadInputError(f"{name}: it names nothing that is in the archive")
+
+    def _manifest(self, packed: Packed) -> ManifestFile:
+        self.manifests += 1
+        if self.manifests > MAX_MANIFESTS:
+            raise BadInputError(f"{INDEX}: it leads to more than {MAX_MANIFESTS} manifests")
+        data = self._small(self.entries[packed.entry], MAX_MANIFEST)
+        if hashlib.new(packed.ref.digest.algorithm, data).hexdigest() != packed.ref.digest.hex:
+            raise BadInputError(f"{packed.entry}: its bytes are not those of its digest")
+        return _decode(packed.entry, data, ManifestFile)
+
+    def _packed(self, one: Descriptor, kind: Kind, source: str) -> Packed | None:
+        """Where it is in the archive. Raises BadInputError where the descriptor contradicts what is there."""
+        try:
+            ref = ObjectRef(Digest.parse(one.digest), one.size)
+        except BadInputError as error:
+            raise BadInputError(f"{source}: {error}") from error
+        entry = self.entries.get(blob_name(ref.digest))
+        if entry is None:
+            return None
+        if entry.size != ref.size:
+            raise BadInputError(f"{entry.name}: it has {entry.size} bytes, and {source} says {ref.size}")
+        if not MEDIA_TYPE.fullmatch(one.media_type):
+            raise BadInputError(f"{source}: {one.digest}: {one.media_type[:160]!r} is no media type")
+        return self.seen.setdefault(ref.digest, Packed(ref, kind, one.media_type, entry.offset))
+
+
+def _decode(name: str, data: bytes, kind: type[_Document]) -> _Document:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except UNDECODABLE as error:
+        raise BadInputError(f"{name}: not the JSON that it should be: {error}") from error

@@ -1,0 +1,122 @@
+"""Names of the registry world, parsed to values once; nothing else reaches a URL.
+
+Grammar: OCI distribution specification 1.1, "Pulling manifests" (name and reference).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from node.oci.challenges import canonical
+from protocol.errors import BadInputError
+from protocol.ids import Digest
+
+Kind = Literal["manifests", "blobs"]
+
+_NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*", re.ASCII)
+_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}", re.ASCII)
+_UPSTREAM = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9.-]{0,252}[a-zA-Z0-9])?(?::[0-9]{1,5})?", re.ASCII)
+MAX_NAME = 255
+
+
+def check_upstream(name: str) -> str:
+    """A registry's name as clients know it: a host, with a port or without."""
+    if not _UPSTREAM.fullmatch(name):
+        raise BadInputError(f"not a registry name (host or host:port): {name[:160]!r}")
+    return name
+
+
+def check_reference(reference: str) -> str:
+    """A tag or a digest, as the specification's `<reference>`."""
+    if ":" in reference:
+        Digest.parse(reference)
+    elif not _TAG.fullmatch(reference):
+        raise BadInputError(f"not a tag or digest: {reference[:160]!r}")
+    return reference
+
+
+def is_digest(reference: str) -> bool:
+    return ":" in reference
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A client's Authorization header that the registry accepts for a repository. It goes to that registry only."""
+
+    authorization: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Locator:
+    """Where in the registry world objects are read: upstream, repository, and manifests or blobs.
+
+    As text (`docker.io/library/alpine#blobs`) it travels with block requests as an opaque hint for the origin. `grant`
+    is set where a client of this node reads what the registry gives to nobody without one; it is no part of the text.
+    """
+
+    upstream: str
+    repository: str
+    kind: Kind
+    grant: Grant | None = None
+
+    def __post_init__(self) -> None:
+        check_upstream(self.upstream)
+        if len(self.repository) > MAX_NAME or not _NAME.fullmatch(self.repository):
+            raise BadInputError(f"not a repository name: {self.repository[:300]!r}")
+        if self.kind not in ("manifests", "blobs"):
+            raise BadInputError(f"not a kind of object: {self.kind!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Locator:
+        """The inverse of `str`; raises BadInputError on anything else."""
+        path, _, kind = text.partition("#")
+        upstream, _, repository = path.partition("/")
+        return cls(upstream, repository, kind)  # type: ignore[arg-type] # checked in __post_init__
+
+    def __str__(self) -> str:
+        return f"{self.upstream}/{self.repository}#{self.kind}"
+
+    def of_kind(self, kind: Kind) -> Locator:
+        return replace(self, kind=kind)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageName:
+    """What a user types: `alpine`, `ghcr.io/org/app:1.2`, `10.0.0.1:5000/app@sha256:...`."""
+
+    upstream: str
+    repository: str
+    reference: str
+
+    @classmethod
+    def parse(cls, text: str) -> ImageName:
+        """Docker's defaults: docker.io, library/, latest; one name for each registry.
+
+        Raises BadInputError naming what is wrong.
+        """
+        rest, at, digest = text.partition("@")
+        first, slash, remainder = rest.partition("/")
+        if slash and ("." in first or ":" in first or first == "localhost"):
+            upstream, path = canonical(first), remainder
+        else:
+            upstream, path = "docker.io", rest
+        name, colon, tag = path.partition(":")
+        if upstream == "docker.io" and "/" not in name:
+            name = f"library/{name}"
+        if (at and not digest) or (colon and not _TAG.fullmatch(tag)):
+            raise BadInputError(f"not an image name: {text[:300]!r}")
+        reference = digest or tag or "latest"
+        Locator(upstream, name, "manifests")
+        if digest:
+            Digest.parse(digest)
+        return cls(upstream, name, check_reference(reference))
+
+    @property
+    def manifests(self) -> Locator:
+        return Locator(self.upstream, self.repository, "manifests")
+
+    def __str__(self) -> str:
+        separator = "@" if is_digest(self.reference) else ":"
+        return f"{self.upstream}/{self.repository}{separator}{self.reference}"

@@ -1,0 +1,1 @@
+"""The upstream registries and the uplink to them."""

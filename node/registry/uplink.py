@@ -1,0 +1,231 @@
+"""The uplink to an upstream: so many bytes a second and a day for the whole site, but for the hours that are free.
+
+Each of the site's n nodes has an n-th part: the blocks' homes, which read from the registry, are spread evenly. Bodies
+wait for the rate in the order in which they ask (`Uplink.take`); names never wait, and are paid by the bodies after
+them. Background reads make way: while a body is read for somebody who waits, and shortly after, there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import trio
+
+from node.config.uplink_policy import UplinkPolicy
+from node.runtime.state_files import load, save
+from node.runtime.time_windows import local_time
+from protocol.errors import UnavailableError
+
+BURST_S = 0.25
+"""What was not used may be made up for: a loop that is late shall not lower the rate."""
+PORTION_S = 0.125
+"""How much is taken at once: nobody waits long behind another's."""
+QUIET_S = 1.0
+"""After a foreground body before a background one: a client that reads in order comes back at once."""
+SAVE_EVERY_S = 5.0
+"""What is used since is lost when the process is killed."""
+_MAX_FILE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class UplinkUse:
+    """As this node has it now: its part of the limits, and what it used of the day's. `free`: in the hours."""
+
+    rate: float
+    daily: float
+    used: int
+    free: bool
+
+    @property
+    def spent(self) -> bool:
+        return bool(self.daily) and self.used >= self.daily and not self.free
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Bytes that may be read now, and whether they count: not in the hours, nor where there is no limit."""
+
+    count: int
+    counted: bool
+
+
+class MakeWayError(Exception):
+    """A background body is to be closed, for one in the foreground; it goes on later from where it was."""
+
+
+class Uplink:
+    def __init__(
+        self, name: str, policy: UplinkPolicy | None = None, *, sharing: Callable[[], int] = lambda: 1,
+        clock: Callable[[], datetime] = local_time,
+    ) -> None:  # fmt: skip
+        """`sharing` tells how many nodes the site has; `clock` is the local time, by which days and hours go."""
+        self.name, self.policy = name, policy or UplinkPolicy()
+        self._sharing, self._clock = sharing, clock
+        self._paid_until = float("-inf")
+        self._day, self._used = "", 0
+        self._foreground = 0
+        self._quiet_at = float("-inf")
+        self._idle = trio.lowlevel.ParkingLot()
+        self._changed = trio.Event()
+
+    def change(self, policy: UplinkPolicy) -> None:
+        """From now on. Who waits for the old rate waits no longer: that is a portion for each body."""
+        if policy != self.policy:
+            self.policy, self._paid_until = policy, float("-inf")
+            self._changed.set()
+            self._changed = trio.Event()
+
+    def use(self) -> UplinkUse:
+        now, share = self._clock(), max(1, self._sharing())
+        return UplinkUse(self.policy.rate / share, self.policy.daily / share, self._used_on(now), self.policy.free(now))
+
+    def restore(self, day: str, used: int) -> None:
+        """What was used on a day, in an earlier life."""
+        self._day, self._used = day, used
+
+    def day(self) -> tuple[str, int]:
+        """For `restore`."""
+        self._used_on(self._clock())
+        return self._day, self._used
+
+    # Bodies
+
+    def check(self, *, background: bool) -> None:
+        """Raises UnavailableError where no body may be read now."""
+        if not self.policy.limited and not background:
+            return
+        use = self.use()
+        if use.spent and (background or self.policy.refuse):
+            raise UnavailableError(
+                f"{self.name}: the uplink budget of the day is spent: {use.used} bytes of this node's {use.daily:.0f}"
+            )
+        if background and self.policy.hours and not use.free:
+            raise UnavailableError(f"{self.name}: read in the background only in the hours of its [[upstream]]")
+
+    async def take(self, wanted: int, *, background: bool = False) -> Taken:
+        """Waits until some of `wanted` bytes may be read; `came` must follow. Raises UnavailableError, MakeWayError."""
+        if background and self._foreground:
+            raise MakeWayError
+        if not self.policy.limited and not background:
+            return Taken(wanted, False)
+        self.check(background=background)
+        use = self.use()
+        if use.daily and not use.free and (background or self.policy.refuse):
+            wanted = min(wanted, max(1, int(use.daily) - use.used))
+        if use.rate and not use.free:
+            wanted = min(wanted, max(1, int(use.rate * PORTION_S)))
+        taken = Taken(wanted, not use.free)
+        due = self._reserve(taken.count if taken.counted else 0, use.rate)
+        try:
+            if due > trio.current_time():
+                with trio.move_on_at(due):
+                    await self._changed.wait()
+        except BaseException:
+            self.came(taken, 0)
+            raise
+        return taken
+
+    def came(self, taken: Taken, count: int) -> None:
+        """Of what was taken, `count` bytes were read: the rest is given back."""
+        if taken.counted and count != taken.count:
+            self._reserve(count - taken.count, self.use().rate)
+
+    def note(self, count: int) -> None:
+        """Bytes that were read without asking, for a name."""
+        if self.policy.limited and not (use := self.use()).free:
+            self._reserve(count, use.rate)
+
+    def _reserve(self, count: int, rate: float) -> float:
+        """Counts the bytes; when they may be read."""
+        self._used = max(0, self._used + count)
+        if not rate or not count:
+            return 0.0
+        now = trio.current_time()
+        due = max(self._paid_until, now - BURST_S)
+        self._paid_until = due + count / rate
+        return due
+
+    def _used_on(self, now: datetime) -> int:
+        day = now.date().isoformat()
+        if day != self._day:
+            self._day, self._used = day, 0
+        return self._used
+
+    # Who goes first
+
+    @contextmanager
+    def foreground(self) -> Iterator[None]:
+        """While a body is read for somebody who waits."""
+        self._foreground += 1
+        try:
+            yield
+        finally:
+            self._foreground -= 1
+            self._quiet_at = trio.current_time() + QUIET_S
+            if not self._foreground:
+                self._idle.unpark_all()
+
+    async def turn(self) -> None:
+        """Waits until a background body may be begun. Raises UnavailableError where it may not be today."""
+        while True:
+            self.check(background=True)
+            if self._foreground:
+                await self._idle.park()
+            elif trio.current_time() < self._quiet_at:
+                await trio.sleep_until(self._quiet_at)
+            else:
+                return
+
+
+class _Day(msgspec.Struct, frozen=True, array_like=True):
+    upstream: str
+    day: str
+    used: int
+
+
+class _File(msgspec.Struct, frozen=True, array_like=True):
+    version: Literal[1]
+    days: tuple[_Day, ...]
+
+
+class UplinkFile:
+    """What is used of the day, for after a restart. Bytes: docs/FORMATS.md, "Use of the uplink"."""
+
+    def __init__(self, path: Path, uplinks: Collection[Uplink]) -> None:
+        """`uplinks` may change, and what their policies are."""
+        self._path, self._uplinks = path, uplinks
+        self._written = _encoded([])
+
+    def load(self) -> None:
+        found = load(self._path, _File, _MAX_FILE, "the uplink's use")
+        days = {day.upstream: day for day in found.days} if found else {}
+        for uplink in self._uplinks:
+            if (day := days.get(uplink.name)) is not None:
+                uplink.restore(day.day, max(0, day.used))
+
+    def save(self) -> None:
+        data = _encoded([uplink for uplink in self._uplinks if uplink.policy.daily])
+        if data == self._written:
+            return
+        if save(self._path, data, "the uplink's use"):
+            self._written = data
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self.load()
+        task_status.started()
+        try:
+            while True:
+                await trio.sleep(SAVE_EVERY_S)
+                self.save()
+        finally:
+            self.save()
+
+
+def _encoded(uplinks: Collection[Uplink]) -> bytes:
+    return msgspec.msgpack.encode(_File(1, tuple(_Day(uplink.name, *uplink.day()) for uplink in uplinks)))

@@ -1,0 +1,1 @@
+"""The machine below: systemd, logs, files, SQLite, the allocator."""

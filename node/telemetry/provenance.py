@@ -1,0 +1,59 @@
+"""Where each block came from, how long it took and what it took: the account behind `p2pctl why`, and its totals."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from node.content.contract import Source
+from protocol.ids import Digest, PeerId
+
+MAX_OBJECTS = 1024
+MAX_BLOCKS = 1 << 16
+"""64 GiB of image data told block by block, in 16 MB if all of it is used; older objects, and of the last one the
+blocks read first, are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """The last read of one block for a client of this node. `at` is wall-clock seconds."""
+
+    source: Source
+    seconds: float
+    retries: int
+    peers: tuple[PeerId, ...]
+    at: float
+
+
+class Ledger:
+    def __init__(self) -> None:
+        self._objects: OrderedDict[Digest, dict[int, Read]] = OrderedDict()
+        self._blocks = 0
+        self._bytes = dict.fromkeys(Source, 0)
+        self._requests = dict.fromkeys(Source, 0)
+
+    def note(self, digest: Digest, index: int, read: Read, served: int) -> None:
+        """A client was given `served` bytes of this block."""
+        self._bytes[read.source] += served
+        self._requests[read.source] += 1
+        reads = self._objects.setdefault(digest, {})
+        self._objects.move_to_end(digest)
+        self._blocks += index not in reads
+        reads[index] = read
+        while len(self._objects) > MAX_OBJECTS or (self._blocks > MAX_BLOCKS and len(self._objects) > 1):
+            self._blocks -= len(self._objects.popitem(last=False)[1])
+        if self._blocks > MAX_BLOCKS:
+            del reads[next(iter(reads))]
+            self._blocks -= 1
+
+    def reads(self, digest: Digest) -> Mapping[int, Read]:
+        return self._objects.get(digest, {})
+
+    @property
+    def bytes_served(self) -> Mapping[Source, int]:
+        return self._bytes
+
+    @property
+    def requests(self) -> Mapping[Source, int]:
+        return self._requests
