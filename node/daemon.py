@@ -26,8 +26,9 @@ from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node.blocks.announcer import Announcer
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder, Site
+from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
+from node.blocks.values import Site
 from node.config.schema import (
     Config,
     HostPort,
@@ -43,7 +44,8 @@ from node.config.schema import (
 )
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
-from node.content.resolver import Names, NameTable
+from node.content.name_table import NameTable
+from node.content.resolver import Names
 from node.control.api import NodeControl, Parts, upstream_row
 from node.control.cluster_routes import admission_routes, cluster_row
 from node.control.doctor import certificate_shown
@@ -52,7 +54,6 @@ from node.control.reload import LiveParts, Reloader
 from node.control.routes import METRICS_LIMITS, metrics_handler, serve_control
 from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
-from node.exchange.channel import tune_allocator
 from node.exchange.contract import Answer
 from node.exchange.tls import TlsExchange
 from node.identity.credentials import save_joined, standing
@@ -66,8 +67,9 @@ from node.images.operations import Offline, OfflineParts
 from node.images.pins import Pins, digests_of, load_pins
 from node.images.prefetch import Prefetcher
 from node.membership.addresses import bulk_addresses
+from node.membership.gossip import Gossiper
 from node.membership.libp2p import LibP2PSwarm
-from node.membership.membership import Gossiper, Membership
+from node.membership.membership import Membership
 from node.membership.peers_file import RememberedPeers
 from node.membership.renewal import Renewal
 from node.membership.view import View
@@ -77,6 +79,7 @@ from node.mirror.mirror import Mirror
 from node.registry.batching import Origin
 from node.registry.uplink import Uplink, UplinkFile
 from node.registry.upstreams import Upstreams
+from node.runtime.allocator import tune_allocator
 from node.runtime.disk_writes import written_bytes
 from node.runtime.logs import configure
 from node.runtime.systemd import Notifier

@@ -18,11 +18,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.blocks.announcer import Announcer
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder, Site
+from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
+from node.blocks.values import Site
 from node.config.schema import Config, tag_policies
 from node.content.library import SiteLibrary
-from node.content.resolver import Names, NameTable
+from node.content.name_table import NameTable
+from node.content.resolver import Names
 from node.daemon import CurrentPlacement, Dispatcher
 from node.evidence.judge import Judge
 from node.exchange.contract import Answer
@@ -31,7 +33,8 @@ from node.identity.certificates import open_authority
 from node.identity.identity import Identity
 from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import Revocations
-from node.membership.membership import Gossiper, Membership
+from node.membership.gossip import Gossiper
+from node.membership.membership import Membership
 from node.registry.batching import Origin
 from node.registry.upstreams import Upstreams
 from node.telemetry.metrics import Metrics

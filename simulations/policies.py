@@ -15,7 +15,8 @@ import trio
 
 from cache.store import Buffer
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import SILENCE_S, BlockAddress, Seeder, Site
+from node.blocks.keeper import Seeder
+from node.blocks.values import SILENCE_S, BlockAddress, Site
 from node.exchange.contract import Lane
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError

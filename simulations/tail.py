@@ -19,7 +19,7 @@ import click
 import trio
 from rich.table import Table
 
-from node.blocks.keeper import BlockAddress
+from node.blocks.values import BlockAddress
 from node.exchange.contract import Lane
 from protocol.errors import UnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId, Piece

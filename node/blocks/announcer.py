@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import trio
 
-from node.blocks.keeper import SMALL_SILENCE_S, Seeder, Site
-from node.content.resolver import NameTable
+from node.blocks.keeper import Seeder
+from node.blocks.values import SMALL_SILENCE_S, Site
+from node.content.name_table import NameTable
 from node.exchange.contract import Lane
 from node.membership.membership import Membership
 from protocol.directory import Directory

@@ -11,12 +11,13 @@ import trio
 
 from cache.store import Buffer, Held
 from node.blocks.faults import Blame
-from node.blocks.keeper import LOOK_EVERY_S, SILENCE_S, BlockAddress, Obtained, Seeder, Site, Work
+from node.blocks.keeper import Seeder
 from node.blocks.plan_runner import carry_out
 from node.blocks.trust import Suspicion
-from node.content.contract import Source
+from node.blocks.values import LOOK_EVERY_S, SILENCE_S, BlockAddress, Obtained, Site, Work
 from node.exchange.contract import Answer, Lane
 from node.runtime.single_flight import SingleFlight, Ticket
+from node.telemetry.sources import Source
 from protocol.erasure import decode_block, encode_shard
 from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.evidence import contradict

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
 
@@ -18,15 +18,13 @@ import cachetools
 import trio
 
 from cache.store import Buffer, Held, Holdings
-from cache.tiered import Tiers
 from node.blocks.plan_runner import carry_out
-from node.blocks.trust import Trust
-from node.content.contract import Source
-from node.exchange.contract import Answer, Exchange, Heard, Lane
-from node.membership.view import View
+from node.blocks.values import LOOK_EVERY_S, SILENCE_S, SMALL_SILENCE_S, BlockAddress, Obtained, Site, Work, is_copy
+from node.exchange.contract import Answer, Heard, Lane
 from node.oci.references import Locator
 from node.registry.batching import Origin
 from node.runtime.single_flight import SingleFlight
+from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.erasure import decode_block, encode_shard
 from protocol.errors import (
@@ -38,7 +36,6 @@ from protocol.errors import (
     UnavailableError,
 )
 from protocol.fetch_plan import Ask, ShardPlan
-from protocol.health import Health
 from protocol.home_times import HomeTimes
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
 from protocol.messages import (
@@ -55,20 +52,13 @@ from protocol.messages import (
     Request,
     ShardFound,
 )
-from protocol.placement import Placement
 from protocol.records import Record, make_record
 from protocol.wire import MAX_BITMAPS
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 1.5
-"""A keeper that lives says `Waiting` three times in this time, also on a machine that is short of processor time."""
-SMALL_SILENCE_S = 1.0
-"""For questions that are answered from memory."""
 HOME_PATIENCE_S = 8.0
 """A late home is waited for so much longer before another one acts for it: that costs a copy from the origin."""
-LOOK_EVERY_S = 1.0
-"""How often those who wait for a peer look whether it has taken too long, or turned out to have a bad link."""
 UNSETTLED_S = 30.0
 """After a change of the view the keepers that were may hold what the keepers that are lack: they are asked first."""
 HOLDINGS_TTL_S = 2.0
@@ -78,69 +68,6 @@ BACKGROUND_S = 60.0
 come back later."""
 MAX_HOMES = 3
 """A home and two that act for it: when three cannot give a block, the reader's own way to the origin is next."""
-
-
-Work = tuple[BlockId, int, bool, bool]
-
-
-@dataclass(frozen=True, slots=True)
-class BlockAddress:
-    """A block, and where the origin has its object."""
-
-    locator: Locator
-    ref: ObjectRef
-    index: int
-    reader: str = ""
-    """The member that reads it with a client's grant, where this node has none and the registry asks who reads."""
-    background: bool = False
-    """Nobody waits for it: only its home reads it from the origin, when that is not wanted for anything else."""
-
-    @property
-    def block(self) -> BlockId:
-        return BlockId(self.ref.digest, self.index)
-
-    @property
-    def key(self) -> tuple[BlockId, int]:
-        """A digest that somebody gives another size to is another object."""
-        return self.block, self.ref.size
-
-    @property
-    def work(self) -> Work:
-        """What is done once for all who want it: with a client's grant, or in the background, it is another thing."""
-        return self.block, self.ref.size, bool(self.locator.grant or self.reader), self.background
-
-    @property
-    def length(self) -> int:
-        return self.ref.block_length(self.index)
-
-
-@dataclass(frozen=True, slots=True)
-class Obtained:
-    """A block, where it came from, and what that took: `seconds` where it was read for a client."""
-
-    held: Held
-    source: Source
-    peers: tuple[PeerId, ...] = ()
-    retries: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What seeder and fetcher share of the node."""
-
-    own: PeerId
-    view: View
-    placement: Callable[[], Placement]
-    exchange: Exchange
-    health: Health
-    trust: Trust
-    tiers: Tiers
-
-
-def is_copy(shard: Shard) -> bool:
-    """Whether the shard's bytes are the block itself."""
-    return shard.k == 1 and (shard.index == 0 or shard.m == 1)
 
 
 def raise_failed(failed: Failed) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import trio
 
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import BlockAddress, Obtained, Work
+from node.blocks.values import BlockAddress, Obtained, Work
 from node.runtime.single_flight import Ticket
 from protocol.window import MOST
 

@@ -9,8 +9,7 @@ from fnmatch import translate
 
 from cachetools import LRUCache
 
-from node.oci.challenges import canonical
-from node.oci.references import Locator
+from node.oci.references import Locator, canonical
 
 _REMEMBERED = 4096
 

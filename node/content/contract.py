@@ -7,31 +7,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import BinaryIO, Protocol
 
+from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from protocol.ids import Digest, ObjectRef
-
-
-class Source(StrEnum):
-    """Where bytes came from: the label of every metric, and of `bytes_served` in the status."""
-
-    MEMORY = "memory"
-    DISK = "disk"
-    CONTAINERD = "containerd"
-    PEER = "peer"
-    ORIGIN = "origin"
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """What a tag or a digest stands for. `age_s` is the time since the registry last confirmed it."""
-
-    ref: ObjectRef
-    media_type: str
-    age_s: float = 0.0
 
 
 class Library(Protocol):

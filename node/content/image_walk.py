@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 
-from node.content.contract import Library, Resolved
-from node.content.resolver import MAX_MANIFEST_ENTRIES, Manifest, descriptors, parse_manifest
+from node.content.contract import Library
 from node.oci.layout import Packed, PackedImage
+from node.oci.manifests import MAX_MANIFEST, MAX_MANIFEST_ENTRIES, Manifest, Resolved, descriptors, parse_manifest
 from node.oci.platforms import Platform
 from node.oci.references import ImageName, Locator
-from node.registry.upstreams import MAX_MANIFEST
 from protocol.errors import BadInputError, NotFoundError
 from protocol.ids import ObjectRef
 

@@ -18,15 +18,16 @@ from cachetools import TTLCache
 
 from cache.store import Buffer, Held
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import BlockAddress, Obtained, Seeder, Site
+from node.blocks.keeper import Seeder
 from node.blocks.read_ahead import ReadAhead, Room
 from node.blocks.trust import Suspicion
-from node.content.contract import Resolved, Source
+from node.blocks.values import BlockAddress, Obtained, Site
 from node.content.resolver import Names
+from node.oci.manifests import MAX_MANIFEST, Resolved
 from node.oci.references import Locator
-from node.registry.upstreams import MAX_MANIFEST
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Ledger, Read
+from node.telemetry.sources import Source
 from protocol.errors import CorruptObjectError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record

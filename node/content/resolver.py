@@ -10,27 +10,24 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Protocol
 
-import msgspec
 import trio
 from cachetools import LRUCache, TTLCache
 
 from node.api.documents import TagState
-from node.blocks.keeper import Seeder, Site
+from node.blocks.keeper import Seeder
+from node.blocks.values import Site
 from node.config.tag_policy import TagPolicies, TagPolicy
-from node.content.contract import Resolved
+from node.content.name_table import _MAX_RECENT, REGISTRY, KnownTag, NameTable, _Key
 from node.exchange.contract import Answer, Lane
+from node.oci.manifests import UNTYPED, Resolved, descriptors, media_type_of, parse_manifest
 from node.oci.references import Locator, is_digest
-from node.registry.upstreams import MEDIA_TYPE
 from node.runtime.single_flight import SingleFlight
-from node.runtime.sqlite import Database
 from protocol import messages
-from protocol.errors import UNDECODABLE, BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
+from protocol.errors import DeniedError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef, PeerId
 
 log = logging.getLogger(__name__)
@@ -43,181 +40,6 @@ JOINED_S = 1.0
 """A home's question to the registry, which another's joins, may be so much older."""
 DOUBTED_S = 60.0
 """A home that lies is asked again after this, and found out again."""
-REGISTRY = "registry"
-MAX_MANIFEST_ENTRIES = 1024
-UNTYPED = "application/octet-stream"
-_TYPES = {
-    "manifests": (
-        "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
-    ),
-    "layers": ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"),
-    "schema 1": (
-        "application/vnd.docker.distribution.manifest.v1+prettyjws",
-        "application/vnd.docker.distribution.manifest.v1+json",
-    ),
-}  # fmt: skip
-"""By what a manifest that does not name its own type has in it."""
-_MAX_ROWS = 100_000
-_MAX_RECENT = 4096
-"""Names that are answered without SQLite."""
-_COLUMNS = "digest, size, media_type, confirmed"
-_SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
-    " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID;"
-)
-_Key = tuple[str, str]
-"""A locator as text, and a reference."""
-
-
-class _Descriptor(msgspec.Struct, frozen=True, rename="camel"):
-    digest: str
-    size: int
-    media_type: str = ""
-    platform: dict[str, Any] = {}
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """The part of a manifest or an index that names other objects."""
-
-    config: _Descriptor | None = None
-    layers: tuple[_Descriptor, ...] = ()
-    manifests: tuple[_Descriptor, ...] = ()
-
-
-def parse_manifest(body: bytes) -> Manifest:
-    """Empty for what is no manifest of the two families; what it names is checked by whoever uses it."""
-    try:
-        return msgspec.json.decode(body, type=Manifest)
-    except UNDECODABLE:
-        return Manifest()
-
-
-def media_type_of(body: bytes, told: str) -> str | None:
-    """A manifest's, by its own word, else by its shape, which the `told` one has to fit; None where neither tells."""
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, Any])
-    except UNDECODABLE:
-        return None
-    own = fields.get("mediaType")
-    if isinstance(own, str) and MEDIA_TYPE.fullmatch(own):
-        return own
-    shape = "schema 1" if fields.get("schemaVersion") == 1 else next((key for key in _TYPES if key in fields), "")
-    fitting = _TYPES.get(shape, ())
-    return told if told in fitting else next(iter(fitting), None)
-
-
-def descriptors(manifest: Manifest, kind: str) -> Iterator[Resolved]:
-    """The well-formed descriptors of one kind, bounded."""
-    found = manifest.manifests if kind == "manifests" else (*filter(None, (manifest.config,)), *manifest.layers)
-    for one in found[:MAX_MANIFEST_ENTRIES]:
-        try:
-            media_type = one.media_type if MEDIA_TYPE.fullmatch(one.media_type) else UNTYPED
-            yield Resolved(ObjectRef(Digest.parse(one.digest), one.size), media_type)
-        except BadInputError as error:
-            log.debug("descriptor left out: %s", error)
-
-
-@dataclass(frozen=True, slots=True)
-class KnownTag:
-    """`told_by` is REGISTRY, a member's peer id, or "" for what was only remembered on disk."""
-
-    locator: Locator
-    tag: str
-    resolved: Resolved
-    told_by: str
-
-
-class NameTable:
-    """Names that this node learnt, in SQLite: they outlive a restart, and a registry that is gone."""
-
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        """`clock` gives Unix time: what is remembered is older than this process."""
-        self._clock = clock
-        self._recent: LRUCache[_Key, tuple[Resolved, float, str]] = LRUCache(_MAX_RECENT)
-        """With the time at which the registry confirmed it, and who told."""
-        self._database = Database(path, _SCHEMA)
-
-    def close(self) -> None:
-        self._database.close()
-
-    def get(self, source: str, reference: str) -> Resolved | None:
-        known = self._recent.get((source, reference))
-        if known is None:
-            rows = self._database.run(
-                f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", (source, reference)
-            )
-            found = self._resolved(*rows[0]) if rows else None
-            if found is None:
-                return None
-            known = self._recent[source, reference] = found, rows[0][3], ""
-        return replace(known[0], age_s=self._age(known[1]))
-
-    def put(self, source: str, reference: str, resolved: Resolved, told_by: str = "") -> None:
-        self._recent[source, reference] = resolved, self._clock() - resolved.age_s, told_by
-        row = self._row(source, reference, resolved)
-        self._database.run("INSERT OR REPLACE INTO name VALUES (?, ?, ?, ?, ?, ?)", row)
-
-    def drop(self, source: str, reference: str) -> None:
-        self._recent.pop((source, reference), None)
-        self._database.run("DELETE FROM name WHERE source = ? AND reference = ?", (source, reference))
-
-    def put_many(self, source: str, found: list[Resolved]) -> None:
-        """Digests stand for themselves; known ones are kept as they are."""
-        rows = [self._row(source, str(one.ref.digest), one) for one in found]
-        self._database.run("INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)", *rows)
-
-    def images(self) -> list[tuple[str, str, Resolved]]:
-        """(source, reference, what it stands for) of manifests, the newest first."""
-        rows = self._database.run(
-            f"SELECT source, reference, {_COLUMNS} FROM name"
-            " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000",
-            (),
-        )
-        found = ((row[0], row[1], self._resolved(*row[2:])) for row in rows)
-        return [(source, reference, one) for source, reference, one in found if one is not None]
-
-    def tags(self, pattern: str) -> list[KnownTag]:
-        """Those that an SQLite GLOB over `upstream/repository:tag` fits, the latest confirmed first."""
-        rows = self._database.run(
-            f"SELECT source, reference, {_COLUMNS} FROM name"
-            " WHERE source LIKE '%#manifests' AND instr(reference, ':') = 0"
-            " AND replace(source, '#manifests', ':') || reference GLOB ? ORDER BY confirmed DESC LIMIT 1000",
-            (pattern,),
-        )
-        found = ((source, tag, self._resolved(*columns)) for source, tag, *columns in rows)
-        return [
-            KnownTag(Locator.parse(source), tag, one, self.told_by(source, tag))
-            for source, tag, one in found
-            if one is not None
-        ]
-
-    def told_by(self, source: str, reference: str) -> str:
-        """As in KnownTag."""
-        known = self._recent.get((source, reference))
-        return known[2] if known else ""
-
-    def trim(self) -> None:
-        """Forget the names that were confirmed longest ago."""
-        self._database.run(
-            "DELETE FROM name WHERE confirmed < (SELECT confirmed FROM name ORDER BY confirmed DESC LIMIT 1 OFFSET ?)",
-            (_MAX_ROWS,),
-        )
-
-    def _row(self, source: str, reference: str, one: Resolved) -> tuple[object, ...]:
-        return source, reference, str(one.ref.digest), one.ref.size, one.media_type, self._clock() - one.age_s
-
-    def _resolved(self, digest: str, size: int, media_type: str, confirmed: float) -> Resolved | None:
-        """None where the disk altered it: what is unknown is asked for."""
-        try:
-            return Resolved(ObjectRef(Digest.parse(digest), size), media_type, self._age(confirmed))
-        except BadInputError as error:
-            log.warning("a remembered name is damaged: %s", error)
-            return None
-
-    def _age(self, confirmed: float) -> float:
-        # A clock that was set back makes the age unknown: the name is asked for again as soon as can be.
-        age = self._clock() - confirmed
-        return age if age >= 0 else 1e9
 
 
 class Registries(Protocol):

@@ -42,25 +42,27 @@ from node.api.documents import (
     why_object,
     why_report,
 )
-from node.blocks.keeper import Site
+from node.blocks.values import Site
 from node.config.schema import Config, UpstreamPart, parse_floor
 from node.config.tag_policy import TagPolicy
-from node.content.contract import Resolved, Source
 from node.content.image_walk import MAX_DEPTH
 from node.content.library import SiteLibrary
-from node.content.resolver import REGISTRY, KnownTag, Manifest, Names, descriptors, parse_manifest
+from node.content.name_table import REGISTRY, KnownTag
+from node.content.resolver import Names
 from node.control.doctor import Facts, Shown, disk_space, examine, probe_upstreams, writable_error
 from node.evidence.judge import Case, Judge
 from node.exchange.tls import TlsExchange
 from node.membership.introduction import Swarm
 from node.membership.membership import Membership, Row
+from node.oci.manifests import MAX_MANIFEST, Manifest, Resolved, descriptors, parse_manifest
 from node.oci.platforms import own_platform
 from node.oci.references import ImageName, Locator
-from node.registry.upstreams import MAX_MANIFEST, Upstreams
+from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
 from node.runtime.version import version
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Ledger
+from node.telemetry.sources import Source
 from protocol.errors import NotFoundError, ShoalError
 from protocol.ids import Digest, ObjectRef, PeerId, Piece
 from protocol.members import State

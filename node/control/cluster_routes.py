@@ -11,7 +11,7 @@ from node.identity.certificates import validity_of
 from node.identity.credentials import Standing
 from node.identity.revocations import Revocations
 from node.identity.verifier import Admission
-from node.membership.membership import Gossiper
+from node.membership.gossip import Gossiper
 from node.web.server import Request, Response
 from protocol.admission import cluster_id, read_revocation
 from protocol.errors import BadInputError, PeerMisbehavedError, UnavailableError

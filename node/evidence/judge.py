@@ -20,8 +20,9 @@ from typing import BinaryIO
 import trio
 from cachetools import LRUCache
 
-from node.blocks.keeper import SMALL_SILENCE_S, BlockAddress, Seeder, Site
+from node.blocks.keeper import Seeder
 from node.blocks.trust import Suspicion
+from node.blocks.values import SMALL_SILENCE_S, BlockAddress, Site
 from node.exchange.contract import Answer, Lane
 from node.membership.membership import QUARANTINE_S
 from node.oci.references import Locator

@@ -35,7 +35,7 @@ from node.exchange.requests import (
     never,
 )
 from node.exchange.send_slots import Turns
-from node.identity.verifier import Refusals
+from node.runtime.refusals import Refusals
 from protocol import wire
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import BLOCK_SIZE, PeerId

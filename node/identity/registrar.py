@@ -30,8 +30,8 @@ from node.identity.certificates import (
     subject_of,
     validity_of,
 )
-from node.identity.verifier import Refusals
 from node.runtime import secret_files
+from node.runtime.refusals import Refusals
 from protocol import join
 from protocol.admission import MAX_USES, Token, check_token, cluster_id, read_token
 from protocol.errors import UNDECODABLE, BadInputError, DeniedError, NotAdmittedError, PeerMisbehavedError

@@ -12,7 +12,7 @@ from collections.abc import Callable, Container
 from dataclasses import replace
 
 import trio
-from cachetools import LRUCache, TTLCache
+from cachetools import LRUCache
 
 from node.identity.certificates import Credentials, issued_by, peer_of, validity_of
 from node.identity.identity import Identity
@@ -26,25 +26,8 @@ log = logging.getLogger(__name__)
 LEEWAY_S = 24 * 3600
 """A certificate counts for so long after its end: clocks of edge nodes are wrong by hours, such as a time zone."""
 LOOK_EVERY_S = 60.0
-SILENCE_S = 300.0
-"""The same refusal is told again after this time."""
-_REMEMBERED = 1024
 REVOKED = "certificate revoked"
 """What a refusal for it says."""
-
-
-class Refusals:
-    """One warning for who was refused on which channel and why; the same again within `SILENCE_S` at level debug."""
-
-    def __init__(self, silence_s: float = SILENCE_S) -> None:
-        self._told: TTLCache[tuple[str, ...], None] = TTLCache(_REMEMBERED, silence_s, timer=trio.current_time)
-
-    def tell(self, channel: str, who: str, at: str, why: object) -> None:
-        """`who`: the peer id, or, where none is proven, the host; `at`: where it was."""
-        key = (channel, who, str(why))
-        level = logging.DEBUG if key in self._told else logging.WARNING
-        self._told[key] = None
-        log.log(level, f"refused {who} at {at}: {why}", extra={"channel": channel})
 
 
 class Admission:

@@ -22,15 +22,15 @@ from node.api.image_documents import (
     WorkProgress,
     WorkResult,
 )
-from node.blocks.keeper import Site
-from node.content.contract import Resolved
+from node.blocks.values import Site
 from node.content.image_walk import locator_of, survey
 from node.content.library import SiteLibrary
-from node.content.resolver import NameTable
+from node.content.name_table import NameTable
 from node.images.archive import HASH, ArchiveReader, ArchiveWriter
 from node.images.pins import Pin, Pins
 from node.images.prefetch import Prefetcher
 from node.oci.layout import Packed, PackedImage
+from node.oci.manifests import Resolved
 from node.oci.platforms import Platform
 from node.oci.references import ImageName, Locator
 from protocol.errors import BadInputError, UnavailableError

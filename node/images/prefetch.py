@@ -20,7 +20,7 @@ import trio
 
 from node.api.image_documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import BlockAddress, Obtained, Work
+from node.blocks.values import BlockAddress, Obtained, Work
 from node.content.image_walk import locator_of, survey
 from node.content.library import SiteLibrary
 from node.images.throttle import Pace

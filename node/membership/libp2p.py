@@ -41,10 +41,11 @@ from libp2p.transport.upgrader import TransportUpgrader
 from node.config.schema import HostPort
 from node.identity.identity import Identity
 from node.identity.registrar import Line
-from node.identity.verifier import REVOKED, Admission, Refusals
+from node.identity.verifier import REVOKED, Admission
 from node.membership import mdns
 from node.membership.addresses import Target, concrete_hosts, parse_listen, parse_target, to_multiaddr, with_observed
 from node.membership.introduction import Current, Introduced
+from node.runtime.refusals import Refusals
 from protocol import introduction
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import PeerId

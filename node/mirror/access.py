@@ -19,8 +19,7 @@ from typing import Protocol
 import trio
 from cachetools import LRUCache
 
-from node.oci.challenges import canonical
-from node.oci.references import Grant, Locator
+from node.oci.references import Grant, Locator, canonical
 from node.runtime.single_flight import SingleFlight
 from node.runtime.sqlite import Database
 from protocol.errors import DeniedError, NotFoundError, UnavailableError

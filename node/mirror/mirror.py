@@ -22,12 +22,12 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import trio
 from cachetools import LRUCache
 
-from node.content.contract import Library, Resolved
+from node.content.contract import Library
 from node.content.listings import Listings
 from node.mirror.access import Access, ChallengedError
 from node.oci.byte_ranges import Span, parse_range
-from node.oci.challenges import canonical
-from node.oci.references import Kind, Locator, check_reference, is_digest
+from node.oci.manifests import Resolved
+from node.oci.references import Kind, Locator, canonical, check_reference, is_digest
 from node.web.server import Buffer, FileBody, Limits, Request, Response, error_response
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
 from protocol.ids import Digest

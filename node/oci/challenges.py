@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import logging
 import re
-from base64 import b64decode, b64encode
-from binascii import Error as Base64Error
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 
+from node.registry.docker_config import IDENTITY
 from protocol.errors import UNDECODABLE
 
 log = logging.getLogger(__name__)
 
 MAX_CHALLENGE = 8 << 10
 """Characters of a WWW-Authenticate header that are looked at."""
-MAX_CONFIG = 1 << 20
 DEFAULT_LIFETIME_S = 60.0
 """The token specification's default, and its lower bound."""
 MAX_LIFETIME_S = 3600.0
@@ -32,18 +30,6 @@ MARGIN_S = 15.0
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(rf'[\s,]*({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_TOKEN}))\s*(?=,|$)', re.ASCII)
 _SCHEME = re.compile(rf"[\s,]*({_TOKEN})(?=\s|,|$)(?: +[A-Za-z0-9._~+/-]+=*(?=\s*(?:,|$)))?", re.ASCII)
-_HELPER = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
-IDENTITY = "<token>"
-"""In place of a user's name, by the helper protocol."""
-_DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
-_DOCKER_HUB_KEYS = {"docker.io": "https://index.docker.io/v1/"}
-"""What docker's programs store its credentials under."""
-
-
-def canonical(registry: str) -> str:
-    """One name for each registry: Docker Hub has three."""
-    lower = registry.lower()
-    return "docker.io" if lower in _DOCKER_HUB else lower
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,97 +135,3 @@ def parse_token(body: bytes) -> tuple[str, float] | None:
         return None
     lifetime = max(DEFAULT_LIFETIME_S, min(reply.expires_in or 0, MAX_LIFETIME_S))
     return token, lifetime - MARGIN_S
-
-
-class _Entry(msgspec.Struct):
-    auth: str = ""
-    username: str = ""
-    password: str = ""
-    identitytoken: str = ""
-
-
-class _ConfigFile(msgspec.Struct, rename="camel"):
-    auths: dict[str, _Entry] = {}
-    cred_helpers: dict[str, str] = {}
-    creds_store: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class DockerCredentials:
-    """What a docker config.json says, by registry host; `store` is the helper for hosts that have none, or ""."""
-
-    auths: Mapping[str, Credentials] = field(default_factory=dict)
-    helpers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """The helper's name, and the registry as the file spells it."""
-    store: str = ""
-
-    def of(self, names: Sequence[str]) -> Credentials | None:
-        """The credentials for the first of `names` that has any."""
-        return next((self.auths[host] for name in names if (host := _host(name)) in self.auths), None)
-
-    def helper(self, names: Sequence[str]) -> tuple[str, str] | None:
-        """Which helper to ask, and for what."""
-        found = next((self.helpers[host] for name in names if (host := _host(name)) in self.helpers), None)
-        return found or ((self.store, _DOCKER_HUB_KEYS.get(_host(names[0]), names[0])) if self.store else None)
-
-
-def parse_docker_config(text: bytes) -> DockerCredentials:
-    """Raises ValueError, with nothing of the content in its text."""
-    try:
-        config = msgspec.json.decode(text, type=_ConfigFile)
-    except UNDECODABLE:
-        raise ValueError("not a docker config.json") from None
-    for helper in filter(None, (config.creds_store, *config.cred_helpers.values())):
-        if not _HELPER.fullmatch(helper):
-            raise ValueError("a credential helper's name may have letters, digits, dots, - and _")
-    found = {_host(key): _credentials(entry) for key, entry in config.auths.items()}
-    return DockerCredentials(
-        {host: credentials for host, credentials in found.items() if credentials},
-        {_host(key): (helper, key) for key, helper in config.cred_helpers.items() if helper},
-        config.creds_store,
-    )
-
-
-def _host(key: str) -> str:
-    return canonical(key.split("://", 1)[-1].split("/", 1)[0])
-
-
-def _credentials(entry: _Entry) -> Credentials | None:
-    if entry.identitytoken:
-        return Credentials(IDENTITY, entry.identitytoken)
-    if entry.username:
-        return Credentials(entry.username, entry.password)
-    try:
-        username, colon, password = b64decode(entry.auth, validate=True).decode().partition(":")
-    except (Base64Error, ValueError):
-        return None
-    return Credentials(username, password.rstrip("\0")) if colon and username else None
-
-
-class DockerConfig:
-    """A docker config.json that is read again when it changes. Reading is inline: a small file, in page cache."""
-
-    def __init__(self, path: str) -> None:
-        self._path = Path(path) if path else None
-        self._stamp: tuple[int, int] | None = None
-        self._told: tuple[int, int] | None = None
-        self._content = DockerCredentials()
-
-    def read(self) -> DockerCredentials:
-        self._refresh()
-        return self._content
-
-    def _refresh(self) -> None:
-        if self._path is None:
-            return
-        try:
-            status = self._path.stat()
-            stamp = (status.st_mtime_ns, status.st_size)
-            if stamp != self._stamp:
-                self._stamp, self._content = stamp, DockerCredentials()
-                self._content = parse_docker_config(self._path.read_bytes() if status.st_size <= MAX_CONFIG else b"")
-        except (OSError, ValueError) as error:
-            stamp = (0, 0) if isinstance(error, OSError) else stamp
-            if self._told != stamp:
-                log.warning("docker_config %s is not used: %s", self._path, error)
-            self._stamp, self._told, self._content = stamp, stamp, DockerCredentials()

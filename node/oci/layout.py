@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE
 from node.oci.references import ImageName, Kind, is_digest
 from node.oci.tar import Entry, Read
-from node.registry.upstreams import MAX_MANIFEST, MEDIA_TYPE
 from protocol.errors import UNDECODABLE, BadInputError
 from protocol.ids import Digest, ObjectRef
 

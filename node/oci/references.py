@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from node.oci.challenges import canonical
 from protocol.errors import BadInputError
 from protocol.ids import Digest
 
@@ -120,3 +119,12 @@ class ImageName:
     def __str__(self) -> str:
         separator = "@" if is_digest(self.reference) else ":"
         return f"{self.upstream}/{self.repository}{separator}{self.reference}"
+
+
+_DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
+
+
+def canonical(registry: str) -> str:
+    """One name for each registry: Docker Hub has three."""
+    lower = registry.lower()
+    return "docker.io" if lower in _DOCKER_HUB else lower

@@ -32,20 +32,12 @@ import trio
 from cachetools import LRUCache, TTLCache
 
 from node.config.schema import UpstreamPart
-from node.content.contract import Resolved
-from node.oci.challenges import (
-    Challenge,
-    Credentials,
-    DockerConfig,
-    canonical,
-    parse_challenges,
-    parse_token,
-    relayed,
-    token_request,
-)
-from node.oci.references import Grant, Locator, is_digest
+from node.oci.challenges import Challenge, Credentials, parse_challenges, parse_token, relayed, token_request
+from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, Resolved
+from node.oci.references import Grant, Locator, canonical, is_digest
 from node.registry.block_cutter import BlockCutter
 from node.registry.credential_helper import CredentialHelpers, HelperError
+from node.registry.docker_config import DockerConfig
 from node.registry.retry import BODY, MIRROR, RESOLVE, RETRIED_STATUS, Breaker, RetryPolicy
 from node.registry.transport import Body, DirectTransport
 from node.registry.uplink import MakeWayError, Uplink, UplinkUse
@@ -61,8 +53,6 @@ from protocol.ids import Digest, ObjectRef
 
 log = logging.getLogger(__name__)
 
-MAX_MANIFEST = 4 << 20
-"""What containerd accepts."""
 MAX_TOKEN_REPLY = 1 << 20
 MAX_REDIRECTS = 5
 MAX_AUTHORIZED = 256
@@ -93,7 +83,6 @@ ACCEPT = ", ".join(
         "*/*;q=0.1",
     ]
 )
-MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASCII)
 
 Count = Callable[[str, int], None]

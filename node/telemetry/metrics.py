@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 
 from cache.store import StoreStatistics
 from node.api.documents import UpstreamRow
-from node.content.contract import Source
+from node.telemetry.sources import Source
 
 _V = TypeVar("_V", covariant=True)
 ByName = Callable[[], Mapping[str, _V]]

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from node.content.contract import Source
+from node.telemetry.sources import Source
 from protocol.ids import Digest, PeerId
 
 MAX_OBJECTS = 1024

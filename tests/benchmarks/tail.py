@@ -28,8 +28,9 @@ from rich.table import Table
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import BlockAddress, Seeder, Site
+from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
+from node.blocks.values import BlockAddress, Site
 from node.config.schema import HostPort
 from node.exchange.contract import Lane
 from node.exchange.tls import TlsExchange

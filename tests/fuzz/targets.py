@@ -25,7 +25,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cache.disk_index import _parse as parse_row
 from node.config.schema import load
 from node.content.listings import Listings, _of_type, _page
-from node.content.resolver import descriptors, parse_manifest
 from node.control.image_routes import offline_routes
 from node.control.routes import control_handler
 from node.identity.certificates import Authority, Credentials, _new_authority, issued_by, peer_of
@@ -33,9 +32,11 @@ from node.identity.identity import Identity, from_pem
 from node.membership.peers_file import _File as RememberedFile
 from node.mirror.mirror import LIMITS, Mirror, _own_link
 from node.oci.byte_ranges import parse_range
-from node.oci.challenges import parse_challenges, parse_docker_config, parse_token, relayed, token_request
+from node.oci.challenges import parse_challenges, parse_token, relayed, token_request
 from node.oci.layout import read_layout
+from node.oci.manifests import descriptors, parse_manifest
 from node.oci.tar import read_entries
+from node.registry.docker_config import parse_docker_config
 from node.registry.transport import DirectTransport, _origin, _Wire
 from node.registry.upstreams import Passed, _body_start, _FailedError
 from node.web.server import Handler, Limits, Request, _Server

@@ -17,9 +17,9 @@ import pytest
 import trio
 
 from node.config.schema import UpstreamPart
-from node.content.contract import Resolved
 from node.content.listings import Listings
 from node.mirror.mirror import Mirror
+from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from node.registry.upstreams import Upstreams
 from node.web.server import serve_http

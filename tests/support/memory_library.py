@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager
 from typing import BinaryIO
 
-from node.content.contract import Resolved
+from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from protocol.errors import NotFoundError
 from protocol.ids import Digest, ObjectRef

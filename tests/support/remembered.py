@@ -11,9 +11,8 @@ from typing import Any, cast
 from cache.store import StoreStatistics
 from node.api.image_documents import PrefetchOrder
 from node.config.uplink_policy import UplinkPolicy
-from node.content.contract import Resolved
 from node.content.listings import Listings
-from node.content.resolver import NameTable
+from node.content.name_table import NameTable
 from node.identity.certificates import own_authority
 from node.identity.identity import load_or_create
 from node.images.pins import Pins, load_pins
@@ -22,6 +21,7 @@ from node.membership.membership import Membership
 from node.membership.peers_file import RememberedPeers
 from node.mirror.access import PublicTable
 from node.oci.layout import Packed, PackedImage
+from node.oci.manifests import Resolved
 from node.oci.references import Grant, ImageName, Locator
 from node.registry.uplink import Uplink, UplinkFile
 from node.registry.upstreams import Passed

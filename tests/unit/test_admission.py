@@ -33,9 +33,10 @@ from node.identity.certificates import (
 from node.identity.credentials import Joined, load_joined, save_joined, standing
 from node.identity.identity import Identity
 from node.identity.revocations import Revocations
-from node.identity.verifier import LEEWAY_S, LOOK_EVERY_S, SILENCE_S, Admission, Refusals
+from node.identity.verifier import LEEWAY_S, LOOK_EVERY_S, Admission
 from node.membership.renewal import LOOK_EVERY_S as RENEWAL_EVERY_S
 from node.membership.renewal import Renewal
+from node.runtime.refusals import SILENCE_S, Refusals
 from protocol.admission import MAX_REVOCATIONS, make_revocation
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId

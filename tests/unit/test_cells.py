@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from node.blocks.faults import Blame
-from node.content.contract import Source
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryNetwork
+from node.telemetry.sources import Source
 from protocol.ids import BLOCK_SIZE, BlockId, PeerId
 from protocol.members import Member
 from protocol.messages import GetShard, Request

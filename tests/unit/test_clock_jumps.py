@@ -10,9 +10,9 @@ import trio
 
 from cache.disk import DiskStore
 from node.config.uplink_policy import UplinkPolicy
-from node.content.contract import Resolved
-from node.content.resolver import NameTable
+from node.content.name_table import NameTable
 from node.mirror.access import PublicTable
+from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from node.registry.uplink import Uplink
 from protocol.ids import Digest, ObjectRef

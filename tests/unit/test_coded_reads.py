@@ -20,9 +20,9 @@ from cache.memory import MemoryStore
 from cache.store import Held
 from cache.tiered import Tiers
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import BACKGROUND_S, LOOK_EVERY_S, BlockAddress, Obtained, Seeder, Site
+from node.blocks.keeper import BACKGROUND_S, Seeder
 from node.blocks.trust import Trust
-from node.content.contract import Source
+from node.blocks.values import LOOK_EVERY_S, BlockAddress, Obtained, Site
 from node.content.library import SiteLibrary
 from node.exchange.contract import Answer, Lane
 from node.exchange.memory import MemoryExchange, MemoryNetwork
@@ -31,6 +31,7 @@ from node.oci.references import Grant, Locator
 from node.registry.batching import Origin
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Ledger
+from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.errors import DeniedError, UnavailableError
 from protocol.fetch_plan import WARM_FLOOR_S

@@ -12,7 +12,8 @@ from node.control.cluster_routes import admission_routes
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.certificates import open_authority
 from node.identity.revocations import Revocations
-from node.membership.membership import Gossiper, Membership
+from node.membership.gossip import Gossiper
+from node.membership.membership import Membership
 from node.web.server import Request, Response
 from protocol.admission import make_revocation, revocation_text
 from protocol.errors import BadInputError

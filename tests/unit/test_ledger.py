@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from node.content.contract import Source
 from node.telemetry import provenance as ledger_module
 from node.telemetry.provenance import Ledger, Read
+from node.telemetry.sources import Source
 from protocol.ids import Digest
 
 READ = Read(Source.ORIGIN, 0.1, 0, (), 0.0)

@@ -17,10 +17,10 @@ from cache.memory import MemoryStore
 from cache.store import Buffer, Held
 from cache.tiered import Tiers
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import BlockAddress, Obtained, Seeder, Site
+from node.blocks.keeper import Seeder
 from node.blocks.read_ahead import FIRST_BLOCKS, HELD
 from node.blocks.trust import Trust
-from node.content.contract import Source
+from node.blocks.values import BlockAddress, Obtained, Site
 from node.content.library import HEAD_WAIT_S, SiteLibrary
 from node.identity.identity import Identity
 from node.membership.membership import Membership
@@ -28,6 +28,7 @@ from node.oci.references import Locator
 from node.registry.batching import Origin
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Ledger
+from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece

@@ -18,7 +18,8 @@ from node.exchange.contract import Answer, Heard, Lane
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.certificates import open_authority
 from node.identity.revocations import Revocations
-from node.membership.membership import Gossiper, Membership
+from node.membership.gossip import Gossiper
+from node.membership.membership import Membership
 from node.membership.peers_file import MAX_REMEMBERED, RememberedPeers
 from protocol.admission import make_revocation
 from protocol.errors import BadInputError, DeniedError, PeerMisbehavedError, PeerUnavailableError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from cache.store import StoreStatistics
-from node.content.contract import Source
 from node.telemetry.metrics import Metrics
+from node.telemetry.sources import Source
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:

@@ -18,10 +18,10 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from node.content.contract import Resolved
 from node.content.listings import Listings
 from node.mirror import mirror as mirror_module
 from node.mirror.mirror import Mirror
+from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from node.registry.upstreams import Passed
 from node.web.server import Request, serve_http

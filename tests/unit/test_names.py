@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from node.content.contract import Resolved
-from node.content.resolver import MAX_MANIFEST_ENTRIES, NameTable, descriptors, media_type_of, parse_manifest
+from node.content.name_table import NameTable
+from node.oci.manifests import MAX_MANIFEST_ENTRIES, Resolved, descriptors, media_type_of, parse_manifest
 from protocol.ids import Digest, ObjectRef
 
 SOURCE = "origin.test/app#manifests"

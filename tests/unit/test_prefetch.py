@@ -14,10 +14,11 @@ import trio.testing
 
 from cache.store import Held
 from node.api.image_documents import PrefetchOrder
-from node.blocks.keeper import BlockAddress, Obtained
-from node.content.contract import Resolved, Source
+from node.blocks.values import BlockAddress, Obtained
 from node.images.prefetch import AGAIN_S, DEPTH, Prefetcher
+from node.oci.manifests import Resolved
 from node.oci.references import Locator
+from node.telemetry.sources import Source
 from protocol.errors import BadInputError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
 from protocol.records import Record

@@ -11,16 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.oci.challenges import (
-    Challenge,
-    Credentials,
-    DockerConfig,
-    parse_challenges,
-    parse_docker_config,
-    parse_token,
-    relayed,
-    token_request,
-)
+from node.oci.challenges import Challenge, Credentials, parse_challenges, parse_token, relayed, token_request
+from node.registry.docker_config import DockerConfig, parse_docker_config
 from node.registry.retry import BODY, RESOLVE, Breaker
 
 TOKENS = st.text("abcdefXYZ0123-_.", min_size=1, max_size=12)

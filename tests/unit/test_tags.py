@@ -18,16 +18,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder, Site
+from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
+from node.blocks.values import Site
 from node.config.schema import Config, MirrorPart, TagsPart, tag_policies
 from node.config.tag_policy import TagPolicies, TagPolicy
-from node.content.contract import Resolved
 from node.content.library import SiteLibrary
-from node.content.resolver import Names, NameTable
+from node.content.name_table import NameTable
+from node.content.resolver import Names
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.identity import Identity
+from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
 from node.registry.batching import Origin
 from node.telemetry.metrics import Metrics

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.config.schema import UpstreamPart
-from node.content.contract import Resolved
+from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
 from node.registry import credential_helper
 from node.registry import upstreams as upstream_module
