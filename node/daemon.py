@@ -247,7 +247,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             site, seeder, identity.sign, lambda upstream: len(upstreams.endpoints(upstream)) > 1, work, Random()
         )
         answers.target = Dispatcher(service, names, seeder, registrar, judge)
-        announcer = Announcer(site, seeder, directory, membership, table)
+        announcer = Announcer(site, seeder, directory, membership, table.trim)
         fetcher = Fetcher(site, seeder, work)
         library = SiteLibrary(site, names, seeder, fetcher, ledger, metrics, announcer.finished)
         prefetcher = Prefetcher(data_dir / "prefetch.json", library, fetcher, tiers.holds)

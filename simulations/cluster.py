@@ -118,7 +118,7 @@ class Node:
         table = NameTable(IN_MEMORY, trio.current_time)
         self.names = Names(site, table, self.upstreams, self.seeder, work, tag_policies(config), lambda age_s: None)
         judge = Judge(site, self.seeder, identity.sign, lambda upstream: False, work, Random(cluster.seed))
-        announcer = Announcer(site, self.seeder, directory, membership, table)
+        announcer = Announcer(site, self.seeder, directory, membership, table.trim)
         self.fetcher = Fetcher(site, self.seeder, work)
         self.library = SiteLibrary(
             site, self.names, self.seeder, self.fetcher, self.ledger, cluster.metrics, announcer.finished

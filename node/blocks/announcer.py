@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import trio
 
 from node.blocks.keeper import Seeder
 from node.blocks.values import SMALL_SILENCE_S, Site
-from node.content.name_table import NameTable
 from node.exchange.contract import Lane
 from node.membership.membership import Membership
 from protocol.directory import Directory
@@ -28,10 +27,10 @@ MAX_ANNOUNCED = 8192
 
 class Announcer:
     def __init__(
-        self, site: Site, seeder: Seeder, directory: Directory, membership: Membership, names: NameTable
+        self, site: Site, seeder: Seeder, directory: Directory, membership: Membership, trim: Callable[[], None]
     ) -> None:
         self._site, self._seeder, self._directory = site, seeder, directory
-        self._membership, self._names = membership, names
+        self._membership, self._trim = membership, trim
         self._send, self._receive = trio.open_memory_channel[Digest](1024)
 
     def finished(self, ref: ObjectRef) -> None:
@@ -49,7 +48,7 @@ class Announcer:
                 with trio.move_on_after(EVERY_S):
                     await self._membership.wait_changed()
                 await self._site.tiers.drop_doubles()
-                self._names.trim()
+                self._trim()
                 await self._announce(list(self._site.tiers.objects())[:MAX_ANNOUNCED])
 
     async def _announce_finished(self) -> None:

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from node.registry.docker_config import IDENTITY
 from protocol.errors import UNDECODABLE
 
 log = logging.getLogger(__name__)
@@ -135,3 +134,7 @@ def parse_token(body: bytes) -> tuple[str, float] | None:
         return None
     lifetime = max(DEFAULT_LIFETIME_S, min(reply.expires_in or 0, MAX_LIFETIME_S))
     return token, lifetime - MARGIN_S
+
+
+IDENTITY = "<token>"
+"""In place of a user's name, by the helper protocol."""

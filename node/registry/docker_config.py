@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from node.oci.challenges import Credentials
+from node.oci.challenges import IDENTITY, Credentials
 from node.oci.references import canonical
 from protocol.errors import UNDECODABLE
 
@@ -22,10 +22,6 @@ MAX_CONFIG = 1 << 20
 
 
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
-
-
-IDENTITY = "<token>"
-"""In place of a user's name, by the helper protocol."""
 
 
 _DOCKER_HUB_KEYS = {"docker.io": "https://index.docker.io/v1/"}

@@ -18,7 +18,7 @@ import h11
 import httpx
 import trio
 
-from node.exchange.channel import Readable
+from node.runtime.sockets import Readable
 
 MAX_HEAD = 100 << 10
 RECEIVE_BYTES = 16 << 10

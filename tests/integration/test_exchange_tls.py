@@ -21,7 +21,6 @@ import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.config.schema import HostPort
-from node.exchange import channel
 from node.exchange import tls as exchange_tls
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import BATCH_BYTES, HANDSHAKES_PER_ADDRESS, Limits, Timing, TlsExchange
@@ -379,7 +378,7 @@ def test_a_body_that_comes_in_any_portions_is_read_without_a_timer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], plain: bool
 ) -> None:
     """The reader waits for no more than is sure to come, whatever part of it OpenSSL holds: else it waited for ever."""
-    monkeypatch.setattr(channel, "GATHER_S", math.inf)
+    monkeypatch.setattr(sockets, "GATHER_S", math.inf)
 
     async def in_portions(raw: Raw) -> None:
         if plain:

@@ -15,8 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from node.exchange import channel
 from node.registry.transport import Body, DirectTransport
+from node.runtime import sockets
 
 BIG = bytes(range(256)) * 4096
 PLAIN = ssl.create_default_context()
@@ -302,9 +302,9 @@ def test_a_body_that_comes_byte_by_byte_is_read_without_a_timer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
 ) -> None:
     """The reader waits for no more than is sure to come: else it waited for ever."""
-    monkeypatch.setattr(channel, "GATHER_S", float("inf"))
+    monkeypatch.setattr(sockets, "GATHER_S", float("inf"))
     tls, trusting = certificate(tmp_path, "localhost")
-    body = BIG[: channel.RECORD_BYTES + 2000]
+    body = BIG[: sockets.RECORD_BYTES + 2000]
     server = Scripted(answer(body), answer(b"second"), slowly=True)
 
     async def main() -> None:
