@@ -26,6 +26,7 @@ from node.exchange.contract import Answer, Lane
 from node.exchange.tls import BATCH_BYTES, HANDSHAKES_PER_ADDRESS, Limits, Timing, TlsExchange
 from node.identity.certificates import Authority, Credentials, own_authority, peer_of
 from node.identity.identity import Identity
+from node.runtime import sockets
 from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId

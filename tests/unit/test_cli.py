@@ -188,7 +188,14 @@ def test_something_else_on_the_socket(tmp_path: Path) -> None:
 
 
 def test_no_traceback_from_a_process_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from node.cli import main; main()", "--socket", str(tmp_path / "s"), "status"]
+    command = [
+        sys.executable,
+        "-c",
+        "from node.cli.main import main; main()",
+        "--socket",
+        str(tmp_path / "s"),
+        "status",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 3
     assert done.stdout == ""
@@ -197,7 +204,7 @@ def test_no_traceback_from_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_what_takes_long_to_import_is_not_imported_for_an_answer_in_json(path: Path) -> None:
     script = (
-        "import sys; from node.cli import main\n"
+        "import sys; from node.cli.main import main\n"
         "try: main()\n"
         "finally: assert not {'rich', 'httpx', 'trio', 'cryptography', 'numpy', 'libp2p'} & set(sys.modules)"
     )

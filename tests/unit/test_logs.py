@@ -27,8 +27,8 @@ def _restored() -> Iterator[None]:
 def test_a_line() -> None:
     out = io.StringIO()
     configure("info", out)
-    logging.getLogger("node.mirror.mirror").info("pulled %s", "alpine", extra={"bytes": 12, "upstream": "docker.io"})
-    logging.getLogger("node.mirror.mirror").debug("not at this level")
+    logging.getLogger("node.mirror").info("pulled %s", "alpine", extra={"bytes": 12, "upstream": "docker.io"})
+    logging.getLogger("node.mirror").debug("not at this level")
     (line,) = out.getvalue().splitlines()
     stamp, rest = line.split(" ", 1)
     assert stamp.startswith("ts=20")
