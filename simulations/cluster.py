@@ -16,31 +16,19 @@ from random import Random
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.blocks.announcer import Announcer
-from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
-from node.blocks.trust import Trust
-from node.blocks.values import Site
-from node.config.schema import Config, tag_policies
-from node.content.library import SiteLibrary
+from node import assembly
+from node.config.schema import Config
 from node.content.name_table import NameTable
-from node.content.resolver import Names
-from node.daemon import CurrentPlacement, Dispatcher
-from node.evidence.judge import Judge
 from node.exchange.contract import Answer
+from node.exchange.dispatcher import Dispatcher
 from node.exchange.memory import MemoryExchange
 from node.identity.certificates import open_authority
 from node.identity.identity import Identity
 from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import Revocations
-from node.membership.gossip import Gossiper
 from node.membership.membership import Membership
-from node.registry.batching import Origin
 from node.registry.upstreams import Upstreams
 from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
-from protocol.directory import Directory
-from protocol.health import Health
 from protocol.ids import ObjectRef, PeerId
 from protocol.members import Member, State, Update
 from protocol.messages import Request
@@ -81,54 +69,53 @@ class Node:
         self.clients: set[trio.CancelScope] = set()
         """They are broken off when it stops."""
         self.membership = Membership(own, BORN_MS + life, self._rng("membership"))
+        self.dispatcher = Dispatcher()
         self.exchange = MemoryExchange(
-            cluster.network, self.peer, refused=self.membership.is_refused, handler=self._handle
+            cluster.network, self.peer, refused=self.membership.is_refused, handler=self.handle
         )
         self.tiers = tiers(cluster.machine.memory, cluster.machine.disk, cluster.shared)
-        self.ledger = Ledger()
-        self._dispatcher: Dispatcher | None = None
 
     def _rng(self, part: str) -> Random:
         return Random(f"{self._cluster.seed} {self.number} {self.life} {part}")
 
-    async def _handle(self, peer: PeerId, request: Request) -> Answer:
-        assert self._dispatcher is not None
-        return await self._dispatcher(peer, request)
+    async def handle(self, peer: PeerId, request: Request) -> Answer:
+        return await self.dispatcher(peer, request)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """As node/daemon.py does."""
         with self.scope:
             async with trio.open_nursery() as work:
-                parts = self._build(work)
-                for part in parts:
-                    await work.start(part.run)
+                self._assemble(work)
+                for service in self.member.services:
+                    await work.start(service)
                 task_status.started()
 
-    def _build(self, work: trio.Nursery) -> list[MemoryExchange | Gossiper | Judge | Announcer]:
-        cluster, identity, membership, config = self._cluster, self._identity, self.membership, Config()
-        self.upstreams = Upstreams(
-            [PART], count=lambda upstream, count: None, rng=self._rng("upstreams"),
-            connect=wired(cluster.registry, cluster.network, self.peer, self.own.site),
-        )  # fmt: skip
-        gossiper = Gossiper(membership, self.exchange, cluster.revocations)
-        placement = CurrentPlacement(membership, config.peers.k, config.peers.m)
-        trust, directory = Trust(self.peer, membership), Directory()
-        self.site = site = Site(self.peer, membership, placement, self.exchange, Health(), trust, self.tiers)
-        self.seeder = Seeder(site, self._origin(work), directory, identity.sign, work)
-        table = NameTable(IN_MEMORY, trio.current_time)
-        self.names = Names(site, table, self.upstreams, self.seeder, work, tag_policies(config), lambda age_s: None)
-        judge = Judge(site, self.seeder, identity.sign, lambda upstream: False, work, Random(cluster.seed))
-        announcer = Announcer(site, self.seeder, directory, membership, table.trim)
-        self.fetcher = Fetcher(site, self.seeder, work)
-        self.library = SiteLibrary(
-            site, self.names, self.seeder, self.fetcher, self.ledger, cluster.metrics, announcer.finished
+    def upstreams(self, kind: type[Upstreams] = Upstreams) -> Upstreams:
+        """The registry as this node reaches it. A node that misreads it overrides this."""
+        return kind(
+            [PART],
+            count=lambda upstream, count: None,
+            rng=self._rng("upstreams"),
+            connect=wired(self._cluster.registry, self._cluster.network, self.peer, self.own.site),
         )
-        registrar = Registrar(None, cluster.revocations, Uses(NOWHERE))
-        self._dispatcher = Dispatcher(gossiper, self.names, self.seeder, registrar, judge)
-        return [self.exchange, gossiper, judge, announcer]
 
-    def _origin(self, work: trio.Nursery) -> Origin:
-        return Origin(self.upstreams, work, lambda: len(self.membership.site))
+    def _assemble(self, work: trio.Nursery) -> None:
+        cluster = self._cluster
+        self.member = assembly.site(
+            Config(),
+            self._identity,
+            self.membership,
+            self.exchange,
+            dispatcher=self.dispatcher,
+            tiers=self.tiers,
+            upstreams=self.upstreams(),
+            table=NameTable(IN_MEMORY, trio.current_time),
+            revocations=cluster.revocations,
+            registrar=Registrar(None, cluster.revocations, Uses(NOWHERE)),
+            metrics=cluster.metrics,
+            nursery=work,
+            rng=Random(cluster.seed),
+        )
+        self.library, self.blocks = self.member.library, self.member.blocks
 
     def stop(self) -> None:
         for scope in (self.scope, *self.clients):

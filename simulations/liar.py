@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from rich.table import Table
 from cache.store import Buffer
 from node.exchange.contract import Answer
 from node.oci.references import Locator
-from node.registry.batching import Origin
 from node.registry.upstreams import Upstreams
 from protocol.ids import ObjectRef, PeerId
 from protocol.messages import Request, ShardFound
@@ -85,8 +85,8 @@ class _LyingNode(Node):
 class _OfShards(_LyingNode):
     """One bit is wrong of each shard that it gives to others."""
 
-    async def _handle(self, peer: PeerId, request: Request) -> Answer:
-        answer = await super()._handle(peer, request)
+    async def handle(self, peer: PeerId, request: Request) -> Answer:
+        answer = await super().handle(peer, request)
         if not isinstance(answer.message, ShardFound) or answer.body is None:
             return answer
         return Answer(answer.message, self.lie(answer.body))
@@ -95,18 +95,32 @@ class _OfShards(_LyingNode):
 class _OfRecords(_LyingNode):
     """One bit is wrong of each block of the layers that it reads from the registry, and it signs that."""
 
-    def _origin(self, work: trio.Nursery) -> Origin:
-        return _Misread(self.upstreams, work, self.lie)
+    def upstreams(self, kind: type[Upstreams] = Upstreams) -> Upstreams:
+        misread = super().upstreams(_Misread)
+        assert isinstance(misread, _Misread)
+        misread.lie = self.lie
+        return misread
 
 
-class _Misread(Origin):
-    def __init__(self, upstreams: Upstreams, work: trio.Nursery, lie: Callable[[Buffer], bytearray]) -> None:
-        super().__init__(upstreams, work)
-        self._lie = lie
+class _Misread(Upstreams):
+    """Alters each block of a layer, but not what is read again to compare it."""
 
-    async def read(self, locator: Locator, ref: ObjectRef, index: int, **how: Any) -> bytearray:
-        data = await super().read(locator, ref, index, **how)
-        return self._lie(data) if ref.block_count > 1 else data
+    lie: Callable[[Buffer], bytearray]
+
+    async def blocks(
+        self,
+        locator: Locator,
+        ref: ObjectRef,
+        first: int,
+        count: int,
+        *,
+        certain: bool = False,
+        background: bool = False,
+    ) -> AsyncGenerator[bytearray, None]:
+        right = super().blocks(locator, ref, first, count, certain=certain, background=background)
+        async with aclosing(right) as blocks:
+            async for data in blocks:
+                yield data if certain or ref.block_count == 1 else self.lie(data)
 
 
 HONEST, SHARDS, RECORDS = "honest", "wrong shards", "false records"

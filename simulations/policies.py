@@ -14,9 +14,8 @@ from random import Random
 import trio
 
 from cache.store import Buffer
-from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
-from node.blocks.values import SILENCE_S, BlockAddress, Site
+from node.assembly import Blocks
+from node.blocks.values import SILENCE_S, BlockAddress
 from node.exchange.contract import Lane
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
@@ -31,16 +30,14 @@ class Reader:
     """Parts of a node that keeps none of the blocks that it reads. `late_after_s` says how long one copy is waited for
     before another one is asked for too; `far`: whether keepers get for it what they lack."""
 
-    site: Site
-    seeder: Seeder
-    fetcher: Fetcher
+    blocks: Blocks
     lane: Lane
     rng: Random
     late_after_s: Callable[[PeerId], float]
     far: bool = False
 
     def route(self, address: BlockAddress) -> Route:
-        return self.site.placement().route(self.site.own, address.block, address.length)
+        return self.blocks.site.placement().route(self.blocks.site.own, address.block, address.length)
 
     def shuffled(self, address: BlockAddress) -> list[PeerId]:
         """The keepers, which hold the block whole."""
@@ -50,7 +47,7 @@ class Reader:
     async def block(self, peer: PeerId, address: BlockAddress) -> None:
         """The whole block from one peer. Raises ShoalError."""
         ref, began = address.ref, trio.current_time()
-        answer = await self.seeder.ask(
+        answer = await self.blocks.seeder.ask(
             peer, GetBlock(str(ref.digest), address.index, ref.size), self.lane, SILENCE_S,
             took_s=lambda: trio.current_time() - began,
         )  # fmt: skip
@@ -61,7 +58,7 @@ class Reader:
         """Raises ShoalError."""
         ref, reach = address.ref, self.route(address).reach if self.far else 0
         question = GetShard(str(ref.digest), address.index, ref.size, 4, 1, want, reach, str(address.locator), True)
-        answer = await self.seeder.ask(peer, question, self.lane, SILENCE_S)
+        answer = await self.blocks.seeder.ask(peer, question, self.lane, SILENCE_S)
         assert isinstance(answer.message, ShardFound)
         assert answer.body is not None
         return answer.message.index, answer.body, answer.message.record
@@ -138,7 +135,7 @@ async def k_of_all(reader: Reader, address: BlockAddress) -> None:
 
 
 async def shipped(reader: Reader, address: BlockAddress) -> None:
-    ticket = reader.fetcher.begin(address, urgent=reader.lane is Lane.URGENT)
+    ticket = reader.blocks.fetcher.begin(address, urgent=reader.lane is Lane.URGENT)
     try:
         await ticket.wait()
     finally:

@@ -137,7 +137,7 @@ class TierNetwork(SimulatedNetwork):
 async def _fill(cluster: Cluster, address: BlockAddress, keepers: Sequence[PeerId]) -> None:
     """As if all keepers had read it."""
     nodes = {node.peer: node for node in cluster.nodes}
-    held = (await nodes[keepers[0]].seeder.home(address)).held
+    held = (await nodes[keepers[0]].blocks.seeder.home(address)).held
     for peer in keepers[1:]:
         await nodes[peer].tiers.put(Piece(address.block), held.data, held.record)
 
@@ -147,9 +147,9 @@ async def _timed(policy: Policy, reader: Reader, address: BlockAddress) -> float
     try:
         await policy(reader, address)
     except UnavailableError:
-        await reader.seeder.home(address)
+        await reader.blocks.seeder.home(address)
     took_s = trio.current_time() - began
-    await reader.site.tiers.discard(Piece(address.block))
+    await reader.blocks.site.tiers.discard(Piece(address.block))
     return took_s
 
 
@@ -165,7 +165,7 @@ def _one(what: Tail, mode: str, shared: float, told: Told) -> Run:
         cluster = Cluster(what.seed, what.nodes, network, registry, Machine(math.inf, math.inf), readers=1)
         async with running(cluster):
             node = cluster.nodes[0]
-            reader = Reader(node.site, node.seeder, node.fetcher, lane, rng, lambda peer: what.slower * P95_S, far=True)
+            reader = Reader(node.blocks, lane, rng, lambda peer: what.slower * P95_S, far=True)
             addresses = [BlockAddress(locator("blobs"), layer, index) for index in range(layer.block_count)]
             cold, warm = addresses[:missing], addresses[missing:]
             for address in warm:

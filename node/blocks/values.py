@@ -89,3 +89,18 @@ class Site:
 def is_copy(shard: Shard) -> bool:
     """Whether the shard's bytes are the block itself."""
     return shard.k == 1 and (shard.index == 0 or shard.m == 1)
+
+
+class CurrentPlacement:
+    """The placement for the view as it is now, made anew when the view has changed."""
+
+    def __init__(self, view: View, k: int, m: int) -> None:
+        self._view, self._k, self._m = view, k, m
+        self._version = -1
+        self._placement = Placement(view.site, k, m)
+
+    def __call__(self) -> Placement:
+        if self._version != self._view.version:
+            self._version = self._view.version
+            self._placement = Placement(self._view.site, self._k, self._m)
+        return self._placement

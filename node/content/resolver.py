@@ -83,7 +83,7 @@ class Names:
             self._served(found.age_s)
         return found
 
-    async def handle(self, request: messages.Resolve) -> Answer:
+    async def handle(self, peer: PeerId, request: messages.Resolve) -> Answer:
         """For a member."""
         locator = Locator.parse(request.source)
         found = self._fresh(locator, request.reference)

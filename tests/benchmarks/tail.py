@@ -15,7 +15,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,23 +27,17 @@ from rich.table import Table
 
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
-from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
-from node.blocks.trust import Trust
-from node.blocks.values import BlockAddress, Site
+from node import assembly
+from node.blocks.values import BlockAddress
 from node.config.schema import HostPort
 from node.exchange.contract import Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, load_authority, peer_of
 from node.identity.identity import Identity
 from node.oci.references import Locator
-from node.registry.batching import Origin
-from protocol.directory import Directory
 from protocol.errors import UnavailableError
-from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import Member
-from protocol.placement import Placement
 from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped
 from tests.benchmarks.site import MB, MBIT, REPOSITORY, Bench, bench_site, console, noise_image
 from tests.support import registry as registries
@@ -72,7 +66,7 @@ class NoRegistry:
     async def blocks(
         self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
         background: bool = False,
-    ) -> AsyncIterator[bytearray]:  # fmt: skip
+    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
         raise UnavailableError("the peers did not give the block")
         yield bytearray()
 
@@ -155,9 +149,7 @@ class Run:
 async def reading(
     bench: Bench, credentials: Credentials, members: list[Member], lane: Lane
 ) -> AsyncIterator[tuple[Reader, TlsExchange]]:
-    own = members[-1]
-    view, health = FixedView(members), Health()
-    placement = Placement(view.site, 4, 1)
+    view = FixedView(members)
 
     async def refuse(peer: PeerId, request: object) -> None:
         raise UnavailableError("a reader only")
@@ -168,11 +160,10 @@ async def reading(
         handler=refuse,  # type: ignore[arg-type] # never answers
     )  # fmt: skip
     tiers = Tiers(MemoryStore(0, trio.current_time), DiskLike(0, trio.current_time), None)
-    site = Site(own.peer_id, view, lambda: placement, exchange, health, Trust(own.peer_id, view), tiers)
     async with trio.open_nursery() as work:
-        seeder = Seeder(site, Origin(NoRegistry(), work), Directory(), lambda data: b"", work)  # type: ignore[arg-type]
+        blocks = assembly.blocks(credentials.identity, view, exchange, tiers, upstream=NoRegistry(), nursery=work)
         await work.start(exchange.run)
-        yield Reader(site, seeder, Fetcher(site, seeder, work), lane, Random(1), health.late_after_s), exchange
+        yield Reader(blocks, lane, Random(1), blocks.site.health.late_after_s), exchange
         work.cancel_scope.cancel()
 
 

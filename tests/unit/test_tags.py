@@ -124,7 +124,7 @@ class Node:
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         assert isinstance(request, Resolve)
         self.heard.append(request)
-        answer = await self.names.handle(request)
+        answer = await self.names.handle(peer, request)
         if self.lies and isinstance(answer.message, Told):
             return Answer(msgspec.structs.replace(answer.message, size=answer.message.size + 1))
         return answer
@@ -293,7 +293,7 @@ def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
         if lie == "type":
             (line,) = [record.getMessage() for record in caplog.records if "is of type" in record.getMessage()]
             assert line.endswith(f"is of type {media_type}; a liar told {false.media_type}")
-            answer = await reader.names.handle(Resolve(str(APP), "latest", 1))
+            answer = await reader.names.handle(reader.own, Resolve(str(APP), "latest", 1))
             assert answer.message.media_type == media_type, "what it knows better it tells no others"
 
     play(tmp_path, 1, scenario)
