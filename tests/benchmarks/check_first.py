@@ -7,13 +7,10 @@ another from the site (warm). Medians; the third read is from the node's own che
 from __future__ import annotations
 
 import contextlib
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +18,7 @@ from rich.table import Table
 from tests.benchmarks.hot_paths import Client, Server
 from tests.support import image as images
 from tests.support import registry as registries
+from tests.support.processes import scratch
 from tests.support.site import UPSTREAM, Node, site, start_all
 
 REPOSITORY, TAG = "demo/app", "v1"
@@ -42,10 +40,9 @@ def timed(node: Node, digest: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="shoal-check-"))
     sizes = [size for size in SIZES_MIB for _ in range(ROUNDS)]
     times: dict[tuple[int, str, str], list[tuple[float, float]]] = defaultdict(list)
-    try:
+    with scratch("shoal-check-") as folder:
         layers = [[("noise", images.noise(number, (size << 20) - 4096))] for number, size in enumerate(sizes)]
         image = images.build(folder / "image", layers)
         with contextlib.ExitStack() as stack:
@@ -63,8 +60,6 @@ def main() -> None:
                     one, other = sites[name][number % COUNT], sites[name][(number + 1) % COUNT]
                     for what, node in (("cold", one), ("warm", other), ("again", other)):
                         times[size, what, name].append(timed(node, blob.digest))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     table = Table("MiB", "from", *(f"{name}: {what}" for what in ("first byte", "last byte") for name in BOUNDS), "÷")
     for size in SIZES_MIB:
         for what, place in (("cold", "registry"), ("warm", "site"), ("again", "own file")):

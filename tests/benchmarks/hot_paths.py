@@ -15,7 +15,6 @@ import shutil
 import socket
 import statistics
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from tests.support import registry as registries
 from tests.support.image import MANIFEST, Blob, Image, blob_path, noise
-from tests.support.processes import free_ports, running, wait_for
+from tests.support.processes import free_ports, running, scratch, wait_for
 from tests.support.site import UPSTREAM, Node, site
 
 HOST, REPOSITORY, TAG = "127.0.0.1", "demo/app", "v1"
@@ -328,9 +327,8 @@ def server_of(node: Node) -> Server:
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="shoal-hot-"))
     report = Report()
-    try:
+    with scratch("shoal-hot-") as folder:
         image = build(folder / "image")
         with (
             registries.docker_registry(folder / "registry") as origin,
@@ -341,8 +339,6 @@ def main() -> None:
             registry = Server(origin.kind, origin.port, f"/v2/{REPOSITORY}", origin.pid)
             warm([server_of(node), beside, registry], image, report)
             cold(server_of(node), folder, registry, image, report)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     report.show()
 
 

@@ -7,10 +7,8 @@ memory, its disk store, TLS between the nodes. Pulls are cut after a time, since
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -23,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.support.generated_origin import REPOSITORY
-from tests.support.processes import free_ports, terminate
+from tests.support.processes import free_ports, scratch, terminate
 from tests.support.site import ROOT, UPSTREAM, Node, site
 
 BOUND_MIB = 256
@@ -162,11 +160,8 @@ def main() -> int:
     worst = 0.0
     with generated_origin() as origin:
         for name in sys.argv[1:] or ["alone", "site", "slow"]:
-            folder = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
-            try:
+            with scratch("shoal-bench-") as folder:
                 result = measure(SCENARIOS[name], origin, folder / "site")
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
             worst = max(worst, *(memory.high_water for memory in result.memories))
             table.add_row(*result.row())
     Console(width=140).print(table)

@@ -14,7 +14,6 @@ import itertools
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.support import image as images
+from tests.support import processes
 from tests.support import registry as registries
 from tests.support.lab import WAN, Lab, NoLabError, Rates, check_lab, lab
 from tests.support.lab_client import Client
@@ -406,9 +406,8 @@ def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | Non
         sys.exit(f"site benchmark: {error}")
     chosen = scenarios or tuple(SCENARIOS)
     sizes = sorted({int(count) for count in counts.split(",")})
-    scratch = Path(tempfile.mkdtemp(prefix="shoal-"))
     failures: list[str] = []
-    try:
+    with processes.scratch() as scratch:
         tags = [tag for name in chosen for tag in SCENARIOS[name]]
         tags += [f"crowd-{count}" for count in sizes if "growth" in chosen]
         store = make_store(scratch, scale, tags)
@@ -426,8 +425,6 @@ def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | Non
             failures += results.failures
             if plot is not None and results.outcomes:
                 plot_growth(results.outcomes, plot)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     sys.exit(bool(failures))
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +38,7 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import Member
 from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped
 from tests.benchmarks.site import MB, MBIT, REPOSITORY, Bench, bench_site, console, noise_image
+from tests.support import processes
 from tests.support import registry as registries
 from tests.support.disk_like import DiskLike
 from tests.support.lab import NoLabError, Rates, check_lab
@@ -306,8 +305,7 @@ def main(rate: float, blocks: int, picture: Path | None) -> None:
         check_lab()
     except NoLabError as error:
         sys.exit(f"{error}")
-    scratch = Path(tempfile.mkdtemp(prefix="shoal-"))
-    try:
+    with processes.scratch() as scratch:
         image = noise_image(scratch / "image", (1, (blocks + WARM_UP) * BLOCK_SIZE))
         with registries.docker_registry(scratch / "registry") as registry:
             registries.push(registry, image, REPOSITORY, "v1")
@@ -320,8 +318,6 @@ def main(rate: float, blocks: int, picture: Path | None) -> None:
         ) as bench:
             trio.run(fill, bench, "v1")
             runs = measure(bench, scratch / "site" / "cluster.key", addresses)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     console.print(table_of(runs, f"{KEEPERS} keepers, {rate:g} Mbit/s a node, {blocks} blocks a run"))
     for promise, result, kept in checks(runs):
         console.print(f"{'yes' if kept else 'NO ':3}  {promise}: {result}")

@@ -9,7 +9,6 @@ import shutil
 import statistics
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from tests.support import image as images
 from tests.support import registry as registries
+from tests.support.processes import scratch
 from tests.support.pull import Pull, best_tool, pull_with, verify
 from tests.support.site import UPSTREAM, site
 
@@ -36,9 +36,8 @@ def timed(start: Callable[[Path], Pull], folder: Path, image: images.Image) -> f
 def main() -> int:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     tools = sorted({"built-in", best_tool()})
-    folder = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
     table = Table("client", "registry s", "warm mirror s", "mirror / registry", title=f"medians of {rounds}")
-    try:
+    with scratch("shoal-bench-") as folder:
         wheels = images.tree(Path(sysconfig.get_path("purelib")), "opt/app", lambda path: path.suffix != ".pyc")
         image = images.build(folder / "image", [images.shell_root(), wheels, [("noise", images.noise(1, 40_000_000))]])
         with (
@@ -63,8 +62,6 @@ def main() -> int:
                 direct, mirrored = (statistics.median(column) for column in zip(*pairs, strict=True))
                 table.add_row(tool, f"{direct:.3f}", f"{mirrored:.3f}", f"{mirrored / direct:.2f}")
         Console().print(f"image of {image.size / 1e6:.0f} MB, everything on this machine", table)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 

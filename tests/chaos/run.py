@@ -26,6 +26,7 @@ from tests.support import image as images
 from tests.support import registry as registries
 from tests.support.lab import WAN, Rates, lab
 from tests.support.lab_client import Client
+from tests.support.leftovers import undone_by
 from tests.support.processes import wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.pull import PullFailedError
@@ -126,10 +127,8 @@ def made(scratch: Path, count: int, **keys: Any) -> Iterator[Site]:
 def _disk(path: Path) -> Iterator[None]:
     path.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=0700", "chaos", path], check=True)
-    try:
+    with undone_by("umount", "--lazy", str(path)):
         yield
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=False)
 
 
 def tag_of(number: int) -> str:

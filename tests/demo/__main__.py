@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from tests.support import image as images
 from tests.support import registry as registries
-from tests.support.processes import wait_for
+from tests.support.processes import scratch, wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.pull import Pull, best_tool, pull_with, verify, wait_all
 from tests.support.site import UPSTREAM, Node, site
@@ -228,15 +227,12 @@ def _interrupted(number: int, _: object) -> None:
 def main() -> int:
     signal.signal(signal.SIGTERM, _interrupted)
     started = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
     try:
-        with ExitStack() as stack:
+        with scratch("shoal-demo-") as folder, ExitStack() as stack:
             held = run_demo(folder, stack)
     except AssertionError as error:  # a pull or a start that failed: what it said is the report
         console.print(f"[bold red]FAILED[/] {type(error).__name__}: {error}", soft_wrap=True)
         held = False
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     console.print(f"{'Everything held' if held else 'NOT everything held'}; {time.monotonic() - started:.0f} s.")
     return 0 if held else 1
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 from tests.support import image as images
 from tests.support import registry as registries
+from tests.support.processes import scratch
 from tests.support.proxy import CountingProxy
 
 REPOSITORY = "demo/app"
@@ -24,9 +23,8 @@ NOISE_BYTES = 17_000_001
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder with a path short enough for unix sockets, which pytest's are not."""
-    path = Path(tempfile.mkdtemp(prefix="shoal-"))
-    yield path
-    shutil.rmtree(path)
+    with scratch() as path:
+        yield path
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +63,5 @@ def proxy(registry: registries.Registry) -> Iterator[CountingProxy]:
 def quick(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory, if there is one: what is made there is opened a thousand times."""
     memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="shoal-", dir=memory if os.access(memory, os.W_OK) else tmp_path))
-    yield folder
-    shutil.rmtree(folder)
+    with scratch(parent=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield folder

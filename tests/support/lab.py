@@ -21,6 +21,8 @@ from pathlib import Path
 
 import trio
 
+from tests.support.leftovers import Forget, taken_away_by
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET = 0x40000000
 
@@ -125,12 +127,14 @@ class Lab:
         self.switch = Namespace(f"{name}-switch")
         self.wan = Namespace(f"{name}-wan")
         self.nodes = [Namespace(f"{name}-{i}") for i in range(count)]
+        self._forget: list[Forget] = []
 
     def address(self, index: int) -> str:
         return f"{NETWORK}.{index // 200}.{index % 200 + 10}"
 
     def build(self) -> None:
         for one in (self.switch, self.wan, *self.nodes):
+            self._forget.append(taken_away_by("ip", "netns", "delete", one.name))
             _run("ip", "netns", "add", one.name)
             _run("ip", "-n", one.name, "link", "set", "lo", "up")
             with one.entered(), contextlib.suppress(OSError):
@@ -179,6 +183,8 @@ class Lab:
     def remove(self) -> None:
         for one in (*self.nodes, self.wan, self.switch):
             subprocess.run(["ip", "netns", "delete", one.name], capture_output=True, check=False)
+        for forget in self._forget:
+            forget()
 
 
 def _mac(address: str) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.leftovers import taken_away_by
+
 ZEROS = bytes(4096)
 
 
@@ -21,11 +23,13 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("cannot mount a file system here")
+    forget = taken_away_by("umount", "--lazy", str(folder))
     try:
         yield folder
     finally:
         while os.path.ismount(folder):
             subprocess.run(["umount", str(folder)], check=True)
+        forget()
 
 
 def make_read_only(folder: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+from tests.support.leftovers import ended_with_the_run, undone_by
 
 T = TypeVar("T")
 
@@ -43,6 +46,14 @@ def wait_for(what: str, probe: Callable[[], T | None], *, seconds: float = 15.0,
         time.sleep(every)
 
 
+@contextlib.contextmanager
+def scratch(prefix: str = "shoal-", parent: Path | None = None) -> Iterator[Path]:
+    """A new folder with a path short enough for unix sockets, removed with all that it holds."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    with undone_by("rm", "-rf", str(folder)):
+        yield folder
+
+
 def tail(path: Path, lines: int = 30) -> str:
     return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:]) if path.exists() else "(no log)"
 
@@ -65,6 +76,7 @@ def running(
     """A process with its output in `log`, ended when the context is left."""
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env)
+    ended_with_the_run(process)
     try:
         yield process
     finally:

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tests.support.image import ARCHITECTURE, INDEX, MANIFEST, Image
+from tests.support.leftovers import ended_with_the_run
 from tests.support.processes import tail, terminate
 
 TIMEOUT_S = 120.0
@@ -44,6 +45,7 @@ class Pull:
         self._started = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+        ended_with_the_run(self._process)
 
     @property
     def running(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from node.cli.client import ControlClient
 from protocol.errors import ShoalError
 from tests.support.lab import Lab, Namespace
+from tests.support.leftovers import ended_with_the_run
 from tests.support.processes import free_ports, tail, terminate, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +135,7 @@ class Node:
                 str(self.config),
             ]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+        ended_with_the_run(self._process)
 
     def wait_ready(self, seconds: float = 20.0) -> None:
         """Until the mirror answers `GET /v2/`; `ready_s` is the time since `launch`."""
