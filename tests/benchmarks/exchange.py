@@ -38,6 +38,7 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import Member
 from protocol.messages import BlockFound, GetBlock, GetShard, Ping, Pong, Request, ShardFound
 from protocol.records import make_record
+from tests.support.leftovers import ended_with_the_run
 
 K = 4
 REF = ObjectRef(Digest("sha256", "ab" * 32), BLOCK_SIZE)
@@ -223,6 +224,7 @@ async def ask(folder: Path, server: int, told: str, lines: list[Line], rounds: i
 def run_both(folder: Path, lines: list[Line], rounds: int, seconds: float) -> list[Runs]:
     command = [sys.executable, "-m", "tests.benchmarks.exchange", "--serve", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        ended_with_the_run(server)
         try:
             assert server.stdout is not None
             return trio.run(ask, folder, server.pid, server.stdout.readline(), lines, rounds, seconds)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.support.generated_origin import REPOSITORY
+from tests.support.leftovers import ended_with_the_run
 from tests.support.processes import free_ports, scratch, terminate
 from tests.support.site import ROOT, UPSTREAM, Node, site
 
@@ -81,6 +82,7 @@ def generated_origin() -> Iterator[Origin]:
     (port,) = free_ports("127.0.0.1", 1)
     command = [sys.executable, "-m", "tests.support.generated_origin", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        ended_with_the_run(process)
         try:
             assert process.stdout is not None
             yield Origin(f"http://127.0.0.1:{port}", process.stdout.readline().split())
@@ -112,7 +114,9 @@ def sampled(nodes: Sequence[Node]) -> Iterator[dict[str, Memory]]:
 def drain(node: Node, digest: str, rate: int) -> subprocess.Popen[str]:
     path = f"/v2/{UPSTREAM}/{REPOSITORY}/blobs/{digest}"
     command = [sys.executable, "-m", "tests.support.drain", node.host, str(node.mirror_port), path, str(rate)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    client = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    ended_with_the_run(client)
+    return client
 
 
 def read_by(client: subprocess.Popen[str]) -> int:
