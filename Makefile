@@ -13,10 +13,10 @@ CODE := node protocol cache simulations
 WITH_TESTS := $(CODE) tests
 LOCK_TOOLS := build/lock-tools
 
-.PHONY: help setup packages demo test lint types imports bench chaos churn fuzz lock clean
+.PHONY: help setup packages demo test test-quick picture lint types imports bench chaos churn fuzz lock clean
 
 help:
-	@echo "make demo | test | bench | chaos | churn | fuzz | setup | lint | types | imports | lock | clean"
+	@echo "make demo | test | test-quick | bench | chaos | churn | fuzz | setup | picture | lint | types | imports | lock | clean"
 
 packages:
 	@.ci/packages
@@ -45,9 +45,20 @@ test: setup
 	@$(MAKE) --no-print-directory lint types imports
 	@$(BIN)/python -m pytest
 
+# Everything but real daemons and simulations: two minutes, for use while editing.
+test-quick: setup
+	@$(MAKE) --no-print-directory lint types imports
+	@$(BIN)/python -m pytest --quiet tests/unit tests/property tests/conformance
+
+# ruff, then sizes, names and language (.ci/house.py), then whether the picture of the rooms is that of the code.
 lint: setup
-	@$(BIN)/ruff format --check $(WITH_TESTS)
-	@$(BIN)/ruff check $(WITH_TESTS)
+	@$(BIN)/ruff format --check $(WITH_TESTS) .ci
+	@$(BIN)/ruff check $(WITH_TESTS) .ci
+	@$(BIN)/python .ci/house.py
+	@PYTHONPATH=. $(BIN)/python .ci/picture.py --check
+
+picture: setup
+	@PYTHONPATH=. $(BIN)/python .ci/picture.py
 
 types: setup
 	@$(BIN)/mypy

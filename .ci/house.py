@@ -38,6 +38,10 @@ TURNS = re.compile(
     r"(?:(?:^|(?<=[.:;!?]\s)|(?<=\n\n)|(?<=[\"'(|*-]\s))(?:Who|Whoever|Whom|Whose|What|Whatever|Of)\b(?![^.?\n]*\?))"
     r"|\b[Ss]o long\b|\b[Tt]old\b|\b[Nn]obody\b|\b(?:is|are|was|were) to be\b"
 )
+PATH = re.compile(
+    r"(?<![\w/.])(?:node|protocol|cache|simulations|tests|docs|deploy)/[\w./-]+\.(?:py|md|toml|service|svg)\b"
+)
+"""A file of this repository, as comments and documents name it."""
 WORD = re.compile(r"[A-Za-z][\w'-]*")
 ONE_IDEA = re.compile(r"One (?:class|idea)", re.I)
 """How the docstring of a class with more methods than MAX_METHODS begins its reason."""
@@ -60,6 +64,8 @@ class Report:
     """All tallies, by the rule's name."""
 
     sizes: Tally = field(default_factory=Tally)
+    imports: Tally = field(default_factory=Tally)
+    paths: Tally = field(default_factory=Tally)
     calls: dict[str, Tally] = field(default_factory=lambda: {"product": Tally(), "rest": Tally()})
     skips: Tally = field(default_factory=Tally)
     vague: dict[str, Tally] = field(default_factory=lambda: {"product": Tally(), "rest": Tally()})
@@ -112,6 +118,26 @@ def check_text(tally: Tally, text: str, where: str, line: int) -> None:
         tally.places.append(f"{where}:{line + plain.count(chr(10), 0, match.start())}: {match.group().strip()}")
 
 
+def check_paths(tally: Tally, text: str, where: Path) -> None:
+    """Files that are named and do not exist. Lines that cite a document of containerd's repository do not count."""
+    for number, line in enumerate(text.splitlines(), 1):
+        for path in PATH.findall(line):
+            if "containerd" not in line and not Path(path).exists() and not (where.parent / path).exists():
+                tally.places.append(f"{where}:{number}: {path}")
+
+
+def check_imports(tally: Tally, path: Path, tree: ast.AST) -> None:
+    """Private names of other modules, and test modules that others import. ruff's SLF001 has private attributes."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(CODE):
+            continue
+        for alias in node.names:
+            if alias.name.startswith("_"):
+                tally.places.append(f"{path}:{node.lineno}: {node.module}.{alias.name} is private")
+            if ".test_" in f"{node.module}.{alias.name}":
+                tally.places.append(f"{path}:{node.lineno}: {node.module} is a test: move it to tests/support")
+
+
 def check_sizes(tally: Tally, path: Path, source: str, tree: ast.AST) -> None:
     lines = source.count("\n")
     if lines > MAX_FILE_LINES:
@@ -138,6 +164,8 @@ def examine() -> Report:
         scope = "product" if path.parts[0] in PRODUCT else "rest"
         if scope == "product":
             check_sizes(report.sizes, path, source, tree)
+        check_imports(report.imports, path, tree)
+        check_paths(report.paths, source, path)
         calls, vague = report.calls[scope], report.vague[scope]
         calls.total += source.count("\n")
         for node in ast.walk(tree):
@@ -153,6 +181,7 @@ def examine() -> Report:
             check_text(report.turns[scope], text, str(path), line)
     for path in tracked(".md"):
         check_text(report.turns["documents"], path.read_text("utf8"), str(path), 1)
+        check_paths(report.paths, path.read_text("utf8"), path)
     shelf = [path for path in Path("node").glob("*.py") if path.name != "__init__.py"]
     if len(shelf) > MAX_FILES_IN_NODE:
         report.sizes.places.append(f"node/: {len(shelf)} files outside its rooms")
@@ -161,12 +190,16 @@ def examine() -> Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--list", choices=["sizes", "calls", "skips", "vague", "turns"], help="show each place")
+    parser.add_argument(
+        "--list", choices=["sizes", "imports", "paths", "calls", "skips", "vague", "turns"], help="show each place"
+    )
     parser.add_argument("paths", nargs="*", help="with --list: only places below these")
     options = parser.parse_args()
     report = examine()
     rows: list[tuple[str, str, Tally, float, bool]] = [
         ("sizes", "product", report.sizes, 0, False),
+        ("imports", "all", report.imports, 0, False),
+        ("paths", "all", report.paths, 0, False),
         ("skips", "all", report.skips, MAX_SKIPS, False),
         *(("calls", scope, tally, MAX_POSITIONAL_CALLS, True) for scope, tally in report.calls.items()),
         *(("vague", scope, tally, MAX_VAGUE, True) for scope, tally in report.vague.items()),
