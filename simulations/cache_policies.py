@@ -22,7 +22,7 @@ from rich.table import Table
 
 from cache.lru_k import LRUKCache
 from cache.pieces import UNBOUNDED, eviction_policy
-from simulations.run import Told, with_progress
+from simulations.run import Report, with_progress
 
 SHIPPED, LRU, OPTIMUM = "LRU-K (shipped)", "LRU", "optimum"
 SIZES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -178,7 +178,7 @@ class Result:
         return [ours - max(row) for ours, *row in zip(self.percent[SHIPPED], *others, strict=True)]
 
 
-def run(those: Sequence[Workload], told: Told) -> list[Result]:
+def run(those: Sequence[Workload], report: Report) -> list[Result]:
     total = sum(len(each.references) * len(each.sizes) for each in those) * len(POLICIES)
     done = 0
 
@@ -186,7 +186,7 @@ def run(those: Sequence[Workload], told: Told) -> list[Result]:
         nonlocal done
         ratio = hit_ratio(policy, workload, size)
         done += len(workload.references)
-        told(done / total)
+        report(done / total)
         return 100 * ratio
 
     return [
@@ -256,13 +256,13 @@ def cache(
 ) -> None:
     """Hit ratios of LRU-K as the tiers use it, beside other policies and the optimum."""
     those = workloads(seed, sizes, interval, trace)
-    results = with_progress("cache", lambda told: run(those, told))
+    results = with_progress("cache", lambda report: run(those, report))
     if plot_path is not None:
         plot(results, plot_path)
     if as_json:
-        what = {"seed": seed, "sizes": sizes, "interval_s": interval, "trace": trace.name if trace else None}
+        setting = {"seed": seed, "sizes": sizes, "interval_s": interval, "trace": trace.name if trace else None}
         shown = [{**asdict(each), "ahead": each.ahead()} for each in results]
-        click.echo(json.dumps({"what": what, "results": shown}, indent=2))
+        click.echo(json.dumps({"what": setting, "results": shown}, indent=2))
         return
     console = Console(width=100)
     for result in results:

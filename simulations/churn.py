@@ -15,7 +15,7 @@ from rich.table import Table
 from protocol.ids import PeerId
 from simulations.cluster import Cluster, Node
 from simulations.registry import Image
-from simulations.run import Told, play
+from simulations.run import Report, play
 from simulations.scenario import SITE, Output, Setting, after, pull_once, rate_option, running, scenario, uplink_option
 
 if TYPE_CHECKING:
@@ -104,9 +104,17 @@ class _Views:
 class _Site:
     """The nodes, their clients, and what comes of these."""
 
-    def __init__(self, what: Churn, cluster: Cluster, images: list[Image], nursery: trio.Nursery, told: Told) -> None:
-        self._what, self._cluster, self._images, self._nursery, self._told = what, cluster, images, nursery, told
-        self._rng = Random(f"churn {what.seed}")
+    def __init__(
+        self, setting: Churn, cluster: Cluster, images: list[Image], nursery: trio.Nursery, report: Report
+    ) -> None:
+        self._setting, self._cluster, self._images, self._nursery, self._report = (
+            setting,
+            cluster,
+            images,
+            nursery,
+            report,
+        )
+        self._rng = Random(f"churn {setting.seed}")
         self._dead: set[int] = set()
         self._pulling: set[int] = set()
         self._began = trio.current_time()
@@ -122,7 +130,7 @@ class _Site:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.views.watch, node)
                 for number in range(first, len(self._images)):
-                    await trio.sleep_until(self._began + self._what.image_s * (number + self._rng.uniform(0.0, 0.5)))
+                    await trio.sleep_until(self._began + self._setting.image_s * (number + self._rng.uniform(0.0, 0.5)))
                     await self._pull(node, self._images[number])
 
     async def _pull(self, node: Node, image: Image) -> None:
@@ -135,12 +143,12 @@ class _Site:
             await trio.sleep(AGAIN_S)
         self._pulling.discard(node.number)
         self.seconds.append(trio.current_time() - began)
-        self._told(min(1.0, len(self.seconds) / (self._what.nodes * self._what.images)))
+        self._report(min(1.0, len(self.seconds) / (self._setting.nodes * self._setting.images)))
 
     async def change(self) -> None:
         """Until all images were there for a while."""
-        until = self._began + self._what.image_s * self._what.images
-        while (at := trio.current_time() + self._rng.expovariate(1.0) * self._what.change_s) < until:
+        until = self._began + self._setting.image_s * self._setting.images
+        while (at := trio.current_time() + self._rng.expovariate(1.0) * self._setting.change_s) < until:
             await trio.sleep_until(at)
             changing = {one.peer for one in self.views.open}
             victims = [
@@ -162,7 +170,7 @@ class _Site:
                 client.cancel()
         else:
             node.stop()
-        await trio.sleep(self._what.away_s)
+        await trio.sleep(self._setting.away_s)
         node.stop()
         await trio.sleep(0.0)
         network.resume(node.peer)
@@ -170,17 +178,17 @@ class _Site:
         self._dead.discard(number)
         node = await self._cluster.restart(number, self._nursery, met=met)
         self.views.changed(node, is_there=True)
-        newest = int((trio.current_time() - self._began) / self._what.image_s)
+        newest = int((trio.current_time() - self._began) / self._setting.image_s)
         self._nursery.start_soon(self._live, node, newest)
 
 
-def _one(what: Churn, told: Told) -> Result:
+def _one(setting: Churn, report: Report) -> Result:
     async def main() -> Result:
-        registry = what.registry()
-        images = [what.push(registry, f"v{number}") for number in range(what.images)]
-        cluster = what.cluster(registry, lambda count: None)
+        registry = setting.registry()
+        images = [setting.push(registry, f"v{number}") for number in range(setting.images)]
+        cluster = setting.cluster(registry, lambda count: None)
         async with running(cluster) as nursery:
-            site = _Site(what, cluster, images, nursery, told)
+            site = _Site(setting, cluster, images, nursery, report)
             await site.change()
         copies = registry.bytes_by_site[SITE] / sum(image.size for image in images)
         settled = site.views.settled
@@ -189,12 +197,12 @@ def _one(what: Churn, told: Told) -> Result:
             len(site.views.open),
         )  # fmt: skip
 
-    return play(what.seed, main)
+    return play(setting.seed, main)
 
 
-def run(what: Churn, told: Told) -> Result:
-    changed = _one(what, lambda share: told(share / 2))
-    quiet = _one(replace(what, change_s=math.inf), lambda share: told((1 + share) / 2))
+def run(setting: Churn, report: Report) -> Result:
+    changed = _one(setting, lambda share: report(share / 2))
+    quiet = _one(replace(setting, change_s=math.inf), lambda share: report((1 + share) / 2))
     return replace(changed, quiet=quiet)
 
 
@@ -205,8 +213,10 @@ def _percentiles(seconds: Sequence[float]) -> str:
     return f"{len(seconds)}: {times}, longest {max(seconds):.1f} s"
 
 
-def table_of(what: Churn, result: Result) -> Table:
-    table = Table("", "", title=f"{what.nodes} nodes, one dies every {what.change_s:g} s on average", show_header=False)
+def table_of(setting: Churn, result: Result) -> Table:
+    table = Table(
+        "", "", title=f"{setting.nodes} nodes, one dies every {setting.change_s:g} s on average", show_header=False
+    )
     assert result.quiet is not None
     for name, one in (("", result), (" without changes", result.quiet)):
         table.add_row(f"pulls{name}", _percentiles(one.seconds))

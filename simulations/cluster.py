@@ -162,13 +162,13 @@ class Cluster:
 
     def __init__(
         self, seed: int, count: int, network: SimulatedNetwork, registry: Registry, machine: Machine, *,
-        sites: int = 1, readers: int = 0, told: Callable[[int], None] = lambda count: None,
+        sites: int = 1, readers: int = 0, report: Callable[[int], None] = lambda count: None,
     ) -> None:  # fmt: skip
         """The first `readers` of the nodes keep nothing for others."""
         self.seed, self.network, self.registry, self.machine = seed, network, registry, machine
         self.shared, self.metrics = SharedBytes(), Metrics()
         self.revocations = Revocations(NOWHERE, open_authority().der)
-        self.note_read = told
+        self.note_read = report
         """Bytes that a client got."""
         self._identities = [identity_of(seed, number) for number in range(count)]
         self._members = [

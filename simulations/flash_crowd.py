@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from rich.table import Table
 
-from simulations.run import Told, play
+from simulations.run import Report, play
 from simulations.scenario import (
     MBIT,
     SITE,
@@ -55,12 +55,12 @@ class Result:
         return max(self.sent) / statistics.mean(self.sent)
 
 
-def run(what: FlashCrowd, told: Told) -> Result:
+def run(setting: FlashCrowd, report: Report) -> Result:
     async def main() -> Result:
-        registry = what.registry()
-        image = what.push(registry)
-        cluster = what.cluster(registry, of_bytes(image.size * what.nodes, told))
-        seconds = [0.0] * what.nodes
+        registry = setting.registry()
+        image = setting.push(registry)
+        cluster = setting.cluster(registry, of_bytes(image.size * setting.nodes, report))
+        seconds = [0.0] * setting.nodes
         async with running(cluster):
             began = trio.current_time()
             before = list(cluster.sent())
@@ -70,18 +70,18 @@ def run(what: FlashCrowd, told: Told) -> Result:
                 seconds[number] = trio.current_time() - began
 
             async with trio.open_nursery() as pulling:
-                for number in range(what.nodes):
+                for number in range(setting.nodes):
                     pulling.start_soon(pull, number)
             sent = tuple(after - earlier for after, earlier in zip(cluster.sent(), before, strict=True))
         return Result(
-            tuple(seconds), what.limit_s, registry.bytes_by_site[SITE], len(registry.requests), sent, image.size
+            tuple(seconds), setting.limit_s, registry.bytes_by_site[SITE], len(registry.requests), sent, image.size
         )
 
-    return play(what.seed, main)
+    return play(setting.seed, main)
 
 
-def table_of(what: FlashCrowd, result: Result) -> Table:
-    title = f"flash crowd: {what.nodes} nodes, {what.image / 1e6:g} MB, {what.rate:g} Mbit/s, uplink {what.uplink:g}"
+def table_of(setting: FlashCrowd, result: Result) -> Table:
+    title = f"flash crowd: {setting.nodes} nodes, {setting.image / 1e6:g} MB, {setting.rate:g} Mbit/s, uplink {setting.uplink:g}"
     table = Table("", "", title=title, show_header=False)
     table.add_row("fluid limit", f"{result.limit_s:.1f} s")
     for name, share in (("first", 0.0), ("median", 0.5), ("p99", 0.99), ("last", 1.0)):

@@ -18,7 +18,7 @@ from rich.table import Table
 from protocol.ids import BLOCK_SIZE, ObjectRef
 from simulations.cluster import Node
 from simulations.registry import Image, locator
-from simulations.run import Told, play
+from simulations.run import Report, play
 from simulations.scenario import SITE, Output, Setting, after, of_bytes, running, scenario
 
 if TYPE_CHECKING:
@@ -85,58 +85,58 @@ async def _start(node: Node, image: Image, runs: Sequence[Run], pauses: Iterator
     await trio.sleep(next(pauses))
 
 
-async def _host(what: FleetStart, node: Node, image: Image, seconds: list[float]) -> None:
-    runs = what.runs(image)
-    rng = Random(f"containers {what.seed} {node.number}")
+async def _host(setting: FleetStart, node: Node, image: Image, seconds: list[float]) -> None:
+    runs = setting.runs(image)
+    rng = Random(f"containers {setting.seed} {node.number}")
     began = trio.current_time()
 
     async def container() -> None:
-        await _start(node, image, runs, _pauses(rng, len(runs), what.warm_s))
+        await _start(node, image, runs, _pauses(rng, len(runs), setting.warm_s))
         seconds.append(trio.current_time() - began)
 
     async with trio.open_nursery() as nursery:
-        for _ in range(what.containers):
+        for _ in range(setting.containers):
             nursery.start_soon(container)
-        if what.traced:
+        if setting.traced:
             for layer, start, stop in runs:
                 await node.read(layer, span=(start, stop))
 
 
-def run(what: FleetStart, told: Told) -> Result:
+def run(setting: FleetStart, report: Report) -> Result:
     async def main() -> Result:
-        registry = what.registry()
-        image = what.push(registry)
-        reads = what.nodes * (what.containers + what.traced) * what.read
-        cluster = what.cluster(registry, of_bytes(reads + what.nodes * what.containers * image.manifest.size, told))
+        registry = setting.registry()
+        image = setting.push(registry)
+        reads = setting.nodes * (setting.containers + setting.traced) * setting.read
+        cluster = setting.cluster(
+            registry, of_bytes(reads + setting.nodes * setting.containers * image.manifest.size, report)
+        )
         seconds: list[float] = []
         async with running(cluster):
             before = sum(cluster.network.port(node.peer).down.carried for node in cluster.nodes)
             async with trio.open_nursery() as starting:
                 for node in cluster.nodes:
-                    starting.start_soon(_host, what, node, image, seconds)
+                    starting.start_soon(_host, setting, node, image, seconds)
             received = sum(cluster.network.port(node.peer).down.carried for node in cluster.nodes) - before
         blocks = {
             layer.block(index): layer.block_length(index)
-            for layer, start, stop in what.runs(image)
+            for layer, start, stop in setting.runs(image)
             for index in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
         }
         needed = sum(blocks.values()) + image.manifest.size
         return Result(tuple(seconds), needed, registry.bytes_by_site[SITE], received)
 
-    return play(what.seed, main)
+    return play(setting.seed, main)
 
 
-def table_of(what: FleetStart, result: Result) -> Table:
-    title = (
-        f"{what.nodes * what.containers} containers on {what.nodes} hosts, {what.rate:g} Mbit/s, uplink {what.uplink:g}"
-    )
+def table_of(setting: FleetStart, result: Result) -> Table:
+    title = f"{setting.nodes * setting.containers} containers on {setting.nodes} hosts, {setting.rate:g} Mbit/s, uplink {setting.uplink:g}"
     table = Table("", "", title=title, show_header=False)
-    table.add_row("warm start", f"{what.warm_s:.2f} s")
+    table.add_row("warm start", f"{setting.warm_s:.2f} s")
     for name, share in (("median", 0.5), ("p99", 0.99), ("last", 1.0)):
         table.add_row(f"{name} cold start", f"{after(result.seconds, share):.2f} s")
-    table.add_row("read by a container", f"{what.read / 1e6:g} MB of {what.image / 1e6:g}")
+    table.add_row("read by a container", f"{setting.read / 1e6:g} MB of {setting.image / 1e6:g}")
     table.add_row("blocks that this touches", f"{result.needed / 1e6:.1f} MB")
-    table.add_row("received by a host", f"{result.received / what.nodes / 1e6:.1f} MB")
+    table.add_row("received by a host", f"{result.received / setting.nodes / 1e6:.1f} MB")
     table.add_row("copies asked of the registry", f"{result.copies:.3f}")
     return table
 
@@ -165,7 +165,7 @@ def fleet_start(
     output: Output, nodes: int, seed: int, containers: int, run_bytes: int, rate: float, uplink: float, traced: bool
 ) -> None:
     """Containers start on all nodes at once, and each reads the same 15 MB of an image of 894 MB."""
-    what = FleetStart(
+    setting = FleetStart(
         nodes, seed, rate=rate, uplink=uplink, containers=containers, run=run_bytes, traced=traced
     )  # fmt: skip
-    output.show(what, run, table_of, draw)
+    output.show(setting, run, table_of, draw)

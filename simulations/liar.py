@@ -19,7 +19,7 @@ from protocol.ids import ObjectRef, PeerId
 from protocol.messages import Request, ShardFound
 from simulations.cluster import Node
 from simulations.registry import Image
-from simulations.run import Told, play
+from simulations.run import Report, play
 from simulations.scenario import (
     SITE,
     Output,
@@ -150,11 +150,13 @@ class _Watched:
         self.quarantined_at.append(trio.current_time())
 
 
-def crowd_of(what: Liar, kind: str, told: Told) -> Crowd:
+def crowd_of(setting: Liar, kind: str, report: Report) -> Crowd:
     async def main() -> Crowd:
-        registry = what.registry()
-        image = what.push(registry)
-        cluster = what.cluster(registry, of_bytes(image.size * (what.nodes - 1), lambda share: told(min(1.0, share))))
+        registry = setting.registry()
+        image = setting.push(registry)
+        cluster = setting.cluster(
+            registry, of_bytes(image.size * (setting.nodes - 1), lambda share: report(min(1.0, share)))
+        )
         cluster.kinds[LIAR] = KINDS[kind]
         crowd = _Watched()
         async with running(cluster):
@@ -174,19 +176,19 @@ def crowd_of(what: Liar, kind: str, told: Told) -> Crowd:
             tuple(at - liar.lies[0] for at in crowd.quarantined_at), len(accused - {liar.peer}),
         )  # fmt: skip
 
-    return play(what.seed, main)
+    return play(setting.seed, main)
 
 
-def run(what: Liar, told: Told) -> Result:
+def run(setting: Liar, report: Report) -> Result:
     crowds = {
-        kind: crowd_of(what, kind, lambda share, before=before: told((before + share) / len(KINDS)))  # type: ignore[misc]
+        kind: crowd_of(setting, kind, lambda share, before=before: report((before + share) / len(KINDS)))  # type: ignore[misc]
         for before, kind in enumerate(KINDS)
     }
     return Result(crowds)
 
 
-def table_of(what: Liar, result: Result) -> Table:
-    table = Table("", *result.crowds, title=f"{what.nodes} nodes, of which one lies, {what.image / 1e6:g} MB")
+def table_of(setting: Liar, result: Result) -> Table:
+    table = Table("", *result.crowds, title=f"{setting.nodes} nodes, of which one lies, {setting.image / 1e6:g} MB")
     crowds = result.crowds.values()
     for name, share in (("median", 0.5), ("last", 1.0)):
         table.add_row(f"{name} completion", *(f"{after(one.seconds, share):.1f} s" for one in crowds))

@@ -14,8 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 T = TypeVar("T")
-Told = Callable[[float], None]
-"""The share of the run that is done, from 0 to 1."""
+Report = Callable[[float], None]
+"""Called with the share of the run that is done, from 0 to 1."""
+
+
+def silent(share: float) -> None:
+    """A `Report` that shows nothing."""
 
 
 def fix_hashes() -> None:
@@ -36,7 +40,7 @@ def play(seed: int, main: Callable[[], Awaitable[T]]) -> T:
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def with_progress(name: str, run: Callable[[Told], T]) -> T:
+def with_progress(name: str, run: Callable[[Report], T]) -> T:
     """On standard error, where that is a terminal."""
     console = Console(stderr=True)
     columns = (

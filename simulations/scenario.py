@@ -23,12 +23,12 @@ from protocol.ids import BLOCK_SIZE
 from simulations.cluster import Cluster, Machine, Node
 from simulations.network import SimulatedNetwork, constant, lognormal
 from simulations.registry import Image, Registry
-from simulations.run import Told, with_progress
+from simulations.run import Report, with_progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-What = TypeVar("What")
+SettingT = TypeVar("SettingT")
 Result = TypeVar("Result")
 
 MBIT = 1e6 / 8
@@ -76,7 +76,7 @@ class Setting:
     def push(self, registry: Registry, tag: str = "v1") -> Image:
         return registry.push(tag, [self.image // self.layers] * self.layers)
 
-    def cluster(self, registry: Registry, told: Callable[[int], None], *, sites: int = 1) -> Cluster:
+    def cluster(self, registry: Registry, report: Callable[[int], None], *, sites: int = 1) -> Cluster:
         """`told` is called with each number of bytes that a client got."""
         latency = lognormal(self.lan_ms / 2e3, self.lan_ms * 5 / 2e3)
         tick_s = TICK_SHARE * BLOCK_SIZE / 4 / (self.rate * MBIT)
@@ -84,7 +84,7 @@ class Setting:
         for number in range(sites):
             network.uplink(f"site-{number}").down.rate = self.uplink * MBIT
         machine = Machine(self.rate * MBIT, self.rate * MBIT)
-        return Cluster(self.seed, self.nodes, network, registry, machine, sites=sites, told=told)
+        return Cluster(self.seed, self.nodes, network, registry, machine, sites=sites, report=report)
 
 
 @asynccontextmanager
@@ -145,14 +145,14 @@ async def pull_until_done(node: Node, image: Image) -> list[Pulled]:
     return attempts
 
 
-def of_bytes(total: int, told: Told) -> Callable[[int], None]:
+def of_bytes(total: int, report: Report) -> Callable[[int], None]:
     """For `Setting.cluster`, where the run ends when clients got `total` bytes."""
     done = 0
 
     def note(count: int) -> None:
         nonlocal done
         done += count
-        told(done / total)
+        report(done / total)
 
     return note
 
@@ -171,16 +171,16 @@ class Output:
     plot_path: Path | None
 
     def show(
-        self, what: What, run: Callable[[What, Told], Result], table_of: Callable[[What, Result], Table],
+        self, setting: SettingT, run: Callable[[SettingT, Report], Result], table_of: Callable[[SettingT, Result], Table],
         draw: Callable[[Result, Figure], None],
     ) -> None:  # fmt: skip
-        result = with_progress(self.name, lambda told: run(what, told))
+        result = with_progress(self.name, lambda report: run(setting, report))
         if self.plot_path is not None:
             _plot(self.plot_path, lambda figure: draw(result, figure))
         if self.as_json:
-            click.echo(json.dumps({"what": _fields(what), **_fields(result)}, indent=2))
+            click.echo(json.dumps({"what": _fields(setting), **_fields(result)}, indent=2))
         else:
-            Console(width=100).print(table_of(what, result))
+            Console(width=100).print(table_of(setting, result))
 
 
 def scenario(name: str, *, nodes: int) -> Callable[[Callable[..., None]], click.Command]:

@@ -9,7 +9,7 @@ import click
 import trio
 from rich.table import Table
 
-from simulations.run import Told, play
+from simulations.run import Report, play
 from simulations.scenario import (
     Output,
     Setting,
@@ -48,11 +48,11 @@ class Result:
     sites: tuple[AtSite, ...]
 
 
-def run(what: TwoSites, told: Told) -> Result:
+def run(setting: TwoSites, report: Report) -> Result:
     async def main() -> Result:
-        registry = what.registry()
-        image = what.push(registry)
-        cluster = what.cluster(registry, of_bytes(image.size * what.nodes, told), sites=len(SITES))
+        registry = setting.registry()
+        image = setting.push(registry)
+        cluster = setting.cluster(registry, of_bytes(image.size * setting.nodes, report), sites=len(SITES))
         found: dict[str, AtSite] = {}
 
         async def pull(site: str, later_s: float) -> None:
@@ -65,14 +65,14 @@ def run(what: TwoSites, told: Told) -> Result:
 
         async with running(cluster), trio.open_nursery() as pulling:
             for number, site in enumerate(SITES):
-                pulling.start_soon(pull, site, number * what.later_s)
+                pulling.start_soon(pull, site, number * setting.later_s)
         return Result(tuple(found[site] for site in SITES))
 
-    return play(what.seed, main)
+    return play(setting.seed, main)
 
 
-def table_of(what: TwoSites, result: Result) -> Table:
-    title = f"two sites: {what.nodes} nodes, {what.image / 1e6:g} MB, uplinks {what.uplink:g}, {what.later_s:g} s apart"
+def table_of(setting: TwoSites, result: Result) -> Table:
+    title = f"two sites: {setting.nodes} nodes, {setting.image / 1e6:g} MB, uplinks {setting.uplink:g}, {setting.later_s:g} s apart"
     table = Table("", *(site.name for site in result.sites), title=title)
     for name, share in (("median", 0.5), ("last", 1.0)):
         table.add_row(f"{name} completion", *(f"{after(site.seconds, share):.1f} s" for site in result.sites))

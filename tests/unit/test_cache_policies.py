@@ -26,12 +26,9 @@ from simulations.cache_policies import (
     two_pools,
     workloads,
 )
+from simulations.run import silent
 
 INTERVAL_S = 60.0
-
-
-def told_nothing(share: float) -> None:
-    """Nobody looks."""
 
 
 def small(seed: int, length: int = 3000) -> Workload:
@@ -47,7 +44,7 @@ def test_lru_k_finds_the_hot_pool() -> None:
 
 def test_small_caches_lose_at_most_a_point_to_the_best_policy_under_scans() -> None:
     (scans,) = (each for each in workloads(1, (0.3, 3), INTERVAL_S, None) if each.name == "Zipf with scans")
-    (result,) = run([scans], told_nothing)
+    (result,) = run([scans], silent)
     assert min(result.ahead()) >= -1
     for ours, lru, best in zip(*(result.percent[name] for name in (SHIPPED, LRU, OPTIMUM)), strict=True):
         assert lru + 5 < ours < best

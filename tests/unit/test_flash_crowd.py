@@ -11,12 +11,9 @@ import pytest
 from node.runtime.single_flight import SingleFlight
 from protocol.placement import Placement
 from simulations.flash_crowd import FlashCrowd, run
+from simulations.run import silent
 
 SMALL = FlashCrowd(nodes=12, image=16_000_000)
-
-
-def told_nothing(share: float) -> None:
-    """Nobody looks."""
 
 
 def test_a_crowd_reads_each_byte_once_near_the_limit_and_shares_the_work() -> None:
@@ -34,7 +31,7 @@ def test_what_is_asked_for_twice_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
         return await work()  # type: ignore[operator]
 
     monkeypatch.setattr(SingleFlight, "do", each_for_himself)
-    assert run(SMALL, told_nothing).copies > 1.5
+    assert run(SMALL, silent).copies > 1.5
 
 
 def test_an_unfair_placement_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +41,7 @@ def test_an_unfair_placement_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return ranked(self, "", *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Placement, "_ranked", the_same_for_all)
-    assert run(SMALL, told_nothing).imbalance > 1.35
+    assert run(SMALL, silent).imbalance > 1.35
 
 
 def test_a_seed_decides_every_byte_that_is_printed() -> None:

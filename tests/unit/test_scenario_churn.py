@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from simulations.churn import Churn, run
-from tests.unit.test_flash_crowd import told_nothing
+from simulations.run import silent
 
 SMALL = Churn(nodes=8, image=2_000_000, layers=2, images=3, change_s=15.0)
 
 
 def test_pulls_go_on_while_nodes_die_and_come_back_and_all_soon_agree_on_who_is_there() -> None:
-    result = run(SMALL, told_nothing)
+    result = run(SMALL, silent)
     assert result.failed == 0
     assert len(result.deaths) == len(result.returns) > 5
     assert result.unsettled == 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from simulations.fleet_start import FleetStart, run
-from tests.unit.test_flash_crowd import told_nothing
+from simulations.run import silent
 
 SMALL = FleetStart(nodes=8, containers=3, image=60_000_000, layers=3, read=6_000_000)
 
 
 def test_a_cold_start_reads_each_block_once_for_all_and_is_hardly_later_than_a_warm_one() -> None:
-    result = run(SMALL, told_nothing)
+    result = run(SMALL, silent)
     assert len(result.seconds) == SMALL.nodes * SMALL.containers
     assert result.copies <= 1.02
     assert max(result.seconds) < SMALL.warm_s + 0.2

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from simulations.liar import HONEST, RECORDS, SHARDS, Liar, crowd_of, run
-from tests.unit.test_flash_crowd import told_nothing
+from simulations.run import silent
 
 SMALL = Liar(nodes=12, image=8_000_000, layers=2)
 
 
 def test_who_lies_is_shut_out_by_all_and_nobody_else_is() -> None:
-    crowds = run(SMALL, told_nothing).crowds
+    crowds = run(SMALL, silent).crowds
     assert crowds[HONEST].copies <= 1.02
     for kind in (SHARDS, RECORDS):
         assert crowds[kind].lies
@@ -24,6 +24,6 @@ def test_who_lies_is_shut_out_by_all_and_nobody_else_is() -> None:
 
 def test_a_false_record_in_a_large_layer_has_no_node_compare_all_of_it() -> None:
     """Each did, which took ten copies here, and as many more as there are more nodes."""
-    crowd = crowd_of(Liar(nodes=10, image=12_000_000, layers=2), RECORDS, told_nothing)
+    crowd = crowd_of(Liar(nodes=10, image=12_000_000, layers=2), RECORDS, silent)
     assert crowd.failed <= 2 * 9, "each of two layers breaks off once"
     assert crowd.copies < 8

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from simulations.run import silent
 from simulations.tail import BULK, K_OF_ALL, K_OF_K, URGENT, Tail, run
-from tests.unit.test_flash_crowd import told_nothing
 
 SMALL = Tail(reads=400, blocks=20, shared=(), modes=(K_OF_K, K_OF_ALL, URGENT, BULK))
 
 
 def test_the_fifth_shard_cuts_the_tail_as_independent_shards_would_and_bulk_reads_take_few_more_bytes() -> None:
-    result = run(SMALL, told_nothing)
+    result = run(SMALL, silent)
     for name in (K_OF_ALL, URGENT):
         assert result.cut(name, 0.95) > 0.4
     assert result.runs[K_OF_ALL].off_formula < 0.06
@@ -17,6 +17,6 @@ def test_the_fifth_shard_cuts_the_tail_as_independent_shards_would_and_bulk_read
 
 
 def test_what_slows_all_keepers_together_leaves_nothing_of_it() -> None:
-    result = run(Tail(reads=200, blocks=20, shared=(1.0,), modes=()), told_nothing)
+    result = run(Tail(reads=200, blocks=20, shared=(1.0,), modes=()), silent)
     p95 = result.p95_by_shared[1.0]
     assert p95[K_OF_ALL] > 0.9 * p95[K_OF_K]
