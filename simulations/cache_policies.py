@@ -260,9 +260,9 @@ def cache(
     if plot_path is not None:
         plot(results, plot_path)
     if as_json:
-        setting = {"seed": seed, "sizes": sizes, "interval_s": interval, "trace": trace.name if trace else None}
+        setup = {"seed": seed, "sizes": sizes, "interval_s": interval, "trace": trace.name if trace else None}
         shown = [{**asdict(each), "ahead": each.ahead()} for each in results]
-        click.echo(json.dumps({"what": setting, "results": shown}, indent=2))
+        click.echo(json.dumps({"what": setup, "results": shown}, indent=2))
         return
     console = Console(width=100)
     for result in results:

@@ -105,16 +105,16 @@ class _Site:
     """The nodes, their clients, and what comes of these."""
 
     def __init__(
-        self, setting: Churn, cluster: Cluster, images: list[Image], nursery: trio.Nursery, report: Report
+        self, setup: Churn, cluster: Cluster, images: list[Image], nursery: trio.Nursery, report: Report
     ) -> None:
-        self._setting, self._cluster, self._images, self._nursery, self._report = (
-            setting,
+        self._setup, self._cluster, self._images, self._nursery, self._report = (
+            setup,
             cluster,
             images,
             nursery,
             report,
         )
-        self._rng = Random(f"churn {setting.seed}")
+        self._rng = Random(f"churn {setup.seed}")
         self._dead: set[int] = set()
         self._pulling: set[int] = set()
         self._began = trio.current_time()
@@ -130,7 +130,7 @@ class _Site:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.views.watch, node)
                 for number in range(first, len(self._images)):
-                    await trio.sleep_until(self._began + self._setting.image_s * (number + self._rng.uniform(0.0, 0.5)))
+                    await trio.sleep_until(self._began + self._setup.image_s * (number + self._rng.uniform(0.0, 0.5)))
                     await self._pull(node, self._images[number])
 
     async def _pull(self, node: Node, image: Image) -> None:
@@ -143,12 +143,12 @@ class _Site:
             await trio.sleep(AGAIN_S)
         self._pulling.discard(node.number)
         self.seconds.append(trio.current_time() - began)
-        self._report(min(1.0, len(self.seconds) / (self._setting.nodes * self._setting.images)))
+        self._report(min(1.0, len(self.seconds) / (self._setup.nodes * self._setup.images)))
 
     async def change(self) -> None:
         """Until all images were there for a while."""
-        until = self._began + self._setting.image_s * self._setting.images
-        while (at := trio.current_time() + self._rng.expovariate(1.0) * self._setting.change_s) < until:
+        until = self._began + self._setup.image_s * self._setup.images
+        while (at := trio.current_time() + self._rng.expovariate(1.0) * self._setup.change_s) < until:
             await trio.sleep_until(at)
             changing = {one.peer for one in self.views.open}
             victims = [
@@ -170,7 +170,7 @@ class _Site:
                 client.cancel()
         else:
             node.stop()
-        await trio.sleep(self._setting.away_s)
+        await trio.sleep(self._setup.away_s)
         node.stop()
         await trio.sleep(0.0)
         network.resume(node.peer)
@@ -178,17 +178,17 @@ class _Site:
         self._dead.discard(number)
         node = await self._cluster.restart(number, self._nursery, met=met)
         self.views.changed(node, is_there=True)
-        newest = int((trio.current_time() - self._began) / self._setting.image_s)
+        newest = int((trio.current_time() - self._began) / self._setup.image_s)
         self._nursery.start_soon(self._live, node, newest)
 
 
-def _one(setting: Churn, report: Report) -> Result:
+def _one(setup: Churn, report: Report) -> Result:
     async def main() -> Result:
-        registry = setting.registry()
-        images = [setting.push(registry, f"v{number}") for number in range(setting.images)]
-        cluster = setting.cluster(registry, lambda count: None)
+        registry = setup.registry()
+        images = [setup.push(registry, f"v{number}") for number in range(setup.images)]
+        cluster = setup.cluster(registry, lambda count: None)
         async with running(cluster) as nursery:
-            site = _Site(setting, cluster, images, nursery, report)
+            site = _Site(setup, cluster, images, nursery, report)
             await site.change()
         copies = registry.bytes_by_site[SITE] / sum(image.size for image in images)
         settled = site.views.settled
@@ -197,12 +197,12 @@ def _one(setting: Churn, report: Report) -> Result:
             len(site.views.open),
         )  # fmt: skip
 
-    return play(setting.seed, main)
+    return play(setup.seed, main)
 
 
-def run(setting: Churn, report: Report) -> Result:
-    changed = _one(setting, lambda share: report(share / 2))
-    quiet = _one(replace(setting, change_s=math.inf), lambda share: report((1 + share) / 2))
+def run(setup: Churn, report: Report) -> Result:
+    changed = _one(setup, lambda share: report(share / 2))
+    quiet = _one(replace(setup, change_s=math.inf), lambda share: report((1 + share) / 2))
     return replace(changed, quiet=quiet)
 
 
@@ -213,9 +213,9 @@ def _percentiles(seconds: Sequence[float]) -> str:
     return f"{len(seconds)}: {times}, longest {max(seconds):.1f} s"
 
 
-def table_of(setting: Churn, result: Result) -> Table:
+def table_of(setup: Churn, result: Result) -> Table:
     table = Table(
-        "", "", title=f"{setting.nodes} nodes, one dies every {setting.change_s:g} s on average", show_header=False
+        "", "", title=f"{setup.nodes} nodes, one dies every {setup.change_s:g} s on average", show_header=False
     )
     assert result.quiet is not None
     for name, one in (("", result), (" without changes", result.quiet)):

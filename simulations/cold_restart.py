@@ -62,31 +62,31 @@ class Result:
         return [pull for pull in self.pulls if since <= pull.began < until]
 
 
-def run(setting: ColdRestart, report: Report) -> Result:
+def run(setup: ColdRestart, report: Report) -> Result:
     async def main() -> Result:
-        registry, rng = setting.registry(), Random(f"clients {setting.seed}")
-        images = [setting.push(registry, f"v{number}") for number in range(setting.images)]
-        cluster = setting.cluster(registry, lambda count: None)
+        registry, rng = setup.registry(), Random(f"clients {setup.seed}")
+        images = [setup.push(registry, f"v{number}") for number in range(setup.images)]
+        cluster = setup.cluster(registry, lambda count: None)
         pulls: list[Pulled] = []
 
         async def client(number: int) -> None:
-            pause_s = rng.uniform(0, setting.every_s)
+            pause_s = rng.uniform(0, setup.every_s)
             while True:
                 await trio.sleep(pause_s)
                 pulls.append(await pull_once(cluster.nodes[number], rng.choice(images)))
-                pause_s = AGAIN_S if pulls[-1].error else rng.expovariate(1 / setting.every_s)
+                pause_s = AGAIN_S if pulls[-1].error else rng.expovariate(1 / setup.every_s)
 
         async with running(cluster) as nursery, trio.open_nursery() as loading:
             for image in images:
                 await pull_all(cluster.nodes, image)
-            for number in range(setting.nodes):
+            for number in range(setup.nodes):
                 loading.start_soon(client, number)
             await trio.sleep(WARM_S)
             began = trio.current_time()
             await cluster.restart_all(nursery)
-            for second in range(int(setting.cold_s)):
+            for second in range(int(setup.cold_s)):
                 await trio.sleep(1)
-                report((second + 1) / int(setting.cold_s))
+                report((second + 1) / int(setup.cold_s))
             loading.cancel_scope.cancel()
         return Result(
             tuple(Pulled(pull.number, pull.began - began, pull.ended - began, pull.error) for pull in pulls),
@@ -95,16 +95,16 @@ def run(setting: ColdRestart, report: Report) -> Result:
             sum(image.size for image in images),
         )
 
-    return play(setting.seed, main)
+    return play(setup.seed, main)
 
 
-def table_of(setting: ColdRestart, result: Result) -> Table:
+def table_of(setup: ColdRestart, result: Result) -> Table:
     title = (
-        f"cold restart: {setting.nodes} nodes, {setting.images} images of {setting.image / 1e6:g} MB, "
-        f"a pull each {setting.every_s:g} s and node"
+        f"cold restart: {setup.nodes} nodes, {setup.images} images of {setup.image / 1e6:g} MB, "
+        f"a pull each {setup.every_s:g} s and node"
     )
     table = Table("", "before", "after", title=title)
-    warm, cold = result.begun(-WARM_S, 0), result.begun(0, setting.cold_s)
+    warm, cold = result.begun(-WARM_S, 0), result.begun(0, setup.cold_s)
     table.add_row("pulls begun", str(len(warm)), str(len(cold)))
     table.add_row("of them failed", *(str(sum(bool(pull.error) for pull in pulls)) for pulls in (warm, cold)))
     for name, share in (("median", 0.5), ("longest", 1.0)):

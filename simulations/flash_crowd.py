@@ -55,12 +55,12 @@ class Result:
         return max(self.sent) / statistics.mean(self.sent)
 
 
-def run(setting: FlashCrowd, report: Report) -> Result:
+def run(setup: FlashCrowd, report: Report) -> Result:
     async def main() -> Result:
-        registry = setting.registry()
-        image = setting.push(registry)
-        cluster = setting.cluster(registry, of_bytes(image.size * setting.nodes, report))
-        seconds = [0.0] * setting.nodes
+        registry = setup.registry()
+        image = setup.push(registry)
+        cluster = setup.cluster(registry, of_bytes(image.size * setup.nodes, report))
+        seconds = [0.0] * setup.nodes
         async with running(cluster):
             began = trio.current_time()
             before = list(cluster.sent())
@@ -70,18 +70,20 @@ def run(setting: FlashCrowd, report: Report) -> Result:
                 seconds[number] = trio.current_time() - began
 
             async with trio.open_nursery() as pulling:
-                for number in range(setting.nodes):
+                for number in range(setup.nodes):
                     pulling.start_soon(pull, number)
             sent = tuple(after - earlier for after, earlier in zip(cluster.sent(), before, strict=True))
         return Result(
-            tuple(seconds), setting.limit_s, registry.bytes_by_site[SITE], len(registry.requests), sent, image.size
+            tuple(seconds), setup.limit_s, registry.bytes_by_site[SITE], len(registry.requests), sent, image.size
         )
 
-    return play(setting.seed, main)
+    return play(setup.seed, main)
 
 
-def table_of(setting: FlashCrowd, result: Result) -> Table:
-    title = f"flash crowd: {setting.nodes} nodes, {setting.image / 1e6:g} MB, {setting.rate:g} Mbit/s, uplink {setting.uplink:g}"
+def table_of(setup: FlashCrowd, result: Result) -> Table:
+    title = (
+        f"flash crowd: {setup.nodes} nodes, {setup.image / 1e6:g} MB, {setup.rate:g} Mbit/s, uplink {setup.uplink:g}"
+    )
     table = Table("", "", title=title, show_header=False)
     table.add_row("fluid limit", f"{result.limit_s:.1f} s")
     for name, share in (("first", 0.0), ("median", 0.5), ("p99", 0.99), ("last", 1.0)):

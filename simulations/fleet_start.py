@@ -85,58 +85,58 @@ async def _start(node: Node, image: Image, runs: Sequence[Run], pauses: Iterator
     await trio.sleep(next(pauses))
 
 
-async def _host(setting: FleetStart, node: Node, image: Image, seconds: list[float]) -> None:
-    runs = setting.runs(image)
-    rng = Random(f"containers {setting.seed} {node.number}")
+async def _host(setup: FleetStart, node: Node, image: Image, seconds: list[float]) -> None:
+    runs = setup.runs(image)
+    rng = Random(f"containers {setup.seed} {node.number}")
     began = trio.current_time()
 
     async def container() -> None:
-        await _start(node, image, runs, _pauses(rng, len(runs), setting.warm_s))
+        await _start(node, image, runs, _pauses(rng, len(runs), setup.warm_s))
         seconds.append(trio.current_time() - began)
 
     async with trio.open_nursery() as nursery:
-        for _ in range(setting.containers):
+        for _ in range(setup.containers):
             nursery.start_soon(container)
-        if setting.traced:
+        if setup.traced:
             for layer, start, stop in runs:
                 await node.read(layer, span=(start, stop))
 
 
-def run(setting: FleetStart, report: Report) -> Result:
+def run(setup: FleetStart, report: Report) -> Result:
     async def main() -> Result:
-        registry = setting.registry()
-        image = setting.push(registry)
-        reads = setting.nodes * (setting.containers + setting.traced) * setting.read
-        cluster = setting.cluster(
-            registry, of_bytes(reads + setting.nodes * setting.containers * image.manifest.size, report)
+        registry = setup.registry()
+        image = setup.push(registry)
+        reads = setup.nodes * (setup.containers + setup.traced) * setup.read
+        cluster = setup.cluster(
+            registry, of_bytes(reads + setup.nodes * setup.containers * image.manifest.size, report)
         )
         seconds: list[float] = []
         async with running(cluster):
             before = sum(cluster.network.port(node.peer).down.carried for node in cluster.nodes)
             async with trio.open_nursery() as starting:
                 for node in cluster.nodes:
-                    starting.start_soon(_host, setting, node, image, seconds)
+                    starting.start_soon(_host, setup, node, image, seconds)
             received = sum(cluster.network.port(node.peer).down.carried for node in cluster.nodes) - before
         blocks = {
             layer.block(index): layer.block_length(index)
-            for layer, start, stop in setting.runs(image)
+            for layer, start, stop in setup.runs(image)
             for index in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
         }
         needed = sum(blocks.values()) + image.manifest.size
         return Result(tuple(seconds), needed, registry.bytes_by_site[SITE], received)
 
-    return play(setting.seed, main)
+    return play(setup.seed, main)
 
 
-def table_of(setting: FleetStart, result: Result) -> Table:
-    title = f"{setting.nodes * setting.containers} containers on {setting.nodes} hosts, {setting.rate:g} Mbit/s, uplink {setting.uplink:g}"
+def table_of(setup: FleetStart, result: Result) -> Table:
+    title = f"{setup.nodes * setup.containers} containers on {setup.nodes} hosts, {setup.rate:g} Mbit/s, uplink {setup.uplink:g}"
     table = Table("", "", title=title, show_header=False)
-    table.add_row("warm start", f"{setting.warm_s:.2f} s")
+    table.add_row("warm start", f"{setup.warm_s:.2f} s")
     for name, share in (("median", 0.5), ("p99", 0.99), ("last", 1.0)):
         table.add_row(f"{name} cold start", f"{after(result.seconds, share):.2f} s")
-    table.add_row("read by a container", f"{setting.read / 1e6:g} MB of {setting.image / 1e6:g}")
+    table.add_row("read by a container", f"{setup.read / 1e6:g} MB of {setup.image / 1e6:g}")
     table.add_row("blocks that this touches", f"{result.needed / 1e6:.1f} MB")
-    table.add_row("received by a host", f"{result.received / setting.nodes / 1e6:.1f} MB")
+    table.add_row("received by a host", f"{result.received / setup.nodes / 1e6:.1f} MB")
     table.add_row("copies asked of the registry", f"{result.copies:.3f}")
     return table
 
@@ -165,7 +165,7 @@ def fleet_start(
     output: Output, nodes: int, seed: int, containers: int, run_bytes: int, rate: float, uplink: float, traced: bool
 ) -> None:
     """Containers start on all nodes at once, and each reads the same 15 MB of an image of 894 MB."""
-    setting = FleetStart(
+    setup = FleetStart(
         nodes, seed, rate=rate, uplink=uplink, containers=containers, run=run_bytes, traced=traced
     )  # fmt: skip
-    output.show(setting, run, table_of, draw)
+    output.show(setup, run, table_of, draw)

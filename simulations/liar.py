@@ -150,12 +150,12 @@ class _Watched:
         self.quarantined_at.append(trio.current_time())
 
 
-def crowd_of(setting: Liar, kind: str, report: Report) -> Crowd:
+def crowd_of(setup: Liar, kind: str, report: Report) -> Crowd:
     async def main() -> Crowd:
-        registry = setting.registry()
-        image = setting.push(registry)
-        cluster = setting.cluster(
-            registry, of_bytes(image.size * (setting.nodes - 1), lambda share: report(min(1.0, share)))
+        registry = setup.registry()
+        image = setup.push(registry)
+        cluster = setup.cluster(
+            registry, of_bytes(image.size * (setup.nodes - 1), lambda share: report(min(1.0, share)))
         )
         cluster.kinds[LIAR] = KINDS[kind]
         crowd = _Watched()
@@ -176,19 +176,19 @@ def crowd_of(setting: Liar, kind: str, report: Report) -> Crowd:
             tuple(at - liar.lies[0] for at in crowd.quarantined_at), len(accused - {liar.peer}),
         )  # fmt: skip
 
-    return play(setting.seed, main)
+    return play(setup.seed, main)
 
 
-def run(setting: Liar, report: Report) -> Result:
+def run(setup: Liar, report: Report) -> Result:
     crowds = {
-        kind: crowd_of(setting, kind, lambda share, before=before: report((before + share) / len(KINDS)))  # type: ignore[misc]
+        kind: crowd_of(setup, kind, lambda share, before=before: report((before + share) / len(KINDS)))  # type: ignore[misc]
         for before, kind in enumerate(KINDS)
     }
     return Result(crowds)
 
 
-def table_of(setting: Liar, result: Result) -> Table:
-    table = Table("", *result.crowds, title=f"{setting.nodes} nodes, of which one lies, {setting.image / 1e6:g} MB")
+def table_of(setup: Liar, result: Result) -> Table:
+    table = Table("", *result.crowds, title=f"{setup.nodes} nodes, of which one lies, {setup.image / 1e6:g} MB")
     crowds = result.crowds.values()
     for name, share in (("median", 0.5), ("last", 1.0)):
         table.add_row(f"{name} completion", *(f"{after(one.seconds, share):.1f} s" for one in crowds))

@@ -28,7 +28,7 @@ from simulations.run import Report, with_progress
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SettingT = TypeVar("SettingT")
+SetupT = TypeVar("SetupT")
 Result = TypeVar("Result")
 
 MBIT = 1e6 / 8
@@ -171,16 +171,16 @@ class Output:
     plot_path: Path | None
 
     def show(
-        self, setting: SettingT, run: Callable[[SettingT, Report], Result], table_of: Callable[[SettingT, Result], Table],
+        self, setup: SetupT, run: Callable[[SetupT, Report], Result], table_of: Callable[[SetupT, Result], Table],
         draw: Callable[[Result, Figure], None],
     ) -> None:  # fmt: skip
-        result = with_progress(self.name, lambda report: run(setting, report))
+        result = with_progress(self.name, lambda report: run(setup, report))
         if self.plot_path is not None:
             _plot(self.plot_path, lambda figure: draw(result, figure))
         if self.as_json:
-            click.echo(json.dumps({"what": _fields(setting), **_fields(result)}, indent=2))
+            click.echo(json.dumps({"what": _fields(setup), **_fields(result)}, indent=2))
         else:
-            Console(width=100).print(table_of(setting, result))
+            Console(width=100).print(table_of(setup, result))
 
 
 def scenario(name: str, *, nodes: int) -> Callable[[Callable[..., None]], click.Command]:

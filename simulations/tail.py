@@ -153,24 +153,24 @@ async def _timed(policy: Policy, reader: Reader, address: BlockAddress) -> float
     return took_s
 
 
-def _one(setting: Tail, mode: str, shared: float, report: Report) -> Run:
+def _one(setup: Tail, mode: str, shared: float, report: Report) -> Run:
     policy, lane = MODES[mode]
 
     async def main() -> Run:
-        rng = Random(f"reads {setting.seed}")
-        network = TierNetwork(Random(f"network {setting.seed}"), through(PEERS, setting.slower), shared)
-        registry = Registry(setting.seed, through(REGISTRY))
-        missing = round(MISSING * setting.reads)
-        [layer] = registry.push("v1", [(setting.blocks + missing) * BLOCK_SIZE]).layers
-        cluster = Cluster(setting.seed, setting.nodes, network, registry, Machine(math.inf, math.inf), readers=1)
+        rng = Random(f"reads {setup.seed}")
+        network = TierNetwork(Random(f"network {setup.seed}"), through(PEERS, setup.slower), shared)
+        registry = Registry(setup.seed, through(REGISTRY))
+        missing = round(MISSING * setup.reads)
+        [layer] = registry.push("v1", [(setup.blocks + missing) * BLOCK_SIZE]).layers
+        cluster = Cluster(setup.seed, setup.nodes, network, registry, Machine(math.inf, math.inf), readers=1)
         async with running(cluster):
             node = cluster.nodes[0]
-            reader = Reader(node.blocks, lane, rng, lambda peer: setting.slower * P95_S, far=True)
+            reader = Reader(node.blocks, lane, rng, lambda peer: setup.slower * P95_S, far=True)
             addresses = [BlockAddress(locator("blobs"), layer, index) for index in range(layer.block_count)]
             cold, warm = addresses[:missing], addresses[missing:]
             for address in warm:
                 await _fill(cluster, address, reader.route(address).keepers)
-            reads = cold + rng.choices(warm, k=setting.reads - missing)
+            reads = cold + rng.choices(warm, k=setup.reads - missing)
             rng.shuffle(reads)
             await trio.sleep(SETTLED_S)
             seconds = []
@@ -180,14 +180,14 @@ def _one(setting: Tail, mode: str, shared: float, report: Report) -> Run:
                     before = network.port(node.peer).down.carried
                 network.next_moment()
                 seconds.append(await _timed(policy, reader, address))
-                report(number / (WARM_UP + setting.reads))
-                await trio.sleep(setting.slower * SPACING_S)
+                report(number / (WARM_UP + setup.reads))
+                await trio.sleep(setup.slower * SPACING_S)
             received = network.port(node.peer).down.carried - before
         counted = seconds[WARM_UP:]
-        extra = received / (setting.reads * BLOCK_SIZE) - 1
+        extra = received / (setup.reads * BLOCK_SIZE) - 1
         return Run(tuple(counted), extra, _off_formula(counted, network.answers))
 
-    return play(setting.seed, main)
+    return play(setup.seed, main)
 
 
 def _off_formula(seconds: Sequence[float], answers: Sequence[float]) -> float:
@@ -200,22 +200,22 @@ def _off_formula(seconds: Sequence[float], answers: Sequence[float]) -> float:
     return most
 
 
-def run(setting: Tail, report: Report) -> Result:
-    each = [(mode, 0.0) for mode in setting.modes]
-    each += [(mode, shared) for shared in setting.shared for mode in (K_OF_K, *COMPARED)]
+def run(setup: Tail, report: Report) -> Result:
+    each = [(mode, 0.0) for mode in setup.modes]
+    each += [(mode, shared) for shared in setup.shared for mode in (K_OF_K, *COMPARED)]
     runs = {
-        (mode, shared): _one(setting, mode, shared, lambda share, done=number: report((done + share) / len(each)))  # type: ignore[misc]
+        (mode, shared): _one(setup, mode, shared, lambda share, done=number: report((done + share) / len(each)))  # type: ignore[misc]
         for number, (mode, shared) in enumerate(each)
     }
     p95: dict[float, dict[str, float]] = {}
     for (mode, shared), one in runs.items():
         p95.setdefault(shared, {})[mode] = after(one.seconds, 0.95)
-    return Result({mode: runs[mode, 0.0] for mode in setting.modes}, p95)
+    return Result({mode: runs[mode, 0.0] for mode in setup.modes}, p95)
 
 
-def table_of(setting: Tail, result: Result) -> Table:
+def table_of(setup: Tail, result: Result) -> Table:
     shares = (0.5, 0.9, 0.95, 0.99, 0.999)
-    table = Table(title=f"{setting.reads} reads of a block from {setting.nodes} nodes: milliseconds, against 4 of 4")
+    table = Table(title=f"{setup.reads} reads of a block from {setup.nodes} nodes: milliseconds, against 4 of 4")
     for column in ("", *(f"p{100 * share:g}" for share in shares), "p95 cut by", "extra bytes"):
         table.add_column(column, justify="right" if column else "left")
     for name, one in result.runs.items():

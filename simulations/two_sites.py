@@ -48,11 +48,11 @@ class Result:
     sites: tuple[AtSite, ...]
 
 
-def run(setting: TwoSites, report: Report) -> Result:
+def run(setup: TwoSites, report: Report) -> Result:
     async def main() -> Result:
-        registry = setting.registry()
-        image = setting.push(registry)
-        cluster = setting.cluster(registry, of_bytes(image.size * setting.nodes, report), sites=len(SITES))
+        registry = setup.registry()
+        image = setup.push(registry)
+        cluster = setup.cluster(registry, of_bytes(image.size * setup.nodes, report), sites=len(SITES))
         found: dict[str, AtSite] = {}
 
         async def pull(site: str, later_s: float) -> None:
@@ -65,14 +65,16 @@ def run(setting: TwoSites, report: Report) -> Result:
 
         async with running(cluster), trio.open_nursery() as pulling:
             for number, site in enumerate(SITES):
-                pulling.start_soon(pull, site, number * setting.later_s)
+                pulling.start_soon(pull, site, number * setup.later_s)
         return Result(tuple(found[site] for site in SITES))
 
-    return play(setting.seed, main)
+    return play(setup.seed, main)
 
 
-def table_of(setting: TwoSites, result: Result) -> Table:
-    title = f"two sites: {setting.nodes} nodes, {setting.image / 1e6:g} MB, uplinks {setting.uplink:g}, {setting.later_s:g} s apart"
+def table_of(setup: TwoSites, result: Result) -> Table:
+    title = (
+        f"two sites: {setup.nodes} nodes, {setup.image / 1e6:g} MB, uplinks {setup.uplink:g}, {setup.later_s:g} s apart"
+    )
     table = Table("", *(site.name for site in result.sites), title=title)
     for name, share in (("median", 0.5), ("last", 1.0)):
         table.add_row(f"{name} completion", *(f"{after(site.seconds, share):.1f} s" for site in result.sites))

@@ -62,11 +62,11 @@ class Result:
         return [at for at in self.attempts if self.cut[0] <= at < self.cut[1]]
 
 
-def run(setting: UplinkCut, report: Report) -> Result:
+def run(setup: UplinkCut, report: Report) -> Result:
     async def main() -> Result:
-        registry = setting.registry()
-        image = setting.push(registry)
-        cluster = setting.cluster(registry, of_bytes(image.size * setting.nodes, report))
+        registry = setup.registry()
+        image = setup.push(registry)
+        cluster = setup.cluster(registry, of_bytes(image.size * setup.nodes, report))
         pulls: list[Pulled] = []
         async with running(cluster):
             began = trio.current_time()
@@ -76,31 +76,33 @@ def run(setting: UplinkCut, report: Report) -> Result:
                     pulls.append(Pulled(number, one.began - began, one.ended - began, one.error))
 
             async with trio.open_nursery() as pulling:
-                for number in range(setting.nodes):
+                for number in range(setup.nodes):
                     pulling.start_soon(pull, number)
-                await trio.sleep(setting.at_s)
+                await trio.sleep(setup.at_s)
                 cluster.network.cut_uplink(SITE)
-                await trio.sleep(setting.cut_s)
+                await trio.sleep(setup.cut_s)
                 cluster.network.mend_uplink(SITE)
         attempts = tuple(at - began for at, _ in registry.attempts)
         copies = registry.bytes_by_site[SITE] / image.size
-        return Result(tuple(pulls), attempts, copies, (setting.at_s, setting.mended_s))
+        return Result(tuple(pulls), attempts, copies, (setup.at_s, setup.mended_s))
 
-    return play(setting.seed, main)
+    return play(setup.seed, main)
 
 
-def table_of(setting: UplinkCut, result: Result) -> Table:
-    title = f"uplink cut: {setting.nodes} nodes, {setting.image / 1e6:g} MB, cut from {setting.at_s:g} s to {setting.mended_s:g} s"
+def table_of(setup: UplinkCut, result: Result) -> Table:
+    title = (
+        f"uplink cut: {setup.nodes} nodes, {setup.image / 1e6:g} MB, cut from {setup.at_s:g} s to {setup.mended_s:g} s"
+    )
     table = Table("", "", title=title, show_header=False)
     failed = [pull for pull in result.pulls if pull.error]
     longest_s = max((pull.ended - pull.began for pull in failed), default=0.0)
     table.add_row("pulls that failed", f"{len(failed)}, after {longest_s:.1f} s at most")
     for name, share in (("first", 0.0), ("median", 0.5), ("last", 1.0)):
         seconds = after(result.seconds, share)
-        table.add_row(f"{name} completion", f"{seconds:.1f} s, {seconds - setting.mended_s:+.1f} s from the mending")
+        table.add_row(f"{name} completion", f"{seconds:.1f} s, {seconds - setup.mended_s:+.1f} s from the mending")
     most = most_within(result.tried, MINUTE_S)
     table.add_row(
-        "attempts while it was cut", f"{len(result.tried)}, in a minute {most}: {most / setting.nodes:.1f} a node"
+        "attempts while it was cut", f"{len(result.tried)}, in a minute {most}: {most / setup.nodes:.1f} a node"
     )
     table.add_row("copies asked of the registry", f"{result.copies:.3f}")
     return table
