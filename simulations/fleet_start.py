@@ -129,7 +129,8 @@ def run(setup: FleetStart, report: Report) -> Result:
 
 
 def table_of(setup: FleetStart, result: Result) -> Table:
-    title = f"{setup.nodes * setup.containers} containers on {setup.nodes} hosts, {setup.rate:g} Mbit/s, uplink {setup.uplink:g}"
+    links = f"{setup.rate:g} Mbit/s, uplink {setup.uplink:g}"
+    title = f"{setup.nodes * setup.containers} containers on {setup.nodes} hosts, {links}"
     table = Table("", "", title=title, show_header=False)
     table.add_row("warm start", f"{setup.warm_s:.2f} s")
     for name, share in (("median", 0.5), ("p99", 0.99), ("last", 1.0)):
