@@ -29,19 +29,8 @@ from node.blocks.fetcher import Fetcher
 from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
 from node.blocks.values import Site
-from node.config.schema import (
-    Config,
-    HostPort,
-    access_grace_s,
-    check,
-    load,
-    parse_duration,
-    parse_floor,
-    parse_host_port,
-    parse_size,
-    tag_policies,
-    uplink_policy,
-)
+from node.config.quantities import HostPort
+from node.config.schema import Config, access_grace_s, check, load, tag_policies, uplink_policy
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
 from node.content.name_table import NameTable
@@ -188,13 +177,13 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
     metrics, ledger, health, directory = Metrics(), Ledger(), Health(), Directory()
     async with AsyncExitStack() as stack:
         hang_ups = stack.enter_context(trio.open_signal_receiver(signal.SIGHUP))
-        mirror_listeners = await _listeners(parse_host_port(config.mirror.listen, "mirror.listen"), "mirror.listen")
+        mirror_listeners = await _listeners(config.mirror.listen, "mirror.listen")
         loaded_pins = load_pins(data_dir / "pins.json")
         tiers, memory, disk = await _open_tiers(config, data_dir, identity, digests_of(loaded_pins), stack)
         pins = Pins(data_dir / "pins.json", loaded_pins, disk)
         public = PublicTable(data_dir / "access.sqlite", pins.has_of)
         stack.callback(public.close)
-        bulk = parse_host_port(config.peers.bulk, "peers.bulk")
+        bulk = config.peers.bulk
         own = Member(identity.peer_id, config.node.name, place.site, bulk_addresses(bulk))
         membership = Membership(own, int(time.time() * 1000), Random())
         uplinks = {
@@ -240,8 +229,8 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         )
         access = Access(
             access_grace_s(config), upstreams, public, names.public_age_s, work,
-            public_grace_s=parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
-            loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
+            public_grace_s=config.mirror.tag_max_age.seconds,
+            loopback=config.mirror.listen.is_loopback,
         )  # fmt: skip
         judge = Judge(
             site, seeder, identity.sign, lambda upstream: len(upstreams.endpoints(upstream)) > 1, work, Random()
@@ -277,7 +266,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         )
         listings = Listings(
             upstreams.passthrough, library, data_dir / "listings.sqlite",
-            parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
+            config.mirror.tag_max_age.seconds,
         )  # fmt: skip
         stack.callback(listings.close)
         live = LiveParts(
@@ -288,7 +277,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         control = NodeControl(
             Parts(
                 lambda: reloader.config, site, membership, judge, swarm, exchange, names, upstreams, library, ledger,
-                metrics, config.mirror.listen, started_at, lambda: cluster_row(admission, revocations, place),
+                metrics, str(config.mirror.listen), started_at, lambda: cluster_row(admission, revocations, place),
                 lambda: certificate_shown(reloader.config, admission, revocations), len(place.bootstrap),
             )
         )  # fmt: skip
@@ -323,8 +312,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         await work.start(prefetcher.run)
         routes = {**offline_routes(offline), **admission_routes(service, revocations), **reloader.routes()}
         await work.start(partial(serve_control, control, Path(config.control.socket), routes))
-        if config.control.metrics:
-            address = parse_host_port(config.control.metrics, "control.metrics")
+        if address := config.control.metrics.address:
             await _serve(
                 work, await _listeners(address, "control.metrics"), metrics_handler(metrics), METRICS_LIMITS, None
             )
@@ -357,12 +345,11 @@ async def _serve(
 async def _open_tiers(
     config: Config, data_dir: Path, identity: Identity, pinned: frozenset[Digest], stack: AsyncExitStack
 ) -> tuple[Tiers, MemoryStore, DiskStore]:
-    share, least = parse_floor(config.cache.min_free, "cache.min_free")
-    budget = parse_size(config.cache.disk, "cache.disk")
+    floor, budget = config.cache.min_free, config.cache.disk.bytes
     disk = await stack.enter_async_context(
-        DiskStore.open(data_dir / "cache", budget, free_share=share, free_bytes=least, pinned=pinned)
+        DiskStore.open(data_dir / "cache", budget, free_share=floor.share, free_bytes=floor.bytes, pinned=pinned)
     )
-    memory = MemoryStore(parse_size(config.cache.memory, "cache.memory"), trio.current_time)
+    memory = MemoryStore(config.cache.memory.bytes, trio.current_time)
     folder = config.cache.containerd_store
     content = ContentStore(Path(folder), record_for=_record_for(identity)) if folder else None
     return Tiers(memory, disk, content), memory, disk

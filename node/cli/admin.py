@@ -10,7 +10,8 @@ from pathlib import Path
 
 import trio
 
-from node.config.schema import Config, parse_duration
+from node.config.quantities import Duration
+from node.config.schema import Config
 from node.identity.certificates import load_authority, subject_of
 from node.identity.credentials import joined_site, save_joined
 from node.identity.identity import load_or_create
@@ -30,9 +31,9 @@ def invite(key: Path, site: str, expires: str, uses: int, lifetime: str) -> dict
         authority.cluster,
         site,
         now,
-        now + int(parse_duration(expires, "--expires")),
+        now + int(Duration.read("--expires", expires).seconds),
         uses,
-        0 if lifetime == FOR_EVER else int(parse_duration(lifetime, "--lifetime")),
+        0 if lifetime == FOR_EVER else int(Duration.read("--lifetime", lifetime).seconds),
         secrets.token_bytes(admission.ID_BYTES),
     )
     _check(token)

@@ -21,7 +21,7 @@ from node.api.image_documents import (
 )
 from node.cli.client import DaemonUnreachableError
 from node.cli.common import Command, Failure, ImageParam, Session, common, echo, events, show_document
-from node.config.schema import parse_duration, parse_size
+from node.config.quantities import Duration, Size
 from node.oci.platforms import parse_platforms
 from protocol.errors import BadInputError
 
@@ -169,7 +169,7 @@ def prefetch(
         _query(platforms, all_platforms)
         order = PrefetchOrder(
             images=tuple(_images(what)), platforms=platforms, all_platforms=all_platforms,
-            rate=parse_size(rate.removesuffix("/s"), "--rate") if rate else 0, window=window or "",
+            rate=Size.read("--rate", rate.removesuffix("/s")).bytes if rate else 0, window=window or "",
         )  # fmt: skip
         answer = session.client.post("/prefetch", body=msgspec.json.encode(order))
     show_document(session, answer, PrefetchReport, _show)
@@ -202,9 +202,9 @@ def gc(session: Session, older_than: str | None, to: str | None, dry_run: bool) 
     if (older_than is None) == (to is None):
         raise click.UsageError("either --older-than or --to")
     if older_than:
-        parse_duration(older_than, "--older-than")
+        Duration.read("--older-than", older_than)
     if to:
-        parse_size(to, "--to")
+        Size.read("--to", to)
     dry = "1" if dry_run else "0"
     answer = session.client.post("/gc", older_than=older_than or "", to=to or "", dry_run=dry)
     show_document(session, answer, GcReport, _show)

@@ -43,7 +43,7 @@ from node.api.documents import (
     why_report,
 )
 from node.blocks.values import Site
-from node.config.schema import Config, UpstreamPart, parse_floor
+from node.config.schema import Config, UpstreamPart
 from node.config.tag_policy import TagPolicy
 from node.content.image_walk import MAX_DEPTH
 from node.content.library import SiteLibrary
@@ -309,7 +309,7 @@ class NodeControl:
             data_dir_error=error,
             free_bytes=free,
             total_bytes=total,
-            floor=parse_floor(config.cache.min_free, "cache.min_free"),
+            floor=config.cache.min_free,
             certificate=await trio.to_thread.run_sync(parts.certificate),
             now=time.time(),
         )

@@ -18,7 +18,7 @@ import msgspec
 import trio
 
 from node.api.image_documents import OfflineApi, PrefetchOrder, WorkEvent, WorkResult
-from node.config.schema import parse_duration, parse_size
+from node.config.quantities import Duration, Size
 from node.control.routes import Routes, document, image_of, line
 from node.oci.platforms import Platform, own_platform, parse_platforms
 from node.oci.references import ImageName
@@ -61,8 +61,8 @@ def offline_routes(api: OfflineApi) -> Routes:
     async def gc(request: Request) -> Response:
         older, to = request.query.get("older_than", ""), request.query.get("to", "")
         report = await api.gc(
-            older_than_s=parse_duration(older, "older_than") if older else None,
-            to_bytes=parse_size(to, "to") if to else None,
+            older_than_s=Duration.read("older_than", older).seconds if older else None,
+            to_bytes=Size.read("to", to).bytes if to else None,
             dry_run=_flag(request, "dry_run"),
         )
         return document(report)

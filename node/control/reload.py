@@ -19,17 +19,7 @@ import trio
 from cache.disk import DiskStore
 from cache.memory import MemoryStore
 from node.api.documents import ReloadReport
-from node.config.schema import (
-    Config,
-    UpstreamPart,
-    access_grace_s,
-    load,
-    parse_duration,
-    parse_floor,
-    parse_size,
-    tag_policies,
-    uplink_policy,
-)
+from node.config.schema import Config, UpstreamPart, access_grace_s, load, tag_policies, uplink_policy
 from node.content.listings import Listings
 from node.content.resolver import Names
 from node.control.routes import Routes, document
@@ -72,7 +62,7 @@ class LiveParts:
 
     def prepared(self, config: Config) -> Change:
         """What applies a configuration that was checked; it does not fail. Raises BadInputError."""
-        self.pins.check_fits(parse_size(config.cache.disk, "cache.disk"))
+        self.pins.check_fits(config.cache.disk.bytes)
         uplinks = [self.uplink_of(part.name) for part in config.upstream]
         registries = self.upstreams.prepared(config.upstream, uplinks)
         seeds = self.bootstrap(config.peers.bootstrap)
@@ -88,13 +78,13 @@ class LiveParts:
 
     def _apply(self, config: Config) -> None:
         set_level(config.node.log)
-        max_age_s = parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age")
+        max_age_s = config.mirror.tag_max_age.seconds
         self.names.policies = tag_policies(config)
         self.access.change(access_grace_s(config), max_age_s)
         self.listings.max_age_s = max_age_s
-        self.memory.resize(parse_size(config.cache.memory, "cache.memory"))
-        share, least = parse_floor(config.cache.min_free, "cache.min_free")
-        self.disk.resize(parse_size(config.cache.disk, "cache.disk"), free_share=share, free_bytes=least)
+        self.memory.resize(config.cache.memory.bytes)
+        floor = config.cache.min_free
+        self.disk.resize(config.cache.disk.bytes, free_share=floor.share, free_bytes=floor.bytes)
 
 
 class Reloader:
@@ -196,4 +186,4 @@ def _fields(struct: msgspec.Struct) -> Iterable[tuple[str, Any]]:
 
 
 def _text(value: object) -> str:
-    return msgspec.json.encode(value).decode()
+    return msgspec.json.encode(value, enc_hook=str).decode()

@@ -31,7 +31,7 @@ from node.blocks.fetcher import Fetcher
 from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
 from node.blocks.values import BlockAddress, Site
-from node.config.schema import HostPort
+from node.config.quantities import HostPort
 from node.exchange.contract import Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, load_authority, peer_of
