@@ -36,11 +36,11 @@ from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.content.resolver import Names
 from node.control.api import NodeControl, Parts, upstream_row
-from node.control.cluster_routes import admission_routes, cluster_row
+from node.control.cluster_routes import cluster_routes, cluster_row
 from node.control.doctor import certificate_shown
-from node.control.image_routes import offline_routes
+from node.control.image_routes import image_routes
 from node.control.reload import LiveParts, Reloader
-from node.control.routes import METRICS_LIMITS, metrics_handler, serve_control
+from node.control.routes import METRICS_LIMITS, control_routes, metrics_handler, serve_control
 from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.contract import Answer
@@ -270,17 +270,37 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         )  # fmt: skip
         stack.callback(listings.close)
         live = LiveParts(
-            upstreams, uplink_of, names, access, listings, lambda more: swarm.prepared([*more, *place.bootstrap]),
-            pins, memory, disk,
-        )  # fmt: skip
+            upstreams=upstreams,
+            uplink_of=uplink_of,
+            names=names,
+            access=access,
+            listings=listings,
+            bootstrap=lambda more: swarm.prepared([*more, *place.bootstrap]),
+            pins=pins,
+            memory=memory,
+            disk=disk,
+        )
         reloader = Reloader(path, config, live.prepared, notifier)
         control = NodeControl(
             Parts(
-                lambda: reloader.config, site, membership, judge, swarm, exchange, names, upstreams, library, ledger,
-                metrics, str(config.mirror.listen), started_at, lambda: cluster_row(admission, revocations, place),
-                lambda: certificate_shown(reloader.config, admission, revocations), len(place.bootstrap),
+                config=lambda: reloader.config,
+                site=site,
+                membership=membership,
+                judge=judge,
+                swarm=swarm,
+                exchange=exchange,
+                names=names,
+                upstreams=upstreams,
+                library=library,
+                ledger=ledger,
+                metrics=metrics,
+                mirror_address=str(config.mirror.listen),
+                started_at=started_at,
+                cluster=lambda: cluster_row(admission, revocations, place),
+                certificate=lambda: certificate_shown(reloader.config, admission, revocations),
+                issuers=len(place.bootstrap),
             )
-        )  # fmt: skip
+        )
         metrics.watch_served(
             lambda: {source.value: count for source, count in ledger.bytes_served.items()},
             lambda: {source.value: count for source, count in ledger.requests.items()},
@@ -310,8 +330,13 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         await work.start(library.check_parts)
         await work.start(swarm.run)
         await work.start(prefetcher.run)
-        routes = {**offline_routes(offline), **admission_routes(service, revocations), **reloader.routes()}
-        await work.start(partial(serve_control, control, Path(config.control.socket), routes))
+        routes = [
+            *control_routes(control),
+            *image_routes(offline),
+            *cluster_routes(service, revocations),
+            *reloader.routes(),
+        ]
+        await work.start(partial(serve_control, Path(config.control.socket), routes))
         if address := config.control.metrics.address:
             await _serve(
                 work, await _listeners(address, "control.metrics"), metrics_handler(metrics), METRICS_LIMITS, None

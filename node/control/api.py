@@ -1,4 +1,4 @@
-"""What the control socket is told: `ControlApi` over the running node."""
+"""`ControlApi` over the running node: reads its components and makes the documents that the control socket sends."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ MAX_CACHE_ROWS = 1000
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What the daemon built, as far as the operator is told of it. `issuers`: the members that it joined through."""
+    """The components that an operator may ask about. `issuers` counts the members through which this node joined."""
 
     config: Callable[[], Config]
     site: Site

@@ -29,7 +29,8 @@ from node.api.documents import (
     WhyReport,
 )
 from node.cli.client import ControlClient, DaemonRefusedError, DaemonUnreachableError, explain
-from node.control.routes import control_socket, metrics_handler
+from node.control.routes import metrics_handler
+from node.control.socket import control_socket
 from node.telemetry.metrics import Metrics
 from node.web.server import Request
 from protocol.errors import BadInputError
@@ -183,7 +184,7 @@ def test_a_pull_that_fails_says_so_in_its_last_line(client: ControlClient, image
         ("/why", {}, "which image"),
         ("/why", {"image": "UPPER"}, "not a repository name"),
         ("/why", {"image": "missing"}, "was not asked for"),
-        ("/pull", {"image": "alpine"}, "a pull is a POST"),
+        ("/pull", {"image": "alpine"}, "/pull is a POST"),
     ],
 )
 def test_errors_are_told(client: ControlClient, target: str, query: dict[str, str], text: str) -> None:
@@ -252,9 +253,9 @@ def test_a_daemon_that_goes_away_while_it_answers(path: Path) -> None:
 def test_metrics_are_read_at_their_path_only() -> None:
     async def main() -> None:
         handle = metrics_handler(Metrics())
-        found = await handle(Request("GET", "/metrics", {}, {}))
-        assert found.status == 200
-        assert found.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        answer = await handle(Request("GET", "/metrics", {}, {}))
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert (await handle(Request("GET", "/", {}, {}))).status == 404
         assert (await handle(Request("POST", "/metrics", {}, {}))).status == 405
 

@@ -158,15 +158,15 @@ def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_righ
         ):
             some = Nobody()
             parts = LiveParts(
-                upstreams,
-                {"r.test": link}.__getitem__,
-                some,
-                some,
-                some,
-                lambda seeds: lambda: None,
-                some,
-                memory,
-                disk,
+                upstreams=upstreams,
+                uplink_of={"r.test": link}.__getitem__,
+                names=some,
+                access=some,
+                listings=some,
+                bootstrap=lambda seeds: lambda: None,
+                pins=some,
+                memory=memory,
+                disk=disk,
             )
             await put(memory, disk)
             change = parts.prepared(config(room // 2, room // 2, rate="8MiB", daily="1GiB"))
