@@ -33,26 +33,17 @@ from node.blocks.fetcher import Fetcher
 from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
 from node.blocks.values import CurrentPlacement, Site
-from node.config.schema import (
-    Config,
-    access_grace_s,
-    parse_duration,
-    parse_floor,
-    parse_host_port,
-    parse_size,
-    tag_policies,
-    uplink_policy,
-)
+from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.content.resolver import Names
 from node.control.api import NodeControl, Parts, upstream_row
-from node.control.cluster_routes import admission_routes, cluster_row
+from node.control.cluster_routes import cluster_routes, cluster_row
 from node.control.doctor import certificate_shown
-from node.control.image_routes import offline_routes
+from node.control.image_routes import image_routes
 from node.control.reload import LiveParts, Reloader
-from node.control.routes import Routes
+from node.control.routes import Route, control_routes
 from node.evidence.judge import Judge
 from node.exchange.contract import Exchange
 from node.exchange.dispatcher import Dispatcher
@@ -144,12 +135,13 @@ class Storage:
 
 async def storage(config: Config, folder: Path, admitted: Admitted, stack: AsyncExitStack) -> Storage:
     cache, pinned = config.cache, load_pins(folder / "pins.json")
-    share, least = parse_floor(cache.min_free, "cache.min_free")
-    budget = parse_size(cache.disk, "cache.disk")
+    floor, budget = cache.min_free, cache.disk.bytes
     disk = await stack.enter_async_context(
-        DiskStore.open(folder / "cache", budget, free_share=share, free_bytes=least, pinned=digests_of(pinned))
+        DiskStore.open(
+            folder / "cache", budget, free_share=floor.share, free_bytes=floor.bytes, pinned=digests_of(pinned)
+        )
     )
-    memory = MemoryStore(parse_size(cache.memory, "cache.memory"), trio.current_time)
+    memory = MemoryStore(cache.memory.bytes, trio.current_time)
     store = cache.containerd_store
     content = ContentStore(Path(store), record_for=admitted.record_for) if store else None
     pins = Pins(folder / "pins.json", pinned, disk)
@@ -200,14 +192,13 @@ class Network:
 
 def network(config: Config, admitted: Admitted) -> Network:
     peers, verifier, place = config.peers, admitted.verifier, admitted.place
-    bulk = parse_host_port(peers.bulk, "peers.bulk")
-    own = Member(admitted.identity.peer_id, config.node.name, place.site, bulk_addresses(bulk))
+    own = Member(admitted.identity.peer_id, config.node.name, place.site, bulk_addresses(peers.bulk))
     membership, dispatcher = Membership(own, int(time.time() * 1000), Random()), Dispatcher()
     exchange = TlsExchange(
         verifier.server_context,
         verifier.client_context,
         verifier.peer_of,
-        listen=bulk,
+        listen=peers.bulk,
         locate=membership.find,
         refused=membership.is_refused,
         handler=dispatcher,
@@ -372,7 +363,7 @@ def clients(
     registry: Registry,
     nursery: trio.Nursery,
 ) -> Clients:
-    tag_max_age_s = parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age")
+    tag_max_age_s = config.mirror.tag_max_age.seconds
     library, upstreams = member.library, registry.upstreams
     access = Access(
         access_grace_s(config),
@@ -381,7 +372,7 @@ def clients(
         member.names.public_age_s,
         nursery=nursery,
         public_grace_s=tag_max_age_s,
-        loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
+        loopback=config.mirror.listen.is_loopback,
     )
     listings = Listings(upstreams.passthrough, library, folder / "listings.sqlite", tag_max_age_s)
     prefetcher = Prefetcher(folder / "prefetch.json", library, member.blocks.fetcher, storage.tiers.holds)
@@ -407,9 +398,8 @@ def clients(
 class Operator:
     """Stage 5: what operators see and change."""
 
-    control: NodeControl
     reloader: Reloader
-    routes: Routes
+    routes: list[Route]
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,7 +447,7 @@ def operator(
             library=member.library,
             ledger=member.ledger,
             metrics=network.metrics,
-            mirror_address=source.config.mirror.listen,
+            mirror_address=str(source.config.mirror.listen),
             started_at=trio.current_time(),
             cluster=lambda: cluster_row(admitted.verifier, admitted.revocations, place),
             certificate=lambda: certificate_shown(reloader.config, admitted.verifier, admitted.revocations),
@@ -465,12 +455,13 @@ def operator(
         )
     )
     _watch(network, storage, registry, member, reloader=reloader)
-    routes = {
-        **offline_routes(clients.images),
-        **admission_routes(member.gossiper, admitted.revocations),
-        **reloader.routes(),
-    }
-    return Operator(control, reloader, routes)
+    routes = [
+        *control_routes(control),
+        *image_routes(clients.images),
+        *cluster_routes(member.gossiper, admitted.revocations),
+        *reloader.routes(),
+    ]
+    return Operator(reloader, routes)
 
 
 def _watch(network: Network, storage: Storage, registry: Registry, member: Participant, *, reloader: Reloader) -> None:

@@ -19,7 +19,8 @@ import trio
 
 from node import assembly
 from node.assembly import Admitted, Participant, Registry
-from node.config.schema import Config, check, load, parse_host_port
+from node.config.quantities import HostPort
+from node.config.schema import Config, check, load
 from node.control.routes import METRICS_LIMITS, metrics_handler, serve_control
 from node.evidence.judge_file import EvidenceFile
 from node.identity.credentials import save_joined
@@ -64,9 +65,9 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         await _start_member(work, folder, who, member, registry=registry)
         await work.start(network.swarm.run)
         await work.start(clients.prefetcher.run)
-        await work.start(partial(serve_control, desk.control, Path(config.control.socket), desk.routes))
-        if config.control.metrics:
-            shown = await _listeners(config.control.metrics, "control.metrics")
+        await work.start(partial(serve_control, Path(config.control.socket), desk.routes))
+        if address := config.control.metrics.address:
+            shown = await _listeners(address, "control.metrics")
             await work.start(partial(serve_http, shown, metrics_handler(network.metrics), limits=METRICS_LIMITS))
         async with trio.open_nursery() as serving:
             await serving.start(partial(serve_http, listeners, clients.mirror.handle, limits=LIMITS, stop=stop))
@@ -110,8 +111,7 @@ def data_dir(config: Config) -> Path:
     return path
 
 
-async def _listeners(text: str, key: str) -> list[trio.SocketListener]:
-    address = parse_host_port(text, key)
+async def _listeners(address: HostPort, key: str) -> list[trio.SocketListener]:
     try:
         return await trio.open_tcp_listeners(address.port, host=address.host)
     except OSError as error:

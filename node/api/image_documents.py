@@ -100,7 +100,7 @@ class GcReport(_Document, frozen=True):
     pinned_bytes: int
 
 
-class OfflineApi(Protocol):
+class ImageApi(Protocol):
     """Descriptors are the caller's, open at the archive's file. Generators end with a WorkResult; errors come as one.
 
     Closing a generator ends its work: an archive that was half written is of no use, of one half imported no name is

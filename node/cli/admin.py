@@ -1,4 +1,4 @@
-"""What p2pctl's cluster commands do themselves, without the daemon: with the authority's key, or in the data folder."""
+"""The work of p2pctl's cluster commands that needs no daemon: it uses the authority's key or the data folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from node.config.schema import Config, parse_duration
+from node.config.quantities import Duration
+from node.config.schema import Config
 from node.identity.certificates import load_authority, subject_of
 from node.identity.credentials import joined_site, save_joined
 from node.identity.identity import load_or_create
@@ -22,18 +24,18 @@ from protocol.errors import BadInputError
 FOR_EVER = "none"
 
 
-def invite(key: Path, site: str, expires: str, uses: int, lifetime: str) -> dict[str, str | int]:
-    """A join token, and what it says. Raises BadInputError naming the option."""
+def invite(key: Path, *, site: str, expires: str, uses: int, lifetime: str) -> dict[str, str | int]:
+    """A join token and its contents. Raises BadInputError naming the option."""
     authority = load_authority(key)
     now = int(time.time())
     token = Token(
-        authority.cluster,
-        site,
-        now,
-        now + int(parse_duration(expires, "--expires")),
-        uses,
-        0 if lifetime == FOR_EVER else int(parse_duration(lifetime, "--lifetime")),
-        secrets.token_bytes(admission.ID_BYTES),
+        cluster=authority.cluster,
+        site=site,
+        made=now,
+        expires=now + int(Duration.read("--expires", expires).seconds),
+        uses=uses,
+        lifetime=0 if lifetime == FOR_EVER else int(Duration.read("--lifetime", lifetime).seconds),
+        id=secrets.token_bytes(admission.ID_BYTES),
     )
     _check(token)
     text = admission.make_token(token, authority.key.sign)
@@ -46,26 +48,26 @@ def _check(token: Token) -> None:
     if not 0 <= token.uses <= admission.MAX_USES:
         raise BadInputError(f"--uses: from 1 to {admission.MAX_USES}, or 0 for any number")
     if token.lifetime and token.lifetime < admission.MIN_LIFETIME_S:
-        raise BadInputError(f'--lifetime: at least 1d, for clocks are wrong by hours; or "{FOR_EVER}"')
+        raise BadInputError(f'--lifetime: at least 1d, because clocks may be wrong by hours; or "{FOR_EVER}"')
     if not token.made < token.expires <= admission.MAX_TIME:
         raise BadInputError("--expires: at least 1s")
 
 
-def revocation(key: Path, what: str) -> str:
-    """The text of a revocation of a peer id or of a token, which may be given itself. Raises BadInputError."""
+def revocation(key: Path, text: str) -> str:
+    """A signed revocation of `text`: a peer id, a token, or a token's name. Raises BadInputError."""
     authority = load_authority(key)
-    subject = admission.read_token(what).subject if what.startswith(admission.TOKEN_PREFIX) else what
+    subject = admission.read_token(text).subject if text.startswith(admission.TOKEN_PREFIX) else text
     made = admission.make_revocation(authority.cluster, subject, int(time.time()), authority.key.sign)
     return admission.revocation_text(made)
 
 
 def join_cluster(config: Config, text: str, address: str) -> dict[str, str]:
-    """Get this node a certificate, into its data folder, and tell what it says.
+    """Obtain a certificate for this node, save it in the data folder and return its contents.
 
-    Raises BadInputError, and UnavailableError where nothing came of it.
+    Raises BadInputError, and UnavailableError where no member issued a certificate.
     """
     if config.cluster.key or config.cluster.open:
-        raise BadInputError("this node's configuration has a [cluster] key or is open: it needs no token")
+        raise BadInputError("this node needs no token: its configuration has a [cluster] key or is open")
     joined_site(config.node, admission.read_token(text).site)
     return _as_owner(Path(config.node.data_dir), lambda: _join(config, text, address))
 
@@ -73,14 +75,14 @@ def join_cluster(config: Config, text: str, address: str) -> dict[str, str]:
 def _join(config: Config, text: str, address: str) -> dict[str, str]:
     data_dir = Path(config.node.data_dir)
     identity = load_or_create(data_dir)
-    joined = trio.run(join, identity, text, address, config.node.name)
+    joined = trio.run(partial(join, identity, text, address, name=config.node.name))
     save_joined(data_dir, joined)
     site, cluster = subject_of(joined.certificate).site, cluster_id(joined.authority).hex()
     return {"peer_id": identity.peer_id, "cluster": cluster, "site": site, "member": joined.bootstrap[0]}
 
 
 def _as_owner(folder: Path, work: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Root makes files in the daemon's folder as its owner, so that the daemon can read them."""
+    """Run `work` as the owner of the daemon's folder if this is root, so that the daemon can read the files."""
     if os.geteuid() == 0 and folder.exists():
         owner = folder.stat()
         os.setegid(owner.st_gid)

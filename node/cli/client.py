@@ -1,6 +1,6 @@
 """The client's side of the control socket.
 
-http.client and not httpx, because p2pctl is started anew for every command and httpx takes most of its time to import.
+It uses http.client: p2pctl starts anew for each command, and importing httpx would take most of that command's time.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from urllib.parse import urlencode
 from protocol.errors import ShoalError
 
 ANSWER_S = 20.0
-"""A document: the doctor's slowest probe takes 5 s."""
+"""For a document: the doctor's slowest probe takes 5 s."""
 POST_S = 60.0
-"""gc of a large cache waits for the disk."""
+"""For a change: gc of a large cache waits for the disk."""
 PULL_SILENCE_S = 300.0
-"""Between two lines of a pull."""
+"""Longest time between two lines of a stream."""
 MAX_LINE = 1 << 20
 MAX_DOCUMENT = 256 << 20
-"""A `why` of an image of a million blocks has about 200 MB."""
+"""The answer to `why` for an image of a million blocks has about 200 MB."""
 
 
 class DaemonUnreachableError(ShoalError):
-    """Nobody answers on the control socket; the text says why, as far as can be seen, and what to do."""
+    """No daemon answers on the control socket; the text gives the cause, if it is visible, and the remedy."""
 
 
 class DaemonRefusedError(ShoalError):
-    """The daemon answered with an error, whose text this is."""
+    """The daemon answered with this error."""
 
 
 class _UnixConnection(HTTPConnection):
     def __init__(self, path: Path, timeout: float, descriptor: int | None = None) -> None:
-        """`descriptor` goes with the first bytes that are sent."""
+        """`descriptor` is sent with the first bytes."""
         super().__init__("p2pd", timeout=timeout)
         self._path = path
         self._descriptor = descriptor
@@ -60,27 +60,35 @@ class _UnixConnection(HTTPConnection):
 
 
 class ControlClient:
-    """One connection for each request. Every method raises DaemonUnreachableError or DaemonRefusedError."""
+    """One connection for each request. Answers are JSON documents, unparsed.
+
+    Every method raises DaemonUnreachableError or DaemonRefusedError.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def get(self, path: str, **query: str) -> bytes:
-        """The JSON document, as the daemon gave it."""
-        return b"".join(self._ask("GET", path, query, ANSWER_S, MAX_DOCUMENT))
+        return b"".join(self._ask("GET", path, query, timeout=ANSWER_S))
 
     def post(self, path: str, *, body: bytes | None = None, **query: str) -> bytes:
-        """The JSON document that answers."""
-        return b"".join(self._ask("POST", path, query, POST_S, MAX_DOCUMENT, body))
+        return b"".join(self._ask("POST", path, query, timeout=POST_S, body=body))
 
     def stream(self, path: str, *, descriptor: int | None = None, **query: str) -> Generator[bytes, None, None]:
-        """POST, and the JSON lines of the answer as they come. An open file may go with it."""
-        return self._ask("POST", path, query, PULL_SILENCE_S, MAX_LINE, None, descriptor)
+        """POST; yields the JSON lines of the answer as they come. `descriptor` is an open file to send."""
+        return self._ask("POST", path, query, timeout=PULL_SILENCE_S, longest=MAX_LINE, descriptor=descriptor)
 
     def _ask(
-        self, method: str, path: str, query: dict[str, str], timeout: float, longest: int,
-        body: bytes | None = None, descriptor: int | None = None,
-    ) -> Generator[bytes, None, None]:  # fmt: skip
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str],
+        *,
+        timeout: float,
+        longest: int = MAX_DOCUMENT,
+        body: bytes | None = None,
+        descriptor: int | None = None,
+    ) -> Generator[bytes, None, None]:
         target = f"{path}?{urlencode(query)}" if query else path
         try:
             with closing(_UnixConnection(self.path, timeout, descriptor)) as connection:
@@ -98,7 +106,7 @@ class ControlClient:
 
 
 def _error_text(response: HTTPResponse) -> str:
-    """Of the daemon's `{"error": text}`, or of its HTTP server's `{"errors": [{"message": text}]}`."""
+    """The daemon sends `{"error": text}`, and its HTTP server `{"errors": [{"message": text}]}`."""
     text = f"p2pd answers {response.status}"
     with suppress(ValueError, KeyError, IndexError, TypeError):
         document = json.loads(response.read(MAX_LINE))
@@ -107,22 +115,22 @@ def _error_text(response: HTTPResponse) -> str:
 
 
 def explain(path: Path, error: Exception) -> str:
-    """Why nobody answers on this socket, and what to do: one line."""
+    """Why no daemon answers on this socket, and the remedy: one line."""
     if isinstance(error, FileNotFoundError):
         return f"no control socket at {path}: p2pd is not running or has another control.socket: systemctl status p2pd"
     if isinstance(error, PermissionError):
         return f"no permission for {path}{_owner(path)}: join that group, or use sudo"
     if isinstance(error, ConnectionRefusedError):
-        return f"nobody listens on {path}: p2pd ended without removing it: systemctl status p2pd"
+        return f"no process listens on {path}: p2pd ended without removing it: systemctl status p2pd"
     if isinstance(error, (ConnectionError, HTTPException)):
-        return f"p2pd went away while it answered on {path}: systemctl status p2pd"
+        return f"p2pd closed the connection while it answered on {path}: systemctl status p2pd"
     return f"cannot use {path}: {error}: is it p2pd's control socket? systemctl status p2pd"
 
 
 def _owner(path: Path) -> str:
     try:
-        found = os.stat(path)
-        group = grp.getgrgid(found.st_gid).gr_name
+        status = os.stat(path)
+        group = grp.getgrgid(status.st_gid).gr_name
     except (OSError, KeyError):
         return ""
-    return f" (mode {stat.S_IMODE(found.st_mode):04o}, group {group})"
+    return f" (mode {stat.S_IMODE(status.st_mode):04o}, group {group})"

@@ -1,4 +1,4 @@
-"""p2pctl's commands for who is of the cluster: cluster init, token, revoke; join. Only `revoke` asks the daemon."""
+"""p2pctl's commands for membership of the cluster: cluster init, token, revoke; join. Only `revoke` asks the daemon."""
 
 from __future__ import annotations
 
@@ -9,28 +9,23 @@ from pathlib import Path
 import click
 
 from node.api.documents import RevokeReport
-from node.cli.common import Group, Session, common, configuration, decode, read_configuration
+from node.cli.common import PATH, Group, Session, common, configuration, decode, read_configuration
 from protocol.errors import BadInputError
-
-
-def add_to(group: click.Group) -> None:
-    group.add_command(cluster)
-    group.add_command(join)
 
 
 @click.group(cls=Group)
 def cluster() -> None:
-    """Who is of the cluster: its key, invitations, revocations."""
+    """Membership of the cluster: its key, invitations, revocations."""
 
 
 @cluster.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @common
 @click.pass_obj
 def init(session: Session, file: Path) -> None:
     """Make a new cluster's key in FILE.
 
-    A node that names it as [cluster] key can admit others; these join by token and need no key.
+    A node with this file as its [cluster] key admits other nodes, which join with a token and need no key.
     """
     from node.identity.certificates import create_authority
 
@@ -38,29 +33,27 @@ def init(session: Session, file: Path) -> None:
     if session.json:
         click.echo(json.dumps({"file": str(file)}))
     else:
-        click.echo(f"made {file}: whoever has it can add nodes to the cluster, so keep it as a secret")
+        click.echo(f"made {file}: keep it secret, because with it anyone can add nodes to the cluster")
 
 
 @cluster.command()
-@click.option(
-    "--key", type=click.Path(path_type=Path), required=True,
-    help="The cluster's key file; of a node that was given none, cluster.pem in its data folder.",
-)  # fmt: skip
+@click.option("--key", type=PATH, required=True, help="The cluster's key file, such as cluster.pem in a data folder.")
 @click.option("--site", required=True, help="The site that the nodes belong to.")
-@click.option("--expires", default="24h", show_default=True, help="For how long it can be used.")
+@click.option("--expires", default="24h", show_default=True, help="How long the token can be used.")
 @click.option("--uses", default=0, help="How many nodes it admits.  [default: any number]")
-@click.option(
-    "--lifetime", default="none", show_default=True,
-    help="How long a certificate is valid that it brings, 1d at least. Members with the key renew it before.",
-)  # fmt: skip
+@click.option("--lifetime", default="none", show_default=True, help="How long its certificates are valid, at least 1d.")
 @common
 @click.pass_obj
 def token(session: Session, key: Path, site: str, expires: str, uses: int, lifetime: str) -> None:
-    """Print a join token: a secret that lets nodes join the cluster until it expires."""
+    """Print a join token: a secret that lets nodes join the cluster until it expires.
+
+    Without a [cluster] key, a node keeps the key in cluster.pem in its data folder. Members that hold the key renew
+    certificates before they expire.
+    """
     from node.cli.admin import invite
     from protocol.admission import date
 
-    made = invite(key, site, expires, uses, lifetime)
+    made = invite(key, site=site, expires=expires, uses=uses, lifetime=lifetime)
     if session.json:
         click.echo(json.dumps(made))
     else:
@@ -69,24 +62,21 @@ def token(session: Session, key: Path, site: str, expires: str, uses: int, lifet
 
 
 @cluster.command()
-@click.argument("what")
-@click.option(
-    "--key", type=click.Path(path_type=Path),
-    help="The cluster's key file. Without it, WHAT is what --print printed elsewhere.",
-)  # fmt: skip
-@click.option("--print", "only_print", is_flag=True, help="Print the revocation, for a member elsewhere, and no more.")
+@click.argument("subject", metavar="WHAT")
+@click.option("--key", type=PATH, help="The cluster's key file. Without it, WHAT is the output of --print.")
+@click.option("--print", "only_print", is_flag=True, help="Only print the revocation, for use on another member.")
 @common
 @click.pass_obj
-def revoke(session: Session, what: str, key: Path | None, only_print: bool) -> None:
-    """Shut WHAT out for good: a peer id, or a join token (itself, or its token:... name).
+def revoke(session: Session, subject: str, key: Path | None, only_print: bool) -> None:
+    """Shut WHAT out permanently: a peer id, or a join token (itself, or its token:... name).
 
-    The running daemon is told, and tells the other members.
+    The running daemon receives the revocation and passes it on to the other members.
     """
     from node.cli.admin import revocation
 
     if key is None and only_print:
-        raise BadInputError("--print needs --key, to sign what it prints")
-    text = what if key is None else revocation(key, what)
+        raise BadInputError("--print needs --key, to sign the revocation")
+    text = subject if key is None else revocation(key, subject)
     if only_print:
         click.echo(json.dumps({"revocation": text}) if session.json else text)
         return
@@ -95,7 +85,7 @@ def revoke(session: Session, what: str, key: Path | None, only_print: bool) -> N
     if session.json:
         click.echo(data.rstrip())
     else:
-        click.echo(f"{'revoked' if report.new else 'was revoked already:'} {report.subject} ({report.total} in all)")
+        click.echo(f"{'revoked' if report.new else 'was revoked already:'} {report.subject} ({report.total} in total)")
 
 
 @click.command()
@@ -107,15 +97,18 @@ def revoke(session: Session, what: str, key: Path | None, only_print: bool) -> N
 def join(session: Session, token: str, address: str, path: Path | None) -> None:
     """Make this node a member of the cluster that TOKEN is for ("-": read it from standard input).
 
-    ADDRESS is that of a member that holds the cluster's key: host:port of its peers.listen (4501), or a multiaddr. The
-    certificate goes into the daemon's data folder; the daemon is a member from its next start on.
+    ADDRESS is a member that holds the cluster's key: host:port of its peers.listen (4501), or a multiaddr. The
+    certificate is saved in the daemon's data folder, and the daemon is a member from its next start.
     """
     from node.cli.admin import join_cluster
 
-    text = (sys.stdin.readline() if token == "-" else token).strip()  # stands for standard input
-    told = join_cluster(read_configuration(path), text, address)
+    text = (sys.stdin.readline() if token == "-" else token).strip()
+    joined = join_cluster(read_configuration(path), text, address)
     if session.json:
-        click.echo(json.dumps(told))
+        click.echo(json.dumps(joined))
     else:
-        click.echo(f"joined the cluster {told['cluster'][:16]} as {told['peer_id']}, site {told['site']}")
-        click.echo("restart p2pd, where it runs", err=True)
+        click.echo(f"joined the cluster {joined['cluster'][:16]} as {joined['peer_id']}, site {joined['site']}")
+        click.echo("restart p2pd, if it runs", err=True)
+
+
+CLUSTER_COMMANDS = (cluster, join)

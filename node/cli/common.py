@@ -1,9 +1,10 @@
-"""What p2pctl's commands share: where the daemon is, how its answers are read, and what errors become."""
+"""The parts that p2pctl's commands share: options, the session with the daemon, and how an error becomes a status."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,13 +24,14 @@ NEEDS_RESTART = 4
 
 CONFIG = Path("/etc/p2pd/p2pd.toml")
 DEFAULTS = Config()
+PATH = click.Path(path_type=Path)
 _Document = TypeVar("_Document", bound=msgspec.Struct)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What the options before and after the command's name say together."""
+    """The options that every command has, whether they stand before or after the command's name."""
 
     socket: Path
     json: bool
@@ -37,6 +39,50 @@ class Session:
     @property
     def client(self) -> ControlClient:
         return ControlClient(self.socket)
+
+    def show(self, data: bytes, kind: type[msgspec.Struct]) -> None:
+        """Print the daemon's answer: unchanged with --json, else as a table."""
+        document = decode(data, kind)
+        if self.json:
+            click.echo(data.rstrip())
+        else:
+            self.print(document)
+
+    def print(self, document: msgspec.Struct) -> None:
+        import node.cli.render_images  # noqa: F401 - registers its tables with `show`
+        from node.cli.render import console, show
+
+        show(document, console())
+
+    def follow(
+        self, lines: Generator[bytes, None, None], kind: Any, result: type[_Document], *, work: str, title: str = ""
+    ) -> _Document:
+        """Print the progress of `work` and return its result, the last line; `kind` is the union of all lines' types.
+
+        Raises DaemonUnreachableError where the stream ends without a result.
+        """
+        decoder, outcome = msgspec.json.Decoder(kind), None
+        with ExitStack() as stack:
+            stack.callback(lines.close)
+            if not self.json:
+                from node.cli.render import transfer_bar
+
+                update = stack.enter_context(transfer_bar(title))
+            for line in lines:
+                try:
+                    event = decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    text = f"the answer to {work} broke off, or is of another version: {error}"
+                    raise DaemonUnreachableError(text) from error
+                if isinstance(event, result):
+                    outcome = event
+                if self.json:
+                    click.echo(line.rstrip())
+                elif outcome is None:
+                    update(event)
+        if outcome is None:
+            raise DaemonUnreachableError(f"p2pd ended before {work} was complete: systemctl status p2pd")
+        return outcome
 
 
 class Failure(click.ClickException):
@@ -48,7 +94,7 @@ class Unreachable(click.ClickException):
 
 
 class Group(click.Group):
-    """Turns what goes wrong in operation into one line and an exit status."""
+    """Turns each operational error into one line and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -74,44 +120,21 @@ class ImageParam(click.ParamType[str]):
         return str(value)
 
 
-def events(lines: Iterator[bytes], kind: Any, what: str) -> Iterator[tuple[bytes, Any]]:
-    """Each line of an answer and what it says, of the union `kind`. Raises DaemonUnreachableError, naming `what`."""
-    decoder = msgspec.json.Decoder(kind)
-    for line in lines:
-        try:
-            yield line, decoder.decode(line)
-        except msgspec.DecodeError as error:
-            raise DaemonUnreachableError(f"{what} broke off, or is of another version: {error}") from error
-
-
-def echo(told: Iterator[tuple[bytes, Any]], result: type[_Document]) -> _Document | None:
-    """Print the lines as they come; the last result among them."""
-    last = None
-    for line, event in told:
-        click.echo(line.rstrip())
-        last = event if isinstance(event, result) else last
-    return last
-
-
 def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     if value and param.name:
         ctx.obj = replace(ctx.obj, **{param.name: value})
 
 
 def common(command: Command) -> Command:
-    """--json and --socket are understood after the command's name, too."""
-    path = click.Path(path_type=Path)
+    """Accept --json and --socket after the command's name too."""
     command = click.option("--json", is_flag=True, expose_value=False, callback=_set, help="Print JSON.")(command)
-    return click.option("--socket", type=path, expose_value=False, callback=_set, hidden=True)(command)
+    return click.option("--socket", type=PATH, expose_value=False, callback=_set, hidden=True)(command)
 
 
-def configuration(command: Command) -> Command:
-    """--config, for what p2pctl does without the daemon; see `read_configuration`."""
-    option = click.option(
-        "--config", "path", type=click.Path(path_type=Path),
-        help=f"The daemon's configuration.  [default: {CONFIG}, where there is one]",
-    )  # fmt: skip
-    return option(command)
+configuration = click.option(
+    "--config", "path", type=PATH, help=f"The daemon's configuration.  [default: {CONFIG}, if it exists]"
+)
+"""For commands that work without the daemon; see `read_configuration`."""
 
 
 def read_configuration(path: Path | None) -> Config:
@@ -123,13 +146,4 @@ def decode(data: bytes, kind: type[_Document]) -> _Document:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as error:
-        raise DaemonUnreachableError(f"what answers is not a p2pd of this version ({version()}): {error}") from error
-
-
-def show_document(session: Session, data: bytes, kind: type[_Document], show: Callable[[_Document], None]) -> None:
-    """Print what the daemon answered: as it is, or by `show`."""
-    document = decode(data, kind)
-    if session.json:
-        click.echo(data.rstrip())
-    else:
-        show(document)
+        raise DaemonUnreachableError(f"the answer is not from a p2pd of this version ({version()}): {error}") from error

@@ -1,13 +1,13 @@
-"""Pointing containerd at the mirror: one `hosts.toml` for each registry, merged into what the operator has.
+"""Pointing containerd at the mirror: one `hosts.toml` for each registry, merged into the operator's own file.
 
-Facts of containerd (docs/hosts.md and core/remotes/docker/config/hosts.go): hosts are tried in the order in which
-their tables stand in the file, then `server`, by default the registry itself. The file is read again at every pull.
-Of the folders `host_port_`, `host:port` and `_default` the first that exists is used alone, and certificates lying in
-a folder count only while it has no hosts.toml.
+Facts of containerd (docs/hosts.md and core/remotes/docker/config/hosts.go): it tries the hosts in the order of their
+tables in the file, then `server`, by default the registry itself. It reads the file again at every pull. It uses only
+the first existing folder among `host_port_`, `host:port` and `_default`, and reads certificates from a folder only
+while that has no hosts.toml.
 
-What is added is one run of lines between two marks, put in by text and not by writing the file anew, so every byte of
-the operator's stays as it is, and taking the run out gives the original back. A plan is made and checked for all
-files before the first one is written.
+`install` inserts one run of lines between two marks into the text, instead of writing the file anew: every byte of the
+operator's stays as it is, and removing the run restores the original. The changes to all files are planned and checked
+before the first file is written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEFAULT_CERTS_DIR = Path("/etc/containerd/certs.d")
 DEFAULT_CONFIG = Path("/etc/containerd/config.toml")
 BACKUP_SUFFIX = ".before-p2pctl"
 MAX_FILE = 256 << 10
-"""A hosts.toml has some dozen lines; anything larger is not one."""
+"""A hosts.toml has some dozen lines; a larger file is something else."""
 
 _BEGIN = "# >>> p2pctl: added lines"
 _END = "# <<< p2pctl"
@@ -52,7 +52,7 @@ _MARK = re.compile(rf"^(?:{re.escape(_BEGIN)}|{re.escape(_END)})", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """A registry, and where containerd goes when the mirror cannot help (`server`, where the file has none)."""
+    """`server` is the URL that containerd falls back to; it is used if the file has none."""
 
     name: str
     server: str
@@ -60,7 +60,7 @@ class Registry:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one file is, and is to be; None: no file. `notes` are for the operator."""
+    """The text of one file before and after, None for no file. `notes` are for the operator."""
 
     path: Path
     before: str | None
@@ -77,7 +77,7 @@ class Change:
         return self.path.with_name(self.path.name + BACKUP_SUFFIX)
 
     def diff(self) -> str:
-        """Unified, as `diff -u` has it."""
+        """The change in the format of `diff -u`."""
         old, new = (_lines(text or "") for text in (self.before, self.after))
         old_name, new_name = ("/dev/null" if text is None else str(self.path) for text in (self.before, self.after))
         lines = difflib.unified_diff(old, new, old_name, new_name)
@@ -85,7 +85,7 @@ class Change:
 
 
 def default_server(name: str) -> str:
-    """Where containerd itself would go for a registry; empty where that depends on what answers there (loopback)."""
+    """The URL that containerd itself uses for a registry; empty for loopback, where it depends on the answer."""
     if name == "docker.io":
         return "https://registry-1.docker.io"
     host = name.rpartition(":")[0] or name
@@ -93,7 +93,7 @@ def default_server(name: str) -> str:
 
 
 def check_mirror(url: str) -> str:
-    """The mirror's URL as it is written into the files: scheme, host and port only. Raises BadInputError."""
+    """The mirror's URL for the files: scheme, host and port only. Raises BadInputError."""
     parts = urlsplit(url.rstrip("/"))
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query or parts.username:
         raise BadInputError(f'not a mirror address: "{url}": write for example http://127.0.0.1:5050')
@@ -104,10 +104,10 @@ def check_mirror(url: str) -> str:
 
 
 def plan_install(certs_dir: Path, mirror: str, registries: Sequence[Registry]) -> list[Change]:
-    """What to change so that each registry is pulled through `mirror`. Raises BadInputError; writes nothing."""
+    """Changes after which each registry is pulled through `mirror`. Writes nothing. Raises BadInputError."""
     changes: dict[Path, Change] = {}
     for registry in registries:
-        change = _plan_one(certs_dir, check_mirror(mirror), registry)
+        change = _plan_registry(certs_dir, check_mirror(mirror), registry)
         if change.path in changes:
             raise BadInputError(
                 f"{registry.name} shares {change.path} with another registry: give each a file of its own"
@@ -117,7 +117,7 @@ def plan_install(certs_dir: Path, mirror: str, registries: Sequence[Registry]) -
 
 
 def plan_uninstall(certs_dir: Path) -> list[Change]:
-    """What to change so that nothing that `plan_install` added is left, in every folder of `certs_dir`."""
+    """Changes that remove everything that `plan_install` added, in every folder of `certs_dir`."""
     changes = []
     for path in sorted({path.resolve() for path in certs_dir.glob("*/hosts.toml")}):
         text = _read(path)
@@ -126,7 +126,7 @@ def plan_uninstall(certs_dir: Path) -> list[Change]:
     return changes
 
 
-def _plan_one(certs_dir: Path, mirror: str, registry: Registry) -> Change:
+def _plan_registry(certs_dir: Path, mirror: str, registry: Registry) -> Change:
     folder = _folder(certs_dir, check_upstream(registry.name))
     path = (folder / "hosts.toml").resolve()
     before = _read(path)
@@ -139,7 +139,7 @@ def _plan_one(certs_dir: Path, mirror: str, registry: Registry) -> Change:
     if isinstance(hosts, dict) and mirror in hosts:
         place = "first" if next(iter(hosts)) == mirror else "not first: containerd asks the hosts before it first"
         return Change(path, before, before, (f"it already has [host.{json.dumps(mirror)}], {place}; left as it is",))
-    return Change(path, before, _with_block(rest, path, mirror, registry.server, made))
+    return Change(path, before, _with_block(rest, path, mirror=mirror, server=registry.server, made=made))
 
 
 def _plan_removal(path: Path, before: str) -> Change:
@@ -149,14 +149,14 @@ def _plan_removal(path: Path, before: str) -> Change:
 
 
 def _folder(certs_dir: Path, name: str) -> Path:
-    """Where containerd looks for this registry's hosts.toml first, of the folders that exist."""
+    """The first existing folder in which containerd looks for this registry's hosts.toml."""
     host, colon, port = name.rpartition(":")
     underscored = certs_dir / f"{host}_{port}_"
     return underscored if colon and underscored.is_dir() else certs_dir / name
 
 
 def _masked(certs_dir: Path, folder: Path) -> tuple[str, ...]:
-    """What a new hosts.toml takes out of force."""
+    """Notes on settings that a new hosts.toml makes containerd ignore."""
     notes = []
     certificates = [file.name for file in folder.glob("*") if file.suffix in (".crt", ".cert", ".key")]
     if certificates:
@@ -167,7 +167,7 @@ def _masked(certs_dir: Path, folder: Path) -> tuple[str, ...]:
 
 
 def points_at(certs_dir: Path, mirror: str, name: str) -> bool:
-    """Whether containerd asks `mirror` for this registry. Raises BadInputError on a file that is malformed."""
+    """Whether containerd asks `mirror` for this registry. Raises BadInputError for a malformed file."""
     folder = _folder(certs_dir, check_upstream(name))
     path = (folder if folder.is_dir() else certs_dir / "_default") / "hosts.toml"
     text = _read(path)
@@ -185,8 +185,8 @@ def _block(mirror: str, server: str, made: str, newline: str) -> str:
     return newline.join(lines)
 
 
-def _with_block(text: str, path: Path, mirror: str, server: str, made: str) -> str:
-    """Before the first table, where top-level keys end and before every other host. Checked to mean just that."""
+def _with_block(text: str, path: Path, *, mirror: str, server: str, made: str) -> str:
+    """Insert the lines before the first table, where top-level keys end and no host stands yet, and check the result."""
     document = _parse(text, path)
     block = _block(mirror, "" if "server" in document else server, made, "\r\n" if "\r\n" in text else "\n")
     at = _first_table(text)
@@ -199,7 +199,7 @@ def _with_block(text: str, path: Path, mirror: str, server: str, made: str) -> s
 
 
 def _without_block(text: str, path: Path) -> tuple[str, str]:
-    """The text without the added lines, and what was made along with them. Raises BadInputError if they were edited."""
+    """The text without the added lines, and their note on what was made. Raises BadInputError if they were edited."""
     match = _BLOCK.search(text)
     start, stop = match.span() if match else (0, 0)
     if match and stop == len(text) and not match[0].endswith("\n") and start:
@@ -213,13 +213,13 @@ def _without_block(text: str, path: Path) -> tuple[str, str]:
 
 
 def _first_table(text: str) -> int:
-    """Where the first table starts, with the comment lines right above it; the end where there is none."""
+    """Offset of the first table and the comment lines right above it; the text's length if there is no table."""
     lines = _lines(text)
     offsets = [0]
     for line in lines:
         offsets.append(offsets[-1] + len(line))
     for number, line in enumerate(lines):
-        # A bracket inside a value that spans lines is no table: what precedes it is then not whole.
+        # A bracket inside a value that spans lines begins no table: the text before it is then not whole.
         if line.lstrip(" \t").startswith("[") and _is_whole(text[: offsets[number]]):
             while number and lines[number - 1].lstrip(" \t").startswith("#") and _is_whole(text[: offsets[number - 1]]):
                 number -= 1
@@ -228,7 +228,7 @@ def _first_table(text: str) -> int:
 
 
 def _lines(text: str) -> list[str]:
-    """With their ends; unlike str.splitlines at line feeds only, as TOML has it."""
+    """Lines with their ends. TOML ends lines at line feeds only; str.splitlines also splits at others."""
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
@@ -260,7 +260,7 @@ def _parse(text: str, path: Path) -> dict[str, object]:
 
 
 def _read(path: Path) -> str | None:
-    """The file's text with its line ends as they are; None where there is no file."""
+    """The file's text with its line ends unchanged; None for no file."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
@@ -281,9 +281,9 @@ def _read(path: Path) -> str | None:
 
 
 def apply(change: Change) -> None:
-    """Make one planned change: atomically, with a backup of what was there before the first one. Raises BadInputError.
+    """Make one planned change atomically. The first one keeps a backup of the operator's file. Raises BadInputError.
 
-    A backup is never overwritten; one that equals what is now restored has served, and goes.
+    A backup is never overwritten; it is removed once the file has the same content again.
     """
     if not change.is_needed:
         return
@@ -310,12 +310,12 @@ def _write(change: Change, after: str) -> None:
 def _delete(change: Change) -> None:
     change.path.unlink()
     if change.made_folder:
-        with contextlib.suppress(OSError):  # not empty: somebody else uses it
+        with contextlib.suppress(OSError):  # not empty: another program uses it
             change.path.parent.rmdir()
 
 
 def _replace(path: Path, text: str, mode: int) -> None:
-    """Readers see the old file or the new one, also after a power cut."""
+    """Readers see the old file or the new one, even after a power cut."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -332,11 +332,11 @@ def _replace(path: Path, text: str, mode: int) -> None:
         raise
 
 
-# What containerd itself is told
+# containerd's own configuration
 
 
 def config_path_advice(certs_dir: Path, config: Path = DEFAULT_CONFIG) -> str:
-    """What the operator should know of containerd's own configuration, which is only read."""
+    """Advice on `config_path` in containerd's own configuration, which is only read."""
     header = 'under [plugins."io.containerd.cri.v1.images".registry] (containerd 1.x: "io.containerd.grpc.v1.cri")'
     wanted = f'config_path = "{certs_dir}" {header}'
     text = _read(config)
@@ -356,5 +356,5 @@ def config_path_advice(certs_dir: Path, config: Path = DEFAULT_CONFIG) -> str:
 
 
 def _table(parent: object, name: str) -> dict[str, object]:
-    found = parent.get(name) if isinstance(parent, dict) else None
-    return found if isinstance(found, dict) else {}
+    table = parent.get(name) if isinstance(parent, dict) else None
+    return table if isinstance(table, dict) else {}

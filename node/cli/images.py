@@ -1,47 +1,32 @@
-"""p2pctl's commands for sites that are cut off: export, import, pin, unpin, pins, prefetch, gc."""
+"""p2pctl's commands for whole images: export, import, pin, unpin, pins, prefetch, gc."""
 
 from __future__ import annotations
 
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import msgspec
 
-from node.api.image_documents import (
-    GcReport,
-    PinsReport,
-    PrefetchOrder,
-    PrefetchReport,
-    WorkEvent,
-    WorkResult,
-)
-from node.cli.client import DaemonUnreachableError
-from node.cli.common import Command, Failure, ImageParam, Session, common, echo, events, show_document
-from node.config.schema import parse_duration, parse_size
+from node.api.image_documents import GcReport, PinsReport, PrefetchOrder, PrefetchReport, WorkEvent, WorkResult
+from node.cli.common import PATH, Command, Failure, ImageParam, Session, common
+from node.config.quantities import Duration, Size
 from node.oci.platforms import parse_platforms
 from protocol.errors import BadInputError
 
 MAX_LIST = 1 << 20
-"""Bytes of a file with names of images."""
-
-
-def add_to(group: click.Group) -> None:
-    for command in (export, import_, pin, unpin, pins, prefetch, gc):
-        group.add_command(command)
+"""Bytes of a file that lists images."""
 
 
 def _platforms(default: str) -> Callable[[Command], Command]:
-    return click.option(
-        "--platform", "platforms", multiple=True, metavar="OS/ARCH[/VARIANT]",
-        help=f"Such as linux/arm64; repeatable.  [default: {default}]",
-    )  # fmt: skip
+    text = f"For example linux/arm64; repeatable.  [default: {default}]"
+    return click.option("--platform", "platforms", multiple=True, metavar="OS/ARCH[/VARIANT]", help=text)
 
 
-_everything = click.option("--all-platforms", is_flag=True, help="All that the image has.")
+_everything = click.option("--all-platforms", is_flag=True, help="All platforms of the image.")
 
 
 def _query(platforms: Sequence[str], all_platforms: bool = False) -> dict[str, str]:
@@ -58,22 +43,22 @@ def _query(platforms: Sequence[str], all_platforms: bool = False) -> dict[str, s
 @click.command()
 @click.argument("image", type=ImageParam())
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@_platforms("all that the image has")
+@_platforms("all platforms of the image")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @common
 @click.pass_obj
 def export(session: Session, image: str, file: Path, platforms: tuple[str, ...], force: bool) -> None:
-    """Write IMAGE to FILE, an OCI layout in a tar file, reading from the site and the registry what is missing."""
+    """Write IMAGE to FILE, an OCI layout in a tar file. Missing blocks are read from the site and the registry."""
     query = _query(platforms)
     if file.exists() and not force:
-        raise BadInputError(f"{file} is there already: --force replaces it")
+        raise BadInputError(f"{file} already exists: --force replaces it")
     with _replacing(file) as descriptor:
-        _work(session, "/export", f"{file}: {image} was not exported", "export", descriptor, image=image, **query)
+        _work(session, "/export", f"{file}: {image} was not exported", descriptor=descriptor, image=image, **query)
 
 
 @contextmanager
 def _replacing(file: Path) -> Iterator[int]:
-    """An open file, which takes the place of `file` unless something fails. Raises OSError."""
+    """An open file that replaces `file` if nothing fails. Raises OSError."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -88,20 +73,20 @@ def _replacing(file: Path) -> Iterator[int]:
 
 
 @click.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--name", type=ImageParam(), help="What the image in FILE is called, whatever FILE says.")
-@click.option("--pin", "pinned", is_flag=True, help="Pin what was imported.")
+@click.argument("file", type=PATH)
+@click.option("--name", type=ImageParam(), help="The name of the image, instead of the one in FILE.")
+@click.option("--pin", "pinned", is_flag=True, help="Pin the imported images.")
 @common
 @click.pass_obj
 def import_(session: Session, file: Path, name: str | None, pinned: bool) -> None:
-    """Take the images of FILE, an OCI layout in a tar file, into this node, and through it into the site.
+    """Import the images of FILE, an OCI layout in a tar file, into this node, and so into the site.
 
-    Everything is checked before anything is stored. The daemon needs no access to FILE.
+    The whole file is checked before anything is stored. The daemon needs no access to FILE.
     """
     query = ({"name": name} if name else {}) | ({"pin": "1"} if pinned else {})
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _work(session, "/import", str(file), "import", descriptor, **query)
+        _work(session, "/import", str(file), descriptor=descriptor, **query)
     finally:
         os.close(descriptor)
 
@@ -116,9 +101,9 @@ def import_(session: Session, file: Path, name: str | None, pinned: bool) -> Non
 @common
 @click.pass_obj
 def pin(session: Session, image: str, platforms: tuple[str, ...], all_platforms: bool) -> None:
-    """Keep all of IMAGE on this node's disk until it is unpinned; what is missing is read now."""
+    """Keep all of IMAGE on this node's disk until it is unpinned. Missing blocks are read now."""
     query = _query(platforms, all_platforms)
-    _work(session, "/pin", f"{image} was not pinned", "pin", None, image=image, **query)
+    _work(session, "/pin", f"{image} was not pinned", descriptor=None, image=image, **query)
 
 
 @click.command()
@@ -126,8 +111,8 @@ def pin(session: Session, image: str, platforms: tuple[str, ...], all_platforms:
 @common
 @click.pass_obj
 def unpin(session: Session, image: str) -> None:
-    """Let the cache remove IMAGE again when it needs the room."""
-    show_document(session, session.client.post("/unpin", image=image), PinsReport, _show)
+    """Let the cache remove IMAGE again when it needs the space."""
+    session.show(session.client.post("/unpin", image=image), PinsReport)
 
 
 @click.command()
@@ -135,31 +120,37 @@ def unpin(session: Session, image: str) -> None:
 @click.pass_obj
 def pins(session: Session) -> None:
     """The pinned images, and how much of the disk's budget they take."""
-    show_document(session, session.client.get("/pins"), PinsReport, _show)
+    session.show(session.client.get("/pins"), PinsReport)
 
 
 # Prefetch
 
 
 @click.command()
-@click.argument("what", nargs=-1, metavar="[FILE|IMAGE]...")
+@click.argument("names", nargs=-1, metavar="[FILE|IMAGE]...")
 @_platforms("this machine's")
 @_everything
-@click.option("--rate", help="Such as 2MiB: at most so much in a second.")
-@click.option("--window", help="Such as 22:00-06:00, by the node's clock: only at these hours.")
-@click.option("--status", "only_status", is_flag=True, help="What was ordered, and how far it is.")
-@click.option("--cancel", is_flag=True, help="End all that is not done.")
+@click.option("--rate", help="For example 2MiB: at most this many bytes a second.")
+@click.option("--window", help="For example 22:00-06:00, by the node's clock: only during these hours.")
+@click.option("--status", "only_status", is_flag=True, help="Show the orders and their progress.")
+@click.option("--cancel", is_flag=True, help="Cancel every order that is not done.")
 @common
 @click.pass_obj
 def prefetch(
-    session: Session, what: tuple[str, ...], platforms: tuple[str, ...], all_platforms: bool, rate: str | None,
-    window: str | None, only_status: bool, cancel: bool,
-) -> None:  # fmt: skip
+    session: Session,
+    names: tuple[str, ...],
+    platforms: tuple[str, ...],
+    all_platforms: bool,
+    rate: str | None,
+    window: str | None,
+    only_status: bool,
+    cancel: bool,
+) -> None:
     """Have the daemon fetch images ahead of time. A FILE has one name on each line; '#' begins a comment.
 
-    What clients read goes first. p2pctl does not wait for it, and it goes on after a restart of p2pd.
+    Reads for clients go first. p2pctl does not wait for the fetch, which continues after a restart of p2pd.
     """
-    if bool(what) + only_status + cancel != 1:
+    if bool(names) + only_status + cancel != 1:
         raise click.UsageError("name images, or files with their names, or one of --status and --cancel")
     if only_status:
         answer = session.client.get("/prefetched")
@@ -168,22 +159,25 @@ def prefetch(
     else:
         _query(platforms, all_platforms)
         order = PrefetchOrder(
-            images=tuple(_images(what)), platforms=platforms, all_platforms=all_platforms,
-            rate=parse_size(rate.removesuffix("/s"), "--rate") if rate else 0, window=window or "",
-        )  # fmt: skip
+            images=tuple(_images(names)),
+            platforms=platforms,
+            all_platforms=all_platforms,
+            rate=Size.read("--rate", rate.removesuffix("/s")).bytes if rate else 0,
+            window=window or "",
+        )
         answer = session.client.post("/prefetch", body=msgspec.json.encode(order))
-    show_document(session, answer, PrefetchReport, _show)
+    session.show(answer, PrefetchReport)
 
 
-def _images(what: Sequence[str]) -> Iterator[str]:
-    for text in what:
-        if not os.path.isfile(text):
-            yield text
+def _images(names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        if not os.path.isfile(name):
+            yield name
             continue
-        with open(text, "rb") as file:
+        with open(name, "rb") as file:
             data = file.read(MAX_LIST + 1)
         if len(data) > MAX_LIST:
-            raise BadInputError(f"{text}: larger than a list of images can be")
+            raise BadInputError(f"{name}: a list of images has at most {MAX_LIST} bytes")
         lines = (line.partition("#")[0].strip() for line in data.decode("utf-8", "replace").splitlines())
         yield from filter(None, lines)
 
@@ -192,52 +186,32 @@ def _images(what: Sequence[str]) -> Iterator[str]:
 
 
 @click.command()
-@click.option("--older-than", metavar="DURATION", help="Such as 7d: what was not used for so long.")
-@click.option("--to", "to", metavar="SIZE", help="Such as 5GiB: the least useful, until no more than so much is left.")
-@click.option("--dry-run", is_flag=True, help="Only tell how much that is.")
+@click.option("--older-than", metavar="DURATION", help="For example 7d: blocks unused for this time.")
+@click.option("--to", "to", metavar="SIZE", help="For example 5GiB: the least useful blocks, until this much is left.")
+@click.option("--dry-run", is_flag=True, help="Only show how much would be removed.")
 @common
 @click.pass_obj
 def gc(session: Session, older_than: str | None, to: str | None, dry_run: bool) -> None:
-    """Remove from this node's disk what is not pinned: what was not used for some time, or all beyond a size."""
+    """Remove unpinned blocks from this node's disk: those unused for some time, or those beyond a total size."""
     if (older_than is None) == (to is None):
         raise click.UsageError("either --older-than or --to")
     if older_than:
-        parse_duration(older_than, "--older-than")
+        Duration.read("--older-than", older_than)
     if to:
-        parse_size(to, "--to")
+        Size.read("--to", to)
     dry = "1" if dry_run else "0"
     answer = session.client.post("/gc", older_than=older_than or "", to=to or "", dry_run=dry)
-    show_document(session, answer, GcReport, _show)
+    session.show(answer, GcReport)
 
 
-# Showing
-
-
-def _show(document: msgspec.Struct) -> None:
-    import node.cli.render_images  # noqa: F401 - its tables
-    from node.cli.render import console, show
-
-    show(document, console())
-
-
-def _work(session: Session, path: str, failed: str, what: str, descriptor: int | None, **query: str) -> None:
-    with closing(session.client.stream(path, descriptor=descriptor, **query)) as lines:
-        told = events(lines, WorkEvent, "the answer")
-        result = echo(told, WorkResult) if session.json else _watch(told, what)
-    if result is None:
-        raise DaemonUnreachableError(f"p2pd went away before the {what} was over: systemctl status p2pd")
+def _work(session: Session, path: str, failed: str, *, descriptor: int | None, **query: str) -> None:
+    """POST to `path` and follow the work; `failed` begins the error."""
+    lines = session.client.stream(path, descriptor=descriptor, **query)
+    result = session.follow(lines, WorkEvent, WorkResult, work=f"the {path[1:]}")
     if not result.ok:
         raise Failure(f"{failed}: {result.error}")
     if not session.json:
-        _show(result)
+        session.print(result)
 
 
-def _watch(told: Iterator[tuple[bytes, WorkEvent]], what: str) -> WorkResult | None:
-    from node.cli.render import transfer_bar
-
-    with transfer_bar(what) as (progress, task):
-        for _, event in told:
-            if isinstance(event, WorkResult):
-                return event
-            progress.update(task, completed=event.bytes_done, total=event.bytes_total or None, description=event.phase)
-    return None
+IMAGE_COMMANDS = (export, import_, pin, unpin, pins, prefetch, gc)

@@ -1,15 +1,14 @@
-"""p2pctl: asks the daemon through its control socket, and shows what it says.
+"""p2pctl: sends commands to the daemon through its control socket, and shows the answers.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached, 4 it needs a restart. With --json the only
-thing on standard output is the document. What takes long to import (rich, httpx) is imported where it is needed.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached, 4 it needs a restart. With --json,
+standard output carries the document only. Modules that are slow to import (rich, httpx) are imported where needed.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -29,15 +28,14 @@ from node.api.documents import (
     TagsReport,
     WhyReport,
 )
-from node.cli import cluster as cli_cluster
-from node.cli import images as cli_offline
 from node.cli.client import DaemonUnreachableError
+from node.cli.cluster import CLUSTER_COMMANDS
 from node.cli.common import (
     DEFAULTS,
     FAILED,
     NEEDS_RESTART,
+    PATH,
     UNREACHABLE,
-    Command,
     Failure,
     Group,
     ImageParam,
@@ -45,11 +43,9 @@ from node.cli.common import (
     common,
     configuration,
     decode,
-    echo,
-    events,
     read_configuration,
-    show_document,
 )
+from node.cli.images import IMAGE_COMMANDS
 from node.config.schema import DEFAULT_UPSTREAMS
 from node.runtime.version import version
 from protocol.errors import BadInputError, ShoalError
@@ -60,60 +56,55 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--socket", type=click.Path(path_type=Path), envvar="P2PD_SOCKET", show_envvar=True, show_default=True,
-    default=Path(DEFAULTS.control.socket), help="The daemon's control socket.",
-)  # fmt: skip
+    "--socket",
+    type=PATH,
+    envvar="P2PD_SOCKET",
+    show_envvar=True,
+    default=Path(DEFAULTS.control.socket),
+    show_default=True,
+    help="The daemon's control socket.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
 @click.pass_context
 def main(ctx: click.Context, socket: Path, as_json: bool) -> None:
-    """See and steer the p2pd daemon of this node."""
+    """Show and control the p2pd daemon of this node."""
     ctx.obj = Session(socket, as_json)
 
 
-cli_offline.add_to(main)
-cli_cluster.add_to(main)
-
-
-def _show(session: Session, path: str, kind: type[msgspec.Struct], **query: str) -> None:
-    show_document(session, session.client.get(path, **query), kind, _print)
-
-
-def _print(document: msgspec.Struct) -> None:
-    from node.cli.render import console, show
-
-    show(document, console())
+for command in (*IMAGE_COMMANDS, *CLUSTER_COMMANDS):
+    main.add_command(command)
 
 
 @main.command()
 @common
 @click.pass_obj
 def status(session: Session) -> None:
-    """This node: who it is, what it served and from where, what it holds."""
-    _show(session, "/status", Status)
+    """This node: its identity, the bytes that it served by source, and its cache."""
+    session.show(session.client.get("/status"), Status)
 
 
 @main.command()
 @common
 @click.pass_obj
 def peers(session: Session) -> None:
-    """The other members, their health and what was exchanged with them."""
-    _show(session, "/peers", PeersReport)
+    """The other members, their health, and the bytes exchanged with them."""
+    session.show(session.client.get("/peers"), PeersReport)
 
 
 @main.command()
 @common
 @click.pass_obj
 def images(session: Session) -> None:
-    """Images that went through this node, and how much of each it holds."""
-    _show(session, "/images", ImagesReport)
+    """Images that were pulled through this node, and how much of each it holds."""
+    session.show(session.client.get("/images"), ImagesReport)
 
 
 @main.command()
 @common
 @click.pass_obj
 def cache(session: Session) -> None:
-    """The cache's tiers, and what they hold of which object."""
-    _show(session, "/cache", CacheReport)
+    """The cache's tiers, and the blocks of each object that they hold."""
+    session.show(session.client.get("/cache"), CacheReport)
 
 
 @main.command()
@@ -121,12 +112,12 @@ def cache(session: Session) -> None:
 @common
 @click.pass_obj
 def tags(session: Session, pattern: str) -> None:
-    """What each tag stands for here, since when, who said so, and the policy that applies.
+    """The digest of each tag as known here, its age, its source, and the policy that applies.
 
     PATTERN is a glob over registry/repository:tag, or a part of it: "docker.io/*:latest", alpine.
     """
     match = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
-    _show(session, "/tags", TagsReport, match=match)
+    session.show(session.client.get("/tags", match=match), TagsReport)
 
 
 # Pull
@@ -134,17 +125,13 @@ def tags(session: Session, pattern: str) -> None:
 
 @main.command()
 @click.argument("image", type=ImageParam())
-@click.option("--all-platforms", is_flag=True, help="Not only this machine's platform.")
+@click.option("--all-platforms", is_flag=True, help="Every platform of the image, not only this machine's.")
 @common
 @click.pass_obj
 def pull(session: Session, image: str, all_platforms: bool) -> None:
-    """Read IMAGE into this node, and through it into the site."""
-    everything = "1" if all_platforms else "0"
-    with closing(session.client.stream("/pull", image=image, all_platforms=everything)) as lines:
-        told = events(lines, PullEvent, "the pull's answer")
-        result = echo(told, PullResult) if session.json else _show_events(told, image)
-    if result is None:
-        raise DaemonUnreachableError("p2pd went away before the pull was over: systemctl status p2pd")
+    """Read IMAGE into this node's cache, and so into the site's."""
+    lines = session.client.stream("/pull", image=image, all_platforms="1" if all_platforms else "0")
+    result = session.follow(lines, PullEvent, PullResult, work="the pull", title=image)
     if not result.ok:
         raise Failure(f"{result.image} was not pulled: {result.error}")
     if not session.json:
@@ -153,28 +140,20 @@ def pull(session: Session, image: str, all_platforms: bool) -> None:
         show_pulled(console(), result)
 
 
-def _show_events(told: Iterator[tuple[bytes, PullEvent]], image: str) -> PullResult | None:
-    """The bar goes to standard error, and only to a terminal."""
-    from node.cli.render import transfer_bar
-
-    with transfer_bar(image) as (progress, task):
-        for _, event in told:
-            if isinstance(event, PullResult):
-                return event
-            progress.update(task, completed=event.bytes_done, total=event.bytes_total or None)
-    return None
-
-
 # Why
 
 
 @main.command()
 @click.argument("image", type=ImageParam())
-@click.option("--blocks", is_flag=True, help="A line for every block, not for every run of blocks from one source.")
+@click.option(
+    "--blocks",
+    is_flag=True,
+    help="One line for each block, not for each run of blocks from one source.",
+)
 @common
 @click.pass_obj
 def why(session: Session, image: str, blocks: bool) -> None:
-    """Where each block of IMAGE came from, how long it took and what it took."""
+    """The source of each block of IMAGE, the time that it took, and the retries."""
     data = session.client.get("/why", image=image)
     report = decode(data, WhyReport)
     if session.json:
@@ -191,26 +170,23 @@ def why(session: Session, image: str, blocks: bool) -> None:
 
 @main.group(cls=Group)
 def containerd() -> None:
-    """Have containerd pull through this node's mirror."""
+    """Configure containerd to pull through this node's mirror."""
 
 
-def _certs_dir(command: Command) -> Command:
-    option = click.option(
-        "--certs-dir", type=click.Path(path_type=Path), default=Path("/etc/containerd/certs.d"), show_default=True,
-        help="containerd's config_path.",
-    )  # fmt: skip
-    return option(command)
+_certs_dir = click.option(
+    "--certs-dir", type=PATH, default="/etc/containerd/certs.d", show_default=True, help="containerd's config_path."
+)
 
 
 @containerd.command()
 @_certs_dir
 @click.option("--mirror", help="The mirror's address.  [default: the daemon's, else http://127.0.0.1:5050]")
 @click.option("--upstream", "upstreams", multiple=True, help="A registry; repeatable.  [default: the daemon's]")
-@click.option("--dry-run", is_flag=True, help="Print the changes as a diff, and make none.")
+@click.option("--dry-run", is_flag=True, help="Print the changes as a diff, without making them.")
 @common
 @click.pass_obj
 def install(session: Session, certs_dir: Path, mirror: str | None, upstreams: tuple[str, ...], dry_run: bool) -> None:
-    """Add the mirror to each registry's hosts.toml, before the hosts that are there."""
+    """Add the mirror to each registry's hosts.toml, before the hosts that are already in it."""
     from node.cli.containerd_hosts import plan_install
 
     running = _running(session)
@@ -221,18 +197,17 @@ def install(session: Session, certs_dir: Path, mirror: str | None, upstreams: tu
 
 @containerd.command()
 @_certs_dir
-@click.option("--dry-run", is_flag=True, help="Print the changes as a diff, and make none.")
+@click.option("--dry-run", is_flag=True, help="Print the changes as a diff, without making them.")
 @common
 @click.pass_obj
 def uninstall(session: Session, certs_dir: Path, dry_run: bool) -> None:
-    """Take out of every hosts.toml exactly what `install` added."""
+    """Remove from every hosts.toml exactly the lines that `install` added."""
     from node.cli.containerd_hosts import plan_uninstall
 
     _change(session, plan_uninstall(certs_dir), certs_dir, dry_run=dry_run)
 
 
 def _running(session: Session) -> Status | None:
-    """The daemon's status, where it can be had."""
     try:
         return decode(session.client.get("/status"), Status)
     except DaemonUnreachableError:
@@ -241,7 +216,7 @@ def _running(session: Session) -> Status | None:
 
 
 def _mirror_url(listen: str) -> str:
-    """What a client on this machine calls the mirror that listens there."""
+    """The URL at which a client on this machine reaches the mirror that listens on `listen`."""
     host, _, port = (listen or DEFAULTS.mirror.listen).rpartition(":")
     anywhere = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
     return f"http://{anywhere.get(host, host)}:{port}"
@@ -250,10 +225,10 @@ def _mirror_url(listen: str) -> str:
 def _registries(running: Status | None, wanted: Sequence[str]) -> list[Registry]:
     from node.cli.containerd_hosts import Registry, default_server
 
-    known = {part.name: part.urls[-1] for part in DEFAULT_UPSTREAMS}
+    urls = {part.name: part.urls[-1] for part in DEFAULT_UPSTREAMS}
     if running:
-        known = {row.name: row.url for row in running.upstreams}
-    return [Registry(name, known.get(name) or default_server(name)) for name in dict.fromkeys(wanted or known)]
+        urls = {row.name: row.url for row in running.upstreams}
+    return [Registry(name, urls.get(name) or default_server(name)) for name in dict.fromkeys(wanted or urls)]
 
 
 def _change(session: Session, changes: Sequence[Change], certs_dir: Path, *, dry_run: bool) -> None:
@@ -271,13 +246,13 @@ def _change(session: Session, changes: Sequence[Change], certs_dir: Path, *, dry
         click.echo(json.dumps({"changes": rows, "dry_run": dry_run, "containerd": advice}))
         return
     for change in changes:
-        _tell(change, dry_run=dry_run)
+        _print_change(change, dry_run=dry_run)
     if not changes:
         click.echo(f"nothing to remove under {certs_dir}", err=True)
     click.echo(f"note: {advice}", err=True)
 
 
-def _tell(change: Change, *, dry_run: bool) -> None:
+def _print_change(change: Change, *, dry_run: bool) -> None:
     if dry_run:
         click.echo(change.diff(), nl=False)
     elif change.is_needed:
@@ -295,9 +270,9 @@ def _tell(change: Change, *, dry_run: bool) -> None:
 @common
 @click.pass_obj
 def reload(session: Session) -> None:
-    """Have p2pd read its configuration again. Pulls go on.
+    """Have p2pd read its configuration again. Pulls continue.
 
-    All of it is taken or nothing (exit status 1). What needs a restart is named (exit status 4), and waits for it.
+    The whole file is applied, or nothing (exit status 1). Changes that need a restart are listed (exit status 4).
     """
     data = session.client.post("/reload")
     report = decode(data, ReloadReport)
@@ -318,17 +293,17 @@ def reload(session: Session) -> None:
 @common
 @click.pass_obj
 def doctor(session: Session, certs_dir: Path, path: Path | None) -> None:
-    """Look for what is wrong with this node, and say what to do about it."""
+    """Check this node for faults, and give the remedy of each."""
     try:
         running = decode(session.client.get("/status"), Status)
-        found = decode(session.client.get("/doctor"), DoctorReport).checks
+        inside = decode(session.client.get("/doctor"), DoctorReport).checks
     except DaemonUnreachableError as error:
         checks = [Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
         checks += [*_outside(certs_dir, None), _certificate(path)]
         _show_checks(session, checks)
         _quit(UNREACHABLE)
     socket = Check(name="daemon", level="ok", text=f"p2pd {running.version} answers on {session.socket}")
-    checks = [socket, *_outside(certs_dir, running), *found]
+    checks = [socket, *_outside(certs_dir, running), *inside]
     _show_checks(session, checks)
     if any(check.level == "fail" for check in checks):
         _quit(FAILED)
@@ -348,7 +323,7 @@ def _show_checks(session: Session, checks: Sequence[Check]) -> None:
 
 
 def _outside(certs_dir: Path, running: Status | None) -> list[Check]:
-    """What is seen from outside the daemon."""
+    """The checks that need no daemon."""
     from node.control.doctor import check_hosts, check_mirror, http_status
 
     mirror = _mirror_url(running.mirror if running else "")
@@ -360,7 +335,7 @@ def _outside(certs_dir: Path, running: Status | None) -> list[Check]:
 
 
 def _certificate(path: Path | None) -> Check:
-    """As its files tell, where no daemon does."""
+    """The certificate in the files, for a daemon that does not run."""
     from node.control.doctor import certificate_in_files, check_certificate
 
     try:
@@ -370,7 +345,7 @@ def _certificate(path: Path | None) -> Check:
 
 
 def _pointing(certs_dir: Path, mirror: str, running: Status | None) -> tuple[list[str], list[str], str]:
-    """Registries that containerd pulls past the mirror, those that it pulls through it, and what hinders telling."""
+    """The registries that containerd does not pull through the mirror, those that it does, and the error if any."""
     from node.cli.containerd_hosts import points_at
 
     names = [registry.name for registry in _registries(running, ())]
@@ -385,7 +360,7 @@ def _pointing(certs_dir: Path, mirror: str, running: Status | None) -> tuple[lis
 @common
 @click.pass_obj
 def show_version(session: Session) -> None:
-    """The versions of p2pctl and of the daemon that runs."""
+    """The versions of p2pctl and of the running daemon."""
     try:
         daemon = decode(session.client.get("/status"), Status).version
     except ShoalError:

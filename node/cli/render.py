@@ -1,14 +1,18 @@
-"""The control API's documents as a person reads them. Text from elsewhere is stripped of terminal controls."""
+"""The control API's documents as tables for a person.
+
+Names, addresses and errors come from other machines, so `plain` replaces every terminal control character in them.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import singledispatch
 from itertools import groupby
+from typing import Literal
 
 import msgspec
 from rich.console import Console
@@ -17,7 +21,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TransferSpeedColumn,
@@ -29,12 +32,13 @@ from node.api.documents import (
     CacheReport,
     Check,
     ClusterRow,
+    EvidenceRow,
     ImagesReport,
     PeerRow,
     PeersReport,
+    PullProgress,
     PullResult,
     Status,
-    TagRow,
     TagsReport,
     TierRow,
     UplinkRow,
@@ -44,12 +48,13 @@ from node.api.documents import (
     WhyObject,
     WhyReport,
 )
+from node.api.image_documents import WorkProgress
 
 PIPED_WIDTH = 200
-"""Columns where there is no terminal to measure: tables stay on one line, for grep."""
+"""Columns of output that is not a terminal: table rows stay on one line, for grep."""
 SHORT_DIGEST = len("sha256:") + 12
 SHORT_PEER = 8
-"""The last characters of a peer id; the first are the same for all."""
+"""The last characters of a peer id: the first are the same in all."""
 
 
 def console() -> Console:
@@ -71,7 +76,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`350 ms`, `12 s`, `5 m 12 s`, `3 h 4 m`, `2 d 3 h`; a dash where it is not known."""
+    """`350 ms`, `12 s`, `5 m 12 s`, `3 h 4 m`, `2 d 3 h`; a dash for None."""
     if seconds is None:
         return "-"
     if seconds < 1:
@@ -88,55 +93,56 @@ def milliseconds(value: float | None) -> str:
 
 
 @contextmanager
-def transfer_bar(text: str) -> Iterator[tuple[Progress, TaskID]]:
-    """On standard error, and only on a terminal."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-        TimeElapsedColumn(),
-    )  # fmt: skip
+def transfer_bar(title: str) -> Iterator[Callable[[PullProgress | WorkProgress], None]]:
+    """A bar on standard error, and only on a terminal. Without a title it shows the phase of each event."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     err = Console(stderr=True)
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        yield progress, progress.add_task(escape(text), total=None)
+    progress = Progress(
+        *columns, TransferSpeedColumn(), TimeElapsedColumn(), console=err, transient=True, disable=not err.is_terminal
+    )
+    with progress:
+        task = progress.add_task(escape(title), total=None)
+
+        def update(event: PullProgress | WorkProgress) -> None:
+            text = escape(title or event.phase)
+            progress.update(task, completed=event.bytes_done, total=event.bytes_total or None, description=text)
+
+        yield update
 
 
-def new_table(*columns: str, title: str | None = None) -> Table:
-    """A column whose name starts with `>` is a number's."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in columns:
-        justify = "right" if name.startswith(">") else "left"
-        table.add_column(name.lstrip(">"), justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
-    return table
-
-
-def new_row(table: Table, *cells: object) -> None:
-    table.add_row(*map(plain, cells))
+def show_table(out: Console, rows: Sequence[Mapping[str, object]], *, header: bool = True) -> None:
+    """A row maps column names to cells, and the first row gives the columns; numbers stand under a name with `>`."""
+    table = Table(show_header=header, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in rows[0] if rows else ():
+        justify: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        table.add_column(name.lstrip(">"), justify=justify, overflow="fold", no_wrap=justify == "right")
+    for row in rows:
+        table.add_row(*map(plain, row.values()))
+    out.print(table)
 
 
 @singledispatch
 def show(document: msgspec.Struct, out: Console) -> None:
-    """Print one of the documents below."""
+    """Print a document. The types are registered below and in render_images.py."""
     raise TypeError(f"no table for {type(document).__name__}")
 
 
 @show.register
 def _status(status: Status, out: Console) -> None:
-    facts = new_table("", "")
-    facts.show_header = False
-    for name, value in (
-        ("node", f"{status.name} (site {status.site})"),
-        ("peer id", status.peer_id),
-        ("cluster", _cluster(status.cluster)),
-        ("addresses", " ".join(status.addresses) or "-"),
-        ("mirror", f"http://{status.mirror}" if status.mirror else "-"),
-        ("state", f"{'ready' if status.ready else 'starting'}, up {duration(status.uptime_s)}, p2pd {status.version}"),
-        ("peers alive", status.peers_alive),
-        ("from registries", size(status.origin_bytes)),
-        ("bulk channel", f"{size(status.bulk.bytes_sent)} sent, {size(status.bulk.bytes_received)} received"),
-        ("memory in use", size(status.rss_bytes)),
-        ("written to disk", _wear(status.wear)),
-    ):
-        new_row(facts, name, value)
-    out.print(facts)
+    facts = {
+        "node": f"{status.name} (site {status.site})",
+        "peer id": status.peer_id,
+        "cluster": _cluster(status.cluster),
+        "addresses": " ".join(status.addresses) or "-",
+        "mirror": f"http://{status.mirror}" if status.mirror else "-",
+        "state": f"{'ready' if status.ready else 'starting'}, up {duration(status.uptime_s)}, p2pd {status.version}",
+        "peers alive": status.peers_alive,
+        "from registries": size(status.origin_bytes),
+        "bulk channel": f"{size(status.bulk.bytes_sent)} sent, {size(status.bulk.bytes_received)} received",
+        "memory in use": size(status.rss_bytes),
+        "written to disk": _wear(status.wear),
+    }
+    show_table(out, [{"name": name, "value": value} for name, value in facts.items()], header=False)
     out.print()
     show_sources(out, status.bytes_served, status.requests)
     out.print()
@@ -156,13 +162,19 @@ def _cluster(row: ClusterRow | None) -> str:
     return f"{row.id[:16]} ({'has its key' if row.admits else 'joined'}{left}, {row.revocations} revoked)"
 
 
-def _upstreams(rows: Iterable[UpstreamRow], out: Console) -> None:
-    table = new_table("upstream", "url", ">received", "state", "uplink")
-    for row in rows:
-        for one in row.endpoints:
-            state = f"{one.problem}; again in {duration(one.retry_in_s)}" if one.problem else "ok"
-            new_row(table, row.name, one.url, size(one.bytes_received), state, _uplink(row.uplink))
-    out.print(table)
+def _upstreams(upstreams: Iterable[UpstreamRow], out: Console) -> None:
+    rows = [
+        {
+            "upstream": upstream.name,
+            "url": endpoint.url,
+            ">received": size(endpoint.bytes_received),
+            "state": f"{endpoint.problem}; again in {duration(endpoint.retry_in_s)}" if endpoint.problem else "ok",
+            "uplink": _uplink(upstream.uplink),
+        }
+        for upstream in upstreams
+        for endpoint in upstream.endpoints
+    ]
+    show_table(out, rows)
 
 
 def _uplink(row: UplinkRow | None) -> str:
@@ -176,20 +188,26 @@ def _uplink(row: UplinkRow | None) -> str:
 
 def show_sources(out: Console, by_bytes: Mapping[str, int], requests: Mapping[str, int] | None = None) -> None:
     total = sum(by_bytes.values())
-    table = new_table("source", ">bytes", ">share", *([">blocks"] if requests is not None else []))
+    rows = []
     for source, count in by_bytes.items():
         share = f"{100 * count / total:.1f} %" if total else "-"
-        new_row(table, source, size(count), share, *([requests.get(source, 0)] if requests is not None else []))
-    out.print(table)
+        blocks = {} if requests is None else {">blocks": requests.get(source, 0)}
+        rows.append({"source": source, ">bytes": size(count), ">share": share, **blocks})
+    show_table(out, rows)
 
 
 def show_tiers(out: Console, tiers: Mapping[str, TierRow]) -> None:
-    table = new_table("tier", ">held", ">budget", ">entries", ">pinned")
-    for name, tier in tiers.items():
-        budget = size(tier.budget_bytes) if tier.budget_bytes else "-"
-        pinned = size(tier.pinned_bytes) if tier.pinned_bytes else "-"
-        new_row(table, name, size(tier.bytes), budget, tier.entries, pinned)
-    out.print(table)
+    rows = [
+        {
+            "tier": name,
+            ">held": size(tier.bytes),
+            ">budget": size(tier.budget_bytes) if tier.budget_bytes else "-",
+            ">entries": tier.entries,
+            ">pinned": size(tier.pinned_bytes) if tier.pinned_bytes else "-",
+        }
+        for name, tier in tiers.items()
+    ]
+    show_table(out, rows)
 
 
 def _wear(wear: Wear) -> str:
@@ -202,34 +220,37 @@ def _peers(report: PeersReport, out: Console) -> None:
     if not report.peers:
         out.print("no other member is known")
         return
-    table = new_table(
-        "name", "site", "state", ">for", ">rtt ms", ">read ms", ">failed", ">received", ">sent", "addresses", "id"
-    )
-    for peer in report.peers:
-        new_row(
-            table, peer.name, peer.site, _peer_state(peer), duration(peer.since_s), milliseconds(peer.rtt_ms),
-            milliseconds(peer.health.latency_ms), peer.health.failures, size(peer.bytes_received),
-            size(peer.bytes_sent), " ".join(peer.addresses), short_peer(peer.peer_id),
-        )  # fmt: skip
-    out.print(table)
+    rows = [
+        {
+            "name": peer.name,
+            "site": peer.site,
+            "state": f"quarantined: {peer.quarantine}" if peer.quarantine else peer.state,
+            ">for": duration(peer.since_s),
+            ">rtt ms": milliseconds(peer.rtt_ms),
+            ">read ms": milliseconds(peer.health.latency_ms),
+            ">failed": peer.health.failures,
+            ">received": size(peer.bytes_received),
+            ">sent": size(peer.bytes_sent),
+            "addresses": " ".join(peer.addresses),
+            "id": short_peer(peer.peer_id),
+        }
+        for peer in report.peers
+    ]
+    show_table(out, rows)
     if any(peer.evidence for peer in report.peers):
         out.print()
-        _evidence(report.peers, out)
+        show_table(out, [_evidence(peer, evidence) for peer in report.peers for evidence in peer.evidence])
 
 
-def _evidence(peers: Iterable[PeerRow], out: Console) -> None:
-    table = new_table("false record by", "of block", "found by", ">ago", "and is")
-    for peer in peers:
-        for one in peer.evidence:
-            digest, _, index = one.block.partition("#")
-            new_row(
-                table, peer.name, f"{digest[:SHORT_DIGEST]} #{index}", one.found_by, duration(one.age_s), one.verdict
-            )
-    out.print(table)
-
-
-def _peer_state(peer: PeerRow) -> str:
-    return f"quarantined: {peer.quarantine}" if peer.quarantine else peer.state
+def _evidence(peer: PeerRow, evidence: EvidenceRow) -> Mapping[str, object]:
+    digest, _, index = evidence.block.partition("#")
+    return {
+        "false record by": peer.name,
+        "of block": f"{digest[:SHORT_DIGEST]} #{index}",
+        "found by": evidence.found_by,
+        ">ago": duration(evidence.age_s),
+        "and is": evidence.verdict,
+    }
 
 
 def short_peer(peer_id: str) -> str:
@@ -241,13 +262,19 @@ def _images(report: ImagesReport, out: Console) -> None:
     if not report.images:
         out.print("no image was asked for yet")
         return
-    table = new_table("image", "digest", ">size", ">held", "whole", ">layers", ">confirmed")
-    for image in report.images:
-        new_row(
-            table, image.image, image.digest[:SHORT_DIGEST], size(image.size), size(image.bytes_held),
-            "yes" if image.complete else "no", image.layers, duration(image.age_s),
-        )  # fmt: skip
-    out.print(table)
+    rows = [
+        {
+            "image": image.image,
+            "digest": image.digest[:SHORT_DIGEST],
+            ">size": size(image.size),
+            ">held": size(image.bytes_held),
+            "whole": "yes" if image.complete else "no",
+            ">layers": image.layers,
+            ">confirmed": duration(image.age_s),
+        }
+        for image in report.images
+    ]
+    show_table(out, rows)
 
 
 @show.register
@@ -255,18 +282,20 @@ def _tags(report: TagsReport, out: Console) -> None:
     if not report.tags:
         out.print("no such tag was asked for yet")
         return
-    table = new_table("tag", "digest", ">confirmed", "state", "told by", ">asked again after", ">offline up to", "rule")
-    for row in report.tags:
-        new_row(
-            table, row.tag, row.digest[:SHORT_DIGEST], duration(row.age_s), row.state, _told_by(row),
-            duration(row.ttl_s) if row.cache else "always", duration(row.max_age_s) if row.cache else "never",
-            row.rule or "-",
-        )  # fmt: skip
-    out.print(table)
-
-
-def _told_by(row: TagRow) -> str:
-    return short_peer(row.told_by) if row.told_by.startswith("12D3") else row.told_by or row.source
+    rows = [
+        {
+            "tag": row.tag,
+            "digest": row.digest[:SHORT_DIGEST],
+            ">confirmed": duration(row.age_s),
+            "state": row.state,
+            "told by": short_peer(row.told_by) if row.told_by.startswith("12D3") else row.told_by or row.source,
+            ">asked again after": duration(row.ttl_s) if row.cache else "always",
+            ">offline up to": duration(row.max_age_s) if row.cache else "never",
+            "rule": row.rule or "-",
+        }
+        for row in report.tags
+    ]
+    show_table(out, rows)
 
 
 @show.register
@@ -276,10 +305,17 @@ def _cache(report: CacheReport, out: Console) -> None:
     if not report.objects:
         return
     out.print()
-    table = new_table("object", "tier", ">blocks", ">shards", "")
-    for row in sorted(report.objects, key=lambda row: (-row.blocks, row.digest)):
-        new_row(table, row.digest[:SHORT_DIGEST], row.tier, row.blocks, row.shards, "pinned" if row.pinned else "")
-    out.print(table)
+    rows = [
+        {
+            "object": held.digest[:SHORT_DIGEST],
+            "tier": held.tier,
+            ">blocks": held.blocks,
+            ">shards": held.shards,
+            "": "pinned" if held.pinned else "",
+        }
+        for held in sorted(report.objects, key=lambda held: (-held.blocks, held.digest))
+    ]
+    show_table(out, rows)
 
 
 def show_pulled(out: Console, result: PullResult) -> None:
@@ -295,7 +331,7 @@ def show_pulled(out: Console, result: PullResult) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive blocks from one source. `slowest_ms` is None where no time is known."""
+    """Consecutive blocks from one source. `slowest_ms` is None where no block has a time."""
 
     first: int
     last: int
@@ -307,19 +343,24 @@ class Run:
 
 
 def runs(blocks: Iterable[WhyBlock]) -> Iterator[Run]:
-    """Split by source; every block is in exactly one run. `peers` are all that answered for one of its blocks."""
+    """Group by source; every block is in exactly one run. `peers` are those that answered for any of its blocks."""
     for source, group in groupby(blocks, key=lambda block: block.source):
         same = list(group)
         times = [block.milliseconds for block in same if block.milliseconds is not None]
         peers = {peer for block in same for peer in block.peers}
         yield Run(
-            same[0].index, same[-1].index, sum(block.length for block in same), source, tuple(sorted(peers)),
-            max(times, default=None), sum(block.retries for block in same),
-        )  # fmt: skip
+            first=same[0].index,
+            last=same[-1].index,
+            bytes=sum(block.length for block in same),
+            source=source,
+            peers=tuple(sorted(peers)),
+            slowest_ms=max(times, default=None),
+            retries=sum(block.retries for block in same),
+        )
 
 
 def show_why(out: Console, report: WhyReport, names: Mapping[str, str], *, every_block: bool) -> None:
-    """`names` by peer id; a peer that is not in it is shown by the end of its id."""
+    """`names` by peer id; a peer without a name is shown by the end of its id."""
     out.print(plain(f"{report.image} {report.digest}"), soft_wrap=True)
     for listing in report.objects:
         out.print()
@@ -330,18 +371,23 @@ def show_why(out: Console, report: WhyReport, names: Mapping[str, str], *, every
 
 
 def _show_object(out: Console, listing: WhyObject, names: Mapping[str, str], *, every_block: bool) -> None:
-    table = new_table("blocks", ">size", "source", ">slowest ms", ">retries", "peers")
     single = (run for block in listing.blocks for run in runs([block]))
-    for run in single if every_block else runs(listing.blocks):
-        span = str(run.first) if run.first == run.last else f"{run.first}-{run.last}"
-        peers = ", ".join(names.get(peer) or short_peer(peer) for peer in run.peers)
-        retries = "-" if run.source == NOT_READ else run.retries
-        new_row(table, span, size(run.bytes), run.source, milliseconds(run.slowest_ms), retries, peers)
-    out.print(table)
+    rows = [
+        {
+            "blocks": str(run.first) if run.first == run.last else f"{run.first}-{run.last}",
+            ">size": size(run.bytes),
+            "source": run.source,
+            ">slowest ms": milliseconds(run.slowest_ms),
+            ">retries": "-" if run.source == NOT_READ else run.retries,
+            "peers": ", ".join(names.get(peer) or short_peer(peer) for peer in run.peers),
+        }
+        for run in (single if every_block else runs(listing.blocks))
+    ]
+    show_table(out, rows)
 
 
 def totals_line(report: WhyReport) -> str:
-    """Accounts for all blocks of the image."""
+    """Counts all blocks of the image."""
     count = sum(total.blocks for total in report.totals.values())
     whole = sum(total.bytes for total in report.totals.values())
     parts = (f"{total.blocks} {plain(source)} ({size(total.bytes)})" for source, total in report.totals.items())

@@ -1,4 +1,4 @@
-"""The documents of node/api/image_documents.py as a person reads them."""
+"""The documents of node/api/image_documents.py as tables for a person."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ import time
 from rich.console import Console
 
 from node.api.image_documents import GcReport, PinsReport, PrefetchReport, WorkResult
-from node.cli.render import SHORT_DIGEST, duration, new_row, new_table, plain, show, size
+from node.cli.render import SHORT_DIGEST, duration, plain, show, show_table, size
 
 
 @show.register
 def _result(result: WorkResult, out: Console) -> None:
     for image in result.images:
         out.print(plain(image))
-    each = f"{result.objects} objects, {size(result.bytes_total)}"
-    out.print(f"{each} in {duration(result.seconds)}")
+    out.print(f"{result.objects} objects, {size(result.bytes_total)} in {duration(result.seconds)}")
 
 
 @show.register
 def _pins(report: PinsReport, out: Console) -> None:
     if report.pins:
-        table = new_table("image", "digest", ">size", ">on disk", ">for")
-        for pin in report.pins:
-            age = duration(max(0.0, time.time() - pin.since))
-            new_row(table, pin.image, pin.digest[:SHORT_DIGEST], size(pin.size), size(pin.bytes_held), age)
-        out.print(table)
+        rows = [
+            {
+                "image": pin.image,
+                "digest": pin.digest[:SHORT_DIGEST],
+                ">size": size(pin.size),
+                ">on disk": size(pin.bytes_held),
+                ">for": duration(max(0.0, time.time() - pin.since)),
+            }
+            for pin in report.pins
+        ]
+        show_table(out, rows)
         out.print()
-    out.print(f"{size(report.bytes)} pinned of {size(report.most_bytes)} that may be")
+    out.print(f"{size(report.bytes)} pinned of {size(report.most_bytes)} allowed")
 
 
 @show.register
@@ -35,12 +40,19 @@ def _prefetched(report: PrefetchReport, out: Console) -> None:
     if not report.rows:
         out.print("nothing was ordered since p2pd started")
         return
-    table = new_table("image", "state", ">done", ">of", ">rate", "hours", "error")
-    for row in report.rows:
-        rate = f"{size(row.rate)}/s" if row.rate else "-"
-        total = size(row.bytes_total) if row.bytes_total else "-"
-        new_row(table, row.image, row.state, size(row.bytes_done), total, rate, row.window or "-", row.error)
-    out.print(table)
+    rows = [
+        {
+            "image": row.image,
+            "state": row.state,
+            ">done": size(row.bytes_done),
+            ">of": size(row.bytes_total) if row.bytes_total else "-",
+            ">rate": f"{size(row.rate)}/s" if row.rate else "-",
+            "hours": row.window or "-",
+            "error": row.error,
+        }
+        for row in report.rows
+    ]
+    show_table(out, rows)
     if report.waits_for:
         out.print(f"\nwaits for {plain(report.waits_for)}")
 

@@ -8,33 +8,34 @@ from __future__ import annotations
 import re
 import socket
 import tomllib
-from dataclasses import dataclass
-from ipaddress import ip_address
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
+from node.config.quantities import (
+    Duration,
+    Floor,
+    HostPort,
+    OptionalDuration,
+    OptionalHostPort,
+    OptionalSize,
+    Quantity,
+    Size,
+    Window,
+)
 from node.config.tag_policy import TagPolicies, TagPolicy
 from node.config.uplink_policy import UplinkPolicy
 from node.oci.references import check_upstream
-from node.runtime.time_windows import Hours
 from protocol.errors import BadInputError
 
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
-_UNITS = {
-    None: 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
-}  # fmt: skip
-_DURATION = re.compile(r"(\d{1,15}(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_PORT = re.compile(r"\d{1,5}", re.ASCII)
+_PATH = re.compile(r"(\w+)(?:\[(\d+)\])?\.(\w+)(?:\[\d+\])?`")
+"""The end of msgspec's message: `cache.disk`, `upstream[0].rate` or `upstream[0].hours[1]`."""
 
 MAX_PATTERN = 512
 MAX_URLS = 8
-
-Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -49,21 +50,21 @@ class NodePart(_Part, frozen=True):
 
 
 class MirrorPart(_Part, frozen=True):
-    listen: str = "127.0.0.1:5050"
-    tag_ttl: str = "60s"
-    tag_max_age: str = "7d"
+    listen: HostPort = HostPort("127.0.0.1", 5050)
+    tag_ttl: Duration = Duration("60s")
+    tag_max_age: Duration = Duration("7d")
 
 
 class TagsPart(_Part, frozen=True):
     match: str
-    ttl: str = ""
-    max_age: str = ""
+    ttl: OptionalDuration = OptionalDuration()
+    max_age: OptionalDuration = OptionalDuration()
     cache: bool = True
 
 
 class PeersPart(_Part, frozen=True):
     listen: str = "/ip4/0.0.0.0/tcp/4501"
-    bulk: str = "0.0.0.0:4502"
+    bulk: HostPort = HostPort("0.0.0.0", 4502)
     bootstrap: tuple[str, ...] = ()
     mdns: bool = True
     plain: bool = False
@@ -76,13 +77,13 @@ class UpstreamPart(_Part, frozen=True):
     url: str | tuple[str, ...] = ""
     connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 6
     access: Literal["public", "relay", "node"] = "relay"
-    access_grace: str = "1h"
+    access_grace: Duration = Duration("1h")
     docker_config: str = ""
     ca: str = ""
-    rate: str = ""
-    daily: str = ""
+    rate: OptionalSize = OptionalSize()
+    daily: OptionalSize = OptionalSize()
     daily_spent: Literal["refuse", "allow"] = "refuse"
-    hours: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)] = ()
+    hours: Annotated[tuple[Window, ...], msgspec.Meta(max_length=16)] = ()
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -96,15 +97,15 @@ class ClusterPart(_Part, frozen=True):
 
 
 class CachePart(_Part, frozen=True):
-    memory: str = "64MiB"
-    disk: str = "10GiB"
-    min_free: str = "5%"
+    memory: Size = Size("64MiB")
+    disk: Size = Size("10GiB")
+    min_free: Floor = Floor("5%")
     containerd_store: str = ""
 
 
 class ControlPart(_Part, frozen=True):
     socket: str = "/run/p2pd/p2pd.sock"
-    metrics: str = "127.0.0.1:5051"
+    metrics: OptionalHostPort = OptionalHostPort("127.0.0.1:5051")
 
 
 DEFAULT_UPSTREAMS = (
@@ -126,70 +127,6 @@ class Config(_Part, frozen=True):
     control: ControlPart = ControlPart()
 
 
-@dataclass(frozen=True, slots=True)
-class HostPort:
-    host: str
-    port: int
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it; of names only `localhost` is known to be."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def parse_size(text: str, key: str) -> int:
-    """`64MiB`, `10 GB`, `1000` to bytes."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise BadInputError(f'{key} = "{text}": not a size; write for example "64MiB" or "10GiB"')
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def parse_duration(text: str, key: str) -> float:
-    """`500ms`, `60s`, `7d` to seconds."""
-    match = _DURATION.fullmatch(text.strip())
-    if not match:
-        raise BadInputError(f'{key} = "{text}": not a duration; write for example "60s", "5m" or "7d"')
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def parse_hours(text: str, key: str) -> Hours:
-    """`22:00-06:00` of the local day; up to 24:00."""
-    try:
-        return Hours.parse(text)
-    except BadInputError as error:
-        raise BadInputError(f"{key}: {error}") from error
-
-
-def parse_floor(text: str, key: str) -> tuple[float, int]:
-    """`5%` to (0.05, 0); `1GiB` to (0.0, bytes): the part, or the bytes, of the file system to keep free."""
-    if text.strip().endswith("%"):
-        try:
-            share = float(text.strip()[:-1]) / 100
-        except ValueError:
-            share = -1.0
-        if not 0 <= share < 1:
-            raise BadInputError(f'{key} = "{text}": not a percentage from 0% to 99%')
-        return share, 0
-    return 0.0, parse_size(text, key)
-
-
-def parse_host_port(text: str, key: str) -> HostPort:
-    """`127.0.0.1:5050`, `[::1]:5050`."""
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    if not colon or not host or not _PORT.fullmatch(port) or int(port) > 65535:
-        raise BadInputError(f'{key} = "{text}": not an address; write for example "127.0.0.1:5050"')
-    return HostPort(host, int(port))
-
-
 def load(path: Path | None) -> Config:
     """Read and check a configuration file; None gives the defaults. Raises BadInputError."""
     if path is None:
@@ -201,33 +138,52 @@ def load(path: Path | None) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInputError(f"{path} is not TOML: {error}") from error
     try:
-        config = msgspec.convert(document, Config)
-    except msgspec.ValidationError as error:
-        raise BadInputError(f"{path}: {error}") from error
-    try:
-        check(config)
+        return config_of(document)
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from error
+
+
+def config_of(document: Mapping[str, Any]) -> Config:
+    """The checked configuration of a decoded TOML document. Raises BadInputError naming the key."""
+    try:
+        config = msgspec.convert(document, Config, dec_hook=_quantity)
+    except msgspec.ValidationError as error:
+        raise BadInputError(_with_key(error, document)) from error
+    check(config)
     return config
 
 
+def _quantity(kind: type[Quantity], text: object) -> Quantity:
+    if not isinstance(text, str):
+        raise TypeError(f"Expected `str`, got `{type(text).__name__}`")
+    try:
+        return kind.parse(text)
+    except BadInputError as error:
+        raise ValueError(error) from error  # msgspec adds the path of these
+
+
+def _with_key(error: msgspec.ValidationError, document: Mapping[str, Any]) -> str:
+    """A quantity's error as `upstream "x": rate = "fast": not a size`; msgspec's own errors end with the path."""
+    text, _, path = str(error).rpartition(" - at `$.")
+    place = _PATH.fullmatch(path)
+    if not isinstance(error.__cause__, ValueError) or not place:
+        return str(error)
+    part, index, key = place.groups()
+    if index is None:
+        return f"{part}.{key} = {text}"
+    row = document[part][int(index)]
+    return f'{part} "{str(row.get("name", row.get("match")))[:200]}": {key} = {text}'
+
+
 def check(config: Config) -> None:
-    """Everything that types do not say. Raises BadInputError naming the key."""
-    parse_host_port(config.mirror.listen, "mirror.listen")
-    parse_host_port(config.peers.bulk, "peers.bulk")
-    if config.control.metrics:
-        parse_host_port(config.control.metrics, "control.metrics")
+    """Check what the types do not say. Raises BadInputError naming the key."""
     tag_policies(config)
-    parse_size(config.cache.memory, "cache.memory")
-    parse_size(config.cache.disk, "cache.disk")
-    parse_floor(config.cache.min_free, "cache.min_free")
     if config.cluster.key and config.cluster.open:
         raise BadInputError("cluster.open: a cluster that anybody may enter has no key; remove cluster.key")
     names = [upstream.name for upstream in config.upstream]
     for upstream in config.upstream:
         check_upstream(upstream.name)
         _check_urls(upstream)
-        parse_duration(upstream.access_grace, f'upstream "{upstream.name}": access_grace')
         if upstream.docker_config and upstream.access != "node":
             raise BadInputError(
                 f'upstream "{upstream.name}": docker_config needs access = "node", by which whoever reaches the mirror'
@@ -246,27 +202,20 @@ def check(config: Config) -> None:
 def uplink_policy(part: UpstreamPart) -> UplinkPolicy:
     """Raises BadInputError naming the key."""
     key = f'upstream "{part.name}"'
-    rate, daily = (
-        parse_size(text, f"{key}: {name}") if text else 0 for name, text in (("rate", part.rate), ("daily", part.daily))
-    )
-    if (part.rate and not rate) or (part.daily and not daily):
+    if any(limit and not limit.bytes for limit in (part.rate, part.daily)):
         raise BadInputError(f"{key}: rate and daily: empty for no limit; nothing at all is what leaving it out is for")
-    hours = tuple(parse_hours(text, f"{key}: hours") for text in part.hours)
-    return UplinkPolicy(rate, daily, hours, part.daily_spent == "refuse")
+    hours = tuple(window.hours for window in part.hours)
+    return UplinkPolicy(part.rate.bytes, part.daily.bytes, hours, refuse=part.daily_spent == "refuse")
 
 
 def access_grace_s(config: Config) -> dict[str, float]:
-    """Of the upstreams that relay, by name."""
-    return {one.name: parse_duration(one.access_grace, one.name) for one in config.upstream if one.access == "relay"}
+    """Seconds by the name of each upstream with `access = "relay"`."""
+    return {part.name: part.access_grace.seconds for part in config.upstream if part.access == "relay"}
 
 
 def tag_policies(config: Config) -> TagPolicies:
     """Raises BadInputError naming the key."""
-    default = TagPolicy(
-        "",
-        parse_duration(config.mirror.tag_ttl, "mirror.tag_ttl"),
-        parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age"),
-    )
+    default = TagPolicy("", config.mirror.tag_ttl.seconds, config.mirror.tag_max_age.seconds)
     return TagPolicies(default, [_tag_policy(part, default) for part in config.tags])
 
 
@@ -280,11 +229,8 @@ def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
         if part.ttl or part.max_age:
             raise BadInputError(f"{key}: cache = false leaves nothing for ttl and max_age to say")
         return TagPolicy(part.match, 0.0, 0.0)
-    return TagPolicy(
-        part.match,
-        parse_duration(part.ttl, f"{key}: ttl") if part.ttl else default.ttl_s,
-        parse_duration(part.max_age, f"{key}: max_age") if part.max_age else default.max_age_s,
-    )
+    ttl_s = part.ttl.seconds if part.ttl else default.ttl_s
+    return TagPolicy(part.match, ttl_s, part.max_age.seconds if part.max_age else default.max_age_s)
 
 
 def _check_urls(upstream: UpstreamPart) -> None:

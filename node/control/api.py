@@ -1,4 +1,4 @@
-"""What the control socket is told: `ControlApi` over the running node."""
+"""`ControlApi` over the running node: reads its components and makes the documents that the control socket sends."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from node.api.documents import (
     why_report,
 )
 from node.blocks.values import Site
-from node.config.schema import Config, UpstreamPart, parse_floor
+from node.config.schema import Config, UpstreamPart
 from node.config.tag_policy import TagPolicy
 from node.content.image_walk import MAX_DEPTH
 from node.content.library import SiteLibrary
@@ -72,9 +72,9 @@ MAX_CACHE_ROWS = 1000
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What the daemon built, as far as the operator is told of it. `issuers`: the members that it joined through."""
+    """The components that an operator may ask about. `issuers` counts the members through which this node joined."""
 
     config: Callable[[], Config]
     site: Site
@@ -309,7 +309,7 @@ class NodeControl:
             data_dir_error=error,
             free_bytes=free,
             total_bytes=total,
-            floor=parse_floor(config.cache.min_free, "cache.min_free"),
+            floor=config.cache.min_free,
             certificate=await trio.to_thread.run_sync(parts.certificate),
             now=time.time(),
         )

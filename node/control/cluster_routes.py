@@ -1,18 +1,22 @@
-"""Revocation on the control socket: POST /revoke with a revocation's text as the body. It is signed, so nobody is
-revoked by who may open the socket and does not have the authority's key."""
+"""Revocation on the control socket: POST /revoke with a revocation's text as the body.
+
+The authority signs each revocation: access to the socket alone, without the authority's key, revokes no member.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import trio
 
 from node.api.documents import ClusterRow, RevokeReport
-from node.control.routes import Routes, document
+from node.control.routes import Route, document_of
 from node.identity.certificates import validity_of
 from node.identity.credentials import Standing
 from node.identity.revocations import Revocations
 from node.identity.verifier import Admission
 from node.membership.gossip import Gossiper
-from node.web.server import Request, Response
+from node.web.server import Request
 from protocol.admission import cluster_id, read_revocation
 from protocol.errors import BadInputError, PeerMisbehavedError, UnavailableError
 
@@ -26,8 +30,8 @@ def cluster_row(admission: Admission, revocations: Revocations, place: Standing)
     )
 
 
-def admission_routes(gossiper: Gossiper, revocations: Revocations) -> Routes:
-    async def revoke(request: Request) -> Response:
+def cluster_routes(gossiper: Gossiper, revocations: Revocations) -> Iterable[Route]:
+    async def revoke(request: Request) -> RevokeReport:
         await trio.lowlevel.checkpoint()
         revocation = read_revocation(request.body.decode("utf-8", "replace").strip())
         try:
@@ -35,7 +39,7 @@ def admission_routes(gossiper: Gossiper, revocations: Revocations) -> Routes:
         except PeerMisbehavedError as error:
             raise BadInputError(str(error)) from error
         if revocation.subject not in revocations:
-            raise UnavailableError("this cluster has all the revocations that it can hold: it needs a new key")
-        return document(RevokeReport(subject=revocation.subject, new=bool(new), total=len(revocations.all)))
+            raise UnavailableError("this cluster holds as many revocations as it can: it needs a new key")
+        return RevokeReport(subject=revocation.subject, new=bool(new), total=len(revocations.all))
 
-    return {"/revoke": ("POST", revoke)}
+    return (Route("POST", "/revoke", document_of(revoke)),)

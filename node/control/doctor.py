@@ -18,6 +18,7 @@ import httpx
 import trio
 
 from node.api.documents import Check, DoctorReport, Level
+from node.config.quantities import Floor
 from node.config.schema import Config
 from node.identity import identity
 from node.identity.certificates import ENDLESS, Validity, validity_of
@@ -58,7 +59,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`floor` is `(share, bytes)` as in `node.config.parse_floor`; names are those of members; `now` is Unix time.
+    """`now` is Unix time; names are those of members.
 
     `upstreams` by name are the registries themselves, `mirrors` by `name by url` what is asked before them. `spent` are
     the upstreams whose bytes of the day are used up.
@@ -74,7 +75,7 @@ class Facts:
     data_dir_error: str
     free_bytes: int
     total_bytes: int
-    floor: tuple[float, int]
+    floor: Floor
     certificate: Shown
     now: float
     mirrors: Mapping[str, Probe] = field(default_factory=dict)
@@ -196,9 +197,8 @@ def check_data_dir(path: Path, error: str) -> Check:
     return Check(name="data_dir", level="fail", text=f"{path}: {error}", hint="nothing is cached; mind owner and mount")
 
 
-def check_disk(free: int, total: int, floor: tuple[float, int]) -> Check:
-    share, least = floor
-    keep = max(int(total * share), least)
+def check_disk(free: int, total: int, floor: Floor) -> Check:
+    keep = floor.of(total)
     text = f"{free / 2**30:.1f} GiB free, {keep / 2**30:.1f} GiB stay free (cache.min_free)"
     if free > keep:
         return Check(name="disk space", level="ok", text=text)

@@ -1,7 +1,8 @@
-"""The configuration read again while the daemon runs: by SIGHUP, and by `p2pctl reload` (POST /reload).
+"""Reloading the configuration while the daemon runs: at SIGHUP, and at `p2pctl reload` (POST /reload).
 
-All of a file or nothing: it is read and checked as at a start, then each part says whether it can take what is new for
-it, and only then it takes it, in one turn of the loop. Keys that are not in LIVE stay as they were until a restart.
+A file is applied as a whole or not at all. It is read and checked as at a start; then each component prepares its
+change, and may refuse it; only when all have prepared are the changes applied, without an await between them. Keys that
+are not in LIVE keep their values until a restart.
 """
 
 from __future__ import annotations
@@ -19,20 +20,10 @@ import trio
 from cache.disk import DiskStore
 from cache.memory import MemoryStore
 from node.api.documents import ReloadReport
-from node.config.schema import (
-    Config,
-    UpstreamPart,
-    access_grace_s,
-    load,
-    parse_duration,
-    parse_floor,
-    parse_size,
-    tag_policies,
-    uplink_policy,
-)
+from node.config.schema import Config, UpstreamPart, access_grace_s, load, tag_policies, uplink_policy
 from node.content.listings import Listings
 from node.content.resolver import Names
-from node.control.routes import Routes, document
+from node.control.routes import Route, document_of
 from node.images.pins import Pins
 from node.membership.addresses import parse_listen
 from node.mirror.access import Access
@@ -40,25 +31,26 @@ from node.registry.uplink import Uplink
 from node.registry.upstreams import Upstreams
 from node.runtime.logs import set_level
 from node.runtime.systemd import Notifier
-from node.web.server import Request, Response
+from node.web.server import Request
 from protocol.errors import BadInputError
 
 log = logging.getLogger(__name__)
 
 LIVE = frozenset(
-    {
-        "node.log", "mirror.tag_ttl", "mirror.tag_max_age", "tags", "peers.bootstrap", "upstream", "cache.memory",
-        "cache.disk", "cache.min_free",
-    }
-)  # fmt: skip
+    {"node.log", "mirror.tag_ttl", "mirror.tag_max_age", "tags", "peers.bootstrap", "upstream"}
+    | {"cache.memory", "cache.disk", "cache.min_free"}
+)
 
 Change = Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LiveParts:
-    """What takes a new configuration. `uplink_of` gives the one uplink that there is for an upstream; `bootstrap` is
-    told whom the configuration names."""
+    """The components that a reload changes.
+
+    `uplink_of` returns the only uplink of an upstream, by its name; `bootstrap` prepares a change to the configured
+    addresses.
+    """
 
     upstreams: Upstreams
     uplink_of: Callable[[str], Uplink]
@@ -71,8 +63,8 @@ class LiveParts:
     disk: DiskStore
 
     def prepared(self, config: Config) -> Change:
-        """What applies a configuration that was checked; it does not fail. Raises BadInputError."""
-        self.pins.check_fits(parse_size(config.cache.disk, "cache.disk"))
+        """The function that applies a checked configuration; it cannot fail. Raises BadInputError."""
+        self.pins.check_fits(config.cache.disk.bytes)
         uplinks = [self.uplink_of(part.name) for part in config.upstream]
         registries = self.upstreams.prepared(config.upstream, uplinks)
         seeds = self.bootstrap(config.peers.bootstrap)
@@ -88,17 +80,17 @@ class LiveParts:
 
     def _apply(self, config: Config) -> None:
         set_level(config.node.log)
-        max_age_s = parse_duration(config.mirror.tag_max_age, "mirror.tag_max_age")
+        max_age_s = config.mirror.tag_max_age.seconds
         self.names.policies = tag_policies(config)
         self.access.change(access_grace_s(config), max_age_s)
         self.listings.max_age_s = max_age_s
-        self.memory.resize(parse_size(config.cache.memory, "cache.memory"))
-        share, least = parse_floor(config.cache.min_free, "cache.min_free")
-        self.disk.resize(parse_size(config.cache.disk, "cache.disk"), free_share=share, free_bytes=least)
+        self.memory.resize(config.cache.memory.bytes)
+        floor = config.cache.min_free
+        self.disk.resize(config.cache.disk.bytes, free_share=floor.share, free_bytes=floor.bytes)
 
 
 class Reloader:
-    """`config` is what the daemon runs with."""
+    """`config` is the configuration in force."""
 
     def __init__(
         self, path: Path | None, config: Config, prepared: Callable[[Config], Change], notifier: Notifier
@@ -106,21 +98,21 @@ class Reloader:
         self._path, self.config, self._prepared, self._notifier = path, config, prepared, notifier
 
     def reload(self) -> ReloadReport:
-        """Raises BadInputError: then nothing has changed."""
+        """Raises BadInputError; then nothing has changed."""
         self._notifier.reloading()
         status = "the configuration was read again"
         try:
             return self._reload()
         except BadInputError as error:
-            status = f"the configuration is not taken, and the former one holds: {error}"
-            log.error("%s", status)  # noqa: TRY400 # the text says it all
+            status = f"the new configuration is refused, and the previous one stays in force: {error}"
+            log.error("%s", status)  # noqa: TRY400 # the text names the cause
             raise
         finally:
             self._notifier.ready(status)
 
     def _reload(self) -> ReloadReport:
         if self._path is None:
-            raise BadInputError("p2pd was started without --config: there is nothing to read again")
+            raise BadInputError("p2pd was started without --config: there is no file to read again")
         wanted = load(self._path)
         parse_listen(wanted.peers.listen)
         config = _with_live(self.config, wanted)
@@ -142,14 +134,14 @@ class Reloader:
             try:
                 self.reload()
             except BadInputError:
-                continue  # it was logged
+                continue  # `reload` logged it
 
-    def routes(self) -> Routes:
-        async def answer(_: Request) -> Response:
+    def routes(self) -> Iterable[Route]:
+        async def answer(_: Request) -> ReloadReport:
             await trio.lowlevel.checkpoint()
-            return document(self.reload())
+            return self.reload()
 
-        return {"/reload": ("POST", answer)}
+        return (Route("POST", "/reload", document_of(answer)),)
 
 
 def _with_live(running: Config, wanted: Config) -> Config:
@@ -166,13 +158,13 @@ def _with_live(running: Config, wanted: Config) -> Config:
 
 def differences(before: Config, after: Config) -> Iterable[str]:
     """One line for each key, `cache.disk: "10GiB" -> "20GiB"`."""
-    for (name, one), (_, other) in zip(_fields(before), _fields(after), strict=True):
-        if isinstance(one, msgspec.Struct):
-            yield from _changed(f"{name}.", one, other)
+    for (name, old), (_, new) in zip(_fields(before), _fields(after), strict=True):
+        if isinstance(old, msgspec.Struct):
+            yield from _changed(f"{name}.", old, new)
         elif name == "upstream":
-            yield from _of_upstreams({part.name: part for part in one}, {part.name: part for part in other})
-        elif one != other:
-            yield f"{name}: {_text(one)} -> {_text(other)}"
+            yield from _of_upstreams({part.name: part for part in old}, {part.name: part for part in new})
+        elif old != new:
+            yield f"{name}: {_text(old)} -> {_text(new)}"
 
 
 def _of_upstreams(before: Mapping[str, UpstreamPart], after: Mapping[str, UpstreamPart]) -> Iterable[str]:
@@ -196,4 +188,4 @@ def _fields(struct: msgspec.Struct) -> Iterable[tuple[str, Any]]:
 
 
 def _text(value: object) -> str:
-    return msgspec.json.encode(value).decode()
+    return msgspec.json.encode(value, enc_hook=str).decode()

@@ -21,7 +21,7 @@ import trio
 from cachetools import LRUCache
 
 from cache.memory import sole
-from node.config.schema import HostPort, parse_host_port
+from node.config.quantities import HostPort
 from node.exchange.channel import Channel, PlainChannel, TlsChannel, Traffic
 from node.exchange.contract import Answer, Body, Handler, Heard, Into, Lane
 from node.exchange.fair_shares import Shares
@@ -537,7 +537,7 @@ class TlsExchange:
         reasons = []
         for address in member.addresses:
             try:
-                return await self._dial_address(peer, lane, parse_host_port(address, "address"))
+                return await self._dial_address(peer, lane, HostPort.read("address", address))
             except (PeerUnavailableError, PeerMisbehavedError, BadInputError) as error:
                 reasons.append(f"{address}: {error}")
         reason = f"{peer} cannot be reached: {'; '.join(reasons) or 'it has no address'}"

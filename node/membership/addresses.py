@@ -10,7 +10,7 @@ import msgspec
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
-from node.config.schema import HostPort, parse_host_port
+from node.config.quantities import HostPort
 from protocol.errors import BadInputError
 from protocol.ids import PeerId
 from protocol.members import MAX_ADDRESSES, Member
@@ -73,7 +73,7 @@ class JoinTarget:
 def parse_join_target(text: str) -> JoinTarget:
     """`10.0.0.5:4501`, `[fd00::5]:4501`, or a multiaddr with or without `/p2p/...`. Raises BadInputError."""
     if not text.startswith("/"):
-        where = parse_host_port(text, "ADDRESS")
+        where = HostPort.read("ADDRESS", text)
         return JoinTarget(where.host, where.port)
     if "/p2p/" in text:
         target = parse_target(text)
@@ -132,7 +132,7 @@ def with_observed(member: Member, host: str) -> Member:
     if not member.addresses or seen.is_loopback or seen.is_link_local:
         return member
     try:
-        port = parse_host_port(member.addresses[0], "address").port
+        port = HostPort.parse(member.addresses[0]).port
     except BadInputError:
         return member
     address = str(HostPort(str(seen), port))

@@ -38,7 +38,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.upgrader import TransportUpgrader
 
-from node.config.schema import HostPort
+from node.config.quantities import HostPort
 from node.identity.identity import Identity
 from node.identity.registrar import Line
 from node.identity.verifier import REVOKED, Admission

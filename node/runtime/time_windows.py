@@ -26,7 +26,7 @@ class Hours:
         match = _HOURS.fullmatch(text.strip())
         start, stop = (int(match[i]) * 3600 + int(match[i + 1]) * 60 for i in (1, 3)) if match else (0, 0)
         if start == stop or start >= _DAY_S or stop > _DAY_S:
-            raise BadInputError(f'not hours of the day: "{text[:40]}"; write for example "22:00-06:00"')
+            raise BadInputError(f'"{text[:40]}": not hours of the day; write for example "22:00-06:00"')
         return cls(start, stop)
 
     def opens_in(self, when: datetime) -> int:

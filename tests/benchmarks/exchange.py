@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cache.files import WRITE, identity_of, opened, write_at
-from node.config.schema import HostPort
+from node.config.quantities import HostPort
 from node.exchange.channel import Buffer
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import TlsExchange

@@ -27,7 +27,7 @@ from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node import assembly
 from node.blocks.values import BlockAddress
-from node.config.schema import HostPort
+from node.config.quantities import HostPort
 from node.exchange.contract import Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, load_authority, peer_of

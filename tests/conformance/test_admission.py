@@ -16,7 +16,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from node.config.schema import HostPort
+from node.config.quantities import HostPort
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import (

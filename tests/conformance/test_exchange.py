@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.config.schema import HostPort
+from node.config.quantities import HostPort
 from node.exchange.contract import Answer, Exchange, Handler, Into, Lane
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.exchange.tls import Limits, Timing, TlsExchange

@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cache.disk_index import _parse as parse_row
 from node.config.schema import load
 from node.content.listings import Listings, _of_type, _page
-from node.control.image_routes import offline_routes
-from node.control.routes import control_handler
+from node.control.image_routes import image_routes
+from node.control.routes import Route, control_handler, control_routes
 from node.identity.certificates import Authority, Credentials, _new_authority, issued_by, peer_of
 from node.identity.identity import Identity, from_pem
 from node.membership.peers_file import _File as RememberedFile
@@ -320,6 +320,10 @@ def archive(data: bytes) -> None:
             assert not math.isnan(sum(packed.ref.size for packed in image.objects))
 
 
+def _control_routes() -> list[Route]:
+    return [*control_routes(FakeControl()), *image_routes(cast(Any, _Refusing()))]
+
+
 TARGETS: Mapping[str, Target] = {
     "request": _frames(wire.REQUESTS),
     "reply": _frames(wire.REPLIES),
@@ -339,7 +343,9 @@ TARGETS: Mapping[str, Target] = {
     "http_answer": http_answer,
     "byte_range": byte_range,
     "mirror": _served(_mirror(), LIMITS),
-    "control": _served(control_handler(FakeControl(), offline_routes(cast(Any, _Refusing()))), Limits()),
+    "control": _served(
+        control_handler([*control_routes(FakeControl()), *image_routes(cast(Any, _Refusing()))]), Limits()
+    ),
     "config": config,
     "archive": archive,
 }

@@ -20,7 +20,7 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.config.schema import HostPort
+from node.config.quantities import HostPort
 from node.exchange import tls as exchange_tls
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import BATCH_BYTES, HANDSHAKES_PER_ADDRESS, Limits, Timing, TlsExchange

@@ -130,7 +130,7 @@ def test_a_file_that_is_wrong_changes_nothing(folder: Path) -> None:
             assert (told.returncode, told.stdout) == (1, ""), told
             assert named in told.stderr
             assert "Traceback" not in told.stderr
-            assert "the former one holds" in tail(node.log, 3)
+            assert "the previous one stays in force" in tail(node.log, 3)
             assert node.status()["cache"]["disk"]["budget_bytes"] == 4 << 30
             node.config.write_text(before)
         told = node.ctl("reload")

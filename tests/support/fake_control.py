@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from node.api.documents import (
     why_object,
     why_report,
 )
-from node.control.routes import serve_control
+from node.control.routes import Route, control_routes, serve_control
 from node.oci.references import ImageName
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
@@ -146,7 +146,7 @@ class FakeControl:
 
 
 @contextmanager
-def served(api: FakeControl, path: Path) -> Iterator[None]:
+def served(api: FakeControl, path: Path, more: Iterable[Route] = ()) -> Iterator[None]:
     """The control socket at `path` answers, from another thread, while the context lasts."""
     ready = threading.Event()
     stop: list[trio.CancelScope] = []
@@ -154,7 +154,7 @@ def served(api: FakeControl, path: Path) -> Iterator[None]:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_control, api, path)
+            await nursery.start(serve_control, path, [*control_routes(api), *more])
             stop.append(nursery.cancel_scope)
             tokens.append(trio.lowlevel.current_trio_token())
             ready.set()

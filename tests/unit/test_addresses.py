@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.config.schema import HostPort
+from node.config.quantities import HostPort
 from node.membership import addresses
 from node.membership.addresses import Target, bulk_addresses, concrete_hosts, parse_listen, parse_target, with_observed
 from protocol.errors import BadInputError

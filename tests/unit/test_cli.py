@@ -184,7 +184,7 @@ def test_something_else_on_the_socket(tmp_path: Path) -> None:
     with served(Other(), tmp_path / "s"):
         result = run("--socket", tmp_path / "s", "status")
     assert result.exit_code == 3
-    assert "not a p2pd of this version" in result.stderr
+    assert "not from a p2pd of this version" in result.stderr
 
 
 def test_no_traceback_from_a_process_of_its_own(tmp_path: Path) -> None:

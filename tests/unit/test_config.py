@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from node.config.schema import (
-    Config,
-    HostPort,
-    check,
-    load,
-    parse_duration,
-    parse_floor,
-    parse_host_port,
-    parse_size,
-)
+from node.config.quantities import Duration, Floor, HostPort, Size
+from node.config.schema import Config, check, load
 from protocol.errors import BadInputError
 
 CONTRACT = """
@@ -60,8 +52,8 @@ def test_without_a_file_every_key_has_a_default() -> None:
     assert config.node.name
     assert [upstream.name for upstream in config.upstream] == ["docker.io", "ghcr.io", "quay.io", "registry.k8s.io"]
     assert (config.peers.k, config.peers.m) == (4, 1)
-    assert parse_size(config.cache.memory, "") == 64 << 20
-    assert parse_size(config.cache.disk, "") == 10 << 30
+    assert config.cache.memory.bytes == 64 << 20
+    assert config.cache.disk.bytes == 10 << 30
 
 
 def test_the_documented_file_says_the_defaults(tmp_path: Path) -> None:
@@ -93,12 +85,12 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("[[upstream]]\nname = 'x'\nurl = ['http://m', 'http://m/']", "none twice"),
         ("[[upstream]]\nname = 'x'\nurl = []", "from 1 to 8"),
         ("[[upstream]]\nname = 'x'\nurl = 'http://u:secret@m'", "docker_config"),
-        ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nrate = 'fast'", 'upstream "x": rate'),
+        ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nrate = 'fast'", 'upstream "x": rate = "fast": not a size'),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nrate = '0'", "rate and daily"),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\ndaily = '20 GB/day'", 'upstream "x": daily'),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\ndaily_spent = 'wait'", "daily_spent"),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = '22:00-06:00'", "hours"),
-        ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['22-6']", 'upstream "x": hours'),
+        ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['22-6']", 'upstream "x": hours = "22-6": not hours'),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['06:00-06:00']", 'upstream "x": hours'),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['24:00-06:00']", 'upstream "x": hours'),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['22:00-24:01']", 'upstream "x": hours'),
@@ -113,7 +105,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("[peers]\nmdns = 'no'", "peers.mdns"),
         ("[peers]\nbootstrap = '/ip4/1.2.3.4/tcp/1'", "peers.bootstrap"),
         ("[peers]\nbulk = '4502'", "peers.bulk"),
-        ("[mirror]\nlisten = ':5050'", "mirror.listen"),
+        ("[mirror]\nlisten = ':5050'", 'mirror.listen = ":5050": not an address'),
         ("[mirror]\nlisten = 'localhost:70000'", "mirror.listen"),
         ("[mirror]\nlisten = 'localhost:²'", "mirror.listen"),
         (f"[mirror]\nlisten = 'localhost:{'1' * 5000}'", "mirror.listen"),
@@ -123,12 +115,13 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("[[tags]]\nmatch = 'alpine'", 'tags "alpine": match'),
         (f"[[tags]]\nmatch = '*{'x' * 600}'", "longer than 512"),
         ("[[tags]]\nttl = '5s'", "match"),
-        ("[[tags]]\nmatch = '*'\nttl = '5'", 'tags "*": ttl'),
+        ("[[tags]]\nmatch = '*'\nttl = '5'", 'tags "*": ttl = "5": not a duration'),
         ("[[tags]]\nmatch = '*'\nmax_age = 'old'", 'tags "*": max_age'),
         ("[[tags]]\nmatch = '*'\ncache = false\nttl = '5s'", "cache = false"),
         ("[[tags]]\nmatch = '*'\n" * 300, "tags"),
         ("[cache]\nmemory = '64 Mo'", "cache.memory"),
         (f"[cache]\nmemory = '{'9' * 400}'", "cache.memory"),
+        ("[cache]\nmemory = 64", "Expected `str`, got `int` - at `$.cache.memory`"),
         ("[cache]\ndisk = '-1'", "cache.disk"),
         ("[cache]\nmin_free = '100%'", "cache.min_free"),
         ("[cache]\nmin_free = 'nan%'", "cache.min_free"),
@@ -175,18 +168,18 @@ def test_empty_metrics_is_off(tmp_path: Path) -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text, "key") == size
+    assert Size(text).bytes == size
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("60s", 60), ("1.5m", 90), ("2h", 7200), ("7d", 604800)])
 def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text, "key") == seconds
+    assert Duration(text).seconds == seconds
 
 
 def test_floors() -> None:
-    assert parse_floor("5%", "key") == (0.05, 0)
-    assert parse_floor("0%", "key") == (0.0, 0)
-    assert parse_floor("1GiB", "key") == (0.0, 1 << 30)
+    floors = [Floor(text) for text in ("5%", "0%", "1GiB")]
+    assert [(floor.share, floor.bytes) for floor in floors] == [(0.05, 0), (0.0, 0), (0.0, 1 << 30)]
+    assert [floor.of(100 << 30) for floor in floors] == [5 << 30, 0, 1 << 30]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +187,7 @@ def test_floors() -> None:
     [("127.0.0.1:5050", ("127.0.0.1", 5050)), ("[::1]:80", ("::1", 80)), ("edge:0", ("edge", 0))],
 )
 def test_addresses_round_trip(text: str, address: tuple[str, int]) -> None:
-    parsed = parse_host_port(text, "key")
+    parsed = HostPort.parse(text)
     assert parsed == HostPort(*address)
+    assert (parsed.host, parsed.port) == address
     assert str(parsed) == text

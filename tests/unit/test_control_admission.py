@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import trio
 
-from node.control.cluster_routes import admission_routes
+from node.control.cluster_routes import cluster_routes
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.certificates import open_authority
 from node.identity.revocations import Revocations
@@ -29,11 +29,11 @@ def test_a_revocation_is_taken_once_and_a_forged_one_never(tmp_path: Path) -> No
         membership = Membership(Member(OWN, "n", "s", ()), 1, Random(1))
         exchange = MemoryExchange(MemoryNetwork(0.0), OWN, refused=membership.is_refused, handler=None)  # type: ignore[arg-type]
         revocations = Revocations(tmp_path / "revocations", AUTHORITY.der)
-        method, handler = admission_routes(Gossiper(membership, exchange, revocations), revocations)["/revoke"]
-        assert method == "POST"
+        (route,) = cluster_routes(Gossiper(membership, exchange, revocations), revocations)
+        assert (route.method, route.path) == ("POST", "/revoke")
 
         async def post(body: str) -> bytes:
-            response: Response = await handler(Request("POST", "/revoke", {}, {}, body.encode()))
+            response: Response = await route.handler(Request("POST", "/revoke", {}, {}, body=body.encode()))
             assert isinstance(response.body, bytes)
             return response.body
 

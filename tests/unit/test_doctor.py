@@ -11,6 +11,7 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from node.config.quantities import Floor
 from node.config.schema import ClusterPart, Config, NodePart
 from node.control import doctor
 from node.control.doctor import (
@@ -56,7 +57,7 @@ GOOD = Facts(
     data_dir_error="",
     free_bytes=50 << 30,
     total_bytes=100 << 30,
-    floor=(0.05, 0),
+    floor=Floor("5%"),
     certificate=Shown(Validity(0, 90 * DAY)),
     now=DAY,
 )
@@ -86,7 +87,7 @@ def test_all_is_well() -> None:
         ({"bulk_unreachable": ("edge-3",)}, "bulk port", "warn"),
         ({"data_dir_error": "read-only"}, "data_dir", "fail"),
         ({"free_bytes": 5 << 30}, "disk space", "warn"),
-        ({"free_bytes": 5 << 30, "floor": (0.0, 1 << 30)}, "disk space", "ok"),
+        ({"free_bytes": 5 << 30, "floor": Floor("1GiB")}, "disk space", "ok"),
         ({"certificate": Shown()}, "certificate", "ok"),
         ({"now": -20.0}, "certificate", "ok"),
         ({"now": -31.0}, "certificate", "warn"),

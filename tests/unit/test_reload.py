@@ -14,7 +14,7 @@ import trio
 from cache.disk import DiskStore
 from cache.memory import ENTRY_BYTES, MemoryStore
 from cache.store import BlockStore
-from node.config.schema import CachePart, Config, UpstreamPart, load, uplink_policy
+from node.config.schema import Config, config_of, load, uplink_policy
 from node.control.reload import LIVE, LiveParts, Reloader
 from node.registry.uplink import Uplink
 from node.registry.upstreams import Upstreams
@@ -131,8 +131,8 @@ class Nobody:
 
 
 def config(memory: int, disk: int, **uplink: str) -> Config:
-    cache = CachePart(memory=f"{memory}B", disk=f"{disk}B", min_free="0B")
-    return Config(cache=cache, upstream=(UpstreamPart(name="r.test", url="http://127.0.0.1:9", **uplink),))
+    cache = {"memory": f"{memory}B", "disk": f"{disk}B", "min_free": "0B"}
+    return config_of({"cache": cache, "upstream": [{"name": "r.test", "url": "http://127.0.0.1:9", **uplink}]})
 
 
 def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_right(tmp_path: Path) -> None:
@@ -158,15 +158,15 @@ def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_righ
         ):
             some = Nobody()
             parts = LiveParts(
-                upstreams,
-                {"r.test": link}.__getitem__,
-                some,
-                some,
-                some,
-                lambda seeds: lambda: None,
-                some,
-                memory,
-                disk,
+                upstreams=upstreams,
+                uplink_of={"r.test": link}.__getitem__,
+                names=some,
+                access=some,
+                listings=some,
+                bootstrap=lambda seeds: lambda: None,
+                pins=some,
+                memory=memory,
+                disk=disk,
             )
             await put(memory, disk)
             change = parts.prepared(config(room // 2, room // 2, rate="8MiB", daily="1GiB"))

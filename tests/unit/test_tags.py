@@ -21,7 +21,7 @@ from node.blocks.fetcher import Fetcher
 from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
 from node.blocks.values import Site
-from node.config.schema import Config, MirrorPart, TagsPart, tag_policies
+from node.config.schema import config_of, tag_policies
 from node.config.tag_policy import TagPolicies, TagPolicy
 from node.content.library import SiteLibrary
 from node.content.name_table import NameTable
@@ -415,15 +415,12 @@ def test_homes_that_die_cost_no_answer(tmp_path: Path) -> None:
 
 
 def test_the_first_pattern_that_fits_gives_the_policy() -> None:
-    config = Config(
-        mirror=MirrorPart(tag_ttl="60s", tag_max_age="7d"),
-        tags=(
-            TagsPart(match="docker.io/library/*:latest", ttl="5s"),
-            TagsPart(match="docker.io/*", max_age="1h"),
-            TagsPart(match="*:edge", cache=False),
-        ),
-    )
-    policies = tag_policies(config)
+    rules = [
+        {"match": "docker.io/library/*:latest", "ttl": "5s"},
+        {"match": "docker.io/*", "max_age": "1h"},
+        {"match": "*:edge", "cache": False},
+    ]
+    policies = tag_policies(config_of({"mirror": {"tag_ttl": "60s", "tag_max_age": "7d"}, "tags": rules}))
 
     def of(upstream: str, repository: str, tag: str) -> tuple[float, float]:
         policy = policies.of(Locator(upstream, repository, "manifests"), tag)

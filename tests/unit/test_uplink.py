@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from node.config.quantities import OptionalSize, Window
 from node.config.schema import UpstreamPart, uplink_policy
 from node.config.uplink_policy import UplinkPolicy
 from node.registry.uplink import BURST_S, PORTION_S, QUIET_S, SAVE_EVERY_S, MakeWayError, Taken, Uplink, UplinkFile
@@ -135,7 +136,8 @@ def test_the_day_s_bytes_are_kept_to_the_byte_and_come_again_at_midnight() -> No
 
 def test_foreground_bodies_go_on_where_the_operator_allows_it_and_background_ones_do_not() -> None:
     async def scenario() -> None:
-        link = uplink(uplink_policy(UpstreamPart(name="fake", url="http://x", daily="1MB", daily_spent="allow")))
+        part = UpstreamPart(name="fake", url="http://x", daily=OptionalSize("1MB"), daily_spent="allow")
+        link = uplink(uplink_policy(part))
         await read(link, 5_000_000)
         assert link.use().used == 5_000_000
         with pytest.raises(UnavailableError):
@@ -146,8 +148,9 @@ def test_foreground_bodies_go_on_where_the_operator_allows_it_and_background_one
 
 def test_in_the_hours_nothing_is_limited_or_counted() -> None:
     async def scenario() -> None:
-        policy = UpstreamPart(name="fake", url="http://x", rate="1MiB", daily="10MiB", hours=("22:00-06:00",))
-        link = uplink(uplink_policy(policy))
+        rate, daily, night = OptionalSize("1MiB"), OptionalSize("10MiB"), Window("22:00-06:00")
+        part = UpstreamPart(name="fake", url="http://x", rate=rate, daily=daily, hours=(night,))
+        link = uplink(uplink_policy(part))
         await read(link, 10 << 20)
         assert link.use().spent
         with pytest.raises(UnavailableError):

@@ -1,0 +1,142 @@
+"""Quantities of the configuration and of p2pctl's options, parsed once: when their text is decoded.
+
+Each is the text as the user wrote it; it compares and is shown as that text. Its attributes are the values. `parse`
+raises BadInputError without the key; `read` adds the key. msgspec encodes a quantity only with `enc_hook=str`.
+"""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address
+from typing import Self
+
+from node.runtime.time_windows import Hours
+from protocol.errors import BadInputError
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
+_UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+_UNITS |= {unit: 1024**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)}
+_DURATION = re.compile(r"(\d{1,15}(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PORT = re.compile(r"\d{1,5}", re.ASCII)
+
+
+class Quantity(str):
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        return cls(text)
+
+    @classmethod
+    def read(cls, key: str, text: str) -> Self:
+        """`parse`, with the key in the error: `cache.disk = "much": not a size`."""
+        try:
+            return cls.parse(text)
+        except BadInputError as error:
+            raise BadInputError(f"{key} = {error}") from error
+
+
+class Size(Quantity):
+    """`64MiB`, `10 GB`, `1000`."""
+
+    bytes: int
+
+    def __init__(self, text: str) -> None:
+        match = _SIZE.fullmatch(text.strip())
+        if not match:
+            raise BadInputError(f'"{text}": not a size; write for example "64MiB" or "10GiB"')
+        self.bytes = int(float(match[1]) * _UNITS[match[2] or "B"])
+
+
+class OptionalSize(Size):
+    """A size, or "" for none: then `bytes` is 0."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text or "0")
+
+
+class Duration(Quantity):
+    """`500ms`, `60s`, `7d`."""
+
+    seconds: float
+
+    def __init__(self, text: str) -> None:
+        match = _DURATION.fullmatch(text.strip())
+        if not match:
+            raise BadInputError(f'"{text}": not a duration; write for example "60s", "5m" or "7d"')
+        self.seconds = float(match[1]) * _SECONDS[match[2]]
+
+
+class OptionalDuration(Duration):
+    """A duration, or "" for none: then `seconds` is 0."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text or "0s")
+
+
+class Window(Quantity):
+    """`22:00-06:00` of the local day; up to 24:00."""
+
+    hours: Hours
+
+    def __init__(self, text: str) -> None:
+        self.hours = Hours.parse(text)
+
+
+class Floor(Quantity):
+    """`5%` or `1GiB`: the part of a file system, or the bytes, to keep free. The other of `share` and `bytes` is 0."""
+
+    share: float = 0.0
+    bytes: int = 0
+
+    def __init__(self, text: str) -> None:
+        if not text.strip().endswith("%"):
+            self.bytes = Size(text).bytes
+            return
+        try:
+            self.share = float(text.strip()[:-1]) / 100
+        except ValueError:
+            self.share = -1.0
+        if not 0 <= self.share < 1:
+            raise BadInputError(f'"{text}": not a percentage from 0% to 99%')
+
+    def of(self, total_bytes: int) -> int:
+        """Bytes to keep free of a file system with `total_bytes`."""
+        return max(int(total_bytes * self.share), self.bytes)
+
+
+class HostPort(Quantity):
+    """`127.0.0.1:5050`, `[::1]:5050`."""
+
+    host: str
+    port: int
+
+    def __new__(cls, host: str, port: int) -> Self:
+        self = super().__new__(cls, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        self.host, self.port = host, port
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        host, colon, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        if not colon or not host or not _PORT.fullmatch(port) or int(port) > 65535:
+            raise BadInputError(f'"{text}": not an address; write for example "127.0.0.1:5050"')
+        return cls(host, int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it; of names, only `localhost` is known to be loopback."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class OptionalHostPort(Quantity):
+    """An address, or "" for none."""
+
+    address: HostPort | None
+
+    def __init__(self, text: str = "") -> None:
+        self.address = HostPort.parse(text) if text else None

@@ -1,0 +1,83 @@
+"""The unix socket that the control API is served on: its file, and who may open it.
+
+The socket's file exists exactly as long as a daemon listens on it. The file of a daemon that ended uncleanly answers
+no connection and is replaced; any other file, and the socket of a running daemon, is left alone. Only the file's owner
+and group may connect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import trio
+
+from protocol.errors import BadInputError
+
+log = logging.getLogger(__name__)
+
+SOCKET_MODE = 0o660
+MAX_SOCKET_PATH = 107
+"""Bytes of sockaddr_un.sun_path, without its end mark."""
+_BACKLOG = 16
+
+
+@contextlib.contextmanager
+def control_socket(path: Path) -> Iterator[trio.SocketListener]:
+    """Listen at `path`, and remove the file afterwards. Raises BadInputError where that is not possible."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            _clear_stale(path)
+            _listen(sock, path)
+        except OSError as error:
+            raise BadInputError(f"control.socket: cannot listen on {path}: {error.strerror or error}") from error
+        made = path.stat()
+        try:
+            yield trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        finally:
+            _remove(path, made)
+
+
+def _clear_stale(path: Path) -> None:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise BadInputError(f"control.socket: {path} is longer than the {MAX_SOCKET_PATH} bytes of a socket's path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise BadInputError(f"control.socket: {path} exists and is not a socket: remove it, or choose another path")
+        if _answers(path):
+            raise BadInputError(f"control.socket: another daemon answers on {path}: stop it, or choose another path")
+        log.info("replacing the control socket of a daemon that has ended", extra={"path": path})
+        path.unlink()
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:
+            return True  # its backlog is full, so a process listens
+        return True
+
+
+def _listen(sock: socket.socket, path: Path) -> None:
+    """Set the mode before `listen`: until then no client can connect."""
+    sock.bind(str(path))
+    path.chmod(SOCKET_MODE)
+    sock.listen(_BACKLOG)
+
+
+def _remove(path: Path, made: os.stat_result) -> None:
+    """Remove the file if it is still ours: another daemon may have replaced it."""
+    with contextlib.suppress(FileNotFoundError):
+        now = path.lstat()
+        if (now.st_dev, now.st_ino) == (made.st_dev, made.st_ino):
+            path.unlink()
