@@ -186,7 +186,7 @@ def _block(mirror: str, server: str, made: str, newline: str) -> str:
 
 
 def _with_block(text: str, path: Path, *, mirror: str, server: str, made: str) -> str:
-    """Insert the lines before the first table, where top-level keys end and no host stands yet, and check the result."""
+    """Insert the lines before the first table, where top-level keys end and no host stands yet; check the result."""
     document = _parse(text, path)
     block = _block(mirror, "" if "server" in document else server, made, "\r\n" if "\r\n" in text else "\n")
     at = _first_table(text)
