@@ -1,4 +1,4 @@
-"""`python -m simulations NAME`: the scenarios, each of which one seed decides."""
+"""`python -m simulations NAME` runs a scenario. A seed decides everything in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simulations.uplink_cut import uplink_cut
 
 @click.group()
 def main() -> None:
-    """The shipped code in virtual time. What came of it: docs/SIMULATIONS.md."""
+    """Run the shipped code in virtual time. Results: docs/SIMULATIONS.md."""
 
 
 main.add_command(cache)

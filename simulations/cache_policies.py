@@ -1,6 +1,6 @@
 """Hit ratios of the tiers' LRU-K beside other policies: two pools, Zipf, Zipf with scans, and a trace.
 
-LRU-K is the one that memory and disk evict by. The others are libcachesim's: LRU, FIFO, SIEVE (NSDI'24), S3-FIFO
+Memory and disk evict by LRU-K. The others are libcachesim's: LRU, FIFO, SIEVE (NSDI'24), S3-FIFO
 (SOSP'23), ARC (FAST'03), W-TinyLFU, and Belady's optimum, which knows the future. All entries are of one size.
 """
 
@@ -29,13 +29,13 @@ SIZES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Cache sizes, in percent of the distinct objects."""
 
 REFERENCES = 100_000
-"""Of the workloads that are made, without the scans."""
+"""References of a generated workload, without the scans."""
 
 SMALLEST = 8
-"""Entries. In smaller caches libcachesim's policies have parts into which nothing gets, and it aborts."""
+"""Entries of the smallest cache. In a smaller one, parts of libcachesim's policies hold nothing, and it aborts."""
 
 OBJECTS = 10_000
-"""Of the Zipf workloads."""
+"""Distinct objects of the Zipf workloads."""
 
 SCAN_EVERY, SCAN_LENGTH = 5_000, 1_000
 HOT, COLD, WARM_UP = 100, 10_000, 10_000
@@ -49,9 +49,9 @@ class Workload:
     name: str
     references: Sequence[int]
     sizes: dict[str, int]
-    """Entries in a cache, by what the size is called."""
+    """Entries in a cache, by the name of the size."""
     interval_s: float
-    """Between references: it decides which ones are correlated."""
+    """Seconds between references: decides which of them are correlated."""
     warm_up: int = 0
 
     @cached_property
@@ -66,11 +66,11 @@ class Workload:
 
 
 Policy = Callable[[Workload, int], Iterator[bool]]
-"""Whether each reference finds its object, in a cache of so many entries."""
+"""Whether each reference finds its object in a cache of this many entries."""
 
 
 def shipped(workload: Workload, size: int) -> Iterator[bool]:
-    """As cache/memory.py and cache/disk.py evict."""
+    """LRU-K as cache/memory.py and cache/disk.py use it."""
     now = 0.0
     held: LRUKCache[int, None] = eviction_policy(lambda _: 1, lambda: now)
     for turn, key in enumerate(workload.references):
@@ -86,7 +86,7 @@ def shipped(workload: Workload, size: int) -> Iterator[bool]:
 
 
 def library(cache_class: type[libcachesim.CacheBase], least: int = 0, **shares: float) -> Policy:
-    """`shares` are those of the cache that its parts have: of `least` entries at least, or nothing gets into them."""
+    """A policy of libcachesim. `shares` are the shares of its parts, each of which gets `least` entries at least."""
 
     def hits(workload: Workload, size: int) -> Iterator[bool]:
         parts = {name: max(share, (least + 0.5) / size) for name, share in shares.items()}
@@ -126,7 +126,7 @@ def zipf(rng: Random) -> list[int]:
 
 
 def with_scans(references: Sequence[int]) -> list[int]:
-    """After each SCAN_EVERY references, SCAN_LENGTH objects that nobody asks for again, such as a nightly build's."""
+    """After each SCAN_EVERY references, SCAN_LENGTH objects that are never used again, such as a nightly build's."""
     mixed: list[int] = []
     for start in range(0, len(references), SCAN_EVERY):
         mixed += references[start : start + SCAN_EVERY]
@@ -140,7 +140,7 @@ def sized(objects: int, percents: Iterable[float]) -> dict[str, int]:
 
 
 def read_trace(path: Path) -> list[int]:
-    """One object's number on each line, maybe compressed by zstd. Raises ClickException."""
+    """Read a trace: an object's number on each line, possibly compressed by zstd. Raises ClickException."""
     try:
         if path.suffix == ".zst":
             raw = subprocess.run(["zstd", "-dc", path], check=True, capture_output=True).stdout
@@ -153,7 +153,7 @@ def read_trace(path: Path) -> list[int]:
 
 def workloads(seed: int, percents: Sequence[float], interval_s: float, trace: Path | None) -> list[Workload]:
     pools, skewed = two_pools(Random(f"two pools {seed}")), zipf(Random(f"zipf {seed}"))
-    sizes = sized(len(set(skewed)), percents)  # for the scans too: what is scanned is not worth keeping
+    sizes = sized(len(set(skewed)), percents)  # also with scans: scanned objects are not worth keeping
     made = [
         Workload("two pools", pools, {f"{HOT} entries": HOT}, interval_s, WARM_UP),
         Workload("Zipf", skewed, sizes, interval_s),
@@ -170,16 +170,16 @@ class Result:
     workload: str
     sizes: dict[str, int]
     percent: dict[str, list[float]]
-    """Hits, by policy and size."""
+    """Hits in percent, by policy and size."""
 
     def ahead(self) -> list[float]:
-        """By how many points the shipped policy is before the best of the others that do not know the future."""
+        """Points by which the shipped policy beats the best other policy that does not know the future."""
         others = [row for name, row in self.percent.items() if name not in (SHIPPED, OPTIMUM)]
         return [ours - max(row) for ours, *row in zip(self.percent[SHIPPED], *others, strict=True)]
 
 
 def run(those: Sequence[Workload], report: Report) -> list[Result]:
-    total = sum(len(each.references) * len(each.sizes) for each in those) * len(POLICIES)
+    total = sum(len(workload.references) * len(workload.sizes) for workload in those) * len(POLICIES)
     done = 0
 
     def measured(policy: Policy, workload: Workload, size: int) -> float:
@@ -191,11 +191,14 @@ def run(those: Sequence[Workload], report: Report) -> list[Result]:
 
     return [
         Result(
-            each.name,
-            each.sizes,
-            {name: [measured(policy, each, size) for size in each.sizes.values()] for name, policy in POLICIES.items()},
+            workload.name,
+            workload.sizes,
+            {
+                name: [measured(policy, workload, size) for size in workload.sizes.values()]
+                for name, policy in POLICIES.items()
+            },
         )
-        for each in those
+        for workload in those
     ]
 
 
@@ -210,7 +213,7 @@ def table_of(result: Result) -> Table:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """How far above LRU the others are, since what differs is small beside what does not."""
+    """Plot the difference to LRU: the differences are small beside the ratios themselves."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -243,9 +246,12 @@ def percents(_context: click.Context, _parameter: click.Parameter, value: str) -
     "--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="One number a line, maybe .zst."
 )
 @click.option(
-    "--sizes", callback=percents, default=",".join(f"{size:g}" for size in SIZES), show_default=True,
+    "--sizes",
+    callback=percents,
+    default=",".join(f"{size:g}" for size in SIZES),
+    show_default=True,
     help="Percent of the distinct objects.",
-)  # fmt: skip
+)
 @click.option(
     "--interval", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds from reference to reference."
 )
@@ -254,14 +260,14 @@ def percents(_context: click.Context, _parameter: click.Parameter, value: str) -
 def cache(
     seed: int, trace: Path | None, sizes: tuple[float, ...], interval: float, as_json: bool, plot_path: Path | None
 ) -> None:
-    """Hit ratios of LRU-K as the tiers use it, beside other policies and the optimum."""
+    """Compare the hit ratios of the tiers' LRU-K with other policies and the optimum."""
     those = workloads(seed, sizes, interval, trace)
     results = with_progress("cache", lambda report: run(those, report))
     if plot_path is not None:
         plot(results, plot_path)
     if as_json:
         setup = {"seed": seed, "sizes": sizes, "interval_s": interval, "trace": trace.name if trace else None}
-        shown = [{**asdict(each), "ahead": each.ahead()} for each in results]
+        shown = [{**asdict(result), "ahead": result.ahead()} for result in results]
         click.echo(json.dumps({"what": setup, "results": shown}, indent=2))
         return
     console = Console(width=100)

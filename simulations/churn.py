@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MET = 2
-"""Members that a node which comes back knows the addresses of."""
+"""Members whose addresses a returning node knows."""
 ATTEMPTS, AGAIN_S = 10, 1.0
-"""For a pull, and the time between two of them."""
+"""Attempts at a pull, and the pause between two of them."""
 SETTLE_S = 60.0
-"""After the last change."""
+"""Time simulated after the last change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Churn(Setting):
-    """A new image comes every `image_s`, and each node begins to pull it in the first half of that time; one that
-    comes back pulls the newest too. A node dies every `change_s` on average, and is back after `away_s`."""
+    """A new image appears every `image_s`, and each node begins to pull it in the first half of that time; a returning
+    node pulls the newest too. A node dies every `change_s` on average, and is back after `away_s`."""
 
     nodes: int = 40
     image: int = 16_000_000
@@ -44,21 +44,21 @@ class Churn(Setting):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`deaths` and `returns`: seconds from each until every living node's view was right about it; a node that came
-    back must also see all others. `quiet` is the same without changes."""
+    """`deaths` and `returns`: seconds from each change until every living node's view was right about it; a returning
+    node must also see all others. `quiet` is the same run without changes."""
 
     seconds: tuple[float, ...]
-    """Of each pull that ended, attempts that failed included."""
+    """Duration of each pull that ended, including attempts that failed."""
     failed: int
-    """Attempts."""
+    """Attempts that failed."""
     cut_off: int
-    """Pulls that their own node's death ended."""
+    """Pulls that ended with the death of their own node."""
     copies: float
-    """Of all images, asked of the registry."""
+    """Copies of all images that the registry sent."""
     deaths: tuple[float, ...] = ()
     returns: tuple[float, ...] = ()
     unsettled: int = 0
-    """Changes of which some view was wrong at the end."""
+    """Changes about which some view was wrong at the end."""
     quiet: Result | None = None
 
 
@@ -68,11 +68,11 @@ class _Change:
     is_there: bool
     at: float
     wrong: set[PeerId]
-    """Whose view is."""
+    """The nodes whose view is wrong about it."""
 
 
 class _Views:
-    """What the living nodes believe of each change."""
+    """Watches whether the living nodes' views are right about each change."""
 
     def __init__(self, nodes: list[Node]) -> None:
         self._living = {node.peer for node in nodes}
@@ -96,24 +96,19 @@ class _Views:
             right = self._living <= seen if viewer == change.peer else (change.peer in seen) == change.is_there
             if right:
                 change.wrong.discard(viewer)
-        for change in [one for one in self.open if not one.wrong]:
+        for change in [change for change in self.open if not change.wrong]:
             self.open.remove(change)
             self.settled[change.is_there].append(trio.current_time() - change.at)
 
 
 class _Site:
-    """The nodes, their clients, and what comes of these."""
+    """The nodes, their clients, and the results."""
 
     def __init__(
         self, setup: Churn, cluster: Cluster, images: list[Image], nursery: trio.Nursery, report: Report
     ) -> None:
-        self._setup, self._cluster, self._images, self._nursery, self._report = (
-            setup,
-            cluster,
-            images,
-            nursery,
-            report,
-        )
+        self._setup, self._cluster, self._images = setup, cluster, images
+        self._nursery, self._report = nursery, report
         self._rng = Random(f"churn {setup.seed}")
         self._dead: set[int] = set()
         self._pulling: set[int] = set()
@@ -125,7 +120,7 @@ class _Site:
             nursery.start_soon(self._live, node, 0)
 
     async def _live(self, node: Node, first: int) -> None:
-        """Until it dies. `first`: the first image that it pulls."""
+        """A node's clients, until it dies. `first` is the number of the first image that they pull."""
         with node.client():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.views.watch, node)
@@ -146,11 +141,11 @@ class _Site:
         self._report(min(1.0, len(self.seconds) / (self._setup.nodes * self._setup.images)))
 
     async def change(self) -> None:
-        """Until all images were there for a while."""
+        """Let nodes die and return until the time of the last image is over."""
         until = self._began + self._setup.image_s * self._setup.images
         while (at := trio.current_time() + self._rng.expovariate(1.0) * self._setup.change_s) < until:
             await trio.sleep_until(at)
-            changing = {one.peer for one in self.views.open}
+            changing = {change.peer for change in self.views.open}
             victims = [
                 node for node in self._cluster.nodes if node.number not in self._dead and node.peer not in changing
             ]
@@ -158,7 +153,7 @@ class _Site:
         await trio.sleep_until(until + SETTLE_S)
 
     async def _die(self, node: Node) -> None:
-        """Half of them without a word: requests to it wait, and are not refused."""
+        """Half of the deaths are silent: requests to the node wait, and are not refused."""
         network, number = self._cluster.network, node.number
         self._dead.add(number)
         self.cut_off += number in self._pulling
@@ -174,7 +169,7 @@ class _Site:
         node.stop()
         await trio.sleep(0.0)
         network.resume(node.peer)
-        met = self._rng.sample([one for one in self._cluster.nodes if one.number not in self._dead], MET)
+        met = self._rng.sample([other for other in self._cluster.nodes if other.number not in self._dead], MET)
         self._dead.discard(number)
         node = await self._cluster.restart(number, self._nursery, met=met)
         self.views.changed(node, is_there=True)
@@ -182,7 +177,7 @@ class _Site:
         self._nursery.start_soon(self._live, node, newest)
 
 
-def _one(setup: Churn, report: Report) -> Result:
+def _play(setup: Churn, report: Report) -> Result:
     async def main() -> Result:
         registry = setup.registry()
         images = [setup.push(registry, f"v{number}") for number in range(setup.images)]
@@ -193,16 +188,21 @@ def _one(setup: Churn, report: Report) -> Result:
         copies = registry.bytes_by_site[SITE] / sum(image.size for image in images)
         settled = site.views.settled
         return Result(
-            tuple(site.seconds), site.failed, site.cut_off, copies, tuple(settled[False]), tuple(settled[True]),
-            len(site.views.open),
-        )  # fmt: skip
+            tuple(site.seconds),
+            site.failed,
+            site.cut_off,
+            copies,
+            deaths=tuple(settled[False]),
+            returns=tuple(settled[True]),
+            unsettled=len(site.views.open),
+        )
 
     return play(setup.seed, main)
 
 
 def run(setup: Churn, report: Report) -> Result:
-    changed = _one(setup, lambda share: report(share / 2))
-    quiet = _one(replace(setup, change_s=math.inf), lambda share: report((1 + share) / 2))
+    changed = _play(setup, lambda share: report(share / 2))
+    quiet = _play(replace(setup, change_s=math.inf), lambda share: report((1 + share) / 2))
     return replace(changed, quiet=quiet)
 
 
@@ -218,10 +218,10 @@ def table_of(setup: Churn, result: Result) -> Table:
         "", "", title=f"{setup.nodes} nodes, one dies every {setup.change_s:g} s on average", show_header=False
     )
     assert result.quiet is not None
-    for name, one in (("", result), (" without changes", result.quiet)):
-        table.add_row(f"pulls{name}", _percentiles(one.seconds))
-        table.add_row(f"copies of each image{name}", f"{one.copies:.3f}")
-        table.add_row(f"attempts that failed{name}", f"{one.failed}")
+    for name, part in (("", result), (" without changes", result.quiet)):
+        table.add_row(f"pulls{name}", _percentiles(part.seconds))
+        table.add_row(f"copies of each image{name}", f"{part.copies:.3f}")
+        table.add_row(f"attempts that failed{name}", f"{part.failed}")
     table.add_row("pulls that their node's death ended", f"{result.cut_off}")
     table.add_row("until all views are right about a death", _percentiles(result.deaths))
     table.add_row("about a return", _percentiles(result.returns))
@@ -244,9 +244,12 @@ def draw(result: Result, figure: Figure) -> None:
 
 @scenario("churn", nodes=40)
 @click.option(
-    "--every", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
-    help="Seconds between two deaths, on average.",
-)  # fmt: skip
+    "--every",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Mean seconds between two deaths.",
+)
 @rate_option
 @uplink_option
 def churn(output: Output, nodes: int, seed: int, every: float, rate: float, uplink: float) -> None:

@@ -1,7 +1,8 @@
-"""N nodes of the shipped code in one process: what p2pd runs behind its mirror, on a simulated network.
+"""N nodes of the shipped code in one process, on a simulated network.
 
-Not here, since they are sockets and files: the mirror's HTTP, TLS, the introduction, the disk, and what carries the
-questions of the registry's client. Their work is done by simulations/network.py, stores.py and registry.py.
+node/assembly.py builds each node as it builds p2pd's. Five parts are sockets and files, and are replaced: the mirror's
+HTTP, TLS, libp2p's introduction, the disk, and the transport of the registry's client. simulations/network.py,
+simulations/stores.py and simulations/registry.py do their work.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from simulations.registry import PART, Image, Registry, locator, wired
 from simulations.stores import SharedBytes, tiers
 
 NOWHERE = Path("/nonexistent")
-"""For what a node would keep in files: it goes on without."""
+"""Path of files that a node would keep: it works without them."""
 IN_MEMORY = Path(":memory:")
 LAYERS_AT_ONCE = 3
-"""As containerd reads."""
+"""Layers that containerd reads at a time."""
 BORN_MS = 1_700_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Of each node: links in bytes a second, budgets in bytes."""
+    """A node's links in bytes per second, and its cache budgets in bytes."""
 
     up: float
     down: float
@@ -59,15 +60,15 @@ def identity_of(seed: int, number: int) -> Identity:
 
 
 class Node:
-    """Built anew for each life of a node; `life` counts them."""
+    """A node in one of its lives: a restart builds a new one. `life` counts them."""
 
-    def __init__(self, cluster: Cluster, number: int, identity: Identity, own: Member, life: int) -> None:
+    def __init__(self, cluster: Cluster, number: int, identity: Identity, own: Member, *, life: int) -> None:
         self.number, self.own, self.peer = number, own, identity.peer_id
         self.life = life
         self._cluster, self._identity = cluster, identity
         self.scope = trio.CancelScope()
         self.clients: set[trio.CancelScope] = set()
-        """They are broken off when it stops."""
+        """Reads that are broken off when the node stops."""
         self.membership = Membership(own, BORN_MS + life, self._rng("membership"))
         self.dispatcher = Dispatcher()
         self.exchange = MemoryExchange(
@@ -133,7 +134,7 @@ class Node:
                 self.clients.remove(scope)
 
     async def pull(self, image: Image) -> None:
-        """All of an image, as containerd reads it: the tag, the manifest, then three layers at a time."""
+        """Pull an image as containerd does: the tag, the manifest, then three layers at a time."""
         resolved = await self.library.resolve(locator("manifests"), image.tag)
         assert resolved.ref == image.manifest
         await self.read(resolved.ref, "manifests")
@@ -150,7 +151,7 @@ class Node:
             limit.release_on_behalf_of(layer)
 
     async def read(self, ref: ObjectRef, kind: str = "blobs", span: tuple[int, int] | None = None) -> None:
-        """A whole object, which the library checks against its digest, or a part of it. Raises what became of it."""
+        """Read an object, or bytes `[start, stop)` of it. The library verifies a whole object. Raises ShoalError."""
         start, stop = span or (0, ref.size)
         async with aclosing(self.library.read(locator(kind), ref, start, stop)) as parts:
             async for part in parts:
@@ -158,44 +159,57 @@ class Node:
 
 
 class Cluster:
-    """The nodes `0` to `count - 1` in sites of equal size, and what they share."""
+    """The nodes `0` to `count - 1` in sites of equal size, and the parts that they share."""
 
     def __init__(
-        self, seed: int, count: int, network: SimulatedNetwork, registry: Registry, machine: Machine, *,
-        sites: int = 1, readers: int = 0, report: Callable[[int], None] = lambda count: None,
-    ) -> None:  # fmt: skip
-        """The first `readers` of the nodes keep nothing for others."""
+        self,
+        seed: int,
+        count: int,
+        network: SimulatedNetwork,
+        registry: Registry,
+        *,
+        machine: Machine,
+        sites: int = 1,
+        readers: int = 0,
+        report: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """The first `readers` nodes keep nothing for others. `report` is called with bytes that a client received."""
         self.seed, self.network, self.registry, self.machine = seed, network, registry, machine
         self.shared, self.metrics = SharedBytes(), Metrics()
         self.revocations = Revocations(NOWHERE, open_authority().der)
         self.note_read = report
-        """Bytes that a client got."""
         self._identities = [identity_of(seed, number) for number in range(count)]
         self._members = [
-            Member(one.peer_id, f"n{number}", f"site-{number % sites}", ("192.0.2.1:1",), float(number >= readers))
-            for number, one in enumerate(self._identities)
+            Member(
+                identity.peer_id,
+                f"n{number}",
+                f"site-{number % sites}",
+                ("192.0.2.1:1",),
+                weight=float(number >= readers),
+            )
+            for number, identity in enumerate(self._identities)
         ]
         self.nodes: list[Node] = []
         self.kinds: dict[int, type[Node]] = {}
-        """Of nodes that are not as they should be."""
+        """Classes of the nodes that misbehave, by number."""
 
     async def start(self, nursery: trio.Nursery, life: int = 0) -> None:
-        """All nodes, which have known each other for long."""
+        """Start all nodes as if they had known each other for a long time."""
         self.nodes[:] = [self._node(number, life) for number in range(len(self._members))]
-        known = [Update(member, State.ALIVE, BORN_MS + life) for member in self._members]
+        updates = [Update(member, State.ALIVE, BORN_MS + life) for member in self._members]
         if not life:
             nursery.start_soon(self.network.alarms.run)
         for node in self.nodes:
-            settle(node.membership, known)
+            settle(node.membership, updates)
             await nursery.start(node.run)
 
     def _node(self, number: int, life: int) -> Node:
         identity, own = self._identities[number], self._members[number]
         self.network.plug(identity.peer_id, own.site, Port(self.machine.up, self.machine.down))
-        return self.kinds.get(number, Node)(self, number, identity, own, life)
+        return self.kinds.get(number, Node)(self, number, identity, own, life=life)
 
     async def restart(self, number: int, nursery: trio.Nursery, *, met: Iterable[Node] = ()) -> Node:
-        """A node's next life, with an empty cache; it meets some members again."""
+        """Start a node's next life, with an empty cache. It is introduced to the nodes in `met`."""
         before = self.nodes[number]
         before.stop()
         node = self.nodes[number] = self._node(number, before.life + 1)
@@ -205,17 +219,17 @@ class Cluster:
         return node
 
     async def restart_all(self, nursery: trio.Nursery) -> None:
-        """At once, each with an empty cache."""
+        """Restart all nodes at once, each with an empty cache."""
         for node in self.nodes:
             node.stop()
         await self.start(nursery, self.nodes[0].life + 1)
 
     def sent(self) -> Iterator[int]:
-        """Bytes that each node sent."""
+        """Bytes sent by each node."""
         return (self.network.port(node.peer).up.carried for node in self.nodes)
 
 
-def settle(membership: Membership, known: list[Update]) -> None:
-    """It has known these for long: they are no news, which it would tell everybody for minutes."""
-    membership.received(tuple(known), whole_view=True)
+def settle(membership: Membership, updates: list[Update]) -> None:
+    """Take these statements as known for a long time: they are no news, which would be gossiped for minutes."""
+    membership.received(tuple(updates), whole_view=True)
     membership._swim._rumours.clear()

@@ -1,4 +1,4 @@
-"""A site pulls all the time from warm caches; then all nodes restart at once with empty ones, under the same load."""
+"""A site pulls steadily from warm caches; then all nodes restart at once with empty caches, under the same load."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 WARM_S = 30.0
 AGAIN_S = 1.0
-"""A client whose pull was broken off comes back."""
+"""Pause of a client whose pull was broken off, before it tries again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ColdRestart(Setting):
     images: int = 4
-    """Of `image` bytes each; a client pulls one after the other, drawn at random."""
+    """Number of images, `image` bytes each. A client pulls one after another, drawn at random."""
     every_s: float = 20.0
-    """Between two pulls of a node, in the mean."""
+    """Mean time between two pulls of a node."""
     cold_s: float = 120.0
-    """Simulated after the restart."""
+    """Time simulated after the restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class Result:
     pulls: tuple[Pulled, ...]
     requests: tuple[float, ...]
     sent: tuple[tuple[float, int], ...]
-    """Bytes of the registry, and when they came."""
+    """When the registry sent how many bytes."""
     size: int
-    """Of all images together."""
+    """Bytes of all images together."""
 
     @property
     def copies(self) -> float:
-        """Since the restart."""
+        """Copies of all images that the registry sent since the restart."""
         return sum(count for at, count in self.sent if at >= 0) / self.size
 
     def begun(self, since: float, until: float) -> list[Pulled]:
@@ -108,7 +108,7 @@ def table_of(setup: ColdRestart, result: Result) -> Table:
     table.add_row("pulls begun", str(len(warm)), str(len(cold)))
     table.add_row("of them failed", *(str(sum(bool(pull.error) for pull in pulls)) for pulls in (warm, cold)))
     for name, share in (("median", 0.5), ("longest", 1.0)):
-        took = [after([one.ended - one.began for one in pulls if not one.error], share) for pulls in (warm, cold)]
+        took = [after([pull.ended - pull.began for pull in pulls if not pull.error], share) for pulls in (warm, cold)]
         table.add_row(f"{name} pull", *(f"{seconds:.1f} s" for seconds in took))
     asked = [at for at in result.requests if at < 0 and at >= -WARM_S], [at for at in result.requests if at >= 0]
     table.add_row("requests to the registry", *(str(len(times)) for times in asked))
@@ -136,11 +136,17 @@ def draw(result: Result, figure: Figure) -> None:
 
 @scenario("cold-restart", nodes=100)
 @setting_options
-@click.option("--images", type=click.IntRange(1, 100), default=4, show_default=True, help="Of --image bytes each.")
 @click.option(
-    "--every", "every_s", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True,
-    help="Seconds between two pulls of a node, in the mean.",
-)  # fmt: skip
+    "--images", type=click.IntRange(1, 100), default=4, show_default=True, help="Number of images, --image bytes each."
+)
+@click.option(
+    "--every",
+    "every_s",
+    type=click.FloatRange(0, min_open=True),
+    default=20.0,
+    show_default=True,
+    help="Mean seconds between two pulls of a node.",
+)
 def cold_restart(output: Output, **given: Any) -> None:
     """All nodes of a busy site restart at once with empty caches."""
     output.show(ColdRestart(**given), run, table_of, draw)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class FlashCrowd(Setting):
     @property
     def limit_s(self) -> float:
-        """The fluid limit, that no way to share the links can beat."""
+        """The fluid limit: no schedule of the links is faster."""
         up, total = self.uplink * MBIT, self.image * self.nodes
         return max(self.image / up, self.image / (self.rate * MBIT), total / (up + self.nodes * self.rate * MBIT))
 
@@ -38,7 +38,7 @@ class FlashCrowd(Setting):
 @dataclass(frozen=True, slots=True)
 class Result:
     seconds: tuple[float, ...]
-    """Of each node's pull."""
+    """Duration of each node's pull."""
     limit_s: float
     origin_bytes: int
     origin_requests: int
@@ -51,7 +51,7 @@ class Result:
 
     @property
     def imbalance(self) -> float:
-        """The most that a node sent over the mean."""
+        """Bytes sent by the busiest node over the mean."""
         return max(self.sent) / statistics.mean(self.sent)
 
 
@@ -74,7 +74,12 @@ def run(setup: FlashCrowd, report: Report) -> Result:
                     pulling.start_soon(pull, number)
             sent = tuple(after - earlier for after, earlier in zip(cluster.sent(), before, strict=True))
         return Result(
-            tuple(seconds), setup.limit_s, registry.bytes_by_site[SITE], len(registry.requests), sent, image.size
+            tuple(seconds),
+            setup.limit_s,
+            origin_bytes=registry.bytes_by_site[SITE],
+            origin_requests=len(registry.requests),
+            sent=sent,
+            image=image.size,
         )
 
     return play(setup.seed, main)

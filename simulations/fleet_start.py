@@ -1,7 +1,8 @@
-"""Containers of one image start on all hosts at once, each of which reads a small part of the image.
+"""Containers of one image start on all hosts at once, and each reads a small part of the image.
 
-DADI's run in a cloud (Li et al., "DADI: Block-Level Image Service for Agile and Elastic Application Deployment", USENIX
-ATC'20): 10,000 containers on 1,000 hosts read 15 MB of an image of 894 MB each, and took 3.01 s cold and 2.91 s warm.
+The setting is DADI's run in a cloud (Li et al., "DADI: Block-Level Image Service for Agile and Elastic Application
+Deployment", USENIX ATC'20): 10,000 containers on 1,000 hosts read 15 MB of an image of 894 MB each, and took 3.01 s
+cold and 2.91 s warm.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Run = tuple[ObjectRef, int, int]
-"""Bytes from start to stop of a layer."""
+"""A layer, and the bytes `[start, stop)` of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class FleetStart(Setting):
-    """`nodes` are hosts. `read` is in bytes, in runs of `run` bytes anywhere in the image. `warm_s` is what a container
-    does beside its reads. `traced`: each host knows from an earlier start what will be read, and reads it ahead."""
+    """`nodes` are hosts. A container reads `read` bytes, in runs of `run` bytes anywhere in the image, and spends
+    `warm_s` on other work. `traced`: each host knows from an earlier start what will be read, and reads it ahead."""
 
     image: int = 894_000_000
     layers: int = 6
@@ -44,7 +45,7 @@ class FleetStart(Setting):
     traced: bool = False
 
     def runs(self, image: Image) -> list[Run]:
-        """What a start reads, in its order: the same for all containers."""
+        """The reads of a start in their order, the same for all containers."""
         rng, runs = Random(f"runs {self.seed}"), list[Run]()
         for start in range(0, self.read, self.run):
             layer = rng.choice(image.layers)
@@ -57,21 +58,21 @@ class FleetStart(Setting):
 @dataclass(frozen=True, slots=True)
 class Result:
     seconds: tuple[float, ...]
-    """Of each container's start."""
+    """Duration of each container's start."""
     needed: int
     """Bytes of the blocks that a start touches."""
     origin_bytes: int
     received: int
-    """By all hosts."""
+    """Bytes received by all hosts."""
 
     @property
     def copies(self) -> float:
-        """Of these blocks, asked of the registry."""
+        """Copies of these blocks that the registry sent."""
         return self.origin_bytes / self.needed
 
 
 def _pauses(rng: Random, count: int, total_s: float) -> Iterator[float]:
-    """Before each of `count` reads, and after the last: exponential, together `total_s`."""
+    """Pauses before each of `count` reads and after the last: exponential, `total_s` in total."""
     shares = [rng.expovariate(1.0) for _ in range(count + 1)]
     return (total_s * share / sum(shares) for share in shares)
 
@@ -151,9 +152,9 @@ def draw(result: Result, figure: Figure) -> None:
 
 
 @scenario("fleet-start", nodes=1000)
-@click.option("--containers", type=click.IntRange(1), default=10, show_default=True, help="On each node.")
+@click.option("--containers", type=click.IntRange(1), default=10, show_default=True, help="Containers on each node.")
 @click.option(
-    "--run", "run_bytes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Bytes in a row."
+    "--run", "run_bytes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Bytes read in a row."
 )
 @click.option(
     "--rate", type=click.FloatRange(0, min_open=True), default=1500.0, show_default=True, help="Mbit/s of a node."
@@ -161,12 +162,10 @@ def draw(result: Result, figure: Figure) -> None:
 @click.option(
     "--uplink", type=click.FloatRange(0, min_open=True), default=10_000.0, show_default=True, help="Mbit/s of the site."
 )
-@click.option("--traced", is_flag=True, help="What a start reads is known, and read ahead.")
+@click.option("--traced", is_flag=True, help="Each host knows the reads of a start, and reads ahead.")
 def fleet_start(
     output: Output, nodes: int, seed: int, containers: int, run_bytes: int, rate: float, uplink: float, traced: bool
 ) -> None:
     """Containers start on all nodes at once, and each reads the same 15 MB of an image of 894 MB."""
-    setup = FleetStart(
-        nodes, seed, rate=rate, uplink=uplink, containers=containers, run=run_bytes, traced=traced
-    )  # fmt: skip
+    setup = FleetStart(nodes, seed, rate=rate, uplink=uplink, containers=containers, run=run_bytes, traced=traced)
     output.show(setup, run, table_of, draw)

@@ -1,4 +1,4 @@
-"""A crowd with one admitted member that lies: about shards, or about what it read from the registry."""
+"""A crowd with one admitted member that lies: about shards, or about blocks that it read from the registry."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIAR = 1
-"""Its number."""
+"""Number of the node that lies."""
 ATTEMPTS = 10
-"""For a pull, one after the other: clients of a registry try again."""
+"""Attempts at a pull, one after another: clients of a registry try again."""
 WAIT_S = 300.0
-"""After the last pull, for word of the liar to come to those whom it told nothing."""
+"""Time after the last pull in which evidence can reach the nodes that the liar gave nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +50,30 @@ class Liar(Setting):
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """`quarantined`: seconds from the first lie until an honest node had the liar in quarantine, of each that had."""
+    """`quarantined`: seconds from the first lie until the liar was in quarantine, for each honest node that did so."""
 
     seconds: tuple[float, ...]
-    """Of each honest node's pull, attempts that failed included; infinite where all of them did."""
+    """Duration of each honest node's pull, including failed attempts; infinite if all failed."""
     failed: int
-    """Attempts."""
+    """Attempts that failed."""
     copies: float
     lies: int
     quarantined: tuple[float, ...]
     wronged: int
-    """Honest nodes that another honest one has in quarantine."""
+    """Honest nodes that another honest node has in quarantine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     crowds: dict[str, Crowd]
-    """By what the one member does."""
+    """A crowd for each behaviour of the one member."""
 
 
 class _LyingNode(Node):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.lies: list[float] = []
-        """When it told them."""
+        """Times of its lies."""
 
     def lie(self, data: Buffer) -> bytearray:
         self.lies.append(trio.current_time())
@@ -83,7 +83,7 @@ class _LyingNode(Node):
 
 
 class _OfShards(_LyingNode):
-    """One bit is wrong of each shard that it gives to others."""
+    """Flips one bit of each shard that it gives to others."""
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         answer = await super().handle(peer, request)
@@ -93,7 +93,7 @@ class _OfShards(_LyingNode):
 
 
 class _OfRecords(_LyingNode):
-    """One bit is wrong of each block of the layers that it reads from the registry, and it signs that."""
+    """Flips one bit of each block of a layer that it reads from the registry, and signs the result."""
 
     def upstreams(self, kind: type[Upstreams] = Upstreams) -> Upstreams:
         misread = super().upstreams(_Misread)
@@ -103,7 +103,7 @@ class _OfRecords(_LyingNode):
 
 
 class _Misread(Upstreams):
-    """Alters each block of a layer, but not what is read again to compare it."""
+    """Alters each block of a layer, except in reads that compare a block with the registry's."""
 
     lie: Callable[[Buffer], bytearray]
 
@@ -128,7 +128,7 @@ KINDS: dict[str, type[_LyingNode]] = {HONEST: _LyingNode, SHARDS: _OfShards, REC
 
 
 class _Watched:
-    """The honest nodes of a crowd, and what they go through."""
+    """What the honest nodes of a crowd go through."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -191,24 +191,24 @@ def table_of(setup: Liar, result: Result) -> Table:
     table = Table("", *result.crowds, title=f"{setup.nodes} nodes, of which one lies, {setup.image / 1e6:g} MB")
     crowds = result.crowds.values()
     for name, share in (("median", 0.5), ("last", 1.0)):
-        table.add_row(f"{name} completion", *(f"{after(one.seconds, share):.1f} s" for one in crowds))
-    table.add_row("attempts that failed", *(f"{one.failed} in {len(one.seconds)} pulls" for one in crowds))
-    table.add_row("copies asked of the registry", *(f"{one.copies:.3f}" for one in crowds))
-    table.add_row("lies told", *(f"{one.lies}" for one in crowds))
-    table.add_row("nodes that have the liar in quarantine", *(f"{len(one.quarantined)}" for one in crowds))
+        table.add_row(f"{name} completion", *(f"{after(crowd.seconds, share):.1f} s" for crowd in crowds))
+    table.add_row("attempts that failed", *(f"{crowd.failed} in {len(crowd.seconds)} pulls" for crowd in crowds))
+    table.add_row("copies asked of the registry", *(f"{crowd.copies:.3f}" for crowd in crowds))
+    table.add_row("lies", *(f"{crowd.lies}" for crowd in crowds))
+    table.add_row("nodes that have the liar in quarantine", *(f"{len(crowd.quarantined)}" for crowd in crowds))
     for name, share in (("half of these", 0.5), ("all", 1.0)):
-        times = (f"{after(one.quarantined, share):.1f} s" if one.quarantined else "" for one in crowds)
+        times = (f"{after(crowd.quarantined, share):.1f} s" if crowd.quarantined else "" for crowd in crowds)
         table.add_row(f"{name}, after the first lie", *times)
-    table.add_row("honest nodes in somebody's quarantine", *(f"{one.wronged}" for one in crowds))
+    table.add_row("honest nodes in quarantine", *(f"{crowd.wronged}" for crowd in crowds))
     return table
 
 
 def draw(result: Result, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
-    for name, one in result.crowds.items():
-        shares = [number / len(one.seconds) for number in range(1, len(one.seconds) + 1)]
-        left.plot(sorted(one.seconds), shares, label=name)
-        right.plot(sorted(one.quarantined), shares[: len(one.quarantined)], label=name)
+    for name, crowd in result.crowds.items():
+        shares = [number / len(crowd.seconds) for number in range(1, len(crowd.seconds) + 1)]
+        left.plot(sorted(crowd.seconds), shares, label=name)
+        right.plot(sorted(crowd.quarantined), shares[: len(crowd.quarantined)], label=name)
     left.set(xlabel="seconds of a pull", ylabel="nodes that are done", xlim=(0, None), ylim=(0, 1))
     right.set(xlabel="seconds from the first lie", ylabel="nodes that have the liar in quarantine", ylim=(0, 1))
     left.legend()

@@ -1,4 +1,7 @@
-"""One run: trio in virtual time, with nothing in it that chance outside of the seed could decide."""
+"""Runs a simulation: trio in virtual time, where nothing but the seed decides what happens.
+
+Three sources of chance are closed: the order in which trio runs tasks, the hashes of strings, and the clock.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +26,25 @@ def silent(share: float) -> None:
 
 
 def fix_hashes() -> None:
-    """Run this program anew with hashes of strings that do not differ from run to run."""
+    """Restart this program with string hashes that are the same in every run."""
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
 
 
 def play(seed: int, main: Callable[[], Awaitable[T]]) -> T:
-    """Run in virtual time. trio runs the tasks that are ready in an order drawn at random: here by the seed."""
-    from trio._core import _run  # it has no other switch for this; Hypothesis sets the same two
+    """Run `main` in virtual time. trio draws the order of ready tasks at random; here the seed decides it."""
+    from trio._core import _run  # trio has no public switch; Hypothesis sets the same two
 
     _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     _run._r.seed(seed)
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 20, 1000)  # little of it is cycles, and looking for them takes a quarter of the time
+    gc.set_threshold(200_000, 20, 1000)  # few objects are in cycles; looking for them took a quarter of the time
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def with_progress(name: str, run: Callable[[Report], T]) -> T:
-    """On standard error, where that is a terminal."""
+    """Show the progress of `run` on standard error, if that is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""What the scenarios share: the site that most of them simulate, their options, and how a result is shown."""
+"""The parts that scenarios share: the site that most of them simulate, their options, and how a result is shown."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 MBIT = 1e6 / 8
 SITE = "site-0"
 TICK_SHARE = 0.01
-"""Of the time that a shard takes: times are not told apart more finely than that."""
+"""Resolution of the simulated clock, as a share of the time that one shard takes on a link."""
 
 PAUSE_S, LONGEST_PAUSE_S, MAX_ATTEMPTS = 10.0, 300.0, 100
 """kubelet's ImagePullBackOff."""
@@ -52,7 +52,7 @@ uplink_option = click.option(
 
 
 def setting_options(work: Callable[..., None]) -> Callable[..., None]:
-    """All of a Setting's, by the names of its fields."""
+    """The options of a `Setting`, by the names of its fields."""
     return image_option(layers_option(rate_option(uplink_option(work))))
 
 
@@ -68,7 +68,7 @@ class Setting:
     uplink: float = 40.0
     lan_ms: float = 0.2
     wan_ms: float = 10.0
-    """Both ways together, as all latencies here."""
+    """Round trip, as all latencies here."""
 
     def registry(self) -> Registry:
         return Registry(self.seed, constant(self.wan_ms / 1e3))
@@ -77,19 +77,19 @@ class Setting:
         return registry.push(tag, [self.image // self.layers] * self.layers)
 
     def cluster(self, registry: Registry, report: Callable[[int], None], *, sites: int = 1) -> Cluster:
-        """`told` is called with each number of bytes that a client got."""
+        """`report` is called with each number of bytes that a client received."""
         latency = lognormal(self.lan_ms / 2e3, self.lan_ms * 5 / 2e3)
         tick_s = TICK_SHARE * BLOCK_SIZE / 4 / (self.rate * MBIT)
         network = SimulatedNetwork(Random(f"network {self.seed}"), latency, tick_s=tick_s)
         for number in range(sites):
             network.uplink(f"site-{number}").down.rate = self.uplink * MBIT
         machine = Machine(self.rate * MBIT, self.rate * MBIT)
-        return Cluster(self.seed, self.nodes, network, registry, machine, sites=sites, report=report)
+        return Cluster(self.seed, self.nodes, network, registry, machine=machine, sites=sites, report=report)
 
 
 @asynccontextmanager
 async def running(cluster: Cluster) -> AsyncIterator[trio.Nursery]:
-    """The cluster runs meanwhile, in this nursery."""
+    """Run the cluster in a nursery while the context lasts."""
     async with trio.open_nursery() as nursery:
         await cluster.start(nursery)
         yield nursery
@@ -98,7 +98,7 @@ async def running(cluster: Cluster) -> AsyncIterator[trio.Nursery]:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A pull by one node, or an attempt at it. `error` is "" where all of the image came."""
+    """A pull by one node, or one attempt. `error` is "" if the whole image arrived."""
 
     number: int
     began: float
@@ -119,7 +119,7 @@ async def pull_once(node: Node, image: Image) -> Pulled:
 
 
 async def pull_all(nodes: Iterable[Node], image: Image) -> list[Pulled]:
-    """At once."""
+    """Have all nodes pull at the same moment."""
     pulls: list[Pulled] = []
 
     async def pull(node: Node) -> None:
@@ -132,12 +132,12 @@ async def pull_all(nodes: Iterable[Node], image: Image) -> list[Pulled]:
 
 
 def most_within(times: Sequence[float], seconds: float) -> int:
-    """The most of these times, which are in order, that lie within a window of so many seconds."""
+    """The largest number of `times` (sorted) in any window of `seconds`."""
     return max((number + 1 - bisect_left(times, at - seconds) for number, at in enumerate(times)), default=0)
 
 
 async def pull_until_done(node: Node, image: Image) -> list[Pulled]:
-    """As kubelet: again after a pause that doubles. All attempts; no more than MAX_ATTEMPTS."""
+    """Try again after a pause that doubles, as kubelet does. Returns all attempts, MAX_ATTEMPTS at most."""
     attempts = [await pull_once(node, image)]
     while attempts[-1].error and len(attempts) < MAX_ATTEMPTS:
         await trio.sleep(min(PAUSE_S * 2 ** (len(attempts) - 1), LONGEST_PAUSE_S))
@@ -146,7 +146,7 @@ async def pull_until_done(node: Node, image: Image) -> list[Pulled]:
 
 
 def of_bytes(total: int, report: Report) -> Callable[[int], None]:
-    """For `Setting.cluster`, where the run ends when clients got `total` bytes."""
+    """A callback for `Setting.cluster` in a run that ends when clients have received `total` bytes."""
     done = 0
 
     def note(count: int) -> None:
@@ -158,22 +158,25 @@ def of_bytes(total: int, report: Report) -> Callable[[int], None]:
 
 
 def after(seconds: Sequence[float], share: float) -> float:
-    """When this share of what took so long each was done."""
+    """The time within which this share of the pulls was done: a quantile of `seconds`."""
     return sorted(seconds)[max(0, math.ceil(share * len(seconds)) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a user wants to see of a scenario."""
+    """The form in which the user asked for a scenario's result."""
 
     name: str
     as_json: bool
     plot_path: Path | None
 
     def show(
-        self, setup: SetupT, run: Callable[[SetupT, Report], Result], table_of: Callable[[SetupT, Result], Table],
+        self,
+        setup: SetupT,
+        run: Callable[[SetupT, Report], Result],
+        table_of: Callable[[SetupT, Result], Table],
         draw: Callable[[Result, Figure], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         result = with_progress(self.name, lambda report: run(setup, report))
         if self.plot_path is not None:
             _plot(self.plot_path, lambda figure: draw(result, figure))
@@ -184,7 +187,7 @@ class Output:
 
 
 def scenario(name: str, *, nodes: int) -> Callable[[Callable[..., None]], click.Command]:
-    """A command from a function of `output`, `nodes`, `seed`, and what its own options give."""
+    """Make a command of a function that takes `output`, `nodes`, `seed` and its own options."""
 
     def made(work: Callable[..., None]) -> click.Command:
         @click.command(name)

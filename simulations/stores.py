@@ -1,4 +1,4 @@
-"""What the nodes of a simulation store: equal bytes are in this process's memory once, whoever holds them."""
+"""The stores of simulated nodes. Equal bytes are in this process's memory once, however many nodes hold them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from protocol.records import Record
 
 
 class SharedBytes:
-    """Of all nodes: a thousand of them that hold an image hold it once."""
+    """The bytes of all nodes: a thousand nodes that hold an image hold it once."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[Piece, bytes], bytes] = {}
 
     def shared(self, piece: Piece, data: Buffer, record: Record) -> Buffer:
-        """`data`, or the equal bytes that are held already."""
+        """Returns `data`, or the equal bytes that are held already."""
         held = self._held.get((piece, record.sha256))
         if held is None:
             held = self._held[piece, record.sha256] = bytes(data)
@@ -35,7 +35,7 @@ class SharedStore(MemoryStore):
 
 
 class DiskLike(SharedStore):
-    """In the place of the disk: simulations have no files."""
+    """Stands in for the disk: simulations have no files."""
 
     def open_sealed(self, digest: Digest) -> None:
         return None
@@ -51,5 +51,5 @@ class DiskLike(SharedStore):
 
 
 def tiers(memory: int, disk: int, shared: SharedBytes) -> Tiers:
-    """Budgets in bytes."""
+    """The tiers of a simulated node. `memory` and `disk` are budgets in bytes."""
     return Tiers(SharedStore(memory, shared), DiskLike(disk, shared), None)

@@ -162,7 +162,7 @@ def _one(setup: Tail, mode: str, shared: float, report: Report) -> Run:
         registry = Registry(setup.seed, through(REGISTRY))
         missing = round(MISSING * setup.reads)
         [layer] = registry.push("v1", [(setup.blocks + missing) * BLOCK_SIZE]).layers
-        cluster = Cluster(setup.seed, setup.nodes, network, registry, Machine(math.inf, math.inf), readers=1)
+        cluster = Cluster(setup.seed, setup.nodes, network, registry, machine=Machine(math.inf, math.inf), readers=1)
         async with running(cluster):
             node = cluster.nodes[0]
             reader = Reader(node.blocks, lane, rng, lambda peer: setup.slower * P95_S, far=True)

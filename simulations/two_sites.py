@@ -37,10 +37,10 @@ class TwoSites(Setting):
 class AtSite:
     name: str
     seconds: tuple[float, ...]
-    """Of each node's pull."""
+    """Duration of each node's pull."""
     copies: float
     sent: int
-    """Bytes to the other site, gossip too."""
+    """Bytes to the other site, including gossip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def run(setup: TwoSites, report: Report) -> Result:
         registry = setup.registry()
         image = setup.push(registry)
         cluster = setup.cluster(registry, of_bytes(image.size * setup.nodes, report), sites=len(SITES))
-        found: dict[str, AtSite] = {}
+        outcomes: dict[str, AtSite] = {}
 
         async def pull(site: str, later_s: float) -> None:
             await trio.sleep(later_s)
@@ -61,12 +61,12 @@ def run(setup: TwoSites, report: Report) -> Result:
             assert not any(pull.error for pull in pulls)
             seconds = tuple(pull.ended - pull.began for pull in pulls)
             sent = cluster.network.uplink(site).up.carried
-            found[site] = AtSite(site, seconds, registry.bytes_by_site[site] / image.size, sent)
+            outcomes[site] = AtSite(site, seconds, registry.bytes_by_site[site] / image.size, sent)
 
         async with running(cluster), trio.open_nursery() as pulling:
             for number, site in enumerate(SITES):
                 pulling.start_soon(pull, site, number * setup.later_s)
-        return Result(tuple(found[site] for site in SITES))
+        return Result(tuple(outcomes[site] for site in SITES))
 
     return play(setup.seed, main)
 
@@ -87,10 +87,8 @@ def draw(result: Result, figure: Figure) -> None:
     axes = figure.subplots()
     for site, style in zip(result.sites, ("k-", "k--"), strict=True):
         nodes = len(site.seconds)
-        axes.plot(
-            sorted(site.seconds), [number / nodes for number in range(1, nodes + 1)], style,
-            label=f"{site.name}: {site.copies:.2f} copies",
-        )  # fmt: skip
+        shares = [number / nodes for number in range(1, nodes + 1)]
+        axes.plot(sorted(site.seconds), shares, style, label=f"{site.name}: {site.copies:.2f} copies")
     axes.set(xlabel="seconds", ylabel="nodes that are done", xlim=(0, None), ylim=(0, 1))
     axes.legend()
 

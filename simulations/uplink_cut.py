@@ -47,13 +47,13 @@ class Result:
     pulls: tuple[Pulled, ...]
     """All attempts of all nodes."""
     attempts: tuple[float, ...]
-    """Requests to the registry, also those that never came there."""
+    """Requests to the registry, including those that never arrived."""
     copies: float
     cut: tuple[float, float]
 
     @property
     def seconds(self) -> list[float]:
-        """When each node was done."""
+        """When each node had the image."""
         return [pull.ended for pull in self.pulls if not pull.error]
 
     @property
@@ -72,8 +72,8 @@ def run(setup: UplinkCut, report: Report) -> Result:
             began = trio.current_time()
 
             async def pull(number: int) -> None:
-                for one in await pull_until_done(cluster.nodes[number], image):
-                    pulls.append(Pulled(number, one.began - began, one.ended - began, one.error))
+                for attempt in await pull_until_done(cluster.nodes[number], image):
+                    pulls.append(Pulled(number, attempt.began - began, attempt.ended - began, attempt.error))
 
             async with trio.open_nursery() as pulling:
                 for number in range(setup.nodes):
