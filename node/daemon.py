@@ -56,21 +56,21 @@ from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.contract import Answer
 from node.exchange.tls import TlsExchange
-from node.identity.credentials import save_joined, standing
+from node.identity.credentials import enroll, save_joined
 from node.identity.identity import Identity, load_or_create
 from node.identity.registrar import FILE_NAME as TOKENS
 from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import FILE_NAME as REVOCATIONS
 from node.identity.revocations import Revocations
-from node.identity.verifier import Admission
+from node.identity.verifier import Verifier
 from node.images.operations import Offline, OfflineParts
 from node.images.pins import Pins, digests_of, load_pins
 from node.images.prefetch import Prefetcher
 from node.membership.addresses import bulk_addresses
 from node.membership.gossip import Gossiper
-from node.membership.libp2p import LibP2PSwarm
+from node.membership.libp2p import LibP2PIntroducer
 from node.membership.membership import Membership
-from node.membership.peers_file import RememberedPeers
+from node.membership.peers_file import PeersFile
 from node.membership.renewal import Renewal
 from node.membership.view import View
 from node.mirror import mirror as mirror_module
@@ -84,8 +84,8 @@ from node.runtime.disk_writes import written_bytes
 from node.runtime.logs import configure
 from node.runtime.systemd import Notifier
 from node.runtime.version import version
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
+from node.telemetry.metrics import Metrics, cache_metrics, upstream_metrics
+from node.telemetry.provenance import Provenance
 from node.web.server import Handler, Limits, serve_http
 from protocol.directory import Directory
 from protocol.errors import BadInputError
@@ -181,11 +181,11 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
     started_at = trio.current_time()
     data_dir = _data_dir(config)
     identity = load_or_create(data_dir)
-    place = standing(config, data_dir, identity)
+    place = enroll(config, data_dir, identity)
     revocations = Revocations(data_dir / REVOCATIONS, place.credentials.authority)
-    admission = Admission(place.credentials, revocations)
+    admission = Verifier(place.credentials, revocations)
     registrar = Registrar(place.authority, revocations, Uses(data_dir / TOKENS))
-    metrics, ledger, health, directory = Metrics(), Ledger(), Health(), Directory()
+    metrics, ledger, health, directory = Metrics(), Provenance(), Health(), Directory()
     async with AsyncExitStack() as stack:
         hang_ups = stack.enter_context(trio.open_signal_receiver(signal.SIGHUP))
         mirror_listeners = await _listeners(parse_host_port(config.mirror.listen, "mirror.listen"), "mirror.listen")
@@ -265,7 +265,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
                 public.note,
             )
         )
-        swarm = LibP2PSwarm(
+        swarm = LibP2PIntroducer(
             admission,
             lambda: membership.own,
             joins=registrar.serve,
@@ -281,8 +281,8 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         )  # fmt: skip
         stack.callback(listings.close)
         live = LiveParts(
-            upstreams, uplink_of, names, access, listings, lambda more: swarm.prepared([*more, *place.bootstrap]),
-            pins, memory, disk,
+            upstreams, uplink_of, names, access, listings,
+            lambda more: swarm.bootstrap.prepared([*more, *place.bootstrap]), pins, memory, disk,
         )  # fmt: skip
         reloader = Reloader(path, config, live.prepared, notifier)
         control = NodeControl(
@@ -292,20 +292,20 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
                 lambda: certificate_shown(reloader.config, admission, revocations), len(place.bootstrap),
             )
         )  # fmt: skip
-        metrics.watch_served(
-            lambda: {source.value: count for source, count in ledger.bytes_served.items()},
-            lambda: {source.value: count for source, count in ledger.requests.items()},
+        metrics.watch(
+            bytes_served=lambda: ledger.bytes_served,
+            requests=lambda: ledger.requests,
+            peer_bytes=lambda: {
+                "sent": exchange.statistics().bytes_sent,
+                "received": exchange.statistics().bytes_received,
+            },
+            disk_written_bytes=written_bytes,
+            tasks=lambda: trio.lowlevel.current_statistics().tasks_living,
+            peers_alive=lambda: len(membership.site) - 1,
+            peers_quarantined=lambda: sum(bool(row.quarantine) for row in membership.table()),
+            **cache_metrics(tiers.statistics),
+            **upstream_metrics(lambda: [upstream_row(part, upstreams) for part in reloader.config.upstream]),
         )
-        metrics.watch_members_traffic(
-            lambda: {"sent": exchange.statistics().bytes_sent, "received": exchange.statistics().bytes_received}
-        )
-        metrics.watch_cache(tiers.statistics)
-        metrics.watch_wear(written_bytes)
-        metrics.watch_tasks(lambda: trio.lowlevel.current_statistics().tasks_living)
-        metrics.watch_members(
-            lambda: len(membership.site) - 1, lambda: sum(bool(row.quarantine) for row in membership.table())
-        )
-        metrics.watch_upstreams(lambda: [upstream_row(part, upstreams) for part in reloader.config.upstream])
 
         await work.start(UplinkFile(data_dir / "uplink.msgpack", uplinks.values()).run)
         await work.start(exchange.run)
@@ -313,8 +313,8 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         await work.start(admission.watch, exchange.disconnect)
         if place.joined is not None:
             save = partial(save_joined, data_dir)
-            await work.start(Renewal(admission, place.joined, membership, exchange, save, Random()).run)
-        await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))
+            await work.start(Renewal(admission, place.joined, membership, exchange, save=save, rng=Random()).run)
+        await work.start(partial(PeersFile(data_dir / "peers.msgpack").run, membership))
         await work.start(partial(EvidenceFile(data_dir / "evidence.msgpack").run, membership, judge))
         await work.start(judge.run)
         await work.start(announcer.run)

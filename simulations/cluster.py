@@ -38,7 +38,7 @@ from node.membership.membership import Membership
 from node.registry.batching import Origin
 from node.registry.upstreams import Upstreams
 from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
+from node.telemetry.provenance import Provenance
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.ids import ObjectRef, PeerId
@@ -85,7 +85,7 @@ class Node:
             cluster.network, self.peer, refused=self.membership.is_refused, handler=self._handle
         )
         self.tiers = tiers(cluster.machine.memory, cluster.machine.disk, cluster.shared)
-        self.ledger = Ledger()
+        self.ledger = Provenance()
         self._dispatcher: Dispatcher | None = None
 
     def _rng(self, part: str) -> Random:

@@ -19,7 +19,7 @@ import msgspec
 from node.config.tag_policy import TagPolicies, TagPolicy
 from node.config.uplink_policy import UplinkPolicy
 from node.oci.references import check_upstream
-from node.runtime.time_windows import Hours
+from node.runtime.time_windows import TimeWindow
 from protocol.errors import BadInputError
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
@@ -159,10 +159,10 @@ def parse_duration(text: str, key: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-def parse_hours(text: str, key: str) -> Hours:
+def parse_hours(text: str, key: str) -> TimeWindow:
     """`22:00-06:00` of the local day; up to 24:00."""
     try:
-        return Hours.parse(text)
+        return TimeWindow.parse(text)
     except BadInputError as error:
         raise BadInputError(f"{key}: {error}") from error
 

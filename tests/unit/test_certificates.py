@@ -34,7 +34,7 @@ def impostor(authority: Authority) -> Credentials:
     """A certificate of the cluster over one key that goes by the name of another."""
     mine = identity()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity().peer_id)])
-    lie = certificates._issue(authority, name, mine.private_key.public_key(), certificates.ENDLESS)
+    lie = certificates.issue_to_key(authority, name, mine.private_key.public_key())
     return Credentials(mine, lie.public_bytes(Encoding.DER), authority.der)
 
 

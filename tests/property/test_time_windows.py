@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.runtime.time_windows import Hours
+from node.runtime.time_windows import TimeWindow
 from protocol.errors import BadInputError
 
 MIDNIGHT = datetime(2026, 3, 4)
@@ -19,9 +19,9 @@ def test_they_begin_when_they_say_and_end_when_they_say(start: int, stop: int, s
     text = "-".join(f"{minute // 60:02d}:{minute % 60:02d}" for minute in (start, stop))
     if start == stop:
         with pytest.raises(BadInputError):
-            Hours.parse(text)
+            TimeWindow.parse(text)
         return
-    hours, when = Hours.parse(text), MIDNIGHT + timedelta(seconds=second)
+    hours, when = TimeWindow.parse(text), MIDNIGHT + timedelta(seconds=second)
     wait = timedelta(seconds=hours.opens_in(when))
     assert not hours.opens_in(when + wait)
     assert not wait or (when + wait).time() == (MIDNIGHT + timedelta(minutes=start)).time()
@@ -32,4 +32,4 @@ def test_they_begin_when_they_say_and_end_when_they_say(start: int, stop: int, s
 @pytest.mark.parametrize("text", ["", "22-06", "24:00-06:00", "22:00-06:60", "22:00-24:01", "22:00", "22:00-06:00x"])
 def test_other_texts_are_no_hours(text: str) -> None:
     with pytest.raises(BadInputError, match="22:00-06:00"):
-        Hours.parse(text)
+        TimeWindow.parse(text)
