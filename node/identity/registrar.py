@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "join"
 NO_KEY = (
-    "this member does not hold the cluster's key and cannot admit anybody: give the address of one whose"
+    "this member does not hold the cluster's key and cannot admit any node: give the address of a member whose"
     " configuration names it as [cluster] key"
 )
 MOST_WRONG, WRONG_S = 8, 60.0
-"""After `MOST_WRONG` wrong tokens within `WRONG_S` seconds a host is refused before it shows another."""
+"""After MOST_WRONG wrong tokens a host is refused before it shows another, until WRONG_S seconds after the last."""
 _HOSTS = 1024
 MAX_TOKENS = 256
 """Tokens with a limited number of uses; each is remembered until it expires."""

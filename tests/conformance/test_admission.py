@@ -232,13 +232,13 @@ async def introduction_in(scene: Scene) -> None:
 
 
 @asynccontextmanager
-async def stranger_listens(scene: Scene, heard: list[bytes]) -> AsyncIterator[int]:
+async def stranger_listens(scene: Scene, received: list[bytes]) -> AsyncIterator[int]:
     async def answer(tcp: trio.SocketStream) -> None:
         try:
             async with secured_line(upgrader_of(scene.stranger.identity), tcp, None) as (line, _):
                 await line.receive(introduction.MAX_HELLO)
                 await line.send(introduction.encode_hello(scene.stranger.certificate if scene.shows else b""))
-                heard.append(await line.receive(introduction.MAX_MEMBERS_BYTES))
+                received.append(await line.receive(introduction.MAX_MEMBERS_BYTES))
         except PeerUnavailableError:
             pass
 
@@ -248,22 +248,22 @@ async def stranger_listens(scene: Scene, heard: list[bytes]) -> AsyncIterator[in
 
 
 async def introduction_out(scene: Scene) -> None:
-    heard: list[bytes] = []
-    async with stranger_listens(scene, heard) as port:
+    received: list[bytes] = []
+    async with stranger_listens(scene, received) as port:
         node = introducer(scene, (f"/ip4/127.0.0.1/tcp/{port}/p2p/{scene.peer}",))
         await scene.nursery.start(node.run)
         await scene.log.wait(1 if scene.revoked else 2)  # a revoked peer is not dialled at all
-    assert not heard
+    assert not received
 
 
 async def discovered_by_mdns(scene: Scene) -> None:
-    heard: list[bytes] = []
-    async with stranger_listens(scene, heard) as port:
+    received: list[bytes] = []
+    async with stranger_listens(scene, received) as port:
         node = introducer(scene)
         await scene.nursery.start(node.run)
         node.bootstrap.discovered(scene.nursery, (Target(scene.peer, "127.0.0.1", port),))
         await scene.log.wait(1 if scene.revoked else 2)  # a revoked peer is not dialled at all
-    assert not heard
+    assert not received
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_the_fault_of_a_token_is_answered_and_logged(
 
 def test_a_member_without_the_key_explains_what_to_do(authority: Authority, tmp_path: Path) -> None:
     async def main() -> None:
-        with pytest.raises(NotAdmittedError, match="give the address of one whose"):
+        with pytest.raises(NotAdmittedError, match="give the address of a member whose"):
             await Desk(None, tmp_path).join(token(authority))
 
     run(main)
