@@ -49,17 +49,17 @@ from node.exchange.contract import Exchange
 from node.exchange.dispatcher import Dispatcher
 from node.exchange.tls import TlsExchange
 from node.identity import registrar, revocations
-from node.identity.credentials import Standing, standing
+from node.identity.credentials import Enrollment, enroll
 from node.identity.identity import Identity, load_or_create
 from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import Revocations
-from node.identity.verifier import Admission
+from node.identity.verifier import Verifier
 from node.images.operations import Offline, OfflineParts
 from node.images.pins import Pins, digests_of, load_pins
 from node.images.prefetch import Prefetcher
 from node.membership.addresses import bulk_addresses
 from node.membership.gossip import Gossiper
-from node.membership.libp2p import LibP2PSwarm
+from node.membership.libp2p import LibP2PIntroducer
 from node.membership.membership import Membership
 from node.membership.view import View
 from node.mirror.access import Access, PublicTable
@@ -71,8 +71,8 @@ from node.registry.uplink import Uplink
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
 from node.runtime.systemd import Notifier
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
+from node.telemetry.metrics import Metrics, cache_metrics, upstream_metrics
+from node.telemetry.provenance import Provenance
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.ids import ObjectRef
@@ -103,9 +103,9 @@ class Admitted:
     """Stage 1: who this node is, and whom it admits."""
 
     identity: Identity
-    place: Standing
+    place: Enrollment
     revocations: Revocations
-    verifier: Admission
+    verifier: Verifier
     registrar: Registrar
 
     def record_for(self, ref: ObjectRef, index: int, sha: bytes) -> Record:
@@ -115,10 +115,10 @@ class Admitted:
 
 def admitted(config: Config, folder: Path) -> Admitted:
     identity = load_or_create(folder)
-    place = standing(config, folder, identity)
+    place = enroll(config, folder, identity)
     revoked = Revocations(folder / revocations.FILE_NAME, place.credentials.authority)
     issuing = Registrar(place.authority, revoked, Uses(folder / registrar.FILE_NAME))
-    return Admitted(identity, place, revoked, Admission(place.credentials, revoked), registrar=issuing)
+    return Admitted(identity, place, revoked, Verifier(place.credentials, revoked), registrar=issuing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ class Network:
     membership: Membership
     exchange: TlsExchange
     dispatcher: Dispatcher
-    swarm: LibP2PSwarm
+    introducer: LibP2PIntroducer
     metrics: Metrics
 
 
@@ -204,7 +204,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         handler=dispatcher,
         plain=peers.plain,
     )
-    swarm = LibP2PSwarm(
+    introducer = LibP2PIntroducer(
         verifier,
         lambda: membership.own,
         joins=admitted.registrar.serve,
@@ -214,7 +214,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         introduced=membership.introduced,
         current=membership.current,
     )
-    return Network(membership, exchange, dispatcher, swarm, Metrics())
+    return Network(membership, exchange, dispatcher, introducer, Metrics())
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ class Participant:
     blocks: Blocks
     names: Names
     library: SiteLibrary
-    ledger: Ledger
+    ledger: Provenance
     judge: Judge
     announcer: Announcer
 
@@ -273,7 +273,7 @@ def site(
     )
     has_mirrors = lambda upstream: len(upstreams.endpoints(upstream)) > 1  # noqa: E731
     judge = Judge(near, seeder, identity.sign, has_mirrors, nursery=nursery, rng=rng)
-    announcer, ledger = Announcer(near, seeder, parts.directory, membership, trim=table.trim), Ledger()
+    announcer, ledger = Announcer(near, seeder, parts.directory, membership, trim=table.trim), Provenance()
     library = SiteLibrary(
         near, names, seeder, parts.fetcher, ledger=ledger, metrics=metrics, finished=announcer.finished
     )
@@ -428,7 +428,7 @@ def operator(
         names=member.names,
         access=clients.access,
         listings=clients.listings,
-        bootstrap=lambda seeds: network.swarm.prepared([*seeds, *place.bootstrap]),
+        bootstrap=lambda seeds: network.introducer.bootstrap.prepared([*seeds, *place.bootstrap]),
         pins=storage.pins,
         memory=storage.memory,
         disk=storage.disk,
@@ -440,7 +440,7 @@ def operator(
             site=member.blocks.site,
             membership=member.membership,
             judge=member.judge,
-            swarm=network.swarm,
+            swarm=network.introducer,
             exchange=network.exchange,
             names=member.names,
             upstreams=upstreams,
@@ -465,19 +465,18 @@ def operator(
 
 
 def _watch(network: Network, storage: Storage, registry: Registry, member: Participant, *, reloader: Reloader) -> None:
-    metrics, exchange = network.metrics, network.exchange
-    ledger, membership = member.ledger, member.membership
-    metrics.watch_served(
-        lambda: {source.value: count for source, count in ledger.bytes_served.items()},
-        lambda: {source.value: count for source, count in ledger.requests.items()},
+    ledger, membership, exchange = member.ledger, member.membership, network.exchange
+    network.metrics.watch(
+        bytes_served=lambda: ledger.bytes_served,
+        requests=lambda: ledger.requests,
+        peer_bytes=lambda: {
+            "sent": exchange.statistics().bytes_sent,
+            "received": exchange.statistics().bytes_received,
+        },
+        disk_written_bytes=written_bytes,
+        tasks=lambda: trio.lowlevel.current_statistics().tasks_living,
+        peers_alive=lambda: len(membership.site) - 1,
+        peers_quarantined=lambda: sum(bool(row.quarantine) for row in membership.table()),
+        **cache_metrics(storage.tiers.statistics),
+        **upstream_metrics(lambda: [upstream_row(part, registry.upstreams) for part in reloader.config.upstream]),
     )
-    metrics.watch_members_traffic(
-        lambda: {"sent": exchange.statistics().bytes_sent, "received": exchange.statistics().bytes_received}
-    )
-    metrics.watch_cache(storage.tiers.statistics)
-    metrics.watch_wear(written_bytes)
-    metrics.watch_tasks(lambda: trio.lowlevel.current_statistics().tasks_living)
-    metrics.watch_members(
-        lambda: len(membership.site) - 1, lambda: sum(bool(row.quarantine) for row in membership.table())
-    )
-    metrics.watch_upstreams(lambda: [upstream_row(part, registry.upstreams) for part in reloader.config.upstream])

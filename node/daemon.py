@@ -25,7 +25,7 @@ from node.control.routes import METRICS_LIMITS, metrics_handler, serve_control
 from node.evidence.judge_file import EvidenceFile
 from node.identity.credentials import save_joined
 from node.identity.identity import load_or_create
-from node.membership.peers_file import RememberedPeers
+from node.membership.peers_file import PeersFile
 from node.membership.renewal import Renewal
 from node.mirror.mirror import LIMITS
 from node.registry.uplink import UplinkFile
@@ -63,7 +63,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         source = assembly.Source(config, path, notifier)
         desk = assembly.operator(source, who, storage, network, registry=registry, member=member, clients=clients)
         await _start_member(work, folder, who, member, registry=registry)
-        await work.start(network.swarm.run)
+        await work.start(network.introducer.run)
         await work.start(clients.prefetcher.run)
         await work.start(partial(serve_control, Path(config.control.socket), desk.routes))
         if address := config.control.metrics.address:
@@ -90,14 +90,14 @@ async def _start_member(
     """Start the tasks of a member, in the order of need: notes of earlier runs before the tasks that use them."""
     membership, exchange, joined = member.membership, member.exchange, who.place.joined
     await nursery.start(UplinkFile(folder / "uplink.msgpack", registry.uplinks.values()).run)
+    await nursery.start(PeersFile(folder / "peers.msgpack").run, membership)
+    await nursery.start(EvidenceFile(folder / "evidence.msgpack").run, membership, member.judge)
     for service in member.services:
         await nursery.start(service)
     await nursery.start(who.verifier.watch, exchange.disconnect)
     if joined is not None:
         renewal = Renewal(who.verifier, joined, membership, exchange, save=partial(save_joined, folder), rng=Random())
         await nursery.start(renewal.run)
-    await nursery.start(RememberedPeers(folder / "peers.msgpack").run, membership)
-    await nursery.start(EvidenceFile(folder / "evidence.msgpack").run, membership, member.judge)
     await nursery.start(member.library.check_parts)
 
 

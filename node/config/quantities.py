@@ -10,7 +10,7 @@ import re
 from ipaddress import ip_address
 from typing import Self
 
-from node.runtime.time_windows import Hours
+from node.runtime.time_windows import TimeWindow
 from protocol.errors import BadInputError
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
@@ -76,10 +76,10 @@ class OptionalDuration(Duration):
 class Window(Quantity):
     """`22:00-06:00` of the local day; up to 24:00."""
 
-    hours: Hours
+    hours: TimeWindow
 
     def __init__(self, text: str) -> None:
-        self.hours = Hours.parse(text)
+        self.hours = TimeWindow.parse(text)
 
 
 class Floor(Quantity):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from node.runtime.time_windows import Hours
+from node.runtime.time_windows import TimeWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class UplinkPolicy:
 
     rate: int = 0
     daily: int = 0
-    hours: tuple[Hours, ...] = ()
+    hours: tuple[TimeWindow, ...] = ()
     refuse: bool = True
 
     @property

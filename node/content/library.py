@@ -26,7 +26,7 @@ from node.content.resolver import Names
 from node.oci.manifests import MAX_MANIFEST, Resolved
 from node.oci.references import Locator
 from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger, Read
+from node.telemetry.provenance import Provenance, Read
 from node.telemetry.sources import Source
 from protocol.errors import CorruptObjectError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
@@ -58,7 +58,7 @@ class SiteLibrary:
     """Implements node/content/contract.py's Library over the site and the registry."""
 
     def __init__(
-        self, site: Site, names: Names, seeder: Seeder, fetcher: Fetcher, ledger: Ledger, metrics: Metrics,
+        self, site: Site, names: Names, seeder: Seeder, fetcher: Fetcher, ledger: Provenance, metrics: Metrics,
         finished: Finished,
     ) -> None:  # fmt: skip
         self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher

@@ -52,7 +52,7 @@ from node.content.resolver import Names
 from node.control.doctor import Facts, Shown, disk_space, examine, probe_upstreams, writable_error
 from node.evidence.judge import Case, Judge
 from node.exchange.tls import TlsExchange
-from node.membership.introduction import Swarm
+from node.membership.introduction import Introducer
 from node.membership.membership import Membership, Row
 from node.oci.manifests import MAX_MANIFEST, Manifest, Resolved, descriptors, parse_manifest
 from node.oci.platforms import own_platform
@@ -61,7 +61,7 @@ from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
 from node.runtime.version import version
 from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
+from node.telemetry.provenance import Provenance
 from node.telemetry.sources import Source
 from protocol.errors import NotFoundError, ShoalError
 from protocol.ids import Digest, ObjectRef, PeerId, Piece
@@ -80,12 +80,12 @@ class Parts:
     site: Site
     membership: Membership
     judge: Judge
-    swarm: Swarm
+    swarm: Introducer
     exchange: TlsExchange
     names: Names
     upstreams: Upstreams
     library: SiteLibrary
-    ledger: Ledger
+    ledger: Provenance
     metrics: Metrics
     mirror_address: str
     started_at: float

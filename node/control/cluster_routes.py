@@ -12,16 +12,16 @@ import trio
 from node.api.documents import ClusterRow, RevokeReport
 from node.control.routes import Route, document_of
 from node.identity.certificates import validity_of
-from node.identity.credentials import Standing
+from node.identity.credentials import Enrollment
 from node.identity.revocations import Revocations
-from node.identity.verifier import Admission
+from node.identity.verifier import Verifier
 from node.membership.gossip import Gossiper
 from node.web.server import Request
 from protocol.admission import cluster_id, read_revocation
 from protocol.errors import BadInputError, PeerMisbehavedError, UnavailableError
 
 
-def cluster_row(admission: Admission, revocations: Revocations, place: Standing) -> ClusterRow:
+def cluster_row(admission: Verifier, revocations: Revocations, place: Enrollment) -> ClusterRow:
     return ClusterRow(
         id=cluster_id(admission.authority).hex(),
         admits=place.authority is not None,

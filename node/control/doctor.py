@@ -22,10 +22,10 @@ from node.config.quantities import Floor
 from node.config.schema import Config
 from node.identity import identity
 from node.identity.certificates import ENDLESS, Validity, validity_of
-from node.identity.credentials import held
+from node.identity.credentials import authority_and_join
 from node.identity.revocations import FILE_NAME as REVOCATIONS
 from node.identity.revocations import Revocations
-from node.identity.verifier import LEEWAY_S, Admission
+from node.identity.verifier import LEEWAY_S, Verifier
 from node.membership.renewal import LOOK_EVERY_S, due_at
 from protocol.admission import date
 from protocol.errors import BadInputError
@@ -233,7 +233,7 @@ def certificate_in_files(config: Config) -> Shown:
     data_dir = Path(config.node.data_dir)
     try:
         own = identity.load(data_dir)
-        authority, joined = held(config, data_dir, own)
+        authority, joined = authority_and_join(config, data_dir, own)
     except FileNotFoundError:
         return Shown(runs=False)
     except BadInputError as error:
@@ -244,11 +244,11 @@ def certificate_in_files(config: Config) -> Shown:
     return Shown(validity_of(joined.certificate), own.peer_id in revocations, runs=False)
 
 
-def certificate_shown(config: Config, admission: Admission, revoked: Container[str]) -> Shown:
+def certificate_shown(config: Config, admission: Verifier, revoked: Container[str]) -> Shown:
     """What p2pd shows as it runs, and what it would find in its files at its next start. Blocks."""
     problem = ""
     try:
-        _, joined = held(config, Path(config.node.data_dir), admission.identity)
+        _, joined = authority_and_join(config, Path(config.node.data_dir), admission.identity)
         if joined is not None and joined.authority != admission.authority:
             problem = "joined another cluster since p2pd started: restart it"
     except BadInputError as error:

@@ -11,7 +11,8 @@ import msgspec
 import trio
 
 from node.evidence.judge import MAX_KEPT, Case, Judge, Verdict
-from node.membership.membership import QUARANTINE_S, Membership
+from node.membership.membership import Membership
+from node.membership.quarantine import QUARANTINE_S
 from node.runtime.state_files import load, save
 from protocol.evidence import Evidence
 from protocol.ids import PeerId

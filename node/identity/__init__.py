@@ -1,1 +1,1 @@
-"""Keys, certificates, and the decision who is admitted."""
+"""Keys, certificates, and the decision which peers are members."""

@@ -1,8 +1,8 @@
-"""The cluster's authority, and the certificates by which its nodes know each other.
+"""The cluster's authority, and the certificates by which its nodes recognise each other.
 
 The authority is one file: an Ed25519 key and its self-signed CA certificate. A node that loads the file issues itself
-a certificate, and others one for a join token. It holds the node's own key, so a peer id follows from a TLS handshake.
-What is in a certificate, and what each side checks: docs/PROTOCOL.md, "Identity and certificates".
+a certificate, and issues certificates to other nodes for join tokens. A certificate carries the node's own key, so the
+peer id follows from a TLS handshake. Contents and checks: docs/PROTOCOL.md, "Identity and certificates".
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ FILE_NAME = "cluster.pem"
 
 _NOT_BEFORE = datetime(2000, 1, 1, tzinfo=UTC)
 _NOT_AFTER = datetime(2100, 1, 1, tzinfo=UTC)
-"""Of a certificate without end, which is never judged by a clock: a board without a battery wakes up in 1970."""
+"""The dates in a certificate without end. No clock judges them: a board without a battery starts in 1970."""
 
 _MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
-"""What `cryptography` raises, when it parses a certificate and when its parts are looked at."""
+"""Raised by `cryptography` when it parses a certificate, and when parts of the certificate are read."""
 _MAX_NAME = 64
-"""Characters that X.520 allows in a common name and in an organizational unit."""
+"""Characters, by X.520, of a common name and of an organizational unit."""
 _NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME of OpenSSL, not named by the ssl module: node/identity/verifier.py judges the time."""
 
@@ -54,18 +54,17 @@ class Authority:
 
     @property
     def cluster(self) -> bytes:
-        """The identifier of its cluster."""
         return cluster_id(self.der)
 
 
 def create_authority(path: Path) -> None:
-    """Make the authority file (PEM: private key, CA certificate; mode 0600). Raises BadInputError where one exists."""
-    if not secret_files.create(path, _new_authority()):
+    """Create the authority file (PEM: private key, CA certificate; mode 0600). Raises BadInputError if it exists."""
+    if not secret_files.create(path, new_authority()):
         raise BadInputError(f"{path} exists already; a cluster's key is never overwritten")
 
 
 def load_authority(path: Path) -> Authority:
-    """Raises BadInputError naming the file where it is missing, unreadable or not an authority."""
+    """Raises BadInputError, which names the file, where it is missing, unreadable or not an authority."""
     try:
         data = secret_files.read(path)
     except FileNotFoundError as error:
@@ -81,29 +80,29 @@ def load_authority(path: Path) -> Authority:
 
 
 def own_authority(data_dir: Path) -> Authority:
-    """The authority of a cluster of this one node, made where missing. Raises BadInputError."""
+    """The authority of a cluster of this node alone, created if missing. Raises BadInputError."""
     path = data_dir / FILE_NAME
     if not path.exists():
-        secret_files.create(path, _new_authority())
+        secret_files.create(path, new_authority())
     return load_authority(path)
 
 
 def open_authority() -> Authority:
-    """That of every node with `cluster.open`: its key is no secret, and its certificate is the same everywhere."""
+    """The authority of every node with `cluster.open`: its key is no secret, its certificate is the same everywhere."""
     key = Ed25519PrivateKey.from_private_bytes(sha256(b"shoal open cluster").digest())
     return Authority(key, _ca_certificate(key, serial=1))
 
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """Unix time, in whole seconds. `end` None: without end. Nothing is judged by `start`: see docs/PROTOCOL.md."""
+    """Unix time, in whole seconds. `end` None: without end. `start` is not checked: see docs/PROTOCOL.md."""
 
     start: int = 0
     end: int | None = None
 
     @classmethod
     def lasting(cls, start: float, lifetime_s: int) -> Validity:
-        """For `lifetime_s` seconds, 0 without end."""
+        """`lifetime_s` 0: without end."""
         return cls(int(start), int(start) + lifetime_s) if lifetime_s else cls()
 
     @property
@@ -116,7 +115,7 @@ ENDLESS = Validity()
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Whom a certificate is for. Of `name` only what X.520 has room for is kept."""
+    """The node that a certificate is issued to. `name` is cut to the length that X.520 allows."""
 
     peer: PeerId
     name: str = ""
@@ -124,32 +123,27 @@ class Subject:
 
 
 def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS) -> x509.Certificate:
-    """A node's certificate. Its common name is the peer id; name and site stand beside it."""
+    """Issue a node's certificate. Its common name is the peer id; it also names the node and its site."""
     attributes = [x509.NameAttribute(NameOID.COMMON_NAME, subject.peer)]
     if subject.name:
         attributes.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, subject.name[:_MAX_NAME]))
     if is_site(subject.site):
         attributes.append(x509.NameAttribute(NameOID.LOCALITY_NAME, subject.site))
     key = Ed25519PublicKey.from_public_bytes(public_key_of(subject.peer))
-    return _issue(authority, x509.Name(attributes), key, validity)
+    return issue_to_key(authority, x509.Name(attributes), key, validity)
 
 
-def _issue(authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity) -> x509.Certificate:
-    builder = _builder(name, key, authority.certificate.subject, x509.random_serial_number(), validity)
-    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-    return (
-        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(authority=False), critical=True)
-        .add_extension(usage, critical=False)
-        .add_extension(_issuer_key_id(authority.key), critical=False)
-        .sign(authority.key, algorithm=None)
-    )
+def issue_to_key(
+    authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity = ENDLESS
+) -> x509.Certificate:
+    """A certificate whose `name` need not follow from `key`: `peer_of` refuses it if it does not."""
+    return _signed(authority.key, authority.certificate.subject, name, key, validity=validity)
 
 
 def issued_by(certificate: bytes, authority: bytes) -> PeerId:
-    """The peer that a certificate (DER) of this authority (DER) names. Raises NotAdmittedError for any other.
+    """The peer named in a certificate (DER) of this authority (DER), whatever its dates.
 
-    No time is looked at.
+    Raises NotAdmittedError for a certificate of any other authority.
     """
     parsed = _parse(certificate)
     try:
@@ -160,7 +154,7 @@ def issued_by(certificate: bytes, authority: bytes) -> PeerId:
 
 
 def key_of_authority(certificate: bytes) -> Ed25519PublicKey:
-    """Of a CA certificate (DER). Raises PeerMisbehavedError where it is none of ours."""
+    """The key of a CA certificate (DER). Raises PeerMisbehavedError for a certificate of another kind."""
     parsed = _parse(certificate)
     try:
         key = parsed.public_key()
@@ -172,7 +166,7 @@ def key_of_authority(certificate: bytes) -> Ed25519PublicKey:
 
 
 def subject_of(certificate: bytes) -> Subject:
-    """Of a certificate (DER) that was verified. Raises PeerMisbehavedError as `peer_of`."""
+    """The subject of a verified certificate (DER). Raises PeerMisbehavedError as `peer_of`."""
     names = _parse(certificate).subject
 
     def text(oid: x509.ObjectIdentifier) -> str:
@@ -182,7 +176,7 @@ def subject_of(certificate: bytes) -> Subject:
 
 
 def validity_of(certificate: bytes) -> Validity:
-    """Of a certificate (DER) that was verified."""
+    """The dates of a verified certificate (DER)."""
     parsed = _parse(certificate)
     start, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
     return ENDLESS if end >= _NOT_AFTER else Validity(int(start.timestamp()), int(end.timestamp()))
@@ -190,7 +184,7 @@ def validity_of(certificate: bytes) -> Validity:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a node proves itself with, and whom it believes. Certificates are DER."""
+    """This node's key and certificate, and the CA certificate that it trusts. Certificates are DER."""
 
     identity: Identity
     certificate: bytes
@@ -208,12 +202,16 @@ class Credentials:
         return context
 
     def client_context(self) -> ssl.SSLContext:
-        """As the server's. No host name is checked: the name of a node is its key, see `peer_of`."""
+        """Mutual TLS 1.3. No host name is checked, because a node's name is its key: see `peer_of`."""
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
 
     def show_in(self, context: ssl.SSLContext) -> None:
-        """Have the handshakes of a context show this certificate from now on."""
-        _load_chain(context, to_pem(self.identity.private_key) + _pem(self.certificate))
+        """Make the handshakes of a context show this certificate from now on."""
+        certificate = ssl.DER_cert_to_PEM_cert(self.certificate).encode("ascii")
+        # The ssl module reads keys from files only; this file is in memory, and exists only during the call.
+        with open(os.memfd_create("credentials", os.MFD_CLOEXEC), "wb", buffering=0) as file:
+            file.write(to_pem(self.identity.private_key) + certificate)
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
 
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
@@ -229,7 +227,7 @@ class Credentials:
 def peer_of(certificate: bytes) -> PeerId:
     """The peer id that follows from the key in a certificate (DER) which TLS or `issued_by` has verified.
 
-    Raises PeerMisbehavedError where the key is no Ed25519 key or the common name is another than the peer id.
+    Raises PeerMisbehavedError where the key is not an Ed25519 key or the common name is not its peer id.
     """
     parsed = _parse(certificate)
     try:
@@ -256,46 +254,51 @@ def _parse(certificate: bytes) -> x509.Certificate:
         raise PeerMisbehavedError("malformed certificate") from error
 
 
-def _new_authority() -> bytes:
+def new_authority() -> bytes:
     key = Ed25519PrivateKey.generate()
-    return to_pem(key) + _ca_certificate(key, x509.random_serial_number()).public_bytes(Encoding.PEM)
+    return to_pem(key) + _ca_certificate(key).public_bytes(Encoding.PEM)
 
 
-def _ca_certificate(key: Ed25519PrivateKey, serial: int) -> x509.Certificate:
+def _ca_certificate(key: Ed25519PrivateKey, serial: int = 0) -> x509.Certificate:
     digest = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"shoal cluster {digest.hex()[:16]}")])
-    return (
-        _builder(name, key.public_key(), name, serial, ENDLESS)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(authority=True), critical=True)
-        .add_extension(_issuer_key_id(key), critical=False)
-        .sign(key, algorithm=None)
-    )
+    return _signed(key, name, name, key.public_key(), ca=True, serial=serial)
 
 
-def _builder(
-    subject: x509.Name, key: Ed25519PublicKey, issuer: x509.Name, serial: int, validity: Validity
-) -> x509.CertificateBuilder:
+def _signed(
+    signer: Ed25519PrivateKey,
+    issuer: x509.Name,
+    subject: x509.Name,
+    key: Ed25519PublicKey,
+    *,
+    ca: bool = False,
+    serial: int = 0,
+    validity: Validity = ENDLESS,
+) -> x509.Certificate:
+    """`serial` 0: a random number."""
     end = validity.end
-    return (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
-        .serial_number(serial)
+        .serial_number(serial or x509.random_serial_number())
         .not_valid_before(_NOT_BEFORE if end is None else _date(validity.start))
         .not_valid_after(_NOT_AFTER if end is None else min(_date(end), _NOT_AFTER))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
+        .add_extension(_key_usage(authority=ca), critical=True)
     )
+    if not ca:
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+        builder = builder.add_extension(usage, critical=False)
+    key_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+    return builder.add_extension(key_id, critical=False).sign(signer, algorithm=None)
 
 
 def _date(seconds: int) -> datetime:
-    """X.509 as the library writes it begins in 1950; what lies beyond our own bounds is put to them."""
+    """Clamp to our own bounds: the library writes no X.509 dates before 1950."""
     return datetime.fromtimestamp(max(0, min(seconds, int(_NOT_AFTER.timestamp()))), UTC)
-
-
-def _issuer_key_id(key: Ed25519PrivateKey) -> x509.AuthorityKeyIdentifier:
-    return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
 
 
 def _key_usage(*, authority: bool) -> x509.KeyUsage:
@@ -317,17 +320,3 @@ def _is_authority(certificate: x509.Certificate) -> bool:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (x509.ExtensionNotFound, *_MALFORMED):
         return False
-
-
-def _pem(certificate: bytes) -> bytes:
-    return ssl.DER_cert_to_PEM_cert(certificate).encode("ascii")
-
-
-def _load_chain(context: ssl.SSLContext, pem: bytes) -> None:
-    """The ssl module reads keys from files only: this one exists in memory, and only for the call."""
-    descriptor = os.memfd_create("credentials", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, pem)
-        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,6 @@
-"""By what right this node is a member: the authority's key in a file, a certificate that it joined for, or a cluster of
-its own. docs/OPERATIONS.md, "Clusters"; bytes of `joined.json`: docs/FORMATS.md, "Joined".
+"""How this node belongs to its cluster: it holds the authority's key, or it joined, or it is a cluster of its own.
+
+docs/OPERATIONS.md, "Clusters"; bytes of `joined.json`: docs/FORMATS.md, "Joined".
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ FILE_NAME = "joined.json"
 
 
 class Joined(msgspec.Struct, frozen=True, kw_only=True):
-    """What a join brought. Certificates are DER; `bootstrap` are multiaddrs of who issued it."""
+    """The result of a join. Certificates are DER; `bootstrap` holds multiaddrs of the member that issued this one."""
 
     version: Literal[1] = 1
     certificate: bytes
@@ -49,8 +50,8 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """`authority` is None on a node that joined: it admits nobody. `joined` is None on any other."""
+class Enrollment:
+    """`authority` is None on a node that joined, which cannot admit others. `joined` is None on any other node."""
 
     credentials: Credentials
     authority: Authority | None
@@ -59,7 +60,7 @@ class Standing:
 
     @property
     def bootstrap(self) -> tuple[str, ...]:
-        """Beside the configured one."""
+        """Multiaddrs to dial beside the configured ones."""
         return self.joined.bootstrap if self.joined else ()
 
 
@@ -80,30 +81,29 @@ def load_joined(data_dir: Path, identity: Identity) -> Joined | None:
 
 
 def save_joined(data_dir: Path, joined: Joined) -> None:
-    """In the place of an earlier one. Raises BadInputError."""
+    """Replaces an earlier file. Raises BadInputError."""
     secret_files.replace(data_dir / FILE_NAME, msgspec.json.encode(joined) + b"\n", 0o644)
 
 
-def standing(config: Config, data_dir: Path, identity: Identity) -> Standing:
-    """`cluster.key` counts before a join, and a join before the node's own cluster. Raises BadInputError."""
-    authority, joined = held(config, data_dir, identity)
+def enroll(config: Config, data_dir: Path, identity: Identity) -> Enrollment:
+    """`cluster.key` takes precedence over a join, a join over a cluster of this node alone. Raises BadInputError."""
+    authority, joined = authority_and_join(config, data_dir, identity)
     if config.cluster.open:
         log.warning(
             "cluster.open: whoever reaches the ports of this node is a member, reads what it caches and may alter what"
             " it serves. For a lab"
         )
     if authority is None and joined is not None:
-        site = joined_site(config.node, joined.site)
         credentials = Credentials(identity, joined.certificate, joined.authority)
-        return Standing(credentials, None, site, joined)
+        return Enrollment(credentials, None, joined_site(config.node, joined.site), joined)
     authority = authority or own_authority(data_dir)
     certificate = issue(authority, Subject(identity.peer_id, config.node.name, config.node.site))
     credentials = Credentials(identity, certificate.public_bytes(Encoding.DER), authority.der)
-    return Standing(credentials, authority, config.node.site)
+    return Enrollment(credentials, authority, config.node.site)
 
 
-def held(config: Config, data_dir: Path, identity: Identity) -> tuple[Authority | None, Joined | None]:
-    """The authority that is configured, and what a join brought; no file is made. Raises BadInputError."""
+def authority_and_join(config: Config, data_dir: Path, identity: Identity) -> tuple[Authority | None, Joined | None]:
+    """The configured authority and the result of a join; creates no file. Raises BadInputError."""
     joined = load_joined(data_dir, identity)
     authority = _configured(config)
     if authority is not None and joined is not None and joined.authority != authority.der:
@@ -121,7 +121,7 @@ def _configured(config: Config) -> Authority | None:
 
 
 def joined_site(part: NodePart, joined: str) -> str:
-    """The token's. Raises BadInputError where the configuration names another one."""
+    """The site that the token is for. Raises BadInputError where the configuration names another one."""
     if part.site not in (joined, NodePart().site):
         raise BadInputError(f'node.site = "{part.site}", and the token is for "{joined}": the two have to be the same')
     return joined

@@ -1,4 +1,4 @@
-"""The node's one key: what its peer id, its certificate and its signatures come from."""
+"""The node's only key, an Ed25519 key in a file: its peer id, its certificate and its signatures derive from it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from node.runtime import secret_files
 from protocol.errors import BadInputError
@@ -38,21 +33,29 @@ class Identity:
 
 
 def load_or_create(data_dir: Path) -> Identity:
-    """The identity of `data_dir`: its file `identity.key` (PEM, PKCS #8, unencrypted, mode 0600), made where missing.
+    """The identity of `data_dir`: its file `identity.key` (PEM, PKCS #8, unencrypted, mode 0600), created if missing.
 
-    Raises BadInputError for a file that cannot be read or is no Ed25519 key; such a file is left as it is.
+    Raises BadInputError for a file that cannot be read or is not an Ed25519 key; such a file is left unchanged.
     """
     try:
         return load(data_dir)
     except FileNotFoundError:
-        _create(data_dir, data_dir / FILE_NAME)
+        try:
+            data_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInputError(f"cannot make the folder {data_dir}: {error.strerror}") from error
+        secret_files.create(data_dir / FILE_NAME, to_pem(Ed25519PrivateKey.generate()))
     return load(data_dir)
 
 
 def load(data_dir: Path) -> Identity:
-    """As `load_or_create`, but makes none: FileNotFoundError passes."""
+    """The identity of `data_dir`. Raises FileNotFoundError where there is none, else as `load_or_create`."""
     path = data_dir / FILE_NAME
-    return _parse(path, secret_files.read(path))
+    data = secret_files.read(path)
+    try:
+        return Identity.of(from_pem(path, data))
+    except BadInputError as error:
+        raise BadInputError(f"{error}; restore it, or remove it and the node takes a new identity") from error
 
 
 def to_pem(private_key: Ed25519PrivateKey) -> bytes:
@@ -68,18 +71,3 @@ def from_pem(path: Path, data: bytes) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise BadInputError(f"{path} holds a key of another kind than Ed25519")
     return key
-
-
-def _parse(path: Path, data: bytes) -> Identity:
-    try:
-        return Identity.of(from_pem(path, data))
-    except BadInputError as error:
-        raise BadInputError(f"{error}; restore it, or remove it and the node takes a new identity") from error
-
-
-def _create(data_dir: Path, path: Path) -> None:
-    try:
-        data_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInputError(f"cannot make the folder {data_dir}: {error.strerror}") from error
-    secret_files.create(path, to_pem(Ed25519PrivateKey.generate()))

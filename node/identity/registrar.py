@@ -1,7 +1,7 @@
-"""Both sides of a join, and the renewal of what it gave. docs/PROTOCOL.md, "Joining".
+"""Both sides of a join, and the renewal of the certificate that a join gave. docs/PROTOCOL.md, "Joining".
 
-`Registrar` is on every node and refuses where the node has no authority's key. `apply` is the new node's side, run by
-`p2pctl join`. Neither knows what carries the messages: see `Line`.
+`Registrar` runs on every node; it refuses where the node does not hold the authority's key. `apply` is the new node's
+side, run by `p2pctl join`. Both are independent of what carries the messages: see `Line`.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "join"
 NO_KEY = (
-    "this member does not hold the cluster's key and cannot admit anybody: give the address of one whose"
+    "this member does not hold the cluster's key and cannot admit any node: give the address of a member whose"
     " configuration names it as [cluster] key"
 )
 MOST_WRONG, WRONG_S = 8, 60.0
-"""Wrong tokens from one host in so many seconds; then its connections are refused at once, unheard."""
+"""After MOST_WRONG wrong tokens a host is refused before it shows another, until WRONG_S seconds after the last."""
 _HOSTS = 1024
 MAX_TOKENS = 256
-"""Tokens of a limited number of uses that are remembered until they expire."""
+"""Tokens with a limited number of uses; each is remembered until it expires."""
 MAX_FILE = MAX_TOKENS * (MAX_USES + 1) * 64
 FILE_NAME = "tokens.msgpack"
 
 
 class Line(Protocol):
-    """A stream of messages with a peer that has proved to hold the key of its id.
+    """A stream of messages with a peer that has proved that it holds the key of its id.
 
     Its methods raise PeerUnavailableError; `receive` PeerMisbehavedError for a message above `most` bytes.
     """
@@ -68,8 +68,6 @@ class Line(Protocol):
 
 
 class _Used(msgspec.Struct, frozen=True, array_like=True):
-    """By whom a token was used."""
-
     expires: int
     peers: tuple[PeerId, ...]
 
@@ -80,16 +78,16 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Uses:
-    """Who was admitted by tokens of a limited number of uses, in a file: this node's own count."""
+    """The peers that this node admitted by tokens with a limited number of uses, in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._used = self._load()
 
     def take(self, token: Token, peer: PeerId, now: float) -> None:
-        """Count `peer` among those that the token admitted, durably; one that is among them costs nothing.
+        """Count `peer` among the peers that the token admitted, durably. A peer is counted once.
 
-        Raises NotAdmittedError where there are as many already, BadInputError where it cannot be written down.
+        Raises NotAdmittedError where the token has no uses left, BadInputError where the file cannot be written.
         """
         if not token.uses:
             return
@@ -115,7 +113,7 @@ class Uses:
 
 
 class Registrar:
-    """Issues certificates for join tokens, and later ones to those who have one. `authority` None: to nobody."""
+    """Issues certificates for join tokens, and renews the certificates of members. `authority` None: refuses both."""
 
     def __init__(
         self,
@@ -132,7 +130,7 @@ class Registrar:
         self._wrong: TTLCache[str, int] = TTLCache(_HOSTS, WRONG_S, timer=trio.current_time)
 
     async def serve(self, line: Line, host: str, own: PeerId) -> None:
-        """One join. Raises PeerUnavailableError, PeerMisbehavedError; refusals are told to the peer and the log."""
+        """Serve one join; refusals go to the peer and to the log. Raises PeerUnavailableError, PeerMisbehavedError."""
         knock = join.decode_knock(await line.receive(join.MAX_MESSAGE))
         refusal = self._refusal(host)
         if self._authority is None or refusal:
@@ -149,15 +147,14 @@ class Registrar:
             self._refusals.tell(CHANNEL, line.peer, host, error)
             await line.send(join.encode(join.Admittance(b"", str(error)[: join.MAX_REFUSAL])))
         except BadInputError as error:
-            log.error("a use of a join token cannot be written down", extra={"reason": error})  # noqa: TRY400 # all of it
-            await line.send(
-                join.encode(join.Admittance(b"", "its disk takes nothing: try another member with the key"))
-            )
+            log.error("a use of a join token cannot be stored", extra={"reason": error})  # noqa: TRY400 # says it all
+            refusal = "its disk cannot be written: try another member with the key"
+            await line.send(join.encode(join.Admittance(b"", refusal)))
         else:
             await line.send(join.encode(join.Admittance(certificate)))
 
     def _refusal(self, host: str) -> str:
-        """Why nobody from there is heard; empty where somebody is."""
+        """The reason to refuse every peer at `host`; empty where there is none."""
         if self._authority is None:
             return NO_KEY
         return "too many wrong tokens; wait a minute" if self._wrong.get(host, 0) >= MOST_WRONG else ""
@@ -171,17 +168,17 @@ class Registrar:
             raise NotAdmittedError("the join token is revoked")
         self._uses.take(token, peer, now)
         log.info("admitted", extra={"peer": peer, "node": application.name, "site": token.site, "by": token.subject})
-        # A clock that stands behind must not shorten what the operator gave.
+        # A clock that is behind must not shorten the lifetime that the operator chose.
         validity = Validity.lasting(max(now, token.made), token.lifetime)
         return _der(authority, Subject(peer, application.name, token.site), validity)
 
     async def handle(self, peer: PeerId, request: Renew) -> Answer:
-        """Raises DeniedError for a certificate that is not the asker's own; that it is a member's is known."""
+        """Renew a member's certificate. Raises DeniedError where it is not the certificate of `peer`."""
         await trio.lowlevel.checkpoint()
         if self._authority is None:
             return Answer(Failed("not-held", NO_KEY))
         if issued_by(request.certificate, self._authority.der) != peer:
-            raise DeniedError("the certificate of another")
+            raise DeniedError("the certificate of another node")
         old = validity_of(request.certificate)
         validity = Validity.lasting(max(self._now(), old.start), old.lifetime_s)
         return Answer(Renewed(_der(self._authority, subject_of(request.certificate), validity)))
@@ -192,10 +189,10 @@ def _der(authority: Authority, subject: Subject, validity: Validity) -> bytes:
 
 
 async def apply(line: Line, own: PeerId, text: str, name: str) -> tuple[bytes, bytes]:
-    """The certificate of this node, and the CA certificate, for the token `text`.
+    """Join with the token `text`. Returns this node's certificate and the CA certificate.
 
-    Raises NotAdmittedError with the other side's reason, or where it is not of the token's cluster; the token is shown
-    to nobody then. Raises BadInputError for what is no token, PeerMisbehavedError and PeerUnavailableError.
+    Raises NotAdmittedError with the other side's reason, or where that side is not of the token's cluster; it is not
+    shown the token then. Raises BadInputError for a malformed token, PeerMisbehavedError and PeerUnavailableError.
     """
     token = read_token(text)
     nonce = secrets.token_bytes(join.NONCE)
@@ -214,9 +211,10 @@ async def apply(line: Line, own: PeerId, text: str, name: str) -> tuple[bytes, b
 
 
 def _check_offer(offer: join.Offer, token: Token, proven: bytes) -> None:
-    found = cluster_id(offer.authority)
-    if found != token.cluster:
-        raise NotAdmittedError(f"it is of the cluster {found.hex()[:16]}, and the token of {token.cluster.hex()[:16]}")
+    cluster = cluster_id(offer.authority)
+    if cluster != token.cluster:
+        text = f"it is of the cluster {cluster.hex()[:16]}, and the token of {token.cluster.hex()[:16]}"
+        raise NotAdmittedError(text)
     try:
         key_of_authority(offer.authority).verify(offer.proof, proven)
     except InvalidSignature as error:

@@ -1,4 +1,8 @@
-"""What the authority has revoked, as far as this node has heard, in a file. Bytes: docs/FORMATS.md, "Revocations"."""
+"""The revocations by the cluster's authority that reached this node, in a file. docs/FORMATS.md, "Revocations".
+
+A revocation shuts a peer id or a join token out for good, so the set only grows, and it counts even where the disk does
+not take it: members send all of it again.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "revocations.msgpack"
 MAX_FILE = 256 * MAX_REVOCATIONS
-"""Bytes; each has some 140."""
+"""Bytes; a revocation has about 140."""
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True):
@@ -27,10 +31,10 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Revocations:
-    """A set that only grows. Contains peer ids and the subjects of tokens."""
+    """Contains the peer ids and the tokens' subjects that are revoked."""
 
     def __init__(self, path: Path, authority: bytes) -> None:
-        """`authority`: the CA certificate (DER), by whose key each has to be signed."""
+        """`authority`: the CA certificate (DER) whose key signs every revocation."""
         self._path = path
         self._key, self._cluster = key_of_authority(authority), cluster_id(authority)
         self._held: dict[str, Revocation] = {}
@@ -44,15 +48,15 @@ class Revocations:
         return tuple(self._held.values())
 
     def add(self, revocations: Iterable[Revocation]) -> list[str]:
-        """The subjects that were not known, on disk when it returns, if that can be written.
+        """Add revocations, on disk too where it can be written. Returns the subjects that are new.
 
         Raises PeerMisbehavedError at the first that this authority did not sign; those before it count.
         """
         before = len(self._held)
         try:
-            for one in revocations:
-                if one.subject not in self._held:
-                    self._add(one)
+            for revocation in revocations:
+                if revocation.subject not in self._held:
+                    self._add(revocation)
         except BadInputError as error:
             raise PeerMisbehavedError(str(error)) from error
         finally:
@@ -61,12 +65,12 @@ class Revocations:
                 self._save()
         return new
 
-    def _add(self, one: Revocation) -> None:
-        check_revocation(one, self._key, self._cluster)
+    def _add(self, new: Revocation) -> None:
+        check_revocation(new, self._key, self._cluster)
         if len(self._held) >= MAX_REVOCATIONS:
-            log.error("too many revocations: a cluster that needs more needs a new key", extra={"peer": one.subject})
+            log.error("too many revocations: a cluster that needs more needs a new key", extra={"peer": new.subject})
             return
-        self._held[one.subject] = one
+        self._held[new.subject] = new
 
     def _load(self) -> tuple[Revocation, ...]:
         try:
@@ -74,18 +78,17 @@ class Revocations:
         except FileNotFoundError:
             return ()
         except (BadInputError, *UNDECODABLE) as error:
-            log.error(  # noqa: TRY400 # the reason is all of it
-                "the revocations are not readable; members tell them again", extra={"path": self._path, "reason": error}
-            )
+            text = "the revocations are not readable; members send them again"
+            log.error(text, extra={"path": self._path, "reason": error})  # noqa: TRY400 # the reason says it all
             return ()
 
-    def _take(self, found: Iterable[Revocation]) -> None:
-        """Those of another cluster, that this node was of before, are of no use any more."""
-        for one in found:
+    def _take(self, stored: Iterable[Revocation]) -> None:
+        """Skip revocations of another cluster, to which this node belonged before."""
+        for revocation in stored:
             try:
-                self._add(one)
+                self._add(revocation)
             except BadInputError as error:
-                log.info("passed over", extra={"reason": error})
+                log.info("revocation skipped", extra={"reason": error})
 
     def _save(self) -> None:
         data = msgspec.msgpack.encode(_File(1, self.all))

@@ -1,6 +1,6 @@
-"""Who is let in: the one judge of certificates for every channel, and what this node shows of its own.
+"""Verification of peers' certificates, the same for every channel, and the certificate that this node shows.
 
-A certificate is good if this cluster's authority issued it, its end is not over by more than `LEEWAY_S`, and its peer
+A certificate is good if this cluster's authority issued it, it did not expire more than `LEEWAY_S` ago, and its peer
 id is not revoked. docs/PROTOCOL.md, "Identity and certificates".
 """
 
@@ -24,14 +24,14 @@ from protocol.members import MAX_MEMBERS
 log = logging.getLogger(__name__)
 
 LEEWAY_S = 24 * 3600
-"""A certificate counts for so long after its end: clocks of edge nodes are wrong by hours, such as a time zone."""
+"""A certificate is accepted for this time after its end: clocks of edge nodes are wrong by hours, as by a time zone."""
 LOOK_EVERY_S = 60.0
 REVOKED = "certificate revoked"
-"""What a refusal for it says."""
+"""The reason that a refusal gives for a revoked certificate."""
 
 
-class Admission:
-    """See the module. `now` is Unix time, in seconds."""
+class Verifier:
+    """`now` is Unix time, in seconds."""
 
     def __init__(
         self, credentials: Credentials, revoked: Container[str] = (), now: Callable[[], float] = time.time
@@ -42,7 +42,7 @@ class Admission:
         self.server_context = credentials.server_context()
         self.client_context = credentials.client_context()
         self._ends: LRUCache[PeerId, int] = LRUCache(MAX_MEMBERS)
-        """Of the certificates that were shown here and have one."""
+        """When the certificates that peers showed here end, for those that end at all."""
 
     @property
     def identity(self) -> Identity:
@@ -60,13 +60,15 @@ class Admission:
         return peer in self._revoked
 
     def verify(self, certificate: bytes) -> PeerId:
-        """The member that a certificate (DER) names; for where TLS has not verified it. Raises NotAdmittedError, and
-        PeerMisbehavedError for one that is malformed."""
+        """The member that a certificate (DER) names, which TLS has not verified.
+
+        Raises NotAdmittedError, and PeerMisbehavedError for a malformed certificate.
+        """
         issued_by(certificate, self.authority)
         return self.peer_of(certificate)
 
     def peer_of(self, certificate: bytes) -> PeerId:
-        """As `verify`, for a certificate that TLS has verified."""
+        """The member that a certificate names which TLS has verified. Raises as `verify`."""
         peer = peer_of(certificate)
         if self.is_revoked(peer):
             raise NotAdmittedError(REVOKED, peer)
@@ -80,7 +82,7 @@ class Admission:
         return peer
 
     def renew(self, certificate: bytes) -> None:
-        """Show this one from now on. Connections that stand are not touched."""
+        """Show this certificate from now on. Open connections keep the earlier one."""
         self._credentials = replace(self._credentials, certificate=certificate)
         for context in (self.server_context, self.client_context):
             self._credentials.show_in(context)
@@ -91,7 +93,7 @@ class Admission:
     async def watch(
         self, disconnect: Callable[[PeerId], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Calls `disconnect` for peers whose certificate runs out while they are connected."""
+        """Calls `disconnect` for peers whose certificate expires while they are connected."""
         task_status.started()
         while True:
             await trio.sleep(LOOK_EVERY_S)

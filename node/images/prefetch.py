@@ -28,7 +28,7 @@ from node.oci.layout import Packed
 from node.oci.platforms import own_platform, parse_platforms
 from node.oci.references import ImageName
 from node.runtime.single_flight import Ticket
-from node.runtime.time_windows import Hours
+from node.runtime.time_windows import TimeWindow
 from protocol.errors import UNDECODABLE, BadInputError, ShoalError, UnavailableError
 from protocol.ids import Piece
 
@@ -155,7 +155,7 @@ class Prefetcher:
     # Reading
 
     async def _fetch(self, item: _Item) -> None:
-        hours = Hours.parse(item.order.window) if item.order.window else None
+        hours = TimeWindow.parse(item.order.window) if item.order.window else None
         self._pace = pace = Pace(item.order.rate, hours, self.fetcher.idle)
         await pace.wait(0)
         platforms = () if item.order.all_platforms else parse_platforms(item.order.platforms) or (own_platform(),)
@@ -228,7 +228,7 @@ def _items(order: PrefetchOrder) -> list[_Item]:
     if not order.images:
         raise BadInputError("no image is named")
     if order.window:
-        Hours.parse(order.window)
+        TimeWindow.parse(order.window)
     if order.rate < 0:
         raise BadInputError("the rate is below 0")
     parse_platforms(order.platforms)

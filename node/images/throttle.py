@@ -7,7 +7,7 @@ from datetime import datetime
 
 import trio
 
-from node.runtime.time_windows import Hours, local_time
+from node.runtime.time_windows import TimeWindow, local_time
 
 GIVE_WAY_S = 10.0
 """So long a block is put off while clients read: a client that never ends does not stop all other work."""
@@ -21,7 +21,7 @@ class Pace:
     def __init__(
         self,
         rate: int,
-        hours: Hours | None,
+        hours: TimeWindow | None,
         idle: Callable[[], Awaitable[None]],
         clock: Callable[[], datetime] = local_time,
     ) -> None:

@@ -1,4 +1,8 @@
-"""Addresses: what the configuration says, what others can connect to, and what was seen of a peer."""
+"""Addresses: those in the configuration, those that others can connect to, and those that peers were seen at.
+
+A configured address may be unspecified (0.0.0.0); other nodes need concrete ones, the likeliest first. A connection
+shows which address of a peer is routed here, so that address comes before those that the peer claims.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +35,12 @@ _VIRTUAL = (
     "podman",
 )
 """Interfaces of container and VM bridges: the same 172.17.0.1 on every host, so their addresses come last."""
-
-
 _HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a certain peer is to be reached over libp2p's TCP transport. `host`: an IP address or a DNS name."""
+    """A peer and one of its addresses on libp2p's TCP transport. `host`: an IP address or a DNS name."""
 
     peer: PeerId
     host: str
@@ -50,20 +52,17 @@ class Target:
 
 def parse_target(text: str) -> Target:
     """`/ip4/10.0.0.5/tcp/4501/p2p/12D3KooW...`; the host may be ip4, ip6, dns, dns4 or dns6. Raises BadInputError."""
-    parts = _parts(text)
-    if len(parts) != 3 or parts[0][0] not in _HOSTS or parts[2][0] != "p2p":
-        raise BadInputError(f'"{text}": write for example "/ip4/10.0.0.5/tcp/4501/p2p/12D3KooW..."')
-    peer = PeerId(parts[2][1])
+    host, port, peer = _parts(text, _HOSTS, "/ip4/10.0.0.5/tcp/4501/p2p/12D3KooW...")
     try:
         public_key_of(peer)
     except BadInputError as error:
         raise BadInputError(f'"{text}": {error}') from error
-    return Target(peer, parts[0][1], _tcp_port(text, parts))
+    return Target(peer, host, port)
 
 
 @dataclass(frozen=True, slots=True)
 class JoinTarget:
-    """A member by its address; `peer` None where whoever is there will do."""
+    """The address of a member to join at; `peer` None: any member at that address."""
 
     host: str
     port: int
@@ -78,18 +77,14 @@ def parse_join_target(text: str) -> JoinTarget:
     if "/p2p/" in text:
         target = parse_target(text)
         return JoinTarget(target.host, target.port, target.peer)
-    parts = _parts(text)
-    if len(parts) != 2 or parts[0][0] not in _HOSTS:
-        raise BadInputError(f'"{text}": write for example "/ip4/10.0.0.5/tcp/4501"')
-    return JoinTarget(parts[0][1], _tcp_port(text, parts))
+    host, port, _ = _parts(text, _HOSTS, "/ip4/10.0.0.5/tcp/4501")
+    return JoinTarget(host, port)
 
 
 def parse_listen(text: str) -> HostPort:
     """`/ip4/0.0.0.0/tcp/4501` or `/ip6/::/tcp/4501`. Raises BadInputError."""
-    parts = _parts(text)
-    if len(parts) != 2 or parts[0][0] not in ("ip4", "ip6"):
-        raise BadInputError(f'"{text}": write for example "/ip4/0.0.0.0/tcp/4501"')
-    return HostPort(parts[0][1], _tcp_port(text, parts))
+    host, port, _ = _parts(text, ("ip4", "ip6"), "/ip4/0.0.0.0/tcp/4501")
+    return HostPort(host, port)
 
 
 def to_multiaddr(host: str, port: int, peer: PeerId) -> str:
@@ -101,14 +96,14 @@ def to_multiaddr(host: str, port: int, peer: PeerId) -> str:
 
 
 def bulk_addresses(listen: HostPort) -> tuple[str, ...]:
-    """What a node that listens there tells others: `0.0.0.0:4502` to (`10.0.0.5:4502`, ...), at most MAX_ADDRESSES."""
+    """The addresses to announce for `listen`, at most MAX_ADDRESSES: (`10.0.0.5:4502`, ...) for `0.0.0.0:4502`."""
     return tuple(str(HostPort(host, listen.port)) for host in concrete_hosts(listen.host))
 
 
 def concrete_hosts(host: str) -> tuple[str, ...]:
-    """The addresses behind `host`: itself, unless it is the unspecified one. Likeliest first, at most MAX_ADDRESSES.
+    """`host` itself, or, for the unspecified address, those of the interfaces: likeliest first, at most MAX_ADDRESSES.
 
-    Loopback is among them only where there is nothing else; link-local ones never are (they need a zone).
+    Loopback is included only where there is no other address, link-local addresses never (they need a zone).
     """
     try:
         given = ip_address(host)
@@ -116,15 +111,15 @@ def concrete_hosts(host: str) -> tuple[str, ...]:
         return (host,)
     if not given.is_unspecified:
         return (host,)
-    found = sorted((_preference(name, ip), str(ip)) for name, ip in _interfaces() if ip.version == given.version)
-    outside = [text for _, text in found if not ip_address(text).is_loopback]
-    return tuple(outside or [text for _, text in found])[:MAX_ADDRESSES]
+    own = sorted((_preference(name, ip), str(ip)) for name, ip in _interfaces() if ip.version == given.version)
+    outside = [text for _, text in own if not ip_address(text).is_loopback]
+    return tuple(outside or [text for _, text in own])[:MAX_ADDRESSES]
 
 
 def with_observed(member: Member, host: str) -> Member:
-    """The member with the address in front that it was seen at, where it is not among those it claims.
+    """The member with the address first that it was seen at, unless it claims that address itself.
 
-    What was seen says which way routes. Loopback is left out: it means another node wherever else it is told.
+    The observed address is known to be routed. Loopback is left out: on any other host it means another node.
     """
     seen = ip_address(host)
     if isinstance(seen, IPv6Address):
@@ -141,27 +136,28 @@ def with_observed(member: Member, host: str) -> Member:
     return msgspec.structs.replace(member, addresses=(address, *member.addresses)[:MAX_ADDRESSES])
 
 
-def _parts(text: str) -> list[tuple[str, str]]:
+def _parts(text: str, hosts: tuple[str, ...], example: str) -> tuple[str, int, PeerId]:
+    """Host, port and peer id of a multiaddr with the same parts as `example`; the peer id is empty if it has none."""
     try:
-        return [(protocol.name, value or "") for protocol, value in Multiaddr(text).items()]
+        parts = [(protocol.name, value or "") for protocol, value in Multiaddr(text).items()]
     except (MultiaddrError, ValueError) as error:
         raise BadInputError(f'"{text}" is not a multiaddr: {error}') from error
-
-
-def _tcp_port(text: str, parts: list[tuple[str, str]]) -> int:
+    count = 3 if "/p2p/" in example else 2
+    if len(parts) != count or parts[0][0] not in hosts or (count == 3 and parts[2][0] != "p2p"):
+        raise BadInputError(f'"{text}": write for example "{example}"')
     if parts[1][0] != "tcp":
         raise BadInputError(f'"{text}": only the tcp transport is supported')
-    return int(parts[1][1])
+    return parts[0][1], int(parts[1][1]), PeerId(parts[2][1] if count == 3 else "")
 
 
 def _interfaces() -> list[tuple[str, IPv4Address | IPv6Address]]:
-    found = []
+    interfaces = []
     for adapter in ifaddr.get_adapters():
         for entry in adapter.ips:
             ip = ip_address(entry.ip if isinstance(entry.ip, str) else entry.ip[0])
             if not ip.is_link_local:
-                found.append((adapter.name, ip))
-    return found
+                interfaces.append((adapter.name, ip))
+    return interfaces
 
 
 def _preference(interface: str, ip: IPv4Address | IPv6Address) -> tuple[bool, bool]:

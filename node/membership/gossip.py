@@ -1,4 +1,7 @@
-"""Carries out what SWIM decides."""
+"""Carries out SWIM's decisions: the I/O between `Membership`, which decides, and the exchange's control lane.
+
+Requests that fail are not repeated here. `Membership` hears of each failure and decides what follows.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,22 @@ from protocol.swim import Action, Disconnect, Gossip, Probe, SyncWith, Tell
 log = logging.getLogger(__name__)
 
 HELPER_SHARE = 0.8
-"""Of the probe timeout, for a helper's ping: so that it can still say in time that it got no answer."""
+"""Share of the probe timeout for a helper's ping, so that the helper can still report a missing answer in time."""
 
 
 class Gossiper:
-    """Probes, tells and syncs as `membership` decides, and answers Ping, PingRequest and Sync."""
+    """Probes, gossips and syncs as `membership` decides, and answers Ping, PingRequest and Sync."""
 
     def __init__(self, membership: Membership, exchange: Exchange, revocations: Revocations) -> None:
         self._membership = membership
         self._exchange = exchange
         self._revocations = revocations
         self._timeout_s = membership.config.probe_timeout_s
-        for one in revocations.all:
-            membership.banish(PeerId(one.subject))
+        for revocation in revocations.all:
+            membership.banish(PeerId(revocation.subject))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Works until it is cancelled; a clean stop calls `leave` first."""
+        """Runs until cancelled; a clean stop calls `leave` first."""
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()
@@ -45,9 +48,9 @@ class Gossiper:
             self._membership.abandoned()
 
     def revoke(self, revocations: tuple[Revocation, ...]) -> list[str]:
-        """Hold to these from now on, and tell others. Returns the subjects that were not known.
+        """Apply revocations and send them to other members. Returns the subjects that are new.
 
-        Raises PeerMisbehavedError where the authority did not sign one.
+        Raises PeerMisbehavedError at a revocation that the authority did not sign.
         """
         new = self._revocations.add(revocations)
         for subject in new:
@@ -57,33 +60,33 @@ class Gossiper:
             self._membership.spread()
         return new
 
-    def _told(self, peer: PeerId, revocations: tuple[Revocation, ...]) -> None:
+    def _received(self, peer: PeerId, revocations: tuple[Revocation, ...]) -> None:
         try:
             self.revoke(revocations)
         except PeerMisbehavedError as error:
             self._membership.quarantine(peer, str(error))
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
-        """Raises DeniedError to the refused, BadInputError for requests that are not of membership."""
+        """Raises DeniedError for a refused peer, BadInputError for a request that does not concern membership."""
         if self._membership.is_refused(peer):
             raise DeniedError("quarantined or revoked")
         match request:
             case Ping():
-                self._told(peer, request.revocations)
+                self._received(peer, request.revocations)
                 self._membership.received(request.updates)
                 return Answer(Pong(self._membership.updates_for(peer)))
             case PingRequest():
                 self._membership.received(request.updates)
                 return Answer(await self._ping_for(peer, request.target))
             case Sync():
-                self._told(peer, request.revocations)
+                self._received(peer, request.revocations)
                 self._membership.received(request.updates, whole_view=True)
                 return Answer(SyncReply(self._membership.view(), self._revocations.all))
             case _:
                 raise BadInputError(f"not a request of membership: {type(request).__name__}")
 
     async def leave(self) -> None:
-        """Tell a few members that this node goes; they tell the rest. At most one probe timeout."""
+        """Announce to a few members that this node leaves; they pass it on. Takes at most one probe timeout."""
         async with trio.open_nursery() as nursery:
             for gossip in self._membership.leave():
                 nursery.start_soon(self._ping, gossip.peer, self._timeout_s)
@@ -114,7 +117,7 @@ class Gossiper:
             self._membership.failed(probe, helpers_answered=bool(replies))
 
     async def _ask_helpers(self, probe: Probe) -> list[Reply]:
-        """What they answered; the first Pong ends it."""
+        """The helpers' answers; the first Pong ends the wait."""
         replies: list[Reply] = []
 
         async def ask(helper: PeerId) -> None:
@@ -141,8 +144,8 @@ class Gossiper:
         return True
 
     async def _ping_for(self, asker: PeerId, target: PeerId) -> Reply:
-        known = self._membership.find(target) not in (None, self._membership.own)
-        if not known or self._membership.is_quarantined(target):
+        is_other = self._membership.find(target) not in (None, self._membership.own)
+        if not is_other or self._membership.is_quarantined(target):
             return Failed("not-found", "no such member")
         if await self._ping(target, HELPER_SHARE * self._timeout_s):
             return Pong(self._membership.updates_for(asker))
@@ -153,13 +156,13 @@ class Gossiper:
         question = Sync(self._membership.view(), self._revocations.all)
         reply = await self._request(sync.peer, question, sync.timeout_s)
         if isinstance(reply, SyncReply):
-            self._told(sync.peer, reply.revocations)
+            self._received(sync.peer, reply.revocations)
             self._membership.acked(sync.peer, trio.current_time() - started)
             self._membership.received(reply.updates, whole_view=True)
         self._membership.synced(sync.peer)
 
     async def _request(self, peer: PeerId, request: Request, timeout_s: float) -> Reply | None:
-        """None where no answer came in time, whatever the reason."""
+        """None where no answer came in time, for whatever reason."""
         with trio.move_on_after(timeout_s):
             try:
                 answer = await self._exchange.request(peer, request, lane=Lane.CONTROL, silence_s=timeout_s)

@@ -1,4 +1,8 @@
-"""How nodes find each other and exchange certificates, before anything travels on the bulk channel."""
+"""Introductions: how two nodes prove to each other that they are of one cluster, and name the members that they know.
+
+An introduction comes before anything on the bulk channel. `Introducer` is the contract of what finds peers;
+`exchange_members` is the conversation over one stream, whatever carries it. docs/PROTOCOL.md, "Introduction".
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,28 @@ from typing import Protocol
 
 import trio
 
+from node.identity.registrar import Line
+from node.identity.verifier import Verifier
+from protocol.errors import PeerMisbehavedError
+from protocol.ids import PeerId
+from protocol.introduction import MAX_HELLO, MAX_MEMBERS_BYTES, decode_hello, decode_members, encode_hello
 from protocol.members import Member
 
+Introduced = Callable[[tuple[Member, ...]], None]
+Current = Callable[[], tuple[Member, ...]]
 
-class Swarm(Protocol):
+CHANNEL = "introduction"
+"""The channel's name in log lines about refusals."""
+
+
+class Introducer(Protocol):
     """Finds peers (static bootstrap addresses, mDNS), proves both sides to be of one cluster, and introduces them.
 
     - `run` listens, calls `task_status.started()` once it does, and works until cancelled: bootstrap addresses are
-      tried again, with back-off, for as long as the peer behind one is not among `current()`.
-    - Every introduction, in either direction, ends in one call of the `introduced` callback that it was built with,
-      with the members that the other side named (itself first). A node of another cluster is never introduced;
-      the refusal is logged with the peer id and the reason.
+      tried again, with back-off, for as long as the peer behind the address is not among `current()`.
+    - Every introduction, in either direction, ends in one call of the `introduced` callback that the introducer was
+      built with, with the members that the other side named (itself first). A node of another cluster is never
+      introduced; the refusal is logged with the peer id and the reason.
     """
 
     @property
@@ -28,5 +43,28 @@ class Swarm(Protocol):
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
 
 
-Introduced = Callable[[tuple[Member, ...]], None]
-Current = Callable[[], tuple[Member, ...]]
+async def exchange_members(
+    line: Line, verifier: Verifier, members: Callable[[], bytes], *, dialled: bool
+) -> tuple[Member, ...]:
+    """The members that the peer names, itself first; `members` encodes those that this node names.
+
+    Certificates come first, the dialling side's before the other's. Raises PeerMisbehavedError for a peer of another
+    cluster before anything is said about members.
+    """
+    if dialled:
+        await line.send(encode_hello(verifier.certificate))
+        _verify(verifier, line.peer, await line.receive(MAX_HELLO))
+        await line.send(members())
+        return decode_members(await line.receive(MAX_MEMBERS_BYTES), line.peer)
+    hello = await line.receive(MAX_HELLO)
+    await line.send(encode_hello(verifier.certificate))
+    _verify(verifier, line.peer, hello)
+    theirs = decode_members(await line.receive(MAX_MEMBERS_BYTES), line.peer)
+    await line.send(members())
+    return theirs
+
+
+def _verify(verifier: Verifier, peer: PeerId, hello: bytes) -> None:
+    subject = verifier.verify(decode_hello(hello))
+    if subject != peer:
+        raise PeerMisbehavedError(f"shows the certificate of {subject}")

@@ -1,9 +1,9 @@
-"""Imported before anything of py-libp2p, so that its parts can be used without the whole.
+"""Imported before anything of py-libp2p, so that parts of it can be used without the whole.
 
-The `__init__` of these packages import all that there is, among it QUIC, a DHT, relays and an HTTP client, and some
-modules a library for a class that node/membership/libp2p.py never meets: 27 MiB of resident memory and 1.2 s of every
-start. The packages are made known here without running that, empty classes stand in for those, and all other modules
-are imported as ever.
+The `__init__` files of these packages import everything: QUIC, a DHT, relays, an HTTP client. Some modules import a
+library only for a class that node/membership/libp2p.py never uses. Together that costs 27 MiB of resident memory and
+1.2 s of every start. This module registers the packages without running their `__init__`, and puts empty classes in
+place of the unused ones; all other modules are imported as usual.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CLASSES = {
 
 
 class _LeftOut:
-    """A member's key is of Ed25519: a handshake with any other fails here."""
+    """A member's key is an Ed25519 key: a handshake with a key of another kind fails here."""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> NoReturn:
@@ -41,8 +41,8 @@ def _make_known(name: str) -> None:
 def _stand_in(name: str, classes: tuple[str, ...]) -> None:
     if name not in sys.modules:
         sys.modules[name] = module = ModuleType(name)
-        for one in classes:
-            setattr(module, one, type(one, (_LeftOut,), {}))
+        for class_name in classes:
+            setattr(module, class_name, type(class_name, (_LeftOut,), {}))
 
 
 for _name in _PACKAGES:

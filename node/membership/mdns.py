@@ -1,7 +1,7 @@
 """Discovery on the LAN by multicast DNS and DNS-SD (RFC 6762, RFC 6763): service `_shoal-p2p._udp.local.`.
 
-zeroconf runs in threads of its own; whatever it finds crosses into the trio loop by the loop's token. Nothing here
-is needed for the node to work: what fails costs one warning.
+zeroconf runs in threads of its own; its reports enter the trio loop by the loop's token. The node also works without
+mDNS: a failure here costs one warning.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from protocol.ids import PeerId
 from protocol.members import MAX_ADDRESSES
 from protocol.records import public_key_of
 
-Found = Callable[[tuple[Target, ...]], None]
+OnFound = Callable[[tuple[Target, ...]], None]
 
 log = logging.getLogger(__name__)
 
 SERVICE = "_shoal-p2p._udp.local."
 _LOOKUP_MS = 2000
 _CLOSE_S = 2.0
-"""How long a stop waits for the goodbye to be sent."""
+"""How long a stop waits until the goodbye is sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What a node says of itself. `cluster` keeps nodes of several clusters on one LAN from dialling each other."""
+    """A node as it announces itself. `cluster` keeps nodes of several clusters on one LAN from dialling each other."""
 
     peer: PeerId
     cluster: str
@@ -47,16 +47,16 @@ class Announcement:
 
 
 def cluster_tag(authority: bytes) -> str:
-    """Names a cluster by its CA certificate (DER); a hint, not a proof."""
+    """A cluster's name, derived from its CA certificate (DER); a hint, not a proof."""
     return sha256(authority).hexdigest()[:16]
 
 
-async def run(mine: Announcement, found: Found, lost: Callable[[PeerId], None]) -> None:
-    """Announce this node on the interfaces of its hosts, and tell of others of its cluster, until cancelled.
+async def run(mine: Announcement, on_found: OnFound, on_lost: Callable[[PeerId], None]) -> None:
+    """Announce this node on the interfaces of its hosts, and report others of its cluster, until cancelled.
 
-    Returns early, after one warning, where multicast does not work. `found` comes again when addresses change.
+    Returns early, after one warning, where multicast does not work. `on_found` is called again when addresses change.
     """
-    listener = _Listener(mine, found, lost, trio.lowlevel.current_trio_token())
+    listener = _Listener(mine, on_found, on_lost, trio.lowlevel.current_trio_token())
     try:
         responder = await trio.to_thread.run_sync(partial(_start, mine, listener))
     except (OSError, zeroconf.Error, RuntimeError) as error:
@@ -81,7 +81,7 @@ def _start(mine: Announcement, listener: _Listener) -> zeroconf.Zeroconf:
 
 
 def _interfaces(hosts: Sequence[str]) -> list[str]:
-    """IPv4 where there is any: one family is enough to be heard, and the announcement carries both."""
+    """IPv4 where there is any: one family is enough, because the announcement carries the addresses of both."""
     four = [host for host in hosts if ":" not in host]
     usable = four or [host for host in hosts if not ip_address(host).is_loopback]
     if not usable:
@@ -108,18 +108,18 @@ def _service(mine: Announcement) -> zeroconf.ServiceInfo:
 
 
 class _Listener(zeroconf.ServiceListener):
-    """Called in zeroconf's browser thread, one call at a time, where a look-up may block."""
+    """zeroconf calls it in its browser thread, one call at a time; a look-up may block there."""
 
     def __init__(
         self,
         mine: Announcement,
-        found: Found,
-        lost: Callable[[PeerId], None],
+        on_found: OnFound,
+        on_lost: Callable[[PeerId], None],
         loop: trio.lowlevel.TrioToken,
     ) -> None:
         self._mine = mine
-        self._found = found
-        self._lost = lost
+        self._on_found = on_found
+        self._on_lost = on_lost
         self._loop = loop
 
     def add_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
@@ -133,7 +133,7 @@ class _Listener(zeroconf.ServiceListener):
             return
         ways = self._ways(peer, info) if info else ()
         if ways:
-            self._tell(partial(self._found, ways))
+            self._in_loop(partial(self._on_found, ways))
 
     def update_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
         self.add_service(zc, type_, name)
@@ -141,7 +141,7 @@ class _Listener(zeroconf.ServiceListener):
     def remove_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
         peer = self._other(name)
         if peer:
-            self._tell(partial(self._lost, peer))
+            self._in_loop(partial(self._on_lost, peer))
 
     def _other(self, name: str) -> PeerId | None:
         peer = PeerId(name.removesuffix(f".{SERVICE}"))
@@ -157,13 +157,13 @@ class _Listener(zeroconf.ServiceListener):
         hosts = [host for host in info.parsed_addresses() if _is_usable(host, self._mine.hosts)]
         return tuple(Target(peer, host, info.port) for host in hosts[:MAX_ADDRESSES])
 
-    def _tell(self, call: Callable[[], None]) -> None:
+    def _in_loop(self, call: Callable[[], None]) -> None:
         try:
             self._loop.run_sync_soon(call)
         except trio.RunFinishedError:
-            log.debug("mDNS told of a peer after the end")
+            log.debug("mDNS reported a peer after the end")
 
 
 def _is_usable(host: str, mine: Sequence[str]) -> bool:
-    """Loopback is a peer's address only for nodes that listen there themselves."""
+    """A peer's loopback address is usable only by a node that listens on loopback itself."""
     return not ip_address(host).is_loopback or any(ip_address(own).is_loopback for own in mine)

@@ -1,7 +1,7 @@
 """The membership of the site: SWIM (`protocol/swim.py`) driven over the exchange's control lane.
 
-`Membership` is what this node believes, and the `View` that everything else asks; it does no I/O, so the exchange can
-be built with its `find` and `is_quarantined`. `Gossiper` does the I/O that it decides on, and answers the others.
+`Membership` is what this node believes, and the `View` that the rest of the node asks; it does no I/O, so the exchange
+can be built with its `find` and `is_refused`. `Gossiper` does the I/O that it decides on, and answers other members.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from random import Random
 
 import trio
 
+from node.membership.quarantine import QUARANTINE_S, Quarantine
 from protocol.ids import PeerId
 from protocol.members import Member, State, Update
 from protocol.swim import Action, Event, Gossip, Probe, Swim, SwimConfig
 
 log = logging.getLogger(__name__)
 
-QUARANTINE_S = 3600.0
-"""Long enough that a peer with bad memory or worse does not waste every pull, short enough to try it again."""
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One known member for the operator; ages in seconds, None for never. `quarantine`: the reason, or empty."""
+    """One member for the operator; ages in seconds, None for never. `quarantine`: the reason, or empty."""
 
     member: Member
     state: State
@@ -37,7 +35,7 @@ class Row:
 
 
 class Membership:
-    """`View`, see there. To be built inside trio's loop. `incarnation`: Unix time in milliseconds, see `Swim`."""
+    """Implements `View`. Built inside trio's loop. `incarnation`: Unix time in milliseconds, see `Swim`."""
 
     def __init__(
         self,
@@ -47,117 +45,95 @@ class Membership:
         config: SwimConfig | None = None,
         quarantine_s: float = QUARANTINE_S,
     ) -> None:
+        self.own = own
         self.config = config or SwimConfig()
-        now = trio.current_time()
-        self._own = own
-        self._swim = Swim(own, incarnation, self.config, rng, now)
-        self._quarantine_s = quarantine_s
-        self._reasons: dict[PeerId, str] = {}
-        self._site = self._swim.site
-        self._version = 0
-        self._changed_at = now
+        self.changed_at = trio.current_time()
+        self._swim = Swim(own, incarnation, config=self.config, rng=rng, now=self.changed_at)
+        self._quarantine = Quarantine(self._swim, quarantine_s)
+        self.site = self._swim.site
+        self.version = 0
         self._changed = trio.Event()
         self._touched = trio.Event()
 
     # The view
 
     @property
-    def site(self) -> tuple[Member, ...]:
-        return self._site
-
-    @property
-    def version(self) -> int:
-        return self._version
-
-    @property
-    def changed_at(self) -> float:
-        return self._changed_at
+    def known(self) -> tuple[Member, ...]:
+        members = (entry.update.member for entry in self._swim.known.values())
+        return (self.own, *(member for member in members if member.site == self.own.site))
 
     async def wait_changed(self) -> None:
-        """Until `site` changes next."""
+        """Wait until `site` changes next."""
         await self._changed.wait()
 
     def find(self, peer: PeerId) -> Member | None:
-        if peer == self._own.peer_id:
-            return self._own
-        known = self._swim.known.get(peer)
-        return None if known is None else known.update.member
-
-    @property
-    def known(self) -> tuple[Member, ...]:
-        members = (known.update.member for known in self._swim.known.values())
-        return (self._own, *(member for member in members if member.site == self._own.site))
-
-    @property
-    def own(self) -> Member:
-        return self._own
+        if peer == self.own.peer_id:
+            return self.own
+        entry = self._swim.known.get(peer)
+        return None if entry is None else entry.update.member
 
     def current(self) -> tuple[Member, ...]:
-        """The site, quarantined or not; this node first. What an introduction names."""
-        others = (known.update.member for known in self._swim.known.values() if known.is_live)
-        return (self._own, *(member for member in others if member.site == self._own.site))
+        """The members of the site, quarantined or not, this node first: those that an introduction names."""
+        others = (entry.update.member for entry in self._swim.known.values() if entry.is_live)
+        return (self.own, *(member for member in others if member.site == self.own.site))
+
+    def table(self) -> tuple[Row, ...]:
+        """All other members that are remembered, by name."""
+        now = trio.current_time()
+        rows = [
+            Row(
+                member=entry.update.member,
+                state=entry.update.state,
+                incarnation=entry.update.incarnation,
+                since_s=now - entry.since,
+                seen_s=None if entry.seen is None else now - entry.seen,
+                rtt_s=entry.rtt_s,
+                quarantine=self._quarantine.reason(peer),
+            )
+            for peer, entry in self._swim.known.items()
+        ]
+        return tuple(sorted(rows, key=lambda row: (row.member.name, row.member.peer_id)))
+
+    # Members that fail or misbehave
 
     def report_failure(self, peer: PeerId) -> None:
         self._swim.doubt(peer, trio.current_time())
         self._settle()
 
     def quarantine(self, peer: PeerId, reason: str, seconds: float | None = None) -> None:
-        """`seconds`: what is left of one that was begun before this process."""
-        if peer == self._own.peer_id or (self.is_quarantined(peer) and self._reasons.get(peer) == reason):
-            return
-        seconds = self._quarantine_s if seconds is None else seconds
-        log.info("quarantined", extra={"peer": peer, "reason": reason, "seconds": seconds})
-        self._swim.exclude(peer, trio.current_time() + seconds)
-        self._reasons[peer] = reason
-        self._settle()
+        """`seconds`: the time that is left of a quarantine that began before this process."""
+        if peer != self.own.peer_id:
+            self._quarantine.begin(peer, reason, seconds)
+            self._settle()
 
     def quarantines(self) -> tuple[tuple[PeerId, str, float], ...]:
-        """Who is in quarantine, why, and for how many seconds more."""
-        now = trio.current_time()
-        return tuple((peer, self._reasons[peer], until - now) for peer, until in self._swim.excluded.items())
+        """Each peer in quarantine, the reason, and the seconds that are left."""
+        return self._quarantine.rows()
 
     def is_quarantined(self, peer: PeerId) -> bool:
-        return self._swim.is_excluded(peer)
+        return peer in self._quarantine
 
     def banish(self, peer: PeerId) -> None:
-        """Its certificate is revoked: it is cut off and forgotten, and nothing about it is believed again."""
-        if peer == self._own.peer_id:
+        """Its certificate is revoked: cut it off, forget it, and never again believe a statement about it."""
+        if peer == self.own.peer_id:
             log.error("the certificate of this very node is revoked: members refuse it. Join anew with a new identity")
         self._swim.banish(peer)
         self._settle()
 
     def is_refused(self, peer: PeerId) -> bool:
-        return self._swim.is_excluded(peer) or self._swim.is_banished(peer)
+        return self.is_quarantined(peer) or self._swim.is_banished(peer)
 
-    def table(self) -> tuple[Row, ...]:
-        """All other members that are remembered, by name."""
-        rows = [self._row(peer) for peer in self._swim.known]
-        return tuple(sorted(rows, key=lambda row: (row.member.name, row.member.peer_id)))
-
-    def _row(self, peer: PeerId) -> Row:
-        known = self._swim.known[peer]
-        now = trio.current_time()
-        return Row(
-            known.update.member,
-            known.update.state,
-            known.update.incarnation,
-            now - known.since,
-            None if known.seen is None else now - known.seen,
-            known.rtt_s,
-            self._reasons.get(peer, ""),
-        )
-
-    # What is learned
+    # Events
 
     def introduced(self, members: tuple[Member, ...]) -> None:
-        """The swarm met `members[0]`; the others it named. A site is entered by this."""
+        """The introducer met `members[0]`, which named the others. This is how a node enters a site."""
         now = trio.current_time()
         for member in members[:1]:
             self._swim.introduced(member, now)
         self.remembered(members[1:])
 
     def remembered(self, members: Iterable[Member]) -> None:
-        """These were members once; they are asked."""
+        """These were members before; they are asked, and enter the view only when they answer."""
         now = trio.current_time()
         for member in members:
             self._swim.hint(member, now)
@@ -179,14 +155,14 @@ class Membership:
         self._settle()
 
     def spread(self) -> None:
-        """Have some members told of the revocations at once."""
+        """Send the revocations to some members at once."""
         self._swim.spread()
         self._settle()
 
     def abandoned(self) -> None:
         self._swim.abandoned()
 
-    # What is to be said and done
+    # Messages and actions
 
     def updates_for(self, peer: PeerId) -> tuple[Update, ...]:
         return self._swim.updates_for(peer)
@@ -198,7 +174,7 @@ class Membership:
         return self._swim.leave()
 
     async def next_actions(self) -> list[Action]:
-        """Waits until something is to be done."""
+        """Waits until there is something to do."""
         while True:
             now = trio.current_time()
             due = self._swim.due(now)
@@ -212,16 +188,15 @@ class Membership:
                 await self._touched.wait()
 
     def _settle(self) -> None:
-        """After every event: publish what changed, and have the timers looked at."""
+        """After every event: publish changes of the view, and look at the timers again."""
         for change in self._swim.take_changes():
             level = logging.DEBUG if change.event is Event.REFUTED else logging.INFO
             log.log(level, change.event.value, extra={"peer": change.member.peer_id, "node": change.member.name})
-        for peer in [peer for peer in self._reasons if not self._swim.is_excluded(peer)]:
-            del self._reasons[peer]
-        if self._swim.site is not self._site:
-            self._site = self._swim.site
-            self._version += 1
-            self._changed_at = trio.current_time()
+        self._quarantine.forget_ended()
+        if self._swim.site is not self.site:
+            self.site = self._swim.site
+            self.version += 1
+            self.changed_at = trio.current_time()
             self._changed.set()
             self._changed = trio.Event()
         self._touched.set()

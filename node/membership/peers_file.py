@@ -1,6 +1,7 @@
-"""The members that this node knew last, in a file: so that it finds its site when every bootstrap address is silent.
+"""The members of the site, in a file, so that a restarted node finds its site when every bootstrap address is silent.
 
-Nothing depends on it being there, new or true: what it names is only asked. Bytes: docs/FORMATS.md, "Remembered peers".
+The file may be missing, old or wrong: its members are only asked, and enter the view when they answer. Bytes:
+docs/FORMATS.md, "Remembered peers".
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from node.runtime.state_files import load, save
 from protocol.members import Member, State
 
 MAX_REMEMBERED = 1024
-"""One of them alive is enough."""
+"""One live member among them is enough."""
 MAX_FILE = 4 << 20
-"""That many members at the wire's bounds of their texts."""
+"""Bytes of MAX_REMEMBERED members whose texts are as long as the wire allows."""
 SAVE_EVERY_S = 60.0
-"""Changes come in bursts, and flash wears."""
+"""Changes come in bursts, and writes wear flash memory."""
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True):
@@ -28,18 +29,18 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
     members: tuple[Member, ...]
 
 
-class RememberedPeers:
+class PeersFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._written = b""
 
     def load(self) -> tuple[Member, ...]:
-        """Empty where there is no such file, or a damaged one."""
-        found = load(self._path, _File, MAX_FILE, "remembered peers")
-        return found.members[:MAX_REMEMBERED] if found else ()
+        """Empty where the file is missing or damaged."""
+        file = load(self._path, _File, MAX_FILE, "remembered peers")
+        return file.members[:MAX_REMEMBERED] if file else ()
 
     def save(self, membership: Membership) -> None:
-        """The site's members, live ones first, replacing the file whole. Without any, what is there stays."""
+        """Replace the file by the site's members, live ones first. Without any member the file stays as it is."""
         rows = [row for row in membership.table() if row.member.site == membership.own.site]
         rows.sort(key=lambda row: (row.state >= State.DEAD, row.since_s))
         members = tuple(row.member for row in rows[:MAX_REMEMBERED])
@@ -52,7 +53,7 @@ class RememberedPeers:
     async def run(
         self, membership: Membership, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Has the remembered asked, then saves: after changes, at most once a minute, and at the end."""
+        """Has the members in the file asked, then saves: after changes, at most every SAVE_EVERY_S, and at the end."""
         membership.remembered(self.load())
         task_status.started()
         try:

@@ -1,6 +1,7 @@
-"""A certificate that ends is renewed before it does, by any member that holds the authority's key.
+"""Renewal: before its certificate ends, a node asks a member that holds the authority's key for another.
 
-docs/PROTOCOL.md, "Joining". Nobody is told who those members are: they are asked, who issued it first.
+No list says which members hold the key. The node asks the member that issued its certificate first, then others in
+random order. docs/PROTOCOL.md, "Joining".
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from random import Random
 
+import msgspec
 import trio
 
 from node.exchange.contract import Exchange, Lane
 from node.identity.certificates import Validity, issued_by, validity_of
 from node.identity.credentials import Joined
-from node.identity.verifier import Admission
+from node.identity.verifier import Verifier
 from node.membership.addresses import parse_target
 from node.membership.view import View
 from protocol.admission import date
@@ -27,82 +30,71 @@ from protocol.messages import Renew, Renewed
 log = logging.getLogger(__name__)
 
 LAST_PART = 3
-"""In this part of its lifetime a certificate is renewed: the last third of 24 h at least, and 24 h of leeway after it,
-are more than a clock is wrong by or an outage of the members with the key usually takes."""
+"""A certificate is renewed in the last third of its lifetime. That is at least 8 h, followed by 24 h of leeway: longer
+than a clock is usually wrong by, and longer than members with the key are usually out of reach."""
 LOOK_EVERY_S = 600.0
-"""The clock may be set at any time, so nothing waits for longer."""
+"""Longest pause, because the clock may be set at any time."""
 RETRY_S = 5.0
-"""After a first failure, doubled after each: at the start of the node nobody is known yet."""
+"""Pause after the first failure, doubled after each: a node that starts does not know any member yet."""
 MOST_ASKED = 32
 ANSWER_S = 2.0
 
 
 def due_at(validity: Validity) -> float:
-    """The Unix time from which on it is renewed."""
+    """The Unix time at which renewal begins."""
     return math.inf if validity.end is None else validity.end - validity.lifetime_s / LAST_PART
 
 
+@dataclass(slots=True)
 class Renewal:
-    """Only for a node that joined. `save` writes the new certificate; `now` is Unix time."""
+    """For a node that joined. `save` writes the new certificate to disk; `now` is Unix time."""
 
-    def __init__(
-        self,
-        admission: Admission,
-        joined: Joined,
-        view: View,
-        exchange: Exchange,
-        save: Callable[[Joined], None],
-        rng: Random,
-        now: Callable[[], float] = time.time,
-    ) -> None:
-        self._admission = admission
-        self._joined = joined
-        self._view = view
-        self._exchange = exchange
-        self._save = save
-        self._rng = rng
-        self._now = now
+    verifier: Verifier
+    joined: Joined
+    view: View
+    exchange: Exchange
+    save: Callable[[Joined], None]
+    rng: Random
+    now: Callable[[], float] = time.time
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until it is cancelled; at once over for a certificate without end."""
+        """Runs until cancelled; returns at once for a certificate without end."""
         task_status.started()
         pause = RETRY_S
-        while (end := validity_of(self._admission.certificate).end) is not None:
+        while (end := validity_of(self.verifier.certificate).end) is not None:
             if not self._is_due() or await self._renew():
                 pause = RETRY_S
                 await trio.sleep(LOOK_EVERY_S)
                 continue
             log.warning("no member renewed the certificate", extra={"ends": date(end), "again_s": pause})
-            await trio.sleep(pause * self._rng.uniform(0.75, 1.25))
+            await trio.sleep(pause * self.rng.uniform(0.75, 1.25))
             pause = min(2 * pause, LOOK_EVERY_S)
 
     def _is_due(self) -> bool:
-        return self._now() >= due_at(validity_of(self._admission.certificate))
+        return self.now() >= due_at(validity_of(self.verifier.certificate))
 
     async def _renew(self) -> bool:
         for peer in self._candidates():
             certificate = await self._ask(peer)
             if certificate is not None:
-                self._joined = Joined(
-                    certificate=certificate, authority=self._joined.authority, bootstrap=self._joined.bootstrap
-                )
-                self._save(self._joined)
-                self._admission.renew(certificate)
+                self.joined = msgspec.structs.replace(self.joined, certificate=certificate)
+                self.save(self.joined)
+                self.verifier.renew(certificate)
                 log.info("certificate renewed", extra={"by": peer})
                 return True
         return False
 
     def _candidates(self) -> Sequence[PeerId]:
-        own = self._admission.identity.peer_id
-        issuers = [parse_target(address).peer for address in self._joined.bootstrap]
-        others = [member.peer_id for member in self._view.site if member.peer_id not in (own, *issuers)]
-        self._rng.shuffle(others)
+        own = self.verifier.identity.peer_id
+        issuers = [parse_target(address).peer for address in self.joined.bootstrap]
+        others = [member.peer_id for member in self.view.site if member.peer_id not in (own, *issuers)]
+        self.rng.shuffle(others)
         return [*issuers, *others][:MOST_ASKED]
 
     async def _ask(self, peer: PeerId) -> bytes | None:
-        question = Renew(self._admission.certificate)
+        question = Renew(self.verifier.certificate)
         try:
-            answer = await self._exchange.request(peer, question, lane=Lane.CONTROL, silence_s=ANSWER_S)
+            answer = await self.exchange.request(peer, question, lane=Lane.CONTROL, silence_s=ANSWER_S)
             if not isinstance(answer.message, Renewed):
                 return None
             certificate = answer.message.certificate
@@ -113,10 +105,10 @@ class Renewal:
         return certificate
 
     def _check(self, certificate: bytes) -> None:
-        """Raises PeerMisbehavedError unless it is this node's and ends later than the one that it has."""
-        admission = self._admission
-        if issued_by(certificate, admission.authority) != admission.identity.peer_id:
+        """Raises PeerMisbehavedError unless it is this node's and ends later than its present one."""
+        verifier = self.verifier
+        if issued_by(certificate, verifier.authority) != verifier.identity.peer_id:
             raise PeerMisbehavedError("gave a certificate for another node")
-        new, old = validity_of(certificate).end, validity_of(admission.certificate).end
+        new, old = validity_of(certificate).end, validity_of(verifier.certificate).end
         if new is not None and old is not None and new <= old:
             raise PeerMisbehavedError("gave a certificate that ends no later")

@@ -1,4 +1,4 @@
-"""What the rest of the node asks of the membership."""
+"""The view: the members of the site, as the rest of the node sees them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from protocol.members import Member
 class View(Protocol):
     """The members of this node's site as this node sees them now. All methods are immediate.
 
-    - `site` is the alive members of the own site, this node among them, without the quarantined; sorted by peer id.
-    - `version` grows with every change of `site`; `changed_at` is trio.current_time() of the last one.
-    - `known` is the members of the own site that are not forgotten, this node among them, whatever became of them.
-    - `find` knows every member that was ever introduced or gossiped and is not forgotten, dead ones too.
-    - `report_failure` tells that a read from the peer failed: it is probed at once.
-    - `quarantine` takes a peer out of the view for a time; the reason is shown to the operator.
+    - `site`: the alive members of the own site, this node among them, without those in quarantine; sorted by peer id.
+    - `version` grows with every change of `site`; `changed_at` is trio.current_time() at the last change.
+    - `known`: all members of the own site that are not forgotten, this node among them, alive or not.
+    - `find` returns any member that was introduced or gossiped and is not forgotten, alive or not, of any site.
+    - `report_failure`: a read from the peer failed, so it is probed at once.
+    - `quarantine` takes a peer out of the view for a time; operators see the reason.
     """
 
     @property

@@ -1,1 +1,1 @@
-"""The machine below: systemd, logs, files, SQLite, the allocator."""
+"""The operating system: systemd, logs, files, SQLite, the allocator."""

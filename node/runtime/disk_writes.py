@@ -1,4 +1,4 @@
-"""What this process wrote to disks: flash wears by it."""
+"""Bytes that this process wrote to disks, because writes wear flash memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def written_bytes() -> int:
-    """Bytes of pages of files that were made dirty, and less those that were gone before they were written.
+    """Bytes of file pages made dirty, less those discarded before they were written.
 
-    As the kernel counts them in proc(5), "/proc/pid/io"; 0 where it does not. File systems' own records are not in it.
+    The kernel counts them (proc(5), "/proc/pid/io"), without the file systems' own records; 0 where it does not count.
     """
     try:
         lines = Path("/proc/self/io").read_text("ascii").splitlines()

@@ -1,7 +1,7 @@
 """Structured logs: one line for each event, as logfmt (`level=info logger=node.mirror msg="..." key=value`).
 
-What is passed as `extra={...}` becomes further keys. Under journald the line starts with its priority instead of the
-time (sd-daemon(3)). Text that looks like a credential is blanked, whoever logged it.
+The items of `extra={...}` become further keys. Under journald the line starts with its priority instead of the time
+(sd-daemon(3)). Text that looks like a credential is blanked, in the log lines of libraries too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DEBUG_PRIORITY = 7
 _PLAIN = re.compile(r"[\w.,:;/@+*#%&?!~()\[\]{}<>|^$-]+", re.ASCII)
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _MAX_VALUE = 4096
-"""Characters of one value: what a peer or registry sent may be logged, and must not flood the journal."""
+"""Characters of one value: text from a peer or a registry may be logged, and must not flood the journal."""
 
 _SECRETS = (
     re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{6,}"),
@@ -43,7 +43,7 @@ def redact(text: str) -> str:
 
 
 def logfmt(value: object) -> str:
-    """One value: quoted where it must be, never with a line break or control character in it."""
+    """One value, quoted where necessary; line breaks and control characters are escaped."""
     text = redact(str(value))
     if len(text) > _MAX_VALUE:
         text = text[:_MAX_VALUE] + "..."
@@ -79,10 +79,10 @@ def _priority(level: int) -> int:
 def under_journald(environment: Mapping[str, str], stream: TextIO) -> bool:
     """Whether `stream` is what systemd connected to the journal: JOURNAL_STREAM names its device and inode."""
     try:
-        found = os.fstat(stream.fileno())
+        status = os.fstat(stream.fileno())
     except (OSError, ValueError):
         return False
-    return environment.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def configure(level: str, stream: TextIO = sys.stderr) -> None:

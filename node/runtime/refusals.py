@@ -1,4 +1,4 @@
-"""Log lines about refused peers, at most one for each peer and period."""
+"""Log lines about refused peers, rate-limited: a refused peer usually tries again every few seconds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from cachetools import TTLCache
 
 log = logging.getLogger(__name__)
 
-
 SILENCE_S = 300.0
-"""The same refusal is told again after this time."""
-
-
-_REMEMBERED = 1024
+"""Shortest time between two warnings about the same refusal."""
+MAX_REMEMBERED = 1024
+"""Peers whose last warning is remembered."""
 
 
 class Refusals:
-    """One warning for who was refused on which channel and why; the same again within `SILENCE_S` at level debug."""
+    """Warns about each refusal by peer, channel and reason; logs it at level debug when it repeats in `silence_s`."""
 
     def __init__(self, silence_s: float = SILENCE_S) -> None:
-        self._told: TTLCache[tuple[str, ...], None] = TTLCache(_REMEMBERED, silence_s, timer=trio.current_time)
+        self._warned: TTLCache[tuple[str, ...], None] = TTLCache(MAX_REMEMBERED, silence_s, timer=trio.current_time)
 
-    def tell(self, channel: str, who: str, at: str, why: object) -> None:
-        """`who`: the peer id, or, where none is proven, the host; `at`: where it was."""
-        key = (channel, who, str(why))
-        level = logging.DEBUG if key in self._told else logging.WARNING
-        self._told[key] = None
-        log.log(level, f"refused {who} at {at}: {why}", extra={"channel": channel})
+    def tell(self, channel: str, peer: str, address: str, reason: object) -> None:
+        """`peer`: the peer id, or the host where no peer id is proven."""
+        key = (channel, peer, str(reason))
+        level = logging.DEBUG if key in self._warned else logging.WARNING
+        self._warned[key] = None
+        log.log(level, f"refused {peer} at {address}: {reason}", extra={"channel": channel})

@@ -1,55 +1,42 @@
-"""Keys and certificates in files: written whole or not at all, and durably. A key is for the owner alone, and never
-overwritten."""
+"""Keys and certificates in files, written atomically and durably. Only the owner can read a key file, and no key file
+is ever overwritten."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.errors import BadInputError
 
 MAX_BYTES = 1 << 16
-"""A key and its certificates are below 4 KiB; a larger file is not one of ours."""
+"""A key and its certificates are below 4 KiB; a larger file was not written by this program."""
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Write a new file of mode 0600, durably; False, and nothing is changed, where `path` exists already.
+    """Write a new file of mode 0600, durably. Returns False, and changes nothing, where `path` exists already.
 
-    The link, unlike a rename, cannot replace a file that somebody else made meanwhile. Raises BadInputError.
+    A link, unlike a rename, cannot replace a file that another process created meanwhile. Raises BadInputError.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        try:
-            _write(temporary, data)
+        with _written_beside(path, data) as temporary:
             os.link(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
     except FileExistsError:
         return False
-    except OSError as error:
-        raise BadInputError(f"cannot write {path}: {error.strerror}") from error
     return True
 
 
 def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file, or put it in the place of the one that is there. Raises BadInputError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        try:
-            _write(temporary, data)
-            temporary.chmod(mode)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise BadInputError(f"cannot write {path}: {error.strerror}") from error
+    """Write a file durably, in the place of an earlier one. Raises BadInputError."""
+    with _written_beside(path, data) as temporary:
+        temporary.chmod(mode)
+        os.replace(temporary, path)
 
 
 def read(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The whole file. Raises BadInputError where it cannot be read or is too large; FileNotFoundError passes."""
+    """The whole file. Raises BadInputError where it cannot be read or is too large, FileNotFoundError where missing."""
     try:
         with path.open("rb") as file:
             data = file.read(most + 1)
@@ -62,12 +49,25 @@ def read(path: Path, most: int = MAX_BYTES) -> bytes:
     return data
 
 
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+@contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file with `data`, to be moved or linked to `path`. Raises BadInputError; FileExistsError passes."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise BadInputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _sync_folder(folder: Path) -> None:

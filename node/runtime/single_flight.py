@@ -1,7 +1,7 @@
-"""One piece of work for each key, however many wait for it.
+"""Single flight: one piece of work for each key, shared by all tasks that wait for it.
 
-The work runs in a nursery that outlives those who wait: the first one to give up does not take it from the others, and
-when the last one gives up it is cancelled. Results are handed to those who waited and then forgotten.
+The work runs in a nursery that outlives the waiting tasks: a task that gives up does not end the work for the others,
+and the work is cancelled when the last one gives up. Results go to the waiting tasks and are then forgotten.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Flight(Generic[V]):
 
 
 class Ticket(Generic[K, V]):
-    """A place in a flight. `release` gives it back; it must be called once, also after `wait`."""
+    """One task's share of a flight. `release` gives it up; it must be called once, also after `wait`."""
 
     __slots__ = ("_flight", "_flights", "_key", "_released")
 
@@ -39,11 +39,11 @@ class Ticket(Generic[K, V]):
         flight.waiting += 1
 
     async def wait(self) -> V:
-        """The result, or the error that the work ended with."""
+        """The result of the work. Raises the error that the work ended with."""
         await self._flight.done.wait()
         error = self._flight.error
         if error is not None:
-            # All who wait share the error: raising the one object in several tasks would chain their tracebacks.
+            # The waiting tasks share the error: the same object raised in several tasks would chain their tracebacks.
             raise type(error)(*error.args) from error
         assert self._flight.value is not None
         return self._flight.value
@@ -63,14 +63,14 @@ class Ticket(Generic[K, V]):
 
 
 class SingleFlight(Generic[K, V]):
-    """Errors go to all who wait, bugs too: whoever asked logs and answers them, and the other flights go on."""
+    """Errors, bugs too, are raised in the waiting tasks, which log and answer them; other flights continue."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._flights: dict[K, _Flight[V]] = {}
 
     def join(self, key: K, work: Callable[[], Awaitable[V]]) -> Ticket[K, V]:
-        """A ticket for the work under `key`, which is started where it does not run yet."""
+        """A ticket for the work under `key`; the work starts unless it runs already."""
         flight = self._flights.get(key)
         if flight is None:
             flight = self._flights[key] = _Flight()
@@ -78,7 +78,7 @@ class SingleFlight(Generic[K, V]):
         return Ticket(self, key, flight)
 
     def __contains__(self, key: object) -> bool:
-        """Whether work under that key is under way."""
+        """Whether the work under that key runs."""
         return key in self._flights
 
     async def do(self, key: K, work: Callable[[], Awaitable[V]]) -> V:

@@ -1,4 +1,8 @@
-"""What a node remembers across restarts in SQLite: small, and worth nothing if it is lost."""
+"""Small tables that a node keeps across restarts in SQLite, and whose loss costs little.
+
+Where the disk fails, the node continues with a database in memory, until it stops. A damaged file is replaced by an
+empty one, also where the damage shows only when the file is read.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +18,31 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class Database:
-    """Without the disk the node goes on, and remembers until it stops. A damaged file is begun anew, also where the
-    damage is found only when it is read."""
-
     def __init__(self, path: Path, schema: str) -> None:
         self._path, self._schema = path, schema
         try:
             self._connection = _open(path, schema)
         except sqlite3.DatabaseError as error:
-            self._connection = self._begin_anew(error) if _is_damage(error) else self._in_memory(error)
+            self._connection = self._replace(error) if _is_damage(error) else self._in_memory(error)
 
     def close(self) -> None:
         self._connection.close()
 
     def run(self, statement: str, *rows: Iterable[object]) -> list[Any]:
-        """The statement once for each row of parameters; all that it finds."""
-        found: list[Any] = []
+        """Run the statement once for each row of parameters. Returns all rows that it selects."""
+        selected: list[Any] = []
         try:
             for row in rows:
-                found += self._connection.execute(statement, tuple(row)).fetchall()
+                selected += self._connection.execute(statement, tuple(row)).fetchall()
         except sqlite3.Error as error:
             if _is_damage(error):
                 self._connection.close()
-                self._connection = self._begin_anew(error)
+                self._connection = self._replace(error)
                 return []
             log.warning("%s: %s: what is learnt may be forgotten when the node stops", self._path.name, error)
-        return found
+        return selected
 
-    def _begin_anew(self, error: sqlite3.Error) -> sqlite3.Connection:
+    def _replace(self, error: sqlite3.Error) -> sqlite3.Connection:
         log.warning("%s is damaged (%s): starting without what it held", self._path, error)
         try:
             for end in ("", "-wal", "-shm"):

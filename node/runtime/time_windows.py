@@ -1,4 +1,4 @@
-"""Hours of each day, by the local clock."""
+"""Daily time windows, by the local clock, such as the hours in which prefetching may run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _HOURS = re.compile(r"(\d{1,2}):([0-5]\d)\s*-\s*(\d{1,2}):([0-5]\d)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Hours:
-    """From `start` up to `stop`, in seconds from midnight; over midnight where `stop` is before `start`."""
+class TimeWindow:
+    """From `start` up to `stop`, in seconds after midnight; it spans midnight where `stop` is before `start`."""
 
     start: int
     stop: int
@@ -30,7 +30,7 @@ class Hours:
         return cls(start, stop)
 
     def opens_in(self, when: datetime) -> int:
-        """Seconds until they begin; 0 within them."""
+        """Seconds until the window begins; 0 within it."""
         second = when.hour * 3600 + when.minute * 60 + when.second
         inside = (second - self.start) % _DAY_S < ((self.stop - self.start) % _DAY_S or _DAY_S)
         return 0 if inside else (self.start - second) % _DAY_S

@@ -1,4 +1,4 @@
-"""The version that is running."""
+"""The version of the running program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import version as installed_version
 
 
 def version() -> str:
-    """That of the installed distribution; `0+source` when run from a source tree that was not installed."""
+    """The version of the installed distribution; `0+source` when run from a source tree that is not installed."""
     try:
         return installed_version("shoal")
     except PackageNotFoundError:

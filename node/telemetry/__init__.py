@@ -1,1 +1,1 @@
-"""Metrics, and where bytes came from."""
+"""Metrics, and the provenance of bytes."""

@@ -1,4 +1,4 @@
-"""Where each block came from, how long it took and what it took: the account behind `p2pctl why`, and its totals."""
+"""Provenance: the source, time and retries of each block's last read, for `p2pctl why`, and totals by source."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from protocol.ids import Digest, PeerId
 
 MAX_OBJECTS = 1024
 MAX_BLOCKS = 1 << 16
-"""64 GiB of image data told block by block, in 16 MB if all of it is used; older objects, and of the last one the
-blocks read first, are dropped."""
+"""Enough for 64 GiB of image data; 16 MB of memory if all are used. Beyond that the oldest objects are dropped, and at
+last the first-read blocks of the only object."""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """The last read of one block for a client of this node. `at` is wall-clock seconds."""
+    """The last read of one block for a client of this node. `at` is Unix time."""
 
     source: Source
     seconds: float
@@ -26,7 +26,7 @@ class Read:
     at: float
 
 
-class Ledger:
+class Provenance:
     def __init__(self) -> None:
         self._objects: OrderedDict[Digest, dict[int, Read]] = OrderedDict()
         self._blocks = 0
@@ -34,7 +34,7 @@ class Ledger:
         self._requests = dict.fromkeys(Source, 0)
 
     def note(self, digest: Digest, index: int, read: Read, served: int) -> None:
-        """A client was given `served` bytes of this block."""
+        """`served`: bytes of this block that were sent to a client."""
         self._bytes[read.source] += served
         self._requests[read.source] += 1
         reads = self._objects.setdefault(digest, {})

@@ -1,4 +1,4 @@
-"""Where the bytes of a block came from."""
+"""The sources of a block's bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Source(StrEnum):
-    """Where bytes came from: the label of every metric, and of `bytes_served` in the status."""
+    """Labels of metrics, and keys of `bytes_served` in the status."""
 
     MEMORY = "memory"
     DISK = "disk"

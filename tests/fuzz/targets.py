@@ -27,7 +27,7 @@ from node.config.schema import load
 from node.content.listings import Listings, _of_type, _page
 from node.control.image_routes import image_routes
 from node.control.routes import Route, control_handler, control_routes
-from node.identity.certificates import Authority, Credentials, _new_authority, issued_by, peer_of
+from node.identity.certificates import Authority, Credentials, issued_by, new_authority, peer_of
 from node.identity.identity import Identity, from_pem
 from node.membership.peers_file import _File as RememberedFile
 from node.mirror.mirror import LIMITS, Mirror, _own_link
@@ -107,7 +107,7 @@ def remembered_peers(data: bytes) -> None:
 
 # Certificates
 
-AUTHORITY_PEM = _new_authority()
+AUTHORITY_PEM = new_authority()
 ME = Identity.of(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 CREDENTIALS = Credentials.issued(
     Authority(from_pem(Path("authority"), AUTHORITY_PEM), x509.load_pem_x509_certificate(AUTHORITY_PEM)), ME, "node"

@@ -40,6 +40,7 @@ from tests.support.site import P2PCTL, Node, run, wait_joined
 
 SITE = "loopback"
 HOUR, DAY = 3600, 86400
+LIMIT_S = 60.0
 CLOCK = """\
 import time
 real = time.time
@@ -50,36 +51,44 @@ main()
 
 
 class Cluster:
-    """`one` holds the key, and its clock is 9 hours behind; `two`, which is 9 hours ahead, and the others join."""
+    """`first` holds the key; its clock is 9 hours behind. The others join; the clock of `second` is 9 hours ahead."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self.key = folder / "cluster.key"
         assert run([*P2PCTL, "cluster", "init", str(self.key)]).returncode == 0
         self.authority = load_authority(self.key)
-        self.one = Node("one", "127.0.0.1", folder / "one", url, key=self.key)
-        self.two, self.three, self.four = (
+        self.first = Node("one", "127.0.0.1", folder / "one", url, key=self.key)
+        self.second, self.third, self.fourth = (
             Node(name, f"127.0.0.{index}", folder / name, url)
             for index, name in ((2, "two"), (3, "three"), (4, "four"))
         )
-        for node, hours in ((self.one, -9), (self.two, 9)):
+        for node, hours in ((self.first, -9), (self.second, 9)):
             node.program = [sys.executable, "-c", CLOCK.format(shift=hours * HOUR)]
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        return self.one, self.two, self.three, self.four
+        return self.first, self.second, self.third, self.fourth
 
     def token(self, *options: str) -> str:
         answer = run([*P2PCTL, "cluster", "token", "--key", str(self.key), "--site", SITE, *options])
         assert answer.returncode == 0, answer.stderr
         return answer.stdout.strip()
 
+    def revoke(self, at: Node, subject: str) -> subprocess.CompletedProcess[str]:
+        return at.ctl(*("cluster", "revoke", "--key", str(self.key)), subject, "--json")
+
 
 def place(node: Node, authority: Authority, validity: Validity, bootstrap: str) -> bytes:
-    """A certificate as a join would have brought it."""
+    """Store a certificate as a join does."""
     peer = peer_id(node)
     certificate = issue(authority, Subject(peer, node.name, SITE), validity).public_bytes(Encoding.DER)
     save_joined(node.data, Joined(certificate=certificate, authority=authority.der, bootstrap=(bootstrap,)))
     return certificate
+
+
+def plain_token(authority: Authority) -> Token:
+    expires = int(time.time()) + DAY
+    return Token(authority.cluster, SITE, made=0, expires=expires, uses=0, lifetime=0, id=bytes(16))
 
 
 def shown(node: Node) -> bytes:
@@ -87,7 +96,7 @@ def shown(node: Node) -> bytes:
 
 
 def peer_id(node: Node) -> PeerId:
-    """As `--print-peer-id` tells it, without a process."""
+    """The output of `--print-peer-id`, without a process."""
     return load_or_create(node.data).peer_id
 
 
@@ -100,7 +109,7 @@ def p2pctl_join(node: Node, token: str, address: str) -> subprocess.CompletedPro
 
 
 def why_not(node: Node, token: str, address: str) -> str:
-    """What `p2pctl join` would say, without a process."""
+    """The error of `p2pctl join`, without a process."""
     with pytest.raises(ShoalError) as caught:
         join_cluster(load(node.config), token, address)
     return str(caught.value)
@@ -111,8 +120,8 @@ def peers(node: Node) -> str:
 
 
 def doctor(node: Node, of: str = "certificate") -> str:
-    told = node.ctl("doctor", "--json", "--config", str(node.config)).stdout
-    return next(check["text"] for check in json.loads(told)["checks"] if check["name"] == of)
+    report = node.ctl("doctor", "--json", "--config", str(node.config)).stdout
+    return next(check["text"] for check in json.loads(report)["checks"] if check["name"] == of)
 
 
 def where(node: Node) -> str:
@@ -120,13 +129,13 @@ def where(node: Node) -> str:
 
 
 def refusal(node: Node, peer: str, channel: str, why: str) -> str | None:
-    """The log line of `node` that says so."""
+    """The log line of `node` about this refusal."""
     pattern = re.compile(rf'level=warning .*msg="refused {peer} at [^"]*{why}.*channel={channel}')
     return next((line for line in node.log.read_text().splitlines() if pattern.search(line)), None)
 
 
 def wait_refused(node: Node, peer: str, channel: str, why: str) -> None:
-    wait_for(f"{node.name} refuses on {channel}: {why}", lambda: refusal(node, peer, channel, why), seconds=20)
+    wait_for(f"{node.name} refuses on {channel}: {why}", lambda: refusal(node, peer, channel, why), seconds=LIMIT_S)
 
 
 @pytest.fixture
@@ -140,98 +149,97 @@ def cluster(folder: Path, proxy: CountingProxy) -> Iterator[Cluster]:
 
 
 def test_a_cluster_grows_by_tokens_and_shrinks_by_revocation(cluster: Cluster, image: Image, folder: Path) -> None:
-    one, two, three, _ = cluster.nodes
+    first, second, third, _ = cluster.nodes
     now = int(time.time())
-    one.start()
+    first.start()
     token = cluster.token("--lifetime", "1d", "--expires", "24h")
 
-    told = json.loads(p2pctl_join(two, token, where(one)).stdout)
-    assert (told["site"], told["peer_id"], told["member"]) == (SITE, peer_id(two), address(one))
-    assert json.loads(p2pctl_join(three, token, address(one)).stdout)["cluster"] == cluster.authority.cluster.hex()
-    joined = (two.data / FILE_NAME).stat()
-    assert joined.st_mode & 0o777 == 0o644
-    # By the clock of `two` its certificate is over by 8 hours, which members forgive; so it has it renewed.
-    ending = place(two, cluster.authority, Validity(now - DAY, now + HOUR), address(one))
-    for node in (two, three):
+    joined = json.loads(p2pctl_join(second, token, where(first)).stdout)
+    assert (joined["site"], joined["peer_id"], joined["member"]) == (SITE, peer_id(second), address(first))
+    assert json.loads(p2pctl_join(third, token, address(first)).stdout)["cluster"] == cluster.authority.cluster.hex()
+    assert (second.data / FILE_NAME).stat().st_mode & 0o777 == 0o644
+    # By its own clock the certificate of `second` expired 8 hours ago. Members still accept it, so it is renewed.
+    ending = place(second, cluster.authority, Validity(now - DAY, now + HOUR), address(first))
+    for node in (second, third):
         node.launch()
-    for node in (two, three):
+    for node in (second, third):
         node.wait_ready()
-    wait_joined([one, two, three], 3)
-    pull_through([two, three], folder / "pulled", image)
-    wait_for("the certificate is renewed", lambda: shown(two) != ending, seconds=20)
-    end = validity_of(shown(two)).end
+    wait_joined([first, second, third], 3)
+    pull_through([second, third], folder / "pulled", image)
+    wait_for("the certificate is renewed", lambda: shown(second) != ending, seconds=LIMIT_S)
+    end = validity_of(shown(second)).end
     assert end is not None
     assert end > now + HOUR
-    assert f"ends at {date(end)}; members are asked" in doctor(two), "by its clock it is due again"
+    assert f"ends at {date(end)}; members are asked" in doctor(second), "by its clock a renewal is due again"
 
-    _nobody_else_gets_in(cluster, token)
+    _no_other_node_joins(cluster, token)
 
-    gone = peer_id(three)
-    answer = one.ctl("cluster", "revoke", "--key", str(cluster.key), gone, "--json")
+    gone = peer_id(third)
+    answer = cluster.revoke(first, gone)
     assert json.loads(answer.stdout) == {"subject": gone, "new": True, "total": 1}, answer.stderr
-    for node in (one, two):
-        wait_for(f"{node.name} lets it go", lambda node=node: gone not in peers(node))  # type: ignore[misc]
+    for node in (first, second):
+        wait_for(f"{node.name} forgets it", lambda node=node: gone not in peers(node), seconds=LIMIT_S)  # type: ignore[misc]
         wait_refused(node, gone, "bulk", "certificate revoked")
-    wait_refused(one, gone, "introduction", "certificate revoked")
-    three.ctl("cluster", "revoke", "--key", str(cluster.key), gone)  # others, who shut it out at once, may not tell it
-    assert "revoked: no member lets" in doctor(three)
-    three.stop()
-    assert "revoked: no member lets" in doctor(three), "and so do its files"
-    assert "revoked" in why_not(three, token, where(one))
-    row = two.status()["cluster"]
+    wait_refused(first, gone, "introduction", "certificate revoked")
+    cluster.revoke(third, gone)  # the others shut it out at once, so they may not have sent it the revocation
+    assert "revoked: no member lets" in doctor(third)
+    third.stop()
+    assert "revoked: no member lets" in doctor(third), "and so do its files"
+    assert "revoked" in why_not(third, token, where(first))
+    row = second.status()["cluster"]
     assert row["id"] == cluster.authority.cluster.hex()
     assert (row["admits"], row["revocations"]) == (False, 1)
-    assert one.status()["cluster"]["admits"] is True
-    assert one.status()["peers_alive"] == two.status()["peers_alive"] == 1
+    assert first.status()["cluster"]["admits"] is True
+    assert first.status()["peers_alive"] == second.status()["peers_alive"] == 1
 
-    one.stop()
-    wait_for("two is alone", lambda: not two.status()["peers_alive"])
-    assert doctor(two, "peers") == "none found by 1 bootstrap addresses"
-    one.start()
-    assert json.loads(one.ctl("cluster", "revoke", "--key", str(cluster.key), gone, "--json").stdout)["new"] is False
+    first.stop()
+    wait_for("second is alone", lambda: not second.status()["peers_alive"], seconds=LIMIT_S)
+    assert doctor(second, "peers") == "none found by 1 bootstrap addresses"
+    first.start()
+    assert json.loads(cluster.revoke(first, gone).stdout)["new"] is False
     for node in cluster.nodes:
         if node.log.exists():
             assert token[:40] not in node.log.read_text()
 
 
-def _nobody_else_gets_in(cluster: Cluster, token: str) -> None:
-    one, two, _, four = cluster.nodes
+def _no_other_node_joins(cluster: Cluster, token: str) -> None:
+    first, second, _, fourth = cluster.nodes
     other_key = cluster.key.with_name("other.key")
     create_authority(other_key)
     other = load_authority(other_key)
     now = int(time.time())
-    ours = Token(cluster.authority.cluster, SITE, 0, now + DAY, 0, 0, bytes(16))
+    ours = plain_token(cluster.authority)
     stale = make_token(msgspec.structs.replace(ours, expires=now - DAY), cluster.authority.key.sign)
     foreign = make_token(msgspec.structs.replace(ours, cluster=other.cluster), other.key.sign)
     forged = make_token(ours, other.key.sign)
-    for what, node, why in (
-        (token, two, "does not hold the cluster's key"),
-        (stale, one, "expired"),
-        (foreign, one, "of the cluster"),
-        (forged, one, "altered"),
-        ("shoal-join-1.abc", one, "not a join token"),
+    for text, node, why in (
+        (token, second, "does not hold the cluster's key"),
+        (stale, first, "expired"),
+        (foreign, first, "of the cluster"),
+        (forged, first, "altered"),
+        ("shoal-join-1.abc", first, "not a join token"),
     ):
-        assert why in why_not(four, what, where(node))
-        assert not (four.data / FILE_NAME).exists()
-    wait_refused(one, peer_id(four), "join", "expired")
+        assert why in why_not(fourth, text, where(node))
+        assert not (fourth.data / FILE_NAME).exists()
+    wait_refused(first, peer_id(fourth), "join", "expired")
 
     for authority, end, why in (
         (cluster.authority, now - 2 * DAY, "certificate expired"),
         (other, None, "certificate of another cluster"),
     ):
-        place(four, authority, Validity(now - 9 * DAY, end), address(one))
-        four.start()
-        wait_refused(one, peer_id(four), "introduction", why)
-        assert four.status()["peers_alive"] == 0
-        four.stop()
+        place(fourth, authority, Validity(now - 9 * DAY, end), address(first))
+        fourth.start()
+        wait_refused(first, peer_id(fourth), "introduction", why)
+        assert fourth.status()["peers_alive"] == 0
+        fourth.stop()
 
 
-def test_what_is_wrong_with_a_join_is_said(folder: Path) -> None:
+def test_the_fault_of_a_join_is_shown(folder: Path) -> None:
     key = folder / "cluster.key"
     create_authority(key)
     node = Node("node", "127.0.0.1", folder / "node", "http://127.0.0.1:9", key=key)
     authority = load_authority(key)
-    token = make_token(Token(authority.cluster, SITE, 0, 1 << 33, 0, 0, bytes(16)), authority.key.sign)
+    token = make_token(plain_token(authority), authority.key.sign)
     refused = p2pctl_join(node, token, where(node))
     assert refused.returncode == 1
     assert "needs no token" in refused.stderr

@@ -1,4 +1,4 @@
-"""Stands in for node/mirror/access.py where who reads is not the question."""
+"""Stands in for node/mirror/access.py in tests that are not about access."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from protocol.errors import DeniedError
 
 
 class Everybody:
-    """Everybody may read everything."""
+    """Every client may read everything."""
 
     async def admit(self, locator: Locator, reference: str, authorization: str) -> Locator:
         return locator
 
     def refused(self, locator: Locator) -> DeniedError:
-        raise AssertionError(f"nobody was granted {locator}")
+        raise AssertionError(f"no client was granted {locator}")

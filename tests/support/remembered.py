@@ -1,4 +1,4 @@
-"""All that a daemon remembers in its data folder beside the cache, without a daemon: written, and looked at."""
+"""Writes and checks every state file of a daemon's data folder, except the cache, without a daemon."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from node.identity.identity import load_or_create
 from node.images.pins import Pins, load_pins
 from node.images.prefetch import Prefetcher
 from node.membership.membership import Membership
-from node.membership.peers_file import RememberedPeers
+from node.membership.peers_file import PeersFile
 from node.mirror.access import PublicTable
 from node.oci.layout import Packed, PackedImage
 from node.oci.manifests import Resolved
@@ -73,15 +73,15 @@ class Remembered:
         with closing(names), closing(listings), closing(public):
             yield names, listings, public
 
-    def _files(self) -> tuple[Pins, Prefetcher, UplinkFile, Uplink, RememberedPeers]:
+    def _files(self) -> tuple[Pins, Prefetcher, UplinkFile, Uplink, PeersFile]:
         pins = Pins(self._folder / "pins.json", load_pins(self._folder / "pins.json"), _Disk())
         prefetcher = Prefetcher(self._folder / "prefetch.json", *cast(Any, (None, None, None)))
         uplink = Uplink("docker.io", UplinkPolicy(daily=1000))
         uplinks = UplinkFile(self._folder / "uplink.msgpack", [uplink])
-        return pins, prefetcher, uplinks, uplink, RememberedPeers(self._folder / "peers.msgpack")
+        return pins, prefetcher, uplinks, uplink, PeersFile(self._folder / "peers.msgpack")
 
     async def work(self, life: int) -> None:
-        """Writes each of it several times. Numbers go up."""
+        """Write each file several times, with numbers that grow."""
         say("identity", str(load_or_create(self._folder).peer_id))
         own_authority(self._folder)
         say("authority", True)
@@ -101,7 +101,7 @@ class Remembered:
                 peers.save(membership)
 
     async def check(self, said: Mapping[str, list[object]]) -> None:
-        """What was safe is there, the rest is something that once was so; and all of it works from here on."""
+        """Durable values are there, any others were written once; and all files can be written again."""
         peer_id = str(load_or_create(self._folder).peer_id)
         assert peer_id in (said["identity"] or [peer_id])
         own_authority(self._folder)
@@ -114,8 +114,8 @@ class Remembered:
         uplinks.load()
         assert uplink.use().used % 100 == 0
         with self._open(99) as (names, listings, public):
-            found = names.get(str(APP), "latest")
-            assert found is None or found.ref in map(ref, range(4))
+            name = names.get(str(APP), "latest")
+            assert name is None or name.ref in map(ref, range(4))
             names.put(str(APP), "latest", Resolved(ref(99), "a/b"))
             body = (await listings.tags(APP, {"n": "0"})).body
             assert body in [b'{"name":"org/app","tags":[]}', TAGS % 0, TAGS % 99]

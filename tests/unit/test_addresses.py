@@ -1,4 +1,4 @@
-"""Addresses: which are accepted, which are told to others, and what was seen of a peer."""
+"""Addresses: those that are accepted, those that are announced, and those that peers were seen at."""
 
 import ifaddr
 import pytest
@@ -41,7 +41,7 @@ def test_targets(text: str, host: str) -> None:
         f"/dnsaddr/a.example/p2p/{PEER}",
     ],
 )
-def test_what_is_no_target_is_named(text: str) -> None:
+def test_a_malformed_target_is_named(text: str) -> None:
     with pytest.raises(BadInputError, match=f'"{text}"'):
         parse_target(text)
 
@@ -61,41 +61,43 @@ def test_listen_addresses() -> None:
             parse_listen(text)
 
 
-def test_a_concrete_address_is_told_as_it_is() -> None:
+def test_a_concrete_address_is_announced_unchanged() -> None:
     assert bulk_addresses(HostPort("10.1.2.3", 4502)) == ("10.1.2.3:4502",)
     assert bulk_addresses(HostPort("fd00::1", 4502)) == ("[fd00::1]:4502",)
     assert bulk_addresses(HostPort("edge-1.local", 4502)) == ("edge-1.local:4502",)
 
 
-def interfaces(monkeypatch: pytest.MonkeyPatch, *found: tuple[str, str]) -> None:
+def interfaces(monkeypatch: pytest.MonkeyPatch, addresses_by_name: list[tuple[str, str]]) -> None:
     def adapter(name: str, text: str) -> ifaddr.Adapter:
         ip = (text, 0, 0) if ":" in text else text
         return ifaddr.Adapter(name, name, [ifaddr.IP(ip, 24, name)])
 
-    monkeypatch.setattr(addresses.ifaddr, "get_adapters", lambda: [adapter(*one) for one in found])
+    monkeypatch.setattr(
+        addresses.ifaddr, "get_adapters", lambda: [adapter(name, text) for name, text in addresses_by_name]
+    )
 
 
 def test_the_unspecified_address_stands_for_the_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    interfaces(
-        monkeypatch,
+    host = [
         ("lo", "127.0.0.1"),
         ("docker0", "172.17.0.1"),
         ("eth0", "10.0.0.5"),
         ("eth0", "fd00::5"),
         ("eth0", "fe80::1"),
         ("eth1", "169.254.0.9"),
-    )
+    ]
+    interfaces(monkeypatch, host)
     assert concrete_hosts("0.0.0.0") == ("10.0.0.5", "172.17.0.1")
     assert concrete_hosts("::") == ("fd00::5",)
 
 
-def test_loopback_is_told_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    interfaces(monkeypatch, ("lo", "127.0.0.1"))
+def test_loopback_is_announced_where_there_is_no_other_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    interfaces(monkeypatch, [("lo", "127.0.0.1")])
     assert concrete_hosts("0.0.0.0") == ("127.0.0.1",)
 
 
 def test_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    interfaces(monkeypatch, *((f"eth{n}", f"10.0.{n}.1") for n in range(40)))
+    interfaces(monkeypatch, [(f"eth{n}", f"10.0.{n}.1") for n in range(40)])
     assert len(concrete_hosts("0.0.0.0")) == MAX_ADDRESSES
 
 

@@ -1,4 +1,4 @@
-"""A clock that jumps, in both directions: boards wake up in 1970, and are set right minutes later."""
+"""A clock that jumps, in both directions: boards start in 1970, and their clocks are set minutes later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.blobs import Blob
 
 YEARS = 10 * 365 * 86400.0
 APP = Locator("docker.io", "org/app", "manifests")
-FOUND = Resolved(ObjectRef(Digest("sha256", "ab" * 32), 123), "a/b")
+RESOLVED = Resolved(ObjectRef(Digest("sha256", "ab" * 32), 123), "a/b")
 
 
 @pytest.fixture(params=[YEARS, -YEARS], ids=["forward", "back"])
@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_disk_keeps_the_order_of_use(tmp_path: Path, clock: Clock, jump: float) -> None:
-    """Pieces age by a clock that does not jump; what is stored of it orders them whatever the date is."""
+    """Pieces age by a clock that does not jump; the stored order does not depend on the date."""
     blobs = [Blob.random(seed, 4096) for seed in range(4)]
 
     async def main() -> None:
@@ -63,19 +63,19 @@ def test_the_disk_keeps_the_order_of_use(tmp_path: Path, clock: Clock, jump: flo
 
 def test_a_name_is_asked_for_again(tmp_path: Path, clock: Clock, jump: float) -> None:
     table = NameTable(tmp_path / "names.sqlite", clock)
-    table.put(str(APP), "latest", FOUND)
+    table.put(str(APP), "latest", RESOLVED)
     clock.now += jump
-    found = table.get(str(APP), "latest")
-    assert found is not None
-    assert found.age_s >= min(YEARS, 1e9)
-    table.put(str(APP), "latest", FOUND)
-    found = table.get(str(APP), "latest")
-    assert found is not None
-    assert found.age_s == 0
+    row = table.get(str(APP), "latest")
+    assert row is not None
+    assert row.age_s >= min(YEARS, 1e9)
+    table.put(str(APP), "latest", RESOLVED)
+    row = table.get(str(APP), "latest")
+    assert row is not None
+    assert row.age_s == 0
     table.close()
 
 
-def test_no_repository_becomes_public_by_it(tmp_path: Path, clock: Clock, jump: float) -> None:
+def test_no_repository_becomes_public_by_a_jump(tmp_path: Path, clock: Clock, jump: float) -> None:
     table = PublicTable(tmp_path / "access.sqlite")
     table.note(APP)
     assert table.age(APP) == 0

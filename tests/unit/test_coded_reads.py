@@ -30,7 +30,7 @@ from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry.batching import Origin
 from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
+from node.telemetry.provenance import Provenance
 from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.errors import DeniedError, UnavailableError
@@ -547,7 +547,7 @@ def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: 
             reader = next(node for node in nodes if node.own != home)
             unused: Any = None
             library = SiteLibrary(
-                reader.site, unused, reader.seeder, reader.fetcher, Ledger(), Metrics(), lambda ref: None
+                reader.site, unused, reader.seeder, reader.fetcher, Provenance(), Metrics(), lambda ref: None
             )
             assert await read_whole(library) == BODY
             assert list(reader.view.quarantined) == ([] if mirrored == "everywhere" else [home])

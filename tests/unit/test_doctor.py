@@ -42,7 +42,7 @@ from node.identity.credentials import Joined, save_joined
 from node.identity.identity import load_or_create
 from node.identity.revocations import FILE_NAME as REVOCATIONS
 from node.identity.revocations import Revocations
-from node.identity.verifier import Admission
+from node.identity.verifier import Verifier
 from protocol.admission import make_revocation
 
 DAY = 86400
@@ -134,12 +134,12 @@ def authority(tmp_path: Path) -> Authority:
     return load_authority(tmp_path / "cluster.key")
 
 
-def join(config: Config, authority: Authority, validity: Validity) -> Admission:
+def join(config: Config, authority: Authority, validity: Validity) -> Verifier:
     data_dir = Path(config.node.data_dir)
     own = load_or_create(data_dir)
     certificate = issue(authority, Subject(own.peer_id, "edge-1", "harbour"), validity).public_bytes(Encoding.DER)
     save_joined(data_dir, Joined(certificate=certificate, authority=authority.der))
-    return Admission(Credentials(own, certificate, authority.der))
+    return Verifier(Credentials(own, certificate, authority.der))
 
 
 def test_the_certificate_of_a_node_that_does_not_run(tmp_path: Path, authority: Authority) -> None:

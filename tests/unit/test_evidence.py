@@ -29,10 +29,11 @@ from node.evidence.judge_file import EvidenceFile
 from node.exchange.contract import Answer, Lane
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
-from node.membership.membership import QUARANTINE_S, Membership
+from node.membership.membership import Membership
+from node.membership.quarantine import QUARANTINE_S
 from node.registry.batching import Origin
 from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
+from node.telemetry.provenance import Provenance
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
@@ -65,7 +66,7 @@ class Node(coded.Node):
     @property
     def library(self) -> SiteLibrary:
         unused: Any = None
-        return SiteLibrary(self.site, unused, self.seeder, self.fetcher, Ledger(), Metrics(), lambda ref: None)
+        return SiteLibrary(self.site, unused, self.seeder, self.fetcher, Provenance(), Metrics(), lambda ref: None)
 
     def signs(self, index: int, data: bytes) -> Record:
         return make_record(REF, index, sha256(data).digest(), self.own, self.identity.sign)

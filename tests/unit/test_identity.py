@@ -1,4 +1,4 @@
-"""The identity file: made once, kept as it is, for the owner alone."""
+"""The identity file: created once, never changed, readable by its owner only."""
 
 import stat
 from pathlib import Path
@@ -29,9 +29,9 @@ def test_two_folders_have_two_identities(tmp_path: Path) -> None:
 
 
 def test_the_peer_id_names_the_key_that_signs(tmp_path: Path) -> None:
-    one = identity.load_or_create(tmp_path)
-    key = Ed25519PublicKey.from_public_bytes(public_key_of(one.peer_id))
-    key.verify(one.sign(b"words"), b"words")
+    own = identity.load_or_create(tmp_path)
+    key = Ed25519PublicKey.from_public_bytes(public_key_of(own.peer_id))
+    key.verify(own.sign(b"words"), b"words")
 
 
 def other_kind() -> bytes:
@@ -41,7 +41,7 @@ def other_kind() -> bytes:
 @pytest.mark.parametrize(
     "content", [b"", b"garbage", b"\x00" * 70000, other_kind()], ids=["none", "text", "large", "kind"]
 )
-def test_a_spoilt_file_is_named_and_left_alone(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_is_named_and_left_unchanged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "identity.key"
     path.write_bytes(content)
     with pytest.raises(BadInputError, match=r"identity\.key"):

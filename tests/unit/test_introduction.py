@@ -1,4 +1,4 @@
-"""The introduction's messages: what goes in comes out, and nothing else gets in."""
+"""The introduction's messages: they decode to the values that were encoded, and malformed ones are refused."""
 
 import contextlib
 
@@ -49,16 +49,16 @@ def test_the_sender_is_named_once_and_first() -> None:
     assert introduction.decode_members(body(frame), peer(1)) == (member(1), member(0), member(2))
 
 
-def test_what_is_sent_keeps_the_bounds() -> None:
+def test_encoded_messages_keep_the_bounds() -> None:
     many = [member(number) for number in range(introduction.MAX_INTRODUCED + 50)]
     assert len(introduction.decode_members(body(introduction.encode_members(many[0], many)), peer(0))) == 1024
-    large = [msgspec.structs.replace(one, addresses=("a" * 262,) * MAX_ADDRESSES) for one in many]
+    large = [msgspec.structs.replace(member, addresses=("a" * 262,) * MAX_ADDRESSES) for member in many]
     got = introduction.decode_members(body(introduction.encode_members(large[0], large)), peer(0))
     assert 100 < len(got) < introduction.MAX_INTRODUCED
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("members", "reason"),
     [
         ((), "names 0 members"),
         (tuple(member(number) for number in range(1025)), "names 1025 members"),
@@ -76,9 +76,9 @@ def test_what_is_sent_keeps_the_bounds() -> None:
         ((("a", "b"),), "cannot be decoded"),
     ],
 )
-def test_what_is_out_of_bounds_is_refused(said: tuple[object, ...], reason: str) -> None:
+def test_members_out_of_bounds_are_refused(members: tuple[object, ...], reason: str) -> None:
     with pytest.raises(PeerMisbehavedError, match=reason):
-        introduction.decode_members(encoded(*said), peer(0))
+        introduction.decode_members(encoded(*members), peer(0))
 
 
 @given(st.binary(max_size=200))

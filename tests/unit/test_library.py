@@ -27,7 +27,7 @@ from node.membership.membership import Membership
 from node.oci.references import Locator
 from node.registry.batching import Origin
 from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
+from node.telemetry.provenance import Provenance
 from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.health import Health
@@ -99,7 +99,7 @@ class Block:
 def library(fetcher: object) -> SiteLibrary:
     unused: Any = None
     holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time))
-    return SiteLibrary(holds_nothing, unused, unused, cast(Fetcher, fetcher), Ledger(), Metrics(), unused)
+    return SiteLibrary(holds_nothing, unused, unused, cast(Fetcher, fetcher), Provenance(), Metrics(), unused)
 
 
 async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:

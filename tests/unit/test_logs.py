@@ -1,4 +1,4 @@
-"""Logs: one line for each event whatever is in it, journald's priorities, and no credentials."""
+"""Logs: a single line for each event, whatever its text; journald's priorities; no credentials."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_libraries_that_log_every_url_are_quiet() -> None:
     [(logging.DEBUG, "<7>"), (logging.INFO, "<6>"), (logging.WARNING, "<4>"), (logging.ERROR, "<3>"), (50, "<2>")],
 )
 def test_priorities_for_the_journal(level: int, prefix: str) -> None:
-    record = logging.LogRecord("node.x", level, "", 0, "text", (), None)
+    record = logging.makeLogRecord({"name": "node.x", "levelno": level, "levelname": "X", "msg": "text"})
     line = LogfmtFormatter(journal=True).format(record)
     assert line.startswith(f"{prefix}level=")
     assert "ts=" not in line
@@ -63,9 +63,9 @@ def test_priorities_for_the_journal(level: int, prefix: str) -> None:
 
 def test_the_journal_is_known_by_device_and_inode(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as stream:
-        found = os.fstat(stream.fileno())
-        assert under_journald({"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}, stream)
-        assert not under_journald({"JOURNAL_STREAM": f"{found.st_dev}:1"}, stream)
+        status = os.fstat(stream.fileno())
+        assert under_journald({"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}, stream)
+        assert not under_journald({"JOURNAL_STREAM": f"{status.st_dev}:1"}, stream)
         assert not under_journald({}, stream)
     assert not under_journald({"JOURNAL_STREAM": "1:1"}, io.StringIO())
 
@@ -109,7 +109,7 @@ def test_credentials_are_blanked(text: str) -> None:
     assert "***" in logfmt(text)
 
 
-def test_what_is_no_credential_stays() -> None:
+def test_other_text_is_not_blanked() -> None:
     text = "sha256:ab read from docker.io/library/alpine at http://127.0.0.1:5050/v2/ by 12D3KooW"
     assert redact(text) == text
 

@@ -1,4 +1,4 @@
-"""Sites of nodes in virtual time, over the in-memory exchange: what the membership promises, and how fast."""
+"""Sites of nodes in virtual time, over the in-memory exchange: the promises of the membership, and their times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from node.identity.certificates import open_authority
 from node.identity.revocations import Revocations
 from node.membership.gossip import Gossiper
 from node.membership.membership import Membership
-from node.membership.peers_file import MAX_REMEMBERED, RememberedPeers
+from node.membership.peers_file import MAX_REMEMBERED, SAVE_EVERY_S, PeersFile
 from protocol.admission import make_revocation
 from protocol.errors import BadInputError, DeniedError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
@@ -41,14 +41,15 @@ def member(index: int, generation: int = 0) -> Member:
 
 
 class Node:
-    """One member: its membership, and the exchange with what the network does to it."""
+    """A member: its membership, and its exchange with the losses of the network."""
 
     def __init__(self, site: Site, own: Member, incarnation: int, config: SwimConfig | None) -> None:
         self.site = site
         self.own = own
-        self.membership = Membership(own, incarnation, Random(site.rng.random()), config, QUARANTINE_S)
+        rng = Random(site.rng.random())
+        self.membership = Membership(own, incarnation, rng, config, quarantine_s=QUARANTINE_S)
         self.exchange = MemoryExchange(
-            site.network, own.peer_id, refused=self.membership.is_refused, handler=self._handle
+            site.network, own.peer_id, refused=self.membership.is_refused, handler=self.handle
         )
         self.gossiper = Gossiper(self.membership, self, Revocations(site.folder / own.peer_id, AUTHORITY.der))
         self.scope = trio.CancelScope()
@@ -77,11 +78,11 @@ class Node:
                 await nursery.start(self.gossiper.run)
                 task_status.started()
 
-    async def _handle(self, peer: PeerId, request: Request) -> Answer:
+    async def handle(self, peer: PeerId, request: Request) -> Answer:
         return await self.gossiper.handle(peer, request)
 
     def sees(self) -> set[PeerId]:
-        return {one.peer_id for one in self.membership.site}
+        return {peer.peer_id for peer in self.membership.site}
 
 
 class Site:
@@ -104,7 +105,7 @@ class Site:
         return node
 
     async def grow(self, count: int) -> None:
-        """`count` nodes, all introduced to the first, and the views agree."""
+        """Start `count` nodes, introduce all to the first, and wait until the views agree."""
         for index in range(count):
             introduce(await self.start(member(index)), self.nodes[0])
         await self.agree(15)
@@ -114,7 +115,7 @@ class Site:
         node.scope.cancel()
 
     async def agree(self, within_s: float, among: list[Node] | None = None) -> float:
-        """Until each of `among` sees exactly these; returns how long that took."""
+        """Wait until each of `among` sees exactly these. Returns the seconds that it took."""
         nodes = among if among is not None else self.nodes
         wanted = {node.own.peer_id for node in nodes}
         return await until(lambda: all(node.sees() == wanted for node in nodes), within_s)
@@ -154,7 +155,7 @@ def test_nodes_with_one_bootstrap_find_each_other(count: int) -> None:
             introduce(await site.start(member(index)), site.nodes[0])
         took = await site.agree(3)
         for node in site.nodes:
-            view = [one.peer_id for one in node.membership.site]
+            view = [peer.peer_id for peer in node.membership.site]
             assert view == sorted(view)
             assert set(node.membership.current()) == set(node.membership.site)
         print(f"{count} nodes agree after {took:.2f} s")
@@ -198,12 +199,12 @@ def test_a_stopped_node_is_back_within_10_s_of_resuming(pause_s: float) -> None:
     run(scenario)
 
 
-def test_both_sides_of_a_partition_go_on_and_join_again() -> None:
+def test_both_sides_of_a_partition_continue_and_merge_again() -> None:
     async def scenario(site: Site) -> None:
         await site.grow(10)
         left, right = site.nodes[:4], site.nodes[4:]
         site.islands = {node.own.peer_id: 1 for node in left}
-        # Most of those who would probe for a node are gone too, so it takes longer than for one.
+        # Most members that would probe the lost nodes are lost too, so it takes longer than for a single node.
         await site.agree(15, left)
         await site.agree(15, right)
         await trio.sleep(60)
@@ -214,8 +215,8 @@ def test_both_sides_of_a_partition_go_on_and_join_again() -> None:
     run(scenario)
 
 
-def test_nobody_is_dropped_by_mistake_at_5_percent_loss(caplog: pytest.LogCaptureFixture) -> None:
-    """Each message of each direction is lost with 5 %: a ping fails with 9.75 %."""
+def test_no_member_is_dropped_by_mistake_at_5_percent_loss(caplog: pytest.LogCaptureFixture) -> None:
+    """5 % of the messages in each direction are lost, so 9.75 % of the pings fail."""
     suspicions = []
 
     async def scenario(site: Site) -> None:
@@ -232,8 +233,8 @@ def test_nobody_is_dropped_by_mistake_at_5_percent_loss(caplog: pytest.LogCaptur
     print(f"suspected {suspicions[0]} times (10 nodes, 10 minutes), dropped never")
 
 
-def test_a_node_that_stood_still_drops_nobody() -> None:
-    """The clock jumps: all timers of everybody are over at once, as on a host that was suspended."""
+def test_a_node_that_stood_still_drops_no_member() -> None:
+    """The clock jumps, so all timers of all nodes are over at once, as on a host that was suspended."""
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -254,7 +255,7 @@ def test_a_node_that_stood_still_drops_nobody() -> None:
 @pytest.mark.parametrize("incarnation", [2000, 1])
 @pytest.mark.parametrize("away_s", [0.5, 30.0])
 def test_a_restarted_node_is_known_by_its_new_address(incarnation: int, away_s: float) -> None:
-    """Also where its clock went backwards, so that its incarnation is below that of its former life."""
+    """Also where its clock went backwards, so that its incarnation is lower than before the restart."""
 
     async def scenario(site: Site) -> None:
         await site.grow(5)
@@ -340,12 +341,12 @@ def test_a_revoked_node_is_out_of_every_view_and_stays_out(tmp_path: Path) -> No
 def test_a_node_that_was_off_hears_of_a_revocation_and_keeps_it(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         await site.grow(3)
-        off, gone, tells = site.nodes
+        off, gone, witness = site.nodes
         site.kill(off)
-        revoke(tells, gone.own.peer_id)
+        revoke(witness, gone.own.peer_id)
         site.kill(gone)
         back = await site.start(off.own, 2000)
-        introduce(back, tells)
+        introduce(back, witness)
         await until(lambda: back.membership.is_refused(gone.own.peer_id), 5)
         site.kill(back)
         again = await site.start(off.own, 3000)
@@ -358,30 +359,30 @@ def test_other_sites_hear_of_a_revocation(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         near, far, gone = member(0), member(1), member(2)
         far = msgspec.structs.replace(far, site="elsewhere")
-        one, two = await site.start(near), await site.start(far)
-        introduce(one, two)
+        here, there = await site.start(near), await site.start(far)
+        introduce(here, there)
         await trio.sleep(3)
-        revoke(one, gone.peer_id)
-        await until(lambda: two.membership.is_refused(gone.peer_id), 3)
+        revoke(here, gone.peer_id)
+        await until(lambda: there.membership.is_refused(gone.peer_id), 3)
 
     run(scenario, folder=tmp_path)
 
 
-def test_who_tells_a_forged_revocation_is_quarantined_and_nobody_revoked(tmp_path: Path) -> None:
+def test_a_member_that_sends_a_forged_revocation_is_quarantined(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         await site.grow(2)
-        one, two = site.nodes
+        node, liar = site.nodes
         forged = make_revocation(AUTHORITY.cluster, member(9).peer_id, 1, lambda data: bytes(64))
         with pytest.raises(PeerMisbehavedError):
-            one.gossiper.revoke((forged,))
-        await one.gossiper.handle(two.own.peer_id, Sync((), (forged,)))
-        assert "not signed" in one.membership.table()[0].quarantine
-        assert not one.membership.is_refused(member(9).peer_id)
+            node.gossiper.revoke((forged,))
+        await node.gossiper.handle(liar.own.peer_id, Sync((), (forged,)))
+        assert "not signed" in node.membership.table()[0].quarantine
+        assert not node.membership.is_refused(member(9).peer_id)
 
     run(scenario, folder=tmp_path)
 
 
-def test_a_node_is_told_that_it_is_revoked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_node_logs_that_it_is_revoked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(site: Site) -> None:
         await site.grow(1)
         revoke(site.nodes[0], site.nodes[0].own.peer_id)
@@ -477,10 +478,10 @@ def test_a_helper_pings_for_others_and_only_members() -> None:
 def test_a_node_that_only_one_link_fails_is_kept_by_its_helpers() -> None:
     async def scenario(site: Site) -> None:
         await site.grow(4)
-        one, other = site.nodes[0].own.peer_id, site.nodes[1].own.peer_id
+        first, second = site.nodes[0].own.peer_id, site.nodes[1].own.peer_id
         versions = [node.membership.version for node in site.nodes]
         loses = site.loses
-        site.loses = lambda sender, receiver: {sender, receiver} == {one, other} or loses(sender, receiver)
+        site.loses = lambda sender, receiver: {sender, receiver} == {first, second} or loses(sender, receiver)
         await trio.sleep(60)
         assert [node.membership.version for node in site.nodes] == versions
 
@@ -513,14 +514,14 @@ def test_whatever_is_cancelled_the_view_stays_whole() -> None:
             await trio.sleep(0.001)
             node.scope = trio.CancelScope()
             node.exchange = MemoryExchange(
-                site.network, node.own.peer_id, refused=node.membership.is_refused, handler=node._handle
+                site.network, node.own.peer_id, refused=node.membership.is_refused, handler=node.handle
             )
             await site.nursery.start(node.run)
             await trio.sleep(step * 0.0371)
         node.asked.clear()
         await site.agree(10)
         await trio.sleep(10)
-        assert set(node.asked) == {one.own.peer_id for one in site.nodes if one is not node}
+        assert set(node.asked) == {other.own.peer_id for other in site.nodes if other is not node}
 
     run(scenario)
 
@@ -541,7 +542,7 @@ def test_waiting_for_a_change() -> None:
     run(scenario)
 
 
-def test_the_table_tells_ages_and_round_trips() -> None:
+def test_the_table_shows_ages_and_round_trips() -> None:
     async def scenario(site: Site) -> None:
         await site.grow(3)
         await trio.sleep(30)
@@ -564,16 +565,16 @@ def test_a_restarted_node_finds_its_site_without_bootstrap(tmp_path: pytest.Temp
         await site.grow(5)
         node = site.nodes[4]
         with trio.CancelScope() as scope:
-            await site.nursery.start(run_scoped, scope, RememberedPeers(path), node.membership)
+            await site.nursery.start(run_scoped, scope, PeersFile(path), node.membership)
             await trio.sleep(1)
             site.kill(node)
             scope.cancel()
             await trio.sleep(0.1)
-        assert {one.peer_id for one in RememberedPeers(path).load()} == {one.own.peer_id for one in site.nodes}
+        assert {peer.peer_id for peer in PeersFile(path).load()} == {node.own.peer_id for node in site.nodes}
         await trio.sleep(60)
         again = await site.start(member(4), 2000)
-        await site.nursery.start(RememberedPeers(path).run, again.membership)
-        assert again.sees() == {again.own.peer_id}  # nobody is shown before it has answered
+        await site.nursery.start(PeersFile(path).run, again.membership)
+        assert again.sees() == {again.own.peer_id}  # a remembered member is not shown before it has answered
         took = await site.agree(5)
         print(f"back in the site after {took:.2f} s")
 
@@ -582,7 +583,7 @@ def test_a_restarted_node_finds_its_site_without_bootstrap(tmp_path: pytest.Temp
 
 async def run_scoped(
     scope: trio.CancelScope,
-    peers: RememberedPeers,
+    peers: PeersFile,
     membership: Membership,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -592,18 +593,18 @@ async def run_scoped(
         task_status.started()
 
 
-def test_the_file_is_written_at_most_once_a_minute(tmp_path: pytest.TempPathFactory) -> None:
+def test_the_peers_file_is_written_at_most_once_a_minute(tmp_path: pytest.TempPathFactory) -> None:
     path = tmp_path / "peers"
 
     async def scenario(site: Site) -> None:
         await site.grow(2)
-        await site.nursery.start(RememberedPeers(path).run, site.nodes[0].membership)
+        await site.nursery.start(PeersFile(path).run, site.nodes[0].membership)
         await trio.sleep(1)
         introduce(await site.start(member(2)), site.nodes[1])
         await site.agree(5)
-        assert len(RememberedPeers(path).load()) == 1
-        await trio.sleep(60)
-        assert len(RememberedPeers(path).load()) == 2
+        assert len(PeersFile(path).load()) == 1
+        await trio.sleep(SAVE_EVERY_S)
+        assert len(PeersFile(path).load()) == 2
 
     run(scenario)
 
@@ -611,10 +612,10 @@ def test_the_file_is_written_at_most_once_a_minute(tmp_path: pytest.TempPathFact
 @pytest.mark.parametrize(
     "data", [b"", b"\xc1", b"\x92\x02\x90", b"\x92\x01\x91\x91\x01", b"\x92\x01\x91\x94" + b"\xa1\xff" * 4]
 )
-def test_a_damaged_file_of_remembered_peers_is_passed_over(tmp_path: pytest.TempPathFactory, data: bytes) -> None:
+def test_a_damaged_peers_file_is_skipped(tmp_path: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path / "peers"
     path.write_bytes(data)
-    assert RememberedPeers(path).load() == ()
+    assert PeersFile(path).load() == ()
 
 
 def test_remembered_peers_are_bounded_and_never_forgotten_for_nothing(tmp_path: pytest.TempPathFactory) -> None:
@@ -623,11 +624,11 @@ def test_remembered_peers_are_bounded_and_never_forgotten_for_nothing(tmp_path: 
     async def main() -> None:
         membership = Membership(member(0), 1, Random(1))
         membership.remembered(members(range(1, MAX_REMEMBERED + 50)))
-        RememberedPeers(path).save(membership)
-        RememberedPeers(path).save(Membership(member(0), 1, Random(1)))
+        PeersFile(path).save(membership)
+        PeersFile(path).save(Membership(member(0), 1, Random(1)))
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
-    assert len(RememberedPeers(path).load()) == MAX_REMEMBERED
+    assert len(PeersFile(path).load()) == MAX_REMEMBERED
 
 
 def members(indexes: Iterable[int]) -> list[Member]:

@@ -1,12 +1,15 @@
-"""Metrics: what is counted is what is shown, in a form that Prometheus' own parser reads."""
+"""Metrics: the numbers that were counted, in a form that Prometheus' own parser reads."""
 
 from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from cache.store import StoreStatistics
-from node.telemetry.metrics import Metrics
+from node.api.documents import EndpointRow, UplinkRow, UpstreamRow
+from node.telemetry.metrics import Metrics, cache_metrics, upstream_metrics
+from node.telemetry.provenance import Provenance, Read
 from node.telemetry.sources import Source
+from protocol.ids import Digest
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -15,8 +18,11 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def test_every_source_is_there_from_the_start() -> None:
-    metrics = Metrics()
-    metrics.watch_served(lambda: {Source.PEER: 7}, lambda: {Source.PEER: 2, Source.ORIGIN: 1})
+    metrics, provenance = Metrics(), Provenance()
+    metrics.watch(bytes_served=lambda: provenance.bytes_served, requests=lambda: provenance.requests)
+    for index, (source, served) in enumerate(((Source.PEER, 3), (Source.PEER, 4), (Source.ORIGIN, 0))):
+        read = Read(source, seconds=0.1, retries=0, peers=(), at=0.0)
+        provenance.note(Digest("sha256", "ab" * 32), index, read, served)
     shown = samples(metrics)
     for source in Source:
         assert shown["p2pd_bytes_served_total", (source.value,)] == (7 if source is Source.PEER else 0)
@@ -28,7 +34,7 @@ def test_counters() -> None:
     metrics = Metrics()
     metrics.origin("docker.io", 10)
     metrics.origin("ghcr.io", 5)
-    metrics.watch_members_traffic(lambda: {"sent": 3, "received": 4})
+    metrics.watch(peer_bytes=lambda: {"sent": 3, "received": 4})
     metrics.retried(Source.PEER)
     metrics.read(Source.MEMORY, 0.0001)
     metrics.read(Source.ORIGIN, 60.0)
@@ -50,10 +56,9 @@ def test_gauges_are_asked_when_shown() -> None:
     metrics = Metrics()
     tiers = {"memory": StoreStatistics(1, 2, 3)}
     alive = [4]
-    metrics.watch_cache(lambda: tiers)
-    metrics.watch_members(lambda: alive[0], lambda: 1)
-    metrics.watch_wear(lambda: 77)
-    metrics.watch_tasks(lambda: 8)
+    metrics.watch(**cache_metrics(lambda: tiers))
+    metrics.watch(peers_alive=lambda: alive[0], peers_quarantined=lambda: 1)
+    metrics.watch(disk_written_bytes=lambda: 77, tasks=lambda: 8)
     assert samples(metrics)["p2pd_tasks", ()] == 8
     assert samples(metrics)["p2pd_disk_written_bytes_total", ()] == 77
     assert samples(metrics)["p2pd_cache_bytes", ("memory",)] == 1
@@ -67,7 +72,29 @@ def test_gauges_are_asked_when_shown() -> None:
     assert shown["p2pd_peers_quarantined", ()] == 1
 
 
+def test_upstreams_show_which_registries_answer_and_the_uplinks_with_limits() -> None:
+    metrics = Metrics()
+    uplink = UplinkRow(rate=5.0, daily_bytes=100.0, used_today_bytes=7, free=False, spent=False)
+    endpoints = (EndpointRow(url="http://m", problem="refused"), EndpointRow(url="http://r"))
+    rows = [
+        UpstreamRow(name="docker.io", url="http://r", endpoints=endpoints, uplink=uplink),
+        UpstreamRow(name="ghcr.io", url="http://g"),
+    ]
+    metrics.watch(**upstream_metrics(lambda: rows))
+    assert (
+        samples(metrics).items()
+        >= {
+            ("p2pd_registry_up", ("docker.io", "http://m")): 0.0,
+            ("p2pd_registry_up", ("docker.io", "http://r")): 1.0,
+            ("p2pd_uplink_used_today_bytes", ("docker.io",)): 7.0,
+            ("p2pd_uplink_daily_bytes", ("docker.io",)): 100.0,
+            ("p2pd_uplink_rate_bytes", ("docker.io",)): 5.0,
+        }.items()
+    )
+    assert ("p2pd_uplink_rate_bytes", ("ghcr.io",)) not in samples(metrics)
+
+
 def test_two_nodes_in_one_process_count_apart() -> None:
-    one, other = Metrics(), Metrics()
-    one.origin("ghcr.io", 1)
+    first, other = Metrics(), Metrics()
+    first.origin("ghcr.io", 1)
     assert other.origin_bytes() == 0

@@ -33,7 +33,7 @@ from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
 from node.registry.batching import Origin
 from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
+from node.telemetry.provenance import Provenance
 from protocol.directory import Directory
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.health import Health
@@ -283,7 +283,7 @@ def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
             down = coded.Registry()
             down.down, seeder._origin = True, Origin(down, nursery)
             fetcher = Fetcher(site, seeder, nursery)
-            library = SiteLibrary(site, reader.names, seeder, fetcher, Ledger(), Metrics(), lambda ref: None)
+            library = SiteLibrary(site, reader.names, seeder, fetcher, Provenance(), Metrics(), lambda ref: None)
             for _ in range(2):
                 found = await library.resolve(APP, "latest")
                 assert found.ref == right.ref

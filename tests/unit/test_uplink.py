@@ -15,12 +15,12 @@ from node.config.quantities import OptionalSize, Window
 from node.config.schema import UpstreamPart, uplink_policy
 from node.config.uplink_policy import UplinkPolicy
 from node.registry.uplink import BURST_S, PORTION_S, QUIET_S, SAVE_EVERY_S, MakeWayError, Taken, Uplink, UplinkFile
-from node.runtime.time_windows import Hours
+from node.runtime.time_windows import TimeWindow
 from protocol.errors import UnavailableError
 
 NOON = datetime(2026, 3, 4, 12, 0)
 RATE = 1 << 20
-NIGHT = Hours.parse("22:00-06:00")
+NIGHT = TimeWindow.parse("22:00-06:00")
 
 
 def clock() -> datetime:

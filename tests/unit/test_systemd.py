@@ -1,4 +1,4 @@
-"""What systemd is told, over a real notification socket."""
+"""Notifications to systemd, over a real notification socket."""
 
 from __future__ import annotations
 

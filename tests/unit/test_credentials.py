@@ -1,4 +1,4 @@
-"""What a node keeps of its membership and of others', and how it judges them as time goes."""
+"""A node's certificate and its renewal, the verification of other certificates, revocations, and their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trio.testing import MockClock
 
 from node.config.schema import ClusterPart, Config, NodePart
 from node.exchange.contract import Answer, Heard, Into, Lane
-from node.identity import credentials as standings
+from node.identity import credentials
 from node.identity.certificates import (
     ENDLESS,
     Authority,
@@ -30,10 +30,10 @@ from node.identity.certificates import (
     open_authority,
     validity_of,
 )
-from node.identity.credentials import Joined, load_joined, save_joined, standing
+from node.identity.credentials import Joined, enroll, load_joined, save_joined
 from node.identity.identity import Identity
 from node.identity.revocations import Revocations
-from node.identity.verifier import LEEWAY_S, LOOK_EVERY_S, Admission
+from node.identity.verifier import LEEWAY_S, LOOK_EVERY_S, Verifier
 from node.membership.renewal import LOOK_EVERY_S as RENEWAL_EVERY_S
 from node.membership.renewal import Renewal
 from node.runtime.refusals import SILENCE_S, Refusals
@@ -57,8 +57,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return load_authority(path)
 
 
-def certificate(authority: Authority, who: Identity, validity: Validity = ENDLESS, site: str = "harbour") -> bytes:
-    return issue(authority, Subject(who.peer_id, "edge-1", site), validity).public_bytes(Encoding.DER)
+def certificate(authority: Authority, subject: Identity, validity: Validity = ENDLESS) -> bytes:
+    return issue(authority, Subject(subject.peer_id, "edge-1", "harbour"), validity).public_bytes(Encoding.DER)
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
@@ -86,29 +86,29 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 def test_certificates_are_judged_by_their_end_alone(
     authority: Authority, validity: Validity, now: int, good: bool
 ) -> None:
-    admission = Admission(Credentials.issued(authority, identity(), "a"), now=lambda: now)
-    who = identity()
+    verifier = Verifier(Credentials.issued(authority, identity(), "a"), now=lambda: now)
+    peer = identity()
     if good:
-        assert admission.verify(certificate(authority, who, validity)) == who.peer_id
+        assert verifier.verify(certificate(authority, peer, validity)) == peer.peer_id
     else:
         with pytest.raises(NotAdmittedError, match="expired at 2027-01-15"):
-            admission.verify(certificate(authority, who, validity))
+            verifier.verify(certificate(authority, peer, validity))
 
 
-def test_a_connected_peer_is_let_go_when_its_certificate_is_over(authority: Authority) -> None:
+def test_a_connected_peer_is_disconnected_when_its_certificate_expires(authority: Authority) -> None:
     async def main() -> None:
-        admission = Admission(Credentials.issued(authority, identity(), "a"), now=lambda: NOW + trio.current_time())
+        verifier = Verifier(Credentials.issued(authority, identity(), "a"), now=lambda: NOW + trio.current_time())
         ending, lasting, renewed = identity(), identity(), identity()
-        for who, validity in (
+        for peer, validity in (
             (ending, Validity(NOW - DAY, NOW + 600 - LEEWAY_S)),
             (lasting, ENDLESS),
             (renewed, Validity(NOW - DAY, NOW + 600 - LEEWAY_S)),
             (renewed, Validity(NOW, NOW + DAY)),
         ):
-            admission.peer_of(certificate(authority, who, validity))
+            verifier.peer_of(certificate(authority, peer, validity))
         gone: list[tuple[PeerId, float]] = []
         async with trio.open_nursery() as nursery:
-            await nursery.start(admission.watch, lambda peer: gone.append((peer, trio.current_time())))
+            await nursery.start(verifier.watch, lambda peer: gone.append((peer, trio.current_time())))
             await trio.sleep(3600)
             nursery.cancel_scope.cancel()
         assert [peer for peer, _ in gone] == [ending.peer_id]
@@ -117,7 +117,7 @@ def test_a_connected_peer_is_let_go_when_its_certificate_is_over(authority: Auth
     run(main)
 
 
-def test_the_same_refusal_is_told_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repeated_refusal_is_a_warning_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         refusals = Refusals()
         for _ in range(3):
@@ -140,7 +140,7 @@ def test_the_same_refusal_is_told_once_in_a_while(caplog: pytest.LogCaptureFixtu
 
 
 class Members:
-    """An exchange, and the view of a site, of members that answer with what a test says."""
+    """An exchange and a view: a site whose members answer with the replies of a test."""
 
     def __init__(self, answers: Mapping[PeerId, Callable[[bytes], Reply | None]]) -> None:
         self.answers = answers
@@ -151,9 +151,15 @@ class Members:
         return tuple(Member(peer, "n", "s", ()) for peer in self.answers)
 
     async def request(
-        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float,
-        heard: Heard | None = None, into: Into | None = None,
-    ) -> Answer:  # fmt: skip
+        self,
+        peer: PeerId,
+        message: Request,
+        *,
+        lane: Lane,
+        silence_s: float,
+        heard: Heard | None = None,
+        into: Into | None = None,
+    ) -> Answer:
         assert isinstance(message, Renew)
         self.asked.append(peer)
         await trio.lowlevel.checkpoint()
@@ -163,7 +169,7 @@ class Members:
         return Answer(reply)
 
 
-def test_a_certificate_is_renewed_in_its_last_third_by_whoever_has_the_key(authority: Authority) -> None:
+def test_a_certificate_is_renewed_in_its_last_third_by_a_member_with_the_key(authority: Authority) -> None:
     own, first, second, liar = (identity() for _ in range(4))
     begun = certificate(authority, own, Validity(NOW, NOW + 90 * DAY))
     later = certificate(authority, own, Validity(NOW + 60 * DAY, NOW + 150 * DAY))
@@ -172,7 +178,7 @@ def test_a_certificate_is_renewed_in_its_last_third_by_whoever_has_the_key(autho
 
     async def main() -> None:
         nonlocal up
-        admission = Admission(Credentials(own, begun, authority.der), now=now)
+        verifier = Verifier(Credentials(own, begun, authority.der), now=now)
         joined = Joined(
             certificate=begun, authority=authority.der, bootstrap=(f"/ip4/10.0.0.1/tcp/4501/p2p/{first.peer_id}",)
         )
@@ -184,7 +190,7 @@ def test_a_certificate_is_renewed_in_its_last_third_by_whoever_has_the_key(autho
                 own.peer_id: lambda _: Renewed(later),
             }
         )
-        renewal = Renewal(admission, joined, members, members, saved.append, Random(1), now)  # type: ignore[arg-type]
+        renewal = Renewal(verifier, joined, members, members, save=saved.append, rng=Random(1), now=now)  # type: ignore[arg-type]
         async with trio.open_nursery() as nursery:
             await nursery.start(renewal.run)
             await trio.sleep(60 * DAY - 2)
@@ -197,7 +203,7 @@ def test_a_certificate_is_renewed_in_its_last_third_by_whoever_has_the_key(autho
             up = True
             await trio.sleep(2 * RENEWAL_EVERY_S)
             nursery.cancel_scope.cancel()
-        assert admission.certificate == later
+        assert verifier.certificate == later
         assert saved == [msgspec.structs.replace(joined, certificate=later)]
 
     def now() -> float:
@@ -206,14 +212,14 @@ def test_a_certificate_is_renewed_in_its_last_third_by_whoever_has_the_key(autho
     run(main)
 
 
-def test_a_certificate_without_end_asks_nobody(authority: Authority) -> None:
+def test_a_certificate_without_end_is_never_renewed(authority: Authority) -> None:
     async def main() -> None:
         own = identity()
         der = certificate(authority, own)
         members = Members({})
         joined = Joined(certificate=der, authority=authority.der)
-        admission = Admission(Credentials(own, der, authority.der))
-        await Renewal(admission, joined, members, members, print, Random(1)).run()  # type: ignore[arg-type]
+        verifier = Verifier(Credentials(own, der, authority.der))
+        await Renewal(verifier, joined, members, members, save=print, rng=Random(1)).run()  # type: ignore[arg-type]
         assert not members.asked
 
     run(main)
@@ -227,57 +233,58 @@ def config(folder: Path, *, key: str = "", site: str = "default", open_: bool = 
     return Config(node=node, cluster=ClusterPart(key=key, open=open_))
 
 
-def test_by_what_right_a_node_is_a_member(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_node_enrolls_by_a_key_by_a_join_or_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     me, key, other = identity(), tmp_path / "key", tmp_path / "other"
     for path in (key, other):
         create_authority(path)
     cluster = load_authority(key)
 
-    alone = standing(config(tmp_path, site="s"), tmp_path, me)
+    alone = enroll(config(tmp_path, site="s"), tmp_path, me)
     assert alone.authority is not None
     assert (alone.site, alone.joined) == ("s", None)
     assert (tmp_path / "cluster.pem").exists()
 
     save_joined(tmp_path, Joined(certificate=certificate(cluster, me), authority=cluster.der, bootstrap=("/ip4/...",)))
-    assert stat.S_IMODE((tmp_path / standings.FILE_NAME).stat().st_mode) == 0o644
-    joined = standing(config(tmp_path), tmp_path, me)
+    assert stat.S_IMODE((tmp_path / credentials.FILE_NAME).stat().st_mode) == 0o644
+    joined = enroll(config(tmp_path), tmp_path, me)
     assert joined.authority is None
     assert (joined.site, joined.bootstrap) == ("harbour", ("/ip4/...",))
     assert joined.credentials.authority == cluster.der
-    assert standing(config(tmp_path, site="harbour"), tmp_path, me).site == "harbour"
+    assert enroll(config(tmp_path, site="harbour"), tmp_path, me).site == "harbour"
     with pytest.raises(BadInputError, match=r'node\.site = "elsewhere"'):
-        standing(config(tmp_path, site="elsewhere"), tmp_path, me)
+        enroll(config(tmp_path, site="elsewhere"), tmp_path, me)
 
-    keyed = standing(config(tmp_path, key=str(key), site="elsewhere"), tmp_path, me)
+    keyed = enroll(config(tmp_path, key=str(key), site="elsewhere"), tmp_path, me)
     assert keyed.authority is not None
     assert keyed.authority.der == cluster.der
     assert keyed.site == "elsewhere"
     with pytest.raises(BadInputError, match="remove the one or the other"):
-        standing(config(tmp_path, key=str(other)), tmp_path, me)
+        enroll(config(tmp_path, key=str(other)), tmp_path, me)
     with pytest.raises(BadInputError, match="remove the one or the other"):
-        standing(config(tmp_path, open_=True), tmp_path, me)
-    (tmp_path / standings.FILE_NAME).unlink()
+        enroll(config(tmp_path, open_=True), tmp_path, me)
+    (tmp_path / credentials.FILE_NAME).unlink()
     caplog.clear()
-    free = standing(config(tmp_path, open_=True), tmp_path, me)
+    free = enroll(config(tmp_path, open_=True), tmp_path, me)
     assert free.credentials.authority == open_authority().der
     assert "whoever reaches the ports" in caplog.text
 
 
 def test_a_joined_file_that_is_not_this_nodes_stops_the_start(authority: Authority, tmp_path: Path) -> None:
-    me, path = identity(), tmp_path / standings.FILE_NAME
+    me, path = identity(), tmp_path / credentials.FILE_NAME
     assert load_joined(tmp_path, me) is None
     good = Joined(certificate=certificate(authority, me), authority=authority.der)
     save_joined(tmp_path, good)
     assert load_joined(tmp_path, me) == good
     with pytest.raises(BadInputError, match="is for"):
         load_joined(tmp_path, identity())
-    for damaged in (
-        b"", b"{}", b"\xff", msgspec.json.encode({"version": 2}),
-        msgspec.json.encode(msgspec.structs.replace(good, authority=b"x")),
-        msgspec.json.encode(msgspec.structs.replace(good, authority=good.certificate)),
-        msgspec.json.encode(msgspec.structs.replace(good, certificate=authority.der)),
-        msgspec.json.encode(msgspec.structs.replace(good, authority=open_authority().der)),
-    ):  # fmt: skip
+    wrong = (
+        msgspec.structs.replace(good, authority=b"x"),
+        msgspec.structs.replace(good, authority=good.certificate),
+        msgspec.structs.replace(good, certificate=authority.der),
+        msgspec.structs.replace(good, authority=open_authority().der),
+        {"version": 2},
+    )
+    for damaged in (b"", b"{}", b"\xff", *map(msgspec.json.encode, wrong)):
         path.write_bytes(damaged)
         with pytest.raises(BadInputError, match="join again"):
             load_joined(tmp_path, me)
@@ -317,7 +324,7 @@ def test_revocations_are_bounded(authority: Authority, tmp_path: Path, caplog: p
     assert len(Revocations(tmp_path / "revocations", authority.der).all) == MAX_REVOCATIONS
 
 
-def test_revocations_count_where_the_disk_takes_nothing(authority: Authority, tmp_path: Path) -> None:
+def test_revocations_count_where_the_disk_cannot_be_written(authority: Authority, tmp_path: Path) -> None:
     held = Revocations(tmp_path / "none" / "revocations", authority.der)
     gone = identity().peer_id
     assert held.add([make_revocation(authority.cluster, gone, NOW, authority.key.sign)]) == [gone]
@@ -326,7 +333,7 @@ def test_revocations_count_where_the_disk_takes_nothing(authority: Authority, tm
 
 def test_a_renewed_certificate_is_shown_from_then_on(authority: Authority) -> None:
     own = identity()
-    admission = Admission(Credentials.issued(authority, own, "a"))
+    verifier = Verifier(Credentials.issued(authority, own, "a"))
     later = certificate(authority, own, Validity(NOW, NOW + DAY))
-    admission.renew(later)
-    assert validity_of(admission.certificate).end == NOW + DAY
+    verifier.renew(later)
+    assert validity_of(verifier.certificate).end == NOW + DAY

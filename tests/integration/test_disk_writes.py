@@ -1,4 +1,4 @@
-"""What the disk costs a flash memory: bytes written, as the kernel counts them. The bounds are docs/OPERATIONS.md's."""
+"""The wear of flash memory: bytes written, as the kernel counts them. The bounds are those of docs/OPERATIONS.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.site import UPSTREAM, site
 
 PAGE = 4096
 ONCE = 24 * PAGE
-"""For opening and closing the store."""
+"""Bytes of the index for opening and closing the store."""
 PER_FLUSH = 4 * PAGE
 PER_PIECE = 1024
 BLOB = Blob.random(1, 32 * BLOCK_SIZE)
@@ -37,7 +37,7 @@ async def in_bulk(store: DiskStore) -> tuple[int, int]:
 
 
 async def one_by_one(store: DiskStore) -> tuple[int, int]:
-    """As where shards trickle in: each with a flush of its own."""
+    """Shards that arrive slowly: each gets a flush of its own."""
     shards = [BLOB.shard(index, Shard(4, 1, index % 5)) for index in range(32)]
     for piece in shards:
         await put(store, BLOB, piece)
@@ -53,7 +53,7 @@ async def manifests(store: DiskStore) -> tuple[int, int]:
 
 
 async def reads(store: DiskStore) -> tuple[int, int]:
-    """Reads alone write nothing before the stop."""
+    """Reads write nothing before the store is closed."""
     for piece in BLOB.pieces * 10:
         assert await store.get(piece)
     await store.flush()
@@ -62,7 +62,7 @@ async def reads(store: DiskStore) -> tuple[int, int]:
 
 @pytest.mark.parametrize("work", [in_bulk, one_by_one, manifests, reads])
 def test_each_byte_is_written_once(tmp_path: Path, work: Callable[[DiskStore], Awaitable[tuple[int, int]]]) -> None:
-    """Data once; and of the index some pages for each flush."""
+    """The data is written once, and some pages of the index for each flush."""
 
     async def main() -> None:
         if work is reads:
@@ -81,7 +81,7 @@ def test_each_byte_is_written_once(tmp_path: Path, work: Callable[[DiskStore], A
     trio.run(main)
 
 
-def test_a_node_tells_what_it_wrote(folder: Path) -> None:
+def test_a_node_shows_the_bytes_that_it_wrote(folder: Path) -> None:
     size = 24 * BLOCK_SIZE + 12345
     with FaultyOrigin(size) as origin, site(folder / "site", origin.url, 1) as (node,):
         for _ in range(4):
@@ -97,6 +97,6 @@ def test_a_node_tells_what_it_wrote(folder: Path) -> None:
 
 
 def file_system(path: Path) -> str:
-    """The type of the one that the path is in."""
+    """The type of the file system that holds `path`."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     return max((where, kind) for where, kind in mounts if path.is_relative_to(where))[1]

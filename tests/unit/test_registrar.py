@@ -1,4 +1,4 @@
-"""Joins, without a network: who is given a certificate, and to whom a token is shown."""
+"""Joins, without a network: the nodes that get a certificate, and the members that are shown a token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from node.identity import registrar as joining
+from node.identity import registrar
 from node.identity.certificates import (
     ENDLESS,
     Authority,
@@ -57,17 +57,17 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 class MemoryLine:
-    """One end of a stream with the peer `peer`; `said` is what this end sent."""
+    """One end of a stream with `peer`; `sent` holds the messages from this end."""
 
     def __init__(
         self, peer: PeerId, out: trio.MemorySendChannel[bytes], into: trio.MemoryReceiveChannel[bytes]
     ) -> None:
         self.peer = peer
-        self.said: list[bytes] = []
+        self.sent: list[bytes] = []
         self._out, self._into = out, into
 
     async def send(self, message: bytes) -> None:
-        self.said.append(message)
+        self.sent.append(message)
         await self._out.send(message)
 
     async def receive(self, most: int) -> bytes:
@@ -89,29 +89,29 @@ def lines() -> tuple[MemoryLine, MemoryLine]:
 
 
 class Desk:
-    """A member that issues, and its clock."""
+    """A member that issues certificates, and its clock."""
 
     def __init__(self, authority: Authority | None, folder: Path) -> None:
         self.now = float(NOW)
         self.revoked: set[str] = set()
         self.folder = folder
-        self.registrar = Registrar(authority, self.revoked, Uses(folder / joining.FILE_NAME), lambda: self.now)
+        self.registrar = Registrar(authority, self.revoked, Uses(folder / registrar.FILE_NAME), lambda: self.now)
 
     async def join(
-        self, text: str, *, who: PeerId = NODE.peer_id, host: str = HOST, name: str = "edge-1"
+        self, text: str, *, peer: PeerId = NODE.peer_id, host: str = HOST, name: str = "edge-1"
     ) -> tuple[bytes, bytes]:
         ours, theirs = lines()
-        theirs.peer = who
+        theirs.peer = peer
 
         async def serve() -> None:
-            with self_contained(theirs):
+            with closing_its_end(theirs):
                 await self.registrar.serve(theirs, host, MEMBER.peer_id)
 
-        return await both(serve, lambda: apply(ours, who, text, name))
+        return await both(serve, lambda: apply(ours, peer, text, name))
 
 
-class self_contained:  # reads as a statement
-    """Whatever ends this side, closes its end."""
+class closing_its_end:  # reads as a statement
+    """Close this side's end when the side ends, also by an error."""
 
     def __init__(self, line: MemoryLine) -> None:
         self._line = line
@@ -147,8 +147,12 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 def token(authority: Authority, **changes: object) -> str:
-    usual = Token(authority.cluster, "harbour", NOW, NOW + DAY, 0, 0, bytes(16))
+    usual = msgspec.structs.replace(plain_token(authority.cluster), made=NOW)
     return make_token(msgspec.structs.replace(usual, **changes), authority.key.sign)
+
+
+def plain_token(cluster: bytes) -> Token:
+    return Token(cluster, "harbour", made=0, expires=NOW + DAY, uses=0, lifetime=0, id=bytes(16))
 
 
 def test_a_token_brings_a_certificate(authority: Authority, tmp_path: Path) -> None:
@@ -176,14 +180,14 @@ def test_a_lifetime_runs_from_the_later_of_both_clocks(
     run(main)
 
 
-def test_what_is_wrong_with_a_token_is_said_and_logged(
+def test_the_fault_of_a_token_is_answered_and_logged(
     authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         desk = Desk(authority, tmp_path)
         used = token(authority, id=b"u" * 16)
         desk.revoked.add("token:" + b"r".hex() * 16)
-        forged = make_token(Token(authority.cluster, "s", NOW, NOW + DAY, 0, 0, bytes(16)), MEMBER.sign)
+        forged = make_token(plain_token(authority.cluster), MEMBER.sign)
         for text, why in (
             (token(authority, made=0, expires=NOW - 1), "expired at 2027-01-15"),
             (forged, "altered"),
@@ -203,15 +207,15 @@ def test_what_is_wrong_with_a_token_is_said_and_logged(
     run(main)
 
 
-def test_a_member_without_the_key_says_what_to_do(authority: Authority, tmp_path: Path) -> None:
+def test_a_member_without_the_key_explains_what_to_do(authority: Authority, tmp_path: Path) -> None:
     async def main() -> None:
-        with pytest.raises(NotAdmittedError, match="give the address of one whose"):
+        with pytest.raises(NotAdmittedError, match="give the address of a member whose"):
             await Desk(None, tmp_path).join(token(authority))
 
     run(main)
 
 
-def test_wrong_tokens_from_one_host_are_refused_unheard_for_a_minute(authority: Authority, tmp_path: Path) -> None:
+def test_after_wrong_tokens_a_host_is_refused_for_a_minute(authority: Authority, tmp_path: Path) -> None:
     async def main() -> None:
         desk = Desk(authority, tmp_path)
         wrong = token(authority, made=0, expires=1)
@@ -231,12 +235,12 @@ def test_a_number_of_uses_is_kept_across_restarts(authority: Authority, tmp_path
     async def main() -> None:
         twice = token(authority, uses=2)
         first, second, third = (identity().peer_id for _ in range(3))
-        for who in (first, second, first):
-            await Desk(authority, tmp_path).join(twice, who=who)
+        for peer in (first, second, first):
+            await Desk(authority, tmp_path).join(twice, peer=peer)
         desk = Desk(authority, tmp_path)
         with pytest.raises(NotAdmittedError, match="has admitted 2 nodes"):
-            await desk.join(twice, who=third)
-        await desk.join(token(authority, uses=2, id=b"x" * 16), who=third)
+            await desk.join(twice, peer=third)
+        await desk.join(token(authority, uses=2, id=b"x" * 16), peer=third)
 
     run(main)
 
@@ -245,7 +249,7 @@ def test_uses_are_bounded_and_forgotten_with_their_tokens(authority: Authority, 
     uses = Uses(tmp_path / "uses")
 
     def numbered(number: int) -> Token:
-        return Token(authority.cluster, "s", 0, NOW, 1, 0, number.to_bytes(16))
+        return msgspec.structs.replace(plain_token(authority.cluster), expires=NOW, uses=1, id=number.to_bytes(16))
 
     for number in range(MAX_TOKENS):
         uses.take(numbered(number), NODE.peer_id, 0)
@@ -257,12 +261,12 @@ def test_uses_are_bounded_and_forgotten_with_their_tokens(authority: Authority, 
         Uses(tmp_path / "uses")
 
 
-def test_a_use_that_cannot_be_written_down_admits_nobody(authority: Authority, tmp_path: Path) -> None:
+def test_a_use_that_cannot_be_stored_admits_no_node(authority: Authority, tmp_path: Path) -> None:
     async def main() -> None:
         desk = Desk(authority, tmp_path / "gone")
         for _ in range(MOST_WRONG + 1):
-            with pytest.raises(NotAdmittedError, match="its disk takes nothing"):
-                await desk.join(token(authority, uses=2), who=identity().peer_id)
+            with pytest.raises(NotAdmittedError, match="its disk cannot be written"):
+                await desk.join(token(authority, uses=2), peer=identity().peer_id)
         await desk.join(token(authority))
 
     run(main)
@@ -272,13 +276,13 @@ def test_a_use_that_cannot_be_written_down_admits_nobody(authority: Authority, t
 
 
 def offer_of(authority: Authority, signer: Callable[[bytes], bytes], *, to: PeerId = NODE.peer_id):  # type: ignore[no-untyped-def]
-    """A member that offers, with `signer` for the authority's key, and notes what it is told."""
+    """A member that offers, with `signer` in place of the authority's key, and notes the message after the offer."""
 
-    async def serve(line: MemoryLine, heard: list[bytes]) -> None:
+    async def serve(line: MemoryLine, received: list[bytes]) -> None:
         knock = join.decode_knock(await line.receive(join.MAX_MESSAGE))
         proof = signer(join.proven(knock.nonce, to, MEMBER.peer_id))
         await line.send(join.encode(join.Offer(join.VERSION, authority.der, proof)))
-        heard.append(await line.receive(join.MAX_MESSAGE))
+        received.append(await line.receive(join.MAX_MESSAGE))
 
     return serve
 
@@ -287,7 +291,9 @@ def offer_of(authority: Authority, signer: Callable[[bytes], bytes], *, to: Peer
     ("case", "why"),
     [("another cluster", "of the cluster"), ("no key", "does not hold"), ("replayed", "does not hold")],
 )
-def test_a_token_is_shown_only_to_who_holds_the_key(authority: Authority, tmp_path: Path, case: str, why: str) -> None:
+def test_a_token_is_shown_only_to_a_member_with_the_key(
+    authority: Authority, tmp_path: Path, case: str, why: str
+) -> None:
     create_authority(tmp_path / "other")
     other = load_authority(tmp_path / "other")
     serve = {
@@ -295,24 +301,24 @@ def test_a_token_is_shown_only_to_who_holds_the_key(authority: Authority, tmp_pa
         "no key": offer_of(authority, MEMBER.sign),
         "replayed": offer_of(authority, authority.key.sign, to=identity().peer_id),
     }[case]
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
     async def main() -> None:
         ours, theirs = lines()
         with pytest.raises(NotAdmittedError, match=why):
-            await both(lambda: serve(theirs, heard), lambda: apply(ours, NODE.peer_id, token(authority), "n"))
+            await both(lambda: serve(theirs, received), lambda: apply(ours, NODE.peer_id, token(authority), "n"))
 
     run(main)
-    assert not heard
+    assert not received
 
 
-def test_a_certificate_for_another_is_not_taken(authority: Authority) -> None:
+def test_a_certificate_for_another_node_is_refused(authority: Authority) -> None:
     async def main() -> None:
         ours, theirs = lines()
 
         async def serve() -> None:
-            heard: list[bytes] = []
-            await offer_of(authority, authority.key.sign)(theirs, heard)
+            received: list[bytes] = []
+            await offer_of(authority, authority.key.sign)(theirs, received)
             der = issue(authority, Subject(MEMBER.peer_id)).public_bytes(Encoding.DER)
             await theirs.send(join.encode(join.Admittance(der)))
 
@@ -332,7 +338,7 @@ def test_any_bytes_are_a_message_or_misbehaviour(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decode", "said"),
+    ("decode", "fields"),
     [
         (join.decode_knock, [2, bytes(32)]),
         (join.decode_knock, [1, bytes(31)]),
@@ -344,22 +350,22 @@ def test_any_bytes_are_a_message_or_misbehaviour(data: bytes) -> None:
         (join.decode_admittance, [b"", "\n"]),
     ],
 )
-def test_what_is_out_of_bounds_is_misbehaviour(decode: Callable[[bytes], object], said: list[object]) -> None:
+def test_messages_out_of_bounds_are_misbehaviour(decode: Callable[[bytes], object], fields: list[object]) -> None:
     with pytest.raises(PeerMisbehavedError):
-        decode(msgspec.msgpack.encode(said))
+        decode(msgspec.msgpack.encode(fields))
 
 
 # Renewal
 
 
-def test_a_certificate_is_renewed_as_it_was(authority: Authority, tmp_path: Path) -> None:
+def test_a_renewed_certificate_has_the_same_subject_and_lifetime(authority: Authority, tmp_path: Path) -> None:
     async def main() -> None:
         desk = Desk(authority, tmp_path)
-        who = Subject(NODE.peer_id, "edge-1", "harbour")
-        old = issue(authority, who, Validity(NOW - 80 * DAY, NOW + 10 * DAY)).public_bytes(Encoding.DER)
+        subject = Subject(NODE.peer_id, "edge-1", "harbour")
+        old = issue(authority, subject, Validity(NOW - 80 * DAY, NOW + 10 * DAY)).public_bytes(Encoding.DER)
         answer = (await desk.registrar.handle(NODE.peer_id, Renew(old))).message
         assert isinstance(answer, Renewed)
-        assert subject_of(answer.certificate) == who
+        assert subject_of(answer.certificate) == subject
         assert validity_of(answer.certificate) == Validity(NOW, NOW + 90 * DAY)
         desk.now = 0  # its clock stands in 1970
         answer = (await desk.registrar.handle(NODE.peer_id, Renew(old))).message
@@ -368,7 +374,7 @@ def test_a_certificate_is_renewed_as_it_was(authority: Authority, tmp_path: Path
         with pytest.raises(DeniedError):
             await desk.registrar.handle(MEMBER.peer_id, Renew(old))
         stranger = Authority(MEMBER.private_key, authority.certificate)
-        forged = issue(stranger, who).public_bytes(Encoding.DER)
+        forged = issue(stranger, subject).public_bytes(Encoding.DER)
         with pytest.raises(NotAdmittedError):
             await desk.registrar.handle(NODE.peer_id, Renew(forged))
         answer = (await Desk(None, tmp_path).registrar.handle(NODE.peer_id, Renew(old))).message
