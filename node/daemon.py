@@ -42,10 +42,12 @@ from node.config.schema import (
     tag_policies,
     uplink_policy,
 )
+from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
 from node.content.name_table import NameTable
-from node.content.resolver import Names
+from node.content.resolver import Resolver
+from node.content.verification import Verifier
 from node.control.api import NodeControl, Parts, upstream_row
 from node.control.cluster_routes import admission_routes, cluster_row
 from node.control.doctor import certificate_shown
@@ -63,7 +65,7 @@ from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import FILE_NAME as REVOCATIONS
 from node.identity.revocations import Revocations
 from node.identity.verifier import Admission
-from node.images.operations import Offline, OfflineParts
+from node.images.operations import ImageOperations
 from node.images.pins import Pins, digests_of, load_pins
 from node.images.prefetch import Prefetcher
 from node.membership.addresses import bulk_addresses
@@ -122,7 +124,7 @@ class Dispatcher:
     """Which part answers which request of a member."""
 
     membership: Gossiper
-    names: Names
+    names: Resolver
     seeder: Seeder
     registrar: Registrar
     judge: Judge
@@ -235,8 +237,9 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             tiers,
         )
         seeder = Seeder(site, Origin(upstreams, work, lambda: len(membership.site)), directory, identity.sign, work)
-        names = Names(
-            site, table, upstreams, seeder, work, tag_policies(config), metrics.tag_served, public.age, pins.names
+        known = KnownNames(table, tag_policies(config), pins.names)
+        names = Resolver(
+            site, known, upstreams, seeder=seeder, nursery=work, served=metrics.tag_served, public_age=public.age
         )
         access = Access(
             access_grace_s(config), upstreams, public, names.public_age_s, work,
@@ -244,26 +247,40 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
         )  # fmt: skip
         judge = Judge(
-            site, seeder, identity.sign, lambda upstream: len(upstreams.endpoints(upstream)) > 1, work, Random()
+            site,
+            seeder,
+            sign=identity.sign,
+            mirrored=lambda upstream: len(upstreams.endpoints(upstream)) > 1,
+            nursery=work,
+            rng=Random(),
         )
         answers.target = Dispatcher(service, names, seeder, registrar, judge)
         announcer = Announcer(site, seeder, directory, membership, table.trim)
         fetcher = Fetcher(site, seeder, work)
-        library = SiteLibrary(site, names, seeder, fetcher, ledger, metrics, announcer.finished)
-        prefetcher = Prefetcher(data_dir / "prefetch.json", library, fetcher, tiers.holds)
-        offline = Offline(
-            OfflineParts(
-                site,
-                disk,
-                library,
-                table,
-                pins,
-                prefetcher,
-                upstreams.names,
-                _record_for(identity),
-                announcer.finished,
-                public.note,
-            )
+        verifier = Verifier(site, seeder, fetcher, announcer.finished)
+        library = SiteLibrary(
+            site,
+            resolver=names,
+            seeder=seeder,
+            fetcher=fetcher,
+            verifier=verifier,
+            ledger=ledger,
+            metrics=metrics,
+        )
+        prefetcher = Prefetcher(
+            data_dir / "prefetch.json", library=library, verifier=verifier, fetcher=fetcher, holds=tiers.holds
+        )
+        offline = ImageOperations(
+            site=site,
+            disk=disk,
+            library=library,
+            table=table,
+            pinned=pins,
+            prefetcher=prefetcher,
+            upstreams=upstreams.names,
+            record_for=_record_for(identity),
+            finished=announcer.finished,
+            public=public.note,
         )
         swarm = LibP2PSwarm(
             admission,
@@ -281,7 +298,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         )  # fmt: skip
         stack.callback(listings.close)
         live = LiveParts(
-            upstreams, uplink_of, names, access, listings, lambda more: swarm.prepared([*more, *place.bootstrap]),
+            upstreams, uplink_of, known, access, listings, lambda more: swarm.prepared([*more, *place.bootstrap]),
             pins, memory, disk,
         )  # fmt: skip
         reloader = Reloader(path, config, live.prepared, notifier)
@@ -315,10 +332,10 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             save = partial(save_joined, data_dir)
             await work.start(Renewal(admission, place.joined, membership, exchange, save, Random()).run)
         await work.start(partial(RememberedPeers(data_dir / "peers.msgpack").run, membership))
-        await work.start(partial(EvidenceFile(data_dir / "evidence.msgpack").run, membership, judge))
+        await work.start(partial(EvidenceFile(data_dir / "evidence.msgpack").run, membership, judge.cases))
         await work.start(judge.run)
         await work.start(announcer.run)
-        await work.start(library.check_parts)
+        await work.start(verifier.run)
         await work.start(swarm.run)
         await work.start(prefetcher.run)
         routes = {**offline_routes(offline), **admission_routes(service, revocations), **reloader.routes()}

@@ -22,9 +22,11 @@ from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
 from node.blocks.values import Site
 from node.config.schema import Config, tag_policies
+from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
 from node.content.name_table import NameTable
-from node.content.resolver import Names
+from node.content.resolver import Resolver
+from node.content.verification import Verifier
 from node.daemon import CurrentPlacement, Dispatcher
 from node.evidence.judge import Judge
 from node.exchange.contract import Answer
@@ -116,12 +118,26 @@ class Node:
         self.site = site = Site(self.peer, membership, placement, self.exchange, Health(), trust, self.tiers)
         self.seeder = Seeder(site, self._origin(work), directory, identity.sign, work)
         table = NameTable(IN_MEMORY, trio.current_time)
-        self.names = Names(site, table, self.upstreams, self.seeder, work, tag_policies(config), lambda age_s: None)
-        judge = Judge(site, self.seeder, identity.sign, lambda upstream: False, work, Random(cluster.seed))
+        known = KnownNames(table, tag_policies(config))
+        self.names = Resolver(site, known, self.upstreams, seeder=self.seeder, nursery=work, served=lambda age_s: None)
+        judge = Judge(
+            site,
+            self.seeder,
+            sign=identity.sign,
+            mirrored=lambda upstream: False,
+            nursery=work,
+            rng=Random(cluster.seed),
+        )
         announcer = Announcer(site, self.seeder, directory, membership, table.trim)
         self.fetcher = Fetcher(site, self.seeder, work)
         self.library = SiteLibrary(
-            site, self.names, self.seeder, self.fetcher, self.ledger, cluster.metrics, announcer.finished
+            site,
+            resolver=self.names,
+            seeder=self.seeder,
+            fetcher=self.fetcher,
+            verifier=Verifier(site, self.seeder, self.fetcher, announcer.finished),
+            ledger=self.ledger,
+            metrics=cluster.metrics,
         )
         registrar = Registrar(None, cluster.revocations, Uses(NOWHERE))
         self._dispatcher = Dispatcher(gossiper, self.names, self.seeder, registrar, judge)

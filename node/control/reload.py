@@ -30,8 +30,8 @@ from node.config.schema import (
     tag_policies,
     uplink_policy,
 )
+from node.content.known_names import KnownNames
 from node.content.listings import Listings
-from node.content.resolver import Names
 from node.control.routes import Routes, document
 from node.images.pins import Pins
 from node.membership.addresses import parse_listen
@@ -62,7 +62,7 @@ class LiveParts:
 
     upstreams: Upstreams
     uplink_of: Callable[[str], Uplink]
-    names: Names
+    names: KnownNames
     access: Access
     listings: Listings
     bootstrap: Callable[[Sequence[str]], Change]

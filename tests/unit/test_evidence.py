@@ -24,21 +24,22 @@ from hypothesis import strategies as st
 from node.blocks.trust import Suspicion
 from node.content import library
 from node.content.library import SiteLibrary
-from node.evidence.judge import EXCHANGE_S, MAX_KEPT, MAX_UNDECIDED, PAUSE_S, RETRY_S, SPREAD_S, Case, Judge, Verdict
+from node.content.verification import Verifier
+from node.evidence.cases import MAX_KEPT, MAX_UNDECIDED, Case, Cases, Verdict
+from node.evidence.judge import EXCHANGE_S, PAUSE_S, RETRY_S, SPREAD_S, Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.contract import Answer, Lane
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
 from node.membership.membership import QUARANTINE_S, Membership
 from node.registry.batching import Origin
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import Accuse, Request, ShardFound
 from protocol.records import Record, make_record
+from tests.support.site_library import site_library
 from tests.unit import test_coded_reads as coded
 from tests.unit.test_coded_reads import BODY, LOCATOR, REF, Registry, WithMirror, home_of, not_keeping, read_whole
 
@@ -54,7 +55,12 @@ class Node(coded.Node):
         super().__init__(identity, members, network, registry, nursery)
         self.identity, self.mirrored = identity, False
         self.judge = Judge(
-            self.site, self.seeder, identity.sign, lambda upstream: self.mirrored, nursery, Random(self.own)
+            self.site,
+            self.seeder,
+            sign=identity.sign,
+            mirrored=lambda upstream: self.mirrored,
+            nursery=nursery,
+            rng=Random(self.own),
         )
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
@@ -62,10 +68,12 @@ class Node(coded.Node):
             return await self.judge.handle(peer, request)
         return await super().handle(peer, request)
 
+    def library_and_verifier(self) -> tuple[SiteLibrary, Verifier]:
+        return site_library(self.site, self.seeder, self.fetcher)
+
     @property
     def library(self) -> SiteLibrary:
-        unused: Any = None
-        return SiteLibrary(self.site, unused, self.seeder, self.fetcher, Ledger(), Metrics(), lambda ref: None)
+        return self.library_and_verifier()[0]
 
     def signs(self, index: int, data: bytes) -> Record:
         return make_record(REF, index, sha256(data).digest(), self.own, self.identity.sign)
@@ -121,7 +129,7 @@ async def poison(liar: Node, index: int) -> Record:
 
 
 def verdicts(nodes: list[Node], liar: Node) -> list[Verdict]:
-    return [case.verdict for node in nodes for case in node.judge.about(liar.own)]
+    return [case.verdict for node in nodes for case in node.judge.cases.about(liar.own)]
 
 
 @pytest.mark.parametrize("index", range(REF.block_count))
@@ -149,7 +157,7 @@ def test_who_signed_a_false_record_is_shut_out_by_the_whole_site(
         assert verdicts(others, liar) == [Verdict.PROVEN] * len(others)
         for node in others[1:]:
             assert set(node.view.quarantined) == {liar.own}
-            (case,) = node.judge.about(liar.own)
+            (case,) = node.judge.cases.about(liar.own)
             assert case.evidence.finder == others[0].own
             assert case.evidence.record.index == index
             assert await read_whole(node.library) == BODY
@@ -195,9 +203,9 @@ def test_a_large_object_of_which_parts_were_given_is_checked_once_all_of_it_is_h
         assert isinstance(liar, Node)
         await poison(liar, index)
         reader, *others = (node for node in nodes if node is not liar)
-        given = reader.library
+        given, verifier = reader.library_and_verifier()
         async with trio.open_nursery() as nursery:
-            await nursery.start(given.check_parts)
+            await nursery.start(verifier.run)
             await read_parts(given, *PARTS[:-1])
             await trio.sleep(60)
             assert not reader.view.is_quarantined(liar.own), "not all of it is held"
@@ -215,10 +223,11 @@ def test_what_is_right_is_checked_once_in_an_hour_and_never_read_again(monkeypat
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         (node,) = nodes
-        given, sealed = node.library, list[ObjectRef]()
+        given, verifier = node.library_and_verifier()
+        sealed = list[ObjectRef]()
         monkeypatch.setattr(node.tiers, "seal", sealed.append)
         async with trio.open_nursery() as nursery:
-            await nursery.start(given.check_parts)
+            await nursery.start(verifier.run)
             for hour in (1, 2):
                 for _ in range(10):
                     await read_parts(given, *PARTS)
@@ -345,7 +354,7 @@ def test_who_reads_two_records_of_one_signer_tells_of_both() -> None:
         reader = not_keeping(nodes, 0)  # type: ignore[arg-type]
         assert bytes((await reader.read(0)).held.data) == BODY[:BLOCK_SIZE]
         await until(lambda: reader.view.is_quarantined(liar.own))
-        assert reader.judge.about(liar.own)[0].evidence.other is not None
+        assert reader.judge.cases.about(liar.own)[0].evidence.other is not None
 
     play(7, scenario)
 
@@ -390,10 +399,10 @@ def test_the_table_of_evidence_is_bounded_and_what_is_proven_stays_longest() -> 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         finder, signer, receiver = nodes
         proven = finder.accuses(signer.signs(0, b"false"))
-        receiver.judge.restore([Case(proven, -10.0, Verdict.PROVEN)])
+        receiver.judge.cases.add(Case(proven, -10.0, Verdict.PROVEN))
         for number in range(2 * MAX_KEPT):
             evidence = finder.accuses(signer.signs(0, number.to_bytes(4, "big")))
-            receiver.judge.restore([Case(evidence, 0.0, Verdict.UNPROVABLE)])
+            receiver.judge.cases.add(Case(evidence, 0.0, Verdict.UNPROVABLE))
         assert len(receiver.judge.cases) == MAX_KEPT
         assert proven in [case.evidence for case in receiver.judge.cases]
 
@@ -500,7 +509,7 @@ def test_who_joins_later_hears_of_it() -> None:
         late.view.site = tuple(one for one in site if one.peer_id == late.own)
         finder.site.trust.suspect(suspicion(liar.signs(0, bytes(BLOCK_SIZE)), compared=True))
         await until(lambda: nodes[2].view.is_quarantined(liar.own))
-        late.view.site, late.judge._cases = site, {}
+        late.view.site, late.judge.cases = site, Cases()
         await trio.lowlevel.checkpoint()
         await until(lambda: late.view.is_quarantined(liar.own), 2 * EXCHANGE_S + PAUSE_S)
 
@@ -523,7 +532,7 @@ def test_evidence_that_is_an_hour_old_is_neither_told_nor_taken() -> None:
         await finder.tells(receiver, evidence)  # told as if it were new: it counts once
         await trio.sleep(SOON_S)
         assert not receiver.view.quarantined
-        assert not receiver.judge.about(liar.own)
+        assert not receiver.judge.cases.about(liar.own)
         assert not registry.asked
 
     play(3, scenario)
@@ -542,30 +551,30 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
             return wall + trio.current_time()
 
         before, file = Membership(own, 1, Random(1)), EvidenceFile(path, clock)
-        file.save(before, node.judge)
+        file.save(before, node.judge.cases)
         assert not path.exists()
         evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
-        node.judge.restore([Case(evidence, trio.current_time(), Verdict.PROVEN)])
+        node.judge.cases.add(Case(evidence, trio.current_time(), Verdict.PROVEN))
         before.quarantine(liar.own, "signed a false record")
-        file.save(before, node.judge)
+        file.save(before, node.judge.cases)
         written = path.read_bytes()
         await trio.sleep(1000)
-        file.save(before, node.judge)
+        file.save(before, node.judge.cases)
         assert path.read_bytes() == written, "what did not change is not written"
 
         after, again = Membership(own, 2, Random(2)), nodes[3]
-        EvidenceFile(path, clock).load(after, again.judge)
+        EvidenceFile(path, clock).load(after, again.judge.cases)
         ((peer, reason, left),) = after.quarantines()
         assert (peer, reason) == (liar.own, "signed a false record")
         assert left == pytest.approx(QUARANTINE_S - 1000)
-        (case,) = again.judge.about(liar.own)
+        (case,) = again.judge.cases.about(liar.own)
         assert (case.evidence, case.verdict) == (evidence, Verdict.PROVEN)
 
         wall += QUARANTINE_S  # the quarantine is over, or the clock jumped
         ended, last = Membership(own, 3, Random(3)), nodes[4]
-        EvidenceFile(path, clock).load(ended, last.judge)
+        EvidenceFile(path, clock).load(ended, last.judge.cases)
         assert not ended.quarantines()
-        assert not last.judge.about(liar.own)
+        assert not last.judge.cases.about(liar.own)
         assert len(last.judge.cases) == 1, "so that it does not count once more"
 
     play(5, scenario, judging=0)
@@ -580,7 +589,7 @@ def test_a_damaged_file_of_evidence_is_passed_over(tmp_path: Path, data: bytes) 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         own = nodes[0].view.site[0]
         membership = Membership(own, 1, Random(1))
-        EvidenceFile(path).load(membership, nodes[0].judge)
+        EvidenceFile(path).load(membership, nodes[0].judge.cases)
         assert not membership.quarantines()
         assert not nodes[0].judge.cases
 

@@ -26,8 +26,6 @@ from node.identity.identity import Identity
 from node.membership.membership import Membership
 from node.oci.references import Locator
 from node.registry.batching import Origin
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
 from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.health import Health
@@ -36,6 +34,7 @@ from protocol.members import Member
 from protocol.placement import Placement
 from protocol.records import Record
 from protocol.window import MOST, RAMP, ReadWindow
+from tests.support.site_library import site_library
 
 LOCATOR = Locator("origin.test", "app", "blobs")
 BLOCKS = 80
@@ -99,7 +98,7 @@ class Block:
 def library(fetcher: object) -> SiteLibrary:
     unused: Any = None
     holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time))
-    return SiteLibrary(holds_nothing, unused, unused, cast(Fetcher, fetcher), Ledger(), Metrics(), unused)
+    return site_library(holds_nothing, unused, cast(Fetcher, fetcher))[0]
 
 
 async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:

@@ -70,8 +70,8 @@ class Shelf:
         self.wrong.discard(ref)
         yield self.content[ref]
 
-    async def check(self, locator: Locator, ref: ObjectRef, found: str) -> None:
-        assert found == ref.digest.hex
+    async def check(self, locator: Locator, ref: ObjectRef, computed: str) -> None:
+        assert computed == ref.digest.hex
         self.checked.append(ref)
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket:
@@ -105,7 +105,7 @@ Scenario = Callable[[Shelf, Prefetcher], Awaitable[None]]
 def play(path: Path, scenario: Scenario) -> None:
     async def main() -> None:
         shelf: Any = Shelf()
-        prefetcher = Prefetcher(path, shelf, shelf, shelf.holds)
+        prefetcher = Prefetcher(path, library=shelf, verifier=shelf, fetcher=shelf, holds=shelf.holds)
         async with trio.open_nursery() as nursery:
             await nursery.start(prefetcher.run)
             await scenario(shelf, prefetcher)
