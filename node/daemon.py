@@ -237,9 +237,9 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             tiers,
         )
         seeder = Seeder(site, Origin(upstreams, work, lambda: len(membership.site)), directory, identity.sign, work)
-        known = KnownNames(table, tag_policies(config), pins.names)
+        known_names = KnownNames(table, tag_policies(config), pins.names)
         names = Resolver(
-            site, known, upstreams, seeder=seeder, nursery=work, served=metrics.tag_served, public_age=public.age
+            site, known_names, upstreams, seeder=seeder, nursery=work, served=metrics.tag_served, public_age=public.age
         )
         access = Access(
             access_grace_s(config), upstreams, public, names.public_age_s, work,
@@ -247,8 +247,8 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             loopback=parse_host_port(config.mirror.listen, "mirror.listen").is_loopback,
         )  # fmt: skip
         judge = Judge(
-            site,
-            seeder,
+            site=site,
+            seeder=seeder,
             sign=identity.sign,
             mirrored=lambda upstream: len(upstreams.endpoints(upstream)) > 1,
             nursery=work,
@@ -259,13 +259,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         fetcher = Fetcher(site, seeder, work)
         verifier = Verifier(site, seeder, fetcher, announcer.finished)
         library = SiteLibrary(
-            site,
-            resolver=names,
-            seeder=seeder,
-            fetcher=fetcher,
-            verifier=verifier,
-            ledger=ledger,
-            metrics=metrics,
+            site=site, resolver=names, seeder=seeder, fetcher=fetcher, verifier=verifier, ledger=ledger, metrics=metrics
         )
         prefetcher = Prefetcher(
             data_dir / "prefetch.json", library=library, verifier=verifier, fetcher=fetcher, holds=tiers.holds
@@ -298,7 +292,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         )  # fmt: skip
         stack.callback(listings.close)
         live = LiveParts(
-            upstreams, uplink_of, known, access, listings, lambda more: swarm.prepared([*more, *place.bootstrap]),
+            upstreams, uplink_of, known_names, access, listings, lambda more: swarm.prepared([*more, *place.bootstrap]),
             pins, memory, disk,
         )  # fmt: skip
         reloader = Reloader(path, config, live.prepared, notifier)

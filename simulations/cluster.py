@@ -118,11 +118,13 @@ class Node:
         self.site = site = Site(self.peer, membership, placement, self.exchange, Health(), trust, self.tiers)
         self.seeder = Seeder(site, self._origin(work), directory, identity.sign, work)
         table = NameTable(IN_MEMORY, trio.current_time)
-        known = KnownNames(table, tag_policies(config))
-        self.names = Resolver(site, known, self.upstreams, seeder=self.seeder, nursery=work, served=lambda age_s: None)
+        known_names = KnownNames(table, tag_policies(config))
+        self.names = Resolver(
+            site, known_names, self.upstreams, seeder=self.seeder, nursery=work, served=lambda age_s: None
+        )
         judge = Judge(
-            site,
-            self.seeder,
+            site=site,
+            seeder=self.seeder,
             sign=identity.sign,
             mirrored=lambda upstream: False,
             nursery=work,
@@ -131,7 +133,7 @@ class Node:
         announcer = Announcer(site, self.seeder, directory, membership, table.trim)
         self.fetcher = Fetcher(site, self.seeder, work)
         self.library = SiteLibrary(
-            site,
+            site=site,
             resolver=self.names,
             seeder=self.seeder,
             fetcher=self.fetcher,

@@ -1,9 +1,9 @@
-"""How long a known name may be used, and which of two answers counts: decided here, without asking another node.
+"""The policy for known names: how long an answer is used, and which of two answers counts.
 
 A digest stands for the same object for ever. A tag is *fresh* until its time to live has passed since the registry last
 confirmed it, and *usable* up to its maximum age while the registry is out of reach (node/config/tag_policy.py), or
 without limit if its image is pinned on this node. An answer that cannot be read is *doubted*: then only the registry's
-own answer counts. The media type of a manifest is taken from its own bytes where they show it.
+own answer counts. A manifest's media type is taken from its own bytes if they show it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from protocol.ids import Digest, ObjectRef
 log = logging.getLogger(__name__)
 
 DOUBTED_S = 60.0
-"""Time until the members are asked again for a name with a doubted answer; a false answer is then doubted again."""
+"""Time until members are asked again for a name with a doubted answer."""
 
 
 class KnownNames:
@@ -51,7 +51,6 @@ class KnownNames:
         return resolved if resolved.age_s < self.ttl_s(locator, reference) else None
 
     def usable(self, locator: Locator, reference: str) -> Resolved | None:
-        """For when no younger answer can be obtained."""
         resolved = self.get(locator, reference)
         if resolved is None or resolved.age_s < self.max_age_s(locator, reference):
             return resolved
@@ -63,13 +62,11 @@ class KnownNames:
     def max_age_s(self, locator: Locator, reference: str) -> float:
         return math.inf if is_digest(reference) else self.policies.of(locator, reference).max_age_s
 
-    # Answers
-
     def note(self, locator: Locator, reference: str, resolved: Resolved, told_by: str) -> Resolved:
         """The younger of the new and the known answer: a late answer must not bring back an earlier state of a tag."""
-        known = self.get(locator, reference)
-        if known is not None and known.age_s < resolved.age_s and not self.is_doubted(locator, known):
-            return known
+        last = self.get(locator, reference)
+        if last is not None and last.age_s < resolved.age_s and not self.is_doubted(locator, last):
+            return last
         self._table.put(str(locator), reference, resolved, told_by)
         return resolved
 
@@ -105,8 +102,6 @@ class KnownNames:
         asked = self._site_asked.get((str(locator), reference), -math.inf)
         return trio.current_time() < asked + self.ttl_s(locator, reference)
 
-    # Manifests
-
     def learn(self, locator: Locator, body: bytes) -> None:
         """Note the sizes and types of the objects that a manifest names, so that they are not asked for."""
         manifest = parse_manifest(body)
@@ -135,15 +130,13 @@ class KnownNames:
             log.warning("%s is of type %s; %s", resolved.ref.digest, media_type, answer)
         self._types[resolved.ref.digest] = media_type
 
-    # For the operator
-
     def images(self) -> list[tuple[str, str, Resolved]]:
         return self._table.images()
 
     def tags(self, pattern: str) -> list[tuple[KnownTag, TagPolicy, TagState]]:
         """The known tags whose `upstream/repository:tag` fits the pattern."""
-        rows = [(known, self.policies.of(known.locator, known.tag)) for known in self._table.tags(pattern)]
-        return [(known, policy, self._state(known, policy)) for known, policy in rows]
+        rows = [(row, self.policies.of(row.locator, row.tag)) for row in self._table.tags(pattern)]
+        return [(row, policy, self._state(row, policy)) for row, policy in rows]
 
     def _state(self, tag: KnownTag, policy: TagPolicy) -> TagState:
         age_s = tag.resolved.age_s

@@ -1,7 +1,7 @@
 """The node's answers to its clients: names from the resolver, bytes block by block with read-ahead.
 
-An object of at most CHECKED_FIRST bytes is fetched whole and verified before its first byte is sent. Of a larger object
-that is read whole, the last block waits for the digest. Larger objects that are read in part are checked later
+An object of at most CHECKED_FIRST bytes is fetched whole and verified before its first byte is sent. The last block of
+a larger object that is read whole waits for the digest. Larger objects that are read in part are checked later
 (node/content/verification.py).
 """
 
@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import BinaryIO
@@ -38,8 +38,8 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 log = logging.getLogger(__name__)
 
 HEAD_WAIT_S = 20.0
-"""Longest wait before an answer begins without its first block. Clients give up soon after this while they wait for the
-head of an answer, but wait much longer for the next byte of a body."""
+"""Longest wait before an answer begins without its first block: clients wait little longer for the head of an answer,
+but much longer for the next byte of a body."""
 CHECKED_FIRST = 4 << 20
 """Largest object in bytes that is verified before its first byte is sent; tests/benchmarks/check_first.py measures the
 cost."""
@@ -61,30 +61,25 @@ class _Request:
         return self.spans == ((0, self.ref.size),)
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class SiteLibrary:
     """Implements `Library` (node/content/contract.py) over the site and the registry."""
 
-    def __init__(
-        self,
-        site: Site,
-        *,
-        resolver: Resolver,
-        seeder: Seeder,
-        fetcher: Fetcher,
-        verifier: Verifier,
-        ledger: Ledger,
-        metrics: Metrics,
-    ) -> None:
-        self._site, self._resolver, self._seeder, self._fetcher = site, resolver, seeder, fetcher
-        self._verifier, self._ledger, self._metrics = verifier, ledger, metrics
-        self._room = Room()
+    site: Site
+    resolver: Resolver
+    seeder: Seeder
+    fetcher: Fetcher
+    verifier: Verifier
+    ledger: Ledger
+    metrics: Metrics
+    _room: Room = field(default_factory=Room)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
-        resolved = await self._resolver.resolve(locator, reference)
+        resolved = await self.resolver.resolve(locator, reference)
         if locator.kind == "blobs" or resolved.ref.size > MAX_MANIFEST:
             return resolved
-        known = self._resolver.known
-        if (typed := known.typed(resolved)) is not None:
+        names = self.resolver.known
+        if (typed := names.typed(resolved)) is not None:
             return typed
         # A member may have given the media type, which clients act on before they have the bytes: compare it with them.
         try:
@@ -92,9 +87,9 @@ class SiteLibrary:
         except UnavailableError as error:
             log.debug("the media type of %s is not checked: %s", resolved.ref.digest, error)
         else:
-            known.check_type(locator, reference, resolved, body)
+            names.check_type(locator, reference, resolved, body)
         # If the bytes cannot be read or do not show the type, the answer is in doubt now, and the registry is asked.
-        return known.typed(resolved) or await self._resolver.resolve(locator, reference)
+        return names.typed(resolved) or await self.resolver.resolve(locator, reference)
 
     async def _manifest(self, request: _Request) -> bytes:
         """A manifest's verified bytes. Raises as `read`."""
@@ -103,7 +98,7 @@ class SiteLibrary:
             async with aclosing(self._verify_first(request, {})) as waits:
                 async for _ in waits:
                     raise UnavailableError("it takes too long")
-        body = await held_body(self._site.tiers, ref)
+        body = await held_body(self.site.tiers, ref)
         if body is None:
             raise UnavailableError("no tier keeps it")
         if hashlib.new(ref.digest.algorithm, body).hexdigest() != ref.digest.hex:
@@ -111,7 +106,7 @@ class SiteLibrary:
         return body
 
     def _granted(self, locator: Locator, ref: ObjectRef) -> AbstractContextManager[None]:
-        return self._seeder.granted(locator, ref.digest) if locator.grant else nullcontext()
+        return self.seeder.granted(locator, ref.digest) if locator.grant else nullcontext()
 
     async def read(
         self, locator: Locator, ref: ObjectRef, start: int, stop: int, *more: tuple[int, int]
@@ -129,7 +124,7 @@ class SiteLibrary:
                 async for chunk in chunks:
                     yield chunk
         if not request.whole and ref.size > CHECKED_FIRST:
-            self._verifier.read_in_part(locator, ref)
+            self.verifier.read_in_part(locator, ref)
 
     async def _verify_first(self, request: _Request, verified: dict[int, Obtained]) -> AsyncGenerator[None, None]:
         """Fetch a small object whole and verify its digest before a byte is sent.
@@ -154,13 +149,13 @@ class SiteLibrary:
                     obtained = await ahead.first()
                 except UnavailableError:
                     if request.whole:
-                        self._resolver.known.doubt(request.locator, ref)
+                        self.resolver.known.doubt(request.locator, ref)
                         raise
                     return
                 hasher.update(obtained.held.data)
                 fetched[index] = replace(obtained, held=Held(b"", obtained.held.record))
                 ahead.taken()
-        if await self._verifier.check(request.locator, ref, hasher.hexdigest()) is None:
+        if await self.verifier.check(request.locator, ref, hasher.hexdigest()) is None:
             verified.update(fetched)
 
     async def _send(self, request: _Request, verified: Mapping[int, Obtained]) -> AsyncGenerator[Buffer, None]:
@@ -178,7 +173,7 @@ class SiteLibrary:
                 try:
                     obtained = await ahead.first()
                 except UnavailableError:
-                    self._resolver.known.doubt(locator, ref)
+                    self.resolver.known.doubt(locator, ref)
                     raise
                 data, first = obtained.held.data, verified.get(index, obtained)
                 if first is not obtained and first.held.record.sha256 != obtained.held.record.sha256:
@@ -187,11 +182,11 @@ class SiteLibrary:
                 if hasher is not None:
                     hasher.update(data)
                     if index == last:
-                        data = await self._verifier.check(locator, ref, hasher.hexdigest(), given=last) or data
+                        data = await self.verifier.check(locator, ref, hasher.hexdigest(), given=last) or data
                 if whole and locator.kind == "manifests" and ref.size <= MAX_MANIFEST:
                     parts.append(bytes(data))
                     if index == last:
-                        self._resolver.known.learn(locator, b"".join(parts))
+                        self.resolver.known.learn(locator, b"".join(parts))
                 for part in wanted:
                     yield memoryview(data)[part]
                 del data, obtained, first  # before the wait for the next block: they hold this one in memory
@@ -199,25 +194,24 @@ class SiteLibrary:
 
     def _ahead(self, request: _Request, indices: Iterable[int], *, urgent: bool) -> ReadAhead:
         blocks = (BlockAddress(request.locator, request.ref, index) for index in indices)
-        return ReadAhead(self._fetcher, self._room, blocks, urgent=urgent)
+        return ReadAhead(self.fetcher, self._room, blocks, urgent=urgent)
 
     def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
-        sealed = self._site.tiers.open_sealed(digest)
+        sealed = self.site.tiers.open_sealed(digest)
         if sealed is None:
             return None
         file, tier = sealed
         read = Read(Source(tier), seconds=0.0, retries=0, peers=(), at=time.time())
         for index, (part,) in _by_block([(start, stop)]):
-            self._ledger.note(digest, index, read, part.stop - part.start)
+            self.ledger.note(digest, index, read, part.stop - part.start)
         return file
 
     def _note(self, digest: Digest, index: int, obtained: Obtained, served: int) -> None:
-        source, seconds, retries = obtained.source, obtained.seconds, obtained.retries
-        self._metrics.read(source, seconds)
-        for _ in range(retries):
-            self._metrics.retried(source)
-        read = Read(source, seconds, retries, obtained.peers, at=time.time())
-        self._ledger.note(digest, index, read, served)
+        self.metrics.read(obtained.source, obtained.seconds)
+        for _ in range(obtained.retries):
+            self.metrics.retried(obtained.source)
+        read = Read(obtained.source, obtained.seconds, obtained.retries, obtained.peers, at=time.time())
+        self.ledger.note(digest, index, read, served)
 
 
 def _by_block(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[slice]]]:

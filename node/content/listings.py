@@ -85,10 +85,9 @@ class Listings:
     async def tags(self, locator: Locator, query: Mapping[str, str]) -> Passed:
         """A page of the repository's tags; `n` and `last` are honoured even if the registry ignores them."""
 
+        key = _key(locator, "tags/list", query)
         try:
-            passed = await self._listed(
-                _key(locator, "tags/list", query), lambda: self._from_registry(locator, "tags/list", query)
-            )
+            passed = await self._listed(key, lambda: self._from_registry(locator, "tags/list", query))
         except UnavailableError:
             whole = self._remembered(_key(locator, "tags/list", {}), self.max_age_s)
             if whole is None or whole.link:

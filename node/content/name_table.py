@@ -85,28 +85,22 @@ class NameTable:
 
     def images(self) -> list[tuple[str, str, Resolved]]:
         """(source, reference, descriptor) of manifests, the newest first."""
-        rows = self._database.run(
-            f"SELECT source, reference, {_COLUMNS} FROM name"
-            " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000",
-            (),
-        )
-        listed = ((row[0], row[1], self._resolved(*row[2:])) for row in rows)
-        return [(source, reference, resolved) for source, reference, resolved in listed if resolved is not None]
+        return self._listed("", ())
 
     def tags(self, pattern: str) -> list[KnownTag]:
         """The tags whose `upstream/repository:tag` fits an SQLite GLOB, the latest confirmed first."""
+        of_tags = " AND instr(reference, ':') = 0 AND replace(source, '#manifests', ':') || reference GLOB ?"
+        rows = self._listed(of_tags, (pattern,))
+        return [KnownTag(Locator.parse(source), tag, ref, self.told_by(source, tag)) for source, tag, ref in rows]
+
+    def _listed(self, condition: str, values: tuple[str, ...]) -> list[tuple[str, str, Resolved]]:
         rows = self._database.run(
-            f"SELECT source, reference, {_COLUMNS} FROM name"
-            " WHERE source LIKE '%#manifests' AND instr(reference, ':') = 0"
-            " AND replace(source, '#manifests', ':') || reference GLOB ? ORDER BY confirmed DESC LIMIT 1000",
-            (pattern,),
+            f"SELECT source, reference, {_COLUMNS} FROM name WHERE source LIKE '%#manifests'{condition}"
+            " ORDER BY confirmed DESC LIMIT 1000",
+            values,
         )
-        listed = ((source, tag, self._resolved(*columns)) for source, tag, *columns in rows)
-        return [
-            KnownTag(Locator.parse(source), tag, resolved, self.told_by(source, tag))
-            for source, tag, resolved in listed
-            if resolved is not None
-        ]
+        listed = ((source, reference, self._resolved(*columns)) for source, reference, *columns in rows)
+        return [(source, reference, resolved) for source, reference, resolved in listed if resolved is not None]
 
     def told_by(self, source: str, reference: str) -> str:
         """The source of the answer, as in KnownTag."""

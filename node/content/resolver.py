@@ -40,7 +40,7 @@ class Registries(Protocol):
     """The part of node/registry/upstreams.py that is used here."""
 
     async def resolve(
-        self, locator: Locator, reference: str, known: Resolved | None = None, /
+        self, locator: Locator, reference: str, previous: Resolved | None = None, /
     ) -> tuple[Resolved, bytes | None]: ...
 
 
@@ -51,7 +51,7 @@ class Resolver:
     def __init__(
         self,
         site: Site,
-        known: KnownNames,
+        known_names: KnownNames,
         upstreams: Registries,
         *,
         seeder: Seeder,
@@ -59,7 +59,7 @@ class Resolver:
         served: Callable[[float], None],
         public_age: Callable[[Locator], float | None] = lambda _: None,
     ) -> None:
-        self._site, self.known, self._upstreams, self._seeder = site, known, upstreams, seeder
+        self._site, self.known, self._upstreams, self._seeder = site, known_names, upstreams, seeder
         self._served, self._public_age = served, public_age
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._revalidating: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
@@ -130,8 +130,7 @@ class Resolver:
         digest = Digest.parse(message.digest)
         if is_digest(reference) and str(digest) != reference:
             raise UnavailableError(f"{peer} answers with another digest than {reference}")
-        # The answer's age may include part of the round trip. An age that is too high makes the node ask again too
-        # early; one that is too low would be wrong.
+        # The answer's age may include part of the round trip. Too high an age only makes the node ask again too early.
         age_s = max(0.0, message.age_s) + trio.current_time() - asked
         resolved = Resolved(ObjectRef(digest, message.size), message.media_type, age_s)
         return self.known.note(locator, reference, resolved, peer)
@@ -144,7 +143,7 @@ class Resolver:
         return answer.message
 
     async def public_age_s(self, locator: Locator, reference: str) -> float | None:
-        """While the registry is out of reach: how long ago a member saw that anybody may read the repository."""
+        """How long ago a member saw that anybody may read the repository, for when the registry is out of reach."""
         ages: list[float] = []
 
         async def ask(peer: PeerId) -> None:
@@ -177,11 +176,11 @@ class Resolver:
         return await self._revalidating.do((locator, reference), lambda: self._revalidate(locator, reference))
 
     async def _revalidate(self, locator: Locator, reference: str) -> Resolved:
-        known, asked = self.known.get(locator, reference), trio.current_time()
-        if known is not None and self.known.is_doubted(locator, known):
-            known = None
+        previous, asked = self.known.get(locator, reference), trio.current_time()
+        if previous is not None and self.known.is_doubted(locator, previous):
+            previous = None
         try:
-            resolved, body = await self._upstreams.resolve(locator, reference, known)
+            resolved, body = await self._upstreams.resolve(locator, reference, previous)
         except UnavailableError as error:
             return await self._out_of_reach(locator, reference, error)
         except NotFoundError:
@@ -207,5 +206,5 @@ class Resolver:
         if stale is None:
             raise error
         if not is_digest(reference):
-            log.warning("%s@%s is served %.0f s old: %s", locator, reference, stale.age_s, error)
+            log.warning("%s is served %.0f s old: %s", f"{locator}@{reference}", stale.age_s, error)
         return stale

@@ -22,7 +22,7 @@ from node.blocks.trust import Suspicion
 from node.blocks.values import BlockAddress, Site
 from node.oci.references import Locator
 from protocol.errors import CorruptObjectError, ShoalError
-from protocol.ids import Digest, ObjectRef, PeerId, Piece
+from protocol.ids import Digest, ObjectRef, Piece
 from protocol.records import Record
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class Verifier:
     async def check(self, locator: Locator, ref: ObjectRef, computed: str, given: int = 0) -> Buffer | None:
         """Accept or repair an object whose blocks were all read and hash to `computed` (hexadecimal).
 
-        A client has received the first `given` blocks. If these were right and others were not, the blocks held are
-        right after the repair, and the last block is returned. Raises CorruptObjectError.
+        A client has received the first `given` blocks. If only others were false, all are right now, and the last block
+        is returned. Raises CorruptObjectError.
         """
         last = None
         if computed != ref.digest.hex:
@@ -89,8 +89,8 @@ class Verifier:
         """Compare blocks with the registry's and replace the false ones, until all of them make the object.
 
         The signer of a false block is quarantined, and the other blocks that it signed are compared next. Returns the
-        last block if none of the first `given` was false and all blocks make the object. If a liar's block was among
-        those given, the read fails in any case: only the liar's blocks are dropped.
+        last block if all blocks make the object now. If one of the first `given` blocks was false, the read fails in
+        any case: then the liar's blocks are dropped.
         """
         claims = await self._claims(ref)
         # All nodes of a site read a false object at about the same time. They begin at different blocks, so that one
@@ -106,7 +106,9 @@ class Verifier:
             if not self._is_doubtful(claims[index]):
                 continue
             if first_false < given:
-                await self._drop(claims[index].signer, ref)
+                for piece, record in self._site.tiers.signed_by(claims[index].signer).items():
+                    if record.object == ref:
+                        await self._site.tiers.discard(piece)
                 return None
             if not any(self._is_doubtful(claims[number]) for number in left) and (last := await self._if_right(ref)):
                 return last
@@ -144,11 +146,6 @@ class Verifier:
             self._site.view.quarantine(claim.signer, f"signed a false record of {ref.digest} #{address.index}")
             self._site.trust.suspect(Suspicion(claim, str(address.locator), compared=True))
         return is_false
-
-    async def _drop(self, liar: PeerId, ref: ObjectRef) -> None:
-        for piece, record in self._site.tiers.signed_by(liar).items():
-            if record.object == ref:
-                await self._site.tiers.discard(piece)
 
     async def _if_right(self, ref: ObjectRef) -> Buffer | None:
         """The last block, if all blocks are held and make the object."""

@@ -1,13 +1,11 @@
-"""The evidence that a node has received or made, and its verdicts on it: a bounded table.
+"""The evidence that a node has received or made, and its verdicts on it, in a bounded table.
 
-A piece of evidence counts against its signer for QUARANTINE_S. A case stays until the table is full, so that the same
-evidence does not count again if a member repeats it.
+Evidence counts for QUARANTINE_S. It stays until the table is full, so that it does not count again when it is repeated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -66,30 +64,21 @@ class Case:
         return self.is_live, self.verdict is Verdict.PROVEN, self.found_at
 
 
-class Cases:
+class Cases(dict[Key, Case]):
     """Tasks that wait for a new case park in `added`."""
 
     def __init__(self) -> None:
-        self._cases: dict[Key, Case] = {}
+        super().__init__()
         self.added = trio.lowlevel.ParkingLot()
 
-    def __iter__(self) -> Iterator[Case]:
-        return iter(tuple(self._cases.values()))
-
-    def __len__(self) -> int:
-        return len(self._cases)
-
     def add(self, case: Case) -> None:
-        self._cases[key_of(case.evidence.record, case.evidence.source)] = case
+        self[key_of(case.evidence.record, case.evidence.source)] = case
         if len(self) > MAX_KEPT:
-            del self._cases[min(self._cases, key=lambda key: self._cases[key].worth)]
+            del self[min(self, key=lambda key: self[key].worth)]
         self.added.unpark_all()
 
-    def get(self, record: Record, source: str) -> Case | None:
-        return self._cases.get(key_of(record, source))
-
     def live(self) -> list[Case]:
-        return [case for case in self if case.is_live]
+        return [case for case in self.values() if case.is_live]
 
     def about(self, signer: PeerId) -> list[Case]:
         return [case for case in self.live() if case.evidence.record.signer == signer]
@@ -110,6 +99,6 @@ class Cases:
         return min(waiting, key=lambda case: case.due, default=None)
 
     def void_accusations_of(self, finder: PeerId) -> None:
-        for case in self:
+        for case in self.values():
             if case.evidence.finder == finder and case.is_undecided:
                 case.verdict = Verdict.VOID

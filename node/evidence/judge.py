@@ -1,4 +1,4 @@
-"""Judgement of evidence against members: found by this node or told by others, verified, and told on.
+"""Judgement of evidence against members: evidence is found by this node or received, verified here, and passed on.
 
 No member is quarantined on the word of another. Evidence from others stays unproven until this node has compared the
 record with the registry's bytes itself, at a bounded rate. A member that accused falsely is quarantined in place of the
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from random import Random
 
 import trio
@@ -44,24 +45,19 @@ UNDER_WAY_S = 60.0
 """Time after a conviction by which all reads that accepted the liar's records before it have stored their blocks."""
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class Judge:
     """`mirrored` tells whether this node has mirrors for an upstream, whose bytes may differ from the registry's."""
 
-    def __init__(
-        self,
-        site: Site,
-        seeder: Seeder,
-        *,
-        sign: Callable[[bytes], bytes],
-        mirrored: Callable[[str], bool],
-        nursery: trio.Nursery,
-        rng: Random,
-    ) -> None:
-        self._site, self._seeder, self._sign, self._mirrored = site, seeder, sign, mirrored
-        self._nursery, self._rng = nursery, rng
-        self.cases = Cases()
-        self._cleared: LRUCache[Key, None] = LRUCache(MAX_KEPT)
-        """This node's own suspicions that were wrong."""
+    site: Site
+    seeder: Seeder
+    sign: Callable[[bytes], bytes]
+    mirrored: Callable[[str], bool]
+    nursery: trio.Nursery
+    rng: Random
+    cases: Cases = field(default_factory=Cases)
+    _cleared: LRUCache[Key, None] = field(default_factory=lambda: LRUCache(MAX_KEPT))
+    """This node's own suspicions that were wrong."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
@@ -77,7 +73,7 @@ class Judge:
 
     async def handle(self, peer: PeerId, request: Accuse) -> Answer:
         """Answer a member. Raises DeniedError for a quarantined one, PeerMisbehavedError for a wrong signature."""
-        if self._site.view.is_quarantined(peer):
+        if self.site.view.is_quarantined(peer):
             raise DeniedError("quarantined")
         await self._hear(peer, request.told)
         return Answer(Accusations(self.cases.to_tell()))
@@ -89,7 +85,7 @@ class Judge:
             try:
                 check_evidence(evidence)
             except PeerMisbehavedError as error:
-                self._site.view.quarantine(teller, str(error))
+                self.site.view.quarantine(teller, str(error))
                 raise
             self.cases.add(Case(evidence, trio.current_time() - age_s))
             self._tell(evidence, teller)
@@ -98,9 +94,9 @@ class Judge:
     def _is_acceptable(self, evidence: Evidence) -> bool:
         """Whether the evidence is new, and about and by members that count. Others cost no check of signatures."""
         record, finder = evidence.record, evidence.finder
-        if self.cases.get(record, evidence.source) is not None or record.signer == self._site.own:
+        if key_of(record, evidence.source) in self.cases or record.signer == self.site.own:
             return False
-        if self._site.view.find(record.signer) is None or not self._site.trust.accepts(finder):
+        if self.site.view.find(record.signer) is None or not self.site.trust.accepts(finder):
             return False
         return self.cases.takes_from(finder)
 
@@ -108,14 +104,14 @@ class Judge:
 
     def _tell(self, evidence: Evidence, *but: PeerId) -> None:
         """Tell TELL members once. The others hear of it from them, and by exchanges."""
-        none = {self._site.own, evidence.finder, evidence.record.signer, *but}
-        others = [member.peer_id for member in self._site.view.site if member.peer_id not in none]
-        for peer in self._rng.sample(others, min(TELL, len(others))):
-            self._nursery.start_soon(self._ask, peer)
+        none = {self.site.own, evidence.finder, evidence.record.signer, *but}
+        others = [member.peer_id for member in self.site.view.site if member.peer_id not in none]
+        for peer in self.rng.sample(others, min(TELL, len(others))):
+            self.nursery.start_soon(self._ask, peer)
 
     async def _ask(self, peer: PeerId) -> None:
         try:
-            answer = await self._seeder.ask(peer, Accuse(self.cases.to_tell()), Lane.CONTROL, SMALL_SILENCE_S)
+            answer = await self.seeder.ask(peer, Accuse(self.cases.to_tell()), Lane.CONTROL, SMALL_SILENCE_S)
             if isinstance(answer.message, Accusations):
                 await self._hear(peer, answer.message.told)
         except ShoalError as error:
@@ -124,20 +120,18 @@ class Judge:
     async def _exchange(self) -> None:
         while True:
             await trio.sleep(PAUSE_S)
-            others = [member.peer_id for member in self._site.view.site if member.peer_id != self._site.own]
+            others = [member.peer_id for member in self.site.view.site if member.peer_id != self.site.own]
             if others:
-                await self._ask(self._rng.choice(others))
+                await self._ask(self.rng.choice(others))
                 await trio.sleep(EXCHANGE_S - PAUSE_S)
 
     # Suspicions of this node
 
     async def _look_into(self) -> None:
-        async for suspicion in self._site.trust.suspicions:
-            record, source = suspicion.record, suspicion.source
-            case = self.cases.get(record, source)
-            if record.signer == self._site.own or key_of(record, source) in self._cleared:
-                continue
-            if case is not None and not case.is_undecided:
+        async for suspicion in self.site.trust.suspicions:
+            key = key_of(suspicion.record, suspicion.source)
+            case = self.cases.get(key)
+            if suspicion.record.signer == self.site.own or key in self._cleared or (case and not case.is_undecided):
                 continue
             if suspicion.compared or await self._is_confirmed(suspicion):
                 self._accuse(suspicion)
@@ -153,7 +147,7 @@ class Judge:
         return is_false is True
 
     def _accuse(self, suspicion: Suspicion) -> None:
-        evidence = make_evidence(suspicion.record, suspicion.source, self._site.own, self._sign, other=suspicion.other)
+        evidence = make_evidence(suspicion.record, suspicion.source, self.site.own, self.sign, other=suspicion.other)
         case = Case(evidence, trio.current_time())
         self.cases.add(case)
         self._convict(case)
@@ -178,7 +172,7 @@ class Judge:
             return
         try:
             if not case.spread and not self._needs_no_registry(evidence):
-                case.spread, case.due = True, now + self._rng.uniform(0, SPREAD_S * len(self._site.view.site))
+                case.spread, case.due = True, now + self.rng.uniform(0, SPREAD_S * len(self.site.view.site))
                 return
             is_false = await self._is_false(evidence.record, evidence.source, evidence.other)
         except (UnavailableError, PeerUnavailableError) as error:
@@ -199,18 +193,18 @@ class Judge:
             return
         record, finder = case.evidence.record, case.evidence.finder
         reason = f"accused {record.signer} of a record of {record.digest} #{record.index} that is true"
-        self._site.view.quarantine(finder, reason)
+        self.site.view.quarantine(finder, reason)
         self.cases.void_accusations_of(finder)
 
     def _convict(self, case: Case) -> None:
         case.verdict, record = Verdict.PROVEN, case.evidence.record
         log.warning("a false record", extra={"peer": record.signer, "block": record.block, "by": case.evidence.finder})
-        self._site.view.quarantine(record.signer, f"signed a false record of {record.digest} #{record.index}")
-        self._nursery.start_soon(self._clear, record.signer)
+        self.site.view.quarantine(record.signer, f"signed a false record of {record.digest} #{record.index}")
+        self.nursery.start_soon(self._clear, record.signer)
 
     async def _clear(self, signer: PeerId) -> None:
         """Drop the blocks that a liar signed, except those of objects that are held whole and have their digest."""
-        tiers = self._site.tiers
+        tiers = self.site.tiers
         for pause_s in (0.0, UNDER_WAY_S):
             await trio.sleep(pause_s)
             objects: dict[ObjectRef, list[Piece]] = {}
@@ -222,26 +216,26 @@ class Judge:
                         await tiers.discard(piece)
 
     def _needs_no_registry(self, evidence: Evidence) -> bool:
-        alone = not self._mirrored(Locator.parse(evidence.source).upstream)
+        alone = not self.mirrored(Locator.parse(evidence.source).upstream)
         return (evidence.other is not None and alone) or self._own_copy(evidence.record) is not None
 
     async def _is_false(self, record: Record, source: str, other: Record | None) -> bool | None:
         """Whether the record, or one of the two, is false; None if a mirror of the registry gives its bytes."""
         locator = Locator.parse(source)
         address = BlockAddress(locator, record.object, record.index)
-        mirrored = self._mirrored(locator.upstream)
+        mirrored = self.mirrored(locator.upstream)
         if other is not None and not mirrored:
             return True
-        truth = self._own_copy(record) or (await self._seeder.reread(address)).data
+        truth = self._own_copy(record) or (await self.seeder.reread(address)).data
         claims = (claim for claim in (record, other) if claim is not None)
         false = next((claim for claim in claims if not claim.matches(truth)), None)
-        if false is not None and mirrored and await self._seeder.deceived(address, false):
+        if false is not None and mirrored and await self.seeder.deceived(address, false):
             return None
         return false is not None
 
     def _own_copy(self, record: Record) -> bytes | None:
         """The block's bytes from a file of its object that was checked against its digest."""
-        file = open_checked(self._site.tiers, record.object)
+        file = open_checked(self.site.tiers, record.object)
         if file is None:
             return None
         with file:

@@ -61,7 +61,10 @@ class EvidenceFile:
     def save(self, membership: Membership, cases: Cases) -> None:
         """Write the file if a quarantine began or ended, or a verdict changed, since it was last written."""
         quarantines = membership.quarantines()[:MAX_QUARANTINES]
-        state = {(peer, reason) for peer, reason, _ in quarantines}, {(case.evidence, case.verdict) for case in cases}
+        state = (
+            {(peer, reason) for peer, reason, _ in quarantines},
+            {(case.evidence, case.verdict) for case in cases.values()},
+        )
         if state == self._written:
             return
         now, here = self._clock(), trio.current_time()
@@ -69,7 +72,7 @@ class EvidenceFile:
             _File(
                 1,
                 tuple(_Quarantine(peer, reason[:MAX_REASON], now + left) for peer, reason, left in quarantines),
-                tuple(_Kept(case.evidence, now + case.found_at - here, case.verdict) for case in cases),
+                tuple(_Kept(case.evidence, now + case.found_at - here, case.verdict) for case in cases.values()),
             )
         )
         if save(self._path, data, "the evidence kept"):

@@ -59,10 +59,6 @@ class ArchiveReader:
 
         return await trio.to_thread.run_sync(read)
 
-    async def body(self, packed: Packed) -> bytes:
-        """A small object's bytes, not verified again."""
-        return await trio.to_thread.run_sync(self._read, packed.offset, packed.ref.size)
-
     async def hashes(self, packed: Packed) -> AsyncGenerator[bytes, None]:
         """The sha256 of each block, concatenated, CHECK_BYTES at a time.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -11,17 +11,7 @@ import trio
 
 from cache.disk import DiskStore
 from cache.store import Buffer
-from node.api.image_documents import (
-    GcReport,
-    Phase,
-    PinRow,
-    PinsReport,
-    PrefetchOrder,
-    PrefetchReport,
-    WorkEvent,
-    WorkProgress,
-    WorkResult,
-)
+from node.api import image_documents as documents
 from node.blocks.held_objects import bytes_held
 from node.blocks.values import Site
 from node.content.contract import Library
@@ -55,33 +45,29 @@ class _Work:
         self._since = trio.current_time()
         self._last_event = 0.0
 
-    def progress(self, phase: Phase, count: int, digest: Digest) -> list[WorkProgress]:
+    def progress(self, phase: documents.Phase, count: int, digest: Digest) -> list[documents.WorkProgress]:
         """Empty if an event was given less than PROGRESS_EVERY_S ago."""
         self._done = min(self.total, self._done + count)
         if trio.current_time() - self._last_event < PROGRESS_EVERY_S:
             return []
         self._last_event = trio.current_time()
-        return [WorkProgress(phase=phase, object=str(digest), bytes_done=self._done, bytes_total=self.total)]
+        return [documents.WorkProgress(phase=phase, object=str(digest), bytes_done=self._done, bytes_total=self.total)]
 
-    def result(self, images: Sequence[PackedImage]) -> WorkResult:
+    def result(self, images: Sequence[PackedImage]) -> documents.WorkResult:
         objects = {packed.ref for image in images for packed in image.objects}
-        return WorkResult(
+        return documents.WorkResult(
             ok=True,
             seconds=trio.current_time() - self._since,
             images=tuple(f"{image.name}@{image.root.ref.digest}" for image in images),
             objects=len(objects),
-            bytes_total=_size(objects),
+            bytes_total=sum(ref.size for ref in objects),
         )
-
-
-def _size(refs: Iterable[ObjectRef]) -> int:
-    return sum(ref.size for ref in refs)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class ImageOperations:
-    """`finished` announces an object that is held to the site's directories. `public` notes that anybody could read the
-    repository so many seconds ago."""
+    """`finished` announces a held object to the site's directories. `public` notes how many seconds ago anybody could
+    read a repository."""
 
     site: Site
     disk: DiskStore
@@ -115,10 +101,10 @@ class ImageOperations:
 
     async def export_image(
         self, image: ImageName, platforms: Sequence[Platform], descriptor: int
-    ) -> AsyncGenerator[WorkEvent, None]:
+    ) -> AsyncGenerator[documents.WorkEvent, None]:
         writer, work = ArchiveWriter(descriptor), _Work()
         packed_image = await survey(self.library, image, platforms)
-        work.total = _size(packed.ref for packed in packed_image.objects)
+        work.total = packed_image.size
         await writer.begin(packed_image.root, image)
         for packed in packed_image.objects:
             ref = packed.ref
@@ -134,13 +120,13 @@ class ImageOperations:
 
     async def import_archive(
         self, descriptor: int, name: ImageName | None, *, pin: bool
-    ) -> AsyncGenerator[WorkEvent, None]:
+    ) -> AsyncGenerator[documents.WorkEvent, None]:
         archive, work = ArchiveReader(descriptor), _Work()
         images = await archive.images(name)
         for image in images:
             self._check_upstream(image.name)
         objects = {packed.ref: packed for image in images for packed in image.objects}
-        work.total = 2 * _size(objects)
+        work.total = 2 * sum(ref.size for ref in objects)
         with self.pinned.holding(objects.values()):
             hashes = {ref: bytearray() for ref in objects}
             for packed in objects.values():
@@ -194,10 +180,10 @@ class ImageOperations:
 
     # Pins
 
-    async def pin(self, image: ImageName, platforms: Sequence[Platform]) -> AsyncGenerator[WorkEvent, None]:
+    async def pin(self, image: ImageName, platforms: Sequence[Platform]) -> AsyncGenerator[documents.WorkEvent, None]:
         work = _Work()
         packed_image = await survey(self.library, image, platforms)
-        work.total = _size(packed.ref for packed in packed_image.objects)
+        work.total = packed_image.size
         with self.pinned.holding(packed_image.objects):
             for packed in packed_image.objects:
                 async with aclosing(self._to_disk(image, packed)) as counts:
@@ -219,58 +205,53 @@ class ImageOperations:
             async with aclosing(self.library.read(locator_of(image, packed), ref, 0, ref.size)) as chunks:
                 async for chunk in chunks:
                     if chunk:  # a chunk of a whole read is a block, or empty while the first block is late
-                        await self._copy_to_disk(Piece(ref.block(index)), ref)
-                        index += 1
+                        piece, index = Piece(ref.block(index)), index + 1
+                        block = None if self.disk.holds(piece) else await self.site.tiers.get(piece, ref.size)
+                        if block is not None:
+                            await self._put(piece, block[0].data, block[0].record)
                     yield 0
         if self._bytes_on_disk(ref) != ref.size:
             raise UnavailableError(f"{ref.digest}: the disk does not take all of it: it is full, or fails")
         yield ref.size
 
-    async def _copy_to_disk(self, piece: Piece, ref: ObjectRef) -> None:
-        if not self.disk.holds(piece):
-            block = await self.site.tiers.get(piece, ref.size)
-            if block is not None:
-                await self._put(piece, block[0].data, block[0].record)
-
     def _bytes_on_disk(self, ref: ObjectRef) -> int:
         return bytes_held(self.disk.holdings(ref.digest), ref)
 
-    async def unpin(self, image: ImageName) -> PinsReport:
+    async def unpin(self, image: ImageName) -> documents.PinsReport:
         await self.pinned.remove(image)
         return await self.pins()
 
-    async def pins(self) -> PinsReport:
+    async def pins(self) -> documents.PinsReport:
         await trio.lowlevel.checkpoint()
         rows = tuple(map(self._row, self.pinned))
-        return PinsReport(pins=rows, bytes=self.pinned.bytes, most_bytes=self.pinned.most_bytes)
+        return documents.PinsReport(pins=rows, bytes=self.pinned.bytes, most_bytes=self.pinned.most_bytes)
 
-    def _row(self, pin: Pin) -> PinRow:
-        refs = {packed.ref for packed in pin.image.objects}
-        return PinRow(
+    def _row(self, pin: Pin) -> documents.PinRow:
+        return documents.PinRow(
             image=str(pin.image.name),
             digest=str(pin.image.root.ref.digest),
-            size=_size(refs),
-            bytes_held=sum(map(self._bytes_on_disk, refs)),
+            size=pin.image.size,
+            bytes_held=sum(self._bytes_on_disk(packed.ref) for packed in pin.image.objects),
             since=pin.since,
         )
 
     # Prefetch and gc
 
-    async def prefetch(self, order: PrefetchOrder) -> PrefetchReport:
+    async def prefetch(self, order: documents.PrefetchOrder) -> documents.PrefetchReport:
         await trio.lowlevel.checkpoint()
         self.prefetcher.order(order)
         return self.prefetcher.report()
 
-    async def prefetch_status(self) -> PrefetchReport:
+    async def prefetch_status(self) -> documents.PrefetchReport:
         await trio.lowlevel.checkpoint()
         return self.prefetcher.report()
 
-    async def prefetch_cancel(self) -> PrefetchReport:
+    async def prefetch_cancel(self) -> documents.PrefetchReport:
         await trio.lowlevel.checkpoint()
         self.prefetcher.cancel()
         return self.prefetcher.report()
 
-    async def gc(self, *, older_than_s: float | None, to_bytes: int | None, dry_run: bool) -> GcReport:
+    async def gc(self, *, older_than_s: float | None, to_bytes: int | None, dry_run: bool) -> documents.GcReport:
         if older_than_s is not None and to_bytes is None:
             victims = self.disk.unused(older_than_s)
         elif to_bytes is not None and older_than_s is None:
@@ -280,4 +261,6 @@ class ImageOperations:
         pieces, freed = await self.disk.remove(victims, dry_run=dry_run)
         left = self.disk.statistics()
         held = left.bytes - freed if dry_run else left.bytes
-        return GcReport(dry_run=dry_run, pieces=pieces, bytes=freed, held_bytes=held, pinned_bytes=left.pinned_bytes)
+        return documents.GcReport(
+            dry_run=dry_run, pieces=pieces, bytes=freed, held_bytes=held, pinned_bytes=left.pinned_bytes
+        )

@@ -132,7 +132,7 @@ class Pins:
             )
 
     def names(self, source: str, reference: str) -> bool:
-        """Whether a pinned image has this name: it stands for what it did, however long ago that was confirmed."""
+        """Whether a pinned image has this name. Such a name stays usable, however long ago it was confirmed."""
         return any(str(n.manifests) == source and n.reference == reference for n in self._pins)
 
     def has_of(self, locator: Locator) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing
@@ -30,6 +29,7 @@ from node.oci.layout import Packed
 from node.oci.platforms import own_platform, parse_platforms
 from node.oci.references import ImageName
 from node.runtime.single_flight import Ticket
+from node.runtime.state_files import save
 from node.runtime.time_windows import Hours
 from protocol.errors import UNDECODABLE, BadInputError, ShoalError, UnavailableError
 from protocol.ids import Piece
@@ -75,11 +75,6 @@ class _Item:
             window=self.order.window,
             error=self.error,
         )
-
-    @property
-    def single(self) -> PrefetchOrder:
-        """The order for this image alone."""
-        return msgspec.structs.replace(self.order, images=(str(self.name),))
 
 
 @dataclass(slots=True)
@@ -170,8 +165,7 @@ class Prefetcher:
         await pace.wait(0)
         platforms = () if item.order.all_platforms else parse_platforms(item.order.platforms) or (own_platform(),)
         image = await survey(self.library, item.name, platforms)
-        item.total = sum(packed.ref.size for packed in image.objects)
-        item.done = 0
+        item.done, item.total = 0, image.size
         for packed in image.objects:
             await self._object(item, packed, pace)
 
@@ -226,12 +220,8 @@ class Prefetcher:
             return []
 
     def _save(self) -> None:
-        temporary = self.path.with_name(self.path.name + ".new")
-        try:
-            temporary.write_bytes(msgspec.json.encode(_File(1, tuple(item.single for item in self._items))))
-            os.replace(temporary, self.path)  # no fsync: orders lost in a power cut can be given again
-        except OSError as error:
-            log.warning("cannot write %s: orders are lost when this process ends: %s", self.path, error)
+        orders = tuple(msgspec.structs.replace(item.order, images=(str(item.name),)) for item in self._items)
+        save(self.path, msgspec.json.encode(_File(1, orders)), "the orders of prefetch")
 
 
 def _items(order: PrefetchOrder) -> list[_Item]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 
 import trio
 
@@ -30,11 +31,9 @@ class Pull:
     def __init__(self, library: Library, ledger: Ledger, image: ImageName, *, all_platforms: bool) -> None:
         self._library, self._ledger, self._image = library, ledger, image
         self._platforms: Sequence[Platform] = () if all_platforms else (own_platform(),)
-        self._since = trio.current_time()
-        self._before = by_name(ledger.bytes_served)
+        self._since, self._before = trio.current_time(), by_name(ledger.bytes_served)
         self._done = self._total = 0
-        self._digest = ""
-        self._last_event = 0.0
+        self._digest, self._last_event = "", 0.0
 
     async def events(self) -> AsyncGenerator[PullEvent, None]:
         error = ""
@@ -59,16 +58,12 @@ class Pull:
         yield self._progress("")
         root = await library.resolve(image.manifests, image.reference)
         self._digest, self._total = str(root.ref.digest), root.ref.size
-        objects = await walk(
-            root,
-            lambda manifest: read_manifest(library, image.manifests, manifest),
-            lambda index: chosen(index, self._platforms),
-        )
+        read, wanted = partial(read_manifest, library, image.manifests), partial(chosen, platforms=self._platforms)
+        objects = await walk(root, read, wanted)
+        blobs = [packed for packed in objects if packed.kind == "blobs"]
         self._total = sum(packed.ref.size for packed in objects)
-        self._done = sum(packed.ref.size for packed in objects if packed.kind == "manifests")
-        for packed in objects:
-            if packed.kind == "manifests":
-                continue
+        self._done = self._total - sum(packed.ref.size for packed in blobs)
+        for packed in blobs:
             async with aclosing(library.read(locator_of(image, packed), packed.ref, 0, packed.ref.size)) as chunks:
                 async for chunk in chunks:
                     self._done += len(chunk)

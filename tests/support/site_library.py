@@ -20,7 +20,7 @@ def site_library(
     """Without a resolver the library only reads objects."""
     verifier = Verifier(site, seeder, fetcher, lambda ref: None)
     library = SiteLibrary(
-        site,
+        site=site,
         resolver=cast(Resolver, resolver),
         seeder=seeder,
         fetcher=fetcher,

@@ -55,8 +55,8 @@ class Node(coded.Node):
         super().__init__(identity, members, network, registry, nursery)
         self.identity, self.mirrored = identity, False
         self.judge = Judge(
-            self.site,
-            self.seeder,
+            site=self.site,
+            seeder=self.seeder,
             sign=identity.sign,
             mirrored=lambda upstream: self.mirrored,
             nursery=nursery,
@@ -404,7 +404,7 @@ def test_the_table_of_evidence_is_bounded_and_what_is_proven_stays_longest() -> 
             evidence = finder.accuses(signer.signs(0, number.to_bytes(4, "big")))
             receiver.judge.cases.add(Case(evidence, 0.0, Verdict.UNPROVABLE))
         assert len(receiver.judge.cases) == MAX_KEPT
-        assert proven in [case.evidence for case in receiver.judge.cases]
+        assert proven in [case.evidence for case in receiver.judge.cases.values()]
 
     play(3, scenario, judging=0)
 
@@ -473,7 +473,7 @@ def test_who_was_deceived_by_a_mirror_is_not_shut_out_by_anybody() -> None:
             receiver.seeder._origin = Origin(WithMirror(), nursery)
             await finder.tells(receiver, finder.accuses(deceived.signs(0, bytes(BLOCK_SIZE))))
             await trio.sleep(SOON_S)
-            assert [case.verdict for case in receiver.judge.cases] == [Verdict.VOID]
+            assert [case.verdict for case in receiver.judge.cases.values()] == [Verdict.VOID]
             assert not receiver.view.quarantined
             nursery.cancel_scope.cancel()
 
