@@ -1,4 +1,4 @@
-"""Hours of the day, over midnight and around the clock."""
+"""Windows of the day, also across midnight and around the clock."""
 
 from __future__ import annotations
 

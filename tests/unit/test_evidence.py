@@ -1,4 +1,4 @@
-"""False records and those who accuse: who is found out by whom, and what it costs. Virtual time.
+"""False records and accusations: which members are quarantined, by which others, and at what cost. Virtual time.
 
 The names S-nn are lines of docs/SECURITY.md.
 """
@@ -32,7 +32,6 @@ from node.exchange.contract import Answer, Lane
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
 from node.membership.membership import QUARANTINE_S, Membership
-from node.registry.batching import Origin
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
@@ -49,10 +48,14 @@ SOON_S = 2 * EXCHANGE_S
 
 class Node(coded.Node):
     def __init__(
-        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Registry,
+        self,
+        identity: Identity,
+        members: list[Member],
+        network: MemoryNetwork,
+        registry: Registry,
         nursery: trio.Nursery,
-    ) -> None:  # fmt: skip
-        super().__init__(identity, members, network, registry, nursery)
+    ) -> None:
+        super().__init__(identity, members, network, registry=registry, nursery=nursery)
         self.identity, self.mirrored = identity, False
         self.judge = Judge(
             site=self.site,
@@ -76,13 +79,13 @@ class Node(coded.Node):
         return self.library_and_verifier()[0]
 
     def signs(self, index: int, data: bytes) -> Record:
-        return make_record(REF, index, sha256(data).digest(), self.own, self.identity.sign)
+        return make_record(REF, index, sha256(data).digest(), self.own, sign=self.identity.sign)
 
     def accuses(self, record: Record, other: Record | None = None) -> Evidence:
-        return make_evidence(record, SOURCE, self.own, self.identity.sign, other)
+        return make_evidence(record, SOURCE, self.own, self.identity.sign, other=other)
 
     async def tells(self, target: Node, *evidence: Evidence) -> None:
-        await self.seeder.ask(target.own, Accuse(tuple((one, 0.0) for one in evidence)), Lane.CONTROL, 1.0)
+        await self.seeder.ask(target.own, Accuse(tuple((piece, 0.0) for piece in evidence)), Lane.CONTROL, 1.0)
 
 
 def suspicion(record: Record, *, compared: bool) -> Suspicion:
@@ -92,22 +95,22 @@ def suspicion(record: Record, *, compared: bool) -> Suspicion:
 Scenario = Callable[[list[Node], Registry], Awaitable[None]]
 
 
-def play(count: int, scenario: Scenario, judging: int | None = None) -> None:
-    """`count` nodes, of which `judging` (all, where it is left out) run their judges from the start."""
+def play(count: int, scenario: Scenario, judging: int | None = None, registry: Registry | None = None) -> None:
+    """Run a scenario with `count` nodes. The judges of the first `judging` nodes run, or those of all."""
 
     async def main() -> None:
         keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
         identities = [Identity.of(key) for key in keys]
-        members = [Member(one.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, one in enumerate(identities)]
-        network, registry = MemoryNetwork(0.001), Registry()
+        members = [Member(key.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, key in enumerate(identities)]
+        network, origin = MemoryNetwork(0.001), registry or Registry()
         async with trio.open_nursery() as nursery:
-            nodes = [Node(one, members, network, registry, nursery) for one in identities]
+            nodes = [Node(identity, members, network, origin, nursery=nursery) for identity in identities]
             for node in nodes:
                 await nursery.start(node.exchange.run)
             for node in nodes[:judging]:
                 await nursery.start(node.judge.run)
             with trio.fail_after(3 * QUARANTINE_S):
-                await scenario(nodes, registry)
+                await scenario(nodes, origin)
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
@@ -121,7 +124,7 @@ async def until(holds: Callable[[], bool], within_s: float = SOON_S) -> None:
 
 
 async def poison(liar: Node, index: int) -> Record:
-    """The liar keeps a block of its own making, with a record to fit, and answers with it."""
+    """The liar keeps a false block with a matching record, and answers with it."""
     false = bytes(REF.block_length(index))
     record = liar.signs(index, false)
     await liar.tiers.put(Piece(REF.block(index)), false, record)
@@ -146,7 +149,7 @@ def test_who_signed_a_false_record_is_shut_out_by_the_whole_site(
         assert isinstance(liar, Node)
         await poison(liar, index)
         others = [node for node in nodes if node is not liar]
-        # What no client has got yet is put right at once.
+        # False blocks that no client has received yet are replaced at once.
         if checked_first or index == REF.block_count - 1:
             assert await read_whole(others[0].library) == BODY
         else:
@@ -208,7 +211,7 @@ def test_a_large_object_of_which_parts_were_given_is_checked_once_all_of_it_is_h
             await nursery.start(verifier.run)
             await read_parts(given, *PARTS[:-1])
             await trio.sleep(60)
-            assert not reader.view.is_quarantined(liar.own), "not all of it is held"
+            assert not reader.view.is_quarantined(liar.own), "some blocks are missing"
             await read_parts(given, *PARTS[-1:])
             await until(lambda: all(node.view.is_quarantined(liar.own) for node in (reader, *others)))
             assert await read_parts(given, *PARTS) == b"".join(BODY[start:stop] for start, stop in PARTS)
@@ -278,10 +281,10 @@ def test_what_else_a_liar_signed_is_dropped_unless_it_is_of_an_object_that_is_ri
         shard = Piece(other.block(1), Shard(4, 1, 2))
         for index in range(right.block_count):
             data = whole[index * BLOCK_SIZE :][:BLOCK_SIZE]
-            record = make_record(right, index, sha256(data).digest(), liar.own, liar.identity.sign)
+            record = make_record(right, index, sha256(data).digest(), liar.own, sign=liar.identity.sign)
             await holder.tiers.put(Piece(right.block(index)), data, record)
         for index, piece in ((0, Piece(other.block(0))), (1, shard)):
-            record = make_record(other, index, sha256(bytes(BLOCK_SIZE)).digest(), liar.own, liar.identity.sign)
+            record = make_record(other, index, sha256(bytes(BLOCK_SIZE)).digest(), liar.own, sign=liar.identity.sign)
             await holder.tiers.put(piece, bytes(BLOCK_SIZE if index == 0 else BLOCK_SIZE // 4), record)
         await finder.tells(holder, finder.accuses(liar.signs(0, bytes(BLOCK_SIZE))))
         await until(lambda: holder.view.is_quarantined(liar.own))
@@ -344,7 +347,7 @@ def test_who_reads_two_records_of_one_signer_tells_of_both() -> None:
         given: list[Record] = []
 
         def lie(answer: Answer) -> Answer:
-            """To everyone bytes of his own."""
+            """Other bytes for each member that asks."""
             if not isinstance(answer.message, ShardFound) or answer.message.record.index:
                 return answer
             given.append(liar.signs(0, bytes([len(given)]) * BLOCK_SIZE))
@@ -468,16 +471,13 @@ def test_who_was_deceived_by_a_mirror_is_not_shut_out_by_anybody() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         deceived, finder, receiver = nodes[0], nodes[1], nodes[2]
-        async with trio.open_nursery() as nursery:
-            receiver.mirrored = True
-            receiver.seeder._origin = Origin(WithMirror(), nursery)
-            await finder.tells(receiver, finder.accuses(deceived.signs(0, bytes(BLOCK_SIZE))))
-            await trio.sleep(SOON_S)
-            assert [case.verdict for case in receiver.judge.cases.values()] == [Verdict.VOID]
-            assert not receiver.view.quarantined
-            nursery.cancel_scope.cancel()
+        receiver.mirrored = True
+        await finder.tells(receiver, finder.accuses(deceived.signs(0, bytes(BLOCK_SIZE))))
+        await trio.sleep(SOON_S)
+        assert [case.verdict for case in receiver.judge.cases.values()] == [Verdict.VOID]
+        assert not receiver.view.quarantined
 
-    play(3, scenario)
+    play(3, scenario, registry=WithMirror())
 
 
 def test_an_object_that_is_held_whole_decides_without_the_registry(tmp_path: Path) -> None:
@@ -487,12 +487,12 @@ def test_an_object_that_is_held_whole_decides_without_the_registry(tmp_path: Pat
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, receiver = nodes[0], nodes[1], nodes[2]
         registry.down = True
-        disk: Any = receiver.tiers._disk
+        disk: Any = receiver.tiers.stores["disk"]
         disk.open_sealed = lambda digest: (tmp_path / "whole").open("rb")
         await finder.tells(receiver, finder.accuses(liar.signs(3, bytes(REF.block_length(3)))))
         await until(lambda: receiver.view.is_quarantined(liar.own), 1.0)
         await liar.tells(nodes[3], liar.accuses(finder.signs(0, BODY[:BLOCK_SIZE])))
-        disk = nodes[3].tiers._disk
+        disk = nodes[3].tiers.stores["disk"]
         disk.open_sealed = lambda digest: (tmp_path / "whole").open("rb")
         await until(lambda: nodes[3].view.is_quarantined(liar.own))
         assert not registry.asked
@@ -506,7 +506,7 @@ def test_who_joins_later_hears_of_it() -> None:
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, late = nodes[0], nodes[1], nodes[3]
         site = late.view.site
-        late.view.site = tuple(one for one in site if one.peer_id == late.own)
+        late.view.site = tuple(member for member in site if member.peer_id == late.own)
         finder.site.trust.suspect(suspicion(liar.signs(0, bytes(BLOCK_SIZE)), compared=True))
         await until(lambda: nodes[2].view.is_quarantined(liar.own))
         late.view.site, late.judge.cases = site, Cases()
@@ -529,7 +529,7 @@ def test_evidence_that_is_an_hour_old_is_neither_told_nor_taken() -> None:
         receiver.view.quarantined.clear()
         await trio.sleep(QUARANTINE_S)
         registry.asked.clear()
-        await finder.tells(receiver, evidence)  # told as if it were new: it counts once
+        await finder.tells(receiver, evidence)  # sent as if it were new: it counts once
         await trio.sleep(SOON_S)
         assert not receiver.view.quarantined
         assert not receiver.judge.cases.about(liar.own)
@@ -544,7 +544,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, node = nodes[0], nodes[1], nodes[2]
-        own = next(one for one in node.view.site if one.peer_id == node.own)
+        own = next(member for member in node.view.site if member.peer_id == node.own)
         wall = 1.7e9
 
         def clock() -> float:
@@ -560,7 +560,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
         written = path.read_bytes()
         await trio.sleep(1000)
         file.save(before, node.judge.cases)
-        assert path.read_bytes() == written, "what did not change is not written"
+        assert path.read_bytes() == written, "an unchanged state is not written"
 
         after, again = Membership(own, 2, Random(2)), nodes[3]
         EvidenceFile(path, clock).load(after, again.judge.cases)
@@ -575,7 +575,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
         EvidenceFile(path, clock).load(ended, last.judge.cases)
         assert not ended.quarantines()
         assert not last.judge.cases.about(liar.own)
-        assert len(last.judge.cases) == 1, "so that it does not count once more"
+        assert len(last.judge.cases) == 1, "kept, so that it does not count again"
 
     play(5, scenario, judging=0)
 
@@ -599,9 +599,12 @@ def test_a_damaged_file_of_evidence_is_passed_over(tmp_path: Path, data: bytes) 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 4)]
 ALICE, BOB, CAROL = (Identity.of(key) for key in KEYS)
 GENUINE = make_evidence(
-    make_record(REF, 1, bytes(32), ALICE.peer_id, ALICE.sign), SOURCE, BOB.peer_id, BOB.sign,
-    make_record(REF, 1, bytes([1]) * 32, ALICE.peer_id, ALICE.sign),
-)  # fmt: skip
+    make_record(REF, 1, bytes(32), ALICE.peer_id, sign=ALICE.sign),
+    SOURCE,
+    BOB.peer_id,
+    BOB.sign,
+    other=make_record(REF, 1, bytes([1]) * 32, ALICE.peer_id, sign=ALICE.sign),
+)
 
 
 @given(st.data())
@@ -636,7 +639,7 @@ def test_what_a_member_tells_of_itself_or_of_strangers_is_passed_over() -> None:
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, receiver = nodes[0], nodes[1]
         stranger = Identity.of(Ed25519PrivateKey.generate())
-        unknown = make_record(REF, 0, bytes(32), stranger.peer_id, stranger.sign)
+        unknown = make_record(REF, 0, bytes(32), stranger.peer_id, sign=stranger.sign)
         of_receiver = receiver.signs(0, bytes(BLOCK_SIZE))
         by_stranger = make_evidence(of_receiver, SOURCE, stranger.peer_id, stranger.sign)
         await liar.tells(receiver, liar.accuses(unknown), liar.accuses(of_receiver), by_stranger)
