@@ -34,10 +34,12 @@ from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
 from node.blocks.values import CurrentPlacement, Site
 from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
+from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
 from node.content.name_table import NameTable
-from node.content.resolver import Names
+from node.content.resolver import Resolver
+from node.content.verification import ObjectVerifier
 from node.control.api import NodeControl, Parts, upstream_row
 from node.control.cluster_routes import cluster_routes, cluster_row
 from node.control.doctor import certificate_shown
@@ -54,7 +56,7 @@ from node.identity.identity import Identity, load_or_create
 from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import Revocations
 from node.identity.verifier import Verifier
-from node.images.operations import Offline, OfflineParts
+from node.images.operations import ImageOperations
 from node.images.pins import Pins, digests_of, load_pins
 from node.images.prefetch import Prefetcher
 from node.membership.addresses import bulk_addresses
@@ -225,7 +227,8 @@ class Participant:
     exchange: Exchange
     gossiper: Gossiper
     blocks: Blocks
-    names: Names
+    resolver: Resolver
+    verifier: ObjectVerifier
     library: SiteLibrary
     ledger: Provenance
     judge: Judge
@@ -258,28 +261,40 @@ def site(
     """Wire a member over `exchange`, whose handler is `dispatcher`. Nothing runs yet: see `Participant.services`."""
     code = config.peers.k, config.peers.m
     parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, code=code)
-    near, seeder = parts.site, parts.seeder
+    near, seeder, fetcher = parts.site, parts.seeder, parts.fetcher
     gossiper = Gossiper(membership, exchange, revocations)
-    names = Names(
+    names = KnownNames(table, tag_policies(config), pinned=pinned)
+    resolver = Resolver(
         near,
-        table,
+        names,
         upstreams,
-        seeder,
+        seeder=seeder,
         nursery=nursery,
-        policies=tag_policies(config),
         served=metrics.tag_served,
         public_age=public_age,
-        pinned=pinned,
     )
-    has_mirrors = lambda upstream: len(upstreams.endpoints(upstream)) > 1  # noqa: E731
-    judge = Judge(near, seeder, identity.sign, has_mirrors, nursery=nursery, rng=rng)
+    judge = Judge(
+        site=near,
+        seeder=seeder,
+        sign=identity.sign,
+        mirrored=lambda upstream: len(upstreams.endpoints(upstream)) > 1,
+        nursery=nursery,
+        rng=rng,
+    )
     announcer, ledger = Announcer(near, seeder, parts.directory, membership, trim=table.trim), Provenance()
+    verifier = ObjectVerifier(near, seeder, fetcher, announcer.finished)
     library = SiteLibrary(
-        near, names, seeder, parts.fetcher, ledger=ledger, metrics=metrics, finished=announcer.finished
+        site=near,
+        resolver=resolver,
+        seeder=seeder,
+        fetcher=fetcher,
+        verifier=verifier,
+        ledger=ledger,
+        metrics=metrics,
     )
     dispatcher.route(gossiper.handle, Ping, PingRequest, Sync)
     dispatcher.route(seeder.handle, GetShard, GetBlock, GetHoldings, FindHolders, Announce)
-    dispatcher.route(names.handle, Resolve)
+    dispatcher.route(resolver.handle, Resolve)
     dispatcher.route(judge.handle, Accuse)
     dispatcher.route(registrar.handle, Renew)
     return Participant(
@@ -287,7 +302,8 @@ def site(
         exchange,
         gossiper,
         parts,
-        names=names,
+        resolver=resolver,
+        verifier=verifier,
         library=library,
         ledger=ledger,
         judge=judge,
@@ -350,7 +366,7 @@ class Clients:
     listings: Listings
     mirror: Mirror
     prefetcher: Prefetcher
-    images: Offline
+    images: ImageOperations
 
 
 def clients(
@@ -369,26 +385,30 @@ def clients(
         access_grace_s(config),
         upstreams,
         storage.public,
-        member.names.public_age_s,
+        member.resolver.public_age_s,
         nursery=nursery,
         public_grace_s=tag_max_age_s,
         loopback=config.mirror.listen.is_loopback,
     )
     listings = Listings(upstreams.passthrough, library, folder / "listings.sqlite", tag_max_age_s)
-    prefetcher = Prefetcher(folder / "prefetch.json", library, member.blocks.fetcher, storage.tiers.holds)
-    images = Offline(
-        OfflineParts(
-            member.blocks.site,
-            storage.disk,
-            library,
-            storage.table,
-            pins=storage.pins,
-            prefetcher=prefetcher,
-            upstreams=upstreams.names,
-            record_for=admitted.record_for,
-            finished=member.announcer.finished,
-            public=storage.public.note,
-        )
+    prefetcher = Prefetcher(
+        folder / "prefetch.json",
+        library=library,
+        verifier=member.verifier,
+        fetcher=member.blocks.fetcher,
+        holds=storage.tiers.holds,
+    )
+    images = ImageOperations(
+        site=member.blocks.site,
+        disk=storage.disk,
+        library=library,
+        table=storage.table,
+        pinned=storage.pins,
+        prefetcher=prefetcher,
+        upstreams=upstreams.names,
+        record_for=admitted.record_for,
+        finished=member.announcer.finished,
+        public=storage.public.note,
     )
     mirror = Mirror(library, upstreams.names, listings, access)
     return Clients(access, listings, mirror, prefetcher, images=images)
@@ -425,7 +445,7 @@ def operator(
     live = LiveParts(
         upstreams=upstreams,
         uplink_of=registry.uplink,
-        names=member.names,
+        names=member.resolver.known,
         access=clients.access,
         listings=clients.listings,
         bootstrap=lambda seeds: network.introducer.bootstrap.prepared([*seeds, *place.bootstrap]),
@@ -442,7 +462,7 @@ def operator(
             judge=member.judge,
             swarm=network.introducer,
             exchange=network.exchange,
-            names=member.names,
+            names=member.resolver,
             upstreams=upstreams,
             library=member.library,
             ledger=member.ledger,

@@ -91,14 +91,14 @@ async def _start_member(
     membership, exchange, joined = member.membership, member.exchange, who.place.joined
     await nursery.start(UplinkFile(folder / "uplink.msgpack", registry.uplinks.values()).run)
     await nursery.start(PeersFile(folder / "peers.msgpack").run, membership)
-    await nursery.start(EvidenceFile(folder / "evidence.msgpack").run, membership, member.judge)
+    await nursery.start(EvidenceFile(folder / "evidence.msgpack").run, membership, member.judge.cases)
     for service in member.services:
         await nursery.start(service)
     await nursery.start(who.verifier.watch, exchange.disconnect)
     if joined is not None:
         renewal = Renewal(who.verifier, joined, membership, exchange, save=partial(save_joined, folder), rng=Random())
         await nursery.start(renewal.run)
-    await nursery.start(member.library.check_parts)
+    await nursery.start(member.verifier.run)
 
 
 def data_dir(config: Config) -> Path:

@@ -122,7 +122,7 @@ class PeerHealth(_Document, frozen=True):
 class EvidenceRow(_Document, frozen=True):
     """A record that a peer signed and another member found false. `contradicted`: by a second one of the same signer.
 
-    `block` is `digest#index`. `verdict` is what this node found itself: a Verdict of node/evidence/judge.py.
+    `block` is `digest#index`. `verdict` is what this node found itself: a Verdict of node/evidence/cases.py.
     """
 
     block: str

@@ -1,4 +1,4 @@
-"""What the mirror and the control socket ask of the node: names to descriptors, descriptors to bytes.
+"""The contract between a node and its clients: names to descriptors, descriptors to bytes.
 
 `Library` is implemented by node/content/library.py over the site and the registry, and by tests over a dictionary.
 """
@@ -17,18 +17,18 @@ from protocol.ids import Digest, ObjectRef
 class Library(Protocol):
     """Reads of immutable objects, and of the names that lead to them.
 
-    - `resolve` answers for a tag or a digest (of a manifest or a blob, as the locator says). Tags are revalidated after
-      their time to live, and served stale within an age limit while the registry is out of reach. Raises
-      NotFoundError, DeniedError or UnavailableError.
-    - `read` yields the bytes [start, stop) of an object in order, and then those of each of `more`, in chunks within a
-      block and one of these ranges, while later blocks still arrive; the first chunk is empty where the first block
-      takes so long that a client would give up. All its work ends when the generator is closed (`aclosing`). Of a
-      small object nothing is yielded before its digest is right, of a larger one that is read whole its last block is
-      not; else CorruptObjectError is raised. A
-      block that nobody can give raises UnavailableError. Nothing it yields is altered later.
-    - `sealed` gives an open file whose bytes are exactly the object, checked by this process and unchanged since, for
-      sendfile; None where there is no such file. Leaving the context closes the file. It tells where the file is from
-      and counts the bytes [start, stop) that the caller is about to send as served.
+    - `resolve` takes a tag or a digest (of a manifest or a blob, as the locator says). Tags are revalidated after their
+      time to live, and served stale within an age limit while the registry is out of reach. Raises NotFoundError,
+      DeniedError or UnavailableError.
+    - `read` yields the bytes [start, stop) of an object in order, and then those of each range in `more`, while later
+      blocks still arrive. A chunk is part of one block and of one range. The first chunk is empty if the first block
+      is so late that a client would give up. Closing the generator (`aclosing`) ends all its work. The digest of a
+      small object is verified before its first byte is yielded; that of a larger object that is read whole, before its
+      last block is. A wrong digest raises CorruptObjectError, and a block that cannot be obtained from any source
+      UnavailableError. Yielded bytes do not change later.
+    - `sealed` gives an open file of exactly the object's bytes for sendfile, if this process has checked the file and
+      it did not change since; else None. Leaving the context closes the file. The bytes [start, stop) are counted as
+      served from the file's tier.
     """
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved: ...

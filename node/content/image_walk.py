@@ -1,73 +1,79 @@
-"""What belongs to an image: its manifests, read through the node, and what they name, for the platforms wanted."""
+"""The walk over an image: its manifests, read one after the other, and the objects that they name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 
 from node.content.contract import Library
-from node.oci.layout import Packed, PackedImage
+from node.oci.layout import MAX_DEPTH, Packed, PackedImage
 from node.oci.manifests import MAX_MANIFEST, MAX_MANIFEST_ENTRIES, Manifest, Resolved, descriptors, parse_manifest
 from node.oci.platforms import Platform
 from node.oci.references import ImageName, Locator
 from protocol.errors import BadInputError, NotFoundError
 from protocol.ids import ObjectRef
 
-MAX_DEPTH = 2
-"""An index of indexes is as deep as it gets."""
+
+def chosen(index: Manifest, platforms: Sequence[Platform]) -> Iterable[Resolved]:
+    """The manifests of an index for these platforms; all of them if no platform is named or the index has only one."""
+    entries = index.manifests[:MAX_MANIFEST_ENTRIES]
+    fitting = {entry.digest for entry in entries if any(platform.fits(entry.platform) for platform in platforms)}
+    everything = not platforms or len(entries) == 1
+    return (inner for inner in descriptors(index, "manifests") if everything or str(inner.ref.digest) in fitting)
+
+
+async def walk(
+    root: Resolved,
+    read: Callable[[Resolved], Awaitable[bytes | None]],
+    wanted: Callable[[Manifest], Iterable[Resolved]] = lambda index: chosen(index, ()),
+) -> tuple[Packed, ...]:
+    """The objects of an image, each once, the root first. Manifests for which `read` returns None are left out."""
+    objects: dict[ObjectRef, Packed] = {}
+
+    async def visit(resolved: Resolved, depth: int) -> None:
+        if (body := await read(resolved)) is None:
+            return
+        objects[resolved.ref] = Packed(resolved.ref, "manifests", resolved.media_type)
+        manifest = parse_manifest(body)
+        for blob in descriptors(manifest, "blobs"):
+            objects.setdefault(blob.ref, Packed(blob.ref, "blobs", blob.media_type))
+        for inner in wanted(manifest):
+            if inner.ref not in objects and depth < MAX_DEPTH:
+                await visit(inner, depth + 1)
+
+    await visit(root, 0)
+    return tuple(objects.values())
+
+
+async def read_manifest(library: Library, locator: Locator, manifest: Resolved) -> bytes:
+    if manifest.ref.size > MAX_MANIFEST:
+        raise BadInputError(f"{manifest.ref.digest}: a manifest of {manifest.ref.size} bytes")
+    async with aclosing(library.read(locator, manifest.ref, 0, manifest.ref.size)) as chunks:
+        return b"".join([bytes(chunk) async for chunk in chunks])
 
 
 async def survey(library: Library, name: ImageName, platforms: Sequence[Platform]) -> PackedImage:
-    """All objects of an image, its manifests being read for it; of all platforms where none is named.
+    """All objects of an image for these platforms, or for all if none is named. Its manifests are read for it.
 
-    Raises as `Library`, and NotFoundError where the image is not for one of the platforms.
+    Raises as `Library`, and NotFoundError if the image is not for one of the platforms.
     """
-    found = await library.resolve(name.manifests, name.reference)
-    walk = _Walk(library, name, platforms)
-    await walk.manifest(found, 0)
-    return PackedImage(name, tuple(walk.objects.values()))
+
+    def wanted(index: Manifest) -> Iterable[Resolved]:
+        entries = index.manifests[:MAX_MANIFEST_ENTRIES]
+        for platform in platforms if len(entries) > 1 else ():
+            if not any(platform.fits(entry.platform) for entry in entries):
+                raise NotFoundError(f"{name} is not for {platform}; it is for {_platforms_of(index)}")
+        return chosen(index, platforms)
+
+    root = await library.resolve(name.manifests, name.reference)
+    objects = await walk(root, lambda manifest: read_manifest(library, name.manifests, manifest), wanted)
+    return PackedImage(name, objects)
 
 
-class _Walk:
-    def __init__(self, library: Library, name: ImageName, platforms: Sequence[Platform]) -> None:
-        self._library, self._name, self._platforms = library, name, platforms
-        self.objects: dict[ObjectRef, Packed] = {}
-
-    async def manifest(self, found: Resolved, depth: int) -> None:
-        self.objects[found.ref] = Packed(found.ref, "manifests", found.media_type)
-        document = parse_manifest(await self._body(found))
-        for one in descriptors(document, "blobs"):
-            self.objects.setdefault(one.ref, Packed(one.ref, "blobs", one.media_type))
-        for inner in self._wanted(document):
-            if inner.ref not in self.objects and depth < MAX_DEPTH:
-                await self.manifest(inner, depth + 1)
-
-    async def _body(self, found: Resolved) -> bytes:
-        if found.ref.size > MAX_MANIFEST:
-            raise BadInputError(f"{found.ref.digest}: a manifest of {found.ref.size} bytes")
-        locator = self._name.manifests
-        async with aclosing(self._library.read(locator, found.ref, 0, found.ref.size)) as chunks:
-            return b"".join([bytes(chunk) async for chunk in chunks])
-
-    def _wanted(self, document: Manifest) -> Iterator[Resolved]:
-        entries = document.manifests[:MAX_MANIFEST_ENTRIES]
-        listed = list(descriptors(document, "manifests"))
-        if not self._platforms or len(entries) == 1:
-            yield from listed
-            return
-        chosen = set()
-        for wanted in self._platforms:
-            fitting = {entry.digest for entry in entries if wanted.fits(entry.platform)}
-            if entries and not fitting:
-                raise NotFoundError(f"{self._name} is not for {wanted}; it is for {_platforms_of(document)}")
-            chosen |= fitting
-        yield from (one for one in listed if str(one.ref.digest) in chosen)
-
-
-def _platforms_of(document: Manifest) -> str:
+def _platforms_of(index: Manifest) -> str:
     keys = ("os", "architecture", "variant")
-    known = {"/".join(str(one.platform.get(key, "")) for key in keys).rstrip("/") for one in document.manifests}
-    return ", ".join(sorted(known))[:400]
+    names = {"/".join(str(entry.platform.get(key, "")) for key in keys).rstrip("/") for entry in index.manifests}
+    return ", ".join(sorted(names))[:400]
 
 
 def locator_of(name: ImageName, packed: Packed) -> Locator:

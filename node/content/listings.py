@@ -1,8 +1,8 @@
-"""What a registry lists: the tags of a repository, and the manifests that refer to an object.
+"""Lists of the registry: the tags of a repository, and the manifests that refer to an object.
 
 Specification: OCI distribution 1.1, "Listing Tags", "Listing Referrers" and "Unavailable Referrers API". Registries
-differ in what they do of it, and the mirror does the rest: pages and filters where the registry gives all it has, the
-referrers tag where there is no referrers API. Answers are remembered on disk, for when the registry is out of reach.
+implement different parts of it, and the mirror adds the rest: pages and filters if the registry returns everything, the
+referrers tag if there is no referrers API. Answers are kept on disk, for when the registry is out of reach.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
 
 from node.content.contract import Library
+from node.content.image_walk import read_manifest
 from node.oci.manifests import MAX_MANIFEST
 from node.oci.references import Grant, Locator
 from node.registry.upstreams import Passed
@@ -29,9 +29,10 @@ from protocol.ids import Digest
 log = logging.getLogger(__name__)
 
 FRESH_S = 10.0
-"""A list is asked for anew after this time: what signs an image looks for its signature at once."""
+"""A list is requested again after this time. It is short, since a tool that signs an image looks for the signature at
+once."""
 KEPT_BYTES = 32 << 20
-"""On disk, keys included; what was confirmed longest ago goes first."""
+"""Lists on disk, keys included; those that were confirmed longest ago are deleted first."""
 INDEX = "application/vnd.oci.image.index.v1+json"
 NO_REFERRERS = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
 _TAG_PART = 64
@@ -43,8 +44,13 @@ _SCHEMA = (
 
 _T = TypeVar("_T")
 
-Passthrough = Callable[[str, str, str, Mapping[str, str], Grant | None], Awaitable[Passed]]
-"""(upstream, repository, `tags/list` or `referrers/<digest>`, query, grant); raises as `Upstreams.passthrough`."""
+
+class Passthrough(Protocol):
+    """`Upstreams.passthrough`; `tail` is `tags/list` or `referrers/<digest>`."""
+
+    async def __call__(
+        self, upstream: str, repository: str, tail: str, query: Mapping[str, str], /, grant: Grant | None
+    ) -> Passed: ...
 
 
 class _Tags(msgspec.Struct):
@@ -53,7 +59,7 @@ class _Tags(msgspec.Struct):
 
 
 class _Index(msgspec.Struct, rename="camel", omit_defaults=True):
-    """An index whose descriptors stay as they came, byte for byte."""
+    """An index whose descriptors are kept unparsed, byte for byte."""
 
     schema_version: int
     media_type: str
@@ -66,7 +72,8 @@ class _Typed(msgspec.Struct, rename="camel"):
 
 
 class Listings:
-    """Of all upstreams, for clients that may read the repository. Both methods raise as `Upstreams.resolve`."""
+    """Lists of all upstreams, for clients that may read the repository. `tags` and `referrers` raise as
+    `Upstreams.resolve`."""
 
     def __init__(self, passthrough: Passthrough, library: Library, path: Path, max_age_s: float) -> None:
         self._passthrough, self._library, self.max_age_s = passthrough, library, max_age_s
@@ -76,13 +83,11 @@ class Listings:
         self._database.close()
 
     async def tags(self, locator: Locator, query: Mapping[str, str]) -> Passed:
-        """A page of the repository's tags; `n` and `last` are honoured whether the registry does so or not."""
+        """A page of the repository's tags; `n` and `last` are honoured even if the registry ignores them."""
 
-        async def ask() -> Passed:
-            return await self._passthrough(locator.upstream, locator.repository, "tags/list", query, locator.grant)
-
+        key = _key(locator, "tags/list", query)
         try:
-            passed = await self._listed(_key(locator, "tags/list", query), ask)
+            passed = await self._listed(key, lambda: self._from_registry(locator, "tags/list", query))
         except UnavailableError:
             whole = self._remembered(_key(locator, "tags/list", {}), self.max_age_s)
             if whole is None or whole.link:
@@ -91,22 +96,21 @@ class Listings:
         return _page(passed, query, whole=False)
 
     async def referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
-        """An index of what refers to `digest`, empty where nothing does.
+        """An index of the manifests that refer to `digest`, empty if there are none.
 
-        The registry is asked for all of them: one remembered list then answers for every `artifactType`.
+        The registry is asked for all of them: one stored list then serves every `artifactType`.
         """
         rest = {name: value for name, value in query.items() if name != "artifactType"}
-
-        async def ask() -> Passed:
-            return await self._ask_referrers(locator, digest, rest)
-
-        passed = await self._listed(_key(locator, f"referrers/{digest}", rest), ask)
+        key = _key(locator, f"referrers/{digest}", rest)
+        passed = await self._listed(key, lambda: self._ask_referrers(locator, digest, rest))
         return _of_type(passed, query["artifactType"]) if query.get("artifactType") else passed
+
+    async def _from_registry(self, locator: Locator, tail: str, query: Mapping[str, str]) -> Passed:
+        return await self._passthrough(locator.upstream, locator.repository, tail, query, grant=locator.grant)
 
     async def _ask_referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
         try:
-            tail = f"referrers/{digest}"
-            passed = await self._passthrough(locator.upstream, locator.repository, tail, query, locator.grant)
+            passed = await self._from_registry(locator, f"referrers/{digest}", query)
             if passed.media_type == INDEX:  # and not the page of a web interface
                 return passed
         except NotFoundError:
@@ -115,15 +119,14 @@ class Listings:
 
     async def _tagged(self, locator: Locator, digest: Digest) -> bytes:
         try:
-            found = await self._library.resolve(locator, f"{digest.algorithm}-{digest.hex[:_TAG_PART]}")
+            index = await self._library.resolve(locator, f"{digest.algorithm}-{digest.hex[:_TAG_PART]}")
         except NotFoundError:
             return NO_REFERRERS
-        if found.media_type != INDEX or found.ref.size > MAX_MANIFEST:
+        if index.media_type != INDEX or index.ref.size > MAX_MANIFEST:
             return NO_REFERRERS
-        async with aclosing(self._library.read(locator, found.ref, 0, found.ref.size)) as chunks:
-            return b"".join([bytes(chunk) async for chunk in chunks])
+        return await read_manifest(self._library, locator, index)
 
-    # What is remembered
+    # Lists on disk
 
     async def _listed(self, key: str, ask: Callable[[], Awaitable[Passed]]) -> Passed:
         fresh = self._remembered(key, FRESH_S)
@@ -135,7 +138,7 @@ class Listings:
             stale = self._remembered(key, self.max_age_s)
             if stale is None:
                 raise
-            log.warning("%s is served as it was last listed: %s", key[:300], error)
+            log.warning("%s is served from an earlier answer: %s", key[:300], error)
             return stale
         self._remember(key, passed)
         return passed
@@ -164,8 +167,11 @@ def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:
 
 
 def _page(passed: Passed, query: Mapping[str, str], *, whole: bool) -> Passed:
-    """The page that is asked for, in order, where the answer holds all tags: if `whole`, or for a first page without a
-    next one, or where what it holds shows that the query was ignored."""
+    """The requested page, sorted, if the answer holds all tags; else the answer as it is.
+
+    It holds all if `whole`, if it is a first page without a next one, or if its content shows that the query was
+    ignored.
+    """
     limit = int(query["n"]) if _is_count(query.get("n", "")) else None
     last = query.get("last", "")
     listed = _decoded(passed.body, _Tags)
@@ -188,12 +194,12 @@ def _of_type(passed: Passed, artifact_type: str) -> Passed:
     index = _decoded(passed.body, _Index)
     if index is None:
         return passed
-    index.manifests = [one for one in index.manifests if _decoded(one, _Typed) == _Typed(artifact_type)]
+    index.manifests = [entry for entry in index.manifests if _decoded(entry, _Typed) == _Typed(artifact_type)]
     return replace(passed, body=msgspec.json.encode(index), filters="artifactType")
 
 
 def _decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
-    """None for what is no such document: that is handed on as it is."""
+    """None for any other document: the caller then passes the answer on unchanged."""
     try:
         return msgspec.json.decode(data, type=kind)
     except UNDECODABLE:

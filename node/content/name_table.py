@@ -1,4 +1,8 @@
-"""Tags and digests that are remembered across restarts, in SQLite."""
+"""The names that this node learned, in SQLite, for use after a restart and while the registry is out of reach.
+
+A row is the last answer for a tag or digest: a descriptor, and when the registry confirmed it. The rows used last are
+also in memory, with the source of the answer, which is not stored.
+"""
 
 from __future__ import annotations
 
@@ -19,31 +23,22 @@ from protocol.ids import Digest, ObjectRef
 log = logging.getLogger(__name__)
 
 REGISTRY = "registry"
-
-
-_MAX_ROWS = 100_000
-
-
-_MAX_RECENT = 4096
+MAX_RECENT = 4096
 """Names that are answered without SQLite."""
-
-
+_MAX_ROWS = 100_000
 _COLUMNS = "digest, size, media_type, confirmed"
-
-
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
     " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID;"
 )
 
-
-_Key = tuple[str, str]
+Key = tuple[str, str]
 """A locator as text, and a reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownTag:
-    """`told_by` is REGISTRY, a member's peer id, or "" for what was only remembered on disk."""
+    """`told_by` is REGISTRY, a member's peer id, or "" for an answer that was read from disk."""
 
     locator: Locator
     tag: str
@@ -52,29 +47,27 @@ class KnownTag:
 
 
 class NameTable:
-    """Names that this node learnt, in SQLite: they outlive a restart, and a registry that is gone."""
-
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        """`clock` gives Unix time: what is remembered is older than this process."""
+        """`clock` gives Unix time: rows are older than this process."""
         self._clock = clock
-        self._recent: LRUCache[_Key, tuple[Resolved, float, str]] = LRUCache(_MAX_RECENT)
-        """With the time at which the registry confirmed it, and who told."""
+        self._recent: LRUCache[Key, tuple[Resolved, float, str]] = LRUCache(MAX_RECENT)
+        """With the time of the registry's confirmation, and `told_by`."""
         self._database = Database(path, _SCHEMA)
 
     def close(self) -> None:
         self._database.close()
 
     def get(self, source: str, reference: str) -> Resolved | None:
-        known = self._recent.get((source, reference))
-        if known is None:
+        recent = self._recent.get((source, reference))
+        if recent is None:
             rows = self._database.run(
                 f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", (source, reference)
             )
-            found = self._resolved(*rows[0]) if rows else None
-            if found is None:
+            resolved = self._resolved(*rows[0]) if rows else None
+            if resolved is None:
                 return None
-            known = self._recent[source, reference] = found, rows[0][3], ""
-        return replace(known[0], age_s=self._age(known[1]))
+            recent = self._recent[source, reference] = resolved, rows[0][3], ""
+        return replace(recent[0], age_s=self._age(recent[1]))
 
     def put(self, source: str, reference: str, resolved: Resolved, told_by: str = "") -> None:
         self._recent[source, reference] = resolved, self._clock() - resolved.age_s, told_by
@@ -85,40 +78,34 @@ class NameTable:
         self._recent.pop((source, reference), None)
         self._database.run("DELETE FROM name WHERE source = ? AND reference = ?", (source, reference))
 
-    def put_many(self, source: str, found: list[Resolved]) -> None:
-        """Digests stand for themselves; known ones are kept as they are."""
-        rows = [self._row(source, str(one.ref.digest), one) for one in found]
+    def put_many(self, source: str, objects: list[Resolved]) -> None:
+        """Objects by their digests; rows that exist stay as they are."""
+        rows = [self._row(source, str(resolved.ref.digest), resolved) for resolved in objects]
         self._database.run("INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)", *rows)
 
     def images(self) -> list[tuple[str, str, Resolved]]:
-        """(source, reference, what it stands for) of manifests, the newest first."""
-        rows = self._database.run(
-            f"SELECT source, reference, {_COLUMNS} FROM name"
-            " WHERE source LIKE '%#manifests' ORDER BY confirmed DESC LIMIT 1000",
-            (),
-        )
-        found = ((row[0], row[1], self._resolved(*row[2:])) for row in rows)
-        return [(source, reference, one) for source, reference, one in found if one is not None]
+        """(source, reference, descriptor) of manifests, the newest first."""
+        return self._listed("", ())
 
     def tags(self, pattern: str) -> list[KnownTag]:
-        """Those that an SQLite GLOB over `upstream/repository:tag` fits, the latest confirmed first."""
+        """The tags whose `upstream/repository:tag` fits an SQLite GLOB, the latest confirmed first."""
+        of_tags = " AND instr(reference, ':') = 0 AND replace(source, '#manifests', ':') || reference GLOB ?"
+        rows = self._listed(of_tags, (pattern,))
+        return [KnownTag(Locator.parse(source), tag, ref, self.told_by(source, tag)) for source, tag, ref in rows]
+
+    def _listed(self, condition: str, values: tuple[str, ...]) -> list[tuple[str, str, Resolved]]:
         rows = self._database.run(
-            f"SELECT source, reference, {_COLUMNS} FROM name"
-            " WHERE source LIKE '%#manifests' AND instr(reference, ':') = 0"
-            " AND replace(source, '#manifests', ':') || reference GLOB ? ORDER BY confirmed DESC LIMIT 1000",
-            (pattern,),
+            f"SELECT source, reference, {_COLUMNS} FROM name WHERE source LIKE '%#manifests'{condition}"
+            " ORDER BY confirmed DESC LIMIT 1000",
+            values,
         )
-        found = ((source, tag, self._resolved(*columns)) for source, tag, *columns in rows)
-        return [
-            KnownTag(Locator.parse(source), tag, one, self.told_by(source, tag))
-            for source, tag, one in found
-            if one is not None
-        ]
+        listed = ((source, reference, self._resolved(*columns)) for source, reference, *columns in rows)
+        return [(source, reference, resolved) for source, reference, resolved in listed if resolved is not None]
 
     def told_by(self, source: str, reference: str) -> str:
-        """As in KnownTag."""
-        known = self._recent.get((source, reference))
-        return known[2] if known else ""
+        """The source of the answer, as in KnownTag."""
+        recent = self._recent.get((source, reference))
+        return recent[2] if recent else ""
 
     def trim(self) -> None:
         """Forget the names that were confirmed longest ago."""
@@ -127,11 +114,12 @@ class NameTable:
             (_MAX_ROWS,),
         )
 
-    def _row(self, source: str, reference: str, one: Resolved) -> tuple[object, ...]:
-        return source, reference, str(one.ref.digest), one.ref.size, one.media_type, self._clock() - one.age_s
+    def _row(self, source: str, reference: str, resolved: Resolved) -> tuple[object, ...]:
+        ref, confirmed = resolved.ref, self._clock() - resolved.age_s
+        return source, reference, str(ref.digest), ref.size, resolved.media_type, confirmed
 
     def _resolved(self, digest: str, size: int, media_type: str, confirmed: float) -> Resolved | None:
-        """None where the disk altered it: what is unknown is asked for."""
+        """None for a row that the disk altered: the name is then asked for like an unknown one."""
         try:
             return Resolved(ObjectRef(Digest.parse(digest), size), media_type, self._age(confirmed))
         except BadInputError as error:
@@ -139,6 +127,6 @@ class NameTable:
             return None
 
     def _age(self, confirmed: float) -> float:
-        # A clock that was set back makes the age unknown: the name is asked for again as soon as can be.
+        # A clock that was set back makes the age unknown: the name is asked for again as soon as possible.
         age = self._clock() - confirmed
         return age if age >= 0 else 1e9

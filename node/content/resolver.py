@@ -1,29 +1,25 @@
-"""What names stand for: tags and digests to descriptors, for the whole site, through one node that asks the registry.
+"""Resolution of tags and digests to descriptors, for the whole site, by one node that asks the registry.
 
-The first alive of a name's three homes asks the origin and remembers; the others ask it. A tag is as old as the
-question that the registry answered last, wherever that was heard, so that two nodes never disagree for longer than its
-time to live (node/config/tag_policy.py). While the registry is out of reach all take the youngest answer that the
-site has.
+The first alive of a name's three homes asks the registry and remembers the answer; the other members ask that home. An
+answer's age counts from the question to the registry, through however many members it passes. So two nodes never
+disagree for longer than the tag's time to live (node/content/known_names.py). While the registry is out of reach, all
+members use the youngest answer that the site has.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
 
 import trio
-from cachetools import LRUCache, TTLCache
 
-from node.api.documents import TagState
 from node.blocks.keeper import Seeder
 from node.blocks.values import Site
-from node.config.tag_policy import TagPolicies, TagPolicy
-from node.content.name_table import _MAX_RECENT, REGISTRY, KnownTag, NameTable, _Key
+from node.content.known_names import KnownNames
 from node.exchange.contract import Answer, Lane
-from node.oci.manifests import UNTYPED, Resolved, descriptors, media_type_of, parse_manifest
+from node.oci.manifests import Resolved
 from node.oci.references import Locator, is_digest
 from node.runtime.single_flight import SingleFlight
 from protocol import messages
@@ -33,165 +29,73 @@ from protocol.ids import Digest, ObjectRef, PeerId
 log = logging.getLogger(__name__)
 
 ASK_S = 2.0
-"""A home says `Waiting` while it asks the registry; silence this long is a home that is gone."""
+"""A home sends `Waiting` while it asks the registry; a home that is silent for this time is gone."""
 LAST_RESORT_MEMBERS = 64
-"""Asked for what they know when the registry does not answer."""
+"""Members asked for the answers that they have when the registry does not answer."""
 JOINED_S = 1.0
-"""A home's question to the registry, which another's joins, may be so much older."""
-DOUBTED_S = 60.0
-"""A home that lies is asked again after this, and found out again."""
+"""A home's question to the registry may be older than this node's by this time, if it joined another's."""
 
 
 class Registries(Protocol):
-    """What is needed of node/registry/upstreams.py here."""
+    """The part of node/registry/upstreams.py that is used here."""
 
     async def resolve(
-        self, locator: Locator, reference: str, known: Resolved | None = None
+        self, locator: Locator, reference: str, previous: Resolved | None = None, /
     ) -> tuple[Resolved, bytes | None]: ...
 
 
-class Names:
+class Resolver:
+    """`served` is called with the age in seconds of each tag's answer to a client. `public_age`: how many seconds ago
+    this node saw that the repository can be read without a grant."""
+
     def __init__(
         self,
         site: Site,
-        table: NameTable,
+        known_names: KnownNames,
         upstreams: Registries,
+        *,
         seeder: Seeder,
         nursery: trio.Nursery,
-        policies: TagPolicies,
         served: Callable[[float], None],
         public_age: Callable[[Locator], float | None] = lambda _: None,
-        pinned: Callable[[str, str], bool] = lambda source, reference: False,
     ) -> None:
-        self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
-        self.policies, self._served = policies, served
-        self._public_age, self._pinned = public_age, pinned
+        self._site, self.known, self._upstreams, self._seeder = site, known_names, upstreams, seeder
+        self._served, self._public_age = served, public_age
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
-        self._origin: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
-        self._site_asked: LRUCache[_Key, float] = LRUCache(_MAX_RECENT)
-        """When the site was asked last for a tag that the registry did not tell; without those that it told since."""
-        self._types: LRUCache[Digest, str] = LRUCache(_MAX_RECENT)
-        """Of manifests, by the registry's word or their own bytes."""
-        self._doubted: TTLCache[tuple[str, ObjectRef], bool] = TTLCache(_MAX_RECENT, DOUBTED_S, timer=trio.current_time)
+        self._revalidating: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
-        """For a client of this node. Raises NotFoundError, DeniedError or UnavailableError."""
-        found = self._fresh(locator, reference)
-        if found is None:
-            found = await self._asking.do((locator, reference), lambda: self._ask_site(locator, reference))
+        """Answer a client of this node. Raises NotFoundError, DeniedError or UnavailableError."""
+        resolved = self.known.fresh(locator, reference)
+        if resolved is None:
+            resolved = await self._asking.do((locator, reference), lambda: self._ask_site(locator, reference))
         if not is_digest(reference):
-            self._served(found.age_s)
-        return found
+            self._served(resolved.age_s)
+        return resolved
 
     async def handle(self, peer: PeerId, request: messages.Resolve) -> Answer:
-        """For a member."""
-        locator = Locator.parse(request.source)
-        found = self._fresh(locator, request.reference)
-        if found is None and request.reach == 0:
-            found = self._usable(locator, request.reference)
-            if found is None:
+        """Answer a member."""
+        locator, reference = Locator.parse(request.source), request.reference
+        resolved = self.known.fresh(locator, reference)
+        if resolved is None and request.reach == 0:
+            resolved = self.known.usable(locator, reference)
+            if resolved is None:
                 return Answer(messages.Failed("not-held", "not known here"))
-        if found is None:
-            found = await self._ask_origin(locator, request.reference)
+        if resolved is None:
+            resolved = await self.ask_registry(locator, reference)
         if locator.kind == "manifests":
-            found = self.typed(found) or found
-        public = self._public_age(locator)
+            resolved = self.known.typed(resolved) or resolved
+        ref, public = resolved.ref, self._public_age(locator)
         age_s = -1.0 if public is None else public
-        return Answer(messages.Resolved(str(found.ref.digest), found.ref.size, found.media_type, found.age_s, age_s))
+        return Answer(
+            messages.Resolved(str(ref.digest), ref.size, resolved.media_type, resolved.age_s, public_age_s=age_s)
+        )
 
-    def learn(self, locator: Locator, body: bytes) -> None:
-        """A manifest was read: what it names needs not be asked for."""
-        manifest = parse_manifest(body)
-        self._table.put_many(str(locator.of_kind("blobs")), list(descriptors(manifest, "blobs")))
-        # Clients go by a manifest's type: one that its index does not type is left to be asked for.
-        typed = [one for one in descriptors(manifest, "manifests") if one.media_type != UNTYPED]
-        self._table.put_many(str(locator.of_kind("manifests")), typed)
-
-    def typed(self, found: Resolved) -> Resolved | None:
-        """With the manifest's own media type, whoever told another one; None where it was not looked at yet."""
-        media_type = self._types.get(found.ref.digest)
-        return None if media_type is None else replace(found, media_type=media_type)
-
-    def look_at(self, locator: Locator, reference: str, found: Resolved, body: bytes) -> None:
-        """A manifest, whose digest is right, is here: is it of the media type that was told?
-
-        Who told another one is named, and no more: it may have been told so, or have it from an index that is wrong.
-        """
-        media_type = media_type_of(body, found.media_type)
-        if media_type is None:
-            self.doubt(locator, found.ref)
-            return
-        if media_type != found.media_type:
-            teller = self._table.told_by(str(locator), reference) or "nobody that is remembered"
-            log.warning("%s is of type %s; %s told %s", found.ref.digest, media_type, teller, found.media_type)
-        self._types[found.ref.digest] = media_type
-
-    def known(self, locator: Locator, reference: str) -> Resolved | None:
-        """What this node remembers, however old."""
-        return self._table.get(str(locator), reference)
-
-    def images(self) -> list[tuple[str, str, Resolved]]:
-        return self._table.images()
-
-    def tags(self, pattern: str) -> list[tuple[KnownTag, TagPolicy, TagState]]:
-        """The tags that this node knows, whose `upstream/repository:tag` fits the pattern."""
-        found = []
-        for one in self._table.tags(pattern):
-            policy = self.policies.of(one.locator, one.tag)
-            found.append((one, policy, self._state(one, policy)))
-        return found
-
-    def _state(self, one: KnownTag, policy: TagPolicy) -> TagState:
-        age_s = one.resolved.age_s
-        if age_s < policy.ttl_s:
-            return "fresh"
-        if (str(one.locator), one.tag) not in self._site_asked:
-            return "due"
-        return "stale" if age_s < policy.max_age_s else "too old"
-
-    def _fresh(self, locator: Locator, reference: str) -> Resolved | None:
-        found = self.known(locator, reference)
-        if found is None or self._is_doubted(locator, found):
-            return None
-        return found if found.age_s < self._ttl_s(locator, reference) else None
-
-    def doubt(self, locator: Locator, ref: ObjectRef) -> None:
-        """What was told cannot be read: a member may have told a wrong size. The registry is asked itself then."""
-        self._doubted[str(locator), ref] = True
-
-    def _is_doubted(self, locator: Locator, found: Resolved) -> bool:
-        return (str(locator), found.ref) in self._doubted
-
-    def _ttl_s(self, locator: Locator, reference: str) -> float:
-        """A digest stands for the same for ever."""
-        return math.inf if is_digest(reference) else self.policies.of(locator, reference).ttl_s
-
-    def _usable(self, locator: Locator, reference: str) -> Resolved | None:
-        """Stale, but within the age limit or pinned here: for when nobody knows better."""
-        found = self.known(locator, reference)
-        if found and (found.age_s < self._max_age_s(locator, reference) or self._pinned(str(locator), reference)):
-            return found
-        return None
-
-    def _max_age_s(self, locator: Locator, reference: str) -> float:
-        return math.inf if is_digest(reference) else self.policies.of(locator, reference).max_age_s
-
-    def _note(self, locator: Locator, reference: str, found: Resolved, told_by: str) -> Resolved:
-        """The younger of what was told and what is known: a late answer must not bring back what a tag was before."""
-        known = self.known(locator, reference)
-        if known is not None and known.age_s < found.age_s and not self._is_doubted(locator, known):
-            return known
-        self._table.put(str(locator), reference, found, told_by)
-        return found
-
-    def _forget(self, locator: Locator, reference: str) -> None:
-        """The registry has it no more: this must not come back when that is out of reach, unless it is pinned here."""
-        if not self._pinned(str(locator), reference):
-            self._table.drop(str(locator), reference)
+    # Members
 
     async def _ask_site(self, locator: Locator, reference: str) -> Resolved:
         site, now = self._site, trio.current_time()
-        # Without the client's grant, which stays here, no other node is told what the name stands for.
+        # A client's grant stays on this node, and no member gets the answer to a question that was asked with one.
         homes = site.placement().name_homes(f"{locator}@{reference}") if locator.grant is None else ()
         for home in homes:
             if home == site.own:
@@ -200,67 +104,58 @@ class Names:
                 continue
             began = trio.current_time()
             try:
-                found = await self._ask_member(home, locator, reference, reach=1)
+                resolved = await self._ask_member(home, locator, reference, hops=1)
             except UnavailableError:
                 break
             except NotFoundError:
-                self._forget(locator, reference)
+                self.known.forget(locator, reference)
                 raise
             except DeniedError:
                 raise
             except ShoalError as error:
                 log.debug("name home %s: %s", home, error)
                 continue
-            if self._is_doubted(locator, found):
+            if self.known.is_doubted(locator, resolved):
                 break
-            limit_s = max(trio.current_time() - began + JOINED_S, self._ttl_s(locator, reference))
-            if found.age_s < limit_s or self._out_of_reach_lately(locator, reference):
-                return found
-            break  # its registry is out of reach, but this node's may not be
-        return await self._ask_origin(locator, reference)
+            limit_s = max(trio.current_time() - began + JOINED_S, self.known.ttl_s(locator, reference))
+            if resolved.age_s < limit_s or self.known.site_was_asked(locator, reference):
+                return resolved
+            break  # the home does not reach the registry, but this node may
+        return await self.ask_registry(locator, reference)
 
-    async def _ask_member(self, peer: PeerId, locator: Locator, reference: str, reach: int) -> Resolved:
-        """What a member tells, or what is known here if that is younger."""
-        question = messages.Resolve(str(locator), reference, reach)
+    async def _ask_member(self, peer: PeerId, locator: Locator, reference: str, *, hops: int) -> Resolved:
+        """The member's answer, or the known one if that is younger."""
         asked = trio.current_time()
-        answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
-        message = answer.message
-        if not isinstance(message, messages.Resolved):
-            raise UnavailableError(f"{peer} does not tell what {reference} is")
+        message = await self._question(peer, locator, reference, hops)
         digest = Digest.parse(message.digest)
         if is_digest(reference) and str(digest) != reference:
-            raise UnavailableError(f"{peer} tells another digest than {reference}")
-        # Part of the time may be in the told age already. Too old asks again too soon; too young would be wrong.
+            raise UnavailableError(f"{peer} answers with another digest than {reference}")
+        # The answer's age may include part of the round trip. Too high an age only makes the node ask again too early.
         age_s = max(0.0, message.age_s) + trio.current_time() - asked
-        return self._note(
-            locator, reference, Resolved(ObjectRef(digest, message.size), message.media_type, age_s), peer
-        )
+        resolved = Resolved(ObjectRef(digest, message.size), message.media_type, age_s)
+        return self.known.note(locator, reference, resolved, peer)
+
+    async def _question(self, peer: PeerId, locator: Locator, reference: str, hops: int) -> messages.Resolved:
+        question = messages.Resolve(str(locator), reference, hops)
+        answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
+        if not isinstance(answer.message, messages.Resolved):
+            raise UnavailableError(f"{peer} has no answer for {reference}")
+        return answer.message
 
     async def public_age_s(self, locator: Locator, reference: str) -> float | None:
-        """For when the registry is out of reach: how long ago a member saw that anybody may read the repository."""
+        """How long ago a member saw that anybody may read the repository, for when the registry is out of reach."""
         ages: list[float] = []
 
         async def ask(peer: PeerId) -> None:
-            question = messages.Resolve(str(locator), reference, 0)
-            answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
-            if isinstance(answer.message, messages.Resolved) and answer.message.public_age_s >= 0:
-                ages.append(answer.message.public_age_s)
+            ages.append((await self._question(peer, locator, reference, 0)).public_age_s)
 
-        await self._for_others(locator, reference, ask)
-        return min(ages, default=None)
+        await self._ask_others(locator, reference, ask)
+        return min((age_s for age_s in ages if age_s >= 0), default=None)
 
-    async def _ask_everybody(self, locator: Locator, reference: str) -> None:
-        """Notes the youngest answer of those who know. One may have imported it."""
+    async def _ask_others(self, locator: Locator, reference: str, ask: Callable[[PeerId], Awaitable[object]]) -> None:
+        """Ask up to LAST_RESORT_MEMBERS other members at once, the name's homes first; failures are passed over."""
 
-        async def ask(peer: PeerId) -> None:
-            await self._ask_member(peer, locator, reference, reach=0)
-
-        await self._for_others(locator, reference, ask)
-
-    async def _for_others(self, locator: Locator, reference: str, ask: Callable[[PeerId], Awaitable[None]]) -> None:
-        """Some of the other members at once, the name's homes first; from whom nothing comes is passed over."""
-
-        async def one(peer: PeerId) -> None:
+        async def try_to_ask(peer: PeerId) -> None:
             try:
                 await ask(peer)
             except ShoalError as error:
@@ -272,52 +167,44 @@ class Names:
         others = [peer for peer in peers if peer != site.own and not site.health.avoided(peer, now)]
         async with trio.open_nursery() as nursery:
             for peer in others[:LAST_RESORT_MEMBERS]:
-                nursery.start_soon(one, peer)
+                nursery.start_soon(try_to_ask, peer)
 
-    async def _ask_origin(self, locator: Locator, reference: str) -> Resolved:
-        return await self._origin.do((locator, reference), lambda: self._revalidate(locator, reference))
+    # The registry
+
+    async def ask_registry(self, locator: Locator, reference: str) -> Resolved:
+        """The registry's answer, or the youngest one of the site while the registry is out of reach."""
+        return await self._revalidating.do((locator, reference), lambda: self._revalidate(locator, reference))
 
     async def _revalidate(self, locator: Locator, reference: str) -> Resolved:
-        key, known, asked = (str(locator), reference), self.known(locator, reference), trio.current_time()
-        if known is not None and self._is_doubted(locator, known):
-            known = None
+        previous, asked = self.known.get(locator, reference), trio.current_time()
+        if previous is not None and self.known.is_doubted(locator, previous):
+            previous = None
         try:
-            found, body = await self._upstreams.resolve(locator, reference, known)
+            resolved, body = await self._upstreams.resolve(locator, reference, previous)
         except UnavailableError as error:
             return await self._out_of_reach(locator, reference, error)
         except NotFoundError:
-            self._forget(locator, reference)
+            self.known.forget(locator, reference)
             raise
-        self._site_asked.pop(key, None)
-        self._doubted.pop((str(locator), found.ref), None)
-        # The registry may have answered what was true when it was asked.
-        found = replace(found, age_s=trio.current_time() - asked)
-        if locator.kind == "manifests":
-            self._table.put(str(locator), str(found.ref.digest), found)
         if body is not None:
-            self._types[found.ref.digest] = found.media_type
-            await self._seeder.admit(locator, found.ref, body)
-            self.learn(locator, body)
-        return self._note(locator, reference, found, REGISTRY)
+            await self._seeder.admit(locator, resolved.ref, body)
+        # The registry's answer may be as old as the question.
+        resolved = replace(resolved, age_s=trio.current_time() - asked)
+        return self.known.confirm(locator, reference, resolved, body)
 
     async def _out_of_reach(self, locator: Locator, reference: str, error: UnavailableError) -> Resolved:
-        """The youngest that the site knows, asked for once in a time to live: so its nodes go on agreeing.
-
-        What is read with a client's grant no other node is asked for.
-        """
-        stale = self._usable(locator, reference)
-        if locator.grant is None and (stale is None or not self._out_of_reach_lately(locator, reference)):
-            if not is_digest(reference):
-                self._site_asked[str(locator), reference] = trio.current_time()
-            if self._max_age_s(locator, reference):
-                await self._ask_everybody(locator, reference)
-            stale = self._usable(locator, reference)
+        """The youngest answer that the site has. The members are asked once in a time to live, so that they go on to
+        agree; but not for a name that is read with a client's grant."""
+        stale = self.known.usable(locator, reference)
+        if locator.grant is None and (stale is None or not self.known.site_was_asked(locator, reference)):
+            self.known.asking_site(locator, reference)
+            if self.known.max_age_s(locator, reference):
+                await self._ask_others(
+                    locator, reference, lambda peer: self._ask_member(peer, locator, reference, hops=0)
+                )  # a member may have imported the image
+            stale = self.known.usable(locator, reference)
         if stale is None:
             raise error
         if not is_digest(reference):
-            log.warning("%s@%s is served %.0f s old: %s", locator, reference, stale.age_s, error)
+            log.warning("%s is served %.0f s old: %s", f"{locator}@{reference}", stale.age_s, error)
         return stale
-
-    def _out_of_reach_lately(self, locator: Locator, reference: str) -> bool:
-        asked = self._site_asked.get((str(locator), reference), -math.inf)
-        return trio.current_time() < asked + self._ttl_s(locator, reference)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +26,6 @@ from node.api.documents import (
     PeerRow,
     PeersReport,
     PullEvent,
-    PullProgress,
-    PullResult,
     Status,
     TagRow,
     TagsReport,
@@ -42,32 +39,33 @@ from node.api.documents import (
     why_object,
     why_report,
 )
+from node.blocks.held_objects import bytes_held, held_body
 from node.blocks.values import Site
 from node.config.schema import Config, UpstreamPart
 from node.config.tag_policy import TagPolicy
-from node.content.image_walk import MAX_DEPTH
+from node.content.image_walk import walk
 from node.content.library import SiteLibrary
 from node.content.name_table import REGISTRY, KnownTag
-from node.content.resolver import Names
+from node.content.resolver import Resolver
 from node.control.doctor import Facts, Shown, disk_space, examine, probe_upstreams, writable_error
-from node.evidence.judge import Case, Judge
+from node.evidence.cases import Case
+from node.evidence.judge import Judge
 from node.exchange.tls import TlsExchange
+from node.images.pull import Pull, by_name
 from node.membership.introduction import Introducer
 from node.membership.membership import Membership, Row
-from node.oci.manifests import MAX_MANIFEST, Manifest, Resolved, descriptors, parse_manifest
-from node.oci.platforms import own_platform
+from node.oci.layout import Packed
+from node.oci.manifests import MAX_MANIFEST, Resolved, parse_manifest
 from node.oci.references import ImageName, Locator
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
 from node.runtime.version import version
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Provenance
-from node.telemetry.sources import Source
-from protocol.errors import NotFoundError, ShoalError
-from protocol.ids import Digest, ObjectRef, PeerId, Piece
+from protocol.errors import NotFoundError
+from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import State
 
-PROGRESS_EVERY_S = 0.2
 MAX_CACHE_ROWS = 1000
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -82,7 +80,7 @@ class Parts:
     judge: Judge
     swarm: Introducer
     exchange: TlsExchange
-    names: Names
+    names: Resolver
     upstreams: Upstreams
     library: SiteLibrary
     ledger: Provenance
@@ -114,8 +112,8 @@ class NodeControl:
             version=version(),
             ready=True,
             peers_alive=len(parts.membership.site) - 1,
-            bytes_served=_by_name(parts.ledger.bytes_served),
-            requests=_by_name(parts.ledger.requests),
+            bytes_served=by_name(parts.ledger.bytes_served),
+            requests=by_name(parts.ledger.requests),
             cache=_tier_rows(parts.site.tiers.statistics()),
             origin_bytes=parts.metrics.origin_bytes(),
             rss_bytes=rss_bytes(),
@@ -151,7 +149,7 @@ class NodeControl:
             bytes_received=traffic.received if traffic else 0,
             bytes_sent=traffic.sent if traffic else 0,
             quarantine=row.quarantine,
-            evidence=tuple(self._evidence_row(case) for case in self._parts.judge.about(peer)),
+            evidence=tuple(self._evidence_row(case) for case in self._parts.judge.cases.about(peer)),
         )
 
     def _evidence_row(self, case: Case) -> EvidenceRow:
@@ -170,20 +168,21 @@ class NodeControl:
     async def images(self) -> ImagesReport:
         rows = []
         seen: set[str] = set()
-        for source, reference, found in self._parts.names.images():
+        for source, reference, found in self._parts.names.known.images():
             locator = Locator.parse(source)
             image = str(ImageName(locator.upstream, locator.repository, reference))
-            manifest = await self._held_manifest(found)
             # A platform's manifest is shown with the tag that leads to it, unless it was asked for by its digest alone.
-            if manifest is not None and image not in seen:
+            if image not in seen and (objects := await self._held_image(found)):
                 seen.add(image)
-                rows.append(await self._image_row(image, reference, found, manifest))
+                rows.append(await self._image_row(image, reference, found, objects))
         return ImagesReport(images=tuple(rows))
 
-    async def _image_row(self, image: str, reference: str, found: Resolved, manifest: Manifest) -> ImageRow:
-        objects = {one.ref.digest: one.ref for one in [found, *await self._below(manifest)]}
-        held = sum(self._bytes_held(ref) for ref in objects.values())
-        size = sum(ref.size for ref in objects.values())
+    async def _image_row(
+        self, image: str, reference: str, found: Resolved, objects: Mapping[Digest, Packed]
+    ) -> ImageRow:
+        tiers = self._parts.site.tiers
+        held = sum(bytes_held(tiers.holdings(digest), packed.ref) for digest, packed in objects.items())
+        size = sum(packed.ref.size for packed in objects.values())
         return ImageRow(
             image=image,
             digest=str(found.ref.digest),
@@ -191,36 +190,19 @@ class NodeControl:
             size=size,
             bytes_held=held,
             complete=held == size,
-            layers=len(manifest.layers),
+            layers=len(parse_manifest(await self._held_manifest(found) or b"").layers),
             age_s=None if ":" in reference else found.age_s,
         )
 
-    async def _below(self, manifest: Manifest, depth: int = 0) -> list[Resolved]:
-        """What a manifest names; of an index, what those of its manifests name that this node holds."""
-        found = list(descriptors(manifest, "blobs"))
-        for one in descriptors(manifest, "manifests"):
-            inner = await self._held_manifest(one)
-            if inner is not None and depth < MAX_DEPTH:
-                found += [one, *await self._below(inner, depth + 1)]
-        return found
+    async def _held_image(self, found: Resolved) -> Mapping[Digest, Packed]:
+        """The objects of an image, as far as the manifests held here name them; empty if the first one is not held."""
+        return {packed.ref.digest: packed for packed in await walk(found, self._held_manifest)}
 
-    async def _held_manifest(self, found: Resolved) -> Manifest | None:
-        if found.ref.size > MAX_MANIFEST:
-            return None
-        parts = []
-        for index in range(found.ref.block_count):
-            held = await self._parts.site.tiers.get(Piece(found.ref.block(index)), found.ref.size)
-            if held is None:
-                return None
-            parts.append(bytes(held[0].data))
-        return parse_manifest(b"".join(parts))
-
-    def _bytes_held(self, ref: ObjectRef) -> int:
-        bits = self._parts.site.tiers.holdings(ref.digest).blocks
-        return sum(ref.block_length(index) for index in range(ref.block_count) if bits >> index & 1)
+    async def _held_manifest(self, found: Resolved) -> bytes | None:
+        return await held_body(self._parts.site.tiers, found.ref) if found.ref.size <= MAX_MANIFEST else None
 
     async def tags(self, pattern: str) -> TagsReport:
-        return TagsReport(tags=tuple(self._tag_row(*found) for found in self._parts.names.tags(pattern)))
+        return TagsReport(tags=tuple(self._tag_row(*found) for found in self._parts.names.known.tags(pattern)))
 
     def _tag_row(self, one: KnownTag, policy: TagPolicy, state: TagState) -> TagRow:
         member = self._parts.membership.find(PeerId(one.told_by)) if one.told_by not in ("", REGISTRY) else None
@@ -250,11 +232,10 @@ class NodeControl:
 
     async def why(self, image: ImageName) -> WhyReport:
         locator = image.manifests
-        found = self._parts.names.known(locator, image.reference)
-        manifest = await self._held_manifest(found) if found else None
-        if found is None or manifest is None:
+        found = self._parts.names.known.get(locator, image.reference)
+        objects = await self._held_image(found) if found else {}
+        if found is None or not objects:
             raise NotFoundError(f"{image} was not pulled through this node")
-        objects = {one.ref.digest: one for one in [found, *await self._below(manifest)]}
         listed = [why_object(one.ref, one.media_type, self._why_blocks(one.ref)) for one in objects.values()]
         return why_report(str(image), str(found.ref.digest), listed)
 
@@ -273,16 +254,8 @@ class NodeControl:
             if index < ref.block_count
         }
 
-    async def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[PullEvent, None]:
-        pull = _Pull(self._parts, image, all_platforms)
-        try:
-            async with aclosing(pull.run()) as progress:
-                async for event in progress:
-                    yield event
-        except ShoalError as error:
-            yield pull.result(str(error))
-        else:
-            yield pull.result("")
+    def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[PullEvent, None]:
+        return Pull(self._parts.library, self._parts.ledger, image, all_platforms=all_platforms).events()
 
     async def doctor(self) -> DoctorReport:
         parts = self._parts
@@ -314,81 +287,6 @@ class NodeControl:
             now=time.time(),
         )
         return examine(facts)
-
-
-class _Pull:
-    """One image into this node's cache, without a client."""
-
-    def __init__(self, parts: Parts, image: ImageName, all_platforms: bool) -> None:
-        self._parts, self._image, self._all = parts, image, all_platforms
-        self._since = trio.current_time()
-        self._before = _by_name(parts.ledger.bytes_served)
-        self._done = self._total = 0
-        self._digest = ""
-        self._told = 0.0
-
-    async def run(self) -> AsyncGenerator[PullProgress, None]:
-        yield self._progress("resolving", "")
-        locator = self._image.manifests
-        found = await self._parts.library.resolve(locator, self._image.reference)
-        self._digest = str(found.ref.digest)
-        pending = [(locator, found)]
-        seen = {found.ref.digest}
-        self._total = found.ref.size
-        while pending:
-            where, one = pending.pop(0)
-            body = bytearray()
-            async with aclosing(self._parts.library.read(where, one.ref, 0, one.ref.size)) as chunks:
-                async for chunk in chunks:
-                    self._done += len(chunk)
-                    if where.kind == "manifests" and one.ref.size <= MAX_MANIFEST:
-                        body += chunk
-                    if trio.current_time() - self._told >= PROGRESS_EVERY_S:
-                        yield self._progress("pulling", str(one.ref.digest))
-            for following in self._following(where, body):
-                if following[1].ref.digest not in seen:
-                    seen.add(following[1].ref.digest)
-                    self._total += following[1].ref.size
-                    pending.append(following)
-        yield self._progress("pulling", self._digest)
-
-    def _following(self, where: Locator, body: bytearray) -> Iterator[tuple[Locator, Resolved]]:
-        manifest = parse_manifest(bytes(body)) if body else Manifest()
-        wanted = {one.digest for one in manifest.manifests if self._all or own_platform().fits(one.platform)}
-        for one in descriptors(manifest, "manifests"):
-            if str(one.ref.digest) in wanted or len(manifest.manifests) == 1:
-                yield where.of_kind("manifests"), one
-        for one in descriptors(manifest, "blobs"):
-            yield where.of_kind("blobs"), one
-
-    def _by_source(self) -> dict[str, int]:
-        now = _by_name(self._parts.ledger.bytes_served)
-        return {source: now[source] - self._before[source] for source in now}
-
-    def _progress(self, phase: str, digest: str) -> PullProgress:
-        self._told = trio.current_time()
-        return PullProgress(
-            phase="resolving" if phase == "resolving" else "pulling",
-            object=digest,
-            bytes_done=self._done,
-            bytes_total=self._total,
-            by_source=self._by_source(),
-        )
-
-    def result(self, error: str) -> PullResult:
-        return PullResult(
-            ok=not error,
-            image=str(self._image),
-            seconds=trio.current_time() - self._since,
-            digest=self._digest,
-            error=error,
-            bytes_total=self._total,
-            by_source=self._by_source(),
-        )
-
-
-def _by_name(counts: Mapping[Source, int]) -> dict[str, int]:
-    return {source.value: count for source, count in counts.items()}
 
 
 def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> UpstreamRow:

@@ -21,8 +21,8 @@ from cache.disk import DiskStore
 from cache.memory import MemoryStore
 from node.api.documents import ReloadReport
 from node.config.schema import Config, UpstreamPart, access_grace_s, load, tag_policies, uplink_policy
+from node.content.known_names import KnownNames
 from node.content.listings import Listings
-from node.content.resolver import Names
 from node.control.routes import Route, document_of
 from node.images.pins import Pins
 from node.membership.addresses import parse_listen
@@ -54,7 +54,7 @@ class LiveParts:
 
     upstreams: Upstreams
     uplink_of: Callable[[str], Uplink]
-    names: Names
+    names: KnownNames
     access: Access
     listings: Listings
     bootstrap: Callable[[Sequence[str]], Change]

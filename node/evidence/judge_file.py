@@ -1,4 +1,4 @@
-"""Quarantines and evidence across restarts, in one bounded file. Bytes: docs/FORMATS.md, "Quarantine"."""
+"""Quarantines and evidence in one bounded file, across restarts. Bytes: docs/FORMATS.md, "Quarantine"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 import trio
 
-from node.evidence.judge import MAX_KEPT, Case, Judge, Verdict
+from node.evidence.cases import MAX_KEPT, Case, Cases, Verdict
 from node.membership.membership import Membership
 from node.membership.quarantine import QUARANTINE_S
 from node.runtime.state_files import load, save
@@ -19,7 +19,7 @@ from protocol.ids import PeerId
 
 MAX_QUARANTINES, MAX_REASON = 1024, 300
 MAX_FILE = 1 << 20
-"""That many of both at the wire's bounds of their texts."""
+"""Bytes: enough for MAX_QUARANTINES and MAX_KEPT rows with texts as long as the wire allows."""
 SAVE_EVERY_S = 5.0
 
 
@@ -31,7 +31,7 @@ class _Quarantine(msgspec.Struct, frozen=True, array_like=True):
 
 class _Kept(msgspec.Struct, frozen=True, array_like=True):
     evidence: Evidence
-    found: float
+    found_at: float
     verdict: Verdict
 
 
@@ -42,29 +42,30 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EvidenceFile:
-    """Times in the file are Unix times; a clock that jumped can only end a quarantine early."""
+    """Times in the file are Unix times. A clock that jumped can only end a quarantine early."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path, self._clock = path, clock
         self._written: tuple[set[tuple[PeerId, str]], set[tuple[Evidence, Verdict]]] = set(), set()
 
-    def load(self, membership: Membership, judge: Judge) -> None:
+    def load(self, membership: Membership, cases: Cases) -> None:
         read = load(self._path, _File, MAX_FILE, "the evidence kept")
         if read is None:
             return
-        now = self._clock()
-        for one in read.quarantines[:MAX_QUARANTINES]:
-            if 0 < one.until - now <= QUARANTINE_S:
-                membership.quarantine(one.peer, one.reason, one.until - now)
-        judge.restore(
-            Case(one.evidence, trio.current_time() - max(0.0, now - one.found), one.verdict)
-            for one in read.evidence[:MAX_KEPT]
-        )
+        now, here = self._clock(), trio.current_time()
+        for row in read.quarantines[:MAX_QUARANTINES]:
+            if 0 < row.until - now <= QUARANTINE_S:
+                membership.quarantine(row.peer, row.reason, row.until - now)
+        for kept in read.evidence[:MAX_KEPT]:
+            cases.add(Case(kept.evidence, here - max(0.0, now - kept.found_at), kept.verdict))
 
-    def save(self, membership: Membership, judge: Judge) -> None:
-        """Where anything began, ended or was decided since it was written last."""
-        quarantines, cases = membership.quarantines()[:MAX_QUARANTINES], judge.cases
-        state = {(peer, reason) for peer, reason, _ in quarantines}, {(one.evidence, one.verdict) for one in cases}
+    def save(self, membership: Membership, cases: Cases) -> None:
+        """Write the file if a quarantine began or ended, or a verdict changed, since it was last written."""
+        quarantines = membership.quarantines()[:MAX_QUARANTINES]
+        state = (
+            {(peer, reason) for peer, reason, _ in quarantines},
+            {(case.evidence, case.verdict) for case in cases.values()},
+        )
         if state == self._written:
             return
         now, here = self._clock(), trio.current_time()
@@ -72,20 +73,20 @@ class EvidenceFile:
             _File(
                 1,
                 tuple(_Quarantine(peer, reason[:MAX_REASON], now + left) for peer, reason, left in quarantines),
-                tuple(_Kept(one.evidence, now + one.found_at - here, one.verdict) for one in cases),
+                tuple(_Kept(case.evidence, now + case.found_at - here, case.verdict) for case in cases.values()),
             )
         )
         if save(self._path, data, "the evidence kept"):
             self._written = state
 
     async def run(
-        self, membership: Membership, judge: Judge, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, membership: Membership, cases: Cases, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        self.load(membership, judge)
+        self.load(membership, cases)
         task_status.started()
         try:
             while True:
                 await trio.sleep(SAVE_EVERY_S)
-                self.save(membership, judge)
+                self.save(membership, cases)
         finally:
-            self.save(membership, judge)
+            self.save(membership, cases)

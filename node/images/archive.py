@@ -1,6 +1,7 @@
-"""An image archive in an open file, which others may change meanwhile: what is stored is what was hashed.
+"""Image archives in open files: reading with verification, and writing.
 
-All reading and writing is done in threads, a bounded piece at a time.
+Another process may change the file while it is read. So each block is read twice, hashed both times, and stored only if
+the hashes agree. Reading and writing are done in threads, a bounded number of bytes at a time.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from protocol.errors import BadInputError, ShoalError
 from protocol.ids import BLOCK_SIZE, ObjectRef
 
 CHECK_BYTES = 32 << 20
-"""Hashed in one go in a thread, 0.1 s."""
+"""Bytes hashed by one call in a thread, which takes 0.1 s."""
 
 HASH = 32
+"""Bytes of a sha256."""
 
 
 class ArchiveError(ShoalError):
@@ -31,7 +33,7 @@ class ArchiveError(ShoalError):
 
 
 class ArchiveReader:
-    """`fd` is the caller's: it is not closed here. Raises BadInputError where it is no regular file."""
+    """`fd` stays the caller's to close. Raises BadInputError unless it is a regular file."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -50,38 +52,34 @@ class ArchiveReader:
         return bytes(data)
 
     async def images(self, name: ImageName | None) -> list[PackedImage]:
-        """Raises BadInputError naming the entry of the archive."""
+        """Raises BadInputError, which names the entry of the archive."""
 
         def read() -> list[PackedImage]:
             return read_layout(read_entries(self._read, self._length), self._read, name)
 
         return await trio.to_thread.run_sync(read)
 
-    async def body(self, packed: Packed) -> bytes:
-        """A small object's bytes, not checked again."""
-        return await trio.to_thread.run_sync(self._read, packed.offset, packed.ref.size)
-
     async def hashes(self, packed: Packed) -> AsyncGenerator[bytes, None]:
-        """The sha256 of each block, end to end, some blocks at a time. Raises BadInputError unless the object is right.
+        """The sha256 of each block, concatenated, CHECK_BYTES at a time.
 
-        The last ones come once all of the object was hashed.
+        Raises BadInputError before the last ones if the object does not have its digest.
         """
         whole = hashlib.new(packed.ref.digest.algorithm)
 
-        def some(first: int, stop: int) -> bytes:
-            found = bytearray()
+        def hash_some(first: int, stop: int) -> bytes:
+            hashes = bytearray()
             for index in range(first, stop):
                 data = self._block(packed, index)
                 whole.update(data)
-                found += sha256(data).digest()
-            return bytes(found)
+                hashes += sha256(data).digest()
+            return bytes(hashes)
 
         count, step = packed.ref.block_count, CHECK_BYTES // BLOCK_SIZE
         for first in range(0, count, step):
-            found = await trio.to_thread.run_sync(some, first, min(count, first + step))
+            hashes = await trio.to_thread.run_sync(hash_some, first, min(count, first + step))
             if first + step >= count:
                 _check(packed, whole.hexdigest())
-            yield found
+            yield hashes
         if not count:
             _check(packed, whole.hexdigest())
 
@@ -89,7 +87,7 @@ class ArchiveReader:
         return self._read(packed.offset + index * BLOCK_SIZE, packed.ref.block_length(index))
 
     async def block(self, packed: Packed, index: int, sha: bytes) -> bytes:
-        """Raises BadInputError where it is not what was hashed."""
+        """Raises BadInputError if the block is not the one that was hashed."""
 
         def read() -> bytes:
             data = self._block(packed, index)
@@ -100,13 +98,13 @@ class ArchiveReader:
         return await trio.to_thread.run_sync(read)
 
 
-def _check(packed: Packed, found: str) -> None:
-    if found != packed.ref.digest.hex:
+def _check(packed: Packed, computed: str) -> None:
+    if computed != packed.ref.digest.hex:
         raise BadInputError(f"{packed.entry}: its bytes are not those of its digest")
 
 
 class ArchiveWriter:
-    """Entries one after the other, the blobs in pieces. `fd` is the caller's. Raises ArchiveError."""
+    """Writes one entry after the other, blobs in parts. `fd` stays the caller's to close. Raises ArchiveError."""
 
     def __init__(self, fd: int) -> None:
         _regular(fd)
@@ -126,7 +124,7 @@ class ArchiveWriter:
         await self._write([padding(ref.size)])
 
     async def end(self) -> None:
-        """Durably: it will be unplugged."""
+        """Finish the archive durably: its medium is likely to be unplugged next."""
         await self._write([END])
         await trio.to_thread.run_sync(self._sync)
 

@@ -1,4 +1,4 @@
-"""What is never evicted: the objects of pinned images, in a file that outlives the node; and of work under way.
+"""The objects that the disk must not evict: those of pinned images, kept in a file, and those of operations under way.
 
 Bytes: docs/FORMATS.md, "Pins".
 """
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 MAX_PINS = 1024
 MAX_FILE = 64 << 20
 LEFT_FREE = 10
-"""One part in so many of the disk's budget is left for what is not pinned: a node that keeps nothing for others, and
-can read no other image, is of little use."""
+"""1/LEFT_FREE of the disk's budget is never pinned: a node that keeps no blocks for others and reads no other images is
+of little use."""
 
 
 class _Object(msgspec.Struct, frozen=True, array_like=True):
@@ -60,8 +60,8 @@ class Pin:
     since: float
 
 
-class Keeper(Protocol):
-    """The disk store, as far as pins need it."""
+class PinningDisk(Protocol):
+    """The part of the disk store that pins use."""
 
     def pin(self, digest: Digest) -> None: ...
 
@@ -71,7 +71,7 @@ class Keeper(Protocol):
 
 
 def load_pins(path: Path) -> tuple[Pin, ...]:
-    """Empty where there is no such file. One that is damaged is moved aside, and told."""
+    """The pins of the last run. A damaged file is moved aside, with a warning in the log."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE)
@@ -97,9 +97,9 @@ def digests_of(pins: Iterable[Pin]) -> frozenset[Digest]:
 
 
 class Pins:
-    """`loaded` are the pins of the last run, which the disk has kept since it was opened."""
+    """`loaded` are the pins of the last run, whose objects the disk has kept since it was opened."""
 
-    def __init__(self, path: Path, loaded: Iterable[Pin], disk: Keeper) -> None:
+    def __init__(self, path: Path, loaded: Iterable[Pin], disk: PinningDisk) -> None:
         self._path, self._disk = path, disk
         self._pins = {pin.image.name: pin for pin in loaded}
         self._wanted: Counter[Digest] = Counter()
@@ -116,7 +116,7 @@ class Pins:
 
     @property
     def bytes(self) -> int:
-        """What is pinned or held takes on the disk, whether it is there by now or not."""
+        """Space on the disk for all objects that are pinned or held, those included that are not there yet."""
         return sum(map(space, self._sizes.values()))
 
     @property
@@ -124,7 +124,7 @@ class Pins:
         return _most(self._disk.statistics().budget_bytes)
 
     def check_fits(self, budget_bytes: int) -> None:
-        """Raises BadInputError where the disk's budget is to become too small for what is pinned."""
+        """Raises BadInputError if the disk's new, smaller budget has no room for the pinned objects."""
         if budget_bytes < self._disk.statistics().budget_bytes and self.bytes > _most(budget_bytes):
             raise BadInputError(
                 f"cache.disk: {_mib(self.bytes)} are pinned, and at most {_mib(_most(budget_bytes))} could be, nine"
@@ -132,7 +132,7 @@ class Pins:
             )
 
     def names(self, source: str, reference: str) -> bool:
-        """Whether a pinned image has this name: it stands for what it did, however long ago that was confirmed."""
+        """Whether a pinned image has this name. Such a name stays usable, however long ago it was confirmed."""
         return any(str(n.manifests) == source and n.reference == reference for n in self._pins)
 
     def has_of(self, locator: Locator) -> bool:
@@ -142,7 +142,7 @@ class Pins:
 
     @contextmanager
     def holding(self, objects: Iterable[Packed]) -> Iterator[None]:
-        """As if they were pinned, meanwhile. Raises BadInputError where there is no room for them."""
+        """Keep the objects like pinned ones within the context. Raises BadInputError if there is no room for them."""
         listed = list(objects)
         self._check_room(listed)
         self._take(listed)
@@ -152,7 +152,7 @@ class Pins:
             self._leave(listed)
 
     async def add(self, image: PackedImage) -> None:
-        """Its objects are held by now, under `holding`."""
+        """Pin an image whose objects are on the disk, within `holding`."""
         async with self._saving:
             if len(self._pins) >= MAX_PINS and image.name not in self._pins:
                 raise BadInputError(f"{MAX_PINS} images are pinned, which is the most: unpin some")
@@ -168,7 +168,7 @@ class Pins:
             pin = self._pins.get(name)
             if pin is None:
                 raise NotFoundError(f"{name} is not pinned: see p2pctl pins")
-            await self._save({each: one for each, one in self._pins.items() if each != name})
+            await self._save({other: pin for other, pin in self._pins.items() if other != name})
             self._leave(pin.image.objects)
             return pin
 
@@ -196,7 +196,7 @@ class Pins:
                 self._disk.unpin(digest)
 
     async def _save(self, pins: dict[ImageName, Pin]) -> None:
-        """Durably, before anything counts. Raises UnavailableError."""
+        """Write the file durably, then make the pins count. Raises UnavailableError."""
         data = msgspec.json.encode(_File(1, tuple(map(_written, pins.values()))))
         if len(data) > MAX_FILE:
             raise BadInputError(f"the pinned images have too many objects for {self._path}: unpin some")

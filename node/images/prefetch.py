@@ -1,17 +1,17 @@
-"""Images fetched ahead of time, one after the other, beside what clients read: in this node, whoever asked for it left.
+"""Prefetch: the node fetches ordered images one after the other, in the background and after the reads of clients.
 
-What was ordered and is not done is in a file, so that it goes on after a restart. Bytes: docs/FORMATS.md, "Prefetch".
+The orders that are not done are in a file, so that the work continues after a restart. Bytes: docs/FORMATS.md,
+"Prefetch".
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,13 +21,15 @@ import trio
 from node.api.image_documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
 from node.blocks.fetcher import Fetcher
 from node.blocks.values import BlockAddress, Obtained, Work
+from node.content.contract import Library
 from node.content.image_walk import locator_of, survey
-from node.content.library import SiteLibrary
+from node.content.verification import ObjectVerifier
 from node.images.throttle import Pace
 from node.oci.layout import Packed
 from node.oci.platforms import own_platform, parse_platforms
 from node.oci.references import ImageName
 from node.runtime.single_flight import Ticket
+from node.runtime.state_files import save
 from node.runtime.time_windows import TimeWindow
 from protocol.errors import UNDECODABLE, BadInputError, ShoalError, UnavailableError
 from protocol.ids import Piece
@@ -35,12 +37,13 @@ from protocol.ids import Piece
 log = logging.getLogger(__name__)
 
 MAX_ORDERED = 4096
-"""Images that are waited for, and as many that are over and still told of."""
+"""Images that wait, and as many that ended and are still reported."""
 MAX_FILE = 16 << 20
 DEPTH = 2
-"""Blocks under way: one that comes while the last is hashed. More would take the places of clients' reads."""
+"""Blocks under way: one arrives while the one before is hashed. More would take the places of clients' reads."""
 AGAIN_S, AGAIN_MOST_S = 30.0, 900.0
-"""After a failure that may pass; doubled each time. A registry may be out of reach for a night; who minds cancels."""
+"""Time until the next attempt after a failure that may pass, doubled each time. Attempts do not end, since a registry
+may be out of reach for a night; an operator can cancel them."""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -64,20 +67,22 @@ class _Item:
     @property
     def row(self) -> PrefetchRow:
         return PrefetchRow(
-            image=str(self.name), state=self.state, bytes_done=self.done, bytes_total=self.total,
-            rate=self.order.rate, window=self.order.window, error=self.error,
-        )  # fmt: skip
-
-    @property
-    def single(self) -> PrefetchOrder:
-        """The order for this image alone."""
-        return msgspec.structs.replace(self.order, images=(str(self.name),))
+            image=str(self.name),
+            state=self.state,
+            bytes_done=self.done,
+            bytes_total=self.total,
+            rate=self.order.rate,
+            window=self.order.window,
+            error=self.error,
+        )
 
 
 @dataclass(slots=True)
 class Prefetcher:
     path: Path
-    library: SiteLibrary
+    _: KW_ONLY
+    library: Library
+    verifier: ObjectVerifier
     fetcher: Fetcher
     holds: Callable[[Piece], bool]
     _items: list[_Item] = field(default_factory=list)
@@ -91,7 +96,7 @@ class Prefetcher:
         return PrefetchReport(rows=rows, waits_for=self._pace.waits_for if self._pace else "")
 
     def order(self, order: PrefetchOrder) -> None:
-        """Raises BadInputError; then nothing of it is taken."""
+        """Accept an order, or raise BadInputError and accept nothing of it."""
         items = _items(order)
         if len(self._items) + len(items) > MAX_ORDERED:
             raise BadInputError(f"{len(self._items)} images wait already, and at most {MAX_ORDERED} may")
@@ -100,7 +105,7 @@ class Prefetcher:
         self._news.set()
 
     def cancel(self) -> None:
-        """All that is not done."""
+        """Cancel all images that are not done."""
         for item in self._items:
             item.state = "cancelled"
             self._over.append(item)
@@ -115,16 +120,16 @@ class Prefetcher:
         while True:
             self._news = trio.Event()
             now = trio.current_time()
-            item = next((one for one in self._items if one.not_before <= now), None)
+            item = next((item for item in self._items if item.not_before <= now), None)
             if item is None:
-                with trio.move_on_at(min((one.not_before for one in self._items), default=float("inf"))):
+                with trio.move_on_at(min((item.not_before for item in self._items), default=float("inf"))):
                     await self._news.wait()
                 continue
             with trio.CancelScope() as self._working:
-                await self._one(item)
+                await self._work_on(item)
             self._working = self._pace = None
 
-    async def _one(self, item: _Item) -> None:
+    async def _work_on(self, item: _Item) -> None:
         item.state = "running"
         try:
             await self._fetch(item)
@@ -132,7 +137,7 @@ class Prefetcher:
             self._put_off(item, str(error))
         except ShoalError as error:
             self._end(item, "failed", str(error))
-        except Exception as error:  # a bug in one image is told, and must not end the daemon
+        except Exception as error:  # a bug that one image shows is reported, and must not end the daemon
             log.exception("prefetch of %s failed", item.name)
             self._end(item, "failed", f"internal error: {type(error).__name__}")
         else:
@@ -140,7 +145,7 @@ class Prefetcher:
 
     def _put_off(self, item: _Item, error: str) -> None:
         if item in self._items:  # else it was cancelled meanwhile
-            log.info("prefetch of %s goes on in %.0f s: %s", item.name, item.again_s, error)
+            log.info("prefetch of %s continues in %.0f s: %s", item.name, item.again_s, error)
             item.state, item.error = "waiting", error
             item.not_before = trio.current_time() + item.again_s
             item.again_s = min(2 * item.again_s, AGAIN_MOST_S)
@@ -160,13 +165,12 @@ class Prefetcher:
         await pace.wait(0)
         platforms = () if item.order.all_platforms else parse_platforms(item.order.platforms) or (own_platform(),)
         image = await survey(self.library, item.name, platforms)
-        item.total = sum(packed.ref.size for packed in image.objects)
-        item.done = 0
+        item.done, item.total = 0, image.size
         for packed in image.objects:
             await self._object(item, packed, pace)
 
     async def _object(self, item: _Item, packed: Packed, pace: Pace) -> None:
-        """Checked as a whole, like what a client reads."""
+        """Fetch an object's missing blocks and verify its digest, as for a client."""
         ref, locator = packed.ref, locator_of(item.name, packed)
         if all(self.holds(Piece(ref.block(index))) for index in range(ref.block_count)):
             item.done += ref.size
@@ -195,9 +199,10 @@ class Prefetcher:
             for ticket in ahead:
                 ticket.release()
         if hasher.hexdigest() == ref.digest.hex:
-            await self.library.check(locator, ref, hasher.hexdigest())
+            await self.verifier.check(locator, ref, hasher.hexdigest())
             return
-        async with aclosing(self.library.read(locator, ref, 0, ref.size)) as chunks:  # which finds out who was wrong
+        # A client's read replaces the false blocks and quarantines their signers.
+        async with aclosing(self.library.read(locator, ref, 0, ref.size)) as chunks:
             async for _ in chunks:
                 pass
 
@@ -211,16 +216,12 @@ class Prefetcher:
         except FileNotFoundError:
             return []
         except (OSError, *UNDECODABLE, BadInputError) as error:
-            log.warning("%s is not readable, and what was ordered is forgotten: %s", self.path, error)
+            log.warning("%s is not readable, and its orders are lost: %s", self.path, error)
             return []
 
     def _save(self) -> None:
-        temporary = self.path.with_name(self.path.name + ".new")
-        try:
-            temporary.write_bytes(msgspec.json.encode(_File(1, tuple(item.single for item in self._items))))
-            os.replace(temporary, self.path)  # no fsync: a power cut costs orders, which can be given again
-        except OSError as error:
-            log.warning("cannot write %s: what is ordered ends with this process: %s", self.path, error)
+        orders = tuple(msgspec.structs.replace(item.order, images=(str(item.name),)) for item in self._items)
+        save(self.path, msgspec.json.encode(_File(1, orders)), "the orders of prefetch")
 
 
 def _items(order: PrefetchOrder) -> list[_Item]:

@@ -1,4 +1,4 @@
-"""When background reading may go on: at a rate, within hours of the day, and after what clients want."""
+"""Throttling of background reads: at a rate, within hours of the day, and after the reads of clients."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import trio
 from node.runtime.time_windows import TimeWindow, local_time
 
 GIVE_WAY_S = 10.0
-"""So long a block is put off while clients read: a client that never ends does not stop all other work."""
+"""Longest wait for clients before each block: a client that reads without end does not stop all other work."""
 CLOCK_S = 30.0
-"""Between looks at the wall clock, which may be set."""
+"""Time between two looks at the wall clock, which may be set."""
 
 
 class Pace:
-    """Of one reader. `idle` returns once no client of this node reads."""
+    """The pace of a reader, in bytes a second (0: no limit). `idle` returns once no client of this node reads."""
 
     def __init__(
         self,
@@ -30,14 +30,14 @@ class Pace:
         self.waits_for = ""
 
     async def wait(self, count: int) -> None:
-        """Until the next `count` bytes may be asked for."""
+        """Wait until the next `count` bytes may be requested."""
         self.waits_for = "clients that read now"
         with trio.move_on_after(GIVE_WAY_S):
             await self._idle()
         self.waits_for = "its rate"
         await trio.sleep_until(self._next_at)
         self.waits_for = "its hours of the day"
-        while self._hours is not None and (seconds := self._hours.opens_in(self._clock())):  # noqa: ASYNC110 - a clock that is set tells nobody
+        while self._hours is not None and (seconds := self._hours.opens_in(self._clock())):  # noqa: ASYNC110 - setting a clock wakes no task
             await trio.sleep(min(seconds, CLOCK_S))
         self.waits_for = ""
         if self._rate:

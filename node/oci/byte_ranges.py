@@ -1,4 +1,4 @@
-"""Range requests (RFC 9110, section 14), decided without any I/O."""
+"""Range requests (RFC 9110, section 14): the header as spans of bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 MAX_RANGES = 1024
-"""As many as pulls of zstd:chunked layers ask for at most. More are answered with the whole object."""
+"""The most that pulls of zstd:chunked layers request. More are answered with the whole object."""
 _SPEC = re.compile(r"[ \t]*(\d{0,15})-(\d{0,15})[ \t]*", re.ASCII)
 
 
@@ -26,11 +26,11 @@ class Span:
 
 
 def parse_range(header: str, size: int) -> tuple[Span, ...] | None:
-    """The spans that a Range header asks of `size` bytes; None: ignore the header; empty: 416.
+    """The spans of an object of `size` bytes that a Range header requests; None: ignore the header; empty: answer 416.
 
-    Ignored, as 14.2 allows: other units, what is malformed, sets that would cost more than the whole object, and any
-    range of an empty object, since some clients send one with every request. A range that ends before it begins is
-    refused (15.5.17), as the conformance suite wants. How long the header may be is the server's to bound.
+    Ignored, as 14.2 allows: other units, malformed headers, sets of ranges larger than the whole object, and ranges of
+    an empty object, since some clients send one with every request. A range that ends before it begins is refused
+    (15.5.17), as the conformance suite demands. The server bounds the header's length.
     """
     unit, _, rest = header.partition("=")
     specs = rest.split(",", MAX_RANGES)

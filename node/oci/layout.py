@@ -1,10 +1,11 @@
-"""An image archive as values: an OCI image layout (image specification 1.1) in a tar file.
+"""Image archives: an OCI image layout (image specification 1.1) in a tar file, read and written as values.
 
     oci-layout    index.json: the images and their names    blobs/<algorithm>/<hex>: manifests, configs, layers
 
-An index may name manifests of platforms that the archive does not hold; a manifest that it holds is held with its
-config and all layers. Names: `io.containerd.image.name` (containerd, docker save) or the layout's own
-`org.opencontainers.image.ref.name`, where that is a whole name with its registry.
+An index may name manifests of platforms that are not in the archive; a manifest in the archive needs its config and all
+its layers there. Names: `io.containerd.image.name` (containerd, docker save), or the layout's own
+`org.opencontainers.image.ref.name` if that is a full name with its registry. Archives may be hostile. So the walk over
+an archive refuses whatever a walk over a registry's image (node/content/image_walk.py) leaves out, and names the entry.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -27,11 +28,11 @@ REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
 MAX_INDEX = 4 << 20
 MAX_DESCRIPTORS = 1024
-"""In one document."""
+"""Descriptors in a document."""
 MAX_MANIFESTS = 4096
-"""Read for one archive, those of several images counted for each."""
+"""Manifests that are read for an archive; a manifest that several images share counts for each."""
 MAX_DEPTH = 2
-"""An index of indexes is as deep as it gets."""
+"""Levels below the root: an index of indexes of manifests is the deepest image."""
 
 _Document = TypeVar("_Document", bound=msgspec.Struct)
 
@@ -40,7 +41,6 @@ class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
     digest: str
     size: int
     media_type: str = ""
-    platform: dict[str, Any] | None = None
     annotations: dict[str, str] | None = None
 
 
@@ -51,7 +51,6 @@ class _Layout(msgspec.Struct, frozen=True, rename="camel"):
 class ManifestFile(msgspec.Struct, frozen=True, rename="camel"):
     """A manifest, an index, or index.json."""
 
-    media_type: str = ""
     config: Descriptor | None = None
     layers: tuple[Descriptor, ...] | None = None
     manifests: tuple[Descriptor, ...] | None = None
@@ -59,7 +58,7 @@ class ManifestFile(msgspec.Struct, frozen=True, rename="camel"):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """An object of an image; in an archive that is read, where its bytes begin."""
+    """An object of an image. `offset` is where its bytes begin in the archive, if it is read from one."""
 
     ref: ObjectRef
     kind: Kind
@@ -73,7 +72,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class PackedImage:
-    """`objects` has each once, the root first."""
+    """`objects` contains each object once, the root first."""
 
     name: ImageName
     objects: tuple[Packed, ...]
@@ -81,6 +80,10 @@ class PackedImage:
     @property
     def root(self) -> Packed:
         return self.objects[0]
+
+    @property
+    def size(self) -> int:
+        return sum(packed.ref.size for packed in self.objects)
 
 
 def blob_name(digest: Digest) -> str:
@@ -91,31 +94,24 @@ def blob_name(digest: Digest) -> str:
 
 
 def layout_files(root: Packed, name: ImageName) -> dict[str, bytes]:
-    """The two small files that come before the blobs."""
+    """The two small files at the beginning of an archive."""
     descriptor = {
         "mediaType": root.media_type,
         "digest": str(root.ref.digest),
         "size": root.ref.size,
         "annotations": {REF_NAME: str(name), IMAGE_NAME: str(name)},
     }
-    index = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.index.v1+json",
-        "manifests": [descriptor],
-    }
-    return {
-        LAYOUT: msgspec.json.encode({"imageLayoutVersion": "1.0.0"}),
-        INDEX: msgspec.json.encode(index),
-    }
+    index = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [descriptor]}
+    return {LAYOUT: msgspec.json.encode({"imageLayoutVersion": "1.0.0"}), INDEX: msgspec.json.encode(index)}
 
 
 # Reading
 
 
 def read_layout(entries: Mapping[str, Entry], read: Read, name: ImageName | None) -> list[PackedImage]:
-    """The images of an archive; `name` is for the only one, whatever the archive calls it.
+    """The images of an archive; `name` replaces the name in an archive of a single image.
 
-    Manifests are hashed here, other blobs are not. Raises BadInputError naming the entry.
+    Verifies the digests of manifests, but not of other blobs. Raises BadInputError, which names the entry.
     """
     reader = _Reader(entries, read)
     layout = reader.document(LAYOUT, _Layout, MAX_INDEX)
@@ -141,14 +137,14 @@ def _named(roots: Sequence[Descriptor], name: ImageName | None) -> Iterator[tupl
     if name is not None and len({root.digest for root in roots}) > 1:
         raise BadInputError(f"{INDEX}: it names {len(roots)} images, and one name was given for them")
     for root in roots:
-        found = name or _own_name(root)
-        if is_digest(found.reference) and found.reference != root.digest:
-            raise BadInputError(f"{INDEX}: {root.digest[:160]} is not {found}")
-        yield root, found
+        called = name or _own_name(root)
+        if is_digest(called.reference) and called.reference != root.digest:
+            raise BadInputError(f"{INDEX}: {root.digest[:160]} is not {called}")
+        yield root, called
 
 
 def _own_name(root: Descriptor) -> ImageName:
-    """A name without a registry would be taken for one of docker.io's, which nobody said."""
+    """Only names with a registry count: others would be taken for names of docker.io, which may be wrong."""
     annotations = root.annotations or {}
     for text in (annotations.get(IMAGE_NAME, ""), annotations.get(REF_NAME, "")):
         first, slash, _ = text.partition("/")
@@ -195,29 +191,29 @@ class _Reader:
         yield from self._below(packed, 0)
 
     def _below(self, packed: Packed, depth: int) -> Iterator[Packed]:
-        """What a manifest names and was not named before."""
+        """The objects that a manifest names, and that were not named before."""
         name = packed.entry
         document = self._manifest(packed)
         inner, blobs = document.manifests or (), [*filter(None, (document.config,)), *(document.layers or ())]
         if len(inner) + len(blobs) > MAX_DESCRIPTORS:
             raise BadInputError(f"{name}: it names more than {MAX_DESCRIPTORS} objects")
-        for one in blobs:
-            known = len(self.seen)
-            found = self._packed(one, "blobs", name)
-            if found is None:
-                raise BadInputError(f"{name}: it names {one.digest[:160]}, which is not in the archive")
-            if len(self.seen) > known:
-                yield found
+        for descriptor in blobs:
+            before = len(self.seen)
+            blob = self._packed(descriptor, "blobs", name)
+            if blob is None:
+                raise BadInputError(f"{name}: it names {descriptor.digest[:160]}, which is not in the archive")
+            if len(self.seen) > before:
+                yield blob
         present = 0
-        for one in inner:
-            known = len(self.seen)
-            found = self._packed(one, "manifests", name)
-            present += found is not None
-            if found is not None and len(self.seen) > known:
+        for descriptor in inner:
+            before = len(self.seen)
+            manifest = self._packed(descriptor, "manifests", name)
+            present += manifest is not None
+            if manifest is not None and len(self.seen) > before:
                 if depth >= MAX_DEPTH:
                     raise BadInputError(f"{name}: an index below {MAX_DEPTH} others")
-                yield found
-                yield from self._below(found, depth + 1)
+                yield manifest
+                yield from self._below(manifest, depth + 1)
         if not blobs and not present:
             raise BadInputError(f"{name}: it names nothing that is in the archive")
 
@@ -230,10 +226,10 @@ class _Reader:
             raise BadInputError(f"{packed.entry}: its bytes are not those of its digest")
         return _decode(packed.entry, data, ManifestFile)
 
-    def _packed(self, one: Descriptor, kind: Kind, source: str) -> Packed | None:
-        """Where it is in the archive. Raises BadInputError where the descriptor contradicts what is there."""
+    def _packed(self, descriptor: Descriptor, kind: Kind, source: str) -> Packed | None:
+        """The object in the archive, if it is there. Raises BadInputError if it contradicts its descriptor."""
         try:
-            ref = ObjectRef(Digest.parse(one.digest), one.size)
+            ref = ObjectRef(Digest.parse(descriptor.digest), descriptor.size)
         except BadInputError as error:
             raise BadInputError(f"{source}: {error}") from error
         entry = self.entries.get(blob_name(ref.digest))
@@ -241,9 +237,10 @@ class _Reader:
             return None
         if entry.size != ref.size:
             raise BadInputError(f"{entry.name}: it has {entry.size} bytes, and {source} says {ref.size}")
-        if not MEDIA_TYPE.fullmatch(one.media_type):
-            raise BadInputError(f"{source}: {one.digest}: {one.media_type[:160]!r} is no media type")
-        return self.seen.setdefault(ref.digest, Packed(ref, kind, one.media_type, entry.offset))
+        media_type = descriptor.media_type
+        if not MEDIA_TYPE.fullmatch(media_type):
+            raise BadInputError(f"{source}: {descriptor.digest}: {media_type[:160]!r} is no media type")
+        return self.seen.setdefault(ref.digest, Packed(ref, kind, media_type, entry.offset))
 
 
 def _decode(name: str, data: bytes, kind: type[_Document]) -> _Document:

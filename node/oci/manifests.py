@@ -1,52 +1,45 @@
-"""Image manifests: parsing, media types, descriptors."""
+"""Image manifests and indexes: parsing, media types, descriptors.
+
+Formats: OCI image specification 1.1, and Docker's manifests (schemas 1 and 2), which share the fields that are read
+here. A manifest comes from a registry or a member: its entries are bounded, and checked before use.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import (
-    Iterator,
-)
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from protocol.errors import (
-    UNDECODABLE,
-    BadInputError,
-)
+from protocol.errors import UNDECODABLE, BadInputError
 from protocol.ids import Digest, ObjectRef
 
 log = logging.getLogger(__name__)
 
+MAX_MANIFEST = 4 << 20
+"""Bytes; containerd accepts no larger ones."""
+MAX_MANIFEST_ENTRIES = 1024
+MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}", re.ASCII)
+UNTYPED = "application/octet-stream"
+_OCI, _DOCKER = "application/vnd.oci.image", "application/vnd.docker.distribution.manifest"
+_TYPES = {
+    "manifests": (f"{_OCI}.index.v1+json", f"{_DOCKER}.list.v2+json"),
+    "layers": (f"{_OCI}.manifest.v1+json", f"{_DOCKER}.v2+json"),
+    "schema 1": (f"{_DOCKER}.v1+prettyjws", f"{_DOCKER}.v1+json"),
+}
+"""The media types that a manifest without a `mediaType` may have, by a field that it contains."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a tag or a digest stands for. `age_s` is the time since the registry last confirmed it."""
+    """The descriptor for a tag or a digest. `age_s` is the time since the registry last confirmed it."""
 
     ref: ObjectRef
     media_type: str
     age_s: float = 0.0
-
-
-MAX_MANIFEST_ENTRIES = 1024
-
-
-UNTYPED = "application/octet-stream"
-
-
-_TYPES = {
-    "manifests": (
-        "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
-    ),
-    "layers": ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"),
-    "schema 1": (
-        "application/vnd.docker.distribution.manifest.v1+prettyjws",
-        "application/vnd.docker.distribution.manifest.v1+json",
-    ),
-}  # fmt: skip
-"""By what a manifest that does not name its own type has in it."""
 
 
 class _Descriptor(msgspec.Struct, frozen=True, rename="camel"):
@@ -57,7 +50,7 @@ class _Descriptor(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The part of a manifest or an index that names other objects."""
+    """The fields of a manifest or an index that name other objects."""
 
     config: _Descriptor | None = None
     layers: tuple[_Descriptor, ...] = ()
@@ -65,15 +58,18 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def parse_manifest(body: bytes) -> Manifest:
-    """Empty for what is no manifest of the two families; what it names is checked by whoever uses it."""
+    """Empty if the bytes are no manifest of the two families. `descriptors` checks its entries."""
     try:
         return msgspec.json.decode(body, type=Manifest)
     except UNDECODABLE:
         return Manifest()
 
 
-def media_type_of(body: bytes, told: str) -> str | None:
-    """A manifest's, by its own word, else by its shape, which the `told` one has to fit; None where neither tells."""
+def media_type_of(body: bytes, claimed: str) -> str | None:
+    """A manifest's own `mediaType`, else the one that its fields show; None if they show none.
+
+    If its fields fit several media types, `claimed` decides where it is one of them.
+    """
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
     except UNDECODABLE:
@@ -83,22 +79,15 @@ def media_type_of(body: bytes, told: str) -> str | None:
         return own
     shape = "schema 1" if fields.get("schemaVersion") == 1 else next((key for key in _TYPES if key in fields), "")
     fitting = _TYPES.get(shape, ())
-    return told if told in fitting else next(iter(fitting), None)
+    return claimed if claimed in fitting else next(iter(fitting), None)
 
 
 def descriptors(manifest: Manifest, kind: str) -> Iterator[Resolved]:
-    """The well-formed descriptors of one kind, bounded."""
-    found = manifest.manifests if kind == "manifests" else (*filter(None, (manifest.config,)), *manifest.layers)
-    for one in found[:MAX_MANIFEST_ENTRIES]:
+    """The well-formed descriptors of one kind, at most MAX_MANIFEST_ENTRIES."""
+    entries = manifest.manifests if kind == "manifests" else (*filter(None, (manifest.config,)), *manifest.layers)
+    for entry in entries[:MAX_MANIFEST_ENTRIES]:
         try:
-            media_type = one.media_type if MEDIA_TYPE.fullmatch(one.media_type) else UNTYPED
-            yield Resolved(ObjectRef(Digest.parse(one.digest), one.size), media_type)
+            media_type = entry.media_type if MEDIA_TYPE.fullmatch(entry.media_type) else UNTYPED
+            yield Resolved(ObjectRef(Digest.parse(entry.digest), entry.size), media_type)
         except BadInputError as error:
             log.debug("descriptor left out: %s", error)
-
-
-MAX_MANIFEST = 4 << 20
-"""What containerd accepts."""
-
-
-MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}", re.ASCII)

@@ -14,7 +14,7 @@ _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "38
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """As in an index; without a variant any will do."""
+    """As in an index. Without a variant it fits every variant."""
 
     os: str
     architecture: str
@@ -22,7 +22,7 @@ class Platform:
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """`linux/arm64`, `linux/arm/v7`."""
+        """Parse `linux/arm64` or `linux/arm/v7`."""
         parts = text.split("/")
         if not 2 <= len(parts) <= 3 or not all(part.isascii() and part.isalnum() for part in parts):
             raise BadInputError(f"not a platform: {text[:80]!r}; write for example linux/arm64 or linux/arm/v7")
@@ -32,7 +32,7 @@ class Platform:
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
 
     def fits(self, entry: Mapping[str, object]) -> bool:
-        """Whether an index's entry is for it."""
+        """Whether an index's `platform` entry is for this platform."""
         return (
             entry.get("os", "linux") == self.os
             and entry.get("architecture") == self.architecture

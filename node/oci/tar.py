@@ -1,7 +1,7 @@
 """Tar as image archives use it: plain files with short names. POSIX.1-2001 (ustar and pax), and GNU's long names.
 
-Python's tarfile is not used to read: it takes headers of any length into memory, follows links, and forgives what is
-cut short. What an image layout has no use for is refused, by name.
+Archives may be hostile. Python's tarfile is not used to read them: it reads headers of any length into memory, follows
+links, and accepts archives that are cut short. Entries of kinds that an image layout does not use are refused, by name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from protocol.errors import BadInputError
 
 BLOCK = 512
 MAX_ENTRIES = 16_384
-"""Files, folders and extended headers; an image of all platforms has some hundred."""
+"""Files, folders and extended headers; an image of all platforms has some hundreds."""
 MAX_EXTENSION = 64 << 10
-"""A header's pax records or long name."""
+"""Bytes of pax records or of a long name."""
 MAX_NAME = 255
 
 Read = Callable[[int, int], bytes]
@@ -65,8 +65,8 @@ def read_entries(read: Read, length: int) -> dict[str, Entry]:
         if kind == b"5" or (kind == b"\0" and name.endswith("/")):
             continue
         if kind not in (b"0", b"\0", b"7"):
-            what = _KINDS.get(kind, f"of the kind {kind!r}")
-            raise BadInputError(f"{name}: it is {what}: an image archive has only files and folders")
+            called = _KINDS.get(kind, f"of the kind {kind!r}")
+            raise BadInputError(f"{name}: it is {called}: an image archive has only files and folders")
         name = _checked(name)
         if name in entries:
             raise BadInputError(f"{name}: it is in the archive twice")
@@ -76,10 +76,10 @@ def read_entries(read: Read, length: int) -> dict[str, Entry]:
 
 def _check_sum(header: bytes, offset: int) -> None:
     try:
-        told = int(header[148:156].strip(b" \0"), 8)
+        written = int(header[148:156].strip(b" \0"), 8)
     except ValueError:
-        told = -1
-    if told == sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+        written = -1
+    if written == sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
         return
     for magic, name in _MAGIC.items():
         if offset == 0 and header.startswith(magic):
@@ -104,7 +104,7 @@ def _name(header: bytes, extension: dict[bytes, bytes], offset: int) -> str:
 
 
 def _checked(name: str) -> str:
-    """The name without `./` before it."""
+    """The name without a leading `./`."""
     parts = name.split("/")
     while len(parts) > 1 and parts[0] == ".":
         del parts[0]
@@ -130,7 +130,7 @@ def _size(header: bytes, extension: dict[bytes, bytes], name: str) -> int:
 
 
 def _extension(kind: bytes, data: bytes, name: str) -> dict[bytes, bytes]:
-    """What an extended header says of the next entry."""
+    """The fields of the next entry that an extended header sets."""
     if kind == b"L":
         return {b"path": data.rstrip(b"\0")}
     records: dict[bytes, bytes] = {}
@@ -148,14 +148,14 @@ def _extension(kind: bytes, data: bytes, name: str) -> dict[bytes, bytes]:
 
 
 def header(name: str, size: int) -> bytes:
-    """Of a file that anybody may read, with the time and owner that do not depend on who writes."""
+    """A header for a file readable for all, with a fixed time and owner: archives of the same image are equal."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     return info.tobuf(tarfile.PAX_FORMAT)
 
 
 def padding(size: int) -> bytes:
-    """After a file's bytes."""
+    """The padding after a file of `size` bytes."""
     return bytes(-size % BLOCK)
 
 

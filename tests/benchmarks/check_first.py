@@ -24,7 +24,7 @@ from tests.support.site import UPSTREAM, Node, site, start_all
 REPOSITORY, TAG = "demo/app", "v1"
 SIZES_MIB, ROUNDS, COUNT = (1, 4, 16, 64), 7, 5
 BOUNDS = {"as it comes": 0, "checked first": 64 << 20}
-PROGRAM = "import node.library; node.library.CHECKED_FIRST = {}; from node.daemon import main; main()"
+PROGRAM = "import node.content.library; node.content.library.CHECKED_FIRST = {}; from node.daemon import main; main()"
 
 
 def timed(node: Node, digest: str) -> tuple[float, float]:

@@ -37,17 +37,17 @@ def nowhere() -> str:
 
 @pytest.fixture
 def archive(folder: Path, image: Image) -> Path:
-    """As skopeo makes it."""
+    """An archive written by skopeo."""
     return skopeo_archive(folder / "skopeo.tar", image, f":{IMAGE}")
 
 
 def skopeo_archive(file: Path, image: Image, reference: str) -> Path:
-    """The fixture's index.json is the image's own index: skopeo wants one that names it."""
+    """The fixture's index.json is the image's own index; skopeo needs an index.json that names that index."""
     layout = file.with_suffix(".layout")
     shutil.copytree(image.folder, layout)
     root = {**image.index.descriptor(), "annotations": {"org.opencontainers.image.ref.name": "x"}}
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [root]}))
-    skopeo("copy", "--all", "--quiet", f"oci:{layout}:x", f"oci-archive:{file}{reference}")
+    skopeo("copy", "-aq", f"oci:{layout}:x", f"oci-archive:{file}{reference}")
     shutil.rmtree(layout)
     return file
 
@@ -92,7 +92,7 @@ def test_one_imports_and_all_of_a_site_without_an_uplink_serve_it(
 
 
 def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
-    """The digest of what the name stands for."""
+    """The digest of the image's index."""
     layout = Layout()
     layout.name(layout.index([layout.manifest([layer], ARCHITECTURE)]), name)
     file.write_bytes(layout.pack())
@@ -100,7 +100,7 @@ def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
 
 
 def tag_of(node: Node) -> str:
-    """What the mirror says that the tag is; "" where it says nothing."""
+    """The digest that the mirror gives for the tag; "" if it does not answer."""
     connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=30)
     with closing(connection):
         connection.request("HEAD", f"/v2/{REPOSITORY}/manifests/{TAG}")
@@ -118,7 +118,7 @@ def test_a_newer_import_on_any_node_takes_the_place_of_what_the_site_knew(folder
             done(importer, "import", folder / "image.tar")
             assert tag_of(importer) == digest
             for node in nodes:
-                wait_for(f"{node.name} tells number {number}", lambda n=node, d=digest: tag_of(n) == d)  # type: ignore[misc]
+                wait_for(f"{node.name} serves number {number}", lambda n=node, d=digest: tag_of(n) == d)  # type: ignore[misc]
 
 
 def test_what_one_exports_skopeo_reads_and_another_imports(
@@ -147,17 +147,17 @@ def test_what_one_exports_skopeo_reads_and_another_imports(
 def test_an_archive_without_a_name_is_named_by_hand(folder: Path, image: Image, nowhere: str) -> None:
     file = skopeo_archive(folder / "nameless.tar", image, "")
     with site(folder / "site", nowhere, 1) as (node,):
-        told = failed(node, "import", file)
-        assert str(file) in told
-        assert "index.json" in told
-        assert "--name" in told
-        assert "registry.test" in failed(node, "import", file, "--name", "registry.test/a:1")
-        done(node, "import", file, "--name", IMAGE)
+        error = failed(node, "import", file)
+        assert str(file) in error
+        assert "index.json" in error
+        assert "--name" in error
+        assert "registry.test" in failed(node, "import", file, "--name=registry.test/a:1")
+        done(node, "import", file, f"--name={IMAGE}")
         pull_through([node], folder / "out", image)
 
 
 def test_an_archive_that_p2pd_may_not_open_is_imported(folder: Path, image: Image, archive: Path, nowhere: str) -> None:
-    """Its file comes open with the request: no path is told that the daemon could look for."""
+    """The request carries the open file, and no path that the daemon could open."""
     hidden = folder / "hidden"
     hidden.mkdir()
     os.rename(archive, hidden / "image.tar")
@@ -191,9 +191,9 @@ def test_a_wrong_archive_is_refused_and_nothing_of_it_is_served(
     short.write_bytes(archive.read_bytes()[: -(1 << 20)])
     with site(folder / "site", nowhere, 1) as (node,):
         for file in (wrong, short):
-            told = failed(node, "import", file)
-            assert str(file) in told
-            assert "blobs/sha256/" in told or "cut short" in told
+            error = failed(node, "import", file)
+            assert str(file) in error
+            assert "blobs/sha256/" in error or "cut short" in error
         assert failed(node, "import", folder / "none.tar")
         assert node.status()["cache"]["disk"]["bytes"] == 0
         assert refuses(node, TAG)
@@ -212,7 +212,7 @@ def refuses(node: Node, reference: str) -> bool:
 
 @pytest.fixture
 def large(folder: Path) -> Path:
-    """An archive that takes some time."""
+    """An archive whose import takes some time."""
     layout = Layout()
     layers = [noise(number, 24 << 20) for number in range(6)]
     layout.name(layout.index([layout.manifest(layers, ARCHITECTURE)]), IMAGE)
@@ -287,11 +287,11 @@ def test_pins_outlive_pressure_and_restarts(folder: Path, image: Image, proxy: C
         done(node, "unpin", IMAGE)
         assert "not pinned" in failed(node, "unpin", IMAGE)
         assert node.status()["cache"]["disk"]["pinned_bytes"] == 0
-        assert refuses(node, TAG), "it is too old now"
+        assert refuses(node, TAG), "the tag is too old now"
 
 
 def fill(node: Node, folder: Path, number: int, size: int) -> None:
-    """Import an image of so many bytes that nobody has."""
+    """Import a new image of `size` bytes."""
     file = folder / "fill.tar"
     small_archive(file, noise(100 + number, size), f"{REPOSITORY}:fill{number}")
     done(node, "import", file)
@@ -301,9 +301,9 @@ def test_more_than_the_budget_is_not_pinned(folder: Path, image: Image, proxy: C
     with site(folder / "site", proxy.url, 1, start=False) as (node,):
         node.config.write_text(node.config.read_text().replace('disk = "4GiB"', 'disk = "8MiB"'))
         node.start()
-        told = failed(node, "pin", IMAGE)
-        assert "do not fit" in told
-        assert "cache.disk" in told
+        error = failed(node, "pin", IMAGE)
+        assert "do not fit" in error
+        assert "cache.disk" in error
         assert done(node, "pins")["pins"] == []
 
 
@@ -314,7 +314,7 @@ def test_prefetch_goes_on_after_p2pctl_and_a_restart(folder: Path, image: Image,
     names = folder / "images.txt"
     names.write_text(f"# what tomorrow needs\n{IMAGE}  # the app\n\n{REPOSITORY}:no-such\n")
     with site(folder / "site", proxy.url, 1) as (node,):
-        done(node, "prefetch", names, "--rate", "4MiB")
+        done(node, "prefetch", names, "--rate=4MiB")
         wait_for("it runs", lambda: any(0 < row["bytes_done"] < image.size for row in rows(node)))
         node.stop()
         node.start()
@@ -337,10 +337,10 @@ def test_a_prefetch_waits_for_its_hours_and_can_be_cancelled(
     with site(folder / "site", proxy.url, 1) as (node,):
         hour = int(subprocess.run(["date", "-u", "+%H"], capture_output=True, text=True, check=True).stdout)
         window = f"{(hour + 3) % 24:02d}:00-{(hour + 5) % 24:02d}:00"
-        done(node, "prefetch", IMAGE, "--window", window)
+        done(node, "prefetch", IMAGE, f"--window={window}")
         wait_for("it waits", lambda: "hours" in str(done(node, "prefetch", "--status")["waits_for"]))
         assert proxy.count.received == 0
-        assert failed(node, "prefetch", IMAGE, "--window", "25:00-26:00")
+        assert failed(node, "prefetch", IMAGE, "--window=25:00-26:00")
         done(node, "prefetch", "--cancel")
         assert [row["state"] for row in rows(node)] == ["cancelled"]
 
@@ -350,10 +350,10 @@ def test_gc_removes_what_was_not_used(folder: Path, image: Image, proxy: Countin
         finish_pulls(start_pulls([node], folder / "out"), image)
         before = node.status()["cache"]["disk"]["bytes"]
         assert done(node, "gc", "--older-than", "1h")["pieces"] == 0
-        told = done(node, "gc", "--to", "8MiB", "--dry-run")
+        planned = done(node, "gc", "--to=8MiB", "--dry-run")
         assert node.status()["cache"]["disk"]["bytes"] == before
         freed = done(node, "gc", "--to", "8MiB")
-        assert freed["bytes"] == told["bytes"] == before - node.status()["cache"]["disk"]["bytes"]
+        assert freed["bytes"] == planned["bytes"] == before - node.status()["cache"]["disk"]["bytes"]
         assert freed["held_bytes"] <= 8 << 20  # type: ignore[operator]
         wait_for("some time passes", lambda: done(node, "gc", "--older-than", "1ms")["held_bytes"] == 0)
         assert UPSTREAM in done(node, "pin", IMAGE)["images"][0]  # type: ignore[index]

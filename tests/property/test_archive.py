@@ -1,4 +1,4 @@
-"""Image archives: what is written is read back, by us and by others; what is hostile is refused by name."""
+"""Image archives: written ones are read back, by this code and by Python's tarfile; hostile ones are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 def reader_of(data: bytes) -> Callable[[int, int], bytes]:
     def read(offset: int, length: int) -> bytes:
-        assert 0 <= offset <= offset + length <= len(data), "it asks only for what is there"
+        assert 0 <= offset <= offset + length <= len(data), "it reads only inside the file"
         return data[offset : offset + length]
 
     return read
@@ -60,8 +60,8 @@ files = st.dictionaries(paths, st.binary(max_size=1500), max_size=8)
 @given(files, st.sampled_from(FORMS), st.sampled_from(["", "./"]))
 def test_what_others_write_is_read(content: dict[str, bytes], form: int, before: str) -> None:
     data = Layout(content).pack(form, before)
-    found = read_entries(reader_of(data), len(data))
-    assert {name: data[e.offset : e.offset + e.size] for name, e in found.items()} == content
+    entries = read_entries(reader_of(data), len(data))
+    assert {name: data[e.offset : e.offset + e.size] for name, e in entries.items()} == content
 
 
 @given(files)
@@ -70,13 +70,13 @@ def test_what_we_write_is_read_by_others_and_by_us(content: dict[str, bytes]) ->
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         read = {info.name: tar.extractfile(info) for info in tar}
         assert {name: file.read() if file else None for name, file in read.items()} == content
-    found = read_entries(reader_of(data), len(data))
-    assert {name: data[e.offset : e.offset + e.size] for name, e in found.items()} == content
+    entries = read_entries(reader_of(data), len(data))
+    assert {name: data[e.offset : e.offset + e.size] for name, e in entries.items()} == content
 
 
 @given(st.integers(0, MAX_OBJECT_SIZE), st.sampled_from(["blobs/sha256/" + "0" * 64, "blobs/sha512/" + "0" * 128]))
 def test_heads_of_any_size_and_name(size: int, name: str) -> None:
-    """Only heads are looked at, so that the bytes need not be there."""
+    """Only the headers are read: the bytes of the file need not exist."""
     head = header(name, size)
     length = len(head) + size + len(padding(size)) + len(END)
 
@@ -89,7 +89,7 @@ def test_heads_of_any_size_and_name(size: int, name: str) -> None:
 
 @given(st.data())
 def test_bytes_of_any_kind_are_an_archive_or_refused(data: st.DataObject) -> None:
-    """Mutations of a good one, cut anywhere: never another error, never a read outside the file."""
+    """Mutations of a valid archive, cut anywhere: never another error, never a read outside the file."""
     good = bytearray(small().pack(data.draw(st.sampled_from(FORMS))))
     for _ in range(data.draw(st.integers(0, 6))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
@@ -98,7 +98,7 @@ def test_bytes_of_any_kind_are_an_archive_or_refused(data: st.DataObject) -> Non
         assert images_of(cut)
 
 
-def one(name: str, **fields: object) -> bytes:
+def header_of(name: str, **fields: object) -> bytes:
     info = tarfile.TarInfo(name)
     for key, value in fields.items():
         setattr(info, key, value)
@@ -117,17 +117,17 @@ def sized(field: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (one("../etc/passwd"), ["../etc/passwd", "not a path inside"]),
-        (one("/etc/passwd"), ["/etc/passwd", "not a path inside"]),
-        (one("blobs/../../x"), ["blobs/../../x"]),
-        (one("a//b"), ["a//b"]),
-        (one("blobs/x", type=tarfile.SYMTYPE, linkname="/etc/passwd"), ["blobs/x", "symbolic link"]),
-        (one("blobs/x", type=tarfile.LNKTYPE, linkname="index.json"), ["blobs/x", "hard link"]),
-        (one("null", type=tarfile.CHRTYPE), ["null", "device"]),
-        (one("pipe", type=tarfile.FIFOTYPE), ["pipe", "named pipe"]),
-        (one("sparse", type=tarfile.GNUTYPE_SPARSE), ["sparse"]),
-        (one("evil\x1b[2J"), ["control characters"]),
-        (one("n" * 300), ["too long"]),
+        (header_of("../etc/passwd"), ["../etc/passwd", "not a path inside"]),
+        (header_of("/etc/passwd"), ["/etc/passwd", "not a path inside"]),
+        (header_of("blobs/../../x"), ["blobs/../../x"]),
+        (header_of("a//b"), ["a//b"]),
+        (header_of("blobs/x", type=tarfile.SYMTYPE, linkname="/etc/passwd"), ["blobs/x", "symbolic link"]),
+        (header_of("blobs/x", type=tarfile.LNKTYPE, linkname="index.json"), ["blobs/x", "hard link"]),
+        (header_of("null", type=tarfile.CHRTYPE), ["null", "device"]),
+        (header_of("pipe", type=tarfile.FIFOTYPE), ["pipe", "named pipe"]),
+        (header_of("sparse", type=tarfile.GNUTYPE_SPARSE), ["sparse"]),
+        (header_of("evil\x1b[2J"), ["control characters"]),
+        (header_of("n" * 300), ["too long"]),
         (header("twice", 0) * 2 + END, ["twice", "in the archive twice"]),
         (header("cut", 1 << 20) + END, ["cut", "cut short"]),
         (header("no-end", 0), ["cut short", "end mark"]),
@@ -139,7 +139,7 @@ def sized(field: bytes) -> bytes:
         (b"hello" * 200, ["no tar archive"]),
         (b"", ["cut short"]),
     ],
-)  # fmt: skip
+)
 def test_hostile_tars(data: bytes, words: list[str]) -> None:
     refused(data, *words)
 
@@ -198,8 +198,8 @@ def test_layers_of_sha512_and_several_images() -> None:
     layout.name(root, "origin.test/a:1")
     layout.name(root, "origin.test/a:2")
     layout.name(layout.manifest([b"another"], "amd64"), "localhost/b:1")
-    found = images_of(layout.pack())
-    assert [str(image.name) for image in found] == ["origin.test/a:1", "origin.test/a:2", "localhost/b:1"]
+    images = images_of(layout.pack())
+    assert [str(image.name) for image in images] == ["origin.test/a:1", "origin.test/a:2", "localhost/b:1"]
     refused(layout.pack(), "3 images", name=NAME)
 
 
@@ -221,7 +221,7 @@ def broken(change: Callable[[Layout], None]) -> bytes:
 
 
 def first(layout: Layout, media_type: str) -> str:
-    """The file of the first blob that is such a document."""
+    """The file of the first blob with this media type."""
     wanted = media_type.encode()
     return next(name for name, data in layout.files.items() if name.startswith("blobs/") and wanted in data)
 
@@ -262,7 +262,7 @@ def write(name: str, data: bytes) -> Callable[[Layout], None]:
         (lambda layout: layout.files.pop(blob_path(digest(b"shared"))), ["blobs/sha256/", digest(b"shared")]),
         (lambda layout: layout.files.update({first(layout, "vnd.oci.image.index"): b"{}"}), ["blobs/sha256/"]),
     ],
-)  # fmt: skip
+)
 def test_hostile_layouts(change: Callable[[Layout], None], words: list[str]) -> None:
     refused(broken(change), *words)
 
@@ -309,21 +309,21 @@ def test_what_is_exported_is_imported(sizes: list[int]) -> None:
         with TemporaryFile() as file:
             writer = ArchiveWriter(file.fileno())
             await writer.begin(image.root, NAME)
-            for one in image.objects:
-                await writer.head(one)
-                await writer.data(packed[one.offset : one.offset + one.ref.size])
-                await writer.tail(one.ref)
+            for written in image.objects:
+                await writer.head(written)
+                await writer.data(packed[written.offset : written.offset + written.ref.size])
+                await writer.tail(written.ref)
             await writer.end()
             reader = ArchiveReader(file.fileno())
             (again,) = await reader.images(None)
             assert [o.ref for o in again.objects] == [o.ref for o in image.objects]
-            for one in again.objects:
-                hashes = b"".join([part async for part in reader.hashes(one)])
+            for read in again.objects:
+                hashes = b"".join([part async for part in reader.hashes(read)])
                 blocks = [
-                    await reader.block(one, index, hashes[32 * index : 32 * index + 32])
-                    for index in range(one.ref.block_count)
+                    await reader.block(read, index, hashes[32 * index : 32 * index + 32])
+                    for index in range(read.ref.block_count)
                 ]
-                assert digest(b"".join(blocks), one.ref.digest.algorithm) == str(one.ref.digest)
+                assert digest(b"".join(blocks), read.ref.digest.algorithm) == str(read.ref.digest)
 
     trio.run(main)
 

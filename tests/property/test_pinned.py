@@ -1,4 +1,4 @@
-"""Pins beside the eviction policy: what is charged adds up, and what is pinned is never named."""
+"""Pins and the eviction policy: the charged bytes add up, and a pinned object is never a victim."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ PIECES = [
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.sampled_from(PIECES), st.integers(1, 120)),
-        st.tuples(st.just("remove"), st.sampled_from(PIECES), st.just(0)),
-        st.tuples(st.just("refer"), st.sampled_from(PIECES), st.just(0)),
-        st.tuples(st.just("pin"), st.sampled_from(PIECES), st.just(0)),
-        st.tuples(st.just("unpin"), st.sampled_from(PIECES), st.just(0)),
+        st.tuples(st.sampled_from(["remove", "refer", "pin", "unpin"]), st.sampled_from(PIECES), st.just(0)),
         st.tuples(st.just("evict"), st.sampled_from(PIECES), st.integers(0, 2 * BUDGET)),
     ),
     max_size=60,
@@ -34,10 +31,10 @@ def test_sums_and_victims(taken: list[tuple[str, Piece, int]], pinned: set[Diges
     clock = [0.0]
     policy = PinnedPolicy(LRUKCache(UNBOUNDED, int, timer=lambda: clock[0]), frozenset(pinned), BUDGET)
     held: dict[Piece, int] = {}
-    for what, piece, size in taken:
+    for action, piece, size in taken:
         clock[0] += 1
-        of_object = [each for each in held if each.block.digest == piece.block.digest]
-        match what:
+        of_object = [other for other in held if other.block.digest == piece.block.digest]
+        match action:
             case "add" if piece not in held and sum(held.values()) + size <= BUDGET:
                 policy.add(piece, size)
                 held[piece] = size
@@ -54,11 +51,11 @@ def test_sums_and_victims(taken: list[tuple[str, Piece, int]], pinned: set[Diges
                 pinned.discard(piece.block.digest)
             case "evict":
                 victims = policy.victims(size)
-                kept = sum(held[each] for each in held if policy.keeps(each))
+                kept = sum(held[block] for block in held if policy.keeps(block))
                 assert not any(policy.keeps(victim) for victim in victims)
                 freed = sum(held[victim] for victim in victims)
                 assert BUDGET - sum(held.values()) + freed >= min(size, BUDGET - kept)
-        keeps = {each for each in held if each.shard is None and each.block.digest in pinned}
-        assert {each for each in held if policy.keeps(each)} == keeps
+        keeps = {block for block in held if block.shard is None and block.block.digest in pinned}
+        assert {block for block in held if policy.keeps(block)} == keeps
         assert policy.bytes == sum(held.values())
-        assert policy.kept_bytes == sum(held[each] for each in keeps)
+        assert policy.kept_bytes == sum(held[block] for block in keeps)

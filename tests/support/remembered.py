@@ -75,7 +75,9 @@ class Remembered:
 
     def _files(self) -> tuple[Pins, Prefetcher, UplinkFile, Uplink, PeersFile]:
         pins = Pins(self._folder / "pins.json", load_pins(self._folder / "pins.json"), _Disk())
-        prefetcher = Prefetcher(self._folder / "prefetch.json", *cast(Any, (None, None, None)))
+        none: Any = None
+        orders = self._folder / "prefetch.json"
+        prefetcher = Prefetcher(orders, library=none, verifier=none, fetcher=none, holds=none)
         uplink = Uplink("docker.io", UplinkPolicy(daily=1000))
         uplinks = UplinkFile(self._folder / "uplink.msgpack", [uplink])
         return pins, prefetcher, uplinks, uplink, PeersFile(self._folder / "peers.msgpack")

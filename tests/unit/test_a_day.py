@@ -44,7 +44,10 @@ class Day:
         self.registry, self.names = blocks.Registry(), tags.Registry()
         networks = MemoryNetwork(0.001), MemoryNetwork(0.005)
         self.readers = [blocks.Node(one, members, networks[0], self.registry, nursery) for one in identities]
-        self.askers = [tags.Node(one, members, networks[1], self.names, folder, nursery) for one in identities]
+        self.askers = [
+            tags.Node(identity, members, networks[1], registry=self.names, folder=folder, nursery=nursery)
+            for identity in identities
+        ]
         self.scopes: dict[tuple[type, PeerId], trio.CancelScope] = {}
         self.ended = self.failed = self.given_up = 0
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from random import Random
-from typing import Any
 
 import pytest
 import trio
@@ -29,8 +28,6 @@ from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry.batching import Origin
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Provenance
 from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.errors import DeniedError, UnavailableError
@@ -42,6 +39,7 @@ from protocol.members import Member
 from protocol.messages import GetShard, Request, ShardFound
 from protocol.placement import Placement
 from tests.support.disk_like import DiskLike
+from tests.support.site_library import site_library
 
 LOCATOR = Locator("origin.test", "app", "blobs")
 BODY = Random(7).randbytes(3 * BLOCK_SIZE + 100_000)
@@ -545,10 +543,7 @@ def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: 
                 if mirrored == "everywhere" or node.own == home:
                     node.seeder._origin = Origin(bad, nursery)
             reader = next(node for node in nodes if node.own != home)
-            unused: Any = None
-            library = SiteLibrary(
-                reader.site, unused, reader.seeder, reader.fetcher, Provenance(), Metrics(), lambda ref: None
-            )
+            library, _ = site_library(reader.site, reader.seeder, reader.fetcher)
             assert await read_whole(library) == BODY
             assert list(reader.view.quarantined) == ([] if mirrored == "everywhere" else [home])
             nursery.cancel_scope.cancel()

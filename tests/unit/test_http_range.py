@@ -1,4 +1,4 @@
-"""Range headers: what is asked is what is given, and everything else is ignored or refused."""
+"""Range headers: valid ranges select exactly their bytes; others are ignored or refused."""
 
 from __future__ import annotations
 

@@ -26,8 +26,6 @@ from node.identity.identity import Identity
 from node.membership.membership import Membership
 from node.oci.references import Locator
 from node.registry.batching import Origin
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Provenance
 from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.health import Health
@@ -36,6 +34,7 @@ from protocol.members import Member
 from protocol.placement import Placement
 from protocol.records import Record
 from protocol.window import MOST, RAMP, ReadWindow
+from tests.support.site_library import site_library
 
 LOCATOR = Locator("origin.test", "app", "blobs")
 BLOCKS = 80
@@ -48,7 +47,7 @@ def ref(number: int) -> ObjectRef:
 
 
 class Blocks:
-    """A fetcher whose blocks take BLOCK_S; `held` counts those that were begun and not yet let go of."""
+    """A fetcher whose blocks take BLOCK_S; `held` counts the blocks that were begun and not yet released."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.held = self.most = 0
@@ -79,7 +78,7 @@ class Blocks:
         return len(self._began)
 
     def began_before(self, seconds: float) -> int:
-        """After the first one."""
+        """Blocks that were begun within this time of the first one."""
         return sum(at < self._began[0] + seconds for at in self._began)
 
 
@@ -99,11 +98,11 @@ class Block:
 def library(fetcher: object) -> SiteLibrary:
     unused: Any = None
     holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time))
-    return SiteLibrary(holds_nothing, unused, unused, cast(Fetcher, fetcher), Provenance(), Metrics(), unused)
+    return site_library(holds_nothing, unused, cast(Fetcher, fetcher))[0]
 
 
 async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:
-    """Read all but the last byte, so that no digest is asked for, `seconds` for each block; how many blocks came."""
+    """Read all but the last byte, so that no digest is verified, a block in `seconds`; the number of blocks."""
     count = 0
     async with aclosing(shelf.read(LOCATOR, ref(number), 0, BLOCKS * BLOCK_SIZE - 1)) as chunks:
         async for chunk in chunks:
@@ -141,7 +140,7 @@ def test_the_parts_that_one_request_asks_for_are_read_ahead_like_a_whole() -> No
         async with trio.open_nursery() as nursery:
             blocks = Blocks(nursery)
             starts = [index * BLOCK_SIZE + at for index in range(BLOCKS) for at in (10, BLOCK_SIZE - 500)]
-            spans = [(start, start + 1000) for start in starts[:-1]]  # every second one ends in the next block
+            spans = [(start, start + 1000) for start in starts[:-1]]  # each second span ends in the next block
             sizes = []
             async with aclosing(library(blocks).read(LOCATOR, ref(1), *spans[0], *spans[1:])) as chunks:
                 async for chunk in chunks:
@@ -215,7 +214,7 @@ def test_clients_that_stand_still_with_all_of_the_read_ahead_do_not_stop_others(
 
 @pytest.mark.parametrize("after_s", [0.0, BLOCK_S / 2, 1.0, 1.0 + BLOCK_S / 2, 7.5, 300.0])
 def test_a_read_that_is_cancelled_gives_back_what_it_had(after_s: float) -> None:
-    """While it waits for room, for a block, or for its client; then as many clients as there is room for all read."""
+    """Cancelled while it waits for room, a block or its client. Afterwards the whole room is free."""
 
     async def scenario() -> None:
         async with trio.open_nursery() as work:
@@ -244,9 +243,15 @@ class Registry:
         return 5
 
     async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
+        self,
+        locator: Locator,
+        ref: ObjectRef,
+        first: int,
+        count: int,
+        *,
+        certain: bool = False,
         background: bool = False,
-    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
+    ) -> AsyncGenerator[bytearray, None]:
         for _ in range(count):
             await trio.sleep(BLOCK_S)
             self.given += 1
@@ -254,7 +259,7 @@ class Registry:
 
 
 class SlowDisk(MemoryStore):
-    """A disk tier that stands still until `moves`."""
+    """A disk tier that accepts nothing until `moves` is set."""
 
     def __init__(self) -> None:
         super().__init__(BLOCK_SIZE, trio.current_time)
@@ -273,11 +278,16 @@ def test_a_disk_that_stands_still_stops_the_registry() -> None:
         view = Membership(own, 1, Random(1))
         unused: Any = None
         site = Site(
-            own.peer_id, view, lambda: Placement((own,), 4, 1), unused, Health(), Trust(own.peer_id, view),
-            Tiers(MemoryStore(4 * BLOCK_SIZE, trio.current_time), cast(Any, disk), None),
-        )  # fmt: skip
+            own.peer_id,
+            view,
+            lambda: Placement((own,), 4, 1),
+            unused,
+            health=Health(),
+            trust=Trust(own.peer_id, view),
+            tiers=Tiers(MemoryStore(4 * BLOCK_SIZE, trio.current_time), cast(Any, disk), None),
+        )
         async with trio.open_nursery() as nursery:
-            seeder = Seeder(site, Origin(registry, nursery), Directory(), identity.sign, nursery)
+            seeder = Seeder(site, Origin(registry, nursery), Directory(), identity.sign, nursery=nursery)
             shelf = library(Fetcher(site, seeder, nursery))
             for number in range(8):
                 nursery.start_soon(read, shelf, number)

@@ -193,7 +193,7 @@ def test_a_member_that_tells_a_name_wrongly_is_named_and_a_digest_stands_for_its
             _, told_by, _ = reader.row(f"v{number}")
             assert (told_by in {node.own for node in nodes[1:]}) is is_wrong
         assert told[True], "a tag is a member's word: docs/SECURITY.md says so"
-        true = await reader.names._ask_origin(tags.APP, "latest")
+        true = await reader.names.ask_registry(tags.APP, "latest")
         by_digest = await reader.names.resolve(tags.APP, str(true.ref.digest))
         assert by_digest.ref == true.ref
 

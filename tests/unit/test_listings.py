@@ -40,7 +40,7 @@ def index(manifests: list[dict[str, object]]) -> bytes:
 
 
 class Registry:
-    """Answers by tail; an exception in place of an answer is raised."""
+    """Answers by the tail of the request; an answer that is an exception is raised."""
 
     def __init__(self, answers: Mapping[str, Passed | Exception]) -> None:
         self.answers = dict(answers)
@@ -137,7 +137,7 @@ def test_lists_are_asked_for_once_in_a_while_and_outlive_the_registry(tmp_path, 
         clock[0] += MAX_AGE_S - 1
 
     async def check_without_registry(listings: Listings) -> None:
-        """A node that was started anew meanwhile, and a page that nobody asked for before."""
+        """After a restart, and with a page that was not requested before."""
         assert tags_of(await listings.tags(APP, {})) == TAGS
         page = await listings.tags(APP, {"n": "2", "last": "bb"})
         assert (tags_of(page), page.link) == (["c", "d"], '<?n=2&last=d>; rel="next"')

@@ -1,4 +1,4 @@
-"""When background reading may go on, in virtual time."""
+"""The pace of background reads, in virtual time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_rate_spreads_bytes_over_time() -> None:
         began = trio.current_time()
         for _ in range(3):
             await pace.wait(MIB)
-        assert trio.current_time() - began == pytest.approx(1.0), "what was not used is not made up for"
+        assert trio.current_time() - began == pytest.approx(1.0), "an unused rate is not saved up"
 
     play(scenario)
 

@@ -1,4 +1,4 @@
-"""The book of pins: shared objects, room, the file, and work under way."""
+"""Pins: shared objects, room on the disk, the file, and operations under way."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def test_what_two_images_share_stays_until_both_are_unpinned(path: Path) -> None
     async def scenario() -> None:
         disk = Disk()
         pins = Pins(path, (), disk)
-        one, two = image("one", 1, 2), image("two", 2, 3)
-        await pins.add(one)
-        await pins.add(two)
-        await pins.add(two)
+        first, second = image("one", 1, 2), image("two", 2, 3)
+        await pins.add(first)
+        await pins.add(second)
+        await pins.add(second)
         assert (disk.pinned, pins.bytes) == (digests(1, 2, 3), 30 << 20)
-        await pins.remove(one.name)
+        await pins.remove(first.name)
         assert disk.pinned == digests(2, 3)
         with pytest.raises(NotFoundError):
-            await pins.remove(one.name)
-        await pins.remove(two.name)
+            await pins.remove(first.name)
+        await pins.remove(second.name)
         assert (disk.pinned, pins.bytes, len(pins)) == (set(), 0, 0)
 
     play(scenario)
@@ -102,7 +102,7 @@ def test_work_under_way_is_held_and_bounded(path: Path) -> None:
     async def scenario() -> None:
         disk = Disk()
         pins = Pins(path, (), disk)
-        await pins.add(image("app", 1, 2, 3, 4))
+        await pins.add(image("app", *range(1, 5)))
         with pins.holding([packed(n) for n in (4, 5, 6, 7, 8, 9)]):
             assert disk.pinned == digests(*range(1, 10))
             with pytest.raises(BadInputError, match="do not fit"), pins.holding([packed(10)]):
@@ -118,7 +118,7 @@ def test_work_under_way_is_held_and_bounded(path: Path) -> None:
 def test_a_smaller_budget_has_to_have_room_for_what_is_pinned(path: Path) -> None:
     async def scenario() -> None:
         pins = Pins(path, (), Disk())
-        await pins.add(image("app", 1, 2, 3, 4))
+        await pins.add(image("app", *range(1, 5)))
         pins.check_fits(50 << 20)
         with pytest.raises(BadInputError, match=r"cache\.disk: 40 MiB are pinned"):
             pins.check_fits(44 << 20)
@@ -139,9 +139,14 @@ def test_a_pin_that_cannot_be_written_does_not_count(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"\xff\xfe", b'{"version": 2, "pins": []}',
-     b'{"version": 1, "pins": [{"image": "a", "since": 1, "objects": [["sha256:x", 1, "blobs", "a/b"]]}]}'],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b'{"version": 2, "pins": []}',
+        b'{"version": 1, "pins": [{"image": "a", "since": 1, "objects": [["sha256:x", 1, "blobs", "a/b"]]}]}',
+    ],
+)
 def test_a_damaged_file_is_moved_aside(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     assert load_pins(path) == ()

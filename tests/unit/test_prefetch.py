@@ -1,4 +1,4 @@
-"""Prefetch in virtual time: its pace, what holds it up, failures that pass, cancelling, and its file."""
+"""Prefetch in virtual time: its pace, waits, failures that pass, cancelling, and its file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TOTAL = len(MANIFEST) + 2 + len(LAYER)
 
 
 class Shelf:
-    """Library, fetcher and store in one: `failures` are raised one after the other by what resolves."""
+    """Library, verifier, fetcher and store in one. `resolve` raises the `failures`, one after the other."""
 
     def __init__(self) -> None:
         self.content = {ref_of(data): data for data in (MANIFEST, b"{}", LAYER)}
@@ -70,8 +70,8 @@ class Shelf:
         self.wrong.discard(ref)
         yield self.content[ref]
 
-    async def check(self, locator: Locator, ref: ObjectRef, found: str) -> None:
-        assert found == ref.digest.hex
+    async def check(self, locator: Locator, ref: ObjectRef, computed: str) -> None:
+        assert computed == ref.digest.hex
         self.checked.append(ref)
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket:
@@ -105,7 +105,7 @@ Scenario = Callable[[Shelf, Prefetcher], Awaitable[None]]
 def play(path: Path, scenario: Scenario) -> None:
     async def main() -> None:
         shelf: Any = Shelf()
-        prefetcher = Prefetcher(path, shelf, shelf, shelf.holds)
+        prefetcher = Prefetcher(path, library=shelf, verifier=shelf, fetcher=shelf, holds=shelf.holds)
         async with trio.open_nursery() as nursery:
             await nursery.start(prefetcher.run)
             await scenario(shelf, prefetcher)
@@ -121,7 +121,7 @@ def path(tmp_path: Path) -> Path:
 
 
 async def until(prefetcher: Prefetcher, state: str) -> float:
-    """The virtual seconds until the first image is in this state."""
+    """Wait until the first image is in this state; the time that it took in seconds."""
     began = trio.current_time()
     while prefetcher.report().rows[0].state != state:  # noqa: ASYNC110 - virtual time
         await trio.sleep(0.01)
@@ -138,7 +138,7 @@ def test_an_image_is_fetched_and_checked_few_blocks_at_a_time(path: Path) -> Non
         assert shelf.most == DEPTH
         prefetcher.order(PrefetchOrder(images=(IMAGE,), rate=1))
         await trio.sleep(1)
-        assert [each.state for each in prefetcher.report().rows] == ["done", "done"], "what is held costs no time"
+        assert [row.state for row in prefetcher.report().rows] == ["done", "done"], "objects that are held cost no time"
 
     play(path, scenario)
 
@@ -241,11 +241,14 @@ def test_orders_outlive_the_process_until_they_are_done(path: Path) -> None:
 @pytest.mark.parametrize(
     "order",
     [
-        PrefetchOrder(images=()), PrefetchOrder(images=("Not A Name",)), PrefetchOrder(images=(IMAGE,), rate=-1),
-        PrefetchOrder(images=(IMAGE,), window="night"), PrefetchOrder(images=(IMAGE,), platforms=("arm64",)),
+        PrefetchOrder(images=()),
+        PrefetchOrder(images=("Not A Name",)),
+        PrefetchOrder(images=(IMAGE,), rate=-1),
+        PrefetchOrder(images=(IMAGE,), window="night"),
+        PrefetchOrder(images=(IMAGE,), platforms=("arm64",)),
         PrefetchOrder(images=tuple(f"a:{i}" for i in range(5000))),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_order_is_refused_as_a_whole(path: Path, order: PrefetchOrder) -> None:
     async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
         await trio.lowlevel.checkpoint()

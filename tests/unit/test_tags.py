@@ -1,4 +1,4 @@
-"""What the nodes of a site take a tag for, in virtual time, while it moves and the registry comes and goes."""
+"""The versions of a tag that the nodes of a site see while it moves and the registry comes and goes. Virtual time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,17 +24,15 @@ from node.blocks.trust import Trust
 from node.blocks.values import Site
 from node.config.schema import config_of, tag_policies
 from node.config.tag_policy import TagPolicies, TagPolicy
-from node.content.library import SiteLibrary
+from node.content.known_names import KnownNames
 from node.content.name_table import NameTable
-from node.content.resolver import Names
+from node.content.resolver import Resolver
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.identity import Identity
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
 from node.registry.batching import Origin
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Provenance
 from protocol.directory import Directory
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.health import Health
@@ -43,6 +42,7 @@ from protocol.messages import Request, Resolve
 from protocol.messages import Resolved as Told
 from protocol.placement import Placement
 from tests.support.disk_like import DiskLike
+from tests.support.site_library import site_library
 from tests.unit import test_coded_reads as coded
 from tests.unit.test_coded_reads import FixedView
 
@@ -59,7 +59,8 @@ def manifest(version: int) -> bytes:
 
 
 class Registry:
-    """One tag of every name, which moves; `moved` tells when it got which version. Nodes in `cut` do not reach it."""
+    """Has the same tag for every name, which moves: `moved` lists its versions with their times. Nodes in `cut` do not
+    reach it."""
 
     def __init__(self) -> None:
         self.moved = [(0.0, 1)]
@@ -88,7 +89,7 @@ class Reached:
         raise AssertionError("only names are asked for here")
 
     async def resolve(
-        self, locator: Locator, reference: str, known: Resolved | None = None
+        self, locator: Locator, reference: str, previous: Resolved | None = None
     ) -> tuple[Resolved, bytes | None]:
         registry = self._registry
         registry.asked += 1
@@ -99,27 +100,50 @@ class Reached:
         if reference == "none" or registry.deleted:
             raise NotFoundError("no such tag")
         ref = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
-        return Resolved(ref, "a/b"), None if known is not None and known.ref == ref else body
+        return Resolved(ref, "a/b"), None if previous is not None and previous.ref == ref else body
 
 
 class Node:
     def __init__(
-        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Registry, folder: Path,
+        self,
+        identity: Identity,
+        members: list[Member],
+        network: MemoryNetwork,
+        *,
+        registry: Registry,
+        folder: Path,
         nursery: trio.Nursery,
-    ) -> None:  # fmt: skip
-        self.own = identity.peer_id
+    ) -> None:
+        self.own, self._identity = identity.peer_id, identity
         self.view = FixedView(members)
-        tiers = Tiers(MemoryStore(1 << 22, trio.current_time), DiskLike(1 << 22, trio.current_time), containerd=None)
         self.exchange = MemoryExchange(network, self.own, refused=self.view.is_quarantined, handler=self.handle)
         placement = Placement(members, 4, 1)
-        site = Site(self.own, self.view, lambda: placement, self.exchange, Health(), Trust(self.own, self.view), tiers)
-        reached = registry.seen_by(self.own)
-        seeder = Seeder(site, Origin(reached, nursery), Directory(), identity.sign, nursery)  # type: ignore[arg-type]
+        self.site = Site(
+            self.own,
+            self.view,
+            lambda: placement,
+            self.exchange,
+            health=Health(),
+            trust=Trust(self.own, self.view),
+            tiers=Tiers(MemoryStore(1 << 22, trio.current_time), DiskLike(1 << 22, trio.current_time), containerd=None),
+        )
+        self.reached = registry.seen_by(self.own)
+        self.seeder = self.seeder_over(self.reached, nursery)
         self.table = NameTable(folder / f"{self.own}.sqlite", lambda: EPOCH + trio.current_time())
         self.ages: list[float] = []
         self.heard: list[Resolve] = []
         self.lies = False
-        self.names = Names(site, self.table, reached, seeder, nursery, POLICIES, self.ages.append)
+        self.names = Resolver(
+            self.site,
+            KnownNames(self.table, POLICIES),
+            self.reached,
+            seeder=self.seeder,
+            nursery=nursery,
+            served=self.ages.append,
+        )
+
+    def seeder_over(self, registry: Any, nursery: trio.Nursery) -> Seeder:
+        return Seeder(self.site, Origin(registry, nursery), Directory(), self._identity.sign, nursery=nursery)
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         assert isinstance(request, Resolve)
@@ -130,15 +154,13 @@ class Node:
         return answer
 
     async def version(self, tag: str = "latest") -> int:
-        found = await self.names.resolve(APP, tag)
-        return next(
-            version for version in range(1, 99) if sha256(manifest(version)).hexdigest() == found.ref.digest.hex
-        )
+        digest = (await self.names.resolve(APP, tag)).ref.digest
+        return next(version for version in range(1, 99) if sha256(manifest(version)).hexdigest() == digest.hex)
 
     def row(self, tag: str) -> tuple[str, str, str]:
-        """State, who told it, and the rule."""
-        ((one, policy, state),) = self.names.tags(f"origin.test/app:{tag}")
-        return state, one.told_by, policy.match
+        """State, source of the answer, and rule."""
+        ((known_tag, policy, state),) = self.names.known.tags(f"origin.test/app:{tag}")
+        return state, known_tag.told_by, policy.match
 
 
 Scenario = Callable[[list[Node], Registry, MemoryNetwork], Awaitable[None]]
@@ -148,10 +170,13 @@ def play(folder: Path, count: int, scenario: Scenario) -> None:
     async def main() -> None:
         keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
         identities = [Identity.of(key) for key in keys]
-        members = [Member(one.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, one in enumerate(identities)]
+        members = [Member(key.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, key in enumerate(identities)]
         network, registry = MemoryNetwork(0.005), Registry()
         async with trio.open_nursery() as nursery:
-            nodes = [Node(one, members, network, registry, folder, nursery) for one in identities]
+            nodes = [
+                Node(identity, members, network, registry=registry, folder=folder, nursery=nursery)
+                for identity in identities
+            ]
             for node in nodes:
                 await nursery.start(node.exchange.run)
             await scenario(nodes, registry, network)
@@ -176,7 +201,7 @@ def test_a_moved_tag_is_seen_in_its_time_to_live_by_every_node_of_the_site(
                 asked = trio.current_time()
                 version = await node.version()
                 due = [number for at, number in registry.moved if at <= asked - TTL_S][-1:]
-                assert version >= max([seen, *due]), "too late, or back to what it was"
+                assert version >= max([seen, *due]), "too late, or an earlier version again"
                 seen = version
                 await trio.sleep(rng.uniform(0, TTL_S / 3))
 
@@ -206,7 +231,7 @@ def test_nodes_agree_on_the_youngest_answer_while_the_registry_is_out_of_reach(t
         assert [await node.version() for node in nodes] == [1] * 5
         await trio.sleep(2 * TTL_S)
         registry.move()
-        home = nodes[0].names._site.placement().name_homes(f"{APP}@latest")[0]
+        home = nodes[0].site.placement().name_homes(f"{APP}@latest")[0]
         other = next(node for node in nodes if node.own != home)
         registry.cut = {node.own for node in nodes} - {other.own}
         assert await other.version() == 2, "its home does not reach the registry, but this node does"
@@ -251,12 +276,12 @@ def test_a_wrong_size_of_a_member_is_asked_of_the_registry_once_it_cannot_be_rea
         body = manifest(1)
         right = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
         reference = str(right.digest) if by_digest else "latest"
-        home = nodes[0].names._site.placement().name_homes(f"{APP}@{reference}")[0]
+        home = nodes[0].site.placement().name_homes(f"{APP}@{reference}")[0]
         reader = next(node for node in nodes if node.own != home)
         next(node for node in nodes if node.own == home).lies = True
-        told = await reader.names.resolve(APP, reference)
-        assert told.ref == replace(right, size=right.size + 1)
-        reader.names.doubt(APP, told.ref)
+        answer = await reader.names.resolve(APP, reference)
+        assert answer.ref == replace(right, size=right.size + 1)
+        reader.names.known.doubt(APP, answer.ref)
         for _ in range(2):
             assert (await reader.names.resolve(APP, reference)).ref == right
 
@@ -276,25 +301,25 @@ def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
         false = replace(right, media_type="application/vnd.oci.image.index.v1+json")
         if lie == "size":
             false = replace(right, ref=replace(right.ref, size=right.ref.size + 1))
-        site, seeder = reader.names._site, reader.names._seeder
-        await seeder.admit(APP, right.ref, body)
+        await reader.seeder.admit(APP, right.ref, body)
         reader.table.put(str(APP), "latest", false, "a liar")
         async with trio.open_nursery() as nursery:
             down = coded.Registry()
-            down.down, seeder._origin = True, Origin(down, nursery)
-            fetcher = Fetcher(site, seeder, nursery)
-            library = SiteLibrary(site, reader.names, seeder, fetcher, Provenance(), Metrics(), lambda ref: None)
+            down.down = True
+            seeder = reader.seeder_over(down, nursery)
+            fetcher = Fetcher(reader.site, seeder, nursery)
+            library, _ = site_library(reader.site, seeder, fetcher, reader.names)
             for _ in range(2):
-                found = await library.resolve(APP, "latest")
-                assert found.ref == right.ref
-                assert found.media_type == ("a/b" if lie == "size" else media_type)
+                resolved = await library.resolve(APP, "latest")
+                assert resolved.ref == right.ref
+                assert resolved.media_type == ("a/b" if lie == "size" else media_type)
             nursery.cancel_scope.cancel()
-        assert registry.asked == (lie == "size"), "the bytes decide where they can"
+        assert registry.asked == (lie == "size"), "the registry is asked only if the bytes do not decide"
         if lie == "type":
             (line,) = [record.getMessage() for record in caplog.records if "is of type" in record.getMessage()]
-            assert line.endswith(f"is of type {media_type}; a liar told {false.media_type}")
+            assert line.endswith(f"is of type {media_type}; a liar gave {false.media_type}")
             answer = await reader.names.handle(reader.own, Resolve(str(APP), "latest", 1))
-            assert answer.message.media_type == media_type, "what it knows better it tells no others"
+            assert answer.message.media_type == media_type, "members get the type of the bytes"
 
     play(tmp_path, 1, scenario)
 
@@ -304,20 +329,14 @@ def test_an_offline_site_asks_itself_once_in_a_time_to_live(tmp_path: Path) -> N
         await nodes[0].version()
         registry.cut = {node.own for node in nodes}
         await trio.sleep(2 * TTL_S)
-        asked: list[PeerId] = []
         for node in nodes:
-            original = node.handle
-
-            async def counted(peer: PeerId, request: Request, original=original, node=node) -> Answer:
-                asked.append(node.own)
-                return await original(peer, request)
-
-            node.exchange._handler = counted
+            node.heard.clear()
         for _ in range(50):
             await nodes[0].version()
             await trio.sleep(TTL_S / 60)
         members, rounds = len(nodes) - 1, 50
-        assert len(asked) <= 2 * 2 * members + rounds, "each resolve asks its home, and only few of them everybody"
+        asked = sum(len(node.heard) for node in nodes)
+        assert asked <= 2 * 2 * members + rounds, "each resolve asks its home, and only few ask all members"
 
     play(tmp_path, 5, scenario)
 
@@ -344,17 +363,17 @@ def test_tags_tell_who_said_it_and_how_fresh_it_is(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         for node in nodes:
             await node.version("quick")
-        home = nodes[0].names._site.placement().name_homes(f"{APP}@quick")[0]
-        told = {node.own: node.row("quick") for node in nodes}
-        assert told.pop(home) == ("fresh", "registry", "*:quick")
-        assert set(told.values()) == {("fresh", home, "*:quick")}
+        home = nodes[0].site.placement().name_homes(f"{APP}@quick")[0]
+        rows = {node.own: node.row("quick") for node in nodes}
+        assert rows.pop(home) == ("fresh", "registry", "*:quick")
+        assert set(rows.values()) == {("fresh", home, "*:quick")}
         await trio.sleep(6)
         assert nodes[0].row("quick")[0] == "due"
         await nodes[0].version()
-        assert [one.tag for one, _, _ in nodes[0].names.tags("origin.test/*")] == ["latest", "quick"]
-        assert nodes[0].names.tags("docker.io/*") == []
+        assert [row.tag for row, _, _ in nodes[0].names.known.tags("origin.test/*")] == ["latest", "quick"]
+        assert nodes[0].names.known.tags("docker.io/*") == []
         again = NameTable(tmp_path / f"{nodes[0].own}.sqlite", lambda: EPOCH + trio.current_time())
-        assert {one.told_by for one in again.tags("*")} == {""}
+        assert {row.told_by for row in again.tags("*")} == {""}
         again.close()
 
     play(tmp_path, 5, scenario)
@@ -368,8 +387,8 @@ def test_a_digest_that_one_member_knows_is_found_while_the_registry_is_out_of_re
             with pytest.raises(UnavailableError):
                 await nodes[0].version(digest)
         registry.cut = {node.own for node in nodes} - {nodes[4].own}
-        known = (await nodes[4].names._upstreams.resolve(APP, digest))[0]
-        nodes[4].table.put(str(APP), digest, known)
+        resolved = (await nodes[4].reached.resolve(APP, digest))[0]
+        nodes[4].table.put(str(APP), digest, resolved)
         registry.cut.add(nodes[4].own)
         assert [await node.version(digest) for node in nodes] == [1] * 5
 
@@ -378,12 +397,12 @@ def test_a_digest_that_one_member_knows_is_found_while_the_registry_is_out_of_re
 
 def test_a_tag_that_turns_up_at_one_member_of_an_offline_site_is_found_at_once(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        known = (await nodes[0].names._upstreams.resolve(APP, "latest"))[0]
+        resolved = (await nodes[0].reached.resolve(APP, "latest"))[0]
         registry.cut = {node.own for node in nodes}
         for node in nodes:
             with pytest.raises(UnavailableError):
                 await node.version()
-        nodes[4].table.put(str(APP), "latest", known)
+        nodes[4].table.put(str(APP), "latest", resolved)
         assert [await node.version() for node in nodes] == [1] * 5
 
     play(tmp_path, 5, scenario)
@@ -400,7 +419,7 @@ def test_what_the_registry_does_not_have_is_an_error_for_all(tmp_path: Path) -> 
 
 def test_homes_that_die_cost_no_answer(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        homes = nodes[0].names._site.placement().name_homes(f"{APP}@latest")
+        homes = nodes[0].site.placement().name_homes(f"{APP}@latest")
         for home in homes[:2]:
             network.kill(home)
         for node in nodes:
@@ -441,7 +460,7 @@ def test_what_is_read_with_a_grant_is_asked_of_no_other_node(tmp_path: Path) -> 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         granted = replace(APP, grant=Grant("Bearer of-alice"))
         assert await nodes[0].version() == 1
-        home = nodes[0].names._site.placement().name_homes(f"{APP}@latest")[0]
+        home = nodes[0].site.placement().name_homes(f"{APP}@latest")[0]
         other = next(node for node in nodes[1:] if node.own != home)
         for node in nodes:
             node.heard.clear()

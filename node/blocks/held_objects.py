@@ -1,0 +1,72 @@
+"""Objects as the tiers of this node hold them: their bytes, and the digest of these bytes.
+
+Each block matches a record that a member signed. Only the digest over all blocks shows that these records are true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from typing import BinaryIO
+
+from cache.store import Buffer, Holdings
+from cache.tiered import Tiers
+from protocol.ids import ObjectRef, Piece
+
+
+def holds_all(tiers: Tiers, ref: ObjectRef) -> bool:
+    return tiers.holdings(ref.digest).blocks == (1 << ref.block_count) - 1
+
+
+def bytes_held(holdings: Holdings, ref: ObjectRef) -> int:
+    return sum(ref.block_length(index) for index in range(ref.block_count) if holdings.blocks >> index & 1)
+
+
+async def held_body(tiers: Tiers, ref: ObjectRef) -> bytes | None:
+    """The bytes of a small object, not compared with its digest; None where a block is missing."""
+    blocks = [await tiers.get(Piece(ref.block(index)), ref.size) for index in range(ref.block_count)]
+    return b"".join(block[0].data for block in blocks if block is not None) if None not in blocks else None
+
+
+async def hash_held(
+    tiers: Tiers, ref: ObjectRef, pause: Callable[[], Awaitable[None]] | None = None
+) -> tuple[str, Buffer] | None:
+    """The digest of all blocks in hexadecimal, and the last block; None where a block is missing.
+
+    `pause` is awaited before each block of a background check, whose blocks do not displace others from memory.
+    """
+    hasher = hashlib.new(ref.digest.algorithm)
+    data: Buffer = b""
+    for index in range(ref.block_count):
+        if pause is not None:
+            await pause()
+        block = await tiers.get(Piece(ref.block(index)), ref.size, to_memory=pause is None)
+        if block is None:
+            return None
+        data = block[0].data
+        hasher.update(data)
+    return hasher.hexdigest(), data
+
+
+def open_checked(tiers: Tiers, ref: ObjectRef) -> BinaryIO | None:
+    """A file of exactly this object, whose digest this process has checked; the caller closes it."""
+    sealed = tiers.open_sealed(ref.digest)
+    if sealed is None:
+        return None
+    with ExitStack() as stack:
+        file = stack.enter_context(sealed[0])
+        if os.fstat(file.fileno()).st_size != ref.size:
+            return None
+        stack.pop_all()
+        return file
+
+
+async def is_right(tiers: Tiers, ref: ObjectRef) -> bool:
+    """Whether all of the object is held and has its digest."""
+    if (file := open_checked(tiers, ref)) is not None:
+        file.close()
+        return True
+    hashed = await hash_held(tiers, ref) if holds_all(tiers, ref) else None
+    return hashed is not None and hashed[0] == ref.digest.hex

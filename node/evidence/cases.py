@@ -1,0 +1,104 @@
+"""The evidence that a node has received or made, and its verdicts on it, in a bounded table.
+
+Evidence counts for QUARANTINE_S. It stays until the table is full, so that it does not count again when it is repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import trio
+
+from node.membership.quarantine import QUARANTINE_S
+from protocol.evidence import Evidence
+from protocol.ids import PeerId
+from protocol.records import Record
+from protocol.wire import MAX_TOLD
+
+MAX_KEPT = 256
+MAX_UNDECIDED = 4
+"""Undecided cases of one finder: a false accuser is discovered at the first of them."""
+
+Key = tuple[bytes, str]
+"""A record is judged once for each source that it is said to be read from, whoever accuses."""
+
+
+def key_of(record: Record, source: str) -> Key:
+    return record.signature, source
+
+
+class Verdict(StrEnum):
+    """This node's verdict on a piece of evidence."""
+
+    UNPROVEN = "not proven here yet"
+    UNPROVABLE = "cannot be proven here"
+    PROVEN = "proven here"
+    SPARED = "not looked into, since another one is proven"
+    VOID = "void"
+    """The record is true, or a mirror gives the same bytes. Kept, so that it is not examined twice."""
+
+
+@dataclass(slots=True)
+class Case:
+    """`found_at`, and `due`, when this node examines it, are in trio's time."""
+
+    evidence: Evidence
+    found_at: float
+    verdict: Verdict = Verdict.UNPROVEN
+    due: float = -math.inf
+    spread: bool = False
+    """Whether the case was already put off once, to spread the members' questions to the registry."""
+
+    @property
+    def is_undecided(self) -> bool:
+        return self.verdict in (Verdict.UNPROVEN, Verdict.UNPROVABLE)
+
+    @property
+    def is_live(self) -> bool:
+        return self.verdict is not Verdict.VOID and trio.current_time() - self.found_at < QUARANTINE_S
+
+    @property
+    def worth(self) -> tuple[bool, bool, float]:
+        return self.is_live, self.verdict is Verdict.PROVEN, self.found_at
+
+
+class Cases(dict[Key, Case]):
+    """Tasks that wait for a new case park in `added`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = trio.lowlevel.ParkingLot()
+
+    def add(self, case: Case) -> None:
+        self[key_of(case.evidence.record, case.evidence.source)] = case
+        if len(self) > MAX_KEPT:
+            del self[min(self, key=lambda key: self[key].worth)]
+        self.added.unpark_all()
+
+    def live(self) -> list[Case]:
+        return [case for case in self.values() if case.is_live]
+
+    def about(self, signer: PeerId) -> list[Case]:
+        return [case for case in self.live() if case.evidence.record.signer == signer]
+
+    def takes_from(self, finder: PeerId) -> bool:
+        """Whether the finder has fewer than MAX_UNDECIDED undecided cases."""
+        return sum(case.evidence.finder == finder for case in self.live() if case.is_undecided) < MAX_UNDECIDED
+
+    def to_tell(self) -> tuple[tuple[Evidence, float], ...]:
+        """The live evidence that is worth most, as much as fits a message, each with its age in seconds."""
+        now = trio.current_time()
+        listed = sorted(self.live(), key=lambda case: case.worth, reverse=True)[:MAX_TOLD]
+        return tuple((case.evidence, now - case.found_at) for case in listed)
+
+    def next_due(self) -> Case | None:
+        """The unproven case that is due first."""
+        waiting = (case for case in self.live() if case.verdict is Verdict.UNPROVEN)
+        return min(waiting, key=lambda case: case.due, default=None)
+
+    def void_accusations_of(self, finder: PeerId) -> None:
+        for case in self.values():
+            if case.evidence.finder == finder and case.is_undecided:
+                case.verdict = Verdict.VOID
