@@ -76,7 +76,7 @@ from node.membership.view import View
 from node.mirror import mirror as mirror_module
 from node.mirror.access import Access, PublicTable
 from node.mirror.mirror import Mirror
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.registry.uplink import Uplink, UplinkFile
 from node.registry.upstreams import Upstreams
 from node.runtime.allocator import tune_allocator
@@ -234,7 +234,9 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             Trust(identity.peer_id, membership),
             tiers,
         )
-        seeder = Seeder(site, Origin(upstreams, work, lambda: len(membership.site)), directory, identity.sign, work)
+        seeder = Seeder(
+            site, BatchedReads(upstreams, work, sharing=lambda: len(membership.site)), directory, identity.sign, work
+        )
         names = Names(
             site, table, upstreams, seeder, work, tag_policies(config), metrics.tag_served, public.age, pins.names
         )

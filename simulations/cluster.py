@@ -35,7 +35,7 @@ from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import Revocations
 from node.membership.gossip import Gossiper
 from node.membership.membership import Membership
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.registry.upstreams import Upstreams
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Ledger
@@ -127,8 +127,8 @@ class Node:
         self._dispatcher = Dispatcher(gossiper, self.names, self.seeder, registrar, judge)
         return [self.exchange, gossiper, judge, announcer]
 
-    def _origin(self, work: trio.Nursery) -> Origin:
-        return Origin(self.upstreams, work, lambda: len(self.membership.site))
+    def _origin(self, work: trio.Nursery) -> BatchedReads:
+        return BatchedReads(self.upstreams, work, sharing=lambda: len(self.membership.site))
 
     def stop(self) -> None:
         for scope in (self.scope, *self.clients):

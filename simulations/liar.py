@@ -13,7 +13,7 @@ from rich.table import Table
 from cache.store import Buffer
 from node.exchange.contract import Answer
 from node.oci.references import Locator
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.registry.upstreams import Upstreams
 from protocol.ids import ObjectRef, PeerId
 from protocol.messages import Request, ShardFound
@@ -95,11 +95,11 @@ class _OfShards(_LyingNode):
 class _OfRecords(_LyingNode):
     """One bit is wrong of each block of the layers that it reads from the registry, and it signs that."""
 
-    def _origin(self, work: trio.Nursery) -> Origin:
+    def _origin(self, work: trio.Nursery) -> BatchedReads:
         return _Misread(self.upstreams, work, self.lie)
 
 
-class _Misread(Origin):
+class _Misread(BatchedReads):
     def __init__(self, upstreams: Upstreams, work: trio.Nursery, lie: Callable[[Buffer], bytearray]) -> None:
         super().__init__(upstreams, work)
         self._lie = lie

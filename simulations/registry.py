@@ -16,7 +16,7 @@ import trio
 
 from node.config.schema import UpstreamPart
 from node.oci.references import Locator
-from node.registry.upstreams import Connect, client_over
+from node.registry.transport import Connect, client_over
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from simulations.network import Latency, SimulatedNetwork
 

@@ -37,7 +37,7 @@ from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, load_authority, peer_of
 from node.identity.identity import Identity
 from node.oci.references import Locator
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from protocol.directory import Directory
 from protocol.errors import UnavailableError
 from protocol.health import Health
@@ -170,7 +170,7 @@ async def reading(
     tiers = Tiers(MemoryStore(0, trio.current_time), DiskLike(0, trio.current_time), None)
     site = Site(own.peer_id, view, lambda: placement, exchange, health, Trust(own.peer_id, view), tiers)
     async with trio.open_nursery() as work:
-        seeder = Seeder(site, Origin(NoRegistry(), work), Directory(), lambda data: b"", work)  # type: ignore[arg-type]
+        seeder = Seeder(site, BatchedReads(NoRegistry(), work), Directory(), lambda data: b"", work)  # type: ignore[arg-type]
         await work.start(exchange.run)
         yield Reader(site, seeder, Fetcher(site, seeder, work), lane, Random(1), health.late_after_s), exchange
         work.cancel_scope.cancel()

@@ -30,7 +30,7 @@ from node.exchange.contract import Answer, Lane
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
 from node.membership.membership import QUARANTINE_S, Membership
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Ledger
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
@@ -461,7 +461,7 @@ def test_who_was_deceived_by_a_mirror_is_not_shut_out_by_anybody() -> None:
         deceived, finder, receiver = nodes[0], nodes[1], nodes[2]
         async with trio.open_nursery() as nursery:
             receiver.mirrored = True
-            receiver.seeder._origin = Origin(WithMirror(), nursery)
+            receiver.seeder._origin = BatchedReads(WithMirror(), nursery)
             await finder.tells(receiver, finder.accuses(deceived.signs(0, bytes(BLOCK_SIZE))))
             await trio.sleep(SOON_S)
             assert [case.verdict for case in receiver.judge.cases] == [Verdict.VOID]

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from node.oci.references import Locator
-from node.registry.batching import MAX_RUN, Origin
+from node.registry.batching import MAX_RUN, BatchedReads
 from protocol.errors import NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 
@@ -44,19 +44,19 @@ class SlowRegistry:
             yield bytearray(str(index).encode())
 
 
-def run(check: Callable[[SlowRegistry, Origin], Awaitable[None]], connections: int = 5) -> SlowRegistry:
+def run(check: Callable[[SlowRegistry, BatchedReads], Awaitable[None]], connections: int = 5) -> SlowRegistry:
     registry = SlowRegistry(connections)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            await check(registry, Origin(registry, nursery))
+            await check(registry, BatchedReads(registry, nursery))
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     return registry
 
 
-async def read_in_order(origin: Origin, count: int, window: int) -> None:
+async def read_in_order(origin: BatchedReads, count: int, window: int) -> None:
     """As a client's read does: so many blocks wanted at once, the next one as each comes."""
     ready: dict[int, trio.Event] = {index: trio.Event() for index in range(count)}
 
@@ -74,7 +74,7 @@ async def read_in_order(origin: Origin, count: int, window: int) -> None:
 
 
 def test_a_read_in_order_costs_a_request_for_each_full_run() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, origin: BatchedReads) -> None:
         start = trio.current_time()
         await read_in_order(origin, 12 * MAX_RUN, 2 * MAX_RUN)
         assert trio.current_time() - start <= 6 * MAX_RUN * BLOCK_S + 1, "two connections are always busy"
@@ -83,7 +83,7 @@ def test_a_read_in_order_costs_a_request_for_each_full_run() -> None:
 
 
 def test_blocks_that_follow_no_run_are_asked_for_at_once() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, origin: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
             for index in (3, 10, 11, 20, 30):
                 nursery.start_soon(origin.read, BLOBS, REF, index)
@@ -95,7 +95,7 @@ def test_blocks_that_follow_no_run_are_asked_for_at_once() -> None:
 
 @pytest.mark.parametrize("failing", [None, UnavailableError("broken")])
 def test_what_follows_a_run_is_read_when_that_ends_however_it_ends(failing: ShoalError | None) -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, origin: BatchedReads) -> None:
         registry.failing = failing
         caught: list[ShoalError] = []
 
@@ -116,7 +116,7 @@ def test_what_follows_a_run_is_read_when_that_ends_however_it_ends(failing: Shoa
 
 
 def test_a_reader_that_leaves_takes_its_block_along() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, origin: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(origin.read, BLOBS, REF, 0)
             await trio.sleep(BLOCK_S / 2)
@@ -128,7 +128,7 @@ def test_a_reader_that_leaves_takes_its_block_along() -> None:
 
 
 def test_an_error_keeps_its_kind_for_all_that_wait_and_connections_are_bounded() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, origin: BatchedReads) -> None:
         registry.failing = NotFoundError("gone")
 
         async def read(index: int) -> None:
@@ -145,7 +145,7 @@ def test_an_error_keeps_its_kind_for_all_that_wait_and_connections_are_bounded()
 
 
 def test_what_nobody_waits_for_has_a_connection_of_its_own_and_holds_up_nobody() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, origin: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
             for index in range(4):
                 nursery.start_soon(partial(origin.read, BLOBS, REF, index, background=True))

@@ -31,7 +31,7 @@ from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.identity import Identity
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Ledger
 from protocol.directory import Directory
@@ -114,7 +114,7 @@ class Node:
         placement = Placement(members, 4, 1)
         site = Site(self.own, self.view, lambda: placement, self.exchange, Health(), Trust(self.own, self.view), tiers)
         reached = registry.seen_by(self.own)
-        seeder = Seeder(site, Origin(reached, nursery), Directory(), identity.sign, nursery)  # type: ignore[arg-type]
+        seeder = Seeder(site, BatchedReads(reached, nursery), Directory(), identity.sign, nursery)  # type: ignore[arg-type]
         self.table = NameTable(folder / f"{self.own}.sqlite", lambda: EPOCH + trio.current_time())
         self.ages: list[float] = []
         self.heard: list[Resolve] = []
@@ -281,7 +281,7 @@ def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
         reader.table.put(str(APP), "latest", false, "a liar")
         async with trio.open_nursery() as nursery:
             down = coded.Registry()
-            down.down, seeder._origin = True, Origin(down, nursery)
+            down.down, seeder._origin = True, BatchedReads(down, nursery)
             fetcher = Fetcher(site, seeder, nursery)
             library = SiteLibrary(site, reader.names, seeder, fetcher, Ledger(), Metrics(), lambda ref: None)
             for _ in range(2):

@@ -25,9 +25,8 @@ from hypothesis import strategies as st
 from node.config.schema import UpstreamPart
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
-from node.registry import credential_helper
-from node.registry import upstreams as upstream_module
-from node.registry.block_cutter import BlockCutter
+from node.registry import credential_helper, transport
+from node.registry.bodies import BlockCutter
 from node.registry.upstreams import Upstreams
 from node.web.server import Buffer, Request, Response, serve_http
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
@@ -300,7 +299,7 @@ def test_an_answer_with_another_range_is_refused() -> None:
 
 
 def test_a_silent_body_is_resumed_and_a_long_retry_after_is_not_waited_for(monkeypatch) -> None:
-    monkeypatch.setattr(upstream_module, "TIMEOUT", httpx.Timeout(0.2))
+    monkeypatch.setattr(transport, "TIMEOUT", httpx.Timeout(0.2))
 
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = ["stalls", None]
