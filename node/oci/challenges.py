@@ -106,14 +106,11 @@ def relayed(challenges: Sequence[Challenge], *, insecure: bool, repository: str,
             asked = token_request(challenge, insecure=insecure, scope=scope)
             fields = {"realm": asked.realm, **asked.query, "scope": scope} if asked else {}
             if fields and all(value.isascii() and value.isprintable() for value in fields.values()):
-                return "Bearer " + ",".join(f'{name}="{_quoted(value)}"' for name, value in fields.items())
+                quoted = {name: re.sub(r'(["\\])', r"\\\1", value) for name, value in fields.items()}
+                return "Bearer " + ",".join(f'{name}="{value}"' for name, value in quoted.items())
         elif challenge.scheme == "basic" and basic:
             return 'Basic realm="registry"'
     return ""
-
-
-def _quoted(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"')
 
 
 class _TokenReply(msgspec.Struct):

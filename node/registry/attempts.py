@@ -50,7 +50,7 @@ def unexpected(response: httpx.Response) -> FailedAttemptError:
 
 
 def reason(error: Exception) -> str:
-    """What happened, without the text of httpx: it may contain a URL, and URLs of blobs are signed."""
+    """The cause without the text of httpx, which may contain a URL: URLs of blobs are signed."""
     names: dict[type[Exception], str] = {
         httpx.ConnectTimeout: "no connection in time",
         httpx.ReadTimeout: "silent for too long",

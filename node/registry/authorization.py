@@ -67,7 +67,7 @@ class Authorization:
         return self._remembered(call.repository)
 
     def denied(self, call: Call, why: str) -> DeniedError:
-        """The error of a call that lacks authorization, which is remembered."""
+        """The error of a call that lacks authorization; without a grant the next calls are denied for REFUSED_S."""
         if self.relays and call.grant is None:
             self._refused[call.repository] = True
         return DeniedError(f"{self._names[0]}: {call.subject}: {why}")
@@ -77,7 +77,7 @@ class Authorization:
         return relayed(challenges, insecure=self._insecure, repository=repository, basic=basic)
 
     async def renewed(self, call: Call, response: httpx.Response, used: Headers) -> Headers:
-        """Headers for a second attempt after a 401; {} if a grant was refused. Raises DeniedError, FailedAttemptError."""
+        """Headers for a second request after a 401; {} if a grant was refused. Raises DeniedError."""
         challenges = parse_challenges(response.headers.get("www-authenticate", ""))
         self.challenges[call.repository] = challenges
         if call.grant:

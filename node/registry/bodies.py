@@ -46,11 +46,8 @@ class _Portions:
 @asynccontextmanager
 async def receiver_of(response: httpx.Response) -> AsyncIterator[Receiver]:
     direct: Body | None = response.extensions.get("body")
-    if direct is not None:
-        yield direct
-        return
     async with aclosing(cast(AsyncGenerator[bytes, None], response.aiter_raw())) as portions:
-        yield _Portions(portions)
+        yield direct or _Portions(portions)
 
 
 class Meter:

@@ -9,17 +9,12 @@ import httpx
 
 from node.oci.references import Grant, Locator, is_digest
 
-_MANIFEST_TYPES = """
-    application/vnd.oci.image.index.v1+json
-    application/vnd.oci.image.manifest.v1+json
-    application/vnd.oci.artifact.manifest.v1+json
-    application/vnd.docker.distribution.manifest.list.v2+json
-    application/vnd.docker.distribution.manifest.v2+json
-    application/vnd.docker.distribution.manifest.v1+prettyjws
-    application/json
-    */*;q=0.1
-"""
-ACCEPT = ", ".join(_MANIFEST_TYPES.split())
+ACCEPT = (
+    "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
+    "application/vnd.oci.artifact.manifest.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, "
+    "application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.v1+prettyjws, "
+    "application/json, */*;q=0.1"
+)
 Headers = dict[str, str]
 
 

@@ -1,9 +1,8 @@
-"""One registry or mirror: names to descriptors, ranges of objects to blocks. Its errors name no URL.
+"""One registry or mirror: names to descriptors, ranges of objects to blocks. Errors name the object, never a URL.
 
-Specification: OCI distribution 1.1 (pull). Every client also does what is not in it: Docker's token flow, redirects of
-blobs to other hosts (httpx drops Authorization on the way), 200 where a range was asked for.
-
-Each method but `blocks` makes one attempt (`availability.retrying`). `blocks` continues a body where one broke off.
+Specification: OCI distribution 1.1 (pull), and what all clients do besides: Docker's token flow, redirects of blobs to
+other hosts (httpx drops Authorization on the way), 200 where a range was asked for. Each method makes one attempt,
+which `Availability.retrying` repeats; `blocks` makes several and continues a body where it broke off.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import trio
 from cachetools import TTLCache
 
 from node.config.schema import UpstreamPart
-from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, Resolved
+from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved
 from node.oci.references import is_digest
 from node.registry.attempts import Attempts, Availability, FailedAttemptError, reason, unexpected
 from node.registry.authorization import Authorization
@@ -39,11 +38,11 @@ BROKEN_S, MAX_BROKEN = 2.0, 1024
 
 class RegistryClient:
     def __init__(
-        self, part: UpstreamPart, url: str, connect: Connect, availability: Availability, meter: Meter
+        self, part: UpstreamPart, url: str, connect: Connect, *, availability: Availability, meter: Meter
     ) -> None:
         self.url = httpx.URL(url.rstrip("/"))
         self.name, self.availability, self.meter = availability.name, availability, meter
-        self.client, self.keep_none = connect(part)
+        self.http, self.retire = connect(part)
         self.authorization = Authorization(self.name, self.url, part, meter=meter, send=self.send)
         self.body_connections = max(1, part.connections - 1)
         """Bodies read at once; one connection is left for names."""
@@ -178,9 +177,9 @@ class RegistryClient:
         self, method: str, url: httpx.URL, headers: Headers, *, follow: bool = True, form: Headers | None = None
     ) -> httpx.Response:
         """The head of the answer; the caller closes it. `follow`: whether redirects are followed."""
-        request = self.client.build_request(method, url, headers=headers, data=form)
+        request = self.http.build_request(method, url, headers=headers, data=form)
         try:
-            response = await self.client.send(request, stream=True, follow_redirects=follow)
+            response = await self.http.send(request, stream=True, follow_redirects=follow)
         except (httpx.PoolTimeout, httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise FailedAttemptError(reason(error), again=False) from error
         except httpx.TimeoutException as error:
@@ -209,7 +208,7 @@ class RegistryClient:
 
 def _media_type(response: httpx.Response) -> str:
     media_type = str(response.headers.get("content-type", "")).partition(";")[0].strip()
-    return media_type if MEDIA_TYPE.fullmatch(media_type) else "application/octet-stream"
+    return media_type if MEDIA_TYPE.fullmatch(media_type) else UNTYPED
 
 
 def _digest_of(body: bytes, reference: str, header: str) -> Digest | None:

@@ -122,10 +122,8 @@ class Wire:
         """Whether the other side has kept silent since the last answer, less than IDLE_S ago."""
         try:
             socket.socket.recv(self._sock, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return trio.current_time() - self.idle_since < IDLE_S
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, BlockingIOError) and trio.current_time() - self.idle_since < IDLE_S
         return False
 
     def close(self) -> None:
@@ -137,10 +135,7 @@ Release = Callable[[Wire, bool], None]
 
 
 class Body(httpx.AsyncByteStream):
-    """The body of an answer, for httpx or by `recv_into`. Raises httpx.TransportError.
-
-    If its end was read when it is closed, the connection serves the next request.
-    """
+    """An answer's body. If its end was read when it is closed, the connection serves the next request."""
 
     def __init__(self, wire: Wire, parser: h11.Connection, *, length: int | None, release: Release) -> None:
         """`length` is announced by the head; None: h11 finds the end. `release` takes the wire back."""
@@ -151,7 +146,7 @@ class Body(httpx.AsyncByteStream):
         self._left = length - len(self._held) if length else length
 
     async def recv_into(self, view: memoryview) -> int:
-        """Wait for bytes and store at most `len(view)` of them; returns their number, 0 at the body's end."""
+        """Wait for bytes and store at most `len(view)`. Returns their number, 0 at the end. Raises TransportError."""
         if self._left is None and not self._held:
             event = await self._wire.next_event(self._parser)
             self._held, self._left = (bytes(event.data), None) if isinstance(event, h11.Data) else (b"", 0)
@@ -213,9 +208,8 @@ class DirectTransport(httpx.AsyncBaseTransport):
             pass
         answer = cast(h11.Response, event)
         body = Body(wire, parser, length=_announced(request.method, answer), release=self._release)
-        return httpx.Response(
-            answer.status_code, headers=list(answer.headers.raw_items()), stream=body, extensions={"body": body}
-        )
+        headers = list(answer.headers.raw_items())
+        return httpx.Response(answer.status_code, headers=headers, stream=body, extensions={"body": body})
 
     def _reused(self, origin: _Origin) -> Wire | None:
         for wire in [wire for wire in reversed(self._idle) if wire.origin == origin]:

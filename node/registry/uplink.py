@@ -59,13 +59,13 @@ class MakeWayError(Exception):
     """A background body must be closed because of one in the foreground; it continues later from where it was."""
 
 
-Count = Callable[[], int]
+Nodes = Callable[[], int]
 Clock = Callable[[], datetime]
 
 
 class Uplink:
     def __init__(
-        self, name: str, policy: UplinkPolicy | None = None, *, sharing: Count = lambda: 1, clock: Clock = local_time
+        self, name: str, policy: UplinkPolicy | None = None, *, sharing: Nodes = lambda: 1, clock: Clock = local_time
     ) -> None:
         """`sharing` gives the number of nodes of the site; `clock` the local time, which decides days and hours."""
         self.name, self.policy = name, policy or UplinkPolicy()

@@ -1,11 +1,11 @@
 """The configured upstreams: names to descriptors, and ranges of objects to blocks.
 
-An upstream is one registry, or several in order: mirrors of it, and last the registry itself. Each has its own
-connections, tokens and breaker (node/registry/client.py). If a mirror fails to give something, for whatever reason, the
-next one is asked: a mirror may lack what the registry has. The answer of the registry itself is final.
+An upstream is mirrors in order and last the registry itself, each with its own connections, tokens and breaker
+(node/registry/client.py). If a mirror does not give something, for whatever reason, the next one is asked: a mirror may
+lack what the registry has. The answer of the registry itself is final.
 
 Every request is bounded in time, size and number. A registry that is out of reach costs one connect timeout, and then
-nothing for some seconds (`Breaker`); an overloaded registry costs some attempts, and then the pause that it asks for.
+nothing for some seconds (`Breaker`); an overloaded one costs some attempts, and then the pause that it asks for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from node.config.schema import UpstreamPart
-from node.oci.manifests import Resolved
+from node.oci.manifests import UNTYPED, Resolved
 from node.oci.references import Grant, Locator, canonical
 from node.registry.attempts import Availability
 from node.registry.bodies import BlockCutter, Meter
@@ -43,17 +43,17 @@ _T = TypeVar("_T")
 
 
 class _Upstream:
-    """One upstream. The part of its configuration is without the settings of uplink and access, which may change."""
+    """`part` is without the settings of uplink and access: a change of those needs no new connections."""
 
     def __init__(self, part: UpstreamPart, uplink: Uplink, connect: Connect, *, count: Count, rng: Random) -> None:
         self.part, self.uplink = _own(part), uplink
         self.in_order: list[RegistryClient] = []
-        for url in part.urls:
-            is_mirror = url is not part.urls[-1]
+        for place, url in enumerate(part.urls, 1):
+            is_mirror = place < len(part.urls)
             name = httpx.URL(url).netloc.decode("ascii") if is_mirror else part.name
             meter = Meter(uplink, partial(count, part.name))
             availability = Availability(name, is_mirror=is_mirror, rng=rng)
-            self.in_order.append(RegistryClient(part, url, connect, availability, meter))
+            self.in_order.append(RegistryClient(part, url, connect, availability=availability, meter=meter))
         self.registry = self.in_order[-1]
 
     def asked(self, grant: Grant | None) -> list[RegistryClient]:
@@ -110,7 +110,7 @@ class Upstreams:
             for name, upstream in self._upstreams.items():
                 if wanted.get(name) is not upstream:
                     for client in upstream.in_order:
-                        client.keep_none()
+                        client.retire()
                 if name not in wanted:
                     self._removed[name] = upstream, trio.current_time() + REMOVED_S
             self._upstreams.clear()
@@ -144,7 +144,7 @@ class Upstreams:
     async def __aexit__(self, *_: object) -> None:
         for upstream in self._upstreams.values():
             for client in upstream.in_order:
-                await client.client.aclose()
+                await client.http.aclose()
 
     async def resolve(
         self, locator: Locator, reference: str, known: Resolved | None = None
@@ -159,8 +159,8 @@ class Upstreams:
             retrying = client.availability.retrying
             answer: tuple[Resolved, bytes | None]
             if locator.kind == "blobs":
-                ref = _sized(Digest.parse(reference), await retrying(call, client.size))
-                answer = Resolved(ref, "application/octet-stream"), None
+                size = await retrying(call, client.size)
+                answer = Resolved(_sized(Digest.parse(reference), size), UNTYPED), None
             elif known is not None and await retrying(call, partial(client.confirms, known)):
                 answer = Resolved(known.ref, known.media_type), None
             else:
@@ -214,7 +214,7 @@ class Upstreams:
         raise NotFoundError(f"{client.name}: {locator.repository}: neither {reference} nor tags found")
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
-        """The registry's last challenge for the repository, as `relayed` prepares it for clients."""
+        """The registry's last challenge for the repository, to be met by a client; "" for none."""
         return self._find(locator.upstream).registry.authorization.challenge(locator.repository, basic=basic)
 
     async def passthrough(
