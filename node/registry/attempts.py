@@ -1,8 +1,7 @@
 """Attempts at one registry or mirror: what a failure means, when to try again, and when not to ask at all.
 
-A failed attempt raises FailedAttemptError; other errors (not found, denied) are answers and pass unchanged.
-`Availability` wraps attempts: it repeats them as their policy says, holds the circuit breaker over all calls
-(node/registry/retry.py), and ends a call that keeps failing with UnavailableError.
+A failed attempt raises FailedAttemptError; other errors (not found, denied) are answers and pass unchanged. The wrapper
+`Availability` repeats attempts and breaks the circuit (node/registry/retry.py); it ends a call with UnavailableError.
 """
 
 from __future__ import annotations
@@ -75,11 +74,8 @@ class Availability:
         self.probing.unpark_all()
 
     async def admitted(self, policy: RetryPolicy, subject: str) -> Attempts:
-        """Begin a call. Raises UnavailableError if the breaker lets no call through.
-
-        While one call probes whether the registry has recovered, the others wait for its outcome: the first pull after
-        an outage makes many calls at once.
-        """
+        """Begin a call. Raises UnavailableError if the breaker lets no call through. While one call probes whether the
+        registry has recovered, the others wait for its outcome: the first pull after an outage makes many at once."""
         wait_s = self.breaker.wait_s(trio.current_time())
         if wait_s and self.breaker.probing:
             with trio.move_on_after(PROBE_S):

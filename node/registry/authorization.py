@@ -1,8 +1,7 @@
 """Authorization at one registry or mirror: its challenges, this node's credentials for it, and the tokens it gave.
 
-A call carries the client's grant, or the header that was last accepted for its repository. After a 401 one task meets
-the challenge (distribution/docs/spec/auth/token.md) while the others wait for the result. With `access = "relay"` this
-node has no credentials: clients meet the challenges that are remembered here.
+A call carries its client's grant, or the header last accepted for its repository. After a 401 one task meets the
+challenge and the others wait. With `access = "relay"` this node has no credentials: clients meet the challenges.
 """
 
 from __future__ import annotations

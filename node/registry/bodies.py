@@ -104,7 +104,7 @@ class MeteredBody:
 
 
 class BlockCutter:
-    """Cuts bytes that arrive in any portions into blocks, across connections: `position` is what is asked for next."""
+    """Cuts bytes into blocks, over any number of connections. `position` is the offset of the next byte to ask for."""
 
     def __init__(self, ref: ObjectRef, first: int, count: int) -> None:
         self.ref = ref
@@ -123,13 +123,13 @@ class BlockCutter:
         return self._index >= self._stop_index
 
     def room(self) -> memoryview:
-        """Where the next bytes belong; made only when it is asked for."""
+        """The buffer for the block's missing bytes; allocated only when it is needed."""
         if not self._block:
             self._block = bytearray(self.ref.block_length(self._index))
         return memoryview(self._block)[self._filled :]
 
     def filled(self, count: int) -> bytearray | None:
-        """`count` more bytes are there; the block that they complete."""
+        """Note that `count` more bytes are in the buffer. Returns the block if they complete it."""
         self._filled += count
         if self._filled < len(self._block):
             return None

@@ -94,14 +94,14 @@ class Upstreams:
 
     @property
     def names(self) -> Collection[str]:
-        """The current names: a view that changes with the configuration."""
+        """A view that changes with the configuration."""
         return self._upstreams.keys()
 
     def prepared(self, parts: Sequence[UpstreamPart], uplinks: Iterable[Uplink] = ()) -> Callable[[], None]:
         """A function that replaces the upstreams by `parts`; it does not fail. Raises BadInputError.
 
-        An upstream that does not change keeps its connections, tokens and breaker. Reads that have begun end at the
-        upstream as it was; a removed upstream can be read for another REMOVED_S.
+        An unchanged upstream keeps its connections, tokens and breaker. Reads that have begun end where they began; a
+        removed upstream can be read for another REMOVED_S.
         """
         limited = {uplink.name: uplink for uplink in uplinks}
         wanted = {canonical(part.name): self._current_or_new(part, limited) for part in parts}
@@ -203,8 +203,7 @@ class Upstreams:
     async def admits(self, locator: Locator, reference: str) -> bool:
         """Whether the registry lets the locator's grant, or without one everyone, read its repository.
 
-        The registry is asked for `reference`, and if it does not have that, or if that is "", for its tags. Raises
-        NotFoundError if it has neither, and UnavailableError.
+        It is asked for `reference`, unless that is "", and then for tags. Raises NotFoundError if it has neither.
         """
         client = self._find(locator.upstream).registry
         for call in [Call.of(locator, reference), Call.tags(locator)] if reference else [Call.tags(locator)]:
