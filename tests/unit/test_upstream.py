@@ -1,4 +1,4 @@
-"""The registry client against a registry in this process, over real sockets, with every fault that registries have."""
+"""The registry client against a registry in this process, over real sockets, with all faults of registries."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 
 BLOB = Random(7).randbytes(3 * BLOCK_SIZE + 77)
 MANIFEST = b'{"schemaVersion": 2}'
+SCOPE = "repository:org/app:pull"
 MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
 BLOBS = Locator("fake", "org/app", "blobs")
 MANIFESTS = Locator("fake", "org/app", "manifests")
@@ -47,7 +48,7 @@ BLOB_REF, MANIFEST_REF = ref_of(BLOB), ref_of(MANIFEST)
 
 
 class FakeRegistry:
-    """A registry of one repository; `faults` are taken one for each request to /v2/, None for a good answer."""
+    """A registry of one repository. Each request to /v2/ takes the next of `faults`; None is a good answer."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -83,17 +84,15 @@ class FakeRegistry:
 
     def _token(self, request: Request) -> Response:
         if self.identity:
-            assert dict(parse_qsl(request.body.decode())) == {
-                "grant_type": "refresh_token", "client_id": "shoal", "refresh_token": self.identity,
-                "service": "fake", "scope": "repository:org/app:pull",
-            }  # fmt: skip
+            grant = {"grant_type": "refresh_token", "client_id": "shoal", "refresh_token": self.identity}
+            assert dict(parse_qsl(request.body.decode())) == grant | {"service": "fake", "scope": SCOPE}
             self.tokens, self.valid_token = 1, "t1"
             return Response(200, {}, b'{"access_token": "t1"}')
         if self.password and request.headers.get("authorization") != httpx.BasicAuth("u", self.password)._auth_header:
             return Response(401)
         self.tokens += 1
         self.valid_token = f"t{self.tokens}"
-        assert request.query == {"x": "1", "service": "fake", "scope": "repository:org/app:pull"}
+        assert request.query == {"x": "1", "service": "fake", "scope": SCOPE}
         return Response(200, {}, json.dumps({"token": self.valid_token, "expires_in": 100}).encode())
 
     def _allowed(self, request: Request) -> bool:
@@ -187,12 +186,12 @@ def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
     count = data.draw(st.integers(1, ref.block_count - first))
     cutter = BlockCutter(ref, first, count)
     portion = data.draw(st.integers(1000, 2 * BLOCK_SIZE))
-    found = []
+    blocks = []
     while not cutter.done:
         view = cutter.room()[:portion]
         view[:] = content[cutter.position : cutter.position + len(view)]
-        found += filter(None, [cutter.filled(len(view))])
-    assert [bytes(block) for block in found] == [
+        blocks += filter(None, [cutter.filled(len(view))])
+    assert [bytes(block) for block in blocks] == [
         content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] for i in range(first, first + count)
     ]
 
@@ -335,7 +334,7 @@ def test_one_token_serves_everybody_until_it_is_refused(tmp_path) -> None:
 
 
 def helper_on_path(folder, monkeypatch, answer: dict[str, str]) -> None:
-    """A credential helper `test` that says `answer` of the registry `fake`."""
+    """Install a credential helper `test` that answers `answer` for the registry `fake`."""
     program = folder / "docker-credential-test"
     program.write_text(f"#!/bin/sh\nread registry\n[ $registry = fake ] && echo '{json.dumps(answer)}'\n")
     program.chmod(0o755)
@@ -457,7 +456,7 @@ def test_who_may_read_is_asked_with_nothing_but_what_the_client_sent(tmp_path) -
         asked = len(registry.requests)
         with pytest.raises(DeniedError):
             await fixture.read(upstreams)
-        assert len(registry.requests) == asked, "members that ask for its blocks cost the registry nothing"
+        assert len(registry.requests) == asked, "requests of members for its blocks do not reach the registry"
 
         assert await upstreams.admits(granted(MANIFESTS, "Bearer of-alice"), "latest")
         assert not await upstreams.admits(granted(MANIFESTS, "Bearer of-mallory"), "latest")
@@ -471,8 +470,10 @@ def test_who_may_read_is_asked_with_nothing_but_what_the_client_sent(tmp_path) -
             await upstreams.resolve(granted(MANIFESTS, "Bearer of-mallory"), "latest")
         assert "of-mallory" not in str(caught.value)
         assert {request.headers.get("authorization") for request in registry.requests} == {
-            None, "Bearer of-alice", "Bearer of-mallory",
-        }  # fmt: skip
+            None,
+            "Bearer of-alice",
+            "Bearer of-mallory",
+        }
 
     path = tmp_path / "config.json"
     path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
@@ -514,7 +515,7 @@ def test_a_redirect_is_a_yes_and_not_followed() -> None:
     run(check)
 
 
-def test_an_unknown_registry_is_told_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_registry_names_the_configured_ones() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         with pytest.raises(NotFoundError, match="configured: fake"):
             await upstreams.resolve(Locator("other", "a", "manifests"), "b")
@@ -524,8 +525,8 @@ def test_an_unknown_registry_is_told_with_the_known_ones() -> None:
 
 def test_bodies_leave_a_connection_for_names_and_are_bounded() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
-        async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4)) as one:
-            await anext(one)
+        async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4)) as first:
+            await anext(first)
             second = upstreams.blocks(BLOBS, BLOB_REF, 0, 4)
             with trio.move_on_after(0.1) as waited:
                 await anext(second)
@@ -537,7 +538,7 @@ def test_bodies_leave_a_connection_for_names_and_are_bounded() -> None:
 
 
 class DeadNetwork(trio.abc.HostnameResolver):
-    """Names are never answered, as at a site that is offline."""
+    """Never resolves a name, as at a site that is offline."""
 
     def __init__(self) -> None:
         self.asked = 0
