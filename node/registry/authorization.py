@@ -31,18 +31,12 @@ REFUSED_S = 10.0
 names, not knowing that it is private."""
 TOKEN_FAILURE_S = 1.0
 """Tasks that waited while another failed to get a token fail with it, instead of trying one after the other."""
+Send = Callable[..., Awaitable[httpx.Response]]
 
 
 class Authorization:
-    def __init__(
-        self,
-        name: str,
-        url: httpx.URL,
-        part: UpstreamPart,
-        meter: Meter,
-        send: Callable[..., Awaitable[httpx.Response]],
-    ) -> None:
-        """A mirror has another name than the upstream, and so other credentials. `send`: see RegistryClient.send."""
+    def __init__(self, name: str, url: httpx.URL, part: UpstreamPart, *, meter: Meter, send: Send) -> None:
+        """A mirror has another name than the upstream, and so other credentials. `send` is RegistryClient.send."""
         self._names = (name, url.netloc.decode("ascii"))
         self._insecure = url.scheme == "http"
         self._meter, self._send = meter, send

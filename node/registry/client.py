@@ -104,8 +104,11 @@ class RegistryClient:
         async with self._response("GET", call, {"Accept": ACCEPT}) as response:
             self._expect(response, call, 200)
             body = await self.meter.whole(response, MAX_MANIFEST, self._subject(call))
-            digest = _digest_of(body, call.reference, response.headers.get("docker-content-digest", ""))
-            if digest is None:
+            header = response.headers.get("docker-content-digest", "")
+            expected = call.reference if is_digest(call.reference) else header
+            algorithm = "sha512" if expected.startswith("sha512:") else "sha256"
+            digest = Digest(algorithm, hashlib.new(algorithm, body).hexdigest())
+            if expected not in ("", str(digest)):
                 raise CorruptObjectError(f"{self._subject(call)}: the bytes do not hash to the digest")
             return Resolved(ObjectRef(digest, len(body)), _media_type(response)), body
 
@@ -209,11 +212,3 @@ class RegistryClient:
 def _media_type(response: httpx.Response) -> str:
     media_type = str(response.headers.get("content-type", "")).partition(";")[0].strip()
     return media_type if MEDIA_TYPE.fullmatch(media_type) else UNTYPED
-
-
-def _digest_of(body: bytes, reference: str, header: str) -> Digest | None:
-    """The digest of `body`; None if it is not the one asked for, or not the one in the registry's header."""
-    expected = reference if is_digest(reference) else header
-    algorithm = "sha512" if expected.startswith("sha512:") else "sha256"
-    digest = Digest(algorithm, hashlib.new(algorithm, body).hexdigest())
-    return digest if expected in ("", str(digest)) else None

@@ -290,19 +290,14 @@ def sockets() -> Connect:
     default = ssl.create_default_context()
 
     def connect(part: UpstreamPart) -> tuple[httpx.AsyncClient, Callable[[], None]]:
-        context = _trusting(part, default)
+        try:
+            context = ssl.create_default_context(cafile=part.ca) if part.ca else default
+            if part.ca and len(part.urls) > 1:
+                context.load_default_certs()  # one URL may be public, and another the site's own
+        except (OSError, ssl.SSLError) as error:
+            raise BadInputError(f'upstream "{part.name}": ca = "{part.ca}": {error}') from error
+        context.set_alpn_protocols(["http/1.1"])
         transport = DirectTransport(context, part.connections)
         return client_over(transport, context, part.connections), transport.retire
 
     return connect
-
-
-def _trusting(part: UpstreamPart, default: ssl.SSLContext) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=part.ca) if part.ca else default
-        if part.ca and len(part.urls) > 1:
-            context.load_default_certs()  # one URL may be public, and another the site's own
-    except (OSError, ssl.SSLError) as error:
-        raise BadInputError(f'upstream "{part.name}": ca = "{part.ca}": {error}') from error
-    context.set_alpn_protocols(["http/1.1"])
-    return context

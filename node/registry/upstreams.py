@@ -203,7 +203,8 @@ class Upstreams:
     async def admits(self, locator: Locator, reference: str) -> bool:
         """Whether the registry lets the locator's grant, or without one everyone, read its repository.
 
-        It is asked for `reference`, unless that is "", and then for tags. Raises NotFoundError if it has neither.
+        It is asked for `reference`, and for its tags if it lacks that or if that is "". Raises NotFoundError if it has
+        neither, and UnavailableError.
         """
         client = self._find(locator.upstream).registry
         for call in [Call.of(locator, reference), Call.tags(locator)] if reference else [Call.tags(locator)]:

@@ -63,7 +63,7 @@ def test_a_body_that_breaks_at_the_registry_is_whole_at_the_client(folder: Path,
         assert again <= len(faults) * 16 * BLOCK_SIZE, "only missing bytes are asked for again"
 
 
-def test_without_the_registry_a_body_ends_with_fin_and_what_the_client_asks_then_is_refused(folder: Path) -> None:
+def test_without_the_registry_a_body_ends_with_fin_and_the_next_request_is_refused(folder: Path) -> None:
     """containerd reopens where the body ended, and asks the registry itself if that is refused."""
     with contextlib.ExitStack() as stack:
         origin = stack.enter_context(FaultyOrigin(SIZE, *[Fault(SIZE - 1000, "fin") for _ in range(20)]))
@@ -91,7 +91,7 @@ def test_a_client_that_goes_away_ends_its_read(folder: Path) -> None:
         assert "Traceback" not in tail(node.log, 10000)
 
 
-def test_a_slow_client_holds_up_nobody_and_gets_all(folder: Path) -> None:
+def test_a_slow_client_delays_no_other_and_gets_all(folder: Path) -> None:
     """One client reads some bytes of a cold blob, and then none while another reads all of it."""
     with (
         FaultyOrigin(SIZE) as origin,

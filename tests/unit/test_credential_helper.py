@@ -52,7 +52,7 @@ def test_a_helper_is_started_once_for_a_while(program: Callable[[str], None], tm
     play(scenario)
 
 
-def test_what_was_refused_is_asked_for_anew_but_not_at_once(
+def test_refused_credentials_are_asked_for_again_but_not_at_once(
     program: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(helpers: CredentialHelpers) -> None:

@@ -122,7 +122,7 @@ def test_every_framing_gives_its_body_and_frees_the_connection(
     assert server.connections == connections
 
 
-def test_what_comes_behind_a_body_ends_the_connection() -> None:
+def test_bytes_behind_a_body_end_the_connection() -> None:
     """All at once. Bytes that arrive only after the next request was sent make that request fail; it is tried again."""
     server = Scripted(answer(b"hello") + b"what nobody asked for", answer(b"second"))
 
@@ -135,7 +135,7 @@ def test_what_comes_behind_a_body_ends_the_connection() -> None:
     assert server.connections == 2
 
 
-def test_a_body_lands_in_the_callers_buffer_and_what_is_not_read_ends_the_connection() -> None:
+def test_a_body_lands_in_the_callers_buffer_and_unread_bytes_end_the_connection() -> None:
     server = Scripted(answer(BIG), answer(BIG), answer(b"", "X-Head: yes", f"Content-Length: {9}", announced=False))
 
     async def main() -> None:
@@ -179,7 +179,7 @@ def test_a_body_until_the_end_of_the_connection() -> None:
         (answer(b"hello", "Content-Length: 6"), httpx.RemoteProtocolError),
     ],
 )
-def test_what_is_cut_or_no_http_is_told_as_such(raw: bytes, error: type[httpx.TransportError]) -> None:
+def test_answers_that_are_cut_or_not_http_raise_their_error(raw: bytes, error: type[httpx.TransportError]) -> None:
     server = Scripted(raw, raw, closes=True)
 
     async def twice() -> None:
@@ -271,7 +271,7 @@ def test_tls_gives_the_same_and_proves_the_name(tmp_path: Path) -> None:
     run(main)
 
 
-def test_a_name_or_a_header_that_cannot_be_sent_is_told_as_such(tmp_path: Path) -> None:
+def test_a_bad_host_name_or_header_raises_its_error(tmp_path: Path) -> None:
     tls, trusting = certificate(tmp_path, "localhost")
 
     async def main() -> None:
@@ -285,7 +285,7 @@ def test_a_name_or_a_header_that_cannot_be_sent_is_told_as_such(tmp_path: Path) 
     run(main)
 
 
-def test_where_nobody_listens() -> None:
+def test_a_port_without_a_listener_and_another_scheme() -> None:
     async def main() -> None:
         async with client_of(DirectTransport(PLAIN, 1)) as client:
             for url, error in (("http://127.0.0.1:1/", httpx.ConnectError), ("ftp://x/", httpx.UnsupportedProtocol)):

@@ -93,7 +93,7 @@ def test_blocks_that_follow_no_run_are_asked_for_at_once() -> None:
 
 
 @pytest.mark.parametrize("failing", [None, UnavailableError("broken")])
-def test_what_follows_a_run_is_read_when_that_ends_however_it_ends(failing: ShoalError | None) -> None:
+def test_blocks_behind_a_run_are_read_when_it_ends_or_fails(failing: ShoalError | None) -> None:
     async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         registry.failing = failing
         caught: list[ShoalError] = []
@@ -143,7 +143,7 @@ def test_an_error_keeps_its_kind_for_all_that_wait_and_connections_are_bounded()
     assert max(sum(at == other for other, _, _ in runs) for at, _, _ in runs) == 2
 
 
-def test_what_nobody_waits_for_has_a_connection_of_its_own_and_holds_up_nobody() -> None:
+def test_background_reads_have_one_connection_and_delay_no_foreground_read() -> None:
     async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
             for index in range(4):

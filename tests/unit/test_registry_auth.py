@@ -88,7 +88,7 @@ def test_credentials_go_to_https_only_unless_the_registry_itself_is_http(realm, 
         ("", False, True, ""),
     ],
 )
-def test_challenges_are_handed_on_with_what_a_client_needs_and_no_more(header, insecure, basic, expected) -> None:
+def test_relayed_challenges_contain_only_the_needed_parameters(header, insecure, basic, expected) -> None:
     assert relayed(parse_challenges(header), insecure=insecure, repository="o/a", basic=basic) == expected
 
 

@@ -80,7 +80,7 @@ def test_a_pause_is_made_up_for_by_no_more_than_a_burst() -> None:
     play(scenario)
 
 
-def test_what_did_not_come_and_who_went_away_is_given_back() -> None:
+def test_bytes_not_received_and_those_of_cancelled_reads_are_given_back() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy(rate=RATE, daily=100 * RATE))
         await read(link, RATE)
@@ -165,7 +165,7 @@ def test_in_the_hours_nothing_is_limited_or_counted() -> None:
     play(scenario)
 
 
-def test_background_bodies_make_way_until_nobody_waits() -> None:
+def test_background_bodies_make_way_while_a_client_waits() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy())
         await read(link, 1 << 20, background=True)
@@ -196,7 +196,7 @@ def test_background_bodies_are_read_in_the_hours_only_where_there_are_any() -> N
     play(scenario)
 
 
-def test_another_rate_holds_at_once_also_for_who_waits_for_the_old_one() -> None:
+def test_a_new_rate_holds_at_once_also_for_waiting_bodies() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy(rate=1, daily=RATE))
         link.note(3600)  # a name: bodies after it wait for an hour
@@ -230,7 +230,7 @@ def test_a_daily_budget_that_comes_later_is_kept_in_the_file(tmp_path: Path) -> 
     play(scenario)
 
 
-def test_what_is_used_outlives_a_restart_but_not_the_day(tmp_path: Path) -> None:
+def test_the_use_of_the_day_outlives_a_restart_but_not_the_day(tmp_path: Path) -> None:
     async def scenario() -> None:
         path, policy = tmp_path / "uplink.msgpack", UplinkPolicy(daily=1000)
 

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.config.schema import UpstreamPart
+from node.oci.challenges import Credentials
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
 from node.registry import credential_helper, transport
@@ -73,7 +74,7 @@ class FakeRegistry:
             realm = f'realm="http://{request.headers["host"]}/token?x=1",service="fake"'
             return Response(401, {"WWW-Authenticate": f"{self.scheme} {realm}"})
         if "/manifests/" in request.path:
-            return self._manifest(request)
+            return self.answer_manifest(request)
         if request.path.endswith("/tags/list"):
             return Response(
                 200, {"Content-Type": "application/json", "Link": "<x>"}, json.dumps(request.query).encode()
@@ -88,7 +89,7 @@ class FakeRegistry:
             assert dict(parse_qsl(request.body.decode())) == grant | {"service": "fake", "scope": SCOPE}
             self.tokens, self.valid_token = 1, "t1"
             return Response(200, {}, b'{"access_token": "t1"}')
-        if self.password and request.headers.get("authorization") != httpx.BasicAuth("u", self.password)._auth_header:
+        if self.password and request.headers.get("authorization") != Credentials("u", self.password).header:
             return Response(401)
         self.tokens += 1
         self.valid_token = f"t{self.tokens}"
@@ -97,14 +98,14 @@ class FakeRegistry:
 
     def _allowed(self, request: Request) -> bool:
         sent = request.headers.get("authorization", "")
-        basic = httpx.BasicAuth("u", self.password)._auth_header
+        basic = Credentials("u", self.password).header
         return {
             "": True,
             "Basic": sent == basic,
             "Bearer": bool(self.valid_token) and sent == f"Bearer {self.valid_token}",
         }[self.scheme]
 
-    def _manifest(self, request: Request) -> Response:
+    def answer_manifest(self, request: Request) -> Response:
         if request.path.rpartition("/")[2] not in ("latest", str(MANIFEST_REF.digest)):
             return Response(404)
         digest = ref_of(self.manifest).digest if self.manifest != b"forged" else MANIFEST_REF.digest
@@ -219,7 +220,7 @@ def test_what_comes_compressed_is_not_decompressed() -> None:
 
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         headers = {"Content-Type": MEDIA_TYPE, "Content-Encoding": "gzip"}
-        fixture.registry._manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
+        fixture.registry.answer_manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
         resolved, body = await upstreams.resolve(MANIFESTS, "latest")
         assert (resolved.ref, body) == (ref_of(bomb), bomb)
 
@@ -445,7 +446,7 @@ def granted(locator: Locator, authorization: str) -> Locator:
     return replace(locator, grant=Grant(authorization))
 
 
-def test_who_may_read_is_asked_with_nothing_but_what_the_client_sent(tmp_path) -> None:
+def test_admission_is_asked_for_with_only_the_clients_grant(tmp_path) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         registry = fixture.registry
         registry.scheme, registry.password, registry.valid_token = "Bearer", "hunter2", "of-alice"
@@ -480,7 +481,7 @@ def test_who_may_read_is_asked_with_nothing_but_what_the_client_sent(tmp_path) -
     run(check, docker_config=str(path))
 
 
-def test_what_anybody_gets_a_token_for_is_public() -> None:
+def test_a_repository_with_a_token_for_everyone_is_public() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.scheme = "Bearer"
         assert await upstreams.admits(MANIFESTS, "latest")
@@ -495,7 +496,7 @@ def test_what_anybody_gets_a_token_for_is_public() -> None:
     ("faults", "admitted"),
     [([404], True), ([404, 401], False), ([403], False), ([404, 404], NotFoundError), ([503] * 9, UnavailableError)],
 )
-def test_an_unknown_name_says_nothing_of_who_may_read(faults: list[int | str | None], admitted: object) -> None:
+def test_a_missing_name_is_no_answer_about_admission(faults: list[int | str | None], admitted: object) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = faults
         if isinstance(admitted, bool):

@@ -82,7 +82,7 @@ def test_the_first_is_asked_and_the_others_are_not() -> None:
 
 
 @pytest.mark.parametrize("fault", [401, 403, 404])
-def test_what_a_mirror_lacks_or_denies_is_asked_of_the_registry(fault: int) -> None:
+def test_objects_that_a_mirror_lacks_or_denies_come_from_the_registry(fault: int) -> None:
     async def check(fixture: Fixture) -> None:
         fixture.mirror.faults = [fault] * 3
         assert await fixture.manifest() == MANIFEST
@@ -123,7 +123,7 @@ def test_a_failing_mirror_is_passed_over_for_a_while(fault: int) -> None:
     run(check)
 
 
-def test_a_mirror_that_nobody_serves_costs_one_attempt() -> None:
+def test_a_mirror_that_is_down_costs_one_attempt() -> None:
     async def check(fixture: Fixture) -> None:
         assert await fixture.manifest() == MANIFEST
         assert await fixture.read() == cut(0, 4)
@@ -132,7 +132,7 @@ def test_a_mirror_that_nobody_serves_costs_one_attempt() -> None:
     run(check, REFUSED)
 
 
-def test_what_a_mirror_broke_off_is_read_on_from_the_registry() -> None:
+def test_a_body_that_a_mirror_broke_off_continues_from_the_registry() -> None:
     async def check(fixture: Fixture) -> None:
         fixture.mirror.faults = ["breaks"] * 20
         assert await fixture.read() == cut(0, 4)
@@ -167,7 +167,7 @@ def test_credentials_of_the_registry_are_not_shown_to_a_mirror(tmp_path: Path) -
     run(check, docker_config=str(path))
 
 
-def test_what_a_client_shows_goes_to_the_registry_itself_only() -> None:
+def test_a_grant_goes_only_to_the_registry_itself() -> None:
     async def check(fixture: Fixture) -> None:
         grant = Grant("Bearer of-alice")
         blobs, manifests = (replace(locator, grant=grant) for locator in (BLOBS, MANIFESTS))
@@ -186,7 +186,7 @@ def test_what_a_client_shows_goes_to_the_registry_itself_only() -> None:
 
 
 @pytest.mark.parametrize("fault", [401, 403, 404, 500])
-def test_what_the_registry_denies_a_client_is_not_sought_at_a_mirror(fault: int) -> None:
+def test_a_mirror_is_not_asked_for_objects_that_the_registry_denies_a_client(fault: int) -> None:
     async def check(fixture: Fixture) -> None:
         fixture.registry.faults = [fault] * 20
         granted = replace(MANIFESTS, grant=Grant("Bearer of-mallory"))
@@ -209,7 +209,7 @@ def test_only_the_registry_itself_makes_a_repository_public() -> None:
     run(check)
 
 
-def test_what_the_registry_itself_gives_to_anybody_is_public() -> None:
+def test_objects_that_the_registry_gives_to_everyone_are_public() -> None:
     async def check(fixture: Fixture) -> None:
         fixture.mirror.faults = [404]
         assert await fixture.manifest() == MANIFEST
