@@ -68,7 +68,7 @@ from node.mirror.access import Access, PublicTable
 from node.mirror.mirror import Mirror
 from node.oci.references import Locator
 from node.registry import batching
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.registry.uplink import Uplink
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
@@ -169,15 +169,19 @@ def blocks(
     exchange: Exchange,
     tiers: Tiers,
     *,
-    upstream: batching.Registry,
+    upstream: batching.BlockRanges,
     nursery: trio.Nursery,
     code: tuple[int, int] = (4, 1),
 ) -> Blocks:
     """Tasks that outlive a request run in `nursery`. `code` is k data and m parity shards in a site of full size."""
-    own, directory, origin = identity.peer_id, Directory(), Origin(upstream, nursery, lambda: len(view.site))
+    own, directory, origin = (
+        identity.peer_id,
+        Directory(),
+        BatchedReads(upstream, nursery, sharing=lambda: len(view.site)),
+    )
     placement, trust = CurrentPlacement(view, *code), Trust(own, view)
     parts = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
-    seeder = Seeder(parts, origin, directory, identity.sign, nursery=nursery)
+    seeder = Seeder(parts, reads, directory, identity.sign, nursery=nursery)
     return Blocks(parts, directory, seeder, Fetcher(parts, seeder, nursery))
 
 

@@ -1,4 +1,4 @@
-"""A registry in virtual time, behind the uplinks of the sites: images of noise, requests and bytes counted."""
+"""A registry in virtual time, behind the sites' uplinks. Its images are noise; it counts requests and bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import trio
 
 from node.config.schema import UpstreamPart
 from node.oci.references import Locator
-from node.registry.upstreams import Connect, client_over
+from node.registry.transport import Connect, client_over
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from simulations.network import Latency, SimulatedNetwork
 
@@ -28,7 +28,7 @@ PART = UpstreamPart(name=UPSTREAM, url=f"http://{UPSTREAM}")
 _PATH = re.compile(rf"/v2/{REPOSITORY}/(manifests|blobs)/([^/]+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""httpx wants one, and makes one for each client otherwise, which takes long."""
+"""httpx needs a context, and else makes one for each client, which takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def locator(kind: str) -> Locator:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An answer to a request. `length`: of the body, which is not sent to a HEAD."""
+    """An answer. `length` is that of the body in bytes, also for HEAD, whose body is not sent."""
 
     status: int
     body: memoryview = field(default_factory=lambda: memoryview(b""))
@@ -58,26 +58,26 @@ class Served:
 
 
 class Registry:
-    """What it holds, and what it was asked for. `latency` is its time to the first byte."""
+    """The images, and the requests for them. `latency` is the time to the first byte."""
 
     def __init__(self, seed: int, latency: Latency) -> None:
         self.latency = latency
         self.rng = Random(f"registry {seed}")
         self.fault: Callable[[], Served | None] = lambda: None
-        """What it answers in the place of what it should; None where it has no fault now."""
+        """The wrong answer of a fault; None while there is no fault."""
         self.attempts: list[tuple[float, PeerId]] = []
-        """When each request was made, and by whom: also those that never came here."""
+        """Time and node of each request, also of those that did not reach the registry."""
         self.requests: list[float] = []
-        """When each came."""
+        """The time when each request arrived."""
         self.sent: list[tuple[float, int]] = []
-        """Bytes of bodies, and when a node had them."""
+        """Time and size of each part of a body that a node received."""
         self.bytes_by_site: Counter[str] = Counter()
         self._bodies: dict[str, bytes] = {}
         """By digest."""
         self._tags: dict[str, str] = {}
 
     def push(self, tag: str, layers: list[int]) -> Image:
-        """An image with layers of these sizes in bytes."""
+        """Add an image with layers of these sizes in bytes."""
         refs = tuple(self.add(self.rng.randbytes(size)) for size in layers)
         described = [{"mediaType": LAYER, "digest": str(ref.digest), "size": ref.size} for ref in refs]
         manifest = self.add(json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "layers": described}).encode())
@@ -90,7 +90,7 @@ class Registry:
         return ObjectRef(digest, len(body))
 
     def answer(self, method: str, path: str, wanted: str) -> Served:
-        """`wanted`: a Range header, or ""."""
+        """`wanted`: the Range header, or ""."""
         if (failed := self.fault()) is not None:
             return failed
         asked = _PATH.fullmatch(path)
@@ -109,7 +109,7 @@ class Registry:
 
 
 class Wire(httpx.AsyncBaseTransport):
-    """From one node to the registry: in the place of HTTP's bytes and of sockets, below node/registry/upstreams.py."""
+    """A node's connections to the registry: replaces HTTP and sockets below node/registry/client.py."""
 
     def __init__(self, registry: Registry, network: SimulatedNetwork, peer: PeerId, site: str) -> None:
         self._registry, self._network, self._peer, self._site = registry, network, peer, site
@@ -133,16 +133,16 @@ class Wire(httpx.AsyncBaseTransport):
         return httpx.Response(answer.status, headers=headers, stream=body, extensions={"body": body})
 
     async def wait_uplink(self, read_s: float) -> None:
-        """Raises httpx.ReadTimeout where it is cut for too long."""
+        """Raises httpx.ReadTimeout if the uplink is cut for longer than `read_s`."""
         with trio.move_on_after(read_s) as silent:
             await self._network.wait_uplink(self._site)
         if silent.cancelled_caught:
             raise httpx.ReadTimeout("silent")
 
     async def carry(self, size: int, leaves_at: float) -> float:
-        """Bytes of a body that follow those that left at this time; when they have left in turn."""
+        """Send bytes of a body after those that leave the uplink at `leaves_at`. Returns when these leave it."""
         uplink, own = self._network.uplink(self._site).down, self._network.port(self._peer).down
-        # As TCP does, they follow on the uplink before the node has all of what was before them.
+        # As with TCP, they follow on the uplink before the node has received all bytes before them.
         begins_at, leaves_at = uplink.send(leaves_at, size)
         await trio.sleep_until(begins_at)
         await self._network.carry([own], size, 0.0, rtt_s=self._registry.latency(self._registry.rng))
@@ -153,7 +153,7 @@ class Wire(httpx.AsyncBaseTransport):
 
 
 class Body(httpx.AsyncByteStream):
-    """As that of node/registry/transport.py."""
+    """The counterpart of `Body` in node/registry/transport.py."""
 
     def __init__(self, wire: Wire, data: memoryview, read_s: float) -> None:
         self._wire, self._left, self._read_s = wire, data, read_s
@@ -174,7 +174,7 @@ class Body(httpx.AsyncByteStream):
 
 
 def wired(registry: Registry, network: SimulatedNetwork, peer: PeerId, site: str) -> Connect:
-    """For a node's Upstreams."""
+    """The argument `connect` of a node's Upstreams."""
 
     def connect(part: UpstreamPart) -> tuple[httpx.AsyncClient, Callable[[], None]]:
         wire = Wire(registry, network, peer, site)

@@ -22,7 +22,7 @@ from node.blocks.plan_runner import carry_out
 from node.blocks.values import LOOK_EVERY_S, SILENCE_S, SMALL_SILENCE_S, BlockAddress, Obtained, Site, Work, is_copy
 from node.exchange.contract import Answer, Heard, Lane
 from node.oci.references import Locator
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.runtime.single_flight import SingleFlight
 from node.telemetry.sources import Source
 from protocol.directory import Directory
@@ -77,7 +77,12 @@ def raise_failed(failed: Failed) -> None:
 
 class Seeder:
     def __init__(
-        self, site: Site, origin: Origin, directory: Directory, sign: Callable[[bytes], bytes], nursery: trio.Nursery
+        self,
+        site: Site,
+        origin: BatchedReads,
+        directory: Directory,
+        sign: Callable[[bytes], bytes],
+        nursery: trio.Nursery,
     ) -> None:
         self._site, self._origin, self._directory, self._sign = site, origin, directory, sign
         self._homes: SingleFlight[Work, Obtained] = SingleFlight(nursery)

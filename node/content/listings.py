@@ -21,7 +21,7 @@ from node.content.contract import Library
 from node.content.image_walk import read_manifest
 from node.oci.manifests import MAX_MANIFEST
 from node.oci.references import Grant, Locator
-from node.registry.upstreams import Passed
+from node.registry.calls import Passed
 from node.runtime.sqlite import Database
 from protocol.errors import UNDECODABLE, NotFoundError, UnavailableError
 from protocol.ids import Digest

@@ -1,11 +1,10 @@
-"""Registry authorization, as far as it needs no socket: challenges, tokens, and credentials from a docker config.json.
+"""Registry authorization as values: challenges, credentials, and the requests and replies of token services. No I/O.
 
-Sources: RFC 9110, 11.6.1 (challenges); distribution/docs/spec/auth/token.md (tokens); docker/cli, cli/config (file).
+Sources: RFC 9110, 11.6.1 (challenges); distribution/docs/spec/auth/token.md and oauth.md (tokens).
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,15 @@ import msgspec
 
 from protocol.errors import UNDECODABLE
 
-log = logging.getLogger(__name__)
-
 MAX_CHALLENGE = 8 << 10
-"""Characters of a WWW-Authenticate header that are looked at."""
+"""Characters of a WWW-Authenticate header that are parsed; the others are ignored."""
+IDENTITY = "<token>"
+"""Stands for the user's name of an identity token, by the helper protocol."""
 DEFAULT_LIFETIME_S = 60.0
 """The token specification's default, and its lower bound."""
 MAX_LIFETIME_S = 3600.0
 MARGIN_S = 15.0
-"""A token is renewed so long before its end: longer than a request may wait for its headers."""
+"""A token is renewed this long before its end: longer than a request may wait for its headers."""
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(rf'[\s,]*({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_TOKEN}))\s*(?=,|$)', re.ASCII)
@@ -33,7 +32,7 @@ _SCHEME = re.compile(rf"[\s,]*({_TOKEN})(?=\s|,|$)(?: +[A-Za-z0-9._~+/-]+=*(?=\s
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """One `WWW-Authenticate` challenge; scheme and parameter names are lower-case."""
+    """A challenge of `WWW-Authenticate`; scheme and parameter names are lower-case."""
 
     scheme: str
     parameters: Mapping[str, str]
@@ -41,16 +40,16 @@ class Challenge:
 
 def parse_challenges(header: str) -> list[Challenge]:
     """All challenges up to the first malformed one."""
-    found: list[tuple[str, dict[str, str]]] = []
+    challenges: list[tuple[str, dict[str, str]]] = []
     header, position = header[:MAX_CHALLENGE], 0
     while True:
-        if found and (match := _PARAMETER.match(header, position)):
+        if challenges and (match := _PARAMETER.match(header, position)):
             value = re.sub(r"\\(.)", r"\1", match[2]) if match[2] is not None else match[3]
-            found[-1][1].setdefault(match[1].lower(), value)
+            challenges[-1][1].setdefault(match[1].lower(), value)
         elif match := _SCHEME.match(header, position):
-            found.append((match[1].lower(), {}))
+            challenges.append((match[1].lower(), {}))
         else:
-            return [Challenge(scheme, parameters) for scheme, parameters in found]
+            return [Challenge(scheme, parameters) for scheme, parameters in challenges]
         position = match.end()
 
 
@@ -71,19 +70,19 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """Where a Bearer token is asked for, with the query of that request."""
+    """The URL of a token service, and the query of a request for a Bearer token."""
 
     realm: str
     query: Mapping[str, str]
 
     def form(self, identity: Credentials) -> dict[str, str]:
-        """The same by POST, for an identity token (distribution/docs/spec/auth/oauth.md)."""
+        """The form of the same request by POST, for an identity token."""
         grant = {"grant_type": "refresh_token", "client_id": "shoal", "refresh_token": identity.password}
         return grant | dict(self.query)
 
 
 def token_request(challenge: Challenge, *, insecure: bool, scope: str) -> TokenRequest | None:
-    """None where the realm is not one that credentials may go to: https, or http when the registry itself is."""
+    """None if credentials may not go to the realm: it must be https, or http if the registry itself is."""
     realm = challenge.parameters.get("realm", "")
     try:
         parts = urlsplit(realm)
@@ -97,7 +96,7 @@ def token_request(challenge: Challenge, *, insecure: bool, scope: str) -> TokenR
 
 
 def relayed(challenges: Sequence[Challenge], *, insecure: bool, repository: str, basic: bool) -> str:
-    """The registry's challenge for a client to meet, as a header's value; "" where there is none that it should.
+    """The challenge that a client should meet, as a header's value, or "".
 
     `basic`: whether the client may be asked for a password; `insecure` as in `token_request`.
     """
@@ -107,14 +106,11 @@ def relayed(challenges: Sequence[Challenge], *, insecure: bool, repository: str,
             asked = token_request(challenge, insecure=insecure, scope=scope)
             fields = {"realm": asked.realm, **asked.query, "scope": scope} if asked else {}
             if fields and all(value.isascii() and value.isprintable() for value in fields.values()):
-                return "Bearer " + ",".join(f'{name}="{_quoted(value)}"' for name, value in fields.items())
+                quoted = {name: re.sub(r'(["\\])', r"\\\1", value) for name, value in fields.items()}
+                return "Bearer " + ",".join(f'{name}="{value}"' for name, value in quoted.items())
         elif challenge.scheme == "basic" and basic:
             return 'Basic realm="registry"'
     return ""
-
-
-def _quoted(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"')
 
 
 class _TokenReply(msgspec.Struct):
@@ -124,7 +120,7 @@ class _TokenReply(msgspec.Struct):
 
 
 def parse_token(body: bytes) -> tuple[str, float] | None:
-    """The token and the seconds for which it may be used; None where the body is not a token reply."""
+    """The token and the seconds for which it may be used; None if the body is not a token reply."""
     try:
         reply = msgspec.json.decode(body, type=_TokenReply)
     except UNDECODABLE:
@@ -134,7 +130,3 @@ def parse_token(body: bytes) -> tuple[str, float] | None:
         return None
     lifetime = max(DEFAULT_LIFETIME_S, min(reply.expires_in or 0, MAX_LIFETIME_S))
     return token, lifetime - MARGIN_S
-
-
-IDENTITY = "<token>"
-"""In place of a user's name, by the helper protocol."""

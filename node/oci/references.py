@@ -1,4 +1,4 @@
-"""Names of the registry world, parsed to values once; nothing else reaches a URL.
+"""Names of registries, repositories and images, parsed to values once; no unparsed text reaches a URL.
 
 Grammar: OCI distribution specification 1.1, "Pulling manifests" (name and reference).
 """
@@ -21,7 +21,7 @@ MAX_NAME = 255
 
 
 def check_upstream(name: str) -> str:
-    """A registry's name as clients know it: a host, with a port or without."""
+    """A registry's name in clients' image names: a host, with a port or without."""
     if not _UPSTREAM.fullmatch(name):
         raise BadInputError(f"not a registry name (host or host:port): {name[:160]!r}")
     return name
@@ -49,10 +49,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Locator:
-    """Where in the registry world objects are read: upstream, repository, and manifests or blobs.
+    """Where objects are read: upstream, repository, and manifests or blobs.
 
-    As text (`docker.io/library/alpine#blobs`) it travels with block requests as an opaque hint for the origin. `grant`
-    is set where a client of this node reads what the registry gives to nobody without one; it is no part of the text.
+    As text (`docker.io/library/alpine#blobs`) it travels with block requests as an opaque hint for a node that
+    reads the upstream. `grant`, no part of the text, is set if a client reads what the registry gives only with one.
     """
 
     upstream: str
@@ -83,7 +83,7 @@ class Locator:
 
 @dataclass(frozen=True, slots=True)
 class ImageName:
-    """What a user types: `alpine`, `ghcr.io/org/app:1.2`, `10.0.0.1:5000/app@sha256:...`."""
+    """An image's name as users type it: `alpine`, `ghcr.io/org/app:1.2`, `10.0.0.1:5000/app@sha256:...`."""
 
     upstream: str
     repository: str
@@ -91,10 +91,7 @@ class ImageName:
 
     @classmethod
     def parse(cls, text: str) -> ImageName:
-        """Docker's defaults: docker.io, library/, latest; one name for each registry.
-
-        Raises BadInputError naming what is wrong.
-        """
+        """Docker's defaults: docker.io, library/, latest; one name for each registry. Raises BadInputError."""
         rest, at, digest = text.partition("@")
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):

@@ -1,8 +1,8 @@
 """Credentials from docker's helper programs (`docker-credential-ecr-login`, `-gcr`, `-acr-env` ...).
 
 Protocol: docker/docker-credential-helpers, "Development": `docker-credential-NAME get`, the registry on standard input,
-JSON on standard output. A helper is a program that the operator named: it is started without a shell, for a bounded
-time, and a bounded part of what it says is read. What it says is shown nowhere.
+JSON on standard output. A helper is a program that the operator named: it is started without a shell, and its time and
+output are bounded. Its output is never logged or shown.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from protocol.errors import UNDECODABLE
 log = logging.getLogger(__name__)
 
 LIMIT_S = 10.0
-"""Some of them ask a cloud's service; a client waits for 25 s."""
+"""Longest run: some helpers ask a cloud's service; a client waits for 25 s."""
 MAX_OUTPUT = 64 << 10
 KEPT_S = 300.0
-"""The protocol tells no expiry."""
+"""How long an answer is used: the protocol gives no expiry."""
 AGAIN_S = 10.0
-"""After a failure, or when the registry refused what it said, a helper is not started again for so long."""
+"""Pause before a helper is started again after a failure, or after the registry refused its answer."""
 MAX_KEPT = 64
 NOT_FOUND = b"credentials not found in native keychain"
-"""What helpers print where they know nothing of the registry, which is no failure."""
+"""Helpers print this if they have no credentials for the registry, which is no failure."""
 
 
 class HelperError(Exception):
-    """The helper gave no answer. The text names the helper and what happened, and nothing of what it said."""
+    """The helper gave no answer. The text names the helper and the cause, and contains nothing of its output."""
 
 
 class _Answer(msgspec.Struct):
@@ -43,7 +43,7 @@ class _Answer(msgspec.Struct):
 
 
 class CredentialHelpers:
-    """Asks the helpers and keeps what they say for a while."""
+    """Asks the helpers and keeps their answers for a while."""
 
     def __init__(self) -> None:
         self._kept: TTLCache[tuple[str, str], tuple[float, Credentials | None]] = TTLCache(
@@ -52,22 +52,21 @@ class CredentialHelpers:
         self._failed: TTLCache[tuple[str, str], str] = TTLCache(MAX_KEPT, AGAIN_S, timer=trio.current_time)
 
     async def get(self, name: str, registry: str, refused: str) -> Credentials | None:
-        """None where it has none for the registry. `refused` is a header that the registry did not take. Raises
-        HelperError."""
+        """None if the helper has none. `refused` is the last header that the registry refused. Raises HelperError."""
         key = name, registry
         if key in self._failed:
             raise HelperError(self._failed[key])
-        at, found = self._kept.get(key, (-KEPT_S, None))
-        if trio.current_time() - at < (AGAIN_S if found is None or found.header == refused else KEPT_S):
-            return found
+        at, kept = self._kept.get(key, (-KEPT_S, None))
+        if trio.current_time() - at < (AGAIN_S if kept is None or kept.header == refused else KEPT_S):
+            return kept
         try:
-            found = await _ask(name, registry)
+            answer = await _ask(name, registry)
         except HelperError as error:
             log.warning("%s", error)
             self._failed[key] = str(error)
             raise
-        self._kept[key] = trio.current_time(), found
-        return found
+        self._kept[key] = trio.current_time(), answer
+        return answer
 
 
 async def _ask(name: str, registry: str) -> Credentials | None:
@@ -88,15 +87,13 @@ async def _ask(name: str, registry: str) -> Credentials | None:
 
 
 async def _run(path: str, program: str, question: bytes) -> tuple[int | None, bytes]:
-    """Exit status and output. It is killed at the end of its time, and as soon as it says too much."""
+    """Exit status and output. The program is killed at the end of its time, or when its output is too long."""
     output = bytearray()
     with trio.move_on_after(LIMIT_S) as limit:
         try:
             async with trio.open_nursery() as nursery:
-                start = partial(
-                    trio.run_process, [path, "get"], stdin=question, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                    check=False, deliver_cancel=_kill,
-                )  # fmt: skip
+                pipes = {"stdin": question, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+                start = partial(trio.run_process, [path, "get"], **pipes, check=False, deliver_cancel=_kill)
                 process: trio.Process = await nursery.start(start)
                 assert process.stdout is not None
                 async for portion in process.stdout:

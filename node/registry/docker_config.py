@@ -1,4 +1,4 @@
-"""docker's config.json, and the credentials that it holds."""
+"""docker's config.json: credentials by registry, and the helper programs that know others (docker/cli, cli/config)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,9 @@ from protocol.errors import UNDECODABLE
 log = logging.getLogger(__name__)
 
 MAX_CONFIG = 1 << 20
-
-
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
-
-
 _DOCKER_HUB_KEYS = {"docker.io": "https://index.docker.io/v1/"}
-"""What docker's programs store its credentials under."""
+"""The keys under which docker's programs store credentials, for registries that have another name there."""
 
 
 class _Entry(msgspec.Struct):
@@ -43,7 +39,7 @@ class _ConfigFile(msgspec.Struct, rename="camel"):
 
 @dataclass(frozen=True, slots=True)
 class DockerCredentials:
-    """What a docker config.json says, by registry host; `store` is the helper for hosts that have none, or ""."""
+    """Credentials and helpers by registry host. `store` is the helper for hosts that have none of their own, or ""."""
 
     auths: Mapping[str, Credentials] = field(default_factory=dict)
     helpers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -55,13 +51,13 @@ class DockerCredentials:
         return next((self.auths[host] for name in names if (host := _host(name)) in self.auths), None)
 
     def helper(self, names: Sequence[str]) -> tuple[str, str] | None:
-        """Which helper to ask, and for what."""
-        found = next((self.helpers[host] for name in names if (host := _host(name)) in self.helpers), None)
-        return found or ((self.store, _DOCKER_HUB_KEYS.get(_host(names[0]), names[0])) if self.store else None)
+        """The helper to ask, and the registry to ask it for."""
+        helper = next((self.helpers[host] for name in names if (host := _host(name)) in self.helpers), None)
+        return helper or ((self.store, _DOCKER_HUB_KEYS.get(_host(names[0]), names[0])) if self.store else None)
 
 
 def parse_docker_config(text: bytes) -> DockerCredentials:
-    """Raises ValueError, with nothing of the content in its text."""
+    """Raises ValueError, whose text contains nothing of the file."""
     try:
         config = msgspec.json.decode(text, type=_ConfigFile)
     except UNDECODABLE:
@@ -69,9 +65,9 @@ def parse_docker_config(text: bytes) -> DockerCredentials:
     for helper in filter(None, (config.creds_store, *config.cred_helpers.values())):
         if not _HELPER.fullmatch(helper):
             raise ValueError("a credential helper's name may have letters, digits, dots, - and _")
-    found = {_host(key): _credentials(entry) for key, entry in config.auths.items()}
+    auths = {_host(key): _credentials(entry) for key, entry in config.auths.items()}
     return DockerCredentials(
-        {host: credentials for host, credentials in found.items() if credentials},
+        {host: credentials for host, credentials in auths.items() if credentials},
         {_host(key): (helper, key) for key, helper in config.cred_helpers.items() if helper},
         config.creds_store,
     )
@@ -99,16 +95,12 @@ class DockerConfig:
     def __init__(self, path: str) -> None:
         self._path = Path(path) if path else None
         self._stamp: tuple[int, int] | None = None
-        self._told: tuple[int, int] | None = None
+        self._reported: tuple[int, int] | None = None
         self._content = DockerCredentials()
 
     def read(self) -> DockerCredentials:
-        self._refresh()
-        return self._content
-
-    def _refresh(self) -> None:
         if self._path is None:
-            return
+            return self._content
         try:
             status = self._path.stat()
             stamp = (status.st_mtime_ns, status.st_size)
@@ -117,6 +109,7 @@ class DockerConfig:
                 self._content = parse_docker_config(self._path.read_bytes() if status.st_size <= MAX_CONFIG else b"")
         except (OSError, ValueError) as error:
             stamp = (0, 0) if isinstance(error, OSError) else stamp
-            if self._told != stamp:
+            if self._reported != stamp:
                 log.warning("docker_config %s is not used: %s", self._path, error)
-            self._stamp, self._told, self._content = stamp, stamp, DockerCredentials()
+            self._stamp, self._reported, self._content = stamp, stamp, DockerCredentials()
+        return self._content

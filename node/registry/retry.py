@@ -1,4 +1,4 @@
-"""When to try again, and when not to try at all: pure decisions about time, made by whoever holds the clock."""
+"""When to try again, and when not to try at all: decisions about time, without a clock or I/O of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class RetryPolicy:
 
     name: str
     attempts: int
-    """All of them, the first included."""
+    """Including the first one."""
     base_s: float
     cap_s: float
     retry_after_cap_s: float = 10.0
@@ -27,15 +27,13 @@ class RetryPolicy:
 
 
 RESOLVE = RetryPolicy("resolve", attempts=3, base_s=0.2, cap_s=2.0)
-"""Names and sizes: somebody waits for the headers, and gives up after 30 s."""
+"""Names and sizes: a client waits for the headers, and gives up after 30 s."""
 BODY = RetryPolicy("body", attempts=5, base_s=0.2, cap_s=5.0)
-"""Blocks: failures count from the last byte that came, so that a slow link may break often."""
-
+"""Blocks: failures count from the last block received, so that a slow link may break often."""
 MIRROR = RetryPolicy("mirror", attempts=2, base_s=0.1, cap_s=0.1, retry_after_cap_s=0.0)
-"""Where another can be asked: only what breaks now and then is tried again."""
-
+"""A mirror: only short interruptions are worth another attempt, since another registry can be asked."""
 RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
-"""What says nothing of the object that was asked for, but of the registry: it has too much to do, or is not there."""
+"""Statuses that concern the registry and not the object: it is overloaded, or not there."""
 
 
 class Breaker:
@@ -56,7 +54,7 @@ class Breaker:
         self._probing = False
 
     def wait_s(self, now: float) -> float:
-        """0: go ahead (and tell the outcome); else the seconds until the next probe."""
+        """0: make the call, and report its outcome; else the seconds until the next probe."""
         if not self._failures:
             return 0.0
         if now < self._closed_until:
@@ -74,14 +72,14 @@ class Breaker:
         return self._failures > 0
 
     def rest_s(self, now: float) -> float:
-        """As `wait_s`, but only to tell: the call after it need not be made."""
+        """Like `wait_s`, for display only: no call has to follow."""
         return max(0.0, self._closed_until - now) if self._failures else 0.0
 
     def succeeded(self) -> None:
         self._failures = 0
 
     def failed(self, now: float, asked_s: float = 0.0) -> None:
-        """Of calls that were under way together, only the first failure counts. `asked_s`: the server's own pause."""
+        """Only the first failure among concurrent calls counts. `asked_s`: the pause that the server asks for."""
         if not self._failures or self._probing:
             self._probing = False
             self._failures += 1

@@ -1,8 +1,8 @@
-"""The uplink to an upstream: so many bytes a second and a day for the whole site, but for the hours that are free.
+"""The uplink to an upstream: limits of bytes a second and bytes a day for the whole site, outside of free hours.
 
-Each of the site's n nodes has an n-th part: the blocks' homes, which read from the registry, are spread evenly. Bodies
-wait for the rate in the order in which they ask (`Uplink.take`); names never wait, and are paid by the bodies after
-them. Background reads make way: while a body is read for somebody who waits, and shortly after, there is none.
+Each of the site's n nodes has an n-th part: the blocks' homes, which read from the upstream, are spread evenly. Bodies
+wait for the rate in the order in which they ask (`Uplink.take`). Names never wait; bodies after them wait longer
+instead. Background bodies make way: none is read while a foreground body is, nor for a short time after it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from node.runtime.time_windows import local_time
 from protocol.errors import UnavailableError
 
 BURST_S = 0.25
-"""What was not used may be made up for: a loop that is late shall not lower the rate."""
+"""Unused time that may be made up for: a loop that runs late must not lower the rate."""
 PORTION_S = 0.125
-"""How much is taken at once: nobody waits long behind another's."""
+"""Bytes taken at once, as time at the rate: no body waits long behind another's portion."""
 QUIET_S = 1.0
-"""After a foreground body before a background one: a client that reads in order comes back at once."""
+"""Pause after a foreground body before a background one: a client that reads in order comes back at once."""
 SAVE_EVERY_S = 5.0
-"""What is used since is lost when the process is killed."""
+"""A process that is killed forgets at most the use of this time."""
 _MAX_FILE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class UplinkUse:
-    """As this node has it now: its part of the limits, and what it used of the day's. `free`: in the hours."""
+    """This node's part of the limits, in bytes a second and a day, and its use of the day. `free`: in free hours."""
 
     rate: float
     daily: float
@@ -49,22 +49,25 @@ class UplinkUse:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Bytes that may be read now, and whether they count: not in the hours, nor where there is no limit."""
+    """Bytes that may be read now, and whether they count: not in free hours, nor without a limit."""
 
     count: int
     counted: bool
 
 
 class MakeWayError(Exception):
-    """A background body is to be closed, for one in the foreground; it goes on later from where it was."""
+    """A background body must be closed because of one in the foreground; it continues later from where it was."""
+
+
+Nodes = Callable[[], int]
+Clock = Callable[[], datetime]
 
 
 class Uplink:
     def __init__(
-        self, name: str, policy: UplinkPolicy | None = None, *, sharing: Callable[[], int] = lambda: 1,
-        clock: Callable[[], datetime] = local_time,
-    ) -> None:  # fmt: skip
-        """`sharing` tells how many nodes the site has; `clock` is the local time, by which days and hours go."""
+        self, name: str, policy: UplinkPolicy | None = None, *, sharing: Nodes = lambda: 1, clock: Clock = local_time
+    ) -> None:
+        """`sharing` gives the number of nodes of the site; `clock` the local time, which decides days and hours."""
         self.name, self.policy = name, policy or UplinkPolicy()
         self._sharing, self._clock = sharing, clock
         self._paid_until = float("-inf")
@@ -75,7 +78,7 @@ class Uplink:
         self._changed = trio.Event()
 
     def change(self, policy: UplinkPolicy) -> None:
-        """From now on. Who waits for the old rate waits no longer: that is a portion for each body."""
+        """Bodies that wait for the old rate proceed at once: that is one portion for each of them."""
         if policy != self.policy:
             self.policy, self._paid_until = policy, float("-inf")
             self._changed.set()
@@ -86,18 +89,18 @@ class Uplink:
         return UplinkUse(self.policy.rate / share, self.policy.daily / share, self._used_on(now), self.policy.free(now))
 
     def restore(self, day: str, used: int) -> None:
-        """What was used on a day, in an earlier life."""
+        """Continue with the bytes used on a day before a restart."""
         self._day, self._used = day, used
 
     def day(self) -> tuple[str, int]:
-        """For `restore`."""
+        """The arguments of `restore`."""
         self._used_on(self._clock())
         return self._day, self._used
 
     # Bodies
 
     def check(self, *, background: bool) -> None:
-        """Raises UnavailableError where no body may be read now."""
+        """Raises UnavailableError if no body may be read now."""
         if not self.policy.limited and not background:
             return
         use = self.use()
@@ -109,7 +112,7 @@ class Uplink:
             raise UnavailableError(f"{self.name}: read in the background only in the hours of its [[upstream]]")
 
     async def take(self, wanted: int, *, background: bool = False) -> Taken:
-        """Waits until some of `wanted` bytes may be read; `came` must follow. Raises UnavailableError, MakeWayError."""
+        """Wait until some of `wanted` bytes may be read; `came` must follow. Raises UnavailableError, MakeWayError."""
         if background and self._foreground:
             raise MakeWayError
         if not self.policy.limited and not background:
@@ -132,17 +135,17 @@ class Uplink:
         return taken
 
     def came(self, taken: Taken, count: int) -> None:
-        """Of what was taken, `count` bytes were read: the rest is given back."""
+        """Note that `count` bytes were read of those taken, and give back the rest."""
         if taken.counted and count != taken.count:
             self._reserve(count - taken.count, self.use().rate)
 
     def note(self, count: int) -> None:
-        """Bytes that were read without asking, for a name."""
+        """Charge bytes that were read without waiting, for a name."""
         if self.policy.limited and not (use := self.use()).free:
             self._reserve(count, use.rate)
 
     def _reserve(self, count: int, rate: float) -> float:
-        """Counts the bytes; when they may be read."""
+        """Count bytes, which may be negative. Returns the time when they may be read."""
         self._used = max(0, self._used + count)
         if not rate or not count:
             return 0.0
@@ -157,11 +160,11 @@ class Uplink:
             self._day, self._used = day, 0
         return self._used
 
-    # Who goes first
+    # Foreground before background
 
     @contextmanager
     def foreground(self) -> Iterator[None]:
-        """While a body is read for somebody who waits."""
+        """While a body is read that a client waits for."""
         self._foreground += 1
         try:
             yield
@@ -172,7 +175,7 @@ class Uplink:
                 self._idle.unpark_all()
 
     async def turn(self) -> None:
-        """Waits until a background body may be begun. Raises UnavailableError where it may not be today."""
+        """Wait until a background body may begin. Raises UnavailableError if none may now."""
         while True:
             self.check(background=True)
             if self._foreground:
@@ -183,37 +186,30 @@ class Uplink:
                 return
 
 
-class _Day(msgspec.Struct, frozen=True, array_like=True):
-    upstream: str
-    day: str
-    used: int
-
-
 class _File(msgspec.Struct, frozen=True, array_like=True):
     version: Literal[1]
-    days: tuple[_Day, ...]
+    days: tuple[tuple[str, str, int], ...]
+    """Upstream, day, and bytes used."""
 
 
 class UplinkFile:
-    """What is used of the day, for after a restart. Bytes: docs/FORMATS.md, "Use of the uplink"."""
+    """The use of the day, kept over restarts. Bytes: docs/FORMATS.md, "Use of the uplink"."""
 
     def __init__(self, path: Path, uplinks: Collection[Uplink]) -> None:
-        """`uplinks` may change, and what their policies are."""
+        """`uplinks` and their policies may change."""
         self._path, self._uplinks = path, uplinks
         self._written = _encoded([])
 
     def load(self) -> None:
-        found = load(self._path, _File, _MAX_FILE, "the uplink's use")
-        days = {day.upstream: day for day in found.days} if found else {}
+        file = load(self._path, _File, _MAX_FILE, "the uplink's use")
+        days = {upstream: (day, max(0, used)) for upstream, day, used in file.days} if file else {}
         for uplink in self._uplinks:
-            if (day := days.get(uplink.name)) is not None:
-                uplink.restore(day.day, max(0, day.used))
+            if uplink.name in days:
+                uplink.restore(*days[uplink.name])
 
     def save(self) -> None:
         data = _encoded([uplink for uplink in self._uplinks if uplink.policy.daily])
-        if data == self._written:
-            return
-        if save(self._path, data, "the uplink's use"):
+        if data != self._written and save(self._path, data, "the uplink's use"):
             self._written = data
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -228,4 +224,4 @@ class UplinkFile:
 
 
 def _encoded(uplinks: Collection[Uplink]) -> bytes:
-    return msgspec.msgpack.encode(_File(1, tuple(_Day(uplink.name, *uplink.day()) for uplink in uplinks)))
+    return msgspec.msgpack.encode(_File(1, tuple((uplink.name, *uplink.day()) for uplink in uplinks)))

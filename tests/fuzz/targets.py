@@ -36,9 +36,11 @@ from node.oci.challenges import parse_challenges, parse_token, relayed, token_re
 from node.oci.layout import read_layout
 from node.oci.manifests import descriptors, parse_manifest
 from node.oci.tar import read_entries
+from node.registry.attempts import FailedAttemptError
+from node.registry.bodies import body_start
+from node.registry.calls import Passed
 from node.registry.docker_config import parse_docker_config
-from node.registry.transport import DirectTransport, _origin, _Wire
-from node.registry.upstreams import Passed, _body_start, _FailedError
+from node.registry.transport import DirectTransport, Wire, origin_of
 from node.web.server import Handler, Limits, Request, _Server
 from protocol import introduction, wire
 from protocol.errors import BadInputError, NotFoundError, PeerMisbehavedError
@@ -182,8 +184,8 @@ def content_range(data: bytes) -> None:
         (name.strip(), value.strip()) for name, colon, value in (line.partition(b":") for line in lines) if colon
     ]
     response = httpx.Response(200 if status == b"200" else 206, headers=headers)
-    with suppress(_FailedError):
-        assert _body_start(response, 10, 20, SIZE) in (0, 10)
+    with suppress(FailedAttemptError):
+        assert body_start(response, 10, 20, SIZE) in (0, 10)
 
 
 def http_answer(data: bytes) -> None:
@@ -197,8 +199,8 @@ def http_answer(data: bytes) -> None:
             theirs.shutdown(socket.SHUT_WR)
             transport = DirectTransport(cast(Any, None), 1)
 
-            async def connected(url: httpx.URL, connect_s: float | None) -> _Wire:
-                return _Wire(ours, _origin(url))
+            async def connected(url: httpx.URL, connect_s: float | None) -> Wire:
+                return Wire(ours, origin_of(url))
 
             cast(Any, transport)._connected = connected
             timeout = dict.fromkeys(("connect", "read", "write", "pool"), 1.0)
@@ -285,7 +287,7 @@ class _Refusing:
 
 
 def _mirror() -> Handler:
-    async def passthrough(*arguments: object) -> Passed:
+    async def passthrough(*arguments: object, grant: object = None) -> Passed:
         return Passed(b'{"name":"org/app","tags":["b","a"]}', "application/json", '</v2/x?last=b>; rel="next"')
 
     library = MemoryLibrary("org/app")

@@ -41,7 +41,7 @@ def read(node: Node, origin: FaultyOrigin, span: str = "") -> tuple[int, bytes]:
 
 @contextlib.contextmanager
 def slow_client(node: Node, origin: FaultyOrigin) -> Iterator[socket.socket]:
-    """One that has asked for the blob, and whose buffers hold little of it."""
+    """A client that has asked for the blob, and whose buffers hold little of it."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(30)
@@ -51,20 +51,20 @@ def slow_client(node: Node, origin: FaultyOrigin) -> Iterator[socket.socket]:
         yield sock
 
 
-@pytest.mark.parametrize("what", ["reset", "fin", "stall"])
-def test_a_body_that_breaks_at_the_registry_is_whole_at_the_client(folder: Path, what: str) -> None:
-    """A stalled one is given up after 10 s, far below what a client waits."""
-    faults = [Fault(at, what) for at in ((5 * BLOCK_SIZE + 77,) if what == "stall" else range(99_999, SIZE, SIZE // 4))]
+@pytest.mark.parametrize("how", ["reset", "fin", "stall"])
+def test_a_body_that_breaks_at_the_registry_is_whole_at_the_client(folder: Path, how: str) -> None:
+    """A body that stalls is given up after 10 s, long before a client gives up."""
+    faults = [Fault(at, how) for at in ((5 * BLOCK_SIZE + 77,) if how == "stall" else range(99_999, SIZE, SIZE // 4))]
     with FaultyOrigin(SIZE, *faults) as origin, site(folder / "site", origin.url, 1) as (node,):
         began = time.monotonic()
         assert read(node, origin) == (200, content(0, SIZE))
         assert time.monotonic() - began < 25
         again = sum(stop - start for start, stop in origin.asked) - SIZE
-        assert again <= len(faults) * 16 * BLOCK_SIZE, "only what was not there yet is asked for again"
+        assert again <= len(faults) * 16 * BLOCK_SIZE, "only missing bytes are asked for again"
 
 
-def test_without_the_registry_a_body_ends_with_fin_and_what_the_client_asks_then_is_refused(folder: Path) -> None:
-    """containerd reopens where the body ended, and goes on to the registry itself when that is refused."""
+def test_without_the_registry_a_body_ends_with_fin_and_the_next_request_is_refused(folder: Path) -> None:
+    """containerd reopens where the body ended, and asks the registry itself if that is refused."""
     with contextlib.ExitStack() as stack:
         origin = stack.enter_context(FaultyOrigin(SIZE, *[Fault(SIZE - 1000, "fin") for _ in range(20)]))
         (node,) = stack.enter_context(site(folder / "site", origin.url, 1))
@@ -86,13 +86,13 @@ def test_a_client_that_goes_away_ends_its_read(folder: Path) -> None:
         with connected(node) as connection:
             assert len(ask(connection, origin).read(BLOCK_SIZE)) == BLOCK_SIZE
         seen = origin.asked_bytes
-        assert read(node, origin, f"{GIB - 1}-") == (206, content(GIB - 1, GIB))  # waits for its turn behind the rest
+        assert read(node, origin, f"{GIB - 1}-") == (206, content(GIB - 1, GIB))  # waits behind the reads under way
         assert seen <= origin.asked_bytes <= BLOCK_SIZE * (HELD + 32)
         assert "Traceback" not in tail(node.log, 10000)
 
 
-def test_a_slow_client_holds_up_nobody_and_gets_all(folder: Path) -> None:
-    """One reads some bytes of a cold blob and then none for as long as another takes to read all of it."""
+def test_a_slow_client_delays_no_other_and_gets_all(folder: Path) -> None:
+    """One client reads some bytes of a cold blob, and then none while another reads all of it."""
     with (
         FaultyOrigin(SIZE) as origin,
         site(folder / "site", origin.url, 1) as (node,),
@@ -103,7 +103,7 @@ def test_a_slow_client_holds_up_nobody_and_gets_all(folder: Path) -> None:
         before = node.rss_bytes()
         assert read(node, origin) == (200, content(0, SIZE))
         assert node.rss_bytes() - before < 96 << 20
-        assert origin.asked_bytes == SIZE, "what one of them read is not read for the other"
+        assert origin.asked_bytes == SIZE, "no byte is read once for each client"
         rest = began + b"".join(iter(lambda: slow.recv(1 << 16), b""))
         assert rest.partition(b"\r\n\r\n")[2] == content(0, SIZE)
 
@@ -124,7 +124,7 @@ def test_a_range_in_the_middle_of_a_cold_blob_costs_the_blocks_that_it_touches(f
 
 
 def test_open_ended_ranges_that_are_closed_early_cost_the_read_ahead_at_most(folder: Path) -> None:
-    """As containerd 2.1 reads one layer with several connections."""
+    """containerd 2.1 reads a layer like this, with several connections."""
     with FaultyOrigin(GIB, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
         for start in range(0, GIB, GIB // 4):
             with connected(node) as connection:

@@ -68,7 +68,7 @@ def push(url: str) -> None:
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a docker-registry that holds library/app:v1."""
+    """The URL of a docker-registry that has library/app:v1."""
     with docker_registry(tmp_path_factory.mktemp("registry")) as running:
         push(running.url)
         yield running.url
@@ -154,8 +154,8 @@ def test_blocks_one_after_another_travel_on_one_connection(registry: str) -> Non
             layer = (await upstreams.resolve(BLOBS, digest(LAYER)))[0].ref
             for index in range(layer.block_count):
                 async with aclosing(upstreams.blocks(BLOBS, layer, index, 1)) as blocks:
-                    found = [bytes(block) async for block in blocks]
-                assert found == [LAYER[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]]
+                    received = [bytes(block) async for block in blocks]
+                assert received == [LAYER[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]]
 
     with CountingProxy(url.host, url.port or 80) as proxy:
         trio.run(main, proxy)

@@ -33,7 +33,7 @@ ttl = "{TTL_S}s"
 
 
 def configured(nodes: Sequence[Node], *, upstream: str = "", url: str = "", tags: str = "") -> None:
-    """Lines for the upstream, or another value of its url, and tables behind all others."""
+    """Add lines to the upstream, or change its url, and add tables at the configuration's end; then start."""
     for node in nodes:
         lines = node.config.read_text().splitlines()
         at = next(number for number, line in enumerate(lines) if line.startswith("url = "))
@@ -43,7 +43,7 @@ def configured(nodes: Sequence[Node], *, upstream: str = "", url: str = "", tags
 
 
 def digest_of(node: Node, tag: str, repository: str = "demo/moving") -> str | int:
-    """What a tag stands for by the node's mirror; the status where it does not say."""
+    """The digest that the node's mirror gives for a tag; else the status of its answer."""
     connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=20)
     with closing(connection):
         connection.request("HEAD", f"/v2/{repository}/manifests/{tag}?ns={UPSTREAM}")
@@ -86,7 +86,7 @@ def test_a_moved_tag_is_seen_in_its_time_to_live_and_offline_all_agree(
             moved, digest = time.monotonic(), version.index.digest
 
             def watch(node: Node, moved: float = moved, digest: str = digest) -> int:
-                """Answers until the new one; none of them old that was asked for after the time to live."""
+                """Number of answers until the new one. No answer is old if it was asked for after the time to live."""
                 answers = 0
                 while True:
                     asked, answers = time.monotonic(), answers + 1
@@ -98,9 +98,9 @@ def test_a_moved_tag_is_seen_in_its_time_to_live_and_offline_all_agree(
         rows = [tag_row(node, "latest") for node in nodes]
         assert {row["digest"] for row in rows} == {versions[-1].index.digest}
         assert {row["rule"] for row in rows} == {f"{UPSTREAM}/*"}
-        told = {(row["source"], row["told_by"]) for row in rows}
-        assert ("registry", "") in told
-        assert told <= {("registry", ""), *(("member", node.name) for node in nodes)}
+        sources = {(row["source"], row["told_by"]) for row in rows}
+        assert ("registry", "") in sources
+        assert sources <= {("registry", ""), *(("member", node.name) for node in nodes)}
 
         registries.push(own_registry, versions[0], "demo/moving", "never")
         assert {digest_of(node, "never") for node in nodes} == {versions[0].index.digest}
@@ -134,12 +134,12 @@ def test_a_mirror_that_lacks_an_image_or_fails_costs_no_pull(
         assert mirror.count.requests > 0
         assert proxy.count.received >= image.size
         endpoints = nodes[0].status()["upstreams"][0]["endpoints"]
-        assert [one["url"] for one in endpoints] == [mirror.url, proxy.url]
-        assert [one["problem"] for one in endpoints] == ["", ""]
+        assert [endpoint["url"] for endpoint in endpoints] == [mirror.url, proxy.url]
+        assert [endpoint["problem"] for endpoint in endpoints] == ["", ""]
         mirror.cut()
         pull_through(nodes, folder / "failing", image)
         assert digest_of(nodes[0], "nothing", "demo/app") == 404
-        assert any(node.status()["upstreams"][0]["endpoints"][0]["problem"] for node in nodes), "of the name's home"
+        assert any(node.status()["upstreams"][0]["endpoints"][0]["problem"] for node in nodes), "at the name's home"
         doctor = json.loads(nodes[0].ctl("doctor", "--json").stdout)["checks"]
         levels = {check["name"]: check["level"] for check in doctor}
         assert levels[f"upstream {UPSTREAM}"] == "ok"
@@ -156,7 +156,7 @@ def test_the_day_s_bytes_end_in_a_clear_error_that_outlives_a_restart(
         answer = node.ctl("pull", f"{REPOSITORY}:{TAG}")
         assert answer.returncode == 1
         assert "the uplink budget of the day is spent" in answer.stderr
-        assert proxy.count.received <= daily + (8 << 20), "what the kernel and the proxy had taken besides"
+        assert proxy.count.received <= daily + (8 << 20), "the kernel and the proxy may have taken some more"
         for _ in range(2):
             use = node.status()["upstreams"][0]["uplink"]
             assert (use["used_today_bytes"], use["spent"]) == (daily, True)
@@ -179,12 +179,12 @@ def test_a_prefetch_waits_for_the_hours_of_the_uplink_and_a_pull_does_not(
     with site(folder / "site", proxy.url, 3, start=False) as nodes:
         configured(nodes, upstream=f'hours = ["{later[0]}-{later[1]}"]')
 
-        def told() -> str:
+        def error() -> str:
             (row,) = json.loads(nodes[0].ctl("prefetch", "--status", "--json").stdout)["rows"]
             return str(row["error"]) if row["state"] == "waiting" else ""
 
         assert nodes[0].ctl("prefetch", f"{REPOSITORY}:{TAG}").returncode == 0
-        wait_for("it is told to come back later", lambda: "in the hours" in told(), seconds=20, every=0.1)
+        wait_for("the prefetch waits for the hours", lambda: "in the hours" in error(), seconds=20, every=0.1)
         assert proxy.count.received < 0.1 * image.size, "names only"
         pull_through(nodes, folder / "out", image)
         assert proxy.count.received <= 1.05 * image.size

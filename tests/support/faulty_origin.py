@@ -1,4 +1,4 @@
-"""A registry of one generated blob whose bodies break as a test wants, in a thread of the test's own process."""
+"""A registry with one generated blob, whose bodies break as a test wants. It runs in a thread of the test's process."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What becomes of the GET that covers the blob's byte `at`, once: `reset`, `fin` or `stall` right before it, or a
-    status such as `429` instead of it all, with the seconds of `retry_after`, where it has them."""
+    """A fault of one GET that covers the blob's byte `at`. `kind`: `reset`, `fin` or `stall` right before that byte, or
+    a status such as `429` instead of a body, with the header Retry-After if `retry_after` (seconds) is given."""
 
     at: int
-    what: str
+    kind: str
     retry_after: int | None = None
 
 
 def content(start: int, stop: int) -> bytes:
-    """The blob's bytes [start, stop): no two MiB are alike."""
+    """The blob's bytes [start, stop). No two MiB are equal."""
     size = len(_NOISE)
     first = start // size
     parts = [f"{number:016d}".encode() + _NOISE[_MARK:] for number in range(first, max(first + 1, -(-stop // size)))]
@@ -38,10 +38,10 @@ def content(start: int, stop: int) -> bytes:
 
 
 class FaultyOrigin:
-    """A context manager. `asked` has the byte ranges of all GETs; `faults` are used up in any order."""
+    """A context manager. `asked` has the byte ranges of all GETs; each of `faults` happens once, in any order."""
 
     def __init__(self, size: int, *faults: Fault, hashed: bool = True) -> None:
-        """Without `hashed` the digest is none of the blob's: for tests that never read all of it."""
+        """Without `hashed` the digest is not that of the blob: for tests that never read all of it."""
         self.size = size
         self.digest = f"sha256:{hashlib.sha256(content(0, size)).hexdigest() if hashed else 'ab' * 32}"
         self.asked: list[tuple[int, int]] = []
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
     origin: FaultyOrigin
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._head(200 if self._is_blob() else 404, self.origin.size if self._is_blob() else 0)
@@ -94,14 +94,14 @@ class _Handler(BaseHTTPRequestHandler):
         start, stop = (int(match[1]), int(match[2]) + 1) if match else (0, self.origin.size)
         self.origin.asked.append((start, stop))
         fault = self.origin.fault(start, stop)
-        if fault and fault.what.isdigit():
+        if fault and fault.kind.isdigit():
             after = fault.retry_after
-            return self._head(int(fault.what), 0, {} if after is None else {"Retry-After": str(after)})
+            return self._head(int(fault.kind), 0, {} if after is None else {"Retry-After": str(after)})
         headers = {"Content-Range": f"bytes {start}-{stop - 1}/{self.origin.size}"} if match else {}
         self._head(206 if match else 200, stop - start, headers)
         self._send(start, fault.at if fault else stop)
         if fault:
-            self._break(fault.what)
+            self._break(fault.kind)
         return None
 
     def _is_blob(self) -> bool:
@@ -114,11 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
-    def _break(self, what: str) -> None:
+    def _break(self, kind: str) -> None:
         self.close_connection = True
-        if what == "stall":
+        if kind == "stall":
             self.origin.released.wait()
-        if what == "reset":
+        if kind == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
             self.connection.close()
 

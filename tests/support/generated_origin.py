@@ -1,7 +1,7 @@
-"""A registry whose large blobs are made while they are sent: `python -m tests.support.generated_origin PORT`.
+"""A registry that generates large blobs while it sends them: `python -m tests.support.generated_origin PORT`.
 
-`/v2/app/blobs/<digest>` for each of `digests()`, with HEAD and one range; `/asked` tells how many bytes of blobs were
-asked for. Nothing is stored, and no two blocks are alike, so that none can pass for another.
+`/v2/app/blobs/<digest>` for each of `digests()`, with HEAD and one range; `/asked` gives the number of blobs' bytes
+that were asked for. Nothing is stored. No two blocks are equal, so that none can be taken for another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
 def _parts(blob: int, start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes [start, stop) of a blob: each block is the same noise behind a mark of its own."""
+    """The bytes [start, stop) of a blob. Each block is a mark of its own, followed by the same noise."""
     for index in range(start // BLOCK, -(-stop // BLOCK)):
         mark = memoryview(f"{blob:8d}{index:8d}".encode())
         first, last = max(0, start - index * BLOCK), min(BLOCK, stop - index * BLOCK)
@@ -41,7 +41,7 @@ def _digest(blob: int) -> str:
 
 
 def digests() -> list[str]:
-    """Of all blobs, in some seconds: 8 GiB are hashed."""
+    """The digests of all blobs. Takes some seconds: 8 GiB are hashed."""
     with ThreadPoolExecutor() as threads:
         return list(threads.map(_digest, range(COUNT)))
 
@@ -52,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
     asked = 0
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._head(200 if self._blob() is not None else 404, SIZE)
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """The digests stand in the first line written, once they are known and the port answers."""
+    """Print the digests in one line when they are computed and the port answers; then serve."""
     server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), _Handler)
     names = digests()
     _Handler.blobs = {digest: blob for blob, digest in enumerate(names)}

@@ -1,7 +1,7 @@
 """docker.io on loopback, for clients that know no other name for it: its hosts, its port 443, and a certificate.
 
-`Hub.prefix` runs a program in a mount namespace of its own, where docker.io's names are this proxy's address, so that
-nothing that it does can leave this machine, and where it writes to none of the machine's places. Needs root.
+`Hub.prefix` runs a program in a mount namespace of its own, where docker.io's names have this proxy's address: no
+request leaves this machine, and nothing is written to the machine's directories. Needs root.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ for place in /run /var/lib /dev/shm /etc/docker; do
 done
 exec "$@"
 """
-"""A script: in these places clients keep what no option moves elsewhere."""
+"""A script. Clients keep state in these places, which no option can move."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """`proxy` counts what comes to docker.io itself, past all mirrors."""
+    """`proxy` counts the requests to docker.io itself, past all mirrors."""
 
     folder: Path
     proxy: CountingProxy
 
     @property
     def prefix(self) -> list[str]:
-        """Put before a command, docker.io is here for it; what it mounts is gone with it."""
+        """Before a command: docker.io is here for the command; its mounts end with it."""
         return ["unshare", "--mount", "sh", "-euc", NAMESPACE, str(self.folder / "hosts")]
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment, with the one authority that its certificate is from (Go, crypto/x509)."""
+        """The environment, in which only this certificate's authority is trusted (Go, crypto/x509)."""
         return {**os.environ, "SSL_CERT_FILE": str(self.folder / "hub.pem"), "SSL_CERT_DIR": str(self.folder / "none")}
 
 
 @contextlib.contextmanager
 def hub(folder: Path, host: str, port: int) -> Iterator[Hub]:
-    """docker.io is what answers at `host:port`."""
+    """Have requests to docker.io answered by `host:port`."""
     folder.mkdir(parents=True)
     address = ".".join(["127", *(str(random.randrange(1, 255)) for _ in range(3))])
     (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {' '.join(NAMES)}\n")
@@ -65,20 +65,20 @@ def hub(folder: Path, host: str, port: int) -> Iterator[Hub]:
 
 
 def _certificate(path: Path) -> Path:
-    """Key and certificate, its own authority."""
+    """A key and a self-signed certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, SERVER)])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, SERVER)])
     now = datetime.now(UTC)
     certificate = (
         x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
+        .subject_name(subject)
+        .issuer_name(subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(one) for one in NAMES]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in NAMES]), critical=False)
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM

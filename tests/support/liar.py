@@ -13,11 +13,11 @@ from node.blocks.keeper import Seeder
 from node.daemon import main
 from node.exchange.contract import Answer
 from node.oci.references import Locator
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from protocol.ids import ObjectRef, PeerId
 from protocol.messages import ShardFound
 
-_honest, _honest_read = Seeder.handle, Origin.read
+_honest, _honest_read = Seeder.handle, BatchedReads.read
 
 
 def _wrong(data: bytes | bytearray | memoryview) -> bytearray:
@@ -33,14 +33,14 @@ async def _lie(self: Seeder, peer: PeerId, request: object) -> Answer:
     return Answer(answer.message, _wrong(answer.body))
 
 
-async def _misread(self: Origin, locator: Locator, ref: ObjectRef, index: int, **how: Any) -> bytearray:
+async def _misread(self: BatchedReads, locator: Locator, ref: ObjectRef, index: int, **how: Any) -> bytearray:
     data = await _honest_read(self, locator, ref, index, **how)
     return _wrong(data) if ref.block_count > 1 else data
 
 
 if __name__ == "__main__":
     if os.environ.get("LIE") == "records":
-        Origin.read = _misread  # type: ignore[method-assign]
+        BatchedReads.read = _misread  # type: ignore[method-assign]
     else:
         Seeder.handle = _lie  # type: ignore[method-assign]
     main()

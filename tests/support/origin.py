@@ -1,6 +1,6 @@
 """A read-only registry for one OCI layout: `python -m tests.support.origin PORT LAYOUT REPOSITORY TAG`.
 
-It stands in for docker-registry where that can't be installed: manifests and blobs, HEAD and GET, one range.
+It replaces docker-registry where that cannot be installed: manifests and blobs, HEAD and GET, one range.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def log_message(self, *_: object) -> None:
-        """Quiet: what was asked is counted by the proxy in front."""
+        """Log nothing: the proxy in front counts the requests."""
 
     def _answer(self, *, with_body: bool) -> None:
         path = self.path.partition("?")[0]

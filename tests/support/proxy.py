@@ -1,7 +1,7 @@
-"""A TCP proxy that counts what passes: what a registry was asked for is measured outside the daemons.
+"""A TCP proxy that counts requests and bytes: the load of a registry is measured outside the daemons.
 
-It also makes the registry slow (a rate for all connections together), distant (a delay each way), silent (`stall`),
-unreachable (`cut`) or unwilling (`answer`), and may speak TLS in its place.
+It can also make the registry slow (a rate for all connections together), distant (a delay each way), silent (`stall`),
+unreachable (`cut`) or unwilling (`answer`), and speak TLS in its place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.processes import wait_for
 CHUNK = 1 << 18
 REFUSED_S = 5.0
 ON_THE_WAY = 4096
-"""Chunks that a delay holds: all that a fast link has in flight, and no more of a fast registry's."""
+"""Chunks held by a delay: all that a fast link has in flight, and no more, however fast the registry is."""
 _REQUEST_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.[01]\r\n(.*?)\r\n\r\n", re.DOTALL)
 _RANGE = re.compile(rb"(?im)^range: *(.*?)\r?$")
 _MAX_HEAD = 1 << 16
@@ -31,7 +31,7 @@ _CONNECTION_ENDED = (trio.BrokenResourceError, trio.ClosedResourceError, OSError
 
 @dataclass(slots=True)
 class Count:
-    """`received` is bytes from target to clients, HTTP heads included; `asked` counts method, path and range."""
+    """`received`: bytes from target to clients with HTTP heads. `asked`: requests by method, path and range."""
 
     received: int = 0
     requests: int = 0
@@ -40,17 +40,21 @@ class Count:
 
 
 class CountingProxy:
-    """A context manager; the proxy lives in a thread with a trio loop of its own."""
+    """A context manager; the proxy runs in a thread with a trio loop of its own."""
 
     def __init__(
-        self, host: str, port: int, *, rate: float | None = None, delay_s: float = 0.0,
-        namespace: Namespace | None = None, listen: str = "127.0.0.1", port_here: int = 0,
+        self,
+        host: str,
+        port: int,
+        *,
+        rate: float | None = None,
+        delay_s: float = 0.0,
+        namespace: Namespace | None = None,
+        listen: str = "127.0.0.1",
+        port_here: int = 0,
         tls: ssl.SSLContext | None = None,
-    ) -> None:  # fmt: skip
-        """`rate` is in bytes per second; `delay_s` holds up the bytes of each way, those of a new connection too.
-
-        With `tls` its clients speak TLS; the registry is spoken to in the clear all the same.
-        """
+    ) -> None:
+        """`rate`: bytes per second. `delay_s`: each way, also of a new connection. `tls`: towards clients only."""
         self.count = Count()
         self.rate = rate
         self.port = port_here
@@ -76,19 +80,19 @@ class CountingProxy:
         self._thread.join(10)
 
     def reset(self) -> None:
-        """Count anew."""
+        """Set all counts to 0."""
         self.count = Count()
 
     def stall(self) -> None:
-        """Nothing passes, and nothing is refused."""
+        """Forward nothing, and refuse nothing."""
         self._run(self._close_gate)
 
     def cut(self) -> None:
-        """Connections are closed, and new ones too, as soon as they are made."""
+        """Close all connections, and new ones as soon as they are made."""
         self._run(self._cut_all)
 
     def answer(self, status: int) -> None:
-        """Every request is answered with it, and none reaches the registry."""
+        """Answer every request with `status`; none reaches the registry."""
         self._run(lambda: self._refuse_all(status))
 
     def restore(self) -> None:
@@ -158,7 +162,7 @@ class CountingProxy:
                     await self._forward_answers(server, client)
                     nursery.cancel_scope.cancel()
             except* _CONNECTION_ENDED:
-                pass  # either end may go at any time; the other one sees it
+                pass  # either end may leave at any time; the other one notices
             finally:
                 self._scopes.discard(scope)
 

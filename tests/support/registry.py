@@ -1,4 +1,4 @@
-"""A real registry (Debian's docker-registry) on loopback, and a small read-only one for machines without it."""
+"""A real registry (Debian's docker-registry) on loopback, and a small read-only replacement."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tests.support.image import Blob, Image, blob_path
@@ -49,9 +50,9 @@ def installed() -> bool:
 
 @contextlib.contextmanager
 def docker_registry(folder: Path, namespace: Namespace | None = None, *, auth: str = "") -> Iterator[Registry]:
-    """A docker-registry that stores in `folder`, with what was stored there; it is ended with the context.
+    """A docker-registry that keeps its data in `folder`; it ends with the context.
 
-    `auth` is a part of its configuration; without it everybody may read and write.
+    `auth` is a part of its configuration; without it everyone may read and write.
     """
     (port,) = free_ports(HOST, 1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def docker_registry(folder: Path, namespace: Namespace | None = None, *, auth: s
 
 @contextlib.contextmanager
 def embedded_origin(image: Image, repository: str, tag: str, folder: Path) -> Iterator[Registry]:
-    """One image served by tests/support/origin.py, a process of its own."""
+    """One image served by tests/support/origin.py in a process of its own."""
     (port,) = free_ports(HOST, 1)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.support.origin", str(port), str(image.folder), repository, tag]
@@ -106,21 +107,21 @@ def push(registry: Registry, image: Image, repository: str, tag: str) -> None:
         for blob, reference in ((image.manifest, image.manifest.digest), (image.index, tag)):
             headers = {"Content-Type": blob.media_type}
             body = blob_path(image.folder, blob.digest).read_bytes()
-            _send(connection, "PUT", f"/v2/{repository}/manifests/{reference}", body, headers)
+            _send(connection, "PUT", f"/v2/{repository}/manifests/{reference}", body=body, headers=headers)
 
 
 def _push_blob(connection: http.client.HTTPConnection, image: Image, repository: str, blob: Blob) -> None:
-    upload = urlsplit(_send(connection, "POST", f"/v2/{repository}/blobs/uploads/", b"", {}))
+    upload = urlsplit(_send(connection, "POST", f"/v2/{repository}/blobs/uploads/", body=b""))
     query = f"{upload.query}&" if upload.query else ""
     headers = {"Content-Type": "application/octet-stream"}
     with image.path(blob).open("rb") as file:
         path = f"{upload.path}?{query}digest={blob.digest}"
-        _send(connection, "PUT", path, file, {**headers, "Content-Length": str(blob.size)})
+        _send(connection, "PUT", path, body=file, headers={**headers, "Content-Length": str(blob.size)})
 
 
-def _send(connection: http.client.HTTPConnection, method: str, path: str, body: object, headers: dict[str, str]) -> str:
-    """The Location of the answer."""
-    connection.request(method, path, body, headers)  # type: ignore[arg-type]
+def _send(connection: http.client.HTTPConnection, method: str, path: str, **request: Any) -> str:
+    """The Location of the answer to a request with `body` and `headers`."""
+    connection.request(method, path, **request)
     response = connection.getresponse()
     text = response.read()
     if response.status not in (201, 202):

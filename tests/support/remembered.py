@@ -23,8 +23,8 @@ from node.mirror.access import PublicTable
 from node.oci.layout import Packed, PackedImage
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, ImageName, Locator
+from node.registry.calls import Passed
 from node.registry.uplink import Uplink, UplinkFile
-from node.registry.upstreams import Passed
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import Member
 from tests.support.file_trace import say

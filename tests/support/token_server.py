@@ -1,7 +1,7 @@
-"""A token service for docker-registry: real signed tokens, for the token flow that clients and nodes go through.
+"""A token service for docker-registry: real signed tokens, for the token flow of clients and nodes.
 
-Specification: distribution/docs/spec/auth/token.md and jwt.md. Anybody gets a token; what it allows is what the user
-may pull, or nothing.
+Specification: distribution/docs/spec/auth/token.md and jwt.md. Everyone gets a token; it allows the repositories that
+the user may pull, or none.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def _base64url(data: bytes) -> bytes:
 
 
 class TokenServer:
-    """A context manager; it answers in threads of this process. `rights`: user to repositories, ANYBODY among them."""
+    """A context manager that answers in threads. `rights`: repositories by user; those of ANYBODY are for everyone."""
 
     def __init__(self, folder: Path, users: Mapping[str, str], rights: Mapping[str, Sequence[str]]) -> None:
         self._users, self._rights = users, rights
         self.identities = {user: secrets.token_urlsafe(16) for user in users}
-        """The identity token of each user, which clients give instead of a password."""
+        """The identity token of each user, which clients send instead of a password."""
         self._key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, ISSUER)])
         now = datetime.now(UTC)
@@ -58,7 +58,7 @@ class TokenServer:
             .sign(self._key, hashes.SHA256())
         )
         self.certificate = folder / "token.pem"
-        """For the registry, which trusts the tokens that it signed."""
+        """For the registry, which trusts tokens signed with it."""
         self.certificate.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"service": self}))
         self.realm = f"http://127.0.0.1:{self._server.server_port}/token"
@@ -74,26 +74,24 @@ class TokenServer:
         self._server.server_close()
 
     def registry_auth(self) -> str:
-        """The part of docker-registry's configuration."""
+        """This service in docker-registry's configuration."""
         return (
             f"auth:\n  token: {{realm: '{self.realm}', service: {SERVICE}, issuer: {ISSUER},"
             f" rootcertbundle: '{self.certificate}'}}\n"
         )
 
-    def known(self, user: str, password: str) -> bool:
+    def accepts(self, user: str, password: str) -> bool:
         return self._users.get(user) == password
 
     def token(self, user: str, *repositories: str, lifetime_s: float = LIFETIME_S) -> str:
-        """What `user` gets for these repositories: access to those that it may pull."""
+        """A token for those of these repositories that `user` may pull."""
         now = int(time.time())
         allowed = {*self._rights.get(user, ()), *self._rights.get(ANYBODY, ())}
         certificate = base64.b64encode(self._certificate.public_bytes(serialization.Encoding.DER)).decode()
         head = _part({"typ": "JWT", "alg": "ES256", "x5c": [certificate]})
         access = [{"type": "repository", "name": name, "actions": ["pull"]} for name in repositories if name in allowed]
-        claims = {
-            "iss": ISSUER, "sub": user, "aud": SERVICE, "exp": now + int(lifetime_s), "nbf": now - 10, "iat": now,
-            "jti": f"{time.monotonic_ns():x}", "access": access,
-        }  # fmt: skip
+        claims: dict[str, object] = {"iss": ISSUER, "sub": user, "aud": SERVICE, "access": access}
+        claims |= {"exp": now + int(lifetime_s), "nbf": now - 10, "iat": now, "jti": f"{time.monotonic_ns():x}"}
         signed = head + b"." + _part(claims)
         r, s = decode_dss_signature(self._key.sign(signed, ec.ECDSA(hashes.SHA256())))
         return (signed + b"." + _base64url(r.to_bytes(32, "big") + s.to_bytes(32, "big"))).decode()
@@ -105,14 +103,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         user, password = self._credentials()
-        if user != ANYBODY and not self.service.known(user, password):
+        if user != ANYBODY and not self.service.accepts(user, password):
             self._answer(401, {"errors": [{"code": "UNAUTHORIZED"}]})
             return
         query = parse_qs(urlsplit(self.path).query)
         self._answer(200, {"token": self._token(user, query), "expires_in": LIFETIME_S})
 
     def do_POST(self) -> None:
-        """OAuth2, for identity tokens; clients try it first with a password too, and are told that it is not here."""
+        """OAuth2, for identity tokens. Clients also try it first with a password, which is refused (405)."""
         form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode())
         for user, identity in self.service.identities.items():
             if form.get("refresh_token") == [identity]:
@@ -121,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(405, {})
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def _token(self, user: str, asked: Mapping[str, Sequence[str]]) -> str:
         scopes = " ".join(asked.get("scope", [])).split()

@@ -27,7 +27,7 @@ from node.exchange.contract import Answer, Lane
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.errors import DeniedError, UnavailableError
@@ -115,7 +115,7 @@ class Node:
         self.site = Site(
             self.own, self.view, lambda: placement, self.exchange, Health(), Trust(self.own, self.view), self.tiers
         )
-        self.seeder = Seeder(self.site, Origin(registry, nursery), Directory(), identity.sign, nursery)
+        self.seeder = Seeder(self.site, BatchedReads(registry, nursery), Directory(), identity.sign, nursery)
         self.fetcher = Fetcher(self.site, self.seeder, nursery)
         self.spoil: Callable[[Answer], Answer] | None = None
 
@@ -331,7 +331,7 @@ def test_a_record_that_no_member_signed_is_not_believed() -> None:
         stranger = Identity.of(Ed25519PrivateKey.generate())
         address = BlockAddress(LOCATOR, REF, 0)
         forged = bytearray(address.length)
-        others = Seeder(nodes[0].site, Origin(registry, None), Directory(), stranger.sign, None)  # type: ignore[arg-type] # only signs
+        others = Seeder(nodes[0].site, BatchedReads(registry, None), Directory(), stranger.sign, None)  # type: ignore[arg-type] # only signs
         record = others._claim(address, forged)
         record = type(record)(*(getattr(record, name) for name in record.__struct_fields__[:5]), stranger.peer_id, b"")
         for node in nodes[1:]:
@@ -385,7 +385,7 @@ def test_another_acts_for_a_home_whose_own_link_is_bad() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         home, bad = home_of(nodes, 0), Registry(block_s=1000.0)
         async with trio.open_nursery() as nursery:
-            home.seeder._origin = Origin(bad, nursery)
+            home.seeder._origin = BatchedReads(bad, nursery)
             reader = next(node for node in nodes if node is not home)
             with trio.fail_after(LEAST_S + 2 * LOOK_EVERY_S):
                 assert (await reader.read(0)).source is Source.PEER
@@ -541,7 +541,7 @@ def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: 
         async with trio.open_nursery() as nursery:
             for node in nodes:
                 if mirrored == "everywhere" or node.own == home:
-                    node.seeder._origin = Origin(bad, nursery)
+                    node.seeder._origin = BatchedReads(bad, nursery)
             reader = next(node for node in nodes if node.own != home)
             library, _ = site_library(reader.site, reader.seeder, reader.fetcher)
             assert await read_whole(library) == BODY

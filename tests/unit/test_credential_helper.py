@@ -1,4 +1,4 @@
-"""Docker's credential helpers: programs of the test's own, and all that they can do wrong."""
+"""Docker's credential helpers: the tests' own programs, and everything that they can do wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOOD = "#!/bin/sh\nread registry\necho called >> {log}\n" + (
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Writes `docker-credential-test`; what it logs is in `log`."""
+    """Writes the program `docker-credential-test`, whose log is in the file `log`."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     def write(script: str) -> None:
@@ -52,16 +52,16 @@ def test_a_helper_is_started_once_for_a_while(program: Callable[[str], None], tm
     play(scenario)
 
 
-def test_what_was_refused_is_asked_for_anew_but_not_at_once(
+def test_refused_credentials_are_asked_for_again_but_not_at_once(
     program: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(helpers: CredentialHelpers) -> None:
-        found = await helpers.get("test", "r.test", "")
-        assert found is not None
-        await helpers.get("test", "r.test", found.header)
+        credentials = await helpers.get("test", "r.test", "")
+        assert credentials is not None
+        await helpers.get("test", "r.test", credentials.header)
         assert (tmp_path / "log").read_text() == "called\n"
         monkeypatch.setattr(credential_helper, "AGAIN_S", 0.0)
-        await helpers.get("test", "r.test", found.header)
+        await helpers.get("test", "r.test", credentials.header)
         assert (tmp_path / "log").read_text() == "called\n" * 2
 
     program(GOOD)
@@ -77,7 +77,7 @@ def test_a_helper_may_know_nothing_of_a_registry(program: Callable[[str], None])
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "error"),
     [
         ("#!/bin/sh\necho s3cr3t\nexit 3\n", "status 3"),
         ("#!/bin/sh\necho s3cr3t\n", "did not answer as"),
@@ -89,16 +89,15 @@ def test_a_helper_may_know_nothing_of_a_registry(program: Callable[[str], None])
         (None, "not in PATH"),
     ],
 )
-def test_a_helper_that_fails_is_told_without_what_it_said(
-    program: Callable[[str], None], script: str | None, told: str,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_the_error_of_a_helper_contains_nothing_of_its_output(
+    program: Callable[[str], None], script: str | None, error: str, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr(credential_helper, "LIMIT_S", 1.0)
 
     async def scenario(helpers: CredentialHelpers) -> None:
         before = time.monotonic()
         for _ in range(3):
-            with pytest.raises(HelperError, match=told) as caught:
+            with pytest.raises(HelperError, match=error) as caught:
                 await helpers.get("test", "r.test", "")
             assert "s3cr3t" not in str(caught.value)
         assert time.monotonic() - before < 10

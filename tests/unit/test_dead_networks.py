@@ -10,8 +10,10 @@ from random import Random
 import pytest
 import trio
 
+from node.registry.client import BROKEN_S
 from node.registry.retry import BODY, RESOLVE, Breaker
-from node.registry.upstreams import BROKEN_S, TIMEOUT, Upstreams
+from node.registry.transport import TIMEOUT
+from node.registry.upstreams import Upstreams
 from protocol.errors import UnavailableError
 from protocol.ids import ObjectRef, PeerId
 from simulations import cold_restart, two_sites, uplink_cut

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,7 +23,7 @@ PLAIN = ssl.create_default_context()
 
 
 class Scripted:
-    """Answers each request with the next of `answers`, byte for byte; `closes` after one of them."""
+    """Answers each request with the next of `answers`, byte by byte if `slowly`. `closes`: after one answer."""
 
     def __init__(self, *answers: bytes, closes: bool = False, slowly: bool = False) -> None:
         self.answers = list(answers)
@@ -64,7 +64,7 @@ class Scripted:
 @asynccontextmanager
 async def listening(server: Scripted, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     async def serve(stream: trio.SocketStream) -> None:
-        with suppress(trio.BrokenResourceError):  # clients leave, and some do not like the certificate
+        with suppress(trio.BrokenResourceError):  # clients leave, and some refuse the certificate
             await server.serve(trio.SSLStream(stream, tls, server_side=True) if tls else stream)
 
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -122,8 +122,8 @@ def test_every_framing_gives_its_body_and_frees_the_connection(
     assert server.connections == connections
 
 
-def test_what_comes_behind_a_body_ends_the_connection() -> None:
-    """All at once: what comes only after the next request was sent makes that one fail, and be tried again."""
+def test_bytes_behind_a_body_end_the_connection() -> None:
+    """All at once. Bytes that arrive only after the next request was sent make that request fail; it is tried again."""
     server = Scripted(answer(b"hello") + b"what nobody asked for", answer(b"second"))
 
     async def main() -> None:
@@ -135,7 +135,7 @@ def test_what_comes_behind_a_body_ends_the_connection() -> None:
     assert server.connections == 2
 
 
-def test_a_body_lands_in_the_callers_buffer_and_what_is_not_read_ends_the_connection() -> None:
+def test_a_body_lands_in_the_callers_buffer_and_unread_bytes_end_the_connection() -> None:
     server = Scripted(answer(BIG), answer(BIG), answer(b"", "X-Head: yes", f"Content-Length: {9}", announced=False))
 
     async def main() -> None:
@@ -179,12 +179,12 @@ def test_a_body_until_the_end_of_the_connection() -> None:
         (answer(b"hello", "Content-Length: 6"), httpx.RemoteProtocolError),
     ],
 )
-def test_what_is_cut_or_no_http_is_told_as_such(raw: bytes, error: type[httpx.TransportError]) -> None:
+def test_answers_that_are_cut_or_not_http_raise_their_error(raw: bytes, error: type[httpx.TransportError]) -> None:
     server = Scripted(raw, raw, closes=True)
 
     async def twice() -> None:
         async with listening(server) as url, client_of(DirectTransport(PLAIN, 1)) as client:
-            for _ in range(2):  # the failure of the first leaves its place to the second
+            for _ in range(2):  # after its failure the first leaves its place to the second
                 with pytest.raises(error):
                     await client.get(url)
 
@@ -211,10 +211,9 @@ def test_idle_connections_count_and_a_dead_one_is_not_used() -> None:
     servers = [Scripted(*[answer(b"x")] * 3) for _ in range(3)]
 
     async def main() -> None:
-        async with (
-            listening(servers[0]) as first, listening(servers[1]) as second, listening(servers[2]) as third,
-            client_of(DirectTransport(PLAIN, 2)) as client,
-        ):  # fmt: skip
+        async with AsyncExitStack() as stack:
+            first, second, third = [await stack.enter_async_context(listening(server)) for server in servers]
+            client = await stack.enter_async_context(client_of(DirectTransport(PLAIN, 2)))
             for url in (first, second, third, second):
                 assert (await client.get(url)).content == b"x"
             with trio.fail_after(5):
@@ -232,11 +231,11 @@ def test_idle_connections_count_and_a_dead_one_is_not_used() -> None:
 
 
 def certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's context with a certificate of its own for `name`, and a client's that trusts it."""
+    """The context of a server with a certificate for `name`, and that of a client that trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.now(UTC)
-    made = (
+    signed = (
         x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
@@ -247,7 +246,7 @@ def certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    (folder / "pem").write_bytes(private + made.public_bytes(serialization.Encoding.PEM))
+    (folder / "pem").write_bytes(private + signed.public_bytes(serialization.Encoding.PEM))
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.load_cert_chain(folder / "pem")
     return server, ssl.create_default_context(cafile=folder / "pem")
@@ -272,7 +271,7 @@ def test_tls_gives_the_same_and_proves_the_name(tmp_path: Path) -> None:
     run(main)
 
 
-def test_a_name_or_a_header_that_cannot_be_sent_is_told_as_such(tmp_path: Path) -> None:
+def test_a_bad_host_name_or_header_raises_its_error(tmp_path: Path) -> None:
     tls, trusting = certificate(tmp_path, "localhost")
 
     async def main() -> None:
@@ -286,7 +285,7 @@ def test_a_name_or_a_header_that_cannot_be_sent_is_told_as_such(tmp_path: Path) 
     run(main)
 
 
-def test_where_nobody_listens() -> None:
+def test_a_port_without_a_listener_and_another_scheme() -> None:
     async def main() -> None:
         async with client_of(DirectTransport(PLAIN, 1)) as client:
             for url, error in (("http://127.0.0.1:1/", httpx.ConnectError), ("ftp://x/", httpx.UnsupportedProtocol)):
@@ -301,7 +300,7 @@ def test_where_nobody_listens() -> None:
 def test_a_body_that_comes_byte_by_byte_is_read_without_a_timer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
 ) -> None:
-    """The reader waits for no more than is sure to come: else it waited for ever."""
+    """The reader waits only for bytes that are sure to come: it would wait forever otherwise."""
     monkeypatch.setattr(sockets, "GATHER_S", float("inf"))
     tls, trusting = certificate(tmp_path, "localhost")
     body = BIG[: sockets.RECORD_BYTES + 2000]

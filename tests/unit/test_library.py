@@ -25,7 +25,7 @@ from node.content.library import HEAD_WAIT_S, SiteLibrary
 from node.identity.identity import Identity
 from node.membership.membership import Membership
 from node.oci.references import Locator
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.health import Health
@@ -287,7 +287,7 @@ def test_a_disk_that_stands_still_stops_the_registry() -> None:
             tiers=Tiers(MemoryStore(4 * BLOCK_SIZE, trio.current_time), cast(Any, disk), None),
         )
         async with trio.open_nursery() as nursery:
-            seeder = Seeder(site, Origin(registry, nursery), Directory(), identity.sign, nursery=nursery)
+            seeder = Seeder(site, BatchedReads(registry, nursery), Directory(), identity.sign, nursery=nursery)
             shelf = library(Fetcher(site, seeder, nursery))
             for number in range(8):
                 nursery.start_soon(read, shelf, number)

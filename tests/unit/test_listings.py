@@ -13,7 +13,7 @@ import trio
 from node.content import listings as listings_module
 from node.content.listings import INDEX, Listings
 from node.oci.references import Grant, Locator
-from node.registry.upstreams import Passed
+from node.registry.calls import Passed
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.ids import Digest
 from tests.support.memory_library import MemoryLibrary

@@ -23,7 +23,7 @@ from node.mirror import mirror as mirror_module
 from node.mirror.mirror import Mirror
 from node.oci.manifests import Resolved
 from node.oci.references import Locator
-from node.registry.upstreams import Passed
+from node.registry.calls import Passed
 from node.web.server import Request, serve_http
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
 from protocol.ids import Digest, ObjectRef

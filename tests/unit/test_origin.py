@@ -1,4 +1,4 @@
-"""Which blocks travel in which requests: runs, what waits for them, and what does not."""
+"""Batching of blocks into requests: runs, the reads that wait for a run, and those that do not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from node.oci.references import Locator
-from node.registry.batching import MAX_RUN, Origin
+from node.registry.batching import MAX_RUN, BatchedReads
 from protocol.errors import NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 
@@ -20,7 +20,7 @@ BLOCK_S = 1.0
 
 
 class SlowRegistry:
-    """A block each second on every connection; what it gives is the block's number."""
+    """Gives a block each second on every connection; its bytes are the block's number."""
 
     def __init__(self, connections: int = 5) -> None:
         self.runs: list[tuple[float, int, int]] = []
@@ -32,9 +32,8 @@ class SlowRegistry:
         return self._connections
 
     async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
-        background: bool = False,
-    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool, background: bool
+    ) -> AsyncGenerator[bytearray, None]:
         self.runs.append((trio.current_time(), first, count))
         self.background.append(background)
         for index in range(first, first + count):
@@ -44,49 +43,49 @@ class SlowRegistry:
             yield bytearray(str(index).encode())
 
 
-def run(check: Callable[[SlowRegistry, Origin], Awaitable[None]], connections: int = 5) -> SlowRegistry:
+def run(check: Callable[[SlowRegistry, BatchedReads], Awaitable[None]], connections: int = 5) -> SlowRegistry:
     registry = SlowRegistry(connections)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            await check(registry, Origin(registry, nursery))
+            await check(registry, BatchedReads(registry, nursery))
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     return registry
 
 
-async def read_in_order(origin: Origin, count: int, window: int) -> None:
-    """As a client's read does: so many blocks wanted at once, the next one as each comes."""
+async def read_in_order(reads: BatchedReads, count: int, window: int) -> None:
+    """Read as a client does: `window` blocks are wanted at once, and another one as each of them comes."""
     ready: dict[int, trio.Event] = {index: trio.Event() for index in range(count)}
 
-    async def one(index: int) -> None:
-        assert await origin.read(BLOBS, REF, index) == str(index).encode()
+    async def read(index: int) -> None:
+        assert await reads.read(BLOBS, REF, index) == str(index).encode()
         ready[index].set()
 
     async with trio.open_nursery() as nursery:
         for index in range(min(window, count)):
-            nursery.start_soon(one, index)
+            nursery.start_soon(read, index)
         for index in range(count):
             await ready[index].wait()
             if index + window < count:
-                nursery.start_soon(one, index + window)
+                nursery.start_soon(read, index + window)
 
 
 def test_a_read_in_order_costs_a_request_for_each_full_run() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         start = trio.current_time()
-        await read_in_order(origin, 12 * MAX_RUN, 2 * MAX_RUN)
+        await read_in_order(reads, 12 * MAX_RUN, 2 * MAX_RUN)
         assert trio.current_time() - start <= 6 * MAX_RUN * BLOCK_S + 1, "two connections are always busy"
 
     assert len(run(check).runs) <= 14
 
 
 def test_blocks_that_follow_no_run_are_asked_for_at_once() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
             for index in (3, 10, 11, 20, 30):
-                nursery.start_soon(origin.read, BLOBS, REF, index)
+                nursery.start_soon(reads.read, BLOBS, REF, index)
 
     runs = run(check).runs
     assert {(first, count) for _, first, count in runs} == {(3, 1), (10, 2), (20, 1), (30, 1)}
@@ -94,14 +93,14 @@ def test_blocks_that_follow_no_run_are_asked_for_at_once() -> None:
 
 
 @pytest.mark.parametrize("failing", [None, UnavailableError("broken")])
-def test_what_follows_a_run_is_read_when_that_ends_however_it_ends(failing: ShoalError | None) -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+def test_blocks_behind_a_run_are_read_when_it_ends_or_fails(failing: ShoalError | None) -> None:
+    async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         registry.failing = failing
         caught: list[ShoalError] = []
 
         async def read(index: int) -> None:
             try:
-                await origin.read(BLOBS, REF, index)
+                await reads.read(BLOBS, REF, index)
             except UnavailableError as error:
                 caught.append(error)
 
@@ -116,24 +115,24 @@ def test_what_follows_a_run_is_read_when_that_ends_however_it_ends(failing: Shoa
 
 
 def test_a_reader_that_leaves_takes_its_block_along() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(origin.read, BLOBS, REF, 0)
+            nursery.start_soon(reads.read, BLOBS, REF, 0)
             await trio.sleep(BLOCK_S / 2)
             with trio.move_on_after(BLOCK_S / 4):
-                await origin.read(BLOBS, REF, 1)
-        assert await origin.read(BLOBS, REF, 9) == b"9"
+                await reads.read(BLOBS, REF, 1)
+        assert await reads.read(BLOBS, REF, 9) == b"9"
 
     assert [(first, count) for _, first, count in run(check).runs] == [(0, 1), (9, 1)]
 
 
 def test_an_error_keeps_its_kind_for_all_that_wait_and_connections_are_bounded() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+    async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         registry.failing = NotFoundError("gone")
 
         async def read(index: int) -> None:
             with pytest.raises(NotFoundError, match="gone"):
-                await origin.read(BLOBS, REF, index)
+                await reads.read(BLOBS, REF, index)
 
         async with trio.open_nursery() as nursery:
             for index in range(0, 60, 3):
@@ -144,18 +143,18 @@ def test_an_error_keeps_its_kind_for_all_that_wait_and_connections_are_bounded()
     assert max(sum(at == other for other, _, _ in runs) for at, _, _ in runs) == 2
 
 
-def test_what_nobody_waits_for_has_a_connection_of_its_own_and_holds_up_nobody() -> None:
-    async def check(registry: SlowRegistry, origin: Origin) -> None:
+def test_background_reads_have_one_connection_and_delay_no_foreground_read() -> None:
+    async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
             for index in range(4):
-                nursery.start_soon(partial(origin.read, BLOBS, REF, index, background=True))
-            nursery.start_soon(partial(origin.read, BLOBS, REF, 50, background=True))
+                nursery.start_soon(partial(reads.read, BLOBS, REF, index, background=True))
+            nursery.start_soon(partial(reads.read, BLOBS, REF, 50, background=True))
             await trio.sleep(BLOCK_S / 2)
             start = trio.current_time()
-            assert await origin.read(BLOBS, REF, 3) == b"3"
+            assert await reads.read(BLOBS, REF, 3) == b"3"
             assert trio.current_time() - start == BLOCK_S
 
     registry = run(check)
     lanes = {(first, count): lane for (_, first, count), lane in zip(registry.runs, registry.background, strict=True)}
     assert lanes == {(0, 4): True, (3, 1): False, (50, 1): True}
-    assert sum(at == 0 for at, _, _ in registry.runs) == 1, "of the background one at a time"
+    assert sum(at == 0 for at, _, _ in registry.runs) == 1, "one background request at a time"

@@ -32,7 +32,7 @@ from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.identity import Identity
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
-from node.registry.batching import Origin
+from node.registry.batching import BatchedReads
 from protocol.directory import Directory
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.health import Health
@@ -143,7 +143,7 @@ class Node:
         )
 
     def seeder_over(self, registry: Any, nursery: trio.Nursery) -> Seeder:
-        return Seeder(self.site, Origin(registry, nursery), Directory(), self._identity.sign, nursery=nursery)
+        return Seeder(self.site, BatchedReads(registry, nursery), Directory(), self._identity.sign, nursery=nursery)
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         assert isinstance(request, Resolve)

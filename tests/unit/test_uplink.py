@@ -1,4 +1,4 @@
-"""The uplink's limits in virtual time: the rate, the day's bytes, the hours, and who makes way for whom."""
+"""The uplink's limits in virtual time: rate, daily budget, free hours, and foreground before background."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from node.registry.uplink import BURST_S, PORTION_S, QUIET_S, SAVE_EVERY_S, Make
 from node.runtime.time_windows import TimeWindow
 from protocol.errors import UnavailableError
 
-NOON = datetime(2026, 3, 4, 12, 0)
+NOON = datetime.fromisoformat("2026-03-04T12:00")
 RATE = 1 << 20
 NIGHT = TimeWindow.parse("22:00-06:00")
 
@@ -36,7 +36,7 @@ def uplink(policy: UplinkPolicy, share: int = 1) -> Uplink:
 
 
 async def read(link: Uplink, size: int, *, background: bool = False, chunk: int = 512 << 10) -> list[tuple[float, int]]:
-    """As a body is: the bytes that came, each with its time."""
+    """Read as a body is read; returns time and size of each portion."""
     came = []
     while size:
         taken = await link.take(min(chunk, size), background=background)
@@ -81,7 +81,7 @@ def test_a_pause_is_made_up_for_by_no_more_than_a_burst() -> None:
     play(scenario)
 
 
-def test_what_did_not_come_and_who_went_away_is_given_back() -> None:
+def test_bytes_not_received_and_those_of_cancelled_reads_are_given_back() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy(rate=RATE, daily=100 * RATE))
         await read(link, RATE)
@@ -123,7 +123,7 @@ def test_the_day_s_bytes_are_kept_to_the_byte_and_come_again_at_midnight() -> No
             await read(link, 10_000_000)
         assert link.use().used == 5_000_000
         assert link.use().spent
-        assert trio.current_time() == 0, "an error, and no wait"
+        assert trio.current_time() == 0, "an error without a wait"
         with pytest.raises(UnavailableError):
             link.check(background=False)
         await trio.sleep(12 * 3600)
@@ -168,7 +168,7 @@ def test_in_the_hours_nothing_is_limited_or_counted() -> None:
     play(scenario)
 
 
-def test_background_bodies_make_way_until_nobody_waits() -> None:
+def test_background_bodies_make_way_while_a_client_waits() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy())
         await read(link, 1 << 20, background=True)
@@ -199,16 +199,16 @@ def test_background_bodies_are_read_in_the_hours_only_where_there_are_any() -> N
     play(scenario)
 
 
-def test_another_rate_holds_at_once_also_for_who_waits_for_the_old_one() -> None:
+def test_a_new_rate_holds_at_once_also_for_waiting_bodies() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy(rate=1, daily=RATE))
-        link.note(3600)  # a name, which is paid by the bodies after it: for an hour
+        link.note(3600)  # a name: bodies after it wait for an hour
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, link, RATE // 2)
             await trio.sleep(60)
             link.change(UplinkPolicy(rate=RATE))
         assert 60.0 <= trio.current_time() <= 61.0
-        assert link.use().used == RATE // 2 + 3600, "what is used of the day is not forgotten"
+        assert link.use().used == RATE // 2 + 3600, "the use of the day is kept"
         began = trio.current_time()
         await read(link, 4 * RATE)
         assert trio.current_time() - began == pytest.approx(4.0, abs=2 * BURST_S + PORTION_S)
@@ -233,7 +233,7 @@ def test_a_daily_budget_that_comes_later_is_kept_in_the_file(tmp_path: Path) -> 
     play(scenario)
 
 
-def test_what_is_used_outlives_a_restart_but_not_the_day(tmp_path: Path) -> None:
+def test_the_use_of_the_day_outlives_a_restart_but_not_the_day(tmp_path: Path) -> None:
     async def scenario() -> None:
         path, policy = tmp_path / "uplink.msgpack", UplinkPolicy(daily=1000)
 

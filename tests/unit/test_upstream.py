@@ -1,4 +1,4 @@
-"""The registry client against a registry in this process, over real sockets, with every fault that registries have."""
+"""The registry client against a registry in this process, over real sockets, with all faults of registries."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.config.schema import UpstreamPart
+from node.oci.challenges import Credentials
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
-from node.registry import credential_helper
-from node.registry import upstreams as upstream_module
-from node.registry.block_cutter import BlockCutter
+from node.registry import credential_helper, transport
+from node.registry.bodies import BlockCutter
 from node.registry.upstreams import Upstreams
 from node.web.server import Buffer, Request, Response, serve_http
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
@@ -35,6 +35,7 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 
 BLOB = Random(7).randbytes(3 * BLOCK_SIZE + 77)
 MANIFEST = b'{"schemaVersion": 2}'
+SCOPE = "repository:org/app:pull"
 MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
 BLOBS = Locator("fake", "org/app", "blobs")
 MANIFESTS = Locator("fake", "org/app", "manifests")
@@ -48,7 +49,7 @@ BLOB_REF, MANIFEST_REF = ref_of(BLOB), ref_of(MANIFEST)
 
 
 class FakeRegistry:
-    """A registry of one repository; `faults` are taken one for each request to /v2/, None for a good answer."""
+    """A registry of one repository. Each request to /v2/ takes the next of `faults`; None is a good answer."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -73,7 +74,7 @@ class FakeRegistry:
             realm = f'realm="http://{request.headers["host"]}/token?x=1",service="fake"'
             return Response(401, {"WWW-Authenticate": f"{self.scheme} {realm}"})
         if "/manifests/" in request.path:
-            return self._manifest(request)
+            return self.answer_manifest(request)
         if request.path.endswith("/tags/list"):
             return Response(
                 200, {"Content-Type": "application/json", "Link": "<x>"}, json.dumps(request.query).encode()
@@ -84,29 +85,27 @@ class FakeRegistry:
 
     def _token(self, request: Request) -> Response:
         if self.identity:
-            assert dict(parse_qsl(request.body.decode())) == {
-                "grant_type": "refresh_token", "client_id": "shoal", "refresh_token": self.identity,
-                "service": "fake", "scope": "repository:org/app:pull",
-            }  # fmt: skip
+            grant = {"grant_type": "refresh_token", "client_id": "shoal", "refresh_token": self.identity}
+            assert dict(parse_qsl(request.body.decode())) == grant | {"service": "fake", "scope": SCOPE}
             self.tokens, self.valid_token = 1, "t1"
             return Response(200, {}, b'{"access_token": "t1"}')
-        if self.password and request.headers.get("authorization") != httpx.BasicAuth("u", self.password)._auth_header:
+        if self.password and request.headers.get("authorization") != Credentials("u", self.password).header:
             return Response(401)
         self.tokens += 1
         self.valid_token = f"t{self.tokens}"
-        assert request.query == {"x": "1", "service": "fake", "scope": "repository:org/app:pull"}
+        assert request.query == {"x": "1", "service": "fake", "scope": SCOPE}
         return Response(200, {}, json.dumps({"token": self.valid_token, "expires_in": 100}).encode())
 
     def _allowed(self, request: Request) -> bool:
         sent = request.headers.get("authorization", "")
-        basic = httpx.BasicAuth("u", self.password)._auth_header
+        basic = Credentials("u", self.password).header
         return {
             "": True,
             "Basic": sent == basic,
             "Bearer": bool(self.valid_token) and sent == f"Bearer {self.valid_token}",
         }[self.scheme]
 
-    def _manifest(self, request: Request) -> Response:
+    def answer_manifest(self, request: Request) -> Response:
         if request.path.rpartition("/")[2] not in ("latest", str(MANIFEST_REF.digest)):
             return Response(404)
         digest = ref_of(self.manifest).digest if self.manifest != b"forged" else MANIFEST_REF.digest
@@ -188,12 +187,12 @@ def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
     count = data.draw(st.integers(1, ref.block_count - first))
     cutter = BlockCutter(ref, first, count)
     portion = data.draw(st.integers(1000, 2 * BLOCK_SIZE))
-    found = []
+    blocks = []
     while not cutter.done:
         view = cutter.room()[:portion]
         view[:] = content[cutter.position : cutter.position + len(view)]
-        found += filter(None, [cutter.filled(len(view))])
-    assert [bytes(block) for block in found] == [
+        blocks += filter(None, [cutter.filled(len(view))])
+    assert [bytes(block) for block in blocks] == [
         content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] for i in range(first, first + count)
     ]
 
@@ -221,7 +220,7 @@ def test_what_comes_compressed_is_not_decompressed() -> None:
 
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         headers = {"Content-Type": MEDIA_TYPE, "Content-Encoding": "gzip"}
-        fixture.registry._manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
+        fixture.registry.answer_manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
         resolved, body = await upstreams.resolve(MANIFESTS, "latest")
         assert (resolved.ref, body) == (ref_of(bomb), bomb)
 
@@ -300,7 +299,7 @@ def test_an_answer_with_another_range_is_refused() -> None:
 
 
 def test_a_silent_body_is_resumed_and_a_long_retry_after_is_not_waited_for(monkeypatch) -> None:
-    monkeypatch.setattr(upstream_module, "TIMEOUT", httpx.Timeout(0.2))
+    monkeypatch.setattr(transport, "TIMEOUT", httpx.Timeout(0.2))
 
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = ["stalls", None]
@@ -336,7 +335,7 @@ def test_one_token_serves_everybody_until_it_is_refused(tmp_path) -> None:
 
 
 def helper_on_path(folder, monkeypatch, answer: dict[str, str]) -> None:
-    """A credential helper `test` that says `answer` of the registry `fake`."""
+    """Install a credential helper `test` that answers `answer` for the registry `fake`."""
     program = folder / "docker-credential-test"
     program.write_text(f"#!/bin/sh\nread registry\n[ $registry = fake ] && echo '{json.dumps(answer)}'\n")
     program.chmod(0o755)
@@ -447,7 +446,7 @@ def granted(locator: Locator, authorization: str) -> Locator:
     return replace(locator, grant=Grant(authorization))
 
 
-def test_who_may_read_is_asked_with_nothing_but_what_the_client_sent(tmp_path) -> None:
+def test_admission_is_asked_for_with_only_the_clients_grant(tmp_path) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         registry = fixture.registry
         registry.scheme, registry.password, registry.valid_token = "Bearer", "hunter2", "of-alice"
@@ -458,7 +457,7 @@ def test_who_may_read_is_asked_with_nothing_but_what_the_client_sent(tmp_path) -
         asked = len(registry.requests)
         with pytest.raises(DeniedError):
             await fixture.read(upstreams)
-        assert len(registry.requests) == asked, "members that ask for its blocks cost the registry nothing"
+        assert len(registry.requests) == asked, "requests of members for its blocks do not reach the registry"
 
         assert await upstreams.admits(granted(MANIFESTS, "Bearer of-alice"), "latest")
         assert not await upstreams.admits(granted(MANIFESTS, "Bearer of-mallory"), "latest")
@@ -472,15 +471,17 @@ def test_who_may_read_is_asked_with_nothing_but_what_the_client_sent(tmp_path) -
             await upstreams.resolve(granted(MANIFESTS, "Bearer of-mallory"), "latest")
         assert "of-mallory" not in str(caught.value)
         assert {request.headers.get("authorization") for request in registry.requests} == {
-            None, "Bearer of-alice", "Bearer of-mallory",
-        }  # fmt: skip
+            None,
+            "Bearer of-alice",
+            "Bearer of-mallory",
+        }
 
     path = tmp_path / "config.json"
     path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
     run(check, docker_config=str(path))
 
 
-def test_what_anybody_gets_a_token_for_is_public() -> None:
+def test_a_repository_with_a_token_for_everyone_is_public() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.scheme = "Bearer"
         assert await upstreams.admits(MANIFESTS, "latest")
@@ -495,7 +496,7 @@ def test_what_anybody_gets_a_token_for_is_public() -> None:
     ("faults", "admitted"),
     [([404], True), ([404, 401], False), ([403], False), ([404, 404], NotFoundError), ([503] * 9, UnavailableError)],
 )
-def test_an_unknown_name_says_nothing_of_who_may_read(faults: list[int | str | None], admitted: object) -> None:
+def test_a_missing_name_is_no_answer_about_admission(faults: list[int | str | None], admitted: object) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = faults
         if isinstance(admitted, bool):
@@ -515,7 +516,7 @@ def test_a_redirect_is_a_yes_and_not_followed() -> None:
     run(check)
 
 
-def test_an_unknown_registry_is_told_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_registry_names_the_configured_ones() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         with pytest.raises(NotFoundError, match="configured: fake"):
             await upstreams.resolve(Locator("other", "a", "manifests"), "b")
@@ -525,8 +526,8 @@ def test_an_unknown_registry_is_told_with_the_known_ones() -> None:
 
 def test_bodies_leave_a_connection_for_names_and_are_bounded() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
-        async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4)) as one:
-            await anext(one)
+        async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4)) as first:
+            await anext(first)
             second = upstreams.blocks(BLOBS, BLOB_REF, 0, 4)
             with trio.move_on_after(0.1) as waited:
                 await anext(second)
@@ -538,7 +539,7 @@ def test_bodies_leave_a_connection_for_names_and_are_bounded() -> None:
 
 
 class DeadNetwork(trio.abc.HostnameResolver):
-    """Names are never answered, as at a site that is offline."""
+    """Never resolves a name, as at a site that is offline."""
 
     def __init__(self) -> None:
         self.asked = 0

@@ -1,4 +1,4 @@
-"""An upstream of several URLs: what a mirror does not give is asked of the next; the last one's word is the answer."""
+"""An upstream of several URLs: if a mirror does not give something, the next is asked; the last answer is final."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFUSED = "http://127.0.0.1:9"
 
 
 class Fixture:
-    """A mirror and the registry itself, each with requests and faults of its own."""
+    """A mirror and the registry itself, each with its own requests and faults."""
 
     def __init__(
         self, upstreams: Upstreams, mirror: FakeRegistry, registry: FakeRegistry, public: list[Locator]
@@ -72,8 +72,9 @@ def test_the_first_is_asked_and_the_others_are_not() -> None:
         assert await fixture.manifest() == MANIFEST
         assert await fixture.read() == cut(0, 4)
         assert fixture.asked == (2, 0)
-        assert [one.problem for one in fixture.upstreams.endpoints("fake")] == ["", ""]
-        assert [one.received for one in fixture.upstreams.endpoints("fake")] == [BLOB_REF.size + len(MANIFEST), 0]
+        assert [endpoint.problem for endpoint in fixture.upstreams.endpoints("fake")] == ["", ""]
+        received = [endpoint.received for endpoint in fixture.upstreams.endpoints("fake")]
+        assert received == [BLOB_REF.size + len(MANIFEST), 0]
         assert await fixture.read(certain=True) == cut(0, 4)
         assert fixture.asked == (2, 1)
 
@@ -81,15 +82,15 @@ def test_the_first_is_asked_and_the_others_are_not() -> None:
 
 
 @pytest.mark.parametrize("fault", [401, 403, 404])
-def test_what_a_mirror_lacks_or_denies_is_asked_of_the_registry(fault: int) -> None:
+def test_objects_that_a_mirror_lacks_or_denies_come_from_the_registry(fault: int) -> None:
     async def check(fixture: Fixture) -> None:
         fixture.mirror.faults = [fault] * 3
         assert await fixture.manifest() == MANIFEST
         assert await fixture.read() == cut(0, 4)
         assert (await fixture.upstreams.passthrough("fake", "org/app", "tags/list", {})).body == b"{}"
-        # For some seconds nobody who shows nothing is sent again to where it was wanted to be known who reads.
+        # For some seconds a registry that answered 401 is not asked again without a grant.
         assert fixture.asked == (1 if fault == 401 else 3, 3)
-        assert [one.problem for one in fixture.upstreams.endpoints("fake")] == ["", ""], "it answers"
+        assert [endpoint.problem for endpoint in fixture.upstreams.endpoints("fake")] == ["", ""], "it answers"
 
     run(check)
 
@@ -122,7 +123,7 @@ def test_a_failing_mirror_is_passed_over_for_a_while(fault: int) -> None:
     run(check)
 
 
-def test_a_mirror_that_nobody_serves_costs_one_attempt() -> None:
+def test_a_mirror_that_is_down_costs_one_attempt() -> None:
     async def check(fixture: Fixture) -> None:
         assert await fixture.manifest() == MANIFEST
         assert await fixture.read() == cut(0, 4)
@@ -131,12 +132,12 @@ def test_a_mirror_that_nobody_serves_costs_one_attempt() -> None:
     run(check, REFUSED)
 
 
-def test_what_a_mirror_broke_off_is_read_on_from_the_registry() -> None:
+def test_a_body_that_a_mirror_broke_off_continues_from_the_registry() -> None:
     async def check(fixture: Fixture) -> None:
         fixture.mirror.faults = ["breaks"] * 20
         assert await fixture.read() == cut(0, 4)
         (request,) = fixture.registry.requests
-        assert request.headers["range"] != f"bytes=0-{BLOB_REF.size - 1}", "what was there is kept"
+        assert request.headers["range"] != f"bytes=0-{BLOB_REF.size - 1}", "the bytes already received are kept"
 
     run(check)
 
@@ -157,8 +158,8 @@ def test_credentials_of_the_registry_are_not_shown_to_a_mirror(tmp_path: Path) -
     path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
 
     async def check(fixture: Fixture) -> None:
-        for one in (fixture.mirror, fixture.registry):
-            one.scheme, one.password = "Basic", "hunter2"
+        for registry in (fixture.mirror, fixture.registry):
+            registry.scheme, registry.password = "Basic", "hunter2"
         assert await fixture.manifest() == MANIFEST
         assert all("authorization" not in request.headers for request in fixture.mirror.requests)
         assert fixture.registry.requests[-1].headers["authorization"].startswith("Basic")
@@ -166,26 +167,26 @@ def test_credentials_of_the_registry_are_not_shown_to_a_mirror(tmp_path: Path) -
     run(check, docker_config=str(path))
 
 
-def test_what_a_client_shows_goes_to_the_registry_itself_only() -> None:
+def test_a_grant_goes_only_to_the_registry_itself() -> None:
     async def check(fixture: Fixture) -> None:
         grant = Grant("Bearer of-alice")
         blobs, manifests = (replace(locator, grant=grant) for locator in (BLOBS, MANIFESTS))
-        found, body = await fixture.upstreams.resolve(manifests, "latest")
+        resolved, body = await fixture.upstreams.resolve(manifests, "latest")
         assert body == MANIFEST
-        assert await fixture.upstreams.resolve(manifests, "latest", found) == (found, None)
+        assert await fixture.upstreams.resolve(manifests, "latest", resolved) == (resolved, None)
         assert (await fixture.upstreams.resolve(blobs, str(BLOB_REF.digest)))[0].ref == BLOB_REF
         assert await fixture.read(blobs) == cut(0, 4)
-        assert (await fixture.upstreams.passthrough("fake", "org/app", "tags/list", {}, grant)).body == b"{}"
+        assert (await fixture.upstreams.passthrough("fake", "org/app", "tags/list", {}, grant=grant)).body == b"{}"
         assert await fixture.upstreams.admits(manifests, "latest")
         assert fixture.asked == (0, 6)
         assert {request.headers.get("authorization") for request in fixture.registry.requests} == {grant.authorization}
-        assert not fixture.public, "nobody in particular read it"
+        assert not fixture.public, "it was read with a grant"
 
     run(check)
 
 
 @pytest.mark.parametrize("fault", [401, 403, 404, 500])
-def test_what_the_registry_denies_a_client_is_not_sought_at_a_mirror(fault: int) -> None:
+def test_a_mirror_is_not_asked_for_objects_that_the_registry_denies_a_client(fault: int) -> None:
     async def check(fixture: Fixture) -> None:
         fixture.registry.faults = [fault] * 20
         granted = replace(MANIFESTS, grant=Grant("Bearer of-mallory"))
@@ -201,14 +202,14 @@ def test_only_the_registry_itself_makes_a_repository_public() -> None:
         fixture.registry.faults = [401] * 20
         assert await fixture.manifest() == MANIFEST
         assert fixture.asked == (1, 0)
-        assert not fixture.public, "a mirror may give to anybody what the registry does not"
+        assert not fixture.public, "a mirror may give to everyone what the registry does not"
         assert not await fixture.upstreams.admits(MANIFESTS, "latest")
-        assert fixture.asked[0] == 1, "who may read is not a mirror's to say"
+        assert fixture.asked[0] == 1, "a mirror does not decide who may read"
 
     run(check)
 
 
-def test_what_the_registry_itself_gives_to_anybody_is_public() -> None:
+def test_objects_that_the_registry_gives_to_everyone_are_public() -> None:
     async def check(fixture: Fixture) -> None:
         fixture.mirror.faults = [404]
         assert await fixture.manifest() == MANIFEST

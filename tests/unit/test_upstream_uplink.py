@@ -1,4 +1,4 @@
-"""The registry client and the uplink's limits, over real sockets: what is read, refused, and made way for."""
+"""The registry client and the uplink's limits, over real sockets: reads, refusals, and background reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Check = Callable[[FakeRegistry, Upstreams, Uplink], Awaitable[None]]
 
 
 def run(check: Check, policy: UplinkPolicy, connections: int = 2) -> int:
-    """The bytes that were counted as read."""
+    """Run `check`; returns the number of bytes counted as read."""
     counted = 0
 
     def count(name: str, size: int) -> None:
@@ -43,27 +43,27 @@ def run(check: Check, policy: UplinkPolicy, connections: int = 2) -> int:
     return counted
 
 
-async def read(upstreams: Upstreams, found: list[bytes]) -> None:
+async def read(upstreams: Upstreams, received: list[bytes]) -> None:
     async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4)) as blocks:
         async for block in blocks:
-            found.append(bytes(block))
+            received.append(bytes(block))
 
 
 def test_bodies_end_with_the_day_s_bytes_and_names_go_on() -> None:
     daily = 2 * BLOCK_SIZE + 1000
 
     async def check(registry: FakeRegistry, upstreams: Upstreams, link: Uplink) -> None:
-        found: list[bytes] = []
+        received: list[bytes] = []
         with pytest.raises(UnavailableError, match="the uplink budget of the day is spent"):
-            await read(upstreams, found)
-        assert found == cut(0, 2)
+            await read(upstreams, received)
+        assert received == cut(0, 2)
         assert link.use().used == daily
         asked = len(registry.requests)
         with pytest.raises(UnavailableError, match="spent"):
-            await read(upstreams, found)
-        assert len(registry.requests) == asked, "what may not be read is not asked for"
+            await read(upstreams, received)
+        assert len(registry.requests) == asked, "a body that may not be read is not asked for"
         assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
-        assert upstreams.endpoints("fake")[0].problem == "", "the registry has done nothing wrong"
+        assert upstreams.endpoints("fake")[0].problem == "", "the registry is well"
 
     assert run(check, UplinkPolicy(daily=daily)) == daily + len(MANIFEST)
 
@@ -72,13 +72,13 @@ def test_a_background_body_makes_way_and_goes_on_where_it_was(monkeypatch: pytes
     monkeypatch.setattr(uplink_module, "QUIET_S", 0.01)
 
     async def check(registry: FakeRegistry, upstreams: Upstreams, link: Uplink) -> None:
-        found: list[bytes] = []
+        received: list[bytes] = []
         begun, done = trio.Event(), trio.Event()
 
         async def background() -> None:
             async with aclosing(upstreams.blocks(BLOBS, BLOB_REF, 0, 4, background=True)) as blocks:
                 async for block in blocks:
-                    found.append(bytes(block))
+                    received.append(bytes(block))
                     begun.set()
                     await done.wait()
 
@@ -87,10 +87,10 @@ def test_a_background_body_makes_way_and_goes_on_where_it_was(monkeypatch: pytes
             await begun.wait()
             with link.foreground():
                 done.set()
-                # The only connection for bodies is given up, for this would wait for ever otherwise.
+                # The only connection for bodies is given up; else this read would wait forever.
                 await read(upstreams, other := [])
-                assert (other, found) == (cut(0, 4), cut(0, 1))
-        assert found == cut(0, 4)
+                assert (other, received) == (cut(0, 4), cut(0, 1))
+        assert received == cut(0, 4)
         spans = [request.headers.get("range") for request in registry.requests]
         assert spans[:2] == [None, None]
         assert spans[2] == f"bytes={BLOCK_SIZE}-{BLOB_REF.size - 1}"

@@ -1,0 +1,144 @@
+"""Authorization at one registry or mirror: its challenges, this node's credentials for it, and the tokens it gave.
+
+A call carries its client's grant, or the header last accepted for its repository. After a 401 one task meets the
+challenge and the others wait. With `access = "relay"` this node has no credentials: clients meet the challenges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import httpx
+import trio
+from cachetools import LRUCache, TTLCache
+
+from node.config.schema import UpstreamPart
+from node.oci.challenges import Challenge, Credentials, parse_challenges, parse_token, relayed, token_request
+from node.registry.attempts import FailedAttemptError, unexpected
+from node.registry.bodies import Meter
+from node.registry.calls import Call, Headers
+from node.registry.credential_helper import CredentialHelpers, HelperError
+from node.registry.docker_config import DockerConfig
+from protocol.errors import DeniedError
+
+MAX_TOKEN_REPLY = 1 << 20
+MAX_AUTHORIZED = 256
+"""Repositories of one registry whose authorization is remembered."""
+BASIC_LIFETIME_S = 300.0
+REFUSED_S = 10.0
+"""How long a private repository is not asked for without a client's grant: members ask for each of its blocks and
+names, not knowing that it is private."""
+TOKEN_FAILURE_S = 1.0
+"""Tasks that waited while another failed to get a token fail with it, instead of trying one after the other."""
+Send = Callable[..., Awaitable[httpx.Response]]
+
+
+class Authorization:
+    def __init__(self, name: str, url: httpx.URL, part: UpstreamPart, *, meter: Meter, send: Send) -> None:
+        """A mirror has another name than the upstream, and so other credentials. `send` is RegistryClient.send."""
+        self._names = (name, url.netloc.decode("ascii"))
+        self._insecure = url.scheme == "http"
+        self._meter, self._send = meter, send
+        self.relays = part.access == "relay"
+        self._config = DockerConfig(part.docker_config if part.access == "node" else "")
+        self._helpers = CredentialHelpers()
+        self._refused_header = ""
+        self.challenges: LRUCache[str, list[Challenge]] = LRUCache(MAX_AUTHORIZED)
+        """Those of the registry's last 401, by repository."""
+        self._refused: TTLCache[str, bool] = TTLCache(MAX_AUTHORIZED, REFUSED_S, timer=trio.current_time)
+        self._accepted: LRUCache[str, tuple[Headers, float]] = LRUCache(MAX_AUTHORIZED)
+        self._authorizing = trio.Lock()
+        self._token_failure: tuple[float, FailedAttemptError] | None = None
+
+    def headers(self, call: Call) -> Headers:
+        """Raises DeniedError, without asking the registry, if it has just refused the repository."""
+        if call.grant:
+            return {"Authorization": call.grant.authorization}
+        if call.repository in self._refused:
+            raise self.denied(call, "access denied (401)")
+        return self._remembered(call.repository)
+
+    def denied(self, call: Call, why: str) -> DeniedError:
+        """The error of a call that lacks authorization; without a grant the next calls are denied for REFUSED_S."""
+        if self.relays and call.grant is None:
+            self._refused[call.repository] = True
+        return DeniedError(f"{self._names[0]}: {call.subject}: {why}")
+
+    def challenge(self, repository: str, *, basic: bool) -> str:
+        challenges = self.challenges.get(repository, [])
+        return relayed(challenges, insecure=self._insecure, repository=repository, basic=basic)
+
+    async def renewed(self, call: Call, response: httpx.Response, used: Headers) -> Headers:
+        """Headers for a second request after a 401; {} if a grant was refused. Raises DeniedError."""
+        challenges = parse_challenges(response.headers.get("www-authenticate", ""))
+        self.challenges[call.repository] = challenges
+        if call.grant:
+            return {}
+        await response.aclose()  # the token service may need its connection
+        async with self._authorizing:
+            remembered = self._remembered(call.repository)
+            if remembered and remembered != used:
+                return remembered
+            if self._token_failure and trio.current_time() < self._token_failure[0]:
+                raise replace(self._token_failure[1], status=0)  # the status answered another call
+            try:
+                header, lifetime_s = await self._meet(call, challenges, used)
+            except FailedAttemptError as failure:
+                self._token_failure = (trio.current_time() + TOKEN_FAILURE_S, failure)
+                raise
+            headers = {"Authorization": header}
+            self._accepted[call.repository] = (headers, trio.current_time() + lifetime_s)
+            return headers
+
+    def _remembered(self, repository: str) -> Headers:
+        headers, until = self._accepted.get(repository, ({}, 0.0))
+        return headers if trio.current_time() < until else {}
+
+    async def _credentials(self) -> Credentials | None:
+        config = self._config.read()
+        helper = config.helper(self._names)
+        try:
+            credentials = await self._helpers.get(*helper, self._refused_header) if helper else None
+        except HelperError as error:
+            raise FailedAttemptError(str(error), again=False) from error
+        return credentials or config.of(self._names)
+
+    async def _meet(self, call: Call, challenges: list[Challenge], used: Headers) -> tuple[str, float]:
+        self._refused_header = used.get("Authorization", self._refused_header)
+        credentials = await self._credentials()
+        for challenge in challenges:
+            if challenge.scheme == "bearer":
+                return await self._token(call, challenge, credentials)
+            if challenge.scheme == "basic" and credentials and not credentials.is_identity:
+                return credentials.header, BASIC_LIFETIME_S
+        raise self.denied(call, "access denied" if credentials else "access denied; no credentials for it")
+
+    async def _token(self, call: Call, challenge: Challenge, credentials: Credentials | None) -> tuple[str, float]:
+        scope = f"repository:{call.repository}:pull"
+        asked = token_request(challenge, insecure=self._insecure, scope=scope)
+        if asked is None:
+            raise self.denied(call, "the token service it names is not https")
+        try:
+            realm = httpx.URL(asked.realm)
+            url = realm.copy_merge_params(asked.query)
+        except httpx.InvalidURL as error:
+            raise self.denied(call, "the token service it names is not a URL") from error
+        if credentials and credentials.is_identity:
+            response = await self._send("POST", realm, {}, follow=False, form=asked.form(credentials))
+        else:
+            response = await self._send("GET", url, {"Authorization": credentials.header} if credentials else {})
+        try:
+            if response.status_code == 401 and credentials:
+                self._refused_header = credentials.header
+            if response.status_code in (400, 401, 403, 404):
+                raise self.denied(call, f"the token service answered {response.status_code}")
+            if response.status_code != 200:
+                raise unexpected(response)
+            reply = await self._meter.whole(response, MAX_TOKEN_REPLY, f"{self._names[0]}: {call.subject}")
+        finally:
+            await response.aclose()
+        token = parse_token(reply)
+        if token is None:
+            raise FailedAttemptError("the token service sent no token", again=False)
+        return f"Bearer {token[0]}", token[1]

@@ -1,0 +1,214 @@
+"""One registry or mirror: names to descriptors, ranges of objects to blocks. Errors name the object, never a URL.
+
+Specification: OCI distribution 1.1 (pull), and what all clients do besides: Docker's token flow, redirects of blobs to
+other hosts (httpx drops Authorization on the way), 200 where a range was asked for. Each method makes one attempt,
+which `Availability.retrying` repeats; `blocks` makes several and continues a body where it broke off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
+
+import httpx
+import trio
+from cachetools import TTLCache
+
+from node.config.schema import UpstreamPart
+from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved
+from node.oci.references import is_digest
+from node.registry.attempts import Attempts, Availability, FailedAttemptError, reason, unexpected
+from node.registry.authorization import Authorization
+from node.registry.bodies import CONTENT_RANGE, BlockCutter, Meter, MeteredBody, body_start, receiver_of
+from node.registry.calls import ACCEPT, Call, Endpoint, Headers, Passed
+from node.registry.retry import BODY, RETRIED_STATUS
+from node.registry.transport import Connect
+from node.registry.uplink import MakeWayError
+from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError
+from protocol.ids import Digest, ObjectRef
+
+log = logging.getLogger(__name__)
+
+BROKEN_S, MAX_BROKEN = 2.0, 1024
+"""An object that the registry fails to give (500) is not asked for again so soon: a pull wants many of its blocks."""
+
+
+class RegistryClient:
+    def __init__(
+        self, part: UpstreamPart, url: str, connect: Connect, *, availability: Availability, meter: Meter
+    ) -> None:
+        self.url = httpx.URL(url.rstrip("/"))
+        self.name, self.availability, self.meter = availability.name, availability, meter
+        self.http, self.retire = connect(part)
+        self.authorization = Authorization(self.name, self.url, part, meter=meter, send=self.send)
+        self.body_connections = max(1, part.connections - 1)
+        """Bodies read at once; one connection is left for names."""
+        self._bodies = trio.Semaphore(self.body_connections)
+        self._broken: TTLCache[tuple[str, str], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
+        """The status that answered a call, by its repository and tail."""
+
+    def report(self) -> Endpoint:
+        state = self.availability
+        problem = state.problem if state.breaker.failing else ""
+        return Endpoint(str(self.url), problem, state.breaker.rest_s(trio.current_time()), self.meter.received)
+
+    async def blocks(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
+        """The blocks that `cutter` still lacks. Raises UnavailableError; the cutter keeps what was received."""
+        attempts: Attempts | None = None
+        while not cutter.done:
+            if background:
+                await self.meter.uplink.turn()
+            async with self._bodies:
+                self.meter.uplink.check(background=background)
+                attempts = attempts or await self.availability.admitted(BODY, call.subject)
+                try:
+                    async with aclosing(self._body(call, cutter, background=background)) as blocks:
+                        async for block in blocks:
+                            attempts.progressed()
+                            yield block
+                except FailedAttemptError as failure:
+                    await attempts.pause(failure)
+                except MakeWayError:
+                    log.debug("%s makes way", call.subject)  # closing its connection has freed the uplink
+
+    async def _body(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
+        """Blocks from one response. Raises FailedAttemptError if it ends before the last block."""
+        start, stop, size = cutter.position, cutter.stop, cutter.ref.size
+        whole = (start, stop) == (0, size) or call.tail.startswith("manifests/")
+        headers = {"Accept": ACCEPT} | ({} if whole else {"Range": f"bytes={start}-{stop - 1}"})
+        async with self._response("GET", call, headers) as response, receiver_of(response) as receiver:
+            self._expect(response, call, 200, 206)
+            body = MeteredBody(receiver, self.meter, background=background)
+            await body.skip(start - body_start(response, start, stop, size))
+            while not cutter.done:
+                block = cutter.filled(await body.recv_into(cutter.room()))
+                if block is not None:
+                    yield block
+            if response.status_code == 206 or stop == size:
+                # Only a body whose end was read leaves the connection fit for the next request.
+                with suppress(httpx.HTTPError):
+                    await receiver.recv_into(memoryview(bytearray(1)))
+
+    async def confirms(self, current: Resolved, call: Call) -> bool:
+        """Whether the registry says (by HEAD) that the call's reference still stands for `current`."""
+        async with self._response("HEAD", call, {"Accept": ACCEPT}) as response:
+            if response.status_code in (404, *RETRIED_STATUS):
+                self._expect(response, call, 200)
+            digest = response.headers.get("docker-content-digest", "")
+            return bool(response.status_code == 200 and digest == str(current.ref.digest))
+
+    async def manifest(self, call: Call) -> tuple[Resolved, bytes]:
+        async with self._response("GET", call, {"Accept": ACCEPT}) as response:
+            self._expect(response, call, 200)
+            body = await self.meter.whole(response, MAX_MANIFEST, self._subject(call))
+            header = response.headers.get("docker-content-digest", "")
+            expected = call.reference if is_digest(call.reference) else header
+            algorithm = "sha512" if expected.startswith("sha512:") else "sha256"
+            digest = Digest(algorithm, hashlib.new(algorithm, body).hexdigest())
+            if expected not in ("", str(digest)):
+                raise CorruptObjectError(f"{self._subject(call)}: the bytes do not hash to the digest")
+            return Resolved(ObjectRef(digest, len(body)), _media_type(response)), body
+
+    async def size(self, call: Call) -> int:
+        """A blob's size in bytes, by HEAD; by a range of one byte if HEAD gives none (presigned URLs)."""
+        async with self._response("HEAD", call, {}) as response:
+            length = response.headers.get("content-length", "")
+            if response.status_code == 200 and length.isascii() and length.isdigit():
+                return int(length)
+            if response.status_code == 404 and not response.history:
+                self._expect(response, call, 200)
+        async with self._response("GET", call, {"Range": "bytes=0-0"}) as response:
+            if response.status_code == 416:
+                return 0
+            self._expect(response, call, 200, 206)
+            match = CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+            total = match[3] if match and response.status_code == 206 else response.headers.get("content-length", "")
+            if (response.status_code == 206 and not match) or not total.isdigit():
+                raise FailedAttemptError("tells no size", again=False)
+            return int(total)
+
+    async def passed(self, call: Call) -> Passed:
+        async with self._response("GET", call, {"Accept": "*/*"}) as response:
+            if response.status_code == 400:
+                raise BadInputError(f"{self._subject(call)}: the registry does not accept the query")
+            if response.status_code in (405, 501):
+                raise NotFoundError(f"{self._subject(call)}: the registry does not list that")
+            self._expect(response, call, 200)
+            body = await self.meter.whole(response, MAX_MANIFEST, self._subject(call))
+            return Passed(body, _media_type(response), response.headers.get("link", ""))
+
+    async def admits(self, call: Call) -> bool | None:
+        """Whether the call may be made; None if the registry does not have its object. A redirect means yes."""
+        method = "GET" if call.tail == "tags/list" else "HEAD"
+        try:
+            async with self._response(method, call, {"Accept": ACCEPT}, follow=False) as response:
+                if response.status_code in (404, 405):
+                    return None
+                if response.status_code >= 400:
+                    self._expect(response, call)
+                return True
+        except DeniedError:
+            return False
+
+    @asynccontextmanager
+    async def _response(
+        self, method: str, call: Call, headers: Headers, *, follow: bool = True
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer after authorization and redirects; its body is not read yet."""
+        authorization = self.authorization.headers(call)
+        if (status := self._broken.get((call.repository, call.tail))) is not None:
+            raise FailedAttemptError(f"answered {status} just now", again=False)
+        send = partial(self.send, method, call.url(self.url), follow=follow)
+        try:
+            response = await send(headers | authorization)
+            try:
+                if response.status_code == 401 and not response.history:
+                    renewed = await self.authorization.renewed(call, response, authorization)
+                    response = await send(headers | renewed) if renewed else response
+                yield response
+            finally:
+                await response.aclose()
+        except FailedAttemptError as failure:
+            if failure.status >= 500 and not failure.again:
+                self._broken[call.repository, call.tail] = failure.status
+            raise
+
+    async def send(
+        self, method: str, url: httpx.URL, headers: Headers, *, follow: bool = True, form: Headers | None = None
+    ) -> httpx.Response:
+        """The head of the answer; the caller closes it. `follow`: whether redirects are followed."""
+        request = self.http.build_request(method, url, headers=headers, data=form)
+        try:
+            response = await self.http.send(request, stream=True, follow_redirects=follow)
+        except (httpx.PoolTimeout, httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise FailedAttemptError(reason(error), again=False) from error
+        except httpx.TimeoutException as error:
+            raise FailedAttemptError(reason(error), again=False, breaks=True) from error
+        except httpx.HTTPError as error:
+            raise FailedAttemptError(reason(error), True, breaks=isinstance(error, httpx.ConnectError)) from error
+        if response.status_code not in RETRIED_STATUS:
+            self.availability.answered()
+        return response
+
+    def _expect(self, response: httpx.Response, call: Call, *expected: int) -> None:
+        status = response.status_code
+        if status in expected:
+            return
+        if status == 404:
+            raise NotFoundError(f"{self._subject(call)}: not found")
+        if status == 401 and not response.history:
+            raise self.authorization.denied(call, "access denied (401)")
+        if status in (401, 403):
+            raise DeniedError(f"{self._subject(call)}: access denied ({status})")
+        raise unexpected(response)
+
+    def _subject(self, call: Call) -> str:
+        return f"{self.name}: {call.subject}"
+
+
+def _media_type(response: httpx.Response) -> str:
+    media_type = str(response.headers.get("content-type", "")).partition(";")[0].strip()
+    return media_type if MEDIA_TYPE.fullmatch(media_type) else UNTYPED
