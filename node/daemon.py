@@ -228,10 +228,14 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             site, table, upstreams, seeder, work, tag_policies(config), metrics.tag_served, public.age, pins.names
         )
         access = Access(
-            access_grace_s(config), upstreams, public, names.public_age_s, work,
+            access_grace_s(config),
+            upstreams,
+            public,
+            site_says=names.public_age_s,
+            nursery=work,
             public_grace_s=config.mirror.tag_max_age.seconds,
             loopback=config.mirror.listen.is_loopback,
-        )  # fmt: skip
+        )
         judge = Judge(
             site, seeder, identity.sign, lambda upstream: len(upstreams.endpoints(upstream)) > 1, work, Random()
         )

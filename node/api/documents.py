@@ -18,32 +18,32 @@ from protocol.ids import ObjectRef
 NOT_READ = "not read"
 
 
-class _Document(msgspec.Struct, frozen=True, kw_only=True):
+class Document(msgspec.Struct, frozen=True, kw_only=True):
     pass
 
 
-class TierRow(_Document, frozen=True):
+class TierRow(Document, frozen=True):
     bytes: int
     budget_bytes: int
     entries: int
     pinned_bytes: int = 0
 
 
-class BulkTotals(_Document, frozen=True):
+class BulkTotals(Document, frozen=True):
     """What went over the bulk channel, coding and headers included."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
 
 
-class Wear(_Document, frozen=True):
+class Wear(Document, frozen=True):
     """Since the start: what this process wrote to disks, and what it sent to clients and members."""
 
     written_bytes: int = 0
     served_bytes: int = 0
 
 
-class EndpointRow(_Document, frozen=True):
+class EndpointRow(Document, frozen=True):
     """A registry or a mirror of it. `problem` is why it is passed over for `retry_in_s`, "" while it answers."""
 
     url: str
@@ -52,7 +52,7 @@ class EndpointRow(_Document, frozen=True):
     bytes_received: int = 0
 
 
-class UplinkRow(_Document, frozen=True):
+class UplinkRow(Document, frozen=True):
     """This node's part of the limits, now; `rate` in bytes per second, 0 for no limit.
 
     In the `free` hours neither limit holds, and nothing counts as used.
@@ -65,7 +65,7 @@ class UplinkRow(_Document, frozen=True):
     spent: bool
 
 
-class UpstreamRow(_Document, frozen=True):
+class UpstreamRow(Document, frozen=True):
     """`url` is the registry itself, the last of `endpoints`, which are in the order in which they are asked.
 
     `uplink` is null for an upstream without limits.
@@ -77,7 +77,7 @@ class UpstreamRow(_Document, frozen=True):
     uplink: UplinkRow | None = None
 
 
-class ClusterRow(_Document, frozen=True):
+class ClusterRow(Document, frozen=True):
     """`id` is the SHA-256 of the CA certificate, in hexadecimal; `admits` whether this node can let others join.
 
     `certificate_ends` is Unix time, null for a certificate without end; `revocations` counts those that are held.
@@ -89,7 +89,7 @@ class ClusterRow(_Document, frozen=True):
     revocations: int = 0
 
 
-class Status(_Document, frozen=True):
+class Status(Document, frozen=True):
     """`peers_alive` counts the other members of the site; `mirror` is `host:port`."""
 
     name: str
@@ -112,14 +112,14 @@ class Status(_Document, frozen=True):
     cluster: ClusterRow | None = None
 
 
-class PeerHealth(_Document, frozen=True):
+class PeerHealth(Document, frozen=True):
     """`latency_ms` is a moving average over block reads; `failures` those since the last success."""
 
     latency_ms: float | None = None
     failures: int = 0
 
 
-class EvidenceRow(_Document, frozen=True):
+class EvidenceRow(Document, frozen=True):
     """A record that a peer signed and another member found false. `contradicted`: by a second one of the same signer.
 
     `block` is `digest#index`. `verdict` is what this node found itself: a Verdict of node/evidence/judge.py.
@@ -134,7 +134,7 @@ class EvidenceRow(_Document, frozen=True):
     contradicted: bool = False
 
 
-class PeerRow(_Document, frozen=True):
+class PeerRow(Document, frozen=True):
     """`since_s` is the time in this `state`; `quarantine` is the reason, empty for a peer in good standing.
 
     `evidence` is what is held against the peer, proven or not.
@@ -154,11 +154,11 @@ class PeerRow(_Document, frozen=True):
     evidence: tuple[EvidenceRow, ...] = ()
 
 
-class PeersReport(_Document, frozen=True):
+class PeersReport(Document, frozen=True):
     peers: tuple[PeerRow, ...]
 
 
-class ImageRow(_Document, frozen=True):
+class ImageRow(Document, frozen=True):
     """An image that this node resolved. `age_s`: since the registry last confirmed the tag; `size`: all its objects."""
 
     image: str
@@ -171,14 +171,14 @@ class ImageRow(_Document, frozen=True):
     age_s: float | None = None
 
 
-class ImagesReport(_Document, frozen=True):
+class ImagesReport(Document, frozen=True):
     images: tuple[ImageRow, ...]
 
 
 TagState = Literal["fresh", "due", "stale", "too old"]
 
 
-class TagRow(_Document, frozen=True):
+class TagRow(Document, frozen=True):
     """`age_s` is the time since the registry's last word on it, `told_by` the member whose name or peer id that is.
 
     `state`: `fresh` is served without asking; `due` is asked for at the next pull; where the registry was out of reach
@@ -197,11 +197,11 @@ class TagRow(_Document, frozen=True):
     rule: str = ""
 
 
-class TagsReport(_Document, frozen=True):
+class TagsReport(Document, frozen=True):
     tags: tuple[TagRow, ...]
 
 
-class CachedObject(_Document, frozen=True):
+class CachedObject(Document, frozen=True):
     """What one tier holds of one object: whole blocks, and shards of blocks."""
 
     digest: str
@@ -211,13 +211,13 @@ class CachedObject(_Document, frozen=True):
     pinned: bool = False
 
 
-class CacheReport(_Document, frozen=True):
+class CacheReport(Document, frozen=True):
     tiers: dict[str, TierRow]
     objects: tuple[CachedObject, ...] = ()
     wear: Wear = Wear()
 
 
-class PullProgress(_Document, frozen=True, tag_field="event", tag="progress"):
+class PullProgress(Document, frozen=True, tag_field="event", tag="progress"):
     """`bytes_total` grows while manifests are still being read; `object` is the digest that moved last."""
 
     phase: Literal["resolving", "pulling"]
@@ -227,7 +227,7 @@ class PullProgress(_Document, frozen=True, tag_field="event", tag="progress"):
     by_source: dict[str, int] = {}
 
 
-class PullResult(_Document, frozen=True, tag_field="event", tag="result"):
+class PullResult(Document, frozen=True, tag_field="event", tag="result"):
     """Always the last line of a pull."""
 
     ok: bool
@@ -242,7 +242,7 @@ class PullResult(_Document, frozen=True, tag_field="event", tag="result"):
 PullEvent = PullProgress | PullResult
 
 
-class WhyBlock(_Document, frozen=True):
+class WhyBlock(Document, frozen=True):
     """How this node got one block. `peers` are the peer ids that answered; `when` is Unix time."""
 
     index: int
@@ -254,19 +254,19 @@ class WhyBlock(_Document, frozen=True):
     when: float | None = None
 
 
-class WhyObject(_Document, frozen=True):
+class WhyObject(Document, frozen=True):
     digest: str
     media_type: str
     size: int
     blocks: tuple[WhyBlock, ...]
 
 
-class WhyTotal(_Document, frozen=True):
+class WhyTotal(Document, frozen=True):
     blocks: int = 0
     bytes: int = 0
 
 
-class WhyReport(_Document, frozen=True):
+class WhyReport(Document, frozen=True):
     """Every block of the image is in here once; `totals` by source adds them up."""
 
     image: str
@@ -275,7 +275,7 @@ class WhyReport(_Document, frozen=True):
     totals: dict[str, WhyTotal]
 
 
-class RevokeReport(_Document, frozen=True):
+class RevokeReport(Document, frozen=True):
     """`subject` is a peer id, or `token:` and a token's id; `total` counts the revocations that this node holds."""
 
     subject: str
@@ -283,7 +283,7 @@ class RevokeReport(_Document, frozen=True):
     total: int
 
 
-class ReloadReport(_Document, frozen=True):
+class ReloadReport(Document, frozen=True):
     """One line for each key, `cache.disk: "10GiB" -> "20GiB"`; what `needs_restart` holds as it was."""
 
     changed: tuple[str, ...]
@@ -293,7 +293,7 @@ class ReloadReport(_Document, frozen=True):
 Level = Literal["ok", "warn", "fail"]
 
 
-class Check(_Document, frozen=True):
+class Check(Document, frozen=True):
     """`hint` says what to do about it; empty where all is well."""
 
     name: str
@@ -302,7 +302,7 @@ class Check(_Document, frozen=True):
     hint: str = ""
 
 
-class DoctorReport(_Document, frozen=True):
+class DoctorReport(Document, frozen=True):
     checks: tuple[Check, ...]
 
 

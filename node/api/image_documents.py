@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, Protocol
 
-import msgspec
-
+from node.api.documents import Document
 from node.oci.platforms import Platform
 from node.oci.references import ImageName
 
@@ -17,11 +16,7 @@ Phase = Literal["checking", "storing", "reading", "writing"]
 PrefetchState = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
-class _Document(msgspec.Struct, frozen=True, kw_only=True):
-    pass
-
-
-class WorkProgress(_Document, frozen=True, tag_field="event", tag="progress"):
+class WorkProgress(Document, frozen=True, tag_field="event", tag="progress"):
     """`object` is the digest that moved last."""
 
     phase: Phase
@@ -30,7 +25,7 @@ class WorkProgress(_Document, frozen=True, tag_field="event", tag="progress"):
     bytes_total: int = 0
 
 
-class WorkResult(_Document, frozen=True, tag_field="event", tag="result"):
+class WorkResult(Document, frozen=True, tag_field="event", tag="result"):
     """Always the last line of an export, an import or a pin. `images` are `NAME@DIGEST`."""
 
     ok: bool
@@ -44,7 +39,7 @@ class WorkResult(_Document, frozen=True, tag_field="event", tag="result"):
 WorkEvent = WorkProgress | WorkResult
 
 
-class PinRow(_Document, frozen=True):
+class PinRow(Document, frozen=True):
     """`bytes_held` are on this node's disk; `since` is Unix time."""
 
     image: str
@@ -54,7 +49,7 @@ class PinRow(_Document, frozen=True):
     since: float
 
 
-class PinsReport(_Document, frozen=True):
+class PinsReport(Document, frozen=True):
     """`bytes` counts what several images share once; at most `most_bytes` may be pinned."""
 
     pins: tuple[PinRow, ...]
@@ -62,7 +57,7 @@ class PinsReport(_Document, frozen=True):
     most_bytes: int
 
 
-class PrefetchOrder(_Document, frozen=True, forbid_unknown_fields=True):
+class PrefetchOrder(Document, frozen=True, forbid_unknown_fields=True):
     """No platform: this node's; `all_platforms` goes before. `rate` in bytes a second, 0 for none; `window` as
     "22:00-06:00", or "" for any time."""
 
@@ -73,7 +68,7 @@ class PrefetchOrder(_Document, frozen=True, forbid_unknown_fields=True):
     window: str = ""
 
 
-class PrefetchRow(_Document, frozen=True):
+class PrefetchRow(Document, frozen=True):
     image: str
     state: PrefetchState
     bytes_done: int = 0
@@ -83,14 +78,14 @@ class PrefetchRow(_Document, frozen=True):
     error: str = ""
 
 
-class PrefetchReport(_Document, frozen=True):
+class PrefetchReport(Document, frozen=True):
     """`waits_for` says what holds up the next one, where something does."""
 
     rows: tuple[PrefetchRow, ...]
     waits_for: str = ""
 
 
-class GcReport(_Document, frozen=True):
+class GcReport(Document, frozen=True):
     """`bytes` of disk that were given back, or with `dry_run` would be; `held_bytes` are left."""
 
     dry_run: bool

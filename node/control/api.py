@@ -168,48 +168,46 @@ class NodeControl:
         )
 
     async def images(self) -> ImagesReport:
-        rows = []
-        seen: set[str] = set()
-        for source, reference, found in self._parts.names.images():
+        rows: dict[str, ImageRow] = {}
+        for source, reference, resolved in self._parts.names.images():
             locator = Locator.parse(source)
             image = str(ImageName(locator.upstream, locator.repository, reference))
-            manifest = await self._held_manifest(found)
-            # A platform's manifest is shown with the tag that leads to it, unless it was asked for by its digest alone.
-            if manifest is not None and image not in seen:
-                seen.add(image)
-                rows.append(await self._image_row(image, reference, found, manifest))
-        return ImagesReport(images=tuple(rows))
+            manifest = await self._held_manifest(resolved.ref)
+            # A platform's manifest is part of its tag's row; it has a row of its own if it was requested by digest.
+            if manifest is not None and image not in rows:
+                rows[image] = await self._image_row(image, reference, resolved, manifest)
+        return ImagesReport(images=tuple(rows.values()))
 
-    async def _image_row(self, image: str, reference: str, found: Resolved, manifest: Manifest) -> ImageRow:
-        objects = {one.ref.digest: one.ref for one in [found, *await self._below(manifest)]}
+    async def _image_row(self, image: str, reference: str, resolved: Resolved, manifest: Manifest) -> ImageRow:
+        objects = {part.ref.digest: part.ref for part in [resolved, *await self._below(manifest)]}
         held = sum(self._bytes_held(ref) for ref in objects.values())
         size = sum(ref.size for ref in objects.values())
         return ImageRow(
             image=image,
-            digest=str(found.ref.digest),
-            media_type=found.media_type,
+            digest=str(resolved.ref.digest),
+            media_type=resolved.media_type,
             size=size,
             bytes_held=held,
             complete=held == size,
             layers=len(manifest.layers),
-            age_s=None if ":" in reference else found.age_s,
+            age_s=None if ":" in reference else resolved.age_s,
         )
 
     async def _below(self, manifest: Manifest, depth: int = 0) -> list[Resolved]:
-        """What a manifest names; of an index, what those of its manifests name that this node holds."""
-        found = list(descriptors(manifest, "blobs"))
-        for one in descriptors(manifest, "manifests"):
-            inner = await self._held_manifest(one)
+        """The objects that a manifest lists; for an index, those of each of its manifests that this node holds."""
+        objects = list(descriptors(manifest, "blobs"))
+        for descriptor in descriptors(manifest, "manifests"):
+            inner = await self._held_manifest(descriptor.ref)
             if inner is not None and depth < MAX_DEPTH:
-                found += [one, *await self._below(inner, depth + 1)]
-        return found
+                objects += [descriptor, *await self._below(inner, depth + 1)]
+        return objects
 
-    async def _held_manifest(self, found: Resolved) -> Manifest | None:
-        if found.ref.size > MAX_MANIFEST:
+    async def _held_manifest(self, ref: ObjectRef) -> Manifest | None:
+        if ref.size > MAX_MANIFEST:
             return None
         parts = []
-        for index in range(found.ref.block_count):
-            held = await self._parts.site.tiers.get(Piece(found.ref.block(index)), found.ref.size)
+        for index in range(ref.block_count):
+            held = await self._parts.site.tiers.get(Piece(ref.block(index)), ref.size)
             if held is None:
                 return None
             parts.append(bytes(held[0].data))
@@ -220,17 +218,17 @@ class NodeControl:
         return sum(ref.block_length(index) for index in range(ref.block_count) if bits >> index & 1)
 
     async def tags(self, pattern: str) -> TagsReport:
-        return TagsReport(tags=tuple(self._tag_row(*found) for found in self._parts.names.tags(pattern)))
+        return TagsReport(tags=tuple(self._tag_row(*row) for row in self._parts.names.tags(pattern)))
 
-    def _tag_row(self, one: KnownTag, policy: TagPolicy, state: TagState) -> TagRow:
-        member = self._parts.membership.find(PeerId(one.told_by)) if one.told_by not in ("", REGISTRY) else None
+    def _tag_row(self, tag: KnownTag, policy: TagPolicy, state: TagState) -> TagRow:
+        member = self._parts.membership.find(PeerId(tag.told_by)) if tag.told_by not in ("", REGISTRY) else None
         return TagRow(
-            tag=str(ImageName(one.locator.upstream, one.locator.repository, one.tag)),
-            digest=str(one.resolved.ref.digest),
-            age_s=one.resolved.age_s,
+            tag=str(ImageName(tag.locator.upstream, tag.locator.repository, tag.tag)),
+            digest=str(tag.resolved.ref.digest),
+            age_s=tag.resolved.age_s,
             state=state,
-            source="registry" if one.told_by == REGISTRY else "member" if one.told_by else "remembered",
-            told_by="" if one.told_by == REGISTRY else member.name if member else one.told_by,
+            source="registry" if tag.told_by == REGISTRY else "member" if tag.told_by else "remembered",
+            told_by="" if tag.told_by == REGISTRY else member.name if member else tag.told_by,
             rule=policy.match,
             ttl_s=policy.ttl_s,
             max_age_s=policy.max_age_s,
@@ -249,14 +247,13 @@ class NodeControl:
         return CacheReport(tiers=_tier_rows(tiers.statistics()), objects=tuple(rows), wear=self._wear())
 
     async def why(self, image: ImageName) -> WhyReport:
-        locator = image.manifests
-        found = self._parts.names.known(locator, image.reference)
-        manifest = await self._held_manifest(found) if found else None
-        if found is None or manifest is None:
+        resolved = self._parts.names.known(image.manifests, image.reference)
+        manifest = await self._held_manifest(resolved.ref) if resolved else None
+        if resolved is None or manifest is None:
             raise NotFoundError(f"{image} was not pulled through this node")
-        objects = {one.ref.digest: one for one in [found, *await self._below(manifest)]}
-        listed = [why_object(one.ref, one.media_type, self._why_blocks(one.ref)) for one in objects.values()]
-        return why_report(str(image), str(found.ref.digest), listed)
+        objects = {part.ref.digest: part for part in [resolved, *await self._below(manifest)]}
+        listed = [why_object(part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values()]
+        return why_report(str(image), str(resolved.ref.digest), listed)
 
     def _why_blocks(self, ref: ObjectRef) -> Mapping[int, WhyBlock]:
         return {
@@ -392,10 +389,10 @@ def _by_name(counts: Mapping[Source, int]) -> dict[str, int]:
 
 
 def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> UpstreamRow:
-    """An upstream with the health of its registries and the use of its uplink."""
+    """An upstream with the health of its URLs and the use of its uplink."""
     endpoints = (
-        EndpointRow(url=one.url, problem=one.problem, retry_in_s=one.retry_in_s, bytes_received=one.received)
-        for one in upstreams.endpoints(part.name)
+        EndpointRow(url=place.url, problem=place.problem, retry_in_s=place.retry_in_s, bytes_received=place.received)
+        for place in upstreams.endpoints(part.name)
     )
     use = upstreams.uplink(part.name)
     uplink = UplinkRow(rate=use.rate, daily_bytes=use.daily, used_today_bytes=use.used, free=use.free, spent=use.spent)
@@ -410,9 +407,9 @@ def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> UpstreamRow:
 def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, TierRow]:
     return {
         tier: TierRow(
-            bytes=one.bytes, budget_bytes=one.budget_bytes, entries=one.entries, pinned_bytes=one.pinned_bytes
+            bytes=row.bytes, budget_bytes=row.budget_bytes, entries=row.entries, pinned_bytes=row.pinned_bytes
         )
-        for tier, one in statistics.items()
+        for tier, row in statistics.items()
     }
 
 

@@ -174,9 +174,9 @@ def test_a_cluster_grows_by_tokens_and_shrinks_by_revocation(cluster: Cluster, i
         wait_refused(node, gone, "bulk", "certificate revoked")
     wait_refused(one, gone, "introduction", "certificate revoked")
     three.ctl("cluster", "revoke", "--key", str(cluster.key), gone)  # others, who shut it out at once, may not tell it
-    assert "revoked: no member lets" in doctor(three)
+    assert "revoked: no member admits" in doctor(three)
     three.stop()
-    assert "revoked: no member lets" in doctor(three), "and so do its files"
+    assert "revoked: no member admits" in doctor(three), "and so do its files"
     assert "revoked" in why_not(three, token, where(one))
     row = two.status()["cluster"]
     assert row["id"] == cluster.authority.cluster.hex()

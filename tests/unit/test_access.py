@@ -57,9 +57,14 @@ class Fixture:
         self.site: dict[str, float] = {}
         self.public = PublicTable(folder / "access.sqlite")
         self.access = Access(
-            {upstream: GRACE_S}, self.registry, self.public, self.site_says, nursery,
-            public_grace_s=PUBLIC_GRACE_S, loopback=loopback,
-        )  # fmt: skip
+            {upstream: GRACE_S},
+            self.registry,
+            self.public,
+            site_says=self.site_says,
+            nursery=nursery,
+            public_grace_s=PUBLIC_GRACE_S,
+            loopback=loopback,
+        )
 
     async def site_says(self, locator: Locator, reference: str) -> float | None:
         return self.site.get(locator.repository)
