@@ -1,8 +1,8 @@
-"""The documents of the control API, and who answers for them.
+"""The documents of the control API, and the interface that provides them.
 
-Each struct is one JSON document, or a row of one, as `curl --unix-socket` shows it and as `p2pctl --json` prints it.
-Fields are added, never renamed. Sizes are bytes, digests `sha256:...`; a source is a `node.objects.Source` or, for a
-block that this node did not read, `NOT_READ`. Where a value is not known it is null.
+Each struct is one JSON document, or a row of one, as `curl --unix-socket` and `p2pctl --json` print it. Fields are
+added, never renamed. Sizes are bytes, digests `sha256:...`; a source is a `node.telemetry.sources.Source` or, for a
+block that this node did not read, `NOT_READ`. A value that is not known is null.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class TierRow(Document, frozen=True):
 
 
 class BulkTotals(Document, frozen=True):
-    """What went over the bulk channel, coding and headers included."""
+    """Bytes on the bulk channel, including coding and headers."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
 
 
 class Wear(Document, frozen=True):
-    """Since the start: what this process wrote to disks, and what it sent to clients and members."""
+    """Since the start: bytes that this process wrote to disks, and bytes that it sent to clients and members."""
 
     written_bytes: int = 0
     served_bytes: int = 0
 
 
 class EndpointRow(Document, frozen=True):
-    """A registry or a mirror of it. `problem` is why it is passed over for `retry_in_s`, "" while it answers."""
+    """A registry or a mirror of it. `problem` is the reason why it is skipped for `retry_in_s`, "" while it answers."""
 
     url: str
     problem: str = ""
@@ -53,9 +53,9 @@ class EndpointRow(Document, frozen=True):
 
 
 class UplinkRow(Document, frozen=True):
-    """This node's part of the limits, now; `rate` in bytes per second, 0 for no limit.
+    """This node's current part of the limits; `rate` in bytes per second, 0 for no limit.
 
-    In the `free` hours neither limit holds, and nothing counts as used.
+    During the `free` hours neither limit holds, and no bytes count as used.
     """
 
     rate: float
@@ -66,7 +66,7 @@ class UplinkRow(Document, frozen=True):
 
 
 class UpstreamRow(Document, frozen=True):
-    """`url` is the registry itself, the last of `endpoints`, which are in the order in which they are asked.
+    """`endpoints` are in the order in which they are asked; the last, `url`, is the registry itself.
 
     `uplink` is null for an upstream without limits.
     """
@@ -78,9 +78,9 @@ class UpstreamRow(Document, frozen=True):
 
 
 class ClusterRow(Document, frozen=True):
-    """`id` is the SHA-256 of the CA certificate, in hexadecimal; `admits` whether this node can let others join.
+    """`id` is the SHA-256 of the CA certificate, in hexadecimal; `admits`: this node can admit others.
 
-    `certificate_ends` is Unix time, null for a certificate without end; `revocations` counts those that are held.
+    `certificate_ends` is Unix time, null for one that does not expire; `revocations` counts those that this node holds.
     """
 
     id: str
@@ -120,9 +120,9 @@ class PeerHealth(Document, frozen=True):
 
 
 class EvidenceRow(Document, frozen=True):
-    """A record that a peer signed and another member found false. `contradicted`: by a second one of the same signer.
+    """A record that a peer signed and another member found false. `contradicted`: the signer also signed another one.
 
-    `block` is `digest#index`. `verdict` is what this node found itself: a Verdict of node/evidence/judge.py.
+    `block` is `digest#index`. `verdict` is this node's own finding: a Verdict of node/evidence/judge.py.
     """
 
     block: str
@@ -135,9 +135,9 @@ class EvidenceRow(Document, frozen=True):
 
 
 class PeerRow(Document, frozen=True):
-    """`since_s` is the time in this `state`; `quarantine` is the reason, empty for a peer in good standing.
+    """`since_s` is the time in this `state`; `quarantine` is its reason, empty for a peer that is not in quarantine.
 
-    `evidence` is what is held against the peer, proven or not.
+    `evidence` lists the accusations against the peer, proven or not.
     """
 
     peer_id: str
@@ -179,10 +179,11 @@ TagState = Literal["fresh", "due", "stale", "too old"]
 
 
 class TagRow(Document, frozen=True):
-    """`age_s` is the time since the registry's last word on it, `told_by` the member whose name or peer id that is.
+    """`age_s` is the time since the registry's last answer; `told_by`, the member that sent it, by name or peer id.
 
-    `state`: `fresh` is served without asking; `due` is asked for at the next pull; where the registry was out of reach
-    at the last one, `stale` is served and `too old` is not. `rule` is the pattern of the policy, "" for the defaults.
+    `state`: a `fresh` tag is served without asking; for a `due` one the next pull asks the registry; if that was out of
+    reach at the last pull, a `stale` one is served and a `too old` one is not. `rule` is the policy's pattern, "" for
+    the defaults.
     """
 
     tag: str
@@ -202,7 +203,7 @@ class TagsReport(Document, frozen=True):
 
 
 class CachedObject(Document, frozen=True):
-    """What one tier holds of one object: whole blocks, and shards of blocks."""
+    """The whole blocks, and the shards of blocks, that one tier holds of one object."""
 
     digest: str
     tier: str
@@ -218,7 +219,7 @@ class CacheReport(Document, frozen=True):
 
 
 class PullProgress(Document, frozen=True, tag_field="event", tag="progress"):
-    """`bytes_total` grows while manifests are still being read; `object` is the digest that moved last."""
+    """`bytes_total` grows while manifests are still being read; `object` is the digest that was read last."""
 
     phase: Literal["resolving", "pulling"]
     object: str = ""
@@ -228,7 +229,7 @@ class PullProgress(Document, frozen=True, tag_field="event", tag="progress"):
 
 
 class PullResult(Document, frozen=True, tag_field="event", tag="result"):
-    """Always the last line of a pull."""
+    """The last line of every pull."""
 
     ok: bool
     image: str
@@ -243,7 +244,7 @@ PullEvent = PullProgress | PullResult
 
 
 class WhyBlock(Document, frozen=True):
-    """How this node got one block. `peers` are the peer ids that answered; `when` is Unix time."""
+    """How this node obtained one block. `peers` are the peer ids that answered; `when` is Unix time."""
 
     index: int
     length: int
@@ -267,7 +268,7 @@ class WhyTotal(Document, frozen=True):
 
 
 class WhyReport(Document, frozen=True):
-    """Every block of the image is in here once; `totals` by source adds them up."""
+    """Contains every block of the image once; `totals` are by source."""
 
     image: str
     digest: str
@@ -284,7 +285,7 @@ class RevokeReport(Document, frozen=True):
 
 
 class ReloadReport(Document, frozen=True):
-    """One line for each key, `cache.disk: "10GiB" -> "20GiB"`; what `needs_restart` holds as it was."""
+    """One line for each key, `cache.disk: "10GiB" -> "20GiB"`. Those in `needs_restart` are not applied yet."""
 
     changed: tuple[str, ...]
     needs_restart: tuple[str, ...]
@@ -294,7 +295,7 @@ Level = Literal["ok", "warn", "fail"]
 
 
 class Check(Document, frozen=True):
-    """`hint` says what to do about it; empty where all is well."""
+    """`hint` is the remedy; empty for level ok."""
 
     name: str
     level: Level
@@ -307,9 +308,9 @@ class DoctorReport(Document, frozen=True):
 
 
 class ControlApi(Protocol):
-    """What the control socket serves. Raises the errors of protocol.errors; an image nobody knows is NotFoundError.
+    """Raises the errors of protocol.errors; NotFoundError for an unknown image.
 
-    `pull` yields progress at a rate fit for a person, and a PullResult last. Closing the generator ends the pull.
+    `pull` yields progress at a rate suitable for a person, and a PullResult last. Closing the generator ends the pull.
     `tags` takes a glob over `upstream/repository:tag`.
     """
 
@@ -331,7 +332,7 @@ class ControlApi(Protocol):
 
 
 def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock]) -> WhyObject:
-    """All blocks of an object: those that were read as noted, the others as not read."""
+    """All blocks of an object: those in `read` as given, the others as not read."""
     blocks = (
         read.get(index) or WhyBlock(index=index, length=ref.block_length(index), source=NOT_READ)
         for index in range(ref.block_count)
@@ -340,7 +341,6 @@ def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock]) ->
 
 
 def why_report(image: str, digest: str, objects: Iterable[WhyObject]) -> WhyReport:
-    """The report with its totals."""
     listed = tuple(objects)
     totals: dict[str, WhyTotal] = {}
     for block in (block for listing in listed for block in listing.blocks):

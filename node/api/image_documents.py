@@ -1,6 +1,6 @@
-"""The documents of what is done for sites that are cut off: archives, pins, prefetch, gc; and who answers for them.
+"""The documents of work on whole images (archives, pins, prefetch, gc), and the interface that provides them.
 
-As in node/api/documents.py: fields are added, never renamed; sizes are bytes.
+As in node/api/documents.py, fields are added, never renamed; sizes are bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PrefetchState = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
 class WorkProgress(Document, frozen=True, tag_field="event", tag="progress"):
-    """`object` is the digest that moved last."""
+    """`object` is the digest that was processed last."""
 
     phase: Phase
     object: str = ""
@@ -26,7 +26,7 @@ class WorkProgress(Document, frozen=True, tag_field="event", tag="progress"):
 
 
 class WorkResult(Document, frozen=True, tag_field="event", tag="result"):
-    """Always the last line of an export, an import or a pin. `images` are `NAME@DIGEST`."""
+    """The last line of every export, import and pin. `images` are `NAME@DIGEST`."""
 
     ok: bool
     seconds: float
@@ -50,7 +50,7 @@ class PinRow(Document, frozen=True):
 
 
 class PinsReport(Document, frozen=True):
-    """`bytes` counts what several images share once; at most `most_bytes` may be pinned."""
+    """`bytes` counts objects shared by several images once; at most `most_bytes` may be pinned."""
 
     pins: tuple[PinRow, ...]
     bytes: int
@@ -58,8 +58,8 @@ class PinsReport(Document, frozen=True):
 
 
 class PrefetchOrder(Document, frozen=True, forbid_unknown_fields=True):
-    """No platform: this node's; `all_platforms` goes before. `rate` in bytes a second, 0 for none; `window` as
-    "22:00-06:00", or "" for any time."""
+    """Without `platforms`, this node's; `all_platforms` overrides them. `rate` is in bytes a second, 0 for no limit;
+    `window` is "22:00-06:00", or "" for any time."""
 
     images: tuple[str, ...]
     platforms: tuple[str, ...] = ()
@@ -79,14 +79,14 @@ class PrefetchRow(Document, frozen=True):
 
 
 class PrefetchReport(Document, frozen=True):
-    """`waits_for` says what holds up the next one, where something does."""
+    """`waits_for` is the reason why the current order waits; empty if it does not."""
 
     rows: tuple[PrefetchRow, ...]
     waits_for: str = ""
 
 
 class GcReport(Document, frozen=True):
-    """`bytes` of disk that were given back, or with `dry_run` would be; `held_bytes` are left."""
+    """`bytes` of disk were freed, or with `dry_run` would be; `held_bytes` are left."""
 
     dry_run: bool
     pieces: int
@@ -96,10 +96,9 @@ class GcReport(Document, frozen=True):
 
 
 class ImageApi(Protocol):
-    """Descriptors are the caller's, open at the archive's file. Generators end with a WorkResult; errors come as one.
+    """Descriptors are open files that the caller closes. Each generator ends with a WorkResult, also after an error.
 
-    Closing a generator ends its work: an archive that was half written is of no use, of one half imported no name is
-    known.
+    Closing a generator cancels its work: a half-written archive is useless, and no name of a half-imported one is kept.
     """
 
     def export_image(

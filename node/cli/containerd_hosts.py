@@ -27,7 +27,6 @@ from node.oci.references import check_upstream
 from node.runtime import secret_files
 from protocol.errors import BadInputError
 
-DEFAULT_CERTS_DIR = Path("/etc/containerd/certs.d")
 DEFAULT_CONFIG = Path("/etc/containerd/config.toml")
 BACKUP_SUFFIX = ".before-p2pctl"
 MAX_FILE = 256 << 10
@@ -283,10 +282,13 @@ def apply(change: Change) -> None:
     if not change.is_needed:
         return
     try:
-        if change.after is None:
-            _delete(change)
-        else:
+        if change.after is not None:
             _write(change, change.after)
+            return
+        change.path.unlink()
+        if change.made_folder:
+            with contextlib.suppress(OSError):  # not empty: another program uses it
+                change.path.parent.rmdir()
     except OSError as error:
         raise BadInputError(f"cannot change {change.path}: {error.strerror}") from error
 
@@ -300,13 +302,6 @@ def _write(change: Change, after: str) -> None:
     _replace(change.path, after, mode)
     if restored and change.backup.exists() and change.backup.read_bytes() == after.encode():
         change.backup.unlink()
-
-
-def _delete(change: Change) -> None:
-    change.path.unlink()
-    if change.made_folder:
-        with contextlib.suppress(OSError):  # not empty: another program uses it
-            change.path.parent.rmdir()
 
 
 def _replace(path: Path, text: str, mode: int) -> None:

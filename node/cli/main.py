@@ -7,10 +7,11 @@ standard output carries the document only. Modules that are slow to import (rich
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -24,7 +25,6 @@ from node.cli.common import (
     NEEDS_RESTART,
     PATH,
     UNREACHABLE,
-    Failure,
     Group,
     ImageParam,
     Session,
@@ -103,13 +103,7 @@ def tags(session: Session, pattern: str) -> None:
 def pull(session: Session, image: str, all_platforms: bool) -> None:
     """Read IMAGE into this node's cache, and so into the site's."""
     lines = session.client.stream("/pull", image=image, all_platforms="1" if all_platforms else "0")
-    result = session.follow(lines, documents.PullEvent, documents.PullResult, work="the pull", title=image)
-    if not result.ok:
-        raise Failure(f"{result.image} was not pulled: {result.error}")
-    if not session.json:
-        from node.cli.render import console, show_pulled
-
-        show_pulled(console(), result)
+    session.follow(lines, documents.PullEvent, work="the pull", failed=f"{image} was not pulled", title=image)
 
 
 # Why
@@ -256,7 +250,7 @@ def reload(session: Session) -> None:
         for line in report.needs_restart:
             click.echo(f"needs a restart: {line}")
     if report.needs_restart:
-        _quit(NEEDS_RESTART)
+        sys.exit(NEEDS_RESTART)
 
 
 @main.command()
@@ -273,16 +267,12 @@ def doctor(session: Session, certs_dir: Path, path: Path | None) -> None:
         checks = [documents.Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
         checks += [*_outside(certs_dir, None), _certificate(path)]
         _show_checks(session, checks)
-        _quit(UNREACHABLE)
+        sys.exit(UNREACHABLE)
     socket = documents.Check(name="daemon", level="ok", text=f"p2pd {running.version} answers on {session.socket}")
     checks = [socket, *_outside(certs_dir, running), *inside]
     _show_checks(session, checks)
     if any(check.level == "fail" for check in checks):
-        _quit(FAILED)
-
-
-def _quit(code: int) -> NoReturn:
-    raise click.exceptions.Exit(code)
+        sys.exit(FAILED)
 
 
 def _show_checks(session: Session, checks: Sequence[documents.Check]) -> None:
@@ -296,17 +286,25 @@ def _show_checks(session: Session, checks: Sequence[documents.Check]) -> None:
 
 def _outside(certs_dir: Path, running: documents.Status | None) -> list[documents.Check]:
     """The checks that need no daemon."""
-    from node.control.doctor import check_hosts, check_mirror, http_status
+    from node.control.doctor import check_mirror, http_status
 
     mirror = _mirror_url(running.mirror if running else "")
     address = mirror.removeprefix("http://")
-    checks = [check_mirror(address, *http_status(address))]
+    return [check_mirror(address, *http_status(address)), _containerd(certs_dir, mirror, running)]
+
+
+def _containerd(certs_dir: Path, mirror: str, running: documents.Status | None) -> documents.Check:
+    from node.cli.containerd_hosts import points_at
+    from node.control.doctor import check_hosts
+
     if not certs_dir.parent.is_dir():
-        return [
-            *checks,
-            documents.Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})"),
-        ]
-    return [*checks, check_hosts(*_pointing(certs_dir, mirror, running))]
+        return documents.Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})")
+    names = [registry.name for registry in _registries(running, ())]
+    try:
+        through = [name for name in names if points_at(certs_dir, mirror, name)]
+    except BadInputError as error:
+        return check_hosts((), (), str(error))
+    return check_hosts([name for name in names if name not in through], through)
 
 
 def _certificate(path: Path | None) -> documents.Check:
@@ -317,18 +315,6 @@ def _certificate(path: Path | None) -> documents.Check:
         return check_certificate(certificate_in_files(read_configuration(path)), time.time())
     except BadInputError as error:
         return documents.Check(name="configuration", level="fail", text=str(error), hint="p2pd does not start with it")
-
-
-def _pointing(certs_dir: Path, mirror: str, running: documents.Status | None) -> tuple[list[str], list[str], str]:
-    """The registries that containerd does not pull through the mirror, those that it does, and the error if any."""
-    from node.cli.containerd_hosts import points_at
-
-    names = [registry.name for registry in _registries(running, ())]
-    try:
-        through = [name for name in names if points_at(certs_dir, mirror, name)]
-    except BadInputError as error:
-        return [], [], str(error)
-    return [name for name in names if name not in through], through, ""
 
 
 @main.command(name="version")

@@ -298,7 +298,8 @@ def _cache(report: documents.CacheReport, out: Console) -> None:
     show_table(out, rows)
 
 
-def show_pulled(out: Console, result: documents.PullResult) -> None:
+@show.register
+def _pulled(result: documents.PullResult, out: Console) -> None:
     rate = size(result.bytes_total / result.seconds) if result.seconds > 0 else "-"
     out.print(plain(f"{result.image} {result.digest}"), soft_wrap=True)
     out.print(f"{size(result.bytes_total)} in {duration(result.seconds)} ({rate}/s)")

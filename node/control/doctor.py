@@ -80,17 +80,13 @@ class Facts:
     now: float
     mirrors: Mapping[str, Probe] = field(default_factory=dict)
     spent: Sequence[str] = ()
-    extra: Sequence[Check] = field(default=())
 
 
 def examine(facts: Facts) -> DoctorReport:
-    unreachable = ", ".join(facts.bulk_unreachable)
+    mirrors, unreachable = facts.mirrors.items(), ", ".join(facts.bulk_unreachable)
     checks = (
         *(_check(f"upstream {name}", probe.error, ok="answers", hint=_DOWN) for name, probe in facts.upstreams.items()),
-        *(
-            _check(f"upstream {name}", probe.error, ok="answers", level="warn", hint=_MIRROR_DOWN)
-            for name, probe in facts.mirrors.items()
-        ),
+        *(_check(f"upstream {n}", probe.error, ok="answers", level="warn", hint=_MIRROR) for n, probe in mirrors),
         *(_check(f"uplink {name}", "the day's bytes are used up", level="warn", hint=_SPENT) for name in facts.spent),
         check_clock({**facts.upstreams, **facts.mirrors}),
         check_certificate(facts.certificate, facts.now),
@@ -115,16 +111,13 @@ def examine(facts: Facts) -> DoctorReport:
             hint="nothing is cached until p2pd can write there: check the folder's owner and its mount",
         ),
         check_disk(facts.free_bytes, facts.floor.of(facts.total_bytes)),
-        *facts.extra,
     )
     return DoctorReport(checks=checks)
 
 
 _DOWN = "blocks held by the site are still served; check the network, the proxy and [[upstream]] url"
-_MIRROR_DOWN = "the next [[upstream]] url is asked instead; check this one"
-_SPENT = (
-    "blocks held by the site are still served; raise daily of the [[upstream]], or wait for the next day or its hours"
-)
+_MIRROR = "the next [[upstream]] url is asked instead; check this one"
+_SPENT = "blocks held by the site are still served; raise daily of the [[upstream]], or wait for tomorrow or its hours"
 
 
 def _check(name: str, problem: str, *, ok: str = "", level: Level = "fail", hint: str) -> Check:
@@ -187,9 +180,7 @@ def check_peers(alive: int, bootstrap: int, *, mdns: bool) -> Check:
         return Check(name="peers", level="ok", text=f"{alive} alive in this site")
     if not bootstrap and not mdns:
         return Check(name="peers", level="ok", text="none, as configured: neither bootstrap nor mdns")
-    where = f"{bootstrap} bootstrap addresses" if bootstrap else "mDNS"
-    if bootstrap and mdns:
-        where += " and mDNS"
+    where = " and ".join([f"{bootstrap} bootstrap addresses"] * bool(bootstrap) + ["mDNS"] * mdns)
     hint = "check that they run in this cluster and site, can be reached (peers.listen, peers.bulk), and admit this"
     return Check(name="peers", level="fail" if bootstrap else "warn", text=f"none found by {where}", hint=hint)
 

@@ -57,11 +57,9 @@ class Registries(Protocol):
 
     async def admits(self, locator: Locator, reference: str) -> bool:
         """Whether the locator's grant, or a client without a grant, may read. `reference` may be "": any."""
-        ...
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         """The registry's challenge for this repository; "" for one that a client cannot answer."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
