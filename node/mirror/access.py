@@ -131,7 +131,7 @@ class Access:
         self.change(grace_s, public_grace_s)
         self._registries, self._public, self._site_says = registries, public, site_says
         self._loopback = loopback
-        self._verdicts: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
+        self.verdicts: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
         self._asking: SingleFlight[tuple[_Key, str], bool] = SingleFlight(nursery)
 
     def change(self, grace_s: Mapping[str, float], public_grace_s: float) -> None:
@@ -149,7 +149,7 @@ class Access:
         ways = [locator]
         if self._may_be_shown(authorization):
             granted = replace(locator, grant=Grant(authorization))
-            public = self._verdicts.get(_key(locator))
+            public = self.verdicts.get(_key(locator))
             ways = [granted] if public and not public.allowed else [locator, granted]
         missing: NotFoundError | None = None
         for way in ways:
@@ -162,7 +162,7 @@ class Access:
 
     def refused(self, locator: Locator) -> DeniedError:
         """The error for a client whose grant the registry withdrew, or whose grant expired."""
-        self._verdicts.pop(_key(locator), None)
+        self.verdicts.pop(_key(locator), None)
         return self._challenged(locator)
 
     def _may_be_shown(self, authorization: str) -> bool:
@@ -172,7 +172,7 @@ class Access:
 
     async def _allowed(self, way: Locator, reference: str) -> bool:
         key, now = _key(way), trio.current_time()
-        last = self._verdicts.get(key)
+        last = self.verdicts.get(key)
         if last is not None and now < last.until:
             return last.allowed
         try:
@@ -182,9 +182,9 @@ class Access:
             if verdict is None:
                 raise
             log.info("%s: the last verdict on access still holds: %s", _repository(way), error)
-            self._verdicts[key] = verdict
+            self.verdicts[key] = verdict
             return verdict.allowed
-        self._verdicts[key] = _Verdict(allowed, now, now + (FRESH_S if allowed else REFUSED_S))
+        self.verdicts[key] = _Verdict(allowed, now, now + (FRESH_S if allowed else REFUSED_S))
         if way.grant is None:
             (self._public.note if allowed else self._public.drop)(way)
         return allowed

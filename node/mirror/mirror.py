@@ -264,7 +264,7 @@ class Mirror:
         else:
             listed = await self._listings.referrers(locator, Digest.parse(target.reference), query)
         headers = {**_VERSION, "Content-Type": listed.media_type}
-        if link := _own_link(listed.link, request):
+        if link := own_link(listed.link, request):
             headers["Link"] = link
         if listed.filters:
             headers["OCI-Filters-Applied"] = listed.filters
@@ -301,7 +301,7 @@ def _names(header: str, etag: str, *, weak: bool) -> bool:
     return any((tag.removeprefix("W/") if weak else tag) in (etag, "*") for tag in tags)
 
 
-def _own_link(link: str, request: Request) -> str:
+def own_link(link: str, request: Request) -> str:
     """The registry's link to the next page as a link to this mirror, with the same path and the registry's query.
 
     It gets the request's `ns` back, and `artifactType`, which the registry did not receive.

@@ -1,4 +1,4 @@
-"""Who may read: verdicts of a registry in memory, in virtual time."""
+"""Access control: verdicts of a registry in memory, in virtual time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRIVATE, OPEN, HIDDEN = (
 
 
 class Registry:
-    """Lets everybody read `public`, and who is among `allowed` the rest; says 404 of what is `hidden`."""
+    """Lets every client read `public`, and those in `allowed` the rest; answers 404 for `hidden`."""
 
     def __init__(self) -> None:
         self.public = {OPEN.repository}
@@ -70,7 +70,7 @@ class Fixture:
         return self.site.get(locator.repository)
 
     async def admit(self, locator: Locator, authorization: str = "") -> str:
-        """What the node then reads with."""
+        """The Authorization with which the node then reads."""
         admitted = await self.access.admit(locator, "v1", authorization)
         assert str(admitted) == str(locator)
         return admitted.grant.authorization if admitted.grant else ""
@@ -293,10 +293,10 @@ def test_verdicts_are_bounded_and_hold_no_secret(tmp_path: Path) -> None:
         for _ in range(MAX_VERDICTS + 100):
             with pytest.raises(ChallengedError):
                 await fixture.admit(PRIVATE, f"Bearer {rng.randbytes(8).hex()}")
-        assert len(fixture.access._verdicts) == MAX_VERDICTS
+        assert len(fixture.access.verdicts) == MAX_VERDICTS
         assert (await fixture.access.admit(PRIVATE, "v1", ALICE)).grant is not None
         gc.collect()
-        assert SECRET not in repr([vars(fixture.access), list(fixture.access._verdicts.items())])
+        assert SECRET not in repr([vars(fixture.access), list(fixture.access.verdicts.items())])
 
     play(tmp_path, scenario)
 

@@ -1,4 +1,4 @@
-"""The doctor's judgements, and the few facts that it gathers itself."""
+"""The doctor's judgements, and the facts that it gathers itself."""
 
 from __future__ import annotations
 
