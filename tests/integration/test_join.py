@@ -162,7 +162,7 @@ def test_a_cluster_grows_by_tokens_and_shrinks_by_revocation(cluster: Cluster, i
     end = validity_of(shown(two)).end
     assert end is not None
     assert end > now + HOUR
-    assert f"ends at {date(end)}; members are asked" in doctor(two), "by its clock it is due again"
+    assert f"ends at {date(end)}; renewal was due" in doctor(two), "by its clock it is due again"
 
     _nobody_else_gets_in(cluster, token)
 
