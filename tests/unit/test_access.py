@@ -327,7 +327,7 @@ def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
 
 def test_what_is_pinned_stays_as_it_was_last_seen(tmp_path: Path) -> None:
     table = PublicTable(tmp_path / "access.sqlite", lambda locator: locator == OPEN)
-    assert table.age(OPEN) is None, "nobody has seen it to be public"
+    assert table.age(OPEN) is None, "it was never seen to be public"
     for locator in (OPEN, PRIVATE):
         table.note(locator, 1e6)
     assert table.age(OPEN) == 0.0
