@@ -174,11 +174,8 @@ def blocks(
     code: tuple[int, int] = (4, 1),
 ) -> Blocks:
     """Tasks that outlive a request run in `nursery`. `code` is k data and m parity shards in a site of full size."""
-    own, directory, origin = (
-        identity.peer_id,
-        Directory(),
-        BatchedReads(upstream, nursery, sharing=lambda: len(view.site)),
-    )
+    own, directory = identity.peer_id, Directory()
+    reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
     placement, trust = CurrentPlacement(view, *code), Trust(own, view)
     parts = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
     seeder = Seeder(parts, reads, directory, identity.sign, nursery=nursery)
@@ -389,7 +386,7 @@ def clients(
         access_grace_s(config),
         upstreams,
         storage.public,
-        member.resolver.public_age_s,
+        site_says=member.resolver.public_age_s,
         nursery=nursery,
         public_grace_s=tag_max_age_s,
         loopback=config.mirror.listen.is_loopback,

@@ -1,8 +1,8 @@
-"""The documents of the control API, and who answers for them.
+"""The documents of the control API, and the interface that provides them.
 
-Each struct is one JSON document, or a row of one, as `curl --unix-socket` shows it and as `p2pctl --json` prints it.
-Fields are added, never renamed. Sizes are bytes, digests `sha256:...`; a source is a `node.objects.Source` or, for a
-block that this node did not read, `NOT_READ`. Where a value is not known it is null.
+Each struct is one JSON document, or a row of one, as `curl --unix-socket` and `p2pctl --json` print it. Fields are
+added, never renamed. Sizes are bytes, digests `sha256:...`; a source is a `node.telemetry.sources.Source` or, for a
+block that this node did not read, `NOT_READ`. A value that is not known is null.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from protocol.ids import ObjectRef
 NOT_READ = "not read"
 
 
-class _Document(msgspec.Struct, frozen=True, kw_only=True):
+class Document(msgspec.Struct, frozen=True, kw_only=True):
     pass
 
 
-class TierRow(_Document, frozen=True):
+class TierRow(Document, frozen=True):
     bytes: int
     budget_bytes: int
     entries: int
     pinned_bytes: int = 0
 
 
-class BulkTotals(_Document, frozen=True):
-    """What went over the bulk channel, coding and headers included."""
+class BulkTotals(Document, frozen=True):
+    """Bytes on the bulk channel, including coding and headers."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
 
 
-class Wear(_Document, frozen=True):
-    """Since the start: what this process wrote to disks, and what it sent to clients and members."""
+class Wear(Document, frozen=True):
+    """Since the start: bytes that this process wrote to disks, and bytes that it sent to clients and members."""
 
     written_bytes: int = 0
     served_bytes: int = 0
 
 
-class EndpointRow(_Document, frozen=True):
-    """A registry or a mirror of it. `problem` is why it is passed over for `retry_in_s`, "" while it answers."""
+class EndpointRow(Document, frozen=True):
+    """A registry or a mirror of it. `problem` is the reason why it is skipped for `retry_in_s`, "" while it answers."""
 
     url: str
     problem: str = ""
@@ -52,10 +52,10 @@ class EndpointRow(_Document, frozen=True):
     bytes_received: int = 0
 
 
-class UplinkRow(_Document, frozen=True):
-    """This node's part of the limits, now; `rate` in bytes per second, 0 for no limit.
+class UplinkRow(Document, frozen=True):
+    """This node's current part of the limits; `rate` in bytes per second, 0 for no limit.
 
-    In the `free` hours neither limit holds, and nothing counts as used.
+    During the `free` hours neither limit holds, and no bytes count as used.
     """
 
     rate: float
@@ -65,8 +65,8 @@ class UplinkRow(_Document, frozen=True):
     spent: bool
 
 
-class UpstreamRow(_Document, frozen=True):
-    """`url` is the registry itself, the last of `endpoints`, which are in the order in which they are asked.
+class UpstreamRow(Document, frozen=True):
+    """`endpoints` are in the order in which they are asked; the last, `url`, is the registry itself.
 
     `uplink` is null for an upstream without limits.
     """
@@ -77,10 +77,10 @@ class UpstreamRow(_Document, frozen=True):
     uplink: UplinkRow | None = None
 
 
-class ClusterRow(_Document, frozen=True):
-    """`id` is the SHA-256 of the CA certificate, in hexadecimal; `admits` whether this node can let others join.
+class ClusterRow(Document, frozen=True):
+    """`id` is the SHA-256 of the CA certificate, in hexadecimal; `admits`: this node can admit others.
 
-    `certificate_ends` is Unix time, null for a certificate without end; `revocations` counts those that are held.
+    `certificate_ends` is Unix time, null for one that does not expire; `revocations` counts those that this node holds.
     """
 
     id: str
@@ -89,7 +89,7 @@ class ClusterRow(_Document, frozen=True):
     revocations: int = 0
 
 
-class Status(_Document, frozen=True):
+class Status(Document, frozen=True):
     """`peers_alive` counts the other members of the site; `mirror` is `host:port`."""
 
     name: str
@@ -112,17 +112,17 @@ class Status(_Document, frozen=True):
     cluster: ClusterRow | None = None
 
 
-class PeerHealth(_Document, frozen=True):
+class PeerHealth(Document, frozen=True):
     """`latency_ms` is a moving average over block reads; `failures` those since the last success."""
 
     latency_ms: float | None = None
     failures: int = 0
 
 
-class EvidenceRow(_Document, frozen=True):
-    """A record that a peer signed and another member found false. `contradicted`: by a second one of the same signer.
+class EvidenceRow(Document, frozen=True):
+    """A record that a peer signed and another member found false. `contradicted`: the signer also signed another one.
 
-    `block` is `digest#index`. `verdict` is what this node found itself: a Verdict of node/evidence/cases.py.
+    `block` is `digest#index`. `verdict` is this node's own finding: a Verdict of node/evidence/cases.py.
     """
 
     block: str
@@ -134,10 +134,10 @@ class EvidenceRow(_Document, frozen=True):
     contradicted: bool = False
 
 
-class PeerRow(_Document, frozen=True):
-    """`since_s` is the time in this `state`; `quarantine` is the reason, empty for a peer in good standing.
+class PeerRow(Document, frozen=True):
+    """`since_s` is the time in this `state`; `quarantine` is its reason, empty for a peer that is not in quarantine.
 
-    `evidence` is what is held against the peer, proven or not.
+    `evidence` lists the accusations against the peer, proven or not.
     """
 
     peer_id: str
@@ -154,11 +154,11 @@ class PeerRow(_Document, frozen=True):
     evidence: tuple[EvidenceRow, ...] = ()
 
 
-class PeersReport(_Document, frozen=True):
+class PeersReport(Document, frozen=True):
     peers: tuple[PeerRow, ...]
 
 
-class ImageRow(_Document, frozen=True):
+class ImageRow(Document, frozen=True):
     """An image that this node resolved. `age_s`: since the registry last confirmed the tag; `size`: all its objects."""
 
     image: str
@@ -171,18 +171,19 @@ class ImageRow(_Document, frozen=True):
     age_s: float | None = None
 
 
-class ImagesReport(_Document, frozen=True):
+class ImagesReport(Document, frozen=True):
     images: tuple[ImageRow, ...]
 
 
 TagState = Literal["fresh", "due", "stale", "too old"]
 
 
-class TagRow(_Document, frozen=True):
-    """`age_s` is the time since the registry's last word on it, `told_by` the member whose name or peer id that is.
+class TagRow(Document, frozen=True):
+    """`age_s` is the time since the registry's last answer; `told_by`, the member that sent it, by name or peer id.
 
-    `state`: `fresh` is served without asking; `due` is asked for at the next pull; where the registry was out of reach
-    at the last one, `stale` is served and `too old` is not. `rule` is the pattern of the policy, "" for the defaults.
+    `state`: a `fresh` tag is served without asking; for a `due` one the next pull asks the registry; if that was out of
+    reach at the last pull, a `stale` one is served and a `too old` one is not. `rule` is the policy's pattern, "" for
+    the defaults.
     """
 
     tag: str
@@ -197,12 +198,12 @@ class TagRow(_Document, frozen=True):
     rule: str = ""
 
 
-class TagsReport(_Document, frozen=True):
+class TagsReport(Document, frozen=True):
     tags: tuple[TagRow, ...]
 
 
-class CachedObject(_Document, frozen=True):
-    """What one tier holds of one object: whole blocks, and shards of blocks."""
+class CachedObject(Document, frozen=True):
+    """The whole blocks, and the shards of blocks, that one tier holds of one object."""
 
     digest: str
     tier: str
@@ -211,14 +212,14 @@ class CachedObject(_Document, frozen=True):
     pinned: bool = False
 
 
-class CacheReport(_Document, frozen=True):
+class CacheReport(Document, frozen=True):
     tiers: dict[str, TierRow]
     objects: tuple[CachedObject, ...] = ()
     wear: Wear = Wear()
 
 
-class PullProgress(_Document, frozen=True, tag_field="event", tag="progress"):
-    """`bytes_total` grows while manifests are still being read; `object` is the digest that moved last."""
+class PullProgress(Document, frozen=True, tag_field="event", tag="progress"):
+    """`bytes_total` grows while manifests are still being read; `object` is the digest that was read last."""
 
     phase: Literal["resolving", "pulling"]
     object: str = ""
@@ -227,8 +228,8 @@ class PullProgress(_Document, frozen=True, tag_field="event", tag="progress"):
     by_source: dict[str, int] = {}
 
 
-class PullResult(_Document, frozen=True, tag_field="event", tag="result"):
-    """Always the last line of a pull."""
+class PullResult(Document, frozen=True, tag_field="event", tag="result"):
+    """The last line of every pull."""
 
     ok: bool
     image: str
@@ -242,8 +243,8 @@ class PullResult(_Document, frozen=True, tag_field="event", tag="result"):
 PullEvent = PullProgress | PullResult
 
 
-class WhyBlock(_Document, frozen=True):
-    """How this node got one block. `peers` are the peer ids that answered; `when` is Unix time."""
+class WhyBlock(Document, frozen=True):
+    """How this node obtained one block. `peers` are the peer ids that answered; `when` is Unix time."""
 
     index: int
     length: int
@@ -254,20 +255,20 @@ class WhyBlock(_Document, frozen=True):
     when: float | None = None
 
 
-class WhyObject(_Document, frozen=True):
+class WhyObject(Document, frozen=True):
     digest: str
     media_type: str
     size: int
     blocks: tuple[WhyBlock, ...]
 
 
-class WhyTotal(_Document, frozen=True):
+class WhyTotal(Document, frozen=True):
     blocks: int = 0
     bytes: int = 0
 
 
-class WhyReport(_Document, frozen=True):
-    """Every block of the image is in here once; `totals` by source adds them up."""
+class WhyReport(Document, frozen=True):
+    """Contains every block of the image once; `totals` are by source."""
 
     image: str
     digest: str
@@ -275,7 +276,7 @@ class WhyReport(_Document, frozen=True):
     totals: dict[str, WhyTotal]
 
 
-class RevokeReport(_Document, frozen=True):
+class RevokeReport(Document, frozen=True):
     """`subject` is a peer id, or `token:` and a token's id; `total` counts the revocations that this node holds."""
 
     subject: str
@@ -283,8 +284,8 @@ class RevokeReport(_Document, frozen=True):
     total: int
 
 
-class ReloadReport(_Document, frozen=True):
-    """One line for each key, `cache.disk: "10GiB" -> "20GiB"`; what `needs_restart` holds as it was."""
+class ReloadReport(Document, frozen=True):
+    """One line for each key, `cache.disk: "10GiB" -> "20GiB"`. Those in `needs_restart` are not applied yet."""
 
     changed: tuple[str, ...]
     needs_restart: tuple[str, ...]
@@ -293,8 +294,8 @@ class ReloadReport(_Document, frozen=True):
 Level = Literal["ok", "warn", "fail"]
 
 
-class Check(_Document, frozen=True):
-    """`hint` says what to do about it; empty where all is well."""
+class Check(Document, frozen=True):
+    """`hint` is the remedy; empty for level ok."""
 
     name: str
     level: Level
@@ -302,14 +303,14 @@ class Check(_Document, frozen=True):
     hint: str = ""
 
 
-class DoctorReport(_Document, frozen=True):
+class DoctorReport(Document, frozen=True):
     checks: tuple[Check, ...]
 
 
 class ControlApi(Protocol):
-    """What the control socket serves. Raises the errors of protocol.errors; an image nobody knows is NotFoundError.
+    """Raises the errors of protocol.errors; NotFoundError for an unknown image.
 
-    `pull` yields progress at a rate fit for a person, and a PullResult last. Closing the generator ends the pull.
+    `pull` yields progress at a rate suitable for a person, and a PullResult last. Closing the generator ends the pull.
     `tags` takes a glob over `upstream/repository:tag`.
     """
 
@@ -331,7 +332,7 @@ class ControlApi(Protocol):
 
 
 def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock]) -> WhyObject:
-    """All blocks of an object: those that were read as noted, the others as not read."""
+    """All blocks of an object: those in `read` as given, the others as not read."""
     blocks = (
         read.get(index) or WhyBlock(index=index, length=ref.block_length(index), source=NOT_READ)
         for index in range(ref.block_count)
@@ -340,7 +341,6 @@ def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock]) ->
 
 
 def why_report(image: str, digest: str, objects: Iterable[WhyObject]) -> WhyReport:
-    """The report with its totals."""
     listed = tuple(objects)
     totals: dict[str, WhyTotal] = {}
     for block in (block for listing in listed for block in listing.blocks):

@@ -1,6 +1,6 @@
-"""The documents of what is done for sites that are cut off: archives, pins, prefetch, gc; and who answers for them.
+"""The documents of work on whole images (archives, pins, prefetch, gc), and the interface that provides them.
 
-As in node/api/documents.py: fields are added, never renamed; sizes are bytes.
+As in node/api/documents.py, fields are added, never renamed; sizes are bytes.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, Protocol
 
-import msgspec
-
+from node.api.documents import Document
 from node.oci.platforms import Platform
 from node.oci.references import ImageName
 
@@ -17,12 +16,8 @@ Phase = Literal["checking", "storing", "reading", "writing"]
 PrefetchState = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
-class _Document(msgspec.Struct, frozen=True, kw_only=True):
-    pass
-
-
-class WorkProgress(_Document, frozen=True, tag_field="event", tag="progress"):
-    """`object` is the digest that moved last."""
+class WorkProgress(Document, frozen=True, tag_field="event", tag="progress"):
+    """`object` is the digest that was processed last."""
 
     phase: Phase
     object: str = ""
@@ -30,8 +25,8 @@ class WorkProgress(_Document, frozen=True, tag_field="event", tag="progress"):
     bytes_total: int = 0
 
 
-class WorkResult(_Document, frozen=True, tag_field="event", tag="result"):
-    """Always the last line of an export, an import or a pin. `images` are `NAME@DIGEST`."""
+class WorkResult(Document, frozen=True, tag_field="event", tag="result"):
+    """The last line of every export, import and pin. `images` are `NAME@DIGEST`."""
 
     ok: bool
     seconds: float
@@ -44,7 +39,7 @@ class WorkResult(_Document, frozen=True, tag_field="event", tag="result"):
 WorkEvent = WorkProgress | WorkResult
 
 
-class PinRow(_Document, frozen=True):
+class PinRow(Document, frozen=True):
     """`bytes_held` are on this node's disk; `since` is Unix time."""
 
     image: str
@@ -54,17 +49,17 @@ class PinRow(_Document, frozen=True):
     since: float
 
 
-class PinsReport(_Document, frozen=True):
-    """`bytes` counts what several images share once; at most `most_bytes` may be pinned."""
+class PinsReport(Document, frozen=True):
+    """`bytes` counts objects shared by several images once; at most `most_bytes` may be pinned."""
 
     pins: tuple[PinRow, ...]
     bytes: int
     most_bytes: int
 
 
-class PrefetchOrder(_Document, frozen=True, forbid_unknown_fields=True):
-    """No platform: this node's; `all_platforms` goes before. `rate` in bytes a second, 0 for none; `window` as
-    "22:00-06:00", or "" for any time."""
+class PrefetchOrder(Document, frozen=True, forbid_unknown_fields=True):
+    """Without `platforms`, this node's; `all_platforms` overrides them. `rate` is in bytes a second, 0 for no limit;
+    `window` is "22:00-06:00", or "" for any time."""
 
     images: tuple[str, ...]
     platforms: tuple[str, ...] = ()
@@ -73,7 +68,7 @@ class PrefetchOrder(_Document, frozen=True, forbid_unknown_fields=True):
     window: str = ""
 
 
-class PrefetchRow(_Document, frozen=True):
+class PrefetchRow(Document, frozen=True):
     image: str
     state: PrefetchState
     bytes_done: int = 0
@@ -83,15 +78,15 @@ class PrefetchRow(_Document, frozen=True):
     error: str = ""
 
 
-class PrefetchReport(_Document, frozen=True):
-    """`waits_for` says what holds up the next one, where something does."""
+class PrefetchReport(Document, frozen=True):
+    """`waits_for` is the reason why the current order waits; empty if it does not."""
 
     rows: tuple[PrefetchRow, ...]
     waits_for: str = ""
 
 
-class GcReport(_Document, frozen=True):
-    """`bytes` of disk that were given back, or with `dry_run` would be; `held_bytes` are left."""
+class GcReport(Document, frozen=True):
+    """`bytes` of disk were freed, or with `dry_run` would be; `held_bytes` are left."""
 
     dry_run: bool
     pieces: int
@@ -101,10 +96,9 @@ class GcReport(_Document, frozen=True):
 
 
 class ImageApi(Protocol):
-    """Descriptors are the caller's, open at the archive's file. Generators end with a WorkResult; errors come as one.
+    """Descriptors are open files that the caller closes. Each generator ends with a WorkResult, also after an error.
 
-    Closing a generator ends its work: an archive that was half written is of no use, of one half imported no name is
-    known.
+    Closing a generator cancels its work: a half-written archive is useless, and no name of a half-imported one is kept.
     """
 
     def export_image(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -69,22 +68,13 @@ def join_cluster(config: Config, text: str, address: str) -> dict[str, str]:
     if config.cluster.key or config.cluster.open:
         raise BadInputError("this node needs no token: its configuration has a [cluster] key or is open")
     joined_site(config.node, admission.read_token(text).site)
-    return _as_owner(Path(config.node.data_dir), lambda: _join(config, text, address))
-
-
-def _join(config: Config, text: str, address: str) -> dict[str, str]:
     data_dir = Path(config.node.data_dir)
+    if os.geteuid() == 0 and data_dir.exists():
+        owner = data_dir.stat()  # root writes the files as the folder's owner, so that the daemon can read them
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
     identity = load_or_create(data_dir)
     joined = trio.run(partial(join, identity, text, address, name=config.node.name))
     save_joined(data_dir, joined)
     site, cluster = subject_of(joined.certificate).site, cluster_id(joined.authority).hex()
     return {"peer_id": identity.peer_id, "cluster": cluster, "site": site, "member": joined.bootstrap[0]}
-
-
-def _as_owner(folder: Path, work: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Run `work` as the owner of the daemon's folder if this is root, so that the daemon can read the files."""
-    if os.geteuid() == 0 and folder.exists():
-        owner = folder.stat()
-        os.setegid(owner.st_gid)
-        os.seteuid(owner.st_uid)
-    return work()

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from node.api.documents import PullResult
+from node.api.image_documents import WorkResult
 from node.cli.client import ControlClient, DaemonUnreachableError
 from node.config.schema import Config, load
 from node.oci.references import ImageName
@@ -55,13 +57,14 @@ class Session:
         show(document, console())
 
     def follow(
-        self, lines: Generator[bytes, None, None], kind: Any, result: type[_Document], *, work: str, title: str = ""
-    ) -> _Document:
-        """Print the progress of `work` and return its result, the last line; `kind` is the union of all lines' types.
+        self, lines: Generator[bytes, None, None], kind: Any, *, work: str, failed: str, title: str = ""
+    ) -> None:
+        """Print the progress of `work` and its result. `kind` is the union of the events that the lines hold.
 
-        Raises DaemonUnreachableError where the stream ends without a result.
+        Raises Failure, whose text begins with `failed`, and DaemonUnreachableError for a stream without a result.
         """
-        decoder, outcome = msgspec.json.Decoder(kind), None
+        decoder = msgspec.json.Decoder(kind)
+        outcome: PullResult | WorkResult | None = None
         with ExitStack() as stack:
             stack.callback(lines.close)
             if not self.json:
@@ -74,15 +77,18 @@ class Session:
                 except msgspec.DecodeError as error:
                     text = f"the answer to {work} broke off, or is of another version: {error}"
                     raise DaemonUnreachableError(text) from error
-                if isinstance(event, result):
+                if isinstance(event, PullResult | WorkResult):
                     outcome = event
+                elif not self.json:
+                    update(event)
                 if self.json:
                     click.echo(line.rstrip())
-                elif outcome is None:
-                    update(event)
         if outcome is None:
             raise DaemonUnreachableError(f"p2pd ended before {work} was complete: systemctl status p2pd")
-        return outcome
+        if not outcome.ok:
+            raise Failure(f"{failed}: {outcome.error}")
+        if not self.json:
+            self.print(outcome)
 
 
 class Failure(click.ClickException):

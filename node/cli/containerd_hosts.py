@@ -17,7 +17,6 @@ import difflib
 import json
 import os
 import re
-import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from node.oci.references import check_upstream
+from node.runtime import secret_files
 from protocol.errors import BadInputError
 
-DEFAULT_CERTS_DIR = Path("/etc/containerd/certs.d")
 DEFAULT_CONFIG = Path("/etc/containerd/config.toml")
 BACKUP_SUFFIX = ".before-p2pctl"
 MAX_FILE = 256 << 10
@@ -186,7 +185,7 @@ def _block(mirror: str, server: str, made: str, newline: str) -> str:
 
 
 def _with_block(text: str, path: Path, *, mirror: str, server: str, made: str) -> str:
-    """Insert the lines before the first table, where top-level keys end and no host stands yet; check the result."""
+    """Insert the lines before the first table, after the top-level keys and before every host. Verifies the result."""
     document = _parse(text, path)
     block = _block(mirror, "" if "server" in document else server, made, "\r\n" if "\r\n" in text else "\n")
     at = _first_table(text)
@@ -262,14 +261,9 @@ def _parse(text: str, path: Path) -> dict[str, object]:
 def _read(path: Path) -> str | None:
     """The file's text with its line ends unchanged; None for no file."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
+        data = secret_files.read(path, MAX_FILE)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise BadInputError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > MAX_FILE:
-        raise BadInputError(f"{path}: larger than {MAX_FILE} bytes, which no hosts.toml is")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -288,10 +282,13 @@ def apply(change: Change) -> None:
     if not change.is_needed:
         return
     try:
-        if change.after is None:
-            _delete(change)
-        else:
+        if change.after is not None:
             _write(change, change.after)
+            return
+        change.path.unlink()
+        if change.made_folder:
+            with contextlib.suppress(OSError):  # not empty: another program uses it
+                change.path.parent.rmdir()
     except OSError as error:
         raise BadInputError(f"cannot change {change.path}: {error.strerror}") from error
 
@@ -307,29 +304,12 @@ def _write(change: Change, after: str) -> None:
         change.backup.unlink()
 
 
-def _delete(change: Change) -> None:
-    change.path.unlink()
-    if change.made_folder:
-        with contextlib.suppress(OSError):  # not empty: another program uses it
-            change.path.parent.rmdir()
-
-
 def _replace(path: Path, text: str, mode: int) -> None:
-    """Readers see the old file or the new one, even after a power cut."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode("utf-8"))
-            os.fchmod(file.fileno(), mode)
-            if path.exists() and os.geteuid() == 0:
-                owner = path.stat()
-                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Readers see the old file or the new one, even after a power cut. The owner stays the same."""
+    owner = path.stat() if path.exists() and os.geteuid() == 0 else None
+    secret_files.replace(path, text.encode("utf-8"), mode)
+    if owner:
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 # containerd's own configuration

@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from node.api.image_documents import GcReport, PinsReport, PrefetchOrder, PrefetchReport, WorkEvent, WorkResult
-from node.cli.common import PATH, Command, Failure, ImageParam, Session, common
+from node.api.image_documents import GcReport, PinsReport, PrefetchOrder, PrefetchReport, WorkEvent
+from node.cli.common import PATH, Command, ImageParam, Session, common
 from node.config.quantities import Duration, Size
 from node.oci.platforms import parse_platforms
 from protocol.errors import BadInputError
@@ -84,11 +84,8 @@ def import_(session: Session, file: Path, name: str | None, pinned: bool) -> Non
     The whole file is checked before anything is stored. The daemon needs no access to FILE.
     """
     query = ({"name": name} if name else {}) | ({"pin": "1"} if pinned else {})
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _work(session, "/import", str(file), descriptor=descriptor, **query)
-    finally:
-        os.close(descriptor)
+    with file.open("rb") as archive:
+        _work(session, "/import", str(file), descriptor=archive.fileno(), **query)
 
 
 # Pins
@@ -205,13 +202,8 @@ def gc(session: Session, older_than: str | None, to: str | None, dry_run: bool) 
 
 
 def _work(session: Session, path: str, failed: str, *, descriptor: int | None, **query: str) -> None:
-    """POST to `path` and follow the work; `failed` begins the error."""
     lines = session.client.stream(path, descriptor=descriptor, **query)
-    result = session.follow(lines, WorkEvent, WorkResult, work=f"the {path[1:]}")
-    if not result.ok:
-        raise Failure(f"{failed}: {result.error}")
-    if not session.json:
-        session.print(result)
+    session.follow(lines, WorkEvent, work=f"the {path[1:]}", failed=failed)
 
 
 IMAGE_COMMANDS = (export, import_, pin, unpin, pins, prefetch, gc)

@@ -7,27 +7,16 @@ standard output carries the document only. Modules that are slow to import (rich
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from node.api.documents import (
-    CacheReport,
-    Check,
-    DoctorReport,
-    ImagesReport,
-    PeersReport,
-    PullEvent,
-    PullResult,
-    ReloadReport,
-    Status,
-    TagsReport,
-    WhyReport,
-)
+from node.api import documents
 from node.cli.client import DaemonUnreachableError
 from node.cli.cluster import CLUSTER_COMMANDS
 from node.cli.common import (
@@ -36,7 +25,6 @@ from node.cli.common import (
     NEEDS_RESTART,
     PATH,
     UNREACHABLE,
-    Failure,
     Group,
     ImageParam,
     Session,
@@ -75,36 +63,20 @@ for command in (*IMAGE_COMMANDS, *CLUSTER_COMMANDS):
     main.add_command(command)
 
 
-@main.command()
-@common
-@click.pass_obj
-def status(session: Session) -> None:
-    """This node: its identity, the bytes that it served by source, and its cache."""
-    session.show(session.client.get("/status"), Status)
+def _document(name: str, kind: type[msgspec.Struct], text: str) -> None:
+    """Add a command that shows the document of the same name."""
+
+    @main.command(name, help=text)
+    @common
+    @click.pass_obj
+    def show(session: Session) -> None:
+        session.show(session.client.get(f"/{name}"), kind)
 
 
-@main.command()
-@common
-@click.pass_obj
-def peers(session: Session) -> None:
-    """The other members, their health, and the bytes exchanged with them."""
-    session.show(session.client.get("/peers"), PeersReport)
-
-
-@main.command()
-@common
-@click.pass_obj
-def images(session: Session) -> None:
-    """Images that were pulled through this node, and how much of each it holds."""
-    session.show(session.client.get("/images"), ImagesReport)
-
-
-@main.command()
-@common
-@click.pass_obj
-def cache(session: Session) -> None:
-    """The cache's tiers, and the blocks of each object that they hold."""
-    session.show(session.client.get("/cache"), CacheReport)
+_document("status", documents.Status, "This node: its identity, the bytes that it served by source, and its cache.")
+_document("peers", documents.PeersReport, "The other members, their health, and the bytes exchanged with them.")
+_document("images", documents.ImagesReport, "Images that were pulled through this node, and how much of each it holds.")
+_document("cache", documents.CacheReport, "The cache's tiers, and the blocks of each object that they hold.")
 
 
 @main.command()
@@ -117,7 +89,7 @@ def tags(session: Session, pattern: str) -> None:
     PATTERN is a glob over registry/repository:tag, or a part of it: "docker.io/*:latest", alpine.
     """
     match = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
-    session.show(session.client.get("/tags", match=match), TagsReport)
+    session.show(session.client.get("/tags", match=match), documents.TagsReport)
 
 
 # Pull
@@ -131,13 +103,7 @@ def tags(session: Session, pattern: str) -> None:
 def pull(session: Session, image: str, all_platforms: bool) -> None:
     """Read IMAGE into this node's cache, and so into the site's."""
     lines = session.client.stream("/pull", image=image, all_platforms="1" if all_platforms else "0")
-    result = session.follow(lines, PullEvent, PullResult, work="the pull", title=image)
-    if not result.ok:
-        raise Failure(f"{result.image} was not pulled: {result.error}")
-    if not session.json:
-        from node.cli.render import console, show_pulled
-
-        show_pulled(console(), result)
+    session.follow(lines, documents.PullEvent, work="the pull", failed=f"{image} was not pulled", title=image)
 
 
 # Why
@@ -155,13 +121,13 @@ def pull(session: Session, image: str, all_platforms: bool) -> None:
 def why(session: Session, image: str, blocks: bool) -> None:
     """The source of each block of IMAGE, the time that it took, and the retries."""
     data = session.client.get("/why", image=image)
-    report = decode(data, WhyReport)
+    report = decode(data, documents.WhyReport)
     if session.json:
         click.echo(data.rstrip())
         return
     from node.cli.render import console, show_why
 
-    rows = decode(session.client.get("/peers"), PeersReport).peers
+    rows = decode(session.client.get("/peers"), documents.PeersReport).peers
     show_why(console(), report, {row.peer_id: row.name for row in rows}, every_block=blocks)
 
 
@@ -207,9 +173,9 @@ def uninstall(session: Session, certs_dir: Path, dry_run: bool) -> None:
     _change(session, plan_uninstall(certs_dir), certs_dir, dry_run=dry_run)
 
 
-def _running(session: Session) -> Status | None:
+def _running(session: Session) -> documents.Status | None:
     try:
-        return decode(session.client.get("/status"), Status)
+        return decode(session.client.get("/status"), documents.Status)
     except DaemonUnreachableError:
         click.echo(f"p2pd does not answer on {session.socket}: its default configuration is assumed", err=True)
         return None
@@ -222,7 +188,7 @@ def _mirror_url(listen: str) -> str:
     return f"http://{anywhere.get(host, host)}:{port}"
 
 
-def _registries(running: Status | None, wanted: Sequence[str]) -> list[Registry]:
+def _registries(running: documents.Status | None, wanted: Sequence[str]) -> list[Registry]:
     from node.cli.containerd_hosts import Registry, default_server
 
     urls = {part.name: part.urls[-1] for part in DEFAULT_UPSTREAMS}
@@ -275,7 +241,7 @@ def reload(session: Session) -> None:
     The whole file is applied, or nothing (exit status 1). Changes that need a restart are listed (exit status 4).
     """
     data = session.client.post("/reload")
-    report = decode(data, ReloadReport)
+    report = decode(data, documents.ReloadReport)
     if session.json:
         click.echo(data.rstrip())
     else:
@@ -284,7 +250,7 @@ def reload(session: Session) -> None:
         for line in report.needs_restart:
             click.echo(f"needs a restart: {line}")
     if report.needs_restart:
-        _quit(NEEDS_RESTART)
+        sys.exit(NEEDS_RESTART)
 
 
 @main.command()
@@ -295,65 +261,60 @@ def reload(session: Session) -> None:
 def doctor(session: Session, certs_dir: Path, path: Path | None) -> None:
     """Check this node for faults, and give the remedy of each."""
     try:
-        running = decode(session.client.get("/status"), Status)
-        inside = decode(session.client.get("/doctor"), DoctorReport).checks
+        running = decode(session.client.get("/status"), documents.Status)
+        inside = decode(session.client.get("/doctor"), documents.DoctorReport).checks
     except DaemonUnreachableError as error:
-        checks = [Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
+        checks = [documents.Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
         checks += [*_outside(certs_dir, None), _certificate(path)]
         _show_checks(session, checks)
-        _quit(UNREACHABLE)
-    socket = Check(name="daemon", level="ok", text=f"p2pd {running.version} answers on {session.socket}")
+        sys.exit(UNREACHABLE)
+    socket = documents.Check(name="daemon", level="ok", text=f"p2pd {running.version} answers on {session.socket}")
     checks = [socket, *_outside(certs_dir, running), *inside]
     _show_checks(session, checks)
     if any(check.level == "fail" for check in checks):
-        _quit(FAILED)
+        sys.exit(FAILED)
 
 
-def _quit(code: int) -> NoReturn:
-    raise click.exceptions.Exit(code)
-
-
-def _show_checks(session: Session, checks: Sequence[Check]) -> None:
+def _show_checks(session: Session, checks: Sequence[documents.Check]) -> None:
     if session.json:
-        click.echo(msgspec.json.encode(DoctorReport(checks=tuple(checks))))
+        click.echo(msgspec.json.encode(documents.DoctorReport(checks=tuple(checks))))
         return
     from node.cli.render import console, show_checks
 
     show_checks(console(), checks)
 
 
-def _outside(certs_dir: Path, running: Status | None) -> list[Check]:
+def _outside(certs_dir: Path, running: documents.Status | None) -> list[documents.Check]:
     """The checks that need no daemon."""
-    from node.control.doctor import check_hosts, check_mirror, http_status
+    from node.control.doctor import check_mirror, http_status
 
     mirror = _mirror_url(running.mirror if running else "")
     address = mirror.removeprefix("http://")
-    checks = [check_mirror(address, *http_status(address))]
+    return [check_mirror(address, *http_status(address)), _containerd(certs_dir, mirror, running)]
+
+
+def _containerd(certs_dir: Path, mirror: str, running: documents.Status | None) -> documents.Check:
+    from node.cli.containerd_hosts import points_at
+    from node.control.doctor import check_hosts
+
     if not certs_dir.parent.is_dir():
-        return [*checks, Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})")]
-    return [*checks, check_hosts(*_pointing(certs_dir, mirror, running))]
+        return documents.Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})")
+    names = [registry.name for registry in _registries(running, ())]
+    try:
+        through = [name for name in names if points_at(certs_dir, mirror, name)]
+    except BadInputError as error:
+        return check_hosts((), (), str(error))
+    return check_hosts([name for name in names if name not in through], through)
 
 
-def _certificate(path: Path | None) -> Check:
+def _certificate(path: Path | None) -> documents.Check:
     """The certificate in the files, for a daemon that does not run."""
     from node.control.doctor import certificate_in_files, check_certificate
 
     try:
         return check_certificate(certificate_in_files(read_configuration(path)), time.time())
     except BadInputError as error:
-        return Check(name="configuration", level="fail", text=str(error), hint="p2pd does not start with it")
-
-
-def _pointing(certs_dir: Path, mirror: str, running: Status | None) -> tuple[list[str], list[str], str]:
-    """The registries that containerd does not pull through the mirror, those that it does, and the error if any."""
-    from node.cli.containerd_hosts import points_at
-
-    names = [registry.name for registry in _registries(running, ())]
-    try:
-        through = [name for name in names if points_at(certs_dir, mirror, name)]
-    except BadInputError as error:
-        return [], [], str(error)
-    return [name for name in names if name not in through], through, ""
+        return documents.Check(name="configuration", level="fail", text=str(error), hint="p2pd does not start with it")
 
 
 @main.command(name="version")
@@ -362,7 +323,7 @@ def _pointing(certs_dir: Path, mirror: str, running: Status | None) -> tuple[lis
 def show_version(session: Session) -> None:
     """The versions of p2pctl and of the running daemon."""
     try:
-        daemon = decode(session.client.get("/status"), Status).version
+        daemon = decode(session.client.get("/status"), documents.Status).version
     except ShoalError:
         daemon = None
     if session.json:

@@ -27,27 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from node.api.documents import (
-    NOT_READ,
-    CacheReport,
-    Check,
-    ClusterRow,
-    EvidenceRow,
-    ImagesReport,
-    PeerRow,
-    PeersReport,
-    PullProgress,
-    PullResult,
-    Status,
-    TagsReport,
-    TierRow,
-    UplinkRow,
-    UpstreamRow,
-    Wear,
-    WhyBlock,
-    WhyObject,
-    WhyReport,
-)
+from node.api import documents
 from node.api.image_documents import WorkProgress
 
 PIPED_WIDTH = 200
@@ -93,7 +73,7 @@ def milliseconds(value: float | None) -> str:
 
 
 @contextmanager
-def transfer_bar(title: str) -> Iterator[Callable[[PullProgress | WorkProgress], None]]:
+def transfer_bar(title: str) -> Iterator[Callable[[documents.PullProgress | WorkProgress], None]]:
     """A bar on standard error, and only on a terminal. Without a title it shows the phase of each event."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     err = Console(stderr=True)
@@ -103,7 +83,7 @@ def transfer_bar(title: str) -> Iterator[Callable[[PullProgress | WorkProgress],
     with progress:
         task = progress.add_task(escape(title), total=None)
 
-        def update(event: PullProgress | WorkProgress) -> None:
+        def update(event: documents.PullProgress | WorkProgress) -> None:
             text = escape(title or event.phase)
             progress.update(task, completed=event.bytes_done, total=event.bytes_total or None, description=text)
 
@@ -128,7 +108,7 @@ def show(document: msgspec.Struct, out: Console) -> None:
 
 
 @show.register
-def _status(status: Status, out: Console) -> None:
+def _status(status: documents.Status, out: Console) -> None:
     facts = {
         "node": f"{status.name} (site {status.site})",
         "peer id": status.peer_id,
@@ -152,7 +132,7 @@ def _status(status: Status, out: Console) -> None:
         _upstreams(status.upstreams, out)
 
 
-def _cluster(row: ClusterRow | None) -> str:
+def _cluster(row: documents.ClusterRow | None) -> str:
     if row is None:
         return "-"
     left = ""
@@ -162,7 +142,7 @@ def _cluster(row: ClusterRow | None) -> str:
     return f"{row.id[:16]} ({'has its key' if row.admits else 'joined'}{left}, {row.revocations} revoked)"
 
 
-def _upstreams(upstreams: Iterable[UpstreamRow], out: Console) -> None:
+def _upstreams(upstreams: Iterable[documents.UpstreamRow], out: Console) -> None:
     rows = [
         {
             "upstream": upstream.name,
@@ -177,7 +157,7 @@ def _upstreams(upstreams: Iterable[UpstreamRow], out: Console) -> None:
     show_table(out, rows)
 
 
-def _uplink(row: UplinkRow | None) -> str:
+def _uplink(row: documents.UplinkRow | None) -> str:
     if row is None:
         return "no limit"
     parts = [f"{size(row.rate)}/s"] if row.rate else []
@@ -196,7 +176,7 @@ def show_sources(out: Console, by_bytes: Mapping[str, int], requests: Mapping[st
     show_table(out, rows)
 
 
-def show_tiers(out: Console, tiers: Mapping[str, TierRow]) -> None:
+def show_tiers(out: Console, tiers: Mapping[str, documents.TierRow]) -> None:
     rows = [
         {
             "tier": name,
@@ -210,13 +190,13 @@ def show_tiers(out: Console, tiers: Mapping[str, TierRow]) -> None:
     show_table(out, rows)
 
 
-def _wear(wear: Wear) -> str:
+def _wear(wear: documents.Wear) -> str:
     ratio = f", {wear.written_bytes / wear.served_bytes:.2f} for each byte served" if wear.served_bytes else ""
     return f"{size(wear.written_bytes)}{ratio}"
 
 
 @show.register
-def _peers(report: PeersReport, out: Console) -> None:
+def _peers(report: documents.PeersReport, out: Console) -> None:
     if not report.peers:
         out.print("no other member is known")
         return
@@ -242,7 +222,7 @@ def _peers(report: PeersReport, out: Console) -> None:
         show_table(out, [_evidence(peer, evidence) for peer in report.peers for evidence in peer.evidence])
 
 
-def _evidence(peer: PeerRow, evidence: EvidenceRow) -> Mapping[str, object]:
+def _evidence(peer: documents.PeerRow, evidence: documents.EvidenceRow) -> Mapping[str, object]:
     digest, _, index = evidence.block.partition("#")
     return {
         "false record by": peer.name,
@@ -258,7 +238,7 @@ def short_peer(peer_id: str) -> str:
 
 
 @show.register
-def _images(report: ImagesReport, out: Console) -> None:
+def _images(report: documents.ImagesReport, out: Console) -> None:
     if not report.images:
         out.print("no image was asked for yet")
         return
@@ -278,7 +258,7 @@ def _images(report: ImagesReport, out: Console) -> None:
 
 
 @show.register
-def _tags(report: TagsReport, out: Console) -> None:
+def _tags(report: documents.TagsReport, out: Console) -> None:
     if not report.tags:
         out.print("no such tag was asked for yet")
         return
@@ -299,7 +279,7 @@ def _tags(report: TagsReport, out: Console) -> None:
 
 
 @show.register
-def _cache(report: CacheReport, out: Console) -> None:
+def _cache(report: documents.CacheReport, out: Console) -> None:
     show_tiers(out, report.tiers)
     out.print(f"\nwritten to disk since the start: {_wear(report.wear)}")
     if not report.objects:
@@ -318,7 +298,8 @@ def _cache(report: CacheReport, out: Console) -> None:
     show_table(out, rows)
 
 
-def show_pulled(out: Console, result: PullResult) -> None:
+@show.register
+def _pulled(result: documents.PullResult, out: Console) -> None:
     rate = size(result.bytes_total / result.seconds) if result.seconds > 0 else "-"
     out.print(plain(f"{result.image} {result.digest}"), soft_wrap=True)
     out.print(f"{size(result.bytes_total)} in {duration(result.seconds)} ({rate}/s)")
@@ -342,7 +323,7 @@ class Run:
     retries: int
 
 
-def runs(blocks: Iterable[WhyBlock]) -> Iterator[Run]:
+def runs(blocks: Iterable[documents.WhyBlock]) -> Iterator[Run]:
     """Group by source; every block is in exactly one run. `peers` are those that answered for any of its blocks."""
     for source, group in groupby(blocks, key=lambda block: block.source):
         same = list(group)
@@ -359,7 +340,7 @@ def runs(blocks: Iterable[WhyBlock]) -> Iterator[Run]:
         )
 
 
-def show_why(out: Console, report: WhyReport, names: Mapping[str, str], *, every_block: bool) -> None:
+def show_why(out: Console, report: documents.WhyReport, names: Mapping[str, str], *, every_block: bool) -> None:
     """`names` by peer id; a peer without a name is shown by the end of its id."""
     out.print(plain(f"{report.image} {report.digest}"), soft_wrap=True)
     for listing in report.objects:
@@ -370,7 +351,7 @@ def show_why(out: Console, report: WhyReport, names: Mapping[str, str], *, every
     out.print(totals_line(report), soft_wrap=True)
 
 
-def _show_object(out: Console, listing: WhyObject, names: Mapping[str, str], *, every_block: bool) -> None:
+def _show_object(out: Console, listing: documents.WhyObject, names: Mapping[str, str], *, every_block: bool) -> None:
     single = (run for block in listing.blocks for run in runs([block]))
     rows = [
         {
@@ -378,7 +359,7 @@ def _show_object(out: Console, listing: WhyObject, names: Mapping[str, str], *, 
             ">size": size(run.bytes),
             "source": run.source,
             ">slowest ms": milliseconds(run.slowest_ms),
-            ">retries": "-" if run.source == NOT_READ else run.retries,
+            ">retries": "-" if run.source == documents.NOT_READ else run.retries,
             "peers": ", ".join(names.get(peer) or short_peer(peer) for peer in run.peers),
         }
         for run in (single if every_block else runs(listing.blocks))
@@ -386,7 +367,7 @@ def _show_object(out: Console, listing: WhyObject, names: Mapping[str, str], *, 
     show_table(out, rows)
 
 
-def totals_line(report: WhyReport) -> str:
+def totals_line(report: documents.WhyReport) -> str:
     """Counts all blocks of the image."""
     count = sum(total.blocks for total in report.totals.values())
     whole = sum(total.bytes for total in report.totals.values())
@@ -399,7 +380,7 @@ def totals_line(report: WhyReport) -> str:
 _MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 
 
-def show_checks(out: Console, checks: Iterable[Check]) -> None:
+def show_checks(out: Console, checks: Iterable[documents.Check]) -> None:
     for check in checks:
         mark, colour = _MARKS[check.level]
         out.print(mark, style=colour, end=" ")

@@ -13,10 +13,9 @@ from typing import Self
 from node.runtime.time_windows import TimeWindow
 from protocol.errors import BadInputError
 
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.ASCII)
-_UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
-_UNITS |= {unit: 1024**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)}
-_DURATION = re.compile(r"(\d{1,15}(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+_MEASURE = re.compile(r"(\d{1,15}(?:\.\d+)?)(\s*[A-Za-z]*)", re.ASCII)
+_BYTES = {"": 1} | {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+_BYTES |= {unit: 1024**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PORT = re.compile(r"\d{1,5}", re.ASCII)
 
@@ -41,10 +40,10 @@ class Size(Quantity):
     bytes: int
 
     def __init__(self, text: str) -> None:
-        match = _SIZE.fullmatch(text.strip())
-        if not match:
+        match = _MEASURE.fullmatch(text.strip())
+        if not match or match[2].strip() not in _BYTES:
             raise BadInputError(f'"{text}": not a size; write for example "64MiB" or "10GiB"')
-        self.bytes = int(float(match[1]) * _UNITS[match[2] or "B"])
+        self.bytes = int(float(match[1]) * _BYTES[match[2].strip()])
 
 
 class OptionalSize(Size):
@@ -60,8 +59,8 @@ class Duration(Quantity):
     seconds: float
 
     def __init__(self, text: str) -> None:
-        match = _DURATION.fullmatch(text.strip())
-        if not match:
+        match = _MEASURE.fullmatch(text.strip())
+        if not match or match[2] not in _SECONDS:
             raise BadInputError(f'"{text}": not a duration; write for example "60s", "5m" or "7d"')
         self.seconds = float(match[1]) * _SECONDS[match[2]]
 

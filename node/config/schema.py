@@ -1,6 +1,6 @@
-"""The configuration file: one struct for each part, every key with a default, read once.
+"""The configuration file: one struct for each part, with a default for every key, decoded once into typed values.
 
-`load` names the file, the key and what is accepted when something is wrong. docs/OPERATIONS.md tells the trade-offs.
+An error names the file, the key and the accepted values. docs/OPERATIONS.md explains the trade-offs.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class UpstreamPart(_Part, frozen=True):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """In the order in which they are asked: mirrors first, the registry itself last."""
+        """In the order in which they are asked: mirrors first, the registry last."""
         return (self.url,) if isinstance(self.url, str) else self.url
 
 
@@ -179,15 +179,15 @@ def check(config: Config) -> None:
     """Check what the types do not say. Raises BadInputError naming the key."""
     tag_policies(config)
     if config.cluster.key and config.cluster.open:
-        raise BadInputError("cluster.open: a cluster that anybody may enter has no key; remove cluster.key")
+        raise BadInputError("cluster.open: an open cluster admits every node and has no key; remove cluster.key")
     names = [upstream.name for upstream in config.upstream]
     for upstream in config.upstream:
         check_upstream(upstream.name)
         _check_urls(upstream)
         if upstream.docker_config and upstream.access != "node":
             raise BadInputError(
-                f'upstream "{upstream.name}": docker_config needs access = "node", by which whoever reaches the mirror'
-                f' reads what its credentials can; with access = "{upstream.access}" it would not be used'
+                f'upstream "{upstream.name}": docker_config needs access = "node", with which every client may read'
+                f' what these credentials can read; with access = "{upstream.access}" they are not used'
             )
         uplink_policy(upstream)
     if len(set(names)) != len(names):
@@ -203,7 +203,9 @@ def uplink_policy(part: UpstreamPart) -> UplinkPolicy:
     """Raises BadInputError naming the key."""
     key = f'upstream "{part.name}"'
     if any(limit and not limit.bytes for limit in (part.rate, part.daily)):
-        raise BadInputError(f"{key}: rate and daily: empty for no limit; nothing at all is what leaving it out is for")
+        raise BadInputError(
+            f"{key}: rate and daily: must not be 0; leave them empty for no limit, or omit the upstream"
+        )
     hours = tuple(window.hours for window in part.hours)
     return UplinkPolicy(part.rate.bytes, part.daily.bytes, hours, refuse=part.daily_spent == "refuse")
 
@@ -227,7 +229,7 @@ def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
         raise BadInputError(f"{key}...: match: longer than {MAX_PATTERN} characters")
     if not part.cache:
         if part.ttl or part.max_age:
-            raise BadInputError(f"{key}: cache = false leaves nothing for ttl and max_age to say")
+            raise BadInputError(f"{key}: ttl and max_age have no effect with cache = false; remove them")
         return TagPolicy(part.match, 0.0, 0.0)
     ttl_s = part.ttl.seconds if part.ttl else default.ttl_s
     return TagPolicy(part.match, ttl_s, part.max_age.seconds if part.max_age else default.max_age_s)
@@ -236,7 +238,7 @@ def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
 def _check_urls(upstream: UpstreamPart) -> None:
     key, urls = f'upstream "{upstream.name}": url', [url.rstrip("/") for url in upstream.urls]
     if not 1 <= len(urls) <= MAX_URLS or len(set(urls)) != len(urls):
-        raise BadInputError(f"{key}: from 1 to {MAX_URLS} of them, none twice")
+        raise BadInputError(f"{key}: from 1 to {MAX_URLS} URLs, none twice")
     for url in urls:
         if "@" in url:
             raise BadInputError(f"{key}: credentials belong into docker_config, not into a URL")
@@ -247,7 +249,7 @@ def _check_urls(upstream: UpstreamPart) -> None:
 def _is_registry_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 # checks it
+        parts.port  # noqa: B018 # raises ValueError for a malformed port
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment

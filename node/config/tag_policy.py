@@ -1,4 +1,4 @@
-"""How long a tag is believed to stand for what it did: by the first pattern of the configuration that fits it."""
+"""How long a node trusts its last answer about a tag. The first pattern of the configuration that matches decides."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _REMEMBERED = 4096
 
 @dataclass(frozen=True, slots=True)
 class TagPolicy:
-    """`match` is the pattern, "" for the defaults. A tag is asked for again `ttl_s` after the registry's last word on
-    it, and served up to `max_age_s` old while the registry is out of reach; both are 0 for one never cached."""
+    """`match` is the pattern, "" for the defaults. The registry is asked again `ttl_s` after its last answer, which is
+    served until it is `max_age_s` old while the registry is out of reach. Both are 0 for a tag that is not cached."""
 
     match: str
     ttl_s: float

@@ -1,4 +1,4 @@
-"""What the configuration allows of the uplink to an upstream: node/registry/uplink.py keeps to it."""
+"""The limits that the configuration sets on the uplink to an upstream. node/registry/uplink.py enforces them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from node.runtime.time_windows import TimeWindow
 
 @dataclass(frozen=True, slots=True)
 class UplinkPolicy:
-    """For the site: bytes a second and a day, 0 for no limit. `refuse`: no foreground body once the day's are spent.
+    """Limits of the whole site: `rate` in bytes a second, `daily` in bytes a day, 0 for no limit.
 
-    In `hours` neither limit holds and nothing is counted; where there are any, background reads are made only then.
+    `refuse`: once the day's bytes are used up, foreground bodies are refused too. During `hours` neither limit holds
+    and no bytes are counted; if there are any hours, background reads are made only then.
     """
 
     rate: int = 0

@@ -168,51 +168,51 @@ class NodeControl:
     async def images(self) -> ImagesReport:
         rows = []
         seen: set[str] = set()
-        for source, reference, found in self._parts.names.known.images():
+        for source, reference, resolved in self._parts.names.known.images():
             locator = Locator.parse(source)
             image = str(ImageName(locator.upstream, locator.repository, reference))
-            # A platform's manifest is shown with the tag that leads to it, unless it was asked for by its digest alone.
-            if image not in seen and (objects := await self._held_image(found)):
+            # A platform's manifest is shown with the tag that leads to it, unless it was requested by its digest alone.
+            if image not in seen and (objects := await self._held_image(resolved)):
                 seen.add(image)
-                rows.append(await self._image_row(image, reference, found, objects))
+                rows.append(await self._image_row(image, reference, resolved, objects))
         return ImagesReport(images=tuple(rows))
 
     async def _image_row(
-        self, image: str, reference: str, found: Resolved, objects: Mapping[Digest, Packed]
+        self, image: str, reference: str, resolved: Resolved, objects: Mapping[Digest, Packed]
     ) -> ImageRow:
         tiers = self._parts.site.tiers
         held = sum(bytes_held(tiers.holdings(digest), packed.ref) for digest, packed in objects.items())
         size = sum(packed.ref.size for packed in objects.values())
         return ImageRow(
             image=image,
-            digest=str(found.ref.digest),
-            media_type=found.media_type,
+            digest=str(resolved.ref.digest),
+            media_type=resolved.media_type,
             size=size,
             bytes_held=held,
             complete=held == size,
-            layers=len(parse_manifest(await self._held_manifest(found) or b"").layers),
-            age_s=None if ":" in reference else found.age_s,
+            layers=len(parse_manifest(await self._held_manifest(resolved) or b"").layers),
+            age_s=None if ":" in reference else resolved.age_s,
         )
 
-    async def _held_image(self, found: Resolved) -> Mapping[Digest, Packed]:
+    async def _held_image(self, resolved: Resolved) -> Mapping[Digest, Packed]:
         """The objects of an image, as far as the manifests held here name them; empty if the first one is not held."""
-        return {packed.ref.digest: packed for packed in await walk(found, self._held_manifest)}
+        return {packed.ref.digest: packed for packed in await walk(resolved, self._held_manifest)}
 
-    async def _held_manifest(self, found: Resolved) -> bytes | None:
-        return await held_body(self._parts.site.tiers, found.ref) if found.ref.size <= MAX_MANIFEST else None
+    async def _held_manifest(self, resolved: Resolved) -> bytes | None:
+        return await held_body(self._parts.site.tiers, resolved.ref) if resolved.ref.size <= MAX_MANIFEST else None
 
     async def tags(self, pattern: str) -> TagsReport:
-        return TagsReport(tags=tuple(self._tag_row(*found) for found in self._parts.names.known.tags(pattern)))
+        return TagsReport(tags=tuple(self._tag_row(*row) for row in self._parts.names.known.tags(pattern)))
 
-    def _tag_row(self, one: KnownTag, policy: TagPolicy, state: TagState) -> TagRow:
-        member = self._parts.membership.find(PeerId(one.told_by)) if one.told_by not in ("", REGISTRY) else None
+    def _tag_row(self, tag: KnownTag, policy: TagPolicy, state: TagState) -> TagRow:
+        member = self._parts.membership.find(PeerId(tag.told_by)) if tag.told_by not in ("", REGISTRY) else None
         return TagRow(
-            tag=str(ImageName(one.locator.upstream, one.locator.repository, one.tag)),
-            digest=str(one.resolved.ref.digest),
-            age_s=one.resolved.age_s,
+            tag=str(ImageName(tag.locator.upstream, tag.locator.repository, tag.tag)),
+            digest=str(tag.resolved.ref.digest),
+            age_s=tag.resolved.age_s,
             state=state,
-            source="registry" if one.told_by == REGISTRY else "member" if one.told_by else "remembered",
-            told_by="" if one.told_by == REGISTRY else member.name if member else one.told_by,
+            source="registry" if tag.told_by == REGISTRY else "member" if tag.told_by else "remembered",
+            told_by="" if tag.told_by == REGISTRY else member.name if member else tag.told_by,
             rule=policy.match,
             ttl_s=policy.ttl_s,
             max_age_s=policy.max_age_s,
@@ -232,12 +232,12 @@ class NodeControl:
 
     async def why(self, image: ImageName) -> WhyReport:
         locator = image.manifests
-        found = self._parts.names.known.get(locator, image.reference)
-        objects = await self._held_image(found) if found else {}
-        if found is None or not objects:
+        resolved = self._parts.names.known.get(locator, image.reference)
+        objects = await self._held_image(resolved) if resolved else {}
+        if resolved is None or not objects:
             raise NotFoundError(f"{image} was not pulled through this node")
-        listed = [why_object(one.ref, one.media_type, self._why_blocks(one.ref)) for one in objects.values()]
-        return why_report(str(image), str(found.ref.digest), listed)
+        listed = [why_object(part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values()]
+        return why_report(str(image), str(resolved.ref.digest), listed)
 
     def _why_blocks(self, ref: ObjectRef) -> Mapping[int, WhyBlock]:
         return {
@@ -290,10 +290,10 @@ class NodeControl:
 
 
 def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> UpstreamRow:
-    """An upstream with the health of its registries and the use of its uplink."""
+    """An upstream with the health of its URLs and the use of its uplink."""
     endpoints = (
-        EndpointRow(url=one.url, problem=one.problem, retry_in_s=one.retry_in_s, bytes_received=one.received)
-        for one in upstreams.endpoints(part.name)
+        EndpointRow(url=place.url, problem=place.problem, retry_in_s=place.retry_in_s, bytes_received=place.received)
+        for place in upstreams.endpoints(part.name)
     )
     use = upstreams.uplink(part.name)
     uplink = UplinkRow(rate=use.rate, daily_bytes=use.daily, used_today_bytes=use.used, free=use.free, spent=use.spent)
@@ -308,9 +308,9 @@ def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> UpstreamRow:
 def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, TierRow]:
     return {
         tier: TierRow(
-            bytes=one.bytes, budget_bytes=one.budget_bytes, entries=one.entries, pinned_bytes=one.pinned_bytes
+            bytes=row.bytes, budget_bytes=row.budget_bytes, entries=row.entries, pinned_bytes=row.pinned_bytes
         )
-        for tier, one in statistics.items()
+        for tier, row in statistics.items()
     }
 
 

@@ -74,19 +74,15 @@ class LiveParts:
             seeds()
             for uplink, part in zip(uplinks, config.upstream, strict=True):
                 uplink.change(uplink_policy(part))
-            self._apply(config)
+            set_level(config.node.log)
+            self.names.policies = tag_policies(config)
+            self.access.change(access_grace_s(config), config.mirror.tag_max_age.seconds)
+            self.listings.max_age_s = config.mirror.tag_max_age.seconds
+            self.memory.resize(config.cache.memory.bytes)
+            floor = config.cache.min_free
+            self.disk.resize(config.cache.disk.bytes, free_share=floor.share, free_bytes=floor.bytes)
 
         return change
-
-    def _apply(self, config: Config) -> None:
-        set_level(config.node.log)
-        max_age_s = config.mirror.tag_max_age.seconds
-        self.names.policies = tag_policies(config)
-        self.access.change(access_grace_s(config), max_age_s)
-        self.listings.max_age_s = max_age_s
-        self.memory.resize(config.cache.memory.bytes)
-        floor = config.cache.min_free
-        self.disk.resize(config.cache.disk.bytes, free_share=floor.share, free_bytes=floor.bytes)
 
 
 class Reloader:

@@ -126,15 +126,11 @@ def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> 
 def metrics_handler(metrics: Metrics) -> Handler:
     """GET /metrics, for a TCP listener of its own."""
 
-    async def handle(request: Request) -> Response:
+    async def render(_: Request) -> Response:
         await trio.lowlevel.checkpoint()
-        if request.path != "/metrics":
-            return _error(404, "only /metrics is here")
-        if request.method not in ("GET", "HEAD"):
-            return _error(405, "metrics are read with GET", {"Allow": "GET, HEAD"})
         return Response(200, {"Content-Type": CONTENT_TYPE}, metrics.render())
 
-    return handle
+    return control_handler([Route("GET", "/metrics", render)])
 
 
 async def serve_control(

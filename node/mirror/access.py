@@ -1,9 +1,9 @@
-"""Who may read what the node holds: whoever the registry itself lets read the repository.
+"""Access control of the mirror: a client may read a repository if the registry itself lets it.
 
-With `access = "relay"` a repository is public if the registry gives it to anybody. For all others its own challenge is
-handed on, and what the client then sends is shown to the registry, for that repository, before anything is served.
-Verdicts hold for a short time; while the registry is out of reach they hold longer, within bounds. Whatever a client
-sent is remembered by its hash only, and goes nowhere but to the registry of its repository.
+With `access = "relay"` a repository is public if the registry serves it without credentials. For the others the mirror
+relays the registry's challenge, and asks the registry whether the credentials that the client then sends may read the
+repository, before it serves anything. A verdict holds for a short time, and within bounds for longer while the registry
+is out of reach. Credentials are kept as hashes only, and are sent only to the registry of their repository.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from protocol.errors import DeniedError, NotFoundError, UnavailableError
 log = logging.getLogger(__name__)
 
 FRESH_S = 60.0
-"""How long after the registry said yes it is not asked again: a withdrawn right is seen that late."""
+"""Lifetime of a positive verdict: a withdrawn right takes effect after at most this time."""
 REFUSED_S = 10.0
-"""The same for a no: short, since somebody may be waiting for the right that was just given."""
+"""Lifetime of a negative verdict: short, because a client may be waiting for a right that was just granted."""
 MAX_VERDICTS = 4096
 MAX_PUBLIC = 4096
 MAX_AUTHORIZATION = 16 << 10
@@ -37,12 +37,12 @@ MAX_AUTHORIZATION = 16 << 10
 _SCHEMA = "CREATE TABLE IF NOT EXISTS public (repository TEXT PRIMARY KEY, seen REAL NOT NULL) WITHOUT ROWID;"
 
 SiteSays = Callable[[Locator, str], Awaitable[float | None]]
-"""How many seconds ago a member saw that anybody may read the locator's repository; None where nobody knows."""
+"""Seconds since a member of the site saw that the locator's repository is public; None if none has."""
 _Key = tuple[str, str, bytes]
 
 
 class ChallengedError(DeniedError):
-    """The registry wants to know who reads. `challenge` is the value of a WWW-Authenticate header."""
+    """The registry asks for credentials. `challenge` is the value of a WWW-Authenticate header."""
 
     def __init__(self, message: str, challenge: str) -> None:
         super().__init__(message, challenge)
@@ -53,20 +53,18 @@ class ChallengedError(DeniedError):
 
 
 class Registries(Protocol):
-    """What is needed of node/registry/upstreams.py here."""
+    """The part of node/registry/upstreams.py that is used here."""
 
     async def admits(self, locator: Locator, reference: str) -> bool:
-        """Whether the locator's grant, or without one anybody, may read. `reference` may be "": any."""
-        ...
+        """Whether the locator's grant, or a client without a grant, may read. `reference` may be "": any."""
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
-        """What the registry asked of those whom it refused, for this repository; "" where a client can't meet it."""
-        ...
+        """The registry's challenge for this repository; "" for one that a client cannot answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """Given by the registry `at`, to be asked for again from `until` on."""
+    """Given by the registry at time `at`; the registry is asked again from `until` on."""
 
     allowed: bool
     at: float
@@ -74,11 +72,13 @@ class _Verdict:
 
 
 class PublicTable:
-    """The repositories that anybody could read, and when that was last seen, in SQLite: a node that starts while its
-    uplink is down serves public images. Without the disk it remembers until it stops."""
+    """The public repositories and when each was last seen to be public, in SQLite.
+
+    It lets a node that starts while its uplink is down serve public images. If the disk fails, it holds until the
+    process ends. A `pinned` repository stays public however long ago that was seen.
+    """
 
     def __init__(self, path: Path, pinned: Callable[[Locator], bool] = lambda locator: False) -> None:
-        """What is `pinned` stays as it was last seen, however long ago that is."""
         self._pinned = pinned
         self._seen: LRUCache[str, float] = LRUCache(MAX_PUBLIC)
         self._database = Database(path, _SCHEMA)
@@ -90,7 +90,7 @@ class PublicTable:
         self._database.close()
 
     def age(self, locator: Locator) -> float | None:
-        """Seconds since it was seen to be public. A clock that was set back makes it unknown."""
+        """Seconds since the repository was seen to be public; None if unknown, also after the clock was set back."""
         seen = self._seen.get(_repository(locator))
         age = -1.0 if seen is None else 0.0 if self._pinned(locator) else time.time() - seen
         return age if age >= 0 else None
@@ -112,49 +112,57 @@ def _repository(locator: Locator) -> str:
 
 
 class Access:
-    """`grace_s`: the upstreams that relay, and for how long a client's verdict holds while they are out of reach."""
+    """`grace_s` names the upstreams with `access = "relay"`, and how long a verdict holds while one is out of reach.
+
+    `loopback`: only clients on this machine can reach the mirror, so they may send a password.
+    """
 
     def __init__(
-        self, grace_s: Mapping[str, float], registries: Registries, public: PublicTable, site_says: SiteSays,
-        nursery: trio.Nursery, *, public_grace_s: float, loopback: bool,
-    ) -> None:  # fmt: skip
-        """`loopback`: only clients of this machine reach the mirror, so that they may send a password."""
+        self,
+        grace_s: Mapping[str, float],
+        registries: Registries,
+        public: PublicTable,
+        *,
+        site_says: SiteSays,
+        nursery: trio.Nursery,
+        public_grace_s: float,
+        loopback: bool,
+    ) -> None:
         self.change(grace_s, public_grace_s)
         self._registries, self._public, self._site_says = registries, public, site_says
         self._loopback = loopback
-        self._verdicts: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
+        self.verdicts: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
         self._asking: SingleFlight[tuple[_Key, str], bool] = SingleFlight(nursery)
 
     def change(self, grace_s: Mapping[str, float], public_grace_s: float) -> None:
-        """From the next request on."""
         self._grace_s = {canonical(name): seconds for name, seconds in grace_s.items()}
         self._public_grace_s = public_grace_s
 
     async def admit(self, locator: Locator, reference: str, authorization: str) -> Locator:
-        """The locator to read with for a client that sent this Authorization header, "" for none.
+        """The locator for reading on behalf of a client with this Authorization header, "" for none.
 
-        Raises ChallengedError or DeniedError for who may not read, NotFoundError, or UnavailableError where nobody can
-        tell. `reference` is "" for the repository itself.
+        `reference` is "" for the repository itself. Raises ChallengedError or DeniedError if the client may not read,
+        NotFoundError, or UnavailableError if there is no verdict.
         """
         if canonical(locator.upstream) not in self._grace_s:
             return locator
         ways = [locator]
         if self._may_be_shown(authorization):
             granted = replace(locator, grant=Grant(authorization))
-            known = self._verdicts.get(_key(locator))
-            ways = [granted] if known and not known.allowed else [locator, granted]
+            public = self.verdicts.get(_key(locator))
+            ways = [granted] if public and not public.allowed else [locator, granted]
         missing: NotFoundError | None = None
         for way in ways:
             try:
                 if await self._allowed(way, reference):
                     return way
-            except NotFoundError as error:  # some registries say so of what is private
+            except NotFoundError as error:  # some registries answer 404 for a private repository
                 missing = error
         raise missing or self._challenged(locator)
 
     def refused(self, locator: Locator) -> DeniedError:
-        """The registry took the locator's grant back, or its time is over. What the client is to be told."""
-        self._verdicts.pop(_key(locator), None)
+        """The error for a client whose grant the registry withdrew, or whose grant expired."""
+        self.verdicts.pop(_key(locator), None)
         return self._challenged(locator)
 
     def _may_be_shown(self, authorization: str) -> bool:
@@ -164,28 +172,28 @@ class Access:
 
     async def _allowed(self, way: Locator, reference: str) -> bool:
         key, now = _key(way), trio.current_time()
-        known = self._verdicts.get(key)
-        if known is not None and now < known.until:
-            return known.allowed
+        last = self.verdicts.get(key)
+        if last is not None and now < last.until:
+            return last.allowed
         try:
             allowed = await self._asking.do((key, reference), lambda: self._registries.admits(way, reference))
         except UnavailableError as error:
-            verdict = await self._held_on_to(way, reference, known)
+            verdict = await self._extended(way, reference, last)
             if verdict is None:
                 raise
-            log.info("%s: what was known of who may read it still holds: %s", _repository(way), error)
-            self._verdicts[key] = verdict
+            log.info("%s: the last verdict on access still holds: %s", _repository(way), error)
+            self.verdicts[key] = verdict
             return verdict.allowed
-        self._verdicts[key] = _Verdict(allowed, now, now + (FRESH_S if allowed else REFUSED_S))
+        self.verdicts[key] = _Verdict(allowed, now, now + (FRESH_S if allowed else REFUSED_S))
         if way.grant is None:
             (self._public.note if allowed else self._public.drop)(way)
         return allowed
 
-    async def _held_on_to(self, way: Locator, reference: str, known: _Verdict | None) -> _Verdict | None:
-        """What still holds while the registry is out of reach, for a minute at a time."""
+    async def _extended(self, way: Locator, reference: str, last: _Verdict | None) -> _Verdict | None:
+        """A verdict for the next FRESH_S while the registry is out of reach; None if no earlier one is recent."""
         now = trio.current_time()
-        if known is not None and now < known.at + self._grace_s[canonical(way.upstream)]:
-            return replace(known, until=now + FRESH_S)
+        if last is not None and now < last.at + self._grace_s[canonical(way.upstream)]:
+            return replace(last, until=now + FRESH_S)
         if way.grant is not None:
             return None
         age = self._public.age(way)
@@ -197,7 +205,7 @@ class Access:
         return _Verdict(True, now - age, now + FRESH_S)
 
     def _challenged(self, locator: Locator) -> DeniedError:
-        message = f"{_repository(locator)} is not for everybody"
+        message = f"{_repository(locator)} is not public"
         challenge = self._registries.challenge(locator, basic=self._loopback)
         return ChallengedError(message, challenge) if challenge else DeniedError(message)
 

@@ -1,11 +1,11 @@
 """The registry that clients on this node talk to: the pull part of OCI distribution 1.1, read-only, over `Library`.
 
-Which upstream is meant is said by `?ns=` (containerd, BuildKit), by the first part of the path (Podman, CRI-O,
-skopeo), or by nothing (Docker: docker.io). It is a key into the configured upstreams, never an address.
+A request names its upstream in `?ns=` (containerd, BuildKit) or in the first part of the path (Podman, CRI-O, skopeo);
+Docker names none and means docker.io. The name is a key into the configured upstreams, never an address.
 
-What clients do with failures shapes the answers. An error status makes them go on to the registry itself, so the head
-of a 200 is sent only when the first bytes are there. A body that ends early with FIN is resumed with a Range request,
-which may then be answered 503; a body that stalls would hang the pull, so it is cut.
+The answers follow from how clients handle failures. After an error status they ask the registry itself, so the head of
+a 200 is sent only once the first bytes are ready. They resume a body that ends early with a Range request, which may
+then be answered 503; a body that stalls would hang the pull, so the mirror ends it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 HEAD_S = 25.0
 """containerd waits 30 s for the headers; an error before that lets it go on to the registry itself."""
 STALL_S = 25.0
-"""A body without progress for so long is cut: longer than the library's own deadlines, far below clients' 5 minutes."""
+"""A body without progress for this time is ended: above the library's own deadlines, far below clients' 5 minutes."""
 LIMITS = Limits(methods=("GET", "HEAD"), body_bytes=0)
-"""For the server: whatever tries to push is turned away before its body is read."""
+"""For the server: a push is refused before its body is read."""
 BOUNDARY = f"shoal-{secrets.token_hex(12)}"
-"""Not to be foreseen: no layer can be made to hold it."""
+"""Random, so that no layer can be made to contain it."""
 MAX_MISSING = 4096
-"""Names whose absence is remembered, for when the registry is out of reach."""
+"""Names remembered as absent, for answers while the registry is out of reach."""
 MAX_CURSOR = 2048
-"""Characters of the query of a registry's next page."""
-_PATH = re.compile(r"/v2/(?P<name>.+)/(?P<what>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
+"""Longest query, in characters, of the link to a next page."""
+_PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
 _READING = ("GET", "HEAD")
 
@@ -63,31 +63,30 @@ class _ProblemError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """`locator` is that of blobs for a blob, else that of manifests; `what` is the path's word for the kind."""
+    """`locator` has the kind blobs for a blob, else manifests; `path_kind` is the path's word."""
 
     locator: Locator
-    what: str
+    path_kind: str
     reference: str
 
     @property
     def unknown(self) -> str:
-        """The error code for what is not there."""
-        return {"blobs": "BLOB_UNKNOWN", "manifests": "MANIFEST_UNKNOWN"}.get(self.what, "NAME_UNKNOWN")
+        """The error code for a missing object."""
+        return {"blobs": "BLOB_UNKNOWN", "manifests": "MANIFEST_UNKNOWN"}.get(self.path_kind, "NAME_UNKNOWN")
 
 
 class Mirror:
-    """`handle` is a handler for `http_server.serve_http`."""
+    """`handle` is a handler for `serve_http`. `upstreams` holds canonical names, and may change later."""
 
     def __init__(self, library: Library, upstreams: Collection[str], listings: Listings, access: Access) -> None:
-        """`upstreams` by their canonical names; it may change."""
         self._library, self._access = library, access
         self._upstreams = upstreams
         self._listings = listings
         self._missing: LRUCache[_Target, str] = LRUCache(MAX_MISSING)
-        """With the registry's word for it."""
+        """The registry's error for each."""
 
     async def handle(self, request: Request) -> Response:
-        what = request.path[:300]
+        path = request.path[:300]
         try:
             with trio.move_on_after(HEAD_S):
                 return await self._route(request)
@@ -100,10 +99,10 @@ class Mirror:
         except BadInputError as error:
             return _problem(400, "UNSUPPORTED", error)
         except (UnavailableError, CorruptObjectError) as error:
-            log.warning("%s %r: %s", request.method, what, error)
+            log.warning("%s %r: %s", request.method, path, error)
             return _problem(503, "UNAVAILABLE", error)
-        log.warning("%s %r: nothing came in %.0f s", request.method, what, HEAD_S)
-        return _problem(503, "UNAVAILABLE", f"nothing came in {HEAD_S:.0f} s")
+        log.warning("%s %r: no data within %.0f s", request.method, path, HEAD_S)
+        return _problem(503, "UNAVAILABLE", f"no data within {HEAD_S:.0f} s")
 
     async def _route(self, request: Request) -> Response:
         if request.method not in _READING:
@@ -117,7 +116,7 @@ class Mirror:
             self._missing[target] = str(error)
             raise _ProblemError(404, target.unknown, str(error)) from error
         except UnavailableError:
-            # The registry's last word stands while it is out of reach, as it does for what is there.
+            # While the registry is out of reach its last answer counts, for absent objects as for present ones.
             if target in self._missing:
                 raise _ProblemError(404, target.unknown, self._missing[target]) from None
             raise
@@ -127,33 +126,34 @@ class Mirror:
 
     async def _answer(self, request: Request, target: _Target) -> Response:
         locator = await self._access.admit(
-            target.locator, "" if target.what == "tags" else target.reference, request.headers.get("authorization", "")
+            target.locator,
+            "" if target.path_kind == "tags" else target.reference,
+            request.headers.get("authorization", ""),
         )
         try:
-            if target.what in ("tags", "referrers"):
+            if target.path_kind in ("tags", "referrers"):
                 return await self._listed(request, locator, target)
-            found = await self._library.resolve(locator, target.reference)
-            return await self._object(request, locator, found)
+            return await self._object(request, locator, await self._library.resolve(locator, target.reference))
         except DeniedError as error:
             if locator.grant is None:
                 raise
             raise self._access.refused(locator) from error
 
-    # What is meant
+    # Targets
 
     def _target(self, request: Request) -> _Target:
         match = _PATH.fullmatch(request.path)
-        if not match or (match["what"] == "tags" and match["reference"] != "list"):
+        if not match or (match["kind"] == "tags" and match["reference"] != "list"):
             raise _ProblemError(404, "NAME_UNKNOWN", "not a path of the pull API")
-        what, reference = match["what"], match["reference"]
+        path_kind, reference = match["kind"], match["reference"]
         upstream, repository = self._upstream(match["name"], request.query.get("ns", ""))
-        kind: Kind = "blobs" if what == "blobs" else "manifests"
+        kind: Kind = "blobs" if path_kind == "blobs" else "manifests"
         locator = _valid("NAME_INVALID", lambda name: Locator(upstream, name, kind), repository)
-        if what in ("blobs", "referrers") or (what == "manifests" and is_digest(reference)):
+        if path_kind in ("blobs", "referrers") or (path_kind == "manifests" and is_digest(reference)):
             _valid("DIGEST_INVALID", Digest.parse, reference)
-        elif what == "manifests":
-            _valid("MANIFEST_UNKNOWN", check_reference, reference, status=404)  # nothing can have such a tag
-        return _Target(locator, what, reference)
+        elif path_kind == "manifests":
+            _valid("MANIFEST_UNKNOWN", check_reference, reference, status=404)  # no object can have such a tag
+        return _Target(locator, path_kind, reference)
 
     def _upstream(self, name: str, ns: str) -> tuple[str, str]:
         first, _, rest = name.partition("/")
@@ -171,12 +171,12 @@ class Mirror:
 
     # Objects
 
-    async def _object(self, request: Request, locator: Locator, found: Resolved) -> Response:
-        digest, size = str(found.ref.digest), found.ref.size
+    async def _object(self, request: Request, locator: Locator, resolved: Resolved) -> Response:
+        digest, size = str(resolved.ref.digest), resolved.ref.size
         etag = f'"{digest}"'
         headers = {
             **_VERSION,
-            "Content-Type": "application/octet-stream" if locator.kind == "blobs" else found.media_type,
+            "Content-Type": "application/octet-stream" if locator.kind == "blobs" else resolved.media_type,
             "Docker-Content-Digest": digest,
             "ETag": etag,
             "Accept-Ranges": "bytes",
@@ -191,31 +191,31 @@ class Mirror:
         if request.headers.get("if-range", etag) == etag and "range" in request.headers:
             spans = parse_range(request.headers["range"], size)
         if spans is None:
-            return await self._one(200, headers, locator, found, Span(0, size))
+            return await self._one(200, headers, locator, resolved, span=Span(0, size))
         if not spans:
             unsatisfied = {"Content-Range": f"bytes */{size}"}
             raise _ProblemError(416, "RANGE_INVALID", f"{digest} has {size} bytes", unsatisfied)
         if len(spans) == 1:
             headers["Content-Range"] = spans[0].content_range(size)
-            return await self._one(206, headers, locator, found, spans[0])
-        return await self._several(headers, locator, found, spans)
+            return await self._one(206, headers, locator, resolved, span=spans[0])
+        return await self._several(headers, locator, resolved, spans)
 
     async def _one(
-        self, status: int, headers: Mapping[str, str], locator: Locator, found: Resolved, span: Span
+        self, status: int, headers: Mapping[str, str], locator: Locator, resolved: Resolved, *, span: Span
     ) -> Response:
         headers = {**headers, "Content-Length": str(span.length)}
         if not span.length:
             return Response(status, headers)
-        file = self._library.sealed(found.ref.digest, span.start, span.stop)
+        file = self._library.sealed(resolved.ref.digest, span.start, span.stop)
         if file is not None:
             return Response(status, headers, FileBody(file, span.start, span.stop))
-        return await _begun(status, headers, self._read(locator, found, [span]))
+        return await _begun(status, headers, self._read(locator, resolved, [span]))
 
     async def _several(
-        self, headers: dict[str, str], locator: Locator, found: Resolved, spans: Sequence[Span]
+        self, headers: dict[str, str], locator: Locator, resolved: Resolved, spans: Sequence[Span]
     ) -> Response:
-        """multipart/byteranges, RFC 9110, 14.6."""
-        size, kind = found.ref.size, headers["Content-Type"]
+        """multipart/byteranges (RFC 9110, section 14.6)."""
+        size, kind = resolved.ref.size, headers["Content-Type"]
         heads = [
             f"\r\n--{BOUNDARY}\r\nContent-Type: {kind}\r\nContent-Range: {span.content_range(size)}\r\n\r\n".encode()
             for span in spans
@@ -224,7 +224,7 @@ class Mirror:
         length = sum(map(len, heads)) + sum(span.length for span in spans) + len(end)
 
         async def parts() -> AsyncGenerator[Buffer, None]:
-            async with aclosing(self._read(locator, found, spans)) as chunks:
+            async with aclosing(self._read(locator, resolved, spans)) as chunks:
                 for head, span in zip(heads, spans, strict=True):
                     left = span.length
                     while left > 0:
@@ -237,19 +237,19 @@ class Mirror:
         headers["Content-Type"] = f"multipart/byteranges; boundary={BOUNDARY}"
         return await _begun(206, headers | {"Content-Length": str(length)}, parts())
 
-    async def _read(self, locator: Locator, found: Resolved, spans: Sequence[Span]) -> AsyncGenerator[Buffer, None]:
-        """What the library yields, of exactly the spans' length and never slower than a chunk in STALL_S."""
+    async def _read(self, locator: Locator, resolved: Resolved, spans: Sequence[Span]) -> AsyncGenerator[Buffer, None]:
+        """The library's chunks: exactly the bytes of the spans, with at most STALL_S between chunks."""
         left = sum(span.length for span in spans)
-        (start, stop), *more = ((span.start, span.stop) for span in spans)
-        async with aclosing(self._library.read(locator, found.ref, start, stop, *more)) as chunks:
+        first, *more = ((span.start, span.stop) for span in spans)
+        async with aclosing(self._library.read(locator, resolved.ref, *first, *more)) as chunks:
             while left > 0:
                 chunk: Buffer | None = None
                 with trio.move_on_after(STALL_S) as scope:
                     chunk = await anext(chunks, None)
                 if scope.cancelled_caught:
-                    raise UnavailableError(f"{found.ref.digest}: no progress for {STALL_S:.0f} s")
+                    raise UnavailableError(f"{resolved.ref.digest}: no progress for {STALL_S:.0f} s")
                 if chunk is None:
-                    raise UnavailableError(f"{found.ref.digest}: {left} of the bytes asked for did not come")
+                    raise UnavailableError(f"{resolved.ref.digest}: {left} of the requested bytes are missing")
                 left -= len(chunk)
                 yield chunk
 
@@ -259,12 +259,12 @@ class Mirror:
         query = {name: value for name, value in request.query.items() if name != "ns"}
         if sum(map(len, (*query, *query.values()))) > MAX_CURSOR:
             raise _ProblemError(400, "UNSUPPORTED", f"a query of more than {MAX_CURSOR} characters")
-        if target.what == "tags":
+        if target.path_kind == "tags":
             listed = await self._listings.tags(locator, query)
         else:
             listed = await self._listings.referrers(locator, Digest.parse(target.reference), query)
         headers = {**_VERSION, "Content-Type": listed.media_type}
-        if link := _own_link(listed.link, request):
+        if link := own_link(listed.link, request):
             headers["Link"] = link
         if listed.filters:
             headers["OCI-Filters-Applied"] = listed.filters
@@ -272,15 +272,15 @@ class Mirror:
 
 
 def _read_only(path: str) -> _ProblemError:
-    """A digest that is none is told even so: the specification's suite asks for that with a PUT."""
+    """The error for a malformed digest comes first: the specification's test suite expects it for a PUT."""
     match = _PATH.fullmatch(path)
-    if match and match["what"] == "manifests" and is_digest(match["reference"]):
+    if match and match["kind"] == "manifests" and is_digest(match["reference"]):
         _valid("DIGEST_INVALID", Digest.parse, match["reference"])
     return _ProblemError(405, "UNSUPPORTED", "this mirror is read-only", {"Allow": ", ".join(_READING)})
 
 
 async def _begun(status: int, headers: Mapping[str, str], body: AsyncGenerator[Buffer, None]) -> Response:
-    """A response whose first bytes are there already; what fails later ends the body early."""
+    """A response whose first bytes are ready; a later failure ends the body early."""
     return Response(status, headers, body, first=[await anext(body)])
 
 
@@ -296,15 +296,15 @@ def _problem(status: int, code: str, error: object) -> Response:
 
 
 def _names(header: str, etag: str, *, weak: bool) -> bool:
-    """Whether an If-Match or If-None-Match header names the tag, or all by `*` (RFC 9110, 13.1.1 and 13.1.2)."""
+    """Whether If-Match or If-None-Match names the tag, or any by `*` (RFC 9110, sections 13.1.1 and 13.1.2)."""
     tags = [part.strip() for part in header.split(",")]
     return any((tag.removeprefix("W/") if weak else tag) in (etag, "*") for tag in tags)
 
 
-def _own_link(link: str, request: Request) -> str:
-    """The registry's link to the next page, as one to this mirror: same path, and its query, which may be any cursor.
+def own_link(link: str, request: Request) -> str:
+    """The registry's link to the next page as a link to this mirror, with the same path and the registry's query.
 
-    The request's `artifactType`, which the registry was not told, and `ns` are put back.
+    It gets the request's `ns` back, and `artifactType`, which the registry did not receive.
     """
     match = re.match(rf'\s*<([^>]{{1,{MAX_CURSOR}}})>\s*;\s*rel="?next"?', link)
     if not match:

@@ -1,8 +1,8 @@
 """Fuzzing of the decoders, guided by coverage: `python -m tests.fuzz [--seconds N] [--keep] [TARGET...]`.
 
-Needs atheris, which `make fuzz` installs beside the environment. What reached farther is in build/fuzz/TARGET; with
---keep the shortest of it is added to tests/fuzz/corpus. A finding ends its target: the bytes are in
-build/fuzz/TARGET-crash-..., and the exit status is 1. A corpus file of such bytes is its test from then on.
+Needs atheris, which `make fuzz` installs beside the environment. Inputs that reached new branches are saved in
+build/fuzz/TARGET; with --keep the shortest are added to tests/fuzz/corpus. A finding ends its target: its bytes are in
+build/fuzz/TARGET-crash-..., and the exit status is 1. Added to the corpus, they are its regression test.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rich.table import Table
 BUILD = Path("build/fuzz")
 MAX_LENGTH = 4096
 MAX_KEPT = 4 << 10
-"""Bytes of corpus for one target: all of it is below 100 kB."""
+"""Bytes of corpus for one target; the whole corpus stays below 100 kB."""
 
 
 def fuzz_one(target: str, arguments: list[str]) -> None:
-    """In a process of its own; never returns."""
-    import atheris  # type: ignore[import-not-found, unused-ignore] # only here is it needed
+    """Fuzz in this process; never returns."""
+    import atheris  # type: ignore[import-not-found, unused-ignore] # installed for fuzzing only
 
     with atheris.instrument_imports(include=["node", "protocol", "cache"], enable_loader_override=False):
         from tests.fuzz.targets import TARGETS  # instrumented
@@ -40,7 +40,7 @@ def run_one(target: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def seed(target: str) -> Path:
-    from tests.fuzz.seeds import seeds  # not in the process that instruments
+    from tests.fuzz.seeds import seeds  # not in the instrumented process
 
     folder = BUILD / f"{target}-seeds"
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,20 +49,20 @@ def seed(target: str) -> Path:
     return folder
 
 
-def keep(target: str, found: Path) -> int:
-    """Adds what was found to the corpus, the shortest first, as far as there is room; the number of files."""
+def keep(target: str, folder: Path) -> int:
+    """Add new inputs to the corpus, the shortest first, up to MAX_KEPT. Returns the number of files added."""
     from tests.fuzz.seeds import seeds
 
-    known, corpus = set(seeds(target)), Path("tests/fuzz/corpus", target)
+    present, corpus = set(seeds(target)), Path("tests/fuzz/corpus", target)
     corpus.mkdir(parents=True, exist_ok=True)
     room = MAX_KEPT - sum(path.stat().st_size for path in corpus.iterdir())
     kept = 0
-    for path in sorted(found.iterdir(), key=lambda path: path.stat().st_size):
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_size):
         data = path.read_bytes()
-        room -= 0 if data in known else len(data)
+        room -= 0 if data in present else len(data)
         if room < 0:
             break
-        if data not in known:
+        if data not in present:
             (corpus / path.name[:16]).write_bytes(data)
             kept += 1
     return kept
@@ -70,35 +70,34 @@ def keep(target: str, found: Path) -> int:
 
 @click.command()
 @click.option("--seconds", default=300.0, help="For all targets together.")
-@click.option("--keep", "keeping", is_flag=True, help="Add of what reached farther to the corpus.")
-@click.option("--one", hidden=True)
+@click.option("--keep", "keeping", is_flag=True, help="Add inputs that reached new branches to the corpus.")
+@click.option("--one", "single", hidden=True)
 @click.argument("names", nargs=-1)
-def main(seconds: float, keeping: bool, one: str | None, names: tuple[str, ...]) -> None:
-    if one:
-        fuzz_one(one, list(names))
+def main(seconds: float, keeping: bool, single: str | None, names: tuple[str, ...]) -> None:
+    if single:
+        fuzz_one(single, list(names))
     from tests.fuzz.targets import TARGETS
 
     chosen = names or tuple(TARGETS)
-    table = Table("target", "runs", "per second", "branches", "kept", "", box=None)
+    columns = ("target", "runs", "per second", "branches", "kept", "")
+    table = Table(*columns, box=None)
     failed = False
     for target in chosen:
-        found, seeds = BUILD / target, seed(target)
-        found.mkdir(parents=True, exist_ok=True)
+        folder, seeds = BUILD / target, seed(target)
+        folder.mkdir(parents=True, exist_ok=True)
         limits = [f"-max_total_time={max(1, int(seconds / len(chosen)))}", f"-max_len={MAX_LENGTH}", "-timeout=20"]
-        status, text = run_one(
-            target,
-            [*limits, "-rss_limit_mb=2048", "-print_final_stats=1", f"-artifact_prefix={BUILD}/{target}-",
-             str(found), str(seeds)],
-        )  # fmt: skip
+        output = ["-rss_limit_mb=2048", "-print_final_stats=1", f"-artifact_prefix={BUILD}/{target}-"]
+        status, text = run_one(target, [*limits, *output, str(folder), str(seeds)])
         failed |= status != 0
-        kept = keep(target, found) if keeping and not status else 0
+        kept = keep(target, folder) if keeping and not status else 0
         numbers = dict(line.removeprefix("stat::").split(":", 1) for line in text.splitlines() if line[:6] == "stat::")
         covered = [
             word for line in text.splitlines() if " cov: " in line for word in [line.split(" cov: ")[1].split()[0]]
         ]
         runs, rate = (numbers.get(f"number_of_executed_units{end}", "").strip() for end in ("", "_per_sec"))
         rate = numbers.get("average_exec_per_sec", rate).strip()
-        table.add_row(target, runs, rate, covered[-1] if covered else "", str(kept), "FAILED" if status else "")
+        cells = (target, runs, rate, covered[-1] if covered else "", str(kept), "FAILED" if status else "")
+        table.add_row(*cells)
         if status:
             sys.stderr.write("\n".join(text.splitlines()[-40:]) + "\n")
     Console(width=100).print(table)

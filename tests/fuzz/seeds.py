@@ -1,4 +1,4 @@
-"""Well-formed bytes for each target, to begin with; tests/fuzz/corpus has what was found from them."""
+"""Well-formed bytes for each target, from which fuzzing starts. tests/fuzz/corpus holds the inputs found from them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from tests.support.archives import Layout
 CORPUS = Path(__file__).parent / "corpus"
 MEMBER = Member(ME.peer_id, "node-1", "site", ("10.0.0.1:4502",))
 UPDATES = (Update(MEMBER, State.ALIVE, 1),)
-RECORD = make_record(ObjectRef(DIGEST, 5), 0, bytes(32), ME.peer_id, ME.sign)
+RECORD = make_record(ObjectRef(DIGEST, 5), 0, bytes(32), signer=ME.peer_id, sign=ME.sign)
 NAME = str(DIGEST)
 
+_SHARD = (NAME, 0, 5, 4, 1, 2, 1, "docker.io/org/app#blobs")
 _REQUESTS: Sequence[messages.Request] = (
-    messages.GetShard(NAME, 0, 5, 4, 1, 2, 1, "docker.io/org/app#blobs"),
+    messages.GetShard(*_SHARD),
     messages.GetBlock(NAME, 0, 5),
     messages.GetHoldings(NAME),
     messages.FindHolders(NAME),
@@ -142,7 +143,7 @@ _SEEDS: Mapping[str, Sequence[bytes]] = {
 
 @cache
 def seeds(target: str) -> tuple[bytes, ...]:
-    """Those here and those of the corpus."""
+    """The seeds of this file and those of the corpus."""
     kept = sorted((CORPUS / target).glob("*"))
     return (*_SEEDS[target], *(path.read_bytes() for path in kept))
 

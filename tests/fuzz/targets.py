@@ -1,7 +1,7 @@
-"""Every decoder of bytes from outside, as a function of bytes: what it refuses it refuses by its named error.
+"""Every decoder of bytes from outside, as a function of bytes that may raise only the decoder's named error.
 
-Any other exception is a finding, and so is what the assertions here deny. `tests/property/test_fuzz_corpus.py` runs all
-of them on their seeds, the corpus and changes of both; `python -m tests.fuzz` for as long as it is told.
+Any other exception is a finding, and so is a failed assertion here. `tests/property/test_fuzz_corpus.py` runs all of
+them on their seeds, the corpus and changes of both; `python -m tests.fuzz` runs them for a given time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from node.control.routes import Route, control_handler, control_routes
 from node.identity.certificates import Authority, Credentials, issued_by, new_authority, peer_of
 from node.identity.identity import Identity, from_pem
 from node.membership.peers_file import _File as RememberedFile
-from node.mirror.mirror import LIMITS, Mirror, _own_link
+from node.mirror.mirror import LIMITS, Mirror, own_link
 from node.oci.byte_ranges import parse_range
 from node.oci.challenges import parse_challenges, parse_token, relayed, token_request
 from node.oci.layout import read_layout
@@ -92,7 +92,7 @@ def introduction_members(data: bytes) -> None:
 
 
 def record(data: bytes) -> None:
-    """In a row of the disk's index, and as somebody's word for a block."""
+    """A record in a row of the disk's index, and one received from a peer."""
     with suppress(BadInputError):
         stored = parse_row((str(DIGEST), 0, 0, 0, 0, bytes(32), data, 1))
         assert stored.record.digest == str(DIGEST)
@@ -129,27 +129,27 @@ def certificate(data: bytes) -> None:
 
 
 def manifest(data: bytes) -> None:
-    found = parse_manifest(data)
+    parsed = parse_manifest(data)
     for kind in ("manifests", "blobs"):
-        for one in descriptors(found, kind):
-            assert one.ref.size >= 0
-            assert one.media_type.isascii()
-            assert one.media_type.isprintable()
+        for descriptor in descriptors(parsed, kind):
+            assert descriptor.ref.size >= 0
+            assert descriptor.media_type.isascii()
+            assert descriptor.media_type.isprintable()
 
 
 def token(data: bytes) -> None:
-    found = parse_token(data)
-    if found is not None:
-        assert found[0].isascii()
-        assert found[0].isprintable()
-        assert 0 < found[1] < 3600
+    parsed = parse_token(data)
+    if parsed is not None:
+        assert parsed[0].isascii()
+        assert parsed[0].isprintable()
+        assert 0 < parsed[1] < 3600
 
 
 def challenge(data: bytes) -> None:
     challenges = parse_challenges(data.decode("latin-1"))
     for insecure in (False, True):
-        for one in challenges:
-            token_request(one, insecure=insecure, scope="repository:a:pull")
+        for asked in challenges:
+            token_request(asked, insecure=insecure, scope="repository:a:pull")
         header = relayed(challenges, insecure=insecure, repository="a", basic=insecure)
         assert header.isascii()
         assert not header or header.isprintable()
@@ -157,9 +157,9 @@ def challenge(data: bytes) -> None:
 
 def docker_config(data: bytes) -> None:
     with suppress(ValueError):
-        found = parse_docker_config(data)
-        found.of(["docker.io"])
-        found.helper(["docker.io"])
+        parsed = parse_docker_config(data)
+        parsed.of(["docker.io"])
+        parsed.helper(["docker.io"])
 
 
 def listing(data: bytes) -> None:
@@ -172,9 +172,9 @@ def listing(data: bytes) -> None:
 
 
 def link(data: bytes) -> None:
-    found = _own_link(data.decode("latin-1"), Request("GET", "/v2/a/tags/list", {"ns": "docker.io"}, {}))
-    assert found.isascii()
-    assert not found or found.isprintable()
+    header = own_link(data.decode("latin-1"), Request("GET", "/v2/a/tags/list", {"ns": "docker.io"}, {}))
+    assert header.isascii()
+    assert not header or header.isprintable()
 
 
 def content_range(data: bytes) -> None:
@@ -228,7 +228,7 @@ def byte_range(data: bytes) -> None:
 
 
 class _Complaints(logging.Handler):
-    """What the server logs as a failure of its own."""
+    """Records of failures that the server logs as its own."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -243,7 +243,7 @@ logging.getLogger("node.web.server").addHandler(_COMPLAINTS)
 
 
 def _served(handler: Handler, limits: Limits) -> Target:
-    """Bytes on a connection to a server of ours: well-formed answers, none of them a failure of the server's own."""
+    """Bytes on a connection to our server: the answers are well-formed, and none is a failure of the server itself."""
 
     def target(data: bytes) -> None:
         _COMPLAINTS.records.clear()
@@ -277,7 +277,7 @@ async def _exchanged(handler: Handler, limits: Limits, data: bytes) -> bytes:
 
 
 class _Refusing:
-    """An offline API that has nothing."""
+    """An image API that holds no image."""
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         def refuse(*arguments: object, **named: object) -> object:
@@ -297,7 +297,7 @@ def _mirror() -> Handler:
 
 
 class _Text:
-    """Stands for a configuration file."""
+    """A fake configuration file."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -313,7 +313,7 @@ def config(data: bytes) -> None:
 
 def archive(data: bytes) -> None:
     def read(offset: int, length: int) -> bytes:
-        assert 0 <= offset <= offset + length <= len(data), "it asks only for what is there"
+        assert 0 <= offset <= offset + length <= len(data), "it reads only within the data"
         return data[offset : offset + length]
 
     with suppress(BadInputError):
@@ -345,9 +345,7 @@ TARGETS: Mapping[str, Target] = {
     "http_answer": http_answer,
     "byte_range": byte_range,
     "mirror": _served(_mirror(), LIMITS),
-    "control": _served(
-        control_handler([*control_routes(FakeControl()), *image_routes(cast(Any, _Refusing()))]), Limits()
-    ),
+    "control": _served(control_handler(_control_routes()), Limits()),
     "config": config,
     "archive": archive,
 }

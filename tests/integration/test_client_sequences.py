@@ -1,7 +1,7 @@
-"""What clients that are not installed here ask, request by request as their sources have it, of a real p2pd.
+"""The requests of clients that are not installed here, taken from their sources, sent to a real p2pd.
 
-Each answer is checked by what that client looks at: a wrong length, a missing header or a part too few fails its pull.
-The clients that are installed are in test_containerd.py, test_cri.py and beside them.
+Each answer is checked for what that client checks: a wrong length, a missing header or a missing part fails its pull.
+The installed clients are tested in test_containerd.py, test_cri.py and the files beside them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import http.client
 import json
 import re
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,19 +40,19 @@ FOREIGN_LAYER = b"for another platform"
 MAX_COPIES = 1.02
 FETCH_BUFFER = 1 << 20
 PODMANS_RANGES = 1024
-"""Beyond it containers/storage merges neighbours."""
+"""With more ranges containers/storage merges neighbours."""
 
 Headers = Sequence[tuple[str, str]]
 
 pytestmark = pytest.mark.skipif(not registries.installed(), reason="Debian package docker-registry is not installed")
 
 
-# What is in the registry
+# The registry's content
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Media types; `tag` names an index of two platforms that is written in them."""
+    """Media types; `tag` names an index of two platforms with these types."""
 
     tag: str
     index: str
@@ -76,18 +75,24 @@ class Words:
 
 VND = "application/vnd."
 OCI = Words(
-    "oci", f"{VND}oci.image.index.v1+json", f"{VND}oci.image.manifest.v1+json", f"{VND}oci.image.config.v1+json",
-    f"{VND}oci.image.layer.v1.tar+gzip",
-)  # fmt: skip
+    "oci",
+    index=f"{VND}oci.image.index.v1+json",
+    manifest=f"{VND}oci.image.manifest.v1+json",
+    config=f"{VND}oci.image.config.v1+json",
+    layer=f"{VND}oci.image.layer.v1.tar+gzip",
+)
 DOCKER = Words(
-    "docker", f"{VND}docker.distribution.manifest.list.v2+json", f"{VND}docker.distribution.manifest.v2+json",
-    f"{VND}docker.container.image.v1+json", f"{VND}docker.image.rootfs.diff.tar.gzip",
-)  # fmt: skip
+    "docker",
+    index=f"{VND}docker.distribution.manifest.list.v2+json",
+    manifest=f"{VND}docker.distribution.manifest.v2+json",
+    config=f"{VND}docker.container.image.v1+json",
+    layer=f"{VND}docker.image.rootfs.diff.tar.gzip",
+)
 SCHEMA_1 = f"{VND}docker.distribution.manifest.v1+prettyjws"
 
 
 def document(media_type: str, **parts: object) -> bytes:
-    """As Docker's own tools write them: to be kept byte for byte."""
+    """Indented as Docker's own tools do, so that a re-encoded answer differs."""
     return json.dumps({"schemaVersion": 2, "mediaType": media_type, **parts}, indent=3).encode()
 
 
@@ -109,7 +114,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
             client.put(upload.copy_merge_params({"digest": digest_of(data)}), content=data).raise_for_status()
         for words in (OCI, DOCKER):
             both = [words.manifest_of(layer) for layer in (FOREIGN_LAYER, LAYER)]
-            for reference, body in (*((digest_of(one), one) for one in both), (words.tag, words.whole())):
+            for reference, body in (*((digest_of(body), body) for body in both), (words.tag, words.whole())):
                 headers = {"Content-Type": json.loads(body)["mediaType"]}
                 client.put(f"/v2/{REPOSITORY}/manifests/{reference}", content=body, headers=headers).raise_for_status()
     return folder
@@ -129,33 +134,32 @@ def proxy(registry: Registry) -> Iterator[CountingProxy]:
 
 @pytest.fixture
 def node(folder: Path, proxy: CountingProxy) -> Iterator[Node]:
-    with site(folder / "site", proxy.url, 1, upstream=HUB) as (one,):
-        yield one
+    with site(folder / "site", proxy.url, 1, upstream=HUB) as (running,):
+        yield running
 
 
-# How it is asked for
+# Clients
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
     where: str
-    """Its targets, made of {name}, the registry's, and {path}."""
+    """The form of its targets: {name} is the registry's."""
     accept: tuple[str, ...]
-    """The values of its Accept headers for manifests, each in a header of its own."""
+    """Values of its Accept headers for manifests, one header each."""
     blobs: Headers
-    """What it sends for blobs, beside the Range where it goes on."""
+    """Its headers for blobs, in addition to the Range of a resumed read."""
     head: bool = True
-    """Whether it asks for a tag by HEAD, and then for the digest that it is told."""
+    """Whether it resolves a tag by HEAD and then requests the digest."""
 
-    def target(self, what: str) -> str:
-        return self.where.format(name=HUB, path=f"{REPOSITORY}/{what}")
+    def target(self, path: str) -> str:
+        return self.where.format(name=HUB, path=f"{REPOSITORY}/{path}")
 
     @property
     def manifests(self) -> Headers:
         return [("Accept", kind) for kind in self.accept]
 
     def open(self, connection: http.client.HTTPConnection, data: bytes, span: str = "") -> http.client.HTTPResponse:
-        """Ask for a blob."""
         headers = [*self.blobs, *([("Range", f"bytes={span}")] if span else [])]
         return ask(connection, "GET", self.target(f"blobs/{digest_of(data)}"), headers)
 
@@ -193,7 +197,7 @@ def connected(node: Node) -> Iterator[http.client.HTTPConnection]:
 def ask(
     connection: http.client.HTTPConnection, method: str, target: str, headers: Headers = ()
 ) -> http.client.HTTPResponse:
-    """These headers and Host, and no others."""
+    """Send these headers and Host, and no others."""
     connection.putrequest(method, target, skip_accept_encoding=True)
     for name, value in headers:
         connection.putheader(name, value)
@@ -202,13 +206,13 @@ def ask(
 
 
 def check(
-    method: str, connection: http.client.HTTPConnection, target: str, headers: Headers, kind: str, data: bytes
+    method: str, connection: http.client.HTTPConnection, target: str, headers: Headers, *, kind: str, data: bytes
 ) -> None:
-    """The object, as it is."""
+    """Request an object, and compare the answer with `data`."""
     answer = ask(connection, method, target, headers)
     assert answer.status == 200
-    told = {name: answer.getheader(name) for name in ("Content-Type", "Content-Length", "Docker-Content-Digest")}
-    assert told == {
+    received = {name: answer.getheader(name) for name in ("Content-Type", "Content-Length", "Docker-Content-Digest")}
+    assert received == {
         "Content-Type": kind,
         "Content-Length": str(len(data)),
         "Docker-Content-Digest": digest_of(data),
@@ -228,10 +232,12 @@ def test_a_pull_from_the_tag_to_the_layers(node: Node, proxy: CountingProxy, cli
             assert ask(connection, "GET", "/v2/").read() == b"{}"
             for method, reference, data in (*asked, ("GET", digest_of(manifest), manifest)):
                 kind = words.manifest if data == manifest else words.index
-                check(method, connection, client.target(f"manifests/{reference}"), client.manifests, kind, data)
+                check(
+                    method, connection, client.target(f"manifests/{reference}"), client.manifests, kind=kind, data=data
+                )
             for data in (CONFIG, LAYER):
                 target = client.target(f"blobs/{digest_of(data)}")
-                check("GET", connection, target, client.blobs, "application/octet-stream", data)
+                check("GET", connection, target, client.blobs, kind="application/octet-stream", data=data)
     assert proxy.count.received <= MAX_COPIES * len(LAYER), proxy.count.asked.most_common(5)
 
 
@@ -259,7 +265,7 @@ def test_containerd_2_1_reads_a_layer_by_several_ranges_at_once(
     def part(start: int) -> bytes:
         with connected(node) as connection:
             answer = CONTAINERD.open(connection, LAYER, f"{start}-")
-            assert answer.status == 206, "else it reads on one connection"
+            assert answer.status == 206, "otherwise containerd reads on one connection"
             assert answer.getheader("Content-Range") == f"bytes {start}-{size - 1}/{size}"
             assert answer.getheader("Content-Length") == str(size - start)
             return answer.read(FETCH_BUFFER)
@@ -329,23 +335,29 @@ def test_containerd_goes_on_to_the_next_host_for_what_is_not_here(node: Node) ->
     ids=["some", "much"],
 )
 def test_a_registry_that_asks_for_patience_gets_some_of_it(folder: Path, faults: list[Fault], status: int) -> None:
-    """What needs much goes on to the next host. To a 408 or 429 containerd would ask the same host five times over."""
+    """A registry that asks for much patience is answered 503 at once, so that containerd asks the next host.
+
+    To a 408 or 429 containerd would ask the same host five times.
+    """
     size = 24 * BLOCK_SIZE
     with (
         FaultyOrigin(size, *faults) as origin,
         site(folder / "site", origin.url, 1) as (node,),
         connected(node) as connection,
     ):
-        began = time.monotonic()
         answer = ask(connection, "GET", f"/v2/app/blobs/{origin.digest}?ns={UPSTREAM}", CONTAINERD.blobs)
         body = answer.read()
         assert answer.status == status
-        assert body == content(0, size) if status == 200 else json.loads(body)["errors"][0]["code"] == "UNAVAILABLE"
-        assert time.monotonic() - began < 10
+        if status == 200:
+            assert body == content(0, size)
+        else:
+            (error,) = json.loads(body)["errors"]
+            assert error["code"] == "UNAVAILABLE"
+            assert "no data within" not in error["message"], "it did not wait for the registry"
 
 
 def test_kubelet_gives_its_secret_to_who_asks_as_the_registry_does(folder: Path, stored: Path, tmp_path: Path) -> None:
-    """containerd with an imagePullSecret: 401, a token from the realm it is told, and that with every request."""
+    """containerd with an imagePullSecret: 401, a token from the challenge's realm, and the token with every request."""
     with contextlib.ExitStack() as stack:
         tokens = stack.enter_context(TokenServer(tmp_path, {"pod": "secret"}, {"pod": [REPOSITORY]}))
         guarded = stack.enter_context(registries.docker_registry(stored, auth=tokens.registry_auth()))
@@ -356,18 +368,20 @@ def test_kubelet_gives_its_secret_to_who_asks_as_the_registry_does(folder: Path,
         asked.read()
         challenge = asked.getheader("WWW-Authenticate", "")
         assert (asked.status, challenge.startswith("Bearer ")) == (401, True)
-        told = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-        query = {"service": told["service"], "scope": told["scope"]}
-        token = httpx.get(told["realm"], params=query, auth=("pod", "secret"), trust_env=False).json()["token"]
+        fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+        query = {"service": fields["service"], "scope": fields["scope"]}
+        token = httpx.get(fields["realm"], params=query, auth=("pod", "secret"), trust_env=False).json()["token"]
         bearer = ("Authorization", f"Bearer {token}")
         whole, manifest, octets = OCI.whole(), OCI.manifest_of(LAYER), "application/octet-stream"
-        check("HEAD", connection, tag, [*CONTAINERD.manifests, bearer], OCI.index, whole)
-        for what, data, kind in (
-            ("manifests", whole, OCI.index), ("manifests", manifest, OCI.manifest), ("blobs", CONFIG, octets),
+        check("HEAD", connection, tag, [*CONTAINERD.manifests, bearer], kind=OCI.index, data=whole)
+        for path, data, kind in (
+            ("manifests", whole, OCI.index),
+            ("manifests", manifest, OCI.manifest),
+            ("blobs", CONFIG, octets),
             ("blobs", LAYER, octets),
-        ):  # fmt: skip
-            target = CONTAINERD.target(f"{what}/{digest_of(data)}")
-            check("GET", connection, target, [*CONTAINERD.manifests, bearer], kind, data)
+        ):
+            target = CONTAINERD.target(f"{path}/{digest_of(data)}")
+            check("GET", connection, target, [*CONTAINERD.manifests, bearer], kind=kind, data=data)
             refused = ask(connection, "GET", target, CONTAINERD.manifests)
             assert (refused.status, refused.getheader("WWW-Authenticate")) == (401, challenge)
             refused.read()
@@ -390,7 +404,7 @@ def test_podman_reads_parts_of_a_zstd_chunked_layer(node: Node, proxy: CountingP
     assert parts_of(node, many) == [LAYER[start:stop] for start, stop in many]
     with connected(node) as connection:
         answer = PODMAN.open(connection, LAYER, ranges([*many, (size - 100, size)]))
-        assert (answer.status, answer.read()) == (200, LAYER), "it takes its parts out of the whole then"
+        assert (answer.status, answer.read()) == (200, LAYER), "then it takes its parts from the whole layer"
     assert quiet(node)
 
 
@@ -406,7 +420,7 @@ def parts_of(node: Node, spans: Sequence[tuple[int, int | None]]) -> list[bytes]
     kind = re.fullmatch(r"multipart/byteranges; boundary=([A-Za-z0-9-]{1,70})", answer.getheader("Content-Type", ""))
     assert kind is not None
     parts = list(multipart(body, kind[1].encode()))
-    assert [told for told, _ in parts] == [content_range(*span) for span in spans]
+    assert [field for field, _ in parts] == [content_range(*span) for span in spans]
     return [data for _, data in parts]
 
 
@@ -430,6 +444,6 @@ def multipart(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def quiet(node: Node) -> bool:
-    """Nothing of what happened is worth an operator's look."""
+    """The node logged no warning and no error."""
     assert not re.findall("level=(?:warning|error).*|Traceback.*", tail(node.log, 10_000))
     return True

@@ -1,9 +1,9 @@
 """The pull side of the OCI distribution specification 1.1 against a real p2pd before a real docker-registry.
 
 The requests and expectations are those of the specification's own conformance suite (categories Pull and Content
-Discovery of 1.1, and what its later rewrite adds for reading: ranges, sha512, special contents), as far as they need
-no write: what the suite pushes through the tested registry is pushed to the one behind the mirror. docker-registry has
-neither the referrers API nor pages of tags, so these are the mirror's own.
+Discovery of 1.1, and the additions of its later rewrite for reading: ranges, sha512, special contents). The suite's
+pushes go to the registry behind the mirror. docker-registry has neither the referrers API nor pages of tags, so these
+answers are the mirror's own.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ ARTIFACTS = [
 ]
 REFERRERS = index(
     [
-        described(one, MANIFEST, artifactType=f"application/vnd.example.{kind}", annotations={"kind": kind})
-        for one, kind in zip(ARTIFACTS, ("signature", "sbom"), strict=True)
+        described(artifact, MANIFEST, artifactType=f"application/vnd.example.{kind}", annotations={"kind": kind})
+        for artifact, kind in zip(ARTIFACTS, ("signature", "sbom"), strict=True)
     ]
 )
 PLATFORMS = index([described(IMAGE, MANIFEST, platform={"os": "linux", "architecture": "amd64"})], customField="kept")
@@ -88,7 +88,7 @@ MANIFESTS = {
     "untyped": index([{"digest": digest(LARGE), "size": len(LARGE)}]),
     **dict.fromkeys(TAGS, IMAGE),
     "large": LARGE,
-    **{f"artifact{number}": one for number, one in enumerate(ARTIFACTS)},
+    **{f"artifact{number}": body for number, body in enumerate(ARTIFACTS)},
     digest(IMAGE).replace(":", "-"): REFERRERS,
     "index": PLATFORMS,
     "nested": index([described(PLATFORMS, INDEX)]),
@@ -113,7 +113,7 @@ def seed(url: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A request below /v2/, and what its answer must be: one of `status`, these headers, this body."""
+    """A request below /v2/, and the expected answer: one of `status`, these headers, this body."""
 
     method: str
     path: str
@@ -124,11 +124,11 @@ class Case:
     content: bytes = b""
 
     def wrong(self, client: httpx.Client) -> str:
-        """What is wrong with the answer; empty where nothing is."""
+        """How the answer differs; empty if it does not."""
         got = client.request(self.method, f"/v2/{self.path}", headers=self.sent, content=self.content)
-        found = {name: got.headers.get(name) for name in self.headers}
-        if got.status_code not in self.status or found != dict(self.headers):
-            return f"{got.status_code} {found} {got.content[:200]!r}"
+        headers = {name: got.headers.get(name) for name in self.headers}
+        if got.status_code not in self.status or headers != dict(self.headers):
+            return f"{got.status_code} {headers} {got.content[:200]!r}"
         if self.body is not None and got.content != (b"" if self.method == "HEAD" else self.body):
             return f"{len(got.content)} bytes: {got.content[:200]!r}"
         if got.status_code >= 400 and self.method != "HEAD" and got.json()["errors"][0]["code"] not in CODES:
@@ -143,7 +143,7 @@ def reads(path: str, data: bytes, name: str, media_type: str) -> Iterator[Case]:
 
 
 def content() -> Iterator[Case]:
-    """Whatever was pushed, by tag and by digest, whole and in part."""
+    """Everything that was pushed, by tag and by digest, whole and in part."""
     yield Case("GET", "")
     for data, algorithm in BLOBS:
         name = digest(data, algorithm)
@@ -169,11 +169,11 @@ def ranged(path: str, span: str, expected: tuple[int, int] | None) -> Case:
         return Case("GET", path, (416,), {"content-range": "bytes */2048"}, sent=sent)
     first, last = expected
     headers = {"content-range": f"bytes {first}-{last}/2048", "content-length": str(last - first + 1)}
-    return Case("GET", path, (206,), headers, BLOB[first : last + 1], sent)
+    return Case("GET", path, (206,), headers, body=BLOB[first : last + 1], sent=sent)
 
 
 def missing() -> Iterator[Case]:
-    """What was never pushed, and what no registry can have."""
+    """Objects that were never pushed, and names that no registry can have."""
     for method in ("HEAD", "GET"):
         yield Case(method, f"{NAME}/blobs/{digest(b'hello world')}", (404,))
         yield Case(method, f"{NAME}/manifests/.INVALID_MANIFEST_NAME", (404,), sent=ACCEPT)
@@ -234,8 +234,8 @@ def seeded(folder: Path) -> Iterator[tuple[registries.Registry, contextlib.ExitS
 
 def wrong(node: Node, cases: Iterator[Case]) -> dict[str, str]:
     with httpx.Client(base_url=node.mirror, params={"ns": UPSTREAM}, trust_env=False, timeout=60) as client:
-        found = {f"{case.method} {case.path} {dict(case.sent)}": case.wrong(client) for case in cases}
-    return {name: problem for name, problem in found.items() if problem}
+        problems = {f"{case.method} {case.path} {dict(case.sent)}": case.wrong(client) for case in cases}
+    return {name: problem for name, problem in problems.items() if problem}
 
 
 def check_discovery(node: Node) -> None:
@@ -249,7 +249,7 @@ def add_namespace(request: httpx.Request) -> None:
 
 
 def test_the_pull_side_of_the_specification(folder: Path, seeded) -> None:
-    """With the registry; without it, all having been asked for before; and from a daemon that was started since."""
+    """With the registry; without it, after everything was requested once; and from a daemon restarted without it."""
     registry, stack = seeded
     with site(folder / "site", registry.url, 1, start=False) as (node,):
         node.config.write_text(node.config.read_text().replace("[mirror]", '[mirror]\ntag_ttl = "1s"'))

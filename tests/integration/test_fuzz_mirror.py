@@ -1,4 +1,4 @@
-"""Some thousand odd and malformed requests; `python -m tests.fuzz_mirror` fires a hundred thousand."""
+"""Some thousand odd and malformed requests; `python -m tests.fuzz_mirror` sends a hundred thousand."""
 
 from __future__ import annotations
 
@@ -14,5 +14,7 @@ from tests.support import registry as registries
 def test_odd_requests_are_answered_as_such_and_leave_no_trace(folder: Path) -> None:
     report = run(folder, 6000, seed=7)
     assert report.wrong == []
-    good = sum(count for found in report.findings for code, count in found.statuses.items() if code in ("200", "206"))
-    assert good > 300, "requests that mean something are among them"
+    good = sum(
+        count for portion in report.findings for code, count in portion.statuses.items() if code in ("200", "206")
+    )
+    assert good > 300, "well-formed requests are among them"

@@ -1,4 +1,4 @@
-"""Images that their registry does not give to everybody: a real docker-registry, real tokens, real daemons."""
+"""Private images: a real docker-registry, real tokens, real daemons."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PRIVATE, OTHER, OPEN, TAG = "team/app", "team/other", "public/app", "v1"
 ALICE, BOB = "alice", "bob"
 PASSWORDS = {ALICE: "correct-horse-battery", BOB: "bobs-own-password"}
 HTPASSWD = f"{ALICE}:$2b$05$IIrQ9NqnVwhRyGDxzJC40eCXeGWcLNwDM782KhL8n3U.lwI/XrXTG\n"
-"""Of the same password (bcrypt)."""
+"""The bcrypt hash of that password."""
 MAX_COPIES = 1.05
 
 pytestmark = pytest.mark.skipif(not registries.installed(), reason="docker-registry is not installed")
@@ -54,7 +54,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, image: Image, small: Image)
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """A registry that asks who reads, behind a proxy that counts."""
+    """A registry that asks for credentials, behind a counting proxy."""
 
     tokens: TokenServer
     proxy: CountingProxy
@@ -73,7 +73,7 @@ def guarded(stored: Path, tmp_path: Path) -> Iterator[Guarded]:
 
 @contextmanager
 def talkative(folder: Path, url: str, count: int) -> Iterator[list[Node]]:
-    """A site that logs and measures all it can."""
+    """A site with logs at level debug, and metrics."""
     with site(folder, url, count, start=False) as nodes:
         for node in nodes:
             (port,) = free_ports(node.host, 1)
@@ -83,13 +83,13 @@ def talkative(folder: Path, url: str, count: int) -> Iterator[list[Node]]:
         yield nodes
 
 
-def ask(node: Node, repository: str, what: str, authorization: str = "") -> httpx.Response:
+def ask(node: Node, repository: str, path: str, authorization: str = "") -> httpx.Response:
     headers = {"Accept": f"{INDEX}, {MANIFEST}"} | ({"Authorization": authorization} if authorization else {})
-    return httpx.get(f"{node.mirror}/v2/{repository}/{what}?ns={UPSTREAM}", headers=headers, trust_env=False)
+    return httpx.get(f"{node.mirror}/v2/{repository}/{path}?ns={UPSTREAM}", headers=headers, trust_env=False)
 
 
 def read_all(node: Node, image: Image, authorization: str) -> None:
-    """The image as a client reads it; every byte is hashed."""
+    """Read the image as a client does, and verify every digest."""
     assert ask(node, PRIVATE, f"manifests/{TAG}", authorization).status_code == 200
     for kind, blobs in (("manifests", (image.index, image.manifest)), ("blobs", image.blobs)):
         for blob in blobs:
@@ -99,13 +99,12 @@ def read_all(node: Node, image: Image, authorization: str) -> None:
 
 
 def is_refused(node: Node, image: Image, authorization: str = "") -> bool:
-    """By every way to its content; True, or the assertion says where it is not."""
-    for what in (
-        f"manifests/{TAG}", f"manifests/{image.manifest.digest}", f"blobs/{image.layers[0].digest}",
-        "tags/list", f"referrers/{image.manifest.digest}",
-    ):  # fmt: skip
-        answer = ask(node, PRIVATE, what, authorization)
-        assert (answer.status_code, answer.json()["errors"][0]["code"]) == (401, "UNAUTHORIZED"), what
+    """Try every path to its content; True, or an assertion that names the path."""
+    digest = image.manifest.digest
+    objects = (f"manifests/{TAG}", f"manifests/{digest}", f"blobs/{image.layers[0].digest}")
+    for path in (*objects, "tags/list", f"referrers/{digest}"):
+        answer = ask(node, PRIVATE, path, authorization)
+        assert (answer.status_code, answer.json()["errors"][0]["code"]) == (401, "UNAUTHORIZED"), path
         assert image.layers[0].digest not in answer.text
     return True
 
@@ -136,7 +135,7 @@ def test_a_private_image_is_served_to_who_may_read_it_on_every_node(
             assert is_refused(node, image)
             assert ask(node, PRIVATE, f"manifests/{TAG}", f"Bearer {tokens.token(BOB, PRIVATE)}").status_code == 503
 
-        secrets = [PASSWORDS[ALICE], *(secret for one in (alice, bob, wrong) for secret in secrets_of(one))]
+        secrets = [PASSWORDS[ALICE], *(secret for header in (alice, bob, wrong) for secret in secrets_of(header))]
         for node in nodes:
             assert_silent(node, secrets)
 
@@ -153,7 +152,7 @@ def test_what_is_for_everybody_needs_no_token_and_gives_no_private_blob(
         guarded.proxy.reset()
         for node in nodes:
             assert ask(node, OPEN, f"blobs/{small.layers[0].digest}").status_code == 200
-        assert guarded.proxy.count.requests == 0, "a warm hit asks nobody"
+        assert guarded.proxy.count.requests == 0, "a warm hit makes no request"
         guarded.proxy.cut()
         for node in nodes:
             node.kill()
@@ -217,12 +216,12 @@ def test_containerd_pulls_a_private_image_through_the_mirror(folder: Path, image
 
 
 def secrets_of(authorization: str) -> list[str]:
-    """Of a token all that is not the same in every token: its claims and its signature."""
+    """The parts of a token that differ from token to token: its claims and its signature."""
     return authorization.removeprefix("Bearer ").split(".")[1:]
 
 
 def assert_silent(node: Node, secrets: list[str]) -> None:
-    """Nothing that the node says or keeps has one of these in it."""
+    """None of these is in the node's output, log or files."""
     metrics = re.search(r'metrics = "(.+)"', node.config.read_text())
     assert metrics is not None
     said = {

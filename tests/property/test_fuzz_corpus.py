@@ -12,7 +12,7 @@ from tests.fuzz.seeds import CORPUS, seeds
 from tests.fuzz.targets import TARGETS
 
 SLOW = ("http_answer", "mirror", "control", "certificate", "archive")
-"""Those with a scheduler, a signature or much to read."""
+"""Targets with a scheduler, a signature or much to read."""
 
 edits = st.lists(
     st.tuples(

@@ -48,7 +48,7 @@ SOURCES = ("memory", "disk", "containerd", "peer", "origin")
 
 
 class FakeControl:
-    """`mirror` is the address it tells; images whose name contains `missing` or `failing` are."""
+    """`mirror` is the address in its status. A pull of an image named `missing` or `failing` fails that way."""
 
     def __init__(self, mirror: str = "127.0.0.1:1") -> None:
         self.mirror = mirror
@@ -59,16 +59,25 @@ class FakeControl:
     async def status(self) -> Status:
         await trio.lowlevel.checkpoint()
         return Status(
-            name="edge-1", site="lab", peer_id=PEER, addresses=("/ip4/127.0.0.1/tcp/4501/p2p/" + PEER,),
-            uptime_s=3700.0, version="1.2.3", ready=True, peers_alive=4,
+            name="edge-1",
+            site="lab",
+            peer_id=PEER,
+            addresses=("/ip4/127.0.0.1/tcp/4501/p2p/" + PEER,),
+            uptime_s=3700.0,
+            version="1.2.3",
+            ready=True,
+            peers_alive=4,
             bytes_served=dict.fromkeys(SOURCES, 0) | {"peer": 3 << 20, "origin": 1 << 20},
             requests=dict.fromkeys(SOURCES, 0) | {"peer": 3, "origin": 1},
             cache={"memory": TierRow(bytes=1 << 20, budget_bytes=64 << 20, entries=1)},
-            origin_bytes=1 << 20, rss_bytes=90 << 20, mirror=self.mirror,
+            origin_bytes=1 << 20,
+            rss_bytes=90 << 20,
+            mirror=self.mirror,
             cluster=ClusterRow(id="ab" * 32, admits=False, certificate_ends=ENDS, revocations=3),
             upstreams=(
                 UpstreamRow(
-                    name="r.example:5000", url="http://r.example:5000",
+                    name="r.example:5000",
+                    url="http://r.example:5000",
                     endpoints=(
                         EndpointRow(url="http://mirror.example", problem="answered 503", retry_in_s=2.0),
                         EndpointRow(url="http://r.example:5000", bytes_received=1 << 20),
@@ -78,14 +87,18 @@ class FakeControl:
                     ),
                 ),
             ),
-        )  # fmt: skip
+        )
 
     async def peers(self) -> PeersReport:
         await trio.lowlevel.checkpoint()
         row = EvidenceRow(
-            block=f"{DIGEST}#3", source="docker.io/library/alpine#blobs", found_by="edge-3", found_by_id=PEER,
-            age_s=60.0, verdict="proven here",
-        )  # fmt: skip
+            block=f"{DIGEST}#3",
+            source="docker.io/library/alpine#blobs",
+            found_by="edge-3",
+            found_by_id=PEER,
+            age_s=60.0,
+            verdict="proven here",
+        )
         bad = PeerRow(
             peer_id="12D3bad", name="evil\x1b[2J", site="lab", state="alive", quarantine="wrong bytes", evidence=(row,)
         )
@@ -94,22 +107,41 @@ class FakeControl:
     async def images(self) -> ImagesReport:
         await trio.lowlevel.checkpoint()
         row = ImageRow(
-            image="docker.io/library/alpine:latest", digest=str(DIGEST), media_type="m", size=10, bytes_held=5,
-            complete=False, layers=1, age_s=12.0,
-        )  # fmt: skip
+            image="docker.io/library/alpine:latest",
+            digest=str(DIGEST),
+            media_type="m",
+            size=10,
+            bytes_held=5,
+            complete=False,
+            layers=1,
+            age_s=12.0,
+        )
         return ImagesReport(images=(row,))
 
     async def tags(self, pattern: str) -> TagsReport:
         await trio.lowlevel.checkpoint()
         self.patterns.append(pattern)
         row = TagRow(
-            tag="docker.io/library/alpine:latest", digest=str(DIGEST), age_s=75.0, state="stale", source="member",
-            told_by="edge-2", rule="docker.io/*", ttl_s=30.0, max_age_s=3600.0,
-        )  # fmt: skip
+            tag="docker.io/library/alpine:latest",
+            digest=str(DIGEST),
+            age_s=75.0,
+            state="stale",
+            source="member",
+            told_by="edge-2",
+            rule="docker.io/*",
+            ttl_s=30.0,
+            max_age_s=3600.0,
+        )
         never = TagRow(
-            tag="r.example/app:edge\x1b[2J", digest=str(DIGEST), age_s=1.0, state="due", source="registry", ttl_s=0.0,
-            max_age_s=0.0, cache=False,
-        )  # fmt: skip
+            tag="r.example/app:edge\x1b[2J",
+            digest=str(DIGEST),
+            age_s=1.0,
+            state="due",
+            source="registry",
+            ttl_s=0.0,
+            max_age_s=0.0,
+            cache=False,
+        )
         return TagsReport(tags=(row, never))
 
     async def cache(self) -> CacheReport:
@@ -123,7 +155,7 @@ class FakeControl:
             raise NotFoundError(f"{image} does not exist")
         yield PullProgress(phase="pulling", bytes_done=5, bytes_total=10, by_source={"peer": 5})
         if "failing" in image.repository:
-            raise UnavailableError("nobody has it")
+            raise UnavailableError("no member has it")
         yield PullResult(
             ok=True, image=str(image), seconds=0.5, digest=str(DIGEST), bytes_total=10, by_source={"peer": 10}
         )
@@ -162,10 +194,10 @@ def served(api: FakeControl, path: Path, more: Iterable[Route] = ()) -> Iterator
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
     try:
-        assert ready.wait(10), "the control socket did not come up"
+        assert ready.wait(60), "the control socket did not come up"
         yield
     finally:
         if tokens:
             tokens[0].run_sync_soon(stop[0].cancel)
-        thread.join(10)
+        thread.join(60)
     assert not thread.is_alive()

@@ -1,4 +1,4 @@
-"""Who may read: verdicts of a registry in memory, in virtual time."""
+"""Access control: verdicts of a registry in memory, in virtual time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRIVATE, OPEN, HIDDEN = (
 
 
 class Registry:
-    """Lets everybody read `public`, and who is among `allowed` the rest; says 404 of what is `hidden`."""
+    """Lets every client read `public`, and those in `allowed` the rest; answers 404 for `hidden`."""
 
     def __init__(self) -> None:
         self.public = {OPEN.repository}
@@ -57,15 +57,20 @@ class Fixture:
         self.site: dict[str, float] = {}
         self.public = PublicTable(folder / "access.sqlite")
         self.access = Access(
-            {upstream: GRACE_S}, self.registry, self.public, self.site_says, nursery,
-            public_grace_s=PUBLIC_GRACE_S, loopback=loopback,
-        )  # fmt: skip
+            {upstream: GRACE_S},
+            self.registry,
+            self.public,
+            site_says=self.site_says,
+            nursery=nursery,
+            public_grace_s=PUBLIC_GRACE_S,
+            loopback=loopback,
+        )
 
     async def site_says(self, locator: Locator, reference: str) -> float | None:
         return self.site.get(locator.repository)
 
     async def admit(self, locator: Locator, authorization: str = "") -> str:
-        """What the node then reads with."""
+        """The Authorization with which the node then reads."""
         admitted = await self.access.admit(locator, "v1", authorization)
         assert str(admitted) == str(locator)
         return admitted.grant.authorization if admitted.grant else ""
@@ -288,10 +293,10 @@ def test_verdicts_are_bounded_and_hold_no_secret(tmp_path: Path) -> None:
         for _ in range(MAX_VERDICTS + 100):
             with pytest.raises(ChallengedError):
                 await fixture.admit(PRIVATE, f"Bearer {rng.randbytes(8).hex()}")
-        assert len(fixture.access._verdicts) == MAX_VERDICTS
+        assert len(fixture.access.verdicts) == MAX_VERDICTS
         assert (await fixture.access.admit(PRIVATE, "v1", ALICE)).grant is not None
         gc.collect()
-        assert SECRET not in repr([vars(fixture.access), list(fixture.access._verdicts.items())])
+        assert SECRET not in repr([vars(fixture.access), list(fixture.access.verdicts.items())])
 
     play(tmp_path, scenario)
 
@@ -322,7 +327,7 @@ def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
 
 def test_what_is_pinned_stays_as_it_was_last_seen(tmp_path: Path) -> None:
     table = PublicTable(tmp_path / "access.sqlite", lambda locator: locator == OPEN)
-    assert table.age(OPEN) is None, "nobody has seen it to be public"
+    assert table.age(OPEN) is None, "it was never seen to be public"
     for locator in (OPEN, PRIVATE):
         table.note(locator, 1e6)
     assert table.age(OPEN) == 0.0

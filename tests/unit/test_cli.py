@@ -1,4 +1,4 @@
-"""p2pctl as an operator meets it: tables, --json, exit statuses and one-line errors."""
+"""p2pctl for an operator: tables, --json, exit statuses and errors of one line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from protocol.records import peer_id_of
 from tests.support.fake_control import DIGEST, PEER, FakeControl, served
 
 PEER_ID = peer_id_of(bytes(32))
-DOCUMENTS = {
-    "status": "name", "peers": "peers", "images": "images", "cache": "tiers", "tags": "tags", "why alpine": "objects",
-    "doctor": "checks", "version": "p2pctl",
-}  # fmt: skip
+DOCUMENTS = {name: name for name in ("peers", "images", "tags")} | {
+    "status": "name",
+    "cache": "tiers",
+    "why alpine": "objects",
+    "doctor": "checks",
+    "version": "p2pctl",
+}
+"""Commands, and a field of each one's document."""
 
 
 @pytest.fixture
@@ -39,7 +43,8 @@ def path(tmp_path: Path, api: FakeControl) -> Iterator[Path]:
 
 
 def run(*arguments: str | Path) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    """An argument may hold several words, with a space between them."""
+    result = CliRunner().invoke(main, [word for argument in arguments for word in str(argument).split(" ")])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -60,7 +65,7 @@ def test_json_before_and_after_the_command(path: Path, command: str, tmp_path: P
 
 
 def test_json_of_a_pull_is_one_event_a_line(path: Path) -> None:
-    result = run("--socket", path, "pull", "alpine", "--json")
+    result = run(f"--socket {path} pull alpine --json")
     assert result.exit_code == 0
     events = [json.loads(line) for line in result.stdout.splitlines()]
     assert [event["event"] for event in events] == ["progress", "progress", "result"]
@@ -121,7 +126,7 @@ def test_images_and_cache(path: Path) -> None:
 
 
 def test_a_pull_ends_with_bytes_by_source(path: Path, api: FakeControl) -> None:
-    result = run("--socket", path, "pull", "alpine", "--all-platforms")
+    result = run(f"--socket {path} pull alpine --all-platforms")
     assert result.exit_code == 0
     assert api.pulls == [("docker.io/library/alpine:latest", True)]
     assert f"docker.io/library/alpine:latest {DIGEST}" in result.stdout
@@ -137,7 +142,7 @@ def test_why_in_runs(path: Path) -> None:
 
 
 def test_why_block_by_block(path: Path) -> None:
-    lines = run("--socket", path, "why", "alpine", "--blocks").stdout.splitlines()
+    lines = run(f"--socket {path} why alpine --blocks").stdout.splitlines()
     assert [line.split()[0] for line in lines if line[:1].isdigit()] == [str(index) for index in range(41)]
 
 
@@ -148,7 +153,7 @@ def test_why_block_by_block(path: Path) -> None:
     ("arguments", "code", "text"),
     [
         (["pull", "missing"], 1, "was not pulled: docker.io/library/missing:latest does not exist"),
-        (["pull", "failing", "--json"], 1, "nobody has it"),
+        (["pull", "failing", "--json"], 1, "no member has it"),
         (["why", "missing"], 1, "was not asked for here"),
         (["why", "UPPER"], 2, "not a repository name"),
         (["pull"], 2, "Missing argument"),
@@ -218,18 +223,18 @@ def test_what_takes_long_to_import_is_not_imported_for_an_answer_in_json(path: P
 
 def test_containerd_install_asks_the_daemon_what_to_configure(path: Path, tmp_path: Path) -> None:
     certs = tmp_path / "certs.d"
-    dry = run("--socket", path, "containerd", "install", "--certs-dir", certs, "--dry-run")
+    dry = run(f"--socket {path} containerd install --certs-dir {certs} --dry-run")
     assert dry.exit_code == 0
     assert '+[host."http://127.0.0.1:1"]' in dry.stdout
     assert not certs.exists()
 
     hosts = certs / "r.example:5000" / "hosts.toml"
-    assert run("--socket", path, "containerd", "install", "--certs-dir", certs).stdout == f"wrote {hosts}\n"
+    assert run(f"--socket {path} containerd install --certs-dir {certs}").stdout == f"wrote {hosts}\n"
     assert 'server = "http://r.example:5000"' in hosts.read_text()
-    again = run("--socket", path, "containerd", "install", "--certs-dir", certs, "--json")
+    again = run(f"--socket {path} containerd install --certs-dir {certs} --json")
     assert [change["changed"] for change in json.loads(again.stdout)["changes"]] == [False]
 
-    assert run("--socket", path, "containerd", "uninstall", "--certs-dir", certs).stdout == f"removed {hosts}\n"
+    assert run(f"--socket {path} containerd uninstall --certs-dir {certs}").stdout == f"removed {hosts}\n"
     assert list(certs.iterdir()) == []
     nothing = run("containerd", "uninstall", "--certs-dir", certs)
     assert nothing.exit_code == 0
@@ -239,22 +244,20 @@ def test_containerd_install_asks_the_daemon_what_to_configure(path: Path, tmp_pa
 def test_containerd_install_without_a_daemon(tmp_path: Path) -> None:
     certs = tmp_path / "certs.d"
     missing = tmp_path / "none.sock"
-    result = run("--socket", missing, "containerd", "install", "--certs-dir", certs, "--upstream", "q.example")
+    result = run(f"--socket {missing} containerd install --certs-dir {certs} --upstream q.example")
     assert result.exit_code == 0
     assert "its default configuration is assumed" in result.stderr
     text = (certs / "q.example/hosts.toml").read_text()
     assert 'server = "https://q.example"' in text
     assert '[host."http://127.0.0.1:5050"]' in text
-    run("--socket", missing, "containerd", "install", "--certs-dir", certs)
+    run(f"--socket {missing} containerd install --certs-dir {certs}")
     names = {"q.example", "docker.io", "ghcr.io", "quay.io", "registry.k8s.io"}
     assert {folder.name for folder in certs.iterdir()} == names
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = run(
-        "--socket", tmp_path / "s", "containerd", "install", "--certs-dir", tmp_path / "file", "--upstream", "q.io"
-    )
+    result = run(f"--socket {tmp_path}/s containerd install --certs-dir {tmp_path}/file --upstream q.io")
     assert result.exit_code == 1
     assert "Not a directory" in result.stderr
 
@@ -270,7 +273,7 @@ def test_cluster_init(tmp_path: Path) -> None:
 
 
 def test_doctor_from_outside_and_inside(tmp_path: Path) -> None:
-    """A mirror that answers, a containerd that was not told of it, and what the daemon found."""
+    """A mirror that answers, a containerd that does not use it, and the daemon's own checks."""
     certs = tmp_path / "containerd" / "certs.d"
     certs.mkdir(parents=True)
 
@@ -290,17 +293,16 @@ def test_doctor_from_outside_and_inside(tmp_path: Path) -> None:
     def check(api: FakeControl) -> None:
         socket = tmp_path / "s"
         with served(api, socket):
-            result = run("--socket", socket, "doctor", "--certs-dir", certs)
+            result = run(f"--socket {socket} doctor --certs-dir {certs}")
             assert result.exit_code == 0
             assert "/v2/ answers" in result.stdout
             assert "does not pull r.example:5000 through the mirror" in result.stdout
-            run("--socket", socket, "containerd", "install", "--certs-dir", certs)
+            run(f"--socket {socket} containerd install --certs-dir {certs}")
             assert (
-                "pulls r.example:5000 through the mirror"
-                in run("--socket", socket, "doctor", "--certs-dir", certs).stdout
+                "pulls r.example:5000 through the mirror" in run(f"--socket {socket} doctor --certs-dir {certs}").stdout
             )
             api.checks = (Check(name="data_dir", level="fail", text="read-only", hint="mount it"),)
-            failing = run("--socket", socket, "doctor", "--certs-dir", certs)
+            failing = run(f"--socket {socket} doctor --certs-dir {certs}")
             assert failing.exit_code == 1
             assert "FAIL data_dir: read-only" in failing.stdout
 
@@ -308,7 +310,7 @@ def test_doctor_from_outside_and_inside(tmp_path: Path) -> None:
 
 
 def test_doctor_when_the_mirror_is_gone(path: Path, tmp_path: Path) -> None:
-    result = run("--socket", path, "doctor", "--certs-dir", tmp_path / "a/b", "--json")
+    result = run(f"--socket {path} doctor --certs-dir {tmp_path}/a/b --json")
     assert result.exit_code == 1
     levels = {check["name"]: check["level"] for check in json.loads(result.stdout)["checks"]}
     assert levels == {"daemon": "ok", "mirror": "fail", "containerd": "ok", "clock": "ok"}
@@ -317,7 +319,7 @@ def test_doctor_when_the_mirror_is_gone(path: Path, tmp_path: Path) -> None:
 def test_doctor_without_a_daemon_looks_at_the_certificate_in_its_files(tmp_path: Path) -> None:
     def checks(text: str) -> dict[str, str]:
         (tmp_path / "p2pd.toml").write_text(text)
-        result = run("--socket", tmp_path / "s", "doctor", "--config", tmp_path / "p2pd.toml", "--json")
+        result = run(f"--socket {tmp_path}/s doctor --config {tmp_path}/p2pd.toml --json")
         assert result.exit_code == 3
         return {check["name"]: check["level"] for check in json.loads(result.stdout)["checks"]}
 
@@ -338,12 +340,12 @@ def key(tmp_path: Path) -> Path:
 
 
 def test_cluster_token(key: Path) -> None:
-    told = json.loads(run("cluster", "token", "--key", key, "--site", "harbour", "--uses", "3", "--json").stdout)
-    token = read_token(told["token"])
+    made = json.loads(run(f"cluster token --key {key} --site harbour --uses 3 --json").stdout)
+    token = read_token(made["token"])
     assert (token.site, token.uses, token.lifetime) == ("harbour", 3, 0)
     assert token.expires - token.made == 24 * 3600
-    assert (told["subject"], told["site"]) == (token.subject, "harbour")
-    plain = run("cluster", "token", "--key", key, "--site", "harbour", "--expires", "2h", "--lifetime", "90d")
+    assert (made["subject"], made["site"]) == (token.subject, "harbour")
+    plain = run(f"cluster token --key {key} --site harbour --expires 2h --lifetime 90d")
     token = read_token(plain.stdout.strip())
     assert (token.expires - token.made, token.lifetime) == (7200, 90 * 86400)
     assert "for site harbour" in plain.stderr
@@ -361,25 +363,25 @@ def test_cluster_token(key: Path) -> None:
     ],
 )
 def test_a_token_that_cannot_be_is_named(key: Path, options: tuple[str, ...], named: str) -> None:
-    result = run("cluster", "token", "--key", key, *options)
+    result = run(f"cluster token --key {key}", *options)
     assert result.exit_code == 1
     assert named in result.stderr
 
 
 def test_cluster_revoke_prints_what_another_machine_can_use(key: Path) -> None:
-    token = run("cluster", "token", "--key", key, "--site", "s").stdout.strip()
-    for what, subject in ((token, read_token(token).subject), (PEER_ID, PEER_ID)):
-        text = run("cluster", "revoke", "--key", key, what, "--print").stdout.strip()
-        assert read_revocation(text).subject == subject
+    token = run(f"cluster token --key {key} --site s").stdout.strip()
+    for text, subject in ((token, read_token(token).subject), (PEER_ID, PEER_ID)):
+        revocation = run(f"cluster revoke --key {key} {text} --print").stdout.strip()
+        assert read_revocation(revocation).subject == subject
     assert "--key" in run("cluster", "revoke", PEER_ID, "--print").stderr
-    assert "not an Ed25519 peer id" in run("cluster", "revoke", "--key", key, "nobody", "--print").stderr
-    assert run("--socket", "/none", "cluster", "revoke", "--key", key, PEER_ID).exit_code == 3
+    assert "not an Ed25519 peer id" in run(f"cluster revoke --key {key} nobody --print").stderr
+    assert run(f"--socket /none cluster revoke --key {key} {PEER_ID}").exit_code == 3
 
 
 def test_join_says_what_is_wrong_before_it_asks_anybody(tmp_path: Path) -> None:
     config = tmp_path / "p2pd.toml"
     config.write_text(f'[node]\ndata_dir = "{tmp_path}/data"\n')
-    result = run("join", "nonsense", "127.0.0.1:1", "--config", config)
+    result = run(f"join nonsense 127.0.0.1:1 --config {config}")
     assert result.exit_code == 1
     assert "not a join token" in result.stderr
     assert not (tmp_path / "data").exists()

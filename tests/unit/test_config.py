@@ -1,4 +1,4 @@
-"""The configuration file: what stands in the documentation loads, and what is wrong is named."""
+"""The configuration file: the documented file loads, and an error names the key."""
 
 from __future__ import annotations
 

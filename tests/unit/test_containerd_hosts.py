@@ -1,4 +1,4 @@
-"""hosts.toml: what is added, what is kept, and that taking it out gives the original bytes back."""
+"""hosts.toml: the added lines, the kept text, and that removing the lines restores the original bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The control socket: its file, its routes, its errors, and p2pctl's client against the real thing."""
+"""The control socket: its file, its routes, its errors, and p2pctl's client against a real server."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_stale_socket_is_replaced(path: Path) -> None:
 def test_a_socket_in_use_is_refused_and_kept(path: Path, client: ControlClient) -> None:
     with pytest.raises(BadInputError, match="another daemon answers"), control_socket(path):
         pass
-    assert client.get("/status"), "the one that was there still answers"
+    assert client.get("/status"), "the first daemon still answers"
 
 
 def test_another_kind_of_file_is_refused_and_kept(path: Path) -> None:
@@ -132,11 +132,8 @@ def test_documents(client: ControlClient, target: str, kind: type[msgspec.Struct
 
 def test_status_has_the_promised_fields(client: ControlClient) -> None:
     document = json.loads(client.get("/status"))
-    promised = {
-        "name", "site", "peer_id", "addresses", "uptime_s", "peers_alive", "bytes_served", "requests", "cache",
-        "origin_bytes", "rss_bytes",
-    }  # fmt: skip
-    assert promised <= document.keys()
+    promised = "name site peer_id addresses uptime_s peers_alive bytes_served requests cache origin_bytes rss_bytes"
+    assert set(promised.split()) <= document.keys()
     assert set(document["bytes_served"]) == {"memory", "disk", "containerd", "peer", "origin"}
     assert set(document["cache"]["memory"]) == {"bytes", "budget_bytes", "entries", "pinned_bytes"}
 
@@ -213,10 +210,10 @@ def test_curl(client: ControlClient) -> None:
     assert [line["event"] for line in lines] == ["progress", "progress", "result"]  # type: ignore[attr-defined]
 
 
-# The client, where nobody answers
+# The client, without a daemon
 
 
-def test_why_nobody_answers(path: Path) -> None:
+def test_why_no_daemon_answers(path: Path) -> None:
     with pytest.raises(DaemonUnreachableError, match=r"no control socket at .*systemctl status p2pd"):
         ControlClient(path).get("/status")
     path.parent.mkdir()

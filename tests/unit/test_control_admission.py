@@ -1,4 +1,4 @@
-"""POST /revoke: only what the authority signed is taken."""
+"""POST /revoke accepts only revocations that the authority signed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The offline commands from p2pctl to the API behind the control socket, open files included."""
+"""The image commands from p2pctl to the API behind the control socket, including open files."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def path(tmp_path: Path, api: FakeOffline) -> Iterator[Path]:
 
 
 def run(path: Path, *arguments: object, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, ["--socket", str(path), *map(str, arguments)])
+    result = CliRunner().invoke(main, ["--socket", str(path), *" ".join(map(str, arguments)).split(" ")])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == status, result.output
     return result
@@ -124,9 +124,9 @@ def test_an_export_takes_the_place_of_the_file_when_it_is_whole(path: Path, tmp_
     assert file.read_bytes() == b"an archive"
     assert "--force" in run(path, "export", "alpine:3", file, status=1).stderr
     file.write_bytes(b"older")
-    assert "no such image" in run(path, "export", "alpine:missing", file, "--force", status=1).stderr
+    assert "no such image" in run(path, f"export alpine:missing {file} --force", status=1).stderr
     assert file.read_bytes() == b"older"
-    run(path, "export", "alpine:3", file, "--force", "--platform", "linux/arm64", "--platform", "linux/arm/v7")
+    run(path, f"export alpine:3 {file} --force --platform linux/arm64 --platform linux/arm/v7")
     assert file.read_bytes() == b"an archive"
     assert sorted(os.listdir(tmp_path)) == ["image.tar", "p2pd.sock"]
     assert api.asked[-1] == ("export", IMAGE, ("linux/arm64", "linux/arm/v7"))
@@ -138,11 +138,10 @@ def test_an_import_hands_over_the_open_file(path: Path, tmp_path: Path, api: Fak
     before = open_files()
     for _ in range(3):
         run(path, "import", file)
-    run(path, "import", file, "--name", "ghcr.io/a/b:1", "--pin")
+    run(path, f"import {file} --name ghcr.io/a/b:1 --pin")
     assert api.asked[-2:] == [("import", b"good", None, False), ("import", b"good", "ghcr.io/a/b:1", True)]
     file.write_bytes(b"bad")
-    told = run(path, "import", file, status=1).stderr
-    assert f"{file}: blobs/x: wrong" in told
+    assert f"{file}: blobs/x: wrong" in run(path, "import", file, status=1).stderr
     assert "none.tar" in run(path, "import", tmp_path / "none.tar", status=1).stderr
     assert open_files() <= before + 2, "descriptors are closed with their request"
 
@@ -177,8 +176,8 @@ def test_pins(path: Path, api: FakeOffline) -> None:
     run(path, "pin", "alpine:3")
     run(path, "pin", "alpine:3", "--all-platforms")
     assert [asked[2] for asked in api.asked] == [(str(own_platform()),), ()]
-    assert "either" in run(path, "pin", "alpine:3", "--all-platforms", "--platform", "linux/arm64", status=2).stderr
-    assert "linux/arm64" in run(path, "pin", "alpine:3", "--platform", "arm64", status=1).stderr
+    assert "either" in run(path, "pin alpine:3 --all-platforms --platform linux/arm64", status=2).stderr
+    assert "linux/arm64" in run(path, "pin alpine:3 --platform arm64", status=1).stderr
     assert "5.0 MiB pinned of 9.0 GiB" in run(path, "pins").stdout
     assert json.loads(run(path, "unpin", "alpine:3", "--json").stdout)["pins"][0]["image"] == IMAGE
     assert api.asked[-1] == ("unpin", IMAGE)
@@ -188,7 +187,7 @@ def test_prefetch(path: Path, tmp_path: Path, api: FakeOffline) -> None:
     names = tmp_path / "names.txt"
     names.write_text("# for tomorrow\nalpine:3\n\n  ghcr.io/a/b:1 # b\n")
     options = ("--rate", "2MiB/s", "--window", "22:00-06:00", "--platform", "linux/arm64")
-    assert "waits for its rate" in run(path, "prefetch", names, "busybox", *options).stdout
+    assert "waits for its rate" in run(path, f"prefetch {names} busybox", *options).stdout
     (order,) = api.orders
     assert order == PrefetchOrder(
         images=("alpine:3", "ghcr.io/a/b:1", "busybox"), platforms=("linux/arm64",), rate=2 << 20, window="22:00-06:00"
@@ -202,11 +201,11 @@ def test_prefetch(path: Path, tmp_path: Path, api: FakeOffline) -> None:
 
 
 def test_gc(path: Path, api: FakeOffline) -> None:
-    assert "1.0 MiB in 2 pieces would be removed" in run(path, "gc", "--older-than", "7d", "--dry-run").stdout
+    assert "1.0 MiB in 2 pieces would be removed" in run(path, "gc --older-than 7d --dry-run").stdout
     run(path, "gc", "--to", "5GiB")
     assert api.asked == [("gc", 7 * 86400.0, None, True), ("gc", None, 5 << 30, False)]
     run(path, "gc", status=2)
-    run(path, "gc", "--to", "1GiB", "--older-than", "1d", status=2)
+    run(path, "gc --to 1GiB --older-than 1d", status=2)
     assert "--to" in run(path, "gc", "--to", "much", status=1).stderr
 
 

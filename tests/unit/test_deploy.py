@@ -1,4 +1,4 @@
-"""What is shipped for operators: it parses, it says what the code does, and systemd takes it."""
+"""The files shipped for operators: they parse, they agree with the code, and systemd accepts them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_the_example_is_the_defaults() -> None:
 
 
 def test_the_example_has_every_key_with_its_reason() -> None:
-    found = set()
+    listed = set()
     section = ""
     for line in (DEPLOY / "p2pd.toml").read_text().splitlines():
         if header := re.match(r"(?:# )?\[+(\w+)\]+$", line):
             section = header[1]
         elif key := re.match(r"(?:# )?(\w+) = [^#]*?( +# .+)?$", line):
-            reason = key[2] or (section, key[1]) in found
-            assert reason, f"{section}.{key[1]} says nothing of its trade-off"
-            found.add((section, key[1]))
-    assert found == keys()
+            reason = key[2] or (section, key[1]) in listed
+            assert reason, f"{section}.{key[1]} does not name its trade-off"
+            listed.add((section, key[1]))
+    assert listed == keys()
 
 
 def test_client_snippets_point_at_the_mirror() -> None:
@@ -61,7 +61,7 @@ def test_client_snippets_point_at_the_mirror() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize(("drop_in", "most"), [("", 13), ("containerd-store.conf", 17)])
 def test_systemd_takes_the_unit_and_its_exposure_does_not_grow(tmp_path: Path, drop_in: str, most: int) -> None:
-    """`most` in tenths, as docs/OPERATIONS.md tells."""
+    """`most` is in tenths; docs/OPERATIONS.md gives the same number."""
     unit = tmp_path / "p2pd.service"
     if drop_in:
         (tmp_path / "p2pd.service.d").mkdir()
@@ -73,10 +73,8 @@ def test_systemd_takes_the_unit_and_its_exposure_does_not_grow(tmp_path: Path, d
     )
     complaints = [line for line in verify.stderr.splitlines() if "p2pd.service" in line]
     assert complaints == []
-    rating = subprocess.run(
-        ["systemd-analyze", "security", "--offline=yes", f"--threshold={most}", unit],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["systemd-analyze", "security", "--offline=yes", f"--threshold={most}", unit]
+    rating = subprocess.run(command, capture_output=True, text=True, check=False)
     assert rating.returncode == 0, rating.stdout[-300:]
 
 

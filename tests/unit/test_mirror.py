@@ -1,4 +1,4 @@
-"""The mirror over real sockets and an in-memory library: what each client needs, and every failure's answer."""
+"""The mirror over real sockets and an in-memory library: the needs of each client, and the answer to each failure."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ INDEX = "application/vnd.oci.image.index.v1+json"
 
 
 class EchoListings(Listings):
-    """Says what it was asked, and has a next page."""
+    """Answers with its arguments, and has a next page."""
 
     def __init__(self) -> None:
         pass
@@ -113,7 +113,7 @@ async def serving(library: MemoryLibrary) -> AsyncIterator[httpx.AsyncClient]:
     url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(serve_http, listeners, mirror.handle, limits=mirror_module.LIMITS))
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=10) as client:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
             yield client
         nursery.cancel_scope.cancel()
 
@@ -122,7 +122,7 @@ def run(check: Callable[[httpx.AsyncClient, MemoryLibrary], Awaitable[None]]) ->
     library = MemoryLibrary()
 
     async def main() -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with serving(library) as client:
                 await check(client, library)
 
@@ -298,12 +298,13 @@ def test_failures_before_the_first_byte_are_answers_and_later_ones_end_the_body(
 
 def test_what_stalls_is_answered_503_or_cut(monkeypatch) -> None:
     monkeypatch.setattr(mirror_module, "HEAD_S", 0.1)
-    monkeypatch.setattr(mirror_module, "STALL_S", 0.1)
+    monkeypatch.setattr(mirror_module, "STALL_S", 1.0)
 
     async def check(client: httpx.AsyncClient, library: MemoryLibrary) -> None:
         library.fails_at = 0
         assert code(await client.get(BLOB_PATH)) == (503, "UNAVAILABLE")
         library.fails_at = 1 << 20
+        monkeypatch.setattr(mirror_module, "HEAD_S", 60.0)
         with pytest.raises(httpx.RemoteProtocolError, match="without sending complete message body"):
             await client.get(BLOB_PATH)
 
@@ -315,7 +316,7 @@ def test_a_client_that_leaves_ends_the_read() -> None:
         library.objects[BLOB_DIGEST] = bytes(64 << 20)
         async with client.stream("GET", BLOB_PATH) as response:
             assert response.status_code == 200
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while library.reads_open:
                 await trio.lowlevel.checkpoint()
 

@@ -1,4 +1,4 @@
-"""What a reload takes, what it names as waiting for a restart, and that a refusal changes nothing at all."""
+"""The changes that a reload applies, those that it lists as needing a restart, and a refusal that changes nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ EDITS = {
 
 
 class Daemon:
-    """What runs with a configuration, as far as a reload sees it."""
+    """A fake of the daemon's components, as a reload uses them."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "p2pd.toml"
@@ -65,7 +65,7 @@ class Daemon:
         self.reloader = Reloader(self._path, load(self._path), self.prepared, Notifier())
 
     def write(self, edit: str = "") -> None:
-        """The first configuration, but for `edit`."""
+        """Write the first configuration with `edit`."""
         self._path.write_text(
             f"{edit}\n"
             + ("" if "node.name" in edit else 'node.name = "edge-1"\n')
@@ -79,12 +79,12 @@ class Daemon:
 
 
 def keys() -> set[str]:
-    found = set()
+    listed = set()
     for name in Config.__struct_fields__:
         part = getattr(Config(), name)
         inner = part.__struct_fields__ if isinstance(part, msgspec.Struct) else ()
-        found |= {f"{name}.{key}" for key in inner} or {name}
-    return found
+        listed |= {f"{name}.{key}" for key in inner} or {name}
+    return listed
 
 
 def test_every_key_is_edited_here() -> None:
@@ -99,7 +99,7 @@ def test_a_key_is_taken_or_named_as_waiting(tmp_path: Path, edit: str, line: str
     for again in range(2):
         report = daemon.reloader.reload()
         assert report.changed == ((line,) if live and not again else ())
-        assert report.needs_restart == (() if live else (line,)), "as long as it waits"
+        assert report.needs_restart == (() if live else (line,)), "until the restart"
     assert (daemon.reloader.config != before) is live
     assert daemon.applied[-1] == daemon.reloader.config
     daemon.write()
@@ -120,8 +120,8 @@ def test_what_a_part_refuses_leaves_all_as_it_was(tmp_path: Path) -> None:
 # The parts themselves
 
 
-class Nobody:
-    """A part that takes whatever it is told."""
+class Accepting:
+    """A component that accepts every change."""
 
     policies = max_age_s = None
 
@@ -144,9 +144,11 @@ def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_righ
             assert await store.put(blob.pieces[0], blob.content, blob.record(blob.pieces[0]))
 
     async def held(store: BlockStore) -> list[bool]:
-        found = [await store.get(blob.pieces[0]) for blob in blobs]
-        assert all(one is None or bytes(one.data) == blob.content for one, blob in zip(found, blobs, strict=True))
-        return [one is not None for one in found]
+        stored = [await store.get(blob.pieces[0]) for blob in blobs]
+        assert all(
+            piece is None or bytes(piece.data) == blob.content for piece, blob in zip(stored, blobs, strict=True)
+        )
+        return [piece is not None for piece in stored]
 
     async def main() -> None:
         old = config(room, room, rate="1MiB")
@@ -156,7 +158,7 @@ def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_righ
             DiskStore.open(tmp_path, room) as disk,
             Upstreams(old.upstream, count=lambda name, size: None, rng=Random(1), uplinks=[link]) as upstreams,
         ):
-            some = Nobody()
+            some = Accepting()
             parts = LiveParts(
                 upstreams=upstreams,
                 uplink_of={"r.test": link}.__getitem__,
