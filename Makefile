@@ -1,4 +1,4 @@
-# `make demo` shows the whole on this machine, `make test` checks it; both set up first. See README.md.
+# `make demo` runs a whole site on this machine, `make test` runs all checks; both run the setup first. See README.md.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -30,7 +30,7 @@ $(VENV)/bin/python:
 $(VENV)/.locked: requirements-dev.lock $(VENV)/bin/python
 	@echo "Installing the locked dependencies into $(VENV)"
 	@$(PIP) install --require-hashes -r requirements-dev.lock 2> >(grep -v DEPRECATION >&2)
-	@# py-libp2p needs trio-typing at run time, whose outdated trio-stubs would hide trio's own type hints from mypy.
+	@# py-libp2p needs trio-typing at run time. Its outdated trio-stubs would hide trio's own type hints from mypy.
 	@rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
 	@touch $@
 
@@ -70,17 +70,17 @@ bench: setup
 	@for benchmark in tests/benchmarks/*.py; do \
 		name=$${benchmark%.py}; echo "== $$name"; $(BIN)/python -m "$${name//\//.}" || failed=1; done; exit $${failed:-0}
 
-# A site under faults, ten minutes long: `make chaos SEED=7`. A run that failed is run again by its seed.
+# Runs a site under faults for ten minutes: `make chaos SEED=7`. The same seed repeats a failed run.
 SEED ?= 1
 chaos: setup
 	@$(BIN)/python -m tests.chaos --seed $(SEED)
 
-# What must not grow while members and clients come and go, for half an hour.
+# Members and clients come and go for half an hour; fails if a resource of the daemons grows.
 MINUTES ?= 30
 churn: setup
 	@$(BIN)/python -m tests.chaos --churn --seed $(SEED) --minutes $(MINUTES) --nodes 5
 
-# atheris is no dependency of the tests, which run the same targets without it (tests/property/test_fuzz_corpus.py).
+# atheris is not a dependency of the tests, which run the same targets without it (tests/property/test_fuzz_corpus.py).
 FUZZ_TOOLS := build/fuzz-tools
 SECONDS ?= 300
 
@@ -90,7 +90,7 @@ $(FUZZ_TOOLS)/atheris: | setup
 fuzz: setup $(FUZZ_TOOLS)/atheris
 	@PYTHONPATH=$(FUZZ_TOOLS) $(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(TARGETS)
 
-# PIP_FIND_LINKS is emptied: what lies on one machine must not decide what all machines install.
+# PIP_FIND_LINKS is emptied: packages on one machine must not decide what all machines install.
 lock:
 	@$(PYTHON) -m venv $(LOCK_TOOLS)
 	@$(LOCK_TOOLS)/bin/pip install --quiet 'pip-tools>=7.6,<8'
