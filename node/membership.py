@@ -21,7 +21,8 @@ from protocol.errors import BadInputError, DeniedError, PeerMisbehavedError, Pee
 from protocol.ids import PeerId
 from protocol.members import Member, State, Update
 from protocol.messages import Failed, Ping, PingRequest, Pong, Reply, Request, Sync, SyncReply
-from protocol.swim import Action, Disconnect, Event, Gossip, Probe, Swim, SwimConfig, SyncWith, Tell
+from protocol.swim import Swim
+from protocol.swim_values import Action, Disconnect, Event, Gossip, Probe, SwimConfig, SyncWith, Tell
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +173,8 @@ class Membership:
             self._swim.hint(member, now)
         self._settle()
 
-    def received(self, updates: tuple[Update, ...], *, whole_view: bool = False) -> None:
-        self._swim.received(updates, trio.current_time(), whole_view=whole_view)
+    def received(self, updates: tuple[Update, ...], *, whole_view: bool = False, settled: bool = False) -> None:
+        self._swim.received(updates, trio.current_time(), whole_view=whole_view, settled=settled)
         self._settle()
 
     def acked(self, peer: PeerId, rtt_s: float | None) -> None:

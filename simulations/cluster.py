@@ -226,6 +226,5 @@ class Cluster:
 
 
 def settle(membership: Membership, known: list[Update]) -> None:
-    """It has known these for long: they are no news, which it would tell everybody for minutes."""
-    membership.received(tuple(known), whole_view=True)
-    membership._swim._rumours.clear()
+    """These members have long known each other: they are no news, which all would pass on for minutes."""
+    membership.received(tuple(known), whole_view=True, settled=True)

@@ -156,7 +156,7 @@ def test_a_token_is_revoked_by_its_name() -> None:
 
 
 def test_all_revocations_and_a_whole_view_fit_one_message() -> None:
-    from protocol.swim import MAX_VIEW_BYTES
+    from protocol.dissemination import MAX_VIEW_BYTES
 
     most = Revocation("x" * admission.MAX_SUBJECT, MAX_TIME, bytes(64))
     size = len(encode_head(1, SyncReply((), (most,) * MAX_REVOCATIONS), 0))

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import swim as module
-from protocol import wire
+from protocol import member_table, wire
+from protocol.dissemination import Rumours
 from protocol.ids import PeerId
+from protocol.member_table import supersedes
 from protocol.members import Member, State, Update
 from protocol.messages import Ping, Sync
-from protocol.swim import Change, Disconnect, Event, Gossip, Probe, Rumours, Swim, SwimConfig, SyncWith, supersedes
+from protocol.swim import Swim
+from protocol.swim_values import Change, Disconnect, Event, Gossip, Probe, SwimConfig, SyncWith
 from protocol.wire import MAX_INCARNATION
 
 CONFIG = SwimConfig()
@@ -406,7 +408,7 @@ def test_a_view_of_hostile_members_still_fits_one_message() -> None:
 
 def test_a_full_table_gives_up_the_dead_for_the_living_only() -> None:
     """S-24"""
-    with patch.object(module, "MAX_MEMBERS", 11):
+    with patch.object(member_table, "MAX_MEMBERS", 11):
         swim = make(peers=10)
         swim.received([alive("x")], 0.0)
         assert "x" not in swim.known
