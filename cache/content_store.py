@@ -24,8 +24,8 @@ import trio
 from cachetools import LRUCache, TTLCache
 
 from cache.files import READ, Identity, identity_of, opened, read_at
-from cache.store import Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, PeerId, Piece
+from cache.store import Held, Holdings, StoreStatistics
+from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
 
 logger = logging.getLogger(__name__)

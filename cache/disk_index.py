@@ -21,6 +21,7 @@ from protocol.records import Record
 logger = logging.getLogger(__name__)
 
 SCHEMA = 2
+PRAGMAS = ["journal_mode = WAL", "synchronous = NORMAL"]
 _CREATE = f"""
 BEGIN;
 CREATE TABLE piece (
@@ -126,8 +127,8 @@ def _open(path: Path) -> DiskIndex:
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         _check_version(database, path)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
+        for pragma in PRAGMAS:
+            database.execute(f"PRAGMA {pragma}")
         problem = database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)

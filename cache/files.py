@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import trio
 
+from protocol.ids import Buffer
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _KEEP_SIZE_AND_PUNCH_HOLE = 0x01 | 0x02
@@ -52,7 +54,7 @@ def punch(fd: int, offset: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+def write_at(fd: int, data: Buffer, offset: int) -> None:
     """Write all of `data`. Raises OSError, after which any part of it may be written."""
     view = memoryview(data).cast("B")
     while view:

@@ -9,8 +9,8 @@ import trio
 
 from cache.lru_k import LRUKCache
 from cache.pieces import UNBOUNDED, Bitmaps, check_bytes, eviction_policy
-from cache.store import Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import Digest, PeerId, Piece
+from cache.store import Held, Holdings, StoreStatistics
+from protocol.ids import Buffer, Digest, PeerId, Piece
 from protocol.records import Record
 
 ENTRY_BYTES = 1024

@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 from cache.lru_k import LRUKCache
-from cache.store import Buffer, Holdings
+from cache.store import Holdings
 from protocol.errors import BadInputError
-from protocol.ids import BlockId, Digest, Piece, Shard, shard_length
+from protocol.ids import BlockId, Buffer, Digest, Piece, Shard, shard_length
 from protocol.records import Record
 
 K = TypeVar("K", bound=Hashable)

@@ -20,10 +20,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from protocol.ids import Buffer as Buffer
 from protocol.ids import Digest, PeerId, Piece, Shard
 from protocol.records import Record
-
-Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)

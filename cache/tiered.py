@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Literal, Protocol
 
-from cache.store import BlockStore, Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import BlockId, Digest, ObjectRef, PeerId, Piece, Shard
+from cache.store import BlockStore, Held, Holdings, StoreStatistics
+from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
 
 Tier = Literal["memory", "disk", "containerd"]

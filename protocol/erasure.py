@@ -17,9 +17,8 @@ import numpy.typing as npt
 import reedsolo
 
 from protocol.errors import BadInputError
-from protocol.ids import shard_length
+from protocol.ids import Buffer, shard_length
 
-Buffer = bytes | bytearray | memoryview
 Row = npt.NDArray[np.uint8]
 Coefficients = tuple[int, ...]
 

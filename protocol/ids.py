@@ -18,6 +18,8 @@ BLOCK_SIZE = 1 << 19
 MAX_OBJECT_SIZE = 1 << 40
 """1 TiB: larger sizes from outside are refused before anything is allocated."""
 
+Buffer = bytes | bytearray | memoryview
+
 PeerId = NewType("PeerId", str)
 """A libp2p peer id of an Ed25519 key in base58 text (`12D3Koo...`)."""
 

@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from protocol.errors import BadInputError, PeerMisbehavedError
-from protocol.ids import BlockId, Digest, ObjectRef, PeerId
+from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId
 
 _CONTEXT = b"shoal-record-2\x00"
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
@@ -60,7 +60,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def block(self) -> BlockId:
         return self.object.block(self.index)
 
-    def matches(self, data: bytes | bytearray | memoryview) -> bool:
+    def matches(self, data: Buffer) -> bool:
         """Whether `data` is the whole block that this record speaks of."""
         return len(data) == self.length and sha256(data).digest() == self.sha256
 

@@ -22,7 +22,7 @@ from protocol import messages as msg
 from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT, Revocation
 from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
 from protocol.evidence import Evidence
-from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, shard_length
+from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, shard_length
 from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Update
 from protocol.records import Record
 
@@ -131,7 +131,7 @@ class Heads(Generic[Message]):
         """Whether nothing is left of what was fed."""
         return not self._buffer
 
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
+    def feed(self, data: Buffer) -> None:
         self._buffer += data
 
     def hello(self) -> Hello | None:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import trio
 from rich.table import Table
 
-from cache.store import Buffer
 from node.exchange import Answer
 from node.locator import Locator
 from node.origin import Origin
 from node.upstream import Upstreams
-from protocol.ids import ObjectRef, PeerId
+from protocol.ids import Buffer, ObjectRef, PeerId
 from protocol.messages import Request, ShardFound
 from simulations.cluster import Node
 from simulations.registry import Image

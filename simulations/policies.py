@@ -13,13 +13,12 @@ from random import Random
 
 import trio
 
-from cache.store import Buffer
 from node.exchange import Lane
 from node.fetcher import Fetcher
 from node.seeder import SILENCE_S, BlockAddress, Seeder, Site
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
-from protocol.ids import PeerId
+from protocol.ids import Buffer, PeerId
 from protocol.messages import BlockFound, GetBlock, GetShard, ShardFound
 from protocol.placement import Route
 from protocol.records import Record

@@ -46,7 +46,7 @@ def timer() -> Timer:
 @pytest.fixture(params=["memory", "disk", "disk without holes"])
 def open_store(request, tmp_path: Path, timer: Timer, monkeypatch) -> Open:
     if request.param == "disk without holes":
-        monkeypatch.setattr("cache.disk.can_punch", lambda directory: False)
+        monkeypatch.setattr("cache.recovery.can_punch", lambda directory: False)
     if request.param != "memory":
         return lambda: DiskStore.open(tmp_path / "cache", BUDGET, timer=timer)
 

@@ -123,5 +123,5 @@ def test_disk(actions: list[tuple[str, Piece]]) -> None:
 @given(actions=steps)
 @settings(max_examples=20)
 def test_disk_that_cannot_punch_holes(actions: list[tuple[str, Piece]]) -> None:
-    with patch("cache.disk.can_punch", lambda directory: False):
+    with patch("cache.recovery.can_punch", lambda directory: False):
         run_on_disk(actions)

@@ -1,0 +1,187 @@
+"""The disk store's state in memory: which pieces it holds, in which files, and which removed ones still take space.
+
+No I/O happens here. A removed piece stays charged to the budget until a flush has deleted its row and given its bytes
+back (`cache/disk_flush.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from sys import intern
+
+import msgspec
+
+from cache.disk_index import Stored
+from cache.files import Identity
+from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, length_of
+from cache.pinned import PinnedPolicy
+from cache.recovery import offset_of, relative_path, space
+from protocol.ids import BlockId, Digest, PeerId, Piece, Shard
+from protocol.records import Record
+
+MAX_REFERENCES = 1024
+"""Blocks referenced at one opening of a sealed object (3 ms); the next opening of a larger object continues there."""
+
+
+@dataclass(slots=True, eq=False)
+class File:
+    """`checked` has a bit for each block that was right in this process since the file's identity was noted."""
+
+    digest: Digest
+    shard: Shard | None
+    path: str
+    pieces: int = 0
+    identity: Identity | None = None
+    checked: int = 0
+    sealed: bool = False
+    leases: int = 0
+    referenced_at: float = -math.inf
+    next_reference: int = 0
+
+    def note(self, identity: Identity) -> bool:
+        """Compare the file with what it was before; False if it has changed, which voids `checked` and `sealed`."""
+        if identity == self.identity:
+            return True
+        self.identity, self.checked, self.sealed = identity, 0, False
+        return False
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    piece: Piece
+    record: Record
+    sha256: bytes
+    length: int
+    used: int
+    file: File
+
+    @property
+    def offset(self) -> int:
+        return offset_of(self.piece)
+
+    @property
+    def space(self) -> int:
+        return space(self.length)
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self.piece, self.sha256, self.record, self.used)
+
+
+class PieceTable:
+    """`unsynced` are pieces in the page cache without a row; the bytes of `removed` are not given back yet."""
+
+    def __init__(self, directory: Path, punching: bool, policy: PinnedPolicy) -> None:
+        self._directory = directory
+        self._punching = punching
+        self.policy = policy
+        self.entries: dict[Piece, Entry] = {}
+        self.bitmaps = Bitmaps()
+        self.files: dict[tuple[Digest, Shard | None], File] = {}
+        self.unsynced: dict[Piece, Entry] = {}
+        self.removed: dict[Piece, Entry] = {}
+        self.removed_bytes = 0
+        self._referenced: set[Piece] = set()
+        self._last_used = 0
+
+    @property
+    def charged(self) -> int:
+        """Bytes of the budget that are taken."""
+        return self.policy.bytes + self.removed_bytes
+
+    def adopt(self, rows: list[Stored]) -> None:
+        """Hold what the index names: pinned pieces first, then the most recently used, as far as the budget goes."""
+        total = kept = 0
+        self._last_used = max((row.used for row in rows), default=0)
+        rows = sorted(rows, key=lambda row: not self.policy.keeps(row.piece))
+        entries = [self.entry(row.piece, row.record, row.sha256, row.used) for row in rows]
+        for entry in entries[:MAX_ENTRIES]:
+            total += entry.space
+            if total > self.policy.budget_bytes:
+                break
+            kept += 1
+        for entry in reversed(entries[:kept]):
+            self.add(entry)
+        for entry in entries[kept:]:
+            self.retire(entry)
+
+    def entry(self, piece: Piece, record: Record, sha256: bytes, used: int | None = None) -> Entry:
+        """A new entry, not held yet. Long values are in memory once for all entries."""
+        key = piece.block.digest, piece.shard
+        file = self.files.get(key)
+        if file is None:
+            file = self.files[key] = File(*key, f"{self._directory}/{relative_path(*key)}")
+        record = msgspec.structs.replace(
+            record,
+            digest=intern(record.digest),
+            sha256=sha256 if sha256 == record.sha256 else record.sha256,
+            signer=PeerId(intern(record.signer)),
+        )
+        own = Piece(BlockId(file.digest, piece.block.index), file.shard)
+        used = self._next_use() if used is None else used
+        return Entry(piece=own, record=record, sha256=sha256, length=length_of(own, record), used=used, file=file)
+
+    def _next_use(self) -> int:
+        """Unix milliseconds, so that the age of the last use can be derived, but different for each reference."""
+        self._last_used = max(self._last_used + 1, int(time.time() * 1000))
+        return self._last_used
+
+    def add(self, entry: Entry) -> None:
+        self.policy.add(entry.piece, entry.space)
+        self.entries[entry.piece] = entry
+        self.bitmaps.add(entry.piece)
+        entry.file.pieces += 1
+
+    def add_written(self, entry: Entry) -> None:
+        """Hold a piece that was just written; a whole block replaces its shards, which can be derived from it."""
+        self.add(entry)
+        self.unsynced[entry.piece] = entry
+        if entry.piece.shard is None and self._punching:
+            for shard in self.bitmaps.shards_of(entry.piece.block):
+                self.remove(self.entries[shard])
+
+    def refer(self, entry: Entry) -> None:
+        self.policy.refer(entry.piece)
+        entry.used = self._next_use()
+        self._referenced.add(entry.piece)
+
+    def refer_object(self, file: File, now: float) -> None:
+        """Reference the blocks of a whole object, MAX_REFERENCES per call, and no more often than references count."""
+        if file.next_reference == 0 and now - file.referenced_at < CORRELATED_S:
+            return
+        file.referenced_at = now
+        stop = min(file.next_reference + MAX_REFERENCES, file.pieces)
+        for index in range(file.next_reference, stop):
+            self.refer(self.entries[Piece(BlockId(file.digest, index))])
+        file.next_reference = stop if stop < file.pieces else 0
+
+    def take_references(self) -> list[tuple[Piece, int]]:
+        """Pieces referenced since the last call whose rows exist, with their last use."""
+        references, self._referenced = self._referenced, set()
+        return [(piece, self.entries[piece].used) for piece in references if piece not in self.unsynced]
+
+    def remove(self, entry: Entry) -> None:
+        """Forget a piece; where files cannot have holes, all pieces of its file."""
+        together = [entry] if self._punching else [e for e in self.entries.values() if e.file is entry.file]
+        for gone in together:
+            self.policy.remove(gone.piece)
+            del self.entries[gone.piece]
+            self.bitmaps.remove(gone.piece)
+            self.unsynced.pop(gone.piece, None)
+            self._referenced.discard(gone.piece)
+            gone.file.pieces -= 1
+            gone.file.sealed = False
+            gone.file.checked &= ~(1 << gone.piece.block.index)
+            self.retire(gone)
+
+    def retire(self, entry: Entry) -> None:
+        """Charge bytes on the disk that belong to no held piece."""
+        self.removed[entry.piece] = entry
+        self.removed_bytes += entry.space
+
+    def given_back(self, entry: Entry) -> None:
+        del self.removed[entry.piece]
+        self.removed_bytes -= entry.space
