@@ -106,50 +106,37 @@ class Syncs:
     def __init__(self, table: MemberTable, config: SwimConfig, rng: Random, now: float) -> None:
         self._table = table
         self._config = config
-        self._under_way: set[PeerId] = set()
-        self._wanted: dict[PeerId, None] = {}
-        self._next_sync = now + rng.random() * config.sync_interval_s
-        self._next_retry = now + rng.random() * config.retry_interval_s
+        self.under_way: set[PeerId] = set()
+        self.wanted: dict[PeerId, None] = {}
+        self.next_sync = now + rng.random() * config.sync_interval_s
+        self.next_retry = now + rng.random() * config.retry_interval_s
 
     def due(self) -> float:
-        return -math.inf if self._wanted and self._free() > 0 else min(self._next_sync, self._next_retry)
-
-    def is_time_to_retry(self, now: float) -> bool:
-        return now >= self._next_retry
-
-    def restart(self, now: float) -> None:
-        self._next_sync = now
+        return -math.inf if self.wanted and self._free() > 0 else min(self.next_sync, self.next_retry)
 
     def want(self, peer: PeerId) -> None:
-        if peer not in self._under_way and peer not in self._table.excluded:
-            self._wanted[peer] = None
-
-    def unwant(self, peer: PeerId) -> None:
-        self._wanted.pop(peer, None)
-
-    def ended(self, peer: PeerId) -> None:
-        self._under_way.discard(peer)
-
-    def abandoned(self) -> None:
-        self._under_way.clear()
+        if peer not in self.under_way and peer not in self._table.excluded:
+            self.wanted[peer] = None
 
     def begin(self, now: float) -> list[SyncWith]:
         members = len(self._table.site)
-        if now >= self._next_sync:
-            self._next_sync = now + self._config.sync_pause_s(members)
+        if now >= self.next_sync:
+            self.next_sync = now + self._config.sync_pause_s(members)
             for peer in self._table.sample(1):
                 self.want(peer)
-        if self.is_time_to_retry(now):
-            self._next_retry = now + self._config.retry_pause_s(members)
-            lost = self._table.longest_untried()
-            if lost is not None:
-                lost.tried = now
-                self.want(lost.update.member.peer_id)
-        chosen = list(self._wanted)[: max(0, self._free())]
+        if now >= self.next_retry:
+            self.next_retry = now + self._config.retry_pause_s(members)
+            own = self._table.own.member.site
+            lost = [entry for entry in self._table.lost().values() if entry.update.member.site == own]
+            if lost:
+                longest = min(lost, key=lambda entry: entry.tried)
+                longest.tried = now
+                self.want(longest.update.member.peer_id)
+        chosen = list(self.wanted)[: max(0, self._free())]
         for peer in chosen:
-            del self._wanted[peer]
-        self._under_way |= set(chosen)
+            del self.wanted[peer]
+        self.under_way.update(chosen)
         return [SyncWith(peer, self._config.sync_timeout_s) for peer in chosen]
 
     def _free(self) -> int:
-        return self._config.parallel_syncs - len(self._under_way)
+        return self._config.parallel_syncs - len(self.under_way)

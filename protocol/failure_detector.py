@@ -27,8 +27,8 @@ class FailureDetector:
         self._config = config
         self._rng = rng
         self._suspects: dict[PeerId, float] = {}
-        """When each of them counts as dead."""
-        self._probing: dict[PeerId, Probe] = {}
+        """With the time at which each counts as dead."""
+        self.probing: dict[PeerId, Probe] = {}
         self._wanted: dict[PeerId, None] = {}
         self._ring: list[PeerId] = []
         self._turn = 0
@@ -45,7 +45,7 @@ class FailureDetector:
         """
         if now - self._next_probe <= self._config.pause_s:
             return False
-        self._probing.clear()
+        self.probing.clear()
         self._next_probe = now
         for peer in self._suspects:
             self._suspects[peer] = now + self._suspicion_s()
@@ -73,7 +73,7 @@ class FailureDetector:
             self._wanted[peer] = None
 
     def acked(self, peer: PeerId, now: float, rtt_s: float | None) -> None:
-        if self._probing.pop(peer, None) is not None:
+        if self.probing.pop(peer, None) is not None:
             self._strain = max(0, self._strain - 1)
         entry = self._table.entries.get(peer)
         if entry is None:
@@ -83,22 +83,20 @@ class FailureDetector:
             entry.rtt_s = rtt_s if entry.rtt_s is None else entry.rtt_s + RTT_GAIN * (rtt_s - entry.rtt_s)
 
     def failed(self, probe: Probe, *, helpers_answered: bool) -> Update | None:
-        if self._probing.get(probe.peer) != probe:
+        if self.probing.get(probe.peer) != probe:
             return None
-        del self._probing[probe.peer]
+        del self.probing[probe.peer]
         if probe.via and not helpers_answered:
             self._strain = min(self._config.max_strain, self._strain + 1)
         entry = self._table.entries.get(probe.peer)
-        alive = entry is not None and entry.update.state is State.ALIVE
-        return in_state(entry.update, State.SUSPECT) if entry is not None and alive else None
+        if entry is None or entry.update.state is not State.ALIVE:
+            return None
+        return in_state(entry.update, State.SUSPECT)
 
     def forget(self, peer: PeerId) -> None:
         self._suspects.pop(peer, None)
-        self._probing.pop(peer, None)
+        self.probing.pop(peer, None)
         self._wanted.pop(peer, None)
-
-    def abandoned(self) -> None:
-        self._probing.clear()
 
     def probes(self, now: float) -> list[Probe]:
         peers, self._wanted = self._wanted, {}
@@ -107,12 +105,12 @@ class FailureDetector:
             target = self._next_target()
             if target is not None:
                 peers[target] = None
-        return [self._probe(p, now) for p in peers if self._table.is_near(p) and p not in self._probing]
+        return [self._probe(p, now) for p in peers if self._table.is_near(p) and p not in self.probing]
 
     def _probe(self, peer: PeerId, now: float) -> Probe:
         via = [helper for helper in self._table.sample(self._config.indirect_probes + 1) if helper != peer]
         timeout = self._config.probe_timeout_s * (1 + self._strain)
-        probe = self._probing[peer] = Probe(peer, tuple(via[: self._config.indirect_probes]), timeout, now)
+        probe = self.probing[peer] = Probe(peer, tuple(via[: self._config.indirect_probes]), timeout, now)
         return probe
 
     def _next_target(self) -> PeerId | None:

@@ -20,19 +20,12 @@ from protocol.swim_values import Change, Event
 from protocol.wire import MAX_INCARNATION
 
 _EVENTS = {
-    (None, State.ALIVE): Event.JOINED,
-    (None, State.SUSPECT): Event.JOINED,
-    (State.ALIVE, State.SUSPECT): Event.SUSPECTED,
-    (State.ALIVE, State.DEAD): Event.DROPPED,
-    (State.ALIVE, State.LEFT): Event.LEFT,
-    (State.SUSPECT, State.ALIVE): Event.REFUTED,
-    (State.SUSPECT, State.DEAD): Event.DROPPED,
-    (State.SUSPECT, State.LEFT): Event.LEFT,
-    (State.DEAD, State.ALIVE): Event.READMITTED,
-    (State.DEAD, State.SUSPECT): Event.READMITTED,
-    (State.LEFT, State.ALIVE): Event.READMITTED,
-    (State.LEFT, State.SUSPECT): Event.READMITTED,
+    State.ALIVE: Event.REFUTED,
+    State.SUSPECT: Event.SUSPECTED,
+    State.DEAD: Event.DROPPED,
+    State.LEFT: Event.LEFT,
 }
+"""The change that is reported when a live member gets another state."""
 
 
 @dataclass(slots=True)
@@ -70,7 +63,11 @@ def in_state(update: Update, state: State) -> Update:
 
 
 class MemberTable:
-    """`own` is this node's statement about itself; `entries` are all other members. `rng` draws the samples."""
+    """`own` is this node's statement about itself; `entries` are all other members.
+
+    `site` has the live members of this node's site, suspects too, without the excluded, sorted by peer id; it is the
+    same object until something changes. `neighbours` are their peer ids without this node.
+    """
 
     def __init__(self, own: Update, rng: Random) -> None:
         self.own = own
@@ -86,16 +83,11 @@ class MemberTable:
 
     @property
     def site(self) -> tuple[Member, ...]:
-        """Live members of the own site, suspects too, without the excluded; sorted by peer id.
-
-        The same object until something changes.
-        """
         self._rebuild()
         return self._site
 
     @property
     def neighbours(self) -> tuple[PeerId, ...]:
-        """Peer ids of the site, sorted, without the own."""
         self._rebuild()
         return self._neighbours
 
@@ -118,28 +110,19 @@ class MemberTable:
 
     def sample_far(self, count: int) -> list[PeerId]:
         """Live members of other sites."""
-        own, entries = self.own.member.site, self.entries.items()
-        return self._draw([peer for peer, e in entries if e.is_live and e.update.member.site != own], count)
+        far = [p for p, e in self.entries.items() if e.is_live and e.update.member.site != self.own.member.site]
+        return self._draw(far, count)
 
     def _draw(self, peers: Sequence[PeerId], count: int) -> list[PeerId]:
         return self._rng.sample(peers, min(count, len(peers)))
 
-    def longest_untried(self) -> Entry | None:
-        """Of the site's dead and departed members the one that was tried again longest ago."""
-        own = self.own.member.site
-        lost = (entry for entry in self.entries.values() if not entry.is_live and entry.update.member.site == own)
-        return min(lost, key=lambda entry: entry.tried, default=None)
-
-    def lost_before(self, time: float) -> list[PeerId]:
-        return [peer for peer, entry in self.entries.items() if not entry.is_live and entry.since < time]
+    def lost(self) -> dict[PeerId, Entry]:
+        """The dead and departed members of all sites, and hints that did not answer yet."""
+        return {peer: entry for peer, entry in self.entries.items() if not entry.is_live}
 
     @property
     def is_full(self) -> bool:
         return len(self.entries) >= MAX_MEMBERS - 1
-
-    def longest_lost(self) -> PeerId | None:
-        lost = (peer for peer, entry in self.entries.items() if not entry.is_live)
-        return min(lost, key=lambda peer: self.entries[peer].since, default=None)
 
     # Statements
 
@@ -169,16 +152,18 @@ class MemberTable:
         entry.update = update
         if before is None or before.state is not update.state:
             entry.since = now
-        if before is None or before.member != update.member or (before.state < State.DEAD) != entry.is_live:
+        was_live = before is not None and before.state < State.DEAD
+        if before is None or before.member != update.member or was_live != entry.is_live:
             self._stale = True
-        was_shown = before is not None and (before.state, before.incarnation) != (State.DEAD, 0)
-        event = _EVENTS.get((before.state if before is not None and was_shown else None, update.state))
-        if event is not None:
-            self._note(update.member, event)
+        if before is not None and was_live:
+            if before.state is not update.state:
+                self.note(update.member, _EVENTS[update.state])
+        elif entry.is_live:
+            was_shown = before is not None and before.incarnation > 0
+            self.note(update.member, Event.READMITTED if was_shown else Event.JOINED)
         return entry
 
     def move(self, member: Member) -> None:
-        """`member` proved to have these addresses now."""
         entry = self.entries[member.peer_id]
         entry.update = Update(member, entry.update.state, entry.update.incarnation)
         self._stale = True
@@ -186,11 +171,9 @@ class MemberTable:
     def drop(self, peer: PeerId) -> None:
         self._stale |= self.entries.pop(peer).is_live
 
-    def _note(self, member: Member, event: Event) -> None:
+    def note(self, member: Member, event: Event) -> None:
         if member.site == self.own.member.site:
             self.changes.append(Change(member, event))
-
-    # Members that are kept out
 
     def exclude(self, peer: PeerId, until: float) -> None:
         while len(self.excluded) >= MAX_MEMBERS:
@@ -204,9 +187,4 @@ class MemberTable:
             del self.excluded[peer]
             self._stale = True
             if self.is_near(peer):
-                self._note(self.entries[peer].update.member, Event.READMITTED)
-
-    def banish(self, peer: PeerId) -> None:
-        self.banished.add(peer)
-        if peer in self.entries:
-            self._note(self.entries[peer].update.member, Event.REVOKED)
+                self.note(self.entries[peer].update.member, Event.READMITTED)

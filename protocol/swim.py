@@ -19,7 +19,7 @@ from protocol.failure_detector import FailureDetector
 from protocol.ids import PeerId
 from protocol.member_table import Entry, MemberTable, in_state
 from protocol.members import Member, State, Update
-from protocol.swim_values import Action, Change, Disconnect, Gossip, Probe, SwimConfig, Tell
+from protocol.swim_values import Action, Change, Disconnect, Event, Gossip, Probe, SwimConfig, Tell
 from protocol.wire import MAX_INCARNATION
 
 
@@ -49,8 +49,7 @@ class Swim:
 
     @property
     def site(self) -> tuple[Member, ...]:
-        """Live members of the own site, suspects too, without the excluded; sorted by peer id. The same object
-        until something changes."""
+        """See `MemberTable`."""
         return self._table.site
 
     def view(self) -> tuple[Update, ...]:
@@ -123,12 +122,12 @@ class Swim:
 
     def synced(self, peer: PeerId) -> None:
         """The sync with `peer` ended, well or not."""
-        self._syncs.ended(peer)
+        self._syncs.under_way.discard(peer)
 
     def abandoned(self) -> None:
         """The task that did the I/O was cancelled: no probe and no sync is under way any more."""
-        self._detector.abandoned()
-        self._syncs.abandoned()
+        self._detector.probing.clear()
+        self._syncs.under_way.clear()
 
     def doubt(self, peer: PeerId, now: float) -> None:
         """Another part of the node found `peer` failing: probe it at once, at most once in each probe interval."""
@@ -146,9 +145,10 @@ class Swim:
         """Forget `peer`, and ignore every statement about it, for good. The caller bounds the number of these."""
         if peer == self.own.member.peer_id or peer in self._table.banished:
             return
-        self._table.banish(peer)
+        self._table.banished.add(peer)
         self._cuts.append(peer)
         if peer in self.known:
+            self._table.note(self.known[peer].update.member, Event.REVOKED)
             self._drop(peer)
 
     def is_banished(self, peer: PeerId) -> bool:
@@ -157,8 +157,7 @@ class Swim:
     def spread(self) -> None:
         """There is a new revocation: send it to some members of this site, and to a few of others."""
         near = self._table.sample(self._config.spread_fanout(len(self.site)))
-        far = self._table.sample_far(self._config.gossip_fanout)
-        self._tells.update(dict.fromkeys([*near, *far]))
+        self._tells.update(dict.fromkeys([*near, *self._table.sample_far(self._config.gossip_fanout)]))
 
     def leave(self) -> tuple[Gossip, ...]:
         """This node goes; the answer names the members to notify. After this it neither probes nor refutes."""
@@ -184,27 +183,28 @@ class Swim:
         tells, self._tells = self._tells, {}
         actions: list[Action] = [*(Disconnect(peer) for peer in cuts), *(Tell(peer) for peer in tells)]
         if self.own.state is not State.LEFT:
-            if self._syncs.is_time_to_retry(now):
-                for peer in self._table.lost_before(now - self._config.forget_s):
-                    self._drop(peer)
+            if now >= self._syncs.next_retry:
+                for peer, entry in self._table.lost().items():
+                    if entry.since < now - self._config.forget_s:
+                        self._drop(peer)
             actions += [*self._detector.probes(now), *self._gossip.gossip(now), *self._syncs.begin(now)]
         return actions
 
     def _notice_pause(self, now: float) -> None:
         if self._detector.resume(now):
-            self._syncs.restart(now)
+            self._syncs.next_sync = now
 
     def _adopt(self, update: Update, now: float) -> None:
         """Hold `update` from now on, and pass it on. A full table gives up a dead member for it, but no live one."""
         peer = update.member.peer_id
         entry = self.known.get(peer)
         if entry is None and self._table.is_full:
-            lost = self._table.longest_lost()
-            if lost is None:
+            lost = self._table.lost()
+            if not lost:
                 return
-            self._drop(lost)
+            self._drop(min(lost, key=lambda peer: lost[peer].since))
         if entry is not None and entry.is_hint and entry.update.state is State.DEAD:
-            self._syncs.unwant(peer)  # a hint that came true needs no question any more
+            self._syncs.wanted.pop(peer, None)  # a hint that came true needs no question any more
         self._detector.heard(update, now)
         if not self._table.hold(update, now).is_hint:
             self._gossip.rumours.add(peer)
@@ -213,4 +213,4 @@ class Swim:
         self._table.drop(peer)
         self._gossip.rumours.discard(peer)
         self._detector.forget(peer)
-        self._syncs.unwant(peer)
+        self._syncs.wanted.pop(peer, None)
