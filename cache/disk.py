@@ -69,9 +69,9 @@ class DiskStore:
     def __init__(self, folder: Folder, policy: PinnedPolicy, timer: Callable[[], float]) -> None:
         self._folder = folder
         self._timer = timer
-        self._table = PieceTable(folder.path, folder.punching, policy)
-        self._room = Room(folder, self._table, timer)
-        self._write_back = WriteBack(folder, self._table, self._room)
+        self._table = PieceTable(folder, policy)
+        self._room = Room(self._table, timer)
+        self._write_back = WriteBack(self._table, self._room)
 
     @classmethod
     @asynccontextmanager
@@ -166,16 +166,12 @@ class DiskStore:
         await trio.lowlevel.checkpoint()
         if piece in self._table.entries:
             return True
-        if self._is_derivable(piece) or not await self._make_room(piece, space(len(data))):
+        if self._table.is_derivable(piece) or not await self._make_room(piece, space(len(data))):
             return False
         if piece in self._table.entries:
             return True
         sha = record.sha256 if piece.shard is None else sha256(data).digest()
-        return not self._is_derivable(piece) and self._write(self._table.entry(piece, record, sha), data)
-
-    def _is_derivable(self, piece: Piece) -> bool:
-        """A shard of a block that is held whole."""
-        return piece.shard is not None and self.holds(Piece(piece.block))
+        return not self._table.is_derivable(piece) and self._write(self._table.entry(piece, record, sha), data)
 
     async def _make_room(self, piece: Piece, need: int) -> bool:
         """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""

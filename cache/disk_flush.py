@@ -18,7 +18,7 @@ from cache.disk_index import DiskIndex, key_of
 from cache.disk_room import Room
 from cache.disk_table import Entry, File, PieceTable
 from cache.files import CHANGE, READ, opened, punch
-from cache.recovery import TRASH, Folder
+from cache.recovery import TRASH
 from protocol.ids import Piece
 
 FLUSH_S = 1.0
@@ -86,11 +86,10 @@ def _give_back(batch: Batch, outcome: Outcome) -> None:
 class WriteBack:
     """`stuck`: the last flush could not write the index; puts that would have to wait for the next one decline."""
 
-    def __init__(self, folder: Folder, table: PieceTable, room: Room) -> None:
-        self._folder = folder
+    def __init__(self, table: PieceTable, room: Room) -> None:
         self._table = table
         self._room = room
-        self._trash = itertools.count()
+        self._emptied = itertools.count()
         self._flushing = trio.Lock()
         self._wanted = trio.Event()
         self.stuck = False
@@ -109,7 +108,7 @@ class WriteBack:
             if self._table.unsynced or self._table.removed or references:
                 batch = self._batch()
                 with trio.CancelScope(shield=True):  # the batch has moved files: it must be carried out
-                    outcome = await trio.to_thread.run_sync(carry_out, self._folder.index, batch)
+                    outcome = await trio.to_thread.run_sync(carry_out, self._table.folder.index, batch)
                 self._apply(batch, outcome)
 
     def _batch(self) -> Batch:
@@ -119,29 +118,31 @@ class WriteBack:
 
     def _clear_files(self, removed: list[Entry]) -> dict[File, str]:
         """Rename the files that hold nothing any more, so that new ones can take their names."""
-        trash: dict[File, str] = {}
+        folder, trash = self._table.folder, dict[File, str]()
         for entry in removed:
             if entry.file.pieces or entry.file in trash:
                 continue
-            trash[entry.file] = f"{self._folder.path}/{TRASH}/{next(self._trash)}"
+            trash[entry.file] = f"{folder.path}/{TRASH}/{next(self._emptied)}"
             self._table.files.pop((entry.file.digest, entry.file.shard), None)
             try:
                 os.rename(entry.file.path, trash[entry.file])
             except OSError as error:
-                self._folder.warn_once("cannot remove a file", error)
+                folder.warn_once("cannot remove a file", error)
         return trash
 
     def _apply(self, batch: Batch, outcome: Outcome) -> None:
+        table = self._table
         self._room.recheck()
         self.stuck = not outcome.committed
         for action, error in outcome.problems:
-            self._folder.warn_once(action, error)
+            table.folder.warn_once(action, error)
         for entry in batch.removed:
-            self._table.given_back(entry)
+            del table.removed[entry.piece]
+            table.removed_bytes -= entry.space
         for entry in batch.added:
-            if self._table.unsynced.get(entry.piece) is not entry:
+            if table.unsynced.get(entry.piece) is not entry:
                 continue
             if entry.file in outcome.unsynced:
-                self._table.remove(entry)
+                table.remove(entry)
             elif outcome.committed:
-                del self._table.unsynced[entry.piece]
+                del table.unsynced[entry.piece]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from cache.disk_table import PieceTable
 from cache.pieces import MAX_ENTRIES
-from cache.recovery import Folder
 from protocol.ids import BLOCK_SIZE
 
 EVICTION_SHARE = 64
@@ -22,8 +21,7 @@ SPARE_AGE_S = 1.0
 class Room:
     """At least `free_share` of the file system, and `free_bytes`, are left free. `timer` in seconds."""
 
-    def __init__(self, folder: Folder, table: PieceTable, timer: Callable[[], float]) -> None:
-        self._folder = folder
+    def __init__(self, table: PieceTable, timer: Callable[[], float]) -> None:
         self._table = table
         self._timer = timer
         self._free_share, self._free_bytes = 0.0, 0
@@ -31,7 +29,7 @@ class Room:
         self._spare_at = -math.inf
 
     def resize(self, budget_bytes: int, free_share: float, free_bytes: int) -> None:
-        self._table.policy.budget_bytes = budget_bytes if self._folder.usable else 0
+        self._table.policy.budget_bytes = budget_bytes if self._table.folder.usable else 0
         self._free_share, self._free_bytes = free_share, free_bytes
         self.recheck()
 
@@ -56,9 +54,9 @@ class Room:
 
     def _read_spare(self) -> int:
         try:
-            disk = os.statvfs(self._folder.path)
+            disk = os.statvfs(self._table.folder.path)
         except OSError as error:
-            self._folder.warn_once("cannot tell how much disk is free", error)
+            self._table.folder.warn_once("cannot tell how much disk is free", error)
             return 0
         floor = max(int(self._free_share * disk.f_blocks * disk.f_frsize), self._free_bytes)
         return disk.f_bavail * disk.f_frsize - floor

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from sys import intern
 
 import msgspec
@@ -18,7 +17,7 @@ from cache.disk_index import Stored
 from cache.files import Identity
 from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, length_of
 from cache.pinned import PinnedPolicy
-from cache.recovery import offset_of, relative_path, space
+from cache.recovery import Folder, offset_of, relative_path, space
 from protocol.ids import BlockId, Digest, PeerId, Piece, Shard
 from protocol.records import Record
 
@@ -71,25 +70,23 @@ class Entry:
         return Stored(self.piece, self.sha256, self.record, self.used)
 
 
+@dataclass(slots=True, eq=False)
 class PieceTable:
     """`unsynced` are pieces in the page cache without a row; the bytes of `removed` are not given back yet."""
 
-    def __init__(self, directory: Path, punching: bool, policy: PinnedPolicy) -> None:
-        self._directory = directory
-        self._punching = punching
-        self.policy = policy
-        self.entries: dict[Piece, Entry] = {}
-        self.bitmaps = Bitmaps()
-        self.files: dict[tuple[Digest, Shard | None], File] = {}
-        self.unsynced: dict[Piece, Entry] = {}
-        self.removed: dict[Piece, Entry] = {}
-        self.removed_bytes = 0
-        self._referenced: set[Piece] = set()
-        self._last_used = 0
+    folder: Folder
+    policy: PinnedPolicy
+    entries: dict[Piece, Entry] = field(default_factory=dict)
+    bitmaps: Bitmaps = field(default_factory=Bitmaps)
+    files: dict[tuple[Digest, Shard | None], File] = field(default_factory=dict)
+    unsynced: dict[Piece, Entry] = field(default_factory=dict)
+    removed: dict[Piece, Entry] = field(default_factory=dict)
+    removed_bytes: int = 0
+    _referenced: set[Piece] = field(default_factory=set)
+    _last_used: int = 0
 
     @property
     def charged(self) -> int:
-        """Bytes of the budget that are taken."""
         return self.policy.bytes + self.removed_bytes
 
     def adopt(self, rows: list[Stored]) -> None:
@@ -113,13 +110,10 @@ class PieceTable:
         key = piece.block.digest, piece.shard
         file = self.files.get(key)
         if file is None:
-            file = self.files[key] = File(*key, f"{self._directory}/{relative_path(*key)}")
-        record = msgspec.structs.replace(
-            record,
-            digest=intern(record.digest),
-            sha256=sha256 if sha256 == record.sha256 else record.sha256,
-            signer=PeerId(intern(record.signer)),
-        )
+            file = self.files[key] = File(*key, f"{self.folder.path}/{relative_path(*key)}")
+        digest, signer = intern(record.digest), PeerId(intern(record.signer))
+        sha = sha256 if sha256 == record.sha256 else record.sha256
+        record = msgspec.structs.replace(record, digest=digest, sha256=sha, signer=signer)
         own = Piece(BlockId(file.digest, piece.block.index), file.shard)
         used = self._next_use() if used is None else used
         return Entry(piece=own, record=record, sha256=sha256, length=length_of(own, record), used=used, file=file)
@@ -139,7 +133,7 @@ class PieceTable:
         """Hold a piece that was just written; a whole block replaces its shards, which can be derived from it."""
         self.add(entry)
         self.unsynced[entry.piece] = entry
-        if entry.piece.shard is None and self._punching:
+        if entry.piece.shard is None and self.folder.punching:
             for shard in self.bitmaps.shards_of(entry.piece.block):
                 self.remove(self.entries[shard])
 
@@ -165,7 +159,7 @@ class PieceTable:
 
     def remove(self, entry: Entry) -> None:
         """Forget a piece; where files cannot have holes, all pieces of its file."""
-        together = [entry] if self._punching else [e for e in self.entries.values() if e.file is entry.file]
+        together = [entry] if self.folder.punching else [e for e in self.entries.values() if e.file is entry.file]
         for gone in together:
             self.policy.remove(gone.piece)
             del self.entries[gone.piece]
@@ -182,6 +176,6 @@ class PieceTable:
         self.removed[entry.piece] = entry
         self.removed_bytes += entry.space
 
-    def given_back(self, entry: Entry) -> None:
-        del self.removed[entry.piece]
-        self.removed_bytes -= entry.space
+    def is_derivable(self, piece: Piece) -> bool:
+        """A shard of a block that is held whole."""
+        return piece.shard is not None and Piece(piece.block) in self.entries
