@@ -1,6 +1,6 @@
 """The disk store's index: one SQLite row for each piece whose bytes are on the disk. See docs/FORMATS.md, "Disk store".
 
-The store works from memory; this is what outlives the process, read once and written in batches.
+The store works from memory; the index outlives the process. It is read once and written in batches.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ COMMIT;
 _WHERE_KEY = "digest = ? AND block = ? AND k = ? AND m = ? AND shard = ?"
 
 Key = tuple[str, int, int, int, int]
-"""digest, block, k, m, shard; of a whole block the last three are 0."""
+"""digest, block, k, m, shard; the last three are 0 for a whole block."""
 
 Row = tuple[str, int, int, int, int, bytes, bytes, int]
-"""A key, the sha256 of the piece's bytes, the record in msgpack, and the place of its last reference among all."""
+"""A key, the sha256 of the piece's bytes, the record in msgpack, and its last reference (`Stored.used`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A row's content. `used` orders pieces by their last reference."""
+    """`used` orders pieces by their last reference, in Unix milliseconds."""
 
     piece: Piece
     sha256: bytes
@@ -62,7 +62,7 @@ def _row_of(stored: Stored) -> Row:
     return (*key_of(stored.piece), stored.sha256, msgspec.msgpack.encode(stored.record), stored.used)
 
 
-def _parse(row: Row) -> Stored:
+def parse_row(row: Row) -> Stored:
     """Raises BadInputError on a row that no version of this program wrote."""
     digest, block, k, m, index, sha256, raw, used = row
     try:
@@ -85,14 +85,14 @@ class DiskIndex:
         good, bad = [], []
         for row in self._database.execute("SELECT * FROM piece ORDER BY used DESC"):
             try:
-                good.append(_parse(row))
+                good.append(parse_row(row))
             except BadInputError as error:
                 logger.warning("index: %s", error)
                 bad.append(row[:5])
         return good, bad
 
     def apply(self, removed: Iterable[Key], added: Iterable[Stored], used: Iterable[tuple[Piece, int]]) -> None:
-        """One transaction. Raises sqlite3.Error, and then nothing of it is done."""
+        """One transaction. Raises sqlite3.Error if none of it was done."""
         with self._database:
             self._database.execute("BEGIN")
             self._database.executemany(f"DELETE FROM piece WHERE {_WHERE_KEY}", removed)
@@ -106,7 +106,7 @@ class DiskIndex:
 
 
 def open_index(path: Path) -> DiskIndex:
-    """Open or make the index; one that SQLite finds damaged is moved aside, since it only describes a cache.
+    """Open or make the index. An index that SQLite finds damaged is moved aside, since it only describes a cache.
 
     Raises sqlite3.OperationalError where the disk fails, BadInputError where another version of this program made it.
     """

@@ -1,11 +1,11 @@
 """LRU-K as a cachetools policy (O'Neil, O'Neil & Weikum, SIGMOD 1993).
 
-LRU asks when an entry was last used, so one pass over many entries that are used once empties it. LRU-K asks when the
-k-th last use was, and remembers uses beyond eviction; entries with fewer than k known uses go first.
+LRU evicts by the last use of an entry, so one pass over many entries that are used once empties it. LRU-K evicts by the
+k-th last use, and remembers uses beyond eviction; entries with fewer than k remembered uses go first.
 
-The classical rule loses to LRU in large caches, where it holds on to what was used often, long ago. `horizon` closes
-that: the k-th last reference never counts as older than `horizon` before the last one, so that the order of eviction
-runs from LRU (horizon 0) to LRU-K (infinite). `python -m simulations cache` measures it.
+The classical rule loses to LRU in large caches, where it keeps entries that were used often, but long ago. `horizon`
+mends that: the k-th last reference never counts as older than `horizon` before the last one, so that the order of
+eviction runs from LRU (horizon 0) to LRU-K (infinite). `python -m simulations cache` measures it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 HISTORY_FLOOR = 64
-"""Evicted entries that are remembered however few are held, so that a cache of few large entries learns too."""
+"""Evicted entries that are remembered even if fewer are held, so that a cache of few large entries learns too."""
 
 HEAP_FLOOR = 64
-"""Below this, clearing the heap of the entries that are gone is not worth the while."""
+"""A smaller heap is not cleared of the entries that are gone: it would not pay."""
 
 
 class _Past(NamedTuple):
-    """References to one key: the times of the last k uncorrelated ones (oldest first), and the time and number of the
-    very last."""
+    """References to a key: the times of the last k uncorrelated ones (oldest first); time and number of the last."""
 
     times: tuple[float, ...]
     last: float
@@ -44,11 +43,11 @@ _UNKNOWN = _Past((), -math.inf, 0)
 class LRUKCache(Cache[K, V]):
     """Evicts the entry whose k-th last reference is oldest, and the least recently used among equals.
 
-    - A reference is a `get`, `[]` or assignment of an entry held, and the assignment that inserts it; `in` is none.
-      References less than `correlated` after the previous one to the same key belong to it, until `burst` after the
-      first of them: what is asked for all the time is not what was asked for once.
+    - `get`, `[]` and assignment are references; `in` is not. A reference less than `correlated` after the previous one
+      to the same key belongs to that one, until `burst` after the first of them: an entry in constant use must not
+      look like one that was used once.
     - The references to `history` times as many keys as are held (and HISTORY_FLOOR) outlive their eviction or
-      deletion; those that went first are forgotten first.
+      deletion; the keys that were evicted first are forgotten first.
     - `correlated`, `burst` and `horizon` are in the timer's units; the timer never goes back.
 
     The heap has each entry under an order that it had once. As references only raise an entry's order, that is a
@@ -82,7 +81,7 @@ class LRUKCache(Cache[K, V]):
         self._heap: list[tuple[float, int, K]] = []
 
     def __getitem__(self, key: K) -> V:
-        if key in self._held:  # else __missing__ may insert it, which is a reference by itself
+        if key in self._held:  # else __missing__ may insert it, which refers to it
             self._refer(key)
         return super().__getitem__(key)
 
@@ -97,7 +96,7 @@ class LRUKCache(Cache[K, V]):
             self._gone.popitem(last=False)
 
     def popitem(self) -> tuple[K, V]:
-        """Evict, which is no reference. Raises KeyError when the cache is empty."""
+        """Evict an entry; this is not a reference. Raises KeyError when the cache is empty."""
         key = self._oldest()
         value = super().__getitem__(key)
         del self[key]
@@ -106,7 +105,7 @@ class LRUKCache(Cache[K, V]):
     def victims(self, need: float) -> list[K]:
         """The keys to delete, in order, so that `need` more fits; nothing is deleted or referenced.
 
-        The next call names the same ones until they are deleted. Raises ValueError if `need` can never fit.
+        Later calls name the same keys until these are deleted. Raises ValueError if `need` can never fit.
         """
         if need > self.maxsize:
             raise ValueError("value too large")
@@ -123,7 +122,6 @@ class LRUKCache(Cache[K, V]):
         return list(named)
 
     def clear(self) -> None:
-        """Drop everything, history too."""
         super().clear()
         self._held.clear()
         self._gone.clear()
@@ -141,14 +139,14 @@ class LRUKCache(Cache[K, V]):
             self._enqueue(key)
 
     def _order(self, key: K) -> tuple[float, int]:
-        """What is lowest is evicted first."""
+        """The entry with the lowest order is evicted first."""
         times, last, turn = self._held[key]
         return max(times[0] if len(times) == self._k else -math.inf, last - self._horizon), turn
 
     def _enqueue(self, key: K) -> None:
         heappush(self._heap, (*self._order(key), key))
         if len(self._heap) > 2 * len(self._held) + HEAP_FLOOR:
-            self._heap = [(*self._order(each), each) for each in self._held]
+            self._heap = [(*self._order(other), other) for other in self._held]
             heapify(self._heap)
 
     def _oldest(self) -> K:

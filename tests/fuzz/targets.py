@@ -22,7 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cache.disk_index import _parse as parse_row
+from cache.disk_index import parse_row
 from node.certificates import Authority, Credentials, _new_authority, issued_by, peer_of
 from node.config import load
 from node.control import control_handler

@@ -181,7 +181,7 @@ def test_only_plain_files_with_the_name_of_a_digest_are_blobs(world: World, tmp_
 
 
 def test_a_check_can_be_cancelled_and_the_next_one_goes_through(world: World, monkeypatch) -> None:
-    monkeypatch.setattr("cache.content_store._CHECK_BYTES", BLOCK_SIZE)
+    monkeypatch.setattr("cache.content_store.CHECK_BYTES", BLOCK_SIZE)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
