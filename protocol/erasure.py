@@ -4,7 +4,7 @@ The code is the one that reedsolo's `RSCodec(m, nsize=k+m, fcr=0)` defines colum
 GF(256) modulo 0x11d, generator 2 (Reed & Solomon 1960; docs/FORMATS.md, "Shards"). reedsolo supplies the field's
 tables and the parity matrix, but its own loop does 1 MB/s. So the bulk of the work is done here: a sum of rows times
 coefficients is evaluated by Horner's rule over the *bits* of the coefficients, which costs XORs and seven doublings of
-the sum, all at memory speed in numpy, and no lookup. (16-bit tables: half the speed, and 128 KiB a coefficient.)
+the sum, all at memory speed in numpy, and no lookup. (16-bit tables have half the speed, and 128 KiB per coefficient.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Coefficients = tuple[int, ...]
 MAX_DATA_SHARDS = 32
 MAX_PARITY_SHARDS = 8
 _MATRICES = 512
-"""Cached recovery matrices, 3 KiB at most each: every loss pattern of the usual geometries, many of the others."""
+"""Cached recovery matrices, at most 3 KiB each: all loss patterns of the usual geometries, many of the others."""
 
 _POLYNOMIAL = 0x11D
 _LOG, _EXP, _ORDER = reedsolo.init_tables(_POLYNOMIAL, 2, 8)
@@ -52,7 +52,7 @@ def decode_block(shards: Mapping[int, Buffer], k: int, m: int, length: int, out:
     """The block of `length` bytes, from k or more of its shards by index, in `out` (of that length) where it is given.
 
     Raises BadInputError for fewer than k shards, a shard of a wrong size, or an impossible index or geometry. Wrong
-    bytes in a shard give a wrong block: its record's sha256 tells.
+    bytes in a shard give a wrong block, which the record's sha256 reveals.
     """
     _check_index(k, m, 0)
     size = shard_length(length, k)
@@ -78,7 +78,7 @@ def _check_index(k: int, m: int, index: int) -> None:
 
 
 def _fill(block: Row, rows: dict[int, Row], k: int, m: int) -> None:
-    """Write the block's k slices: copy those at hand, recover the others from the first k of `rows` (by index)."""
+    """Write the block's k slices: copy those in `rows`, recover the others from the first k of `rows` (by index)."""
     size = len(next(iter(rows.values())))
     slices = [block[j * size : (j + 1) * size] for j in range(k)]
     for j in rows.keys() & range(k):

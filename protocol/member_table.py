@@ -1,4 +1,4 @@
-"""What a node believes about every member, and the view of its site that follows from it.
+"""The statements that a node believes about every member, and the view of its site that follows from them.
 
 Statements about a member form a total order (`supersedes`: SWIM, section 4.2). The table holds the greatest one that it
 has heard of each member, so the order in which gossip arrives does not matter. A *hint* is a member that has not spoken

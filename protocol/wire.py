@@ -1,10 +1,10 @@
 """Frames of the bulk channel: bytes to messages and back. The bytes are specified in docs/PROTOCOL.md, "Bulk channel".
 
 A frame is a prefix (u32 header length, u32 body length, both big-endian), a msgpack header `[request id, message]`, and
-a raw body. Nothing here does I/O: `Heads` is fed what arrived and gives heads; the body itself is left to the caller,
-who knows from the head how long it is and can let the socket write it where it is to stay.
+a raw body. Nothing here does I/O: `Heads` is fed the bytes that arrived and gives heads. It leaves the body to the
+caller, which knows its length from the head and can let the socket write it into its final buffer.
 
-All checks of what a peer says are in this file. Whatever fails one raises PeerMisbehavedError.
+All checks of a peer's messages are in this file; a message that fails one raises PeerMisbehavedError.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ import msgspec
 from protocol import messages as msg
 from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT, Revocation
 from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
-from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, shard_length
-from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Update
+from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Member, Update
 from protocol.records import Record
 
 PREFIX = struct.Struct(">II")
 MAGIC = b"shoal-bulk"
 VERSION = 2
 MAX_HEADER = 4 << 20
-"""The largest message is a whole view: 16384 members at some 160 bytes are 2.6 MB. What one holds of an object of
-1 TiB, blocks and 14 shards of each, fits too."""
+"""The largest message is a whole view: 16384 members at some 160 bytes are 2.6 MB. The bitmaps of an object of 1 TiB,
+blocks and 14 shards of each, fit too."""
 MAX_HELLO = 64
 MAX_K = 32
 MAX_M = 8
 MAX_REACH = 16
-"""Cells in a row from a keeper to the home: more than the largest site has."""
+"""Hops from a keeper to the home: more cells in a row than the largest site has."""
 MAX_ANNOUNCED = 1024
-"""Digests in one Announce: a node with more of them says so in several."""
+"""Digests in one Announce: a node with more of them sends several."""
 MAX_HOLDERS = 1024
 """Peers in one Holders: more than any reader asks."""
 MAX_PIGGYBACK = 256
 """Updates in a Ping, PingRequest or Pong, so that a probe stays small (Sync carries the whole view)."""
 MAX_BITMAP = MAX_OBJECT_SIZE // BLOCK_SIZE // 8
 MAX_BITMAPS = 64
-"""Shards of one object that one node holds: one of each code that the site's size ever called for, with room."""
+"""Shards of one object that a node holds: one of each code that the site used as it grew, with room."""
 MAX_SOURCE = 600
 """A registry's name (259), a repository's (255) and the kind."""
 MAX_REFERENCE = 160
@@ -58,16 +57,14 @@ MAX_WEIGHT = 1e6
 MAX_INCARNATION = 1 << 53
 MAX_FAILURE_TEXT = 500
 MAX_CERTIFICATE = 4096
-"""Bytes of DER; ours take 450."""
+"""Bytes of DER; Shoal's certificates take 450."""
 MAX_TOLD = 64
-"""Pieces of evidence in one message: a site in which so many lie at once has none that could tell."""
+"""Pieces of evidence in one message: with this many liars at once, no honest majority is left to report them."""
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,64}", re.ASCII)
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """The first frame of each side of a connection."""
-
     magic: bytes
     version: int
     lane: Literal["control", "urgent", "bulk"]
@@ -84,7 +81,7 @@ REPLIES: msgspec.msgpack.Decoder[tuple[int, msg.Reply]] = msgspec.msgpack.Decode
 
 @dataclass(frozen=True, slots=True)
 class Head(Generic[Message]):
-    """`size`: bytes of the header itself."""
+    """`size`: bytes of the header."""
 
     request_id: int
     message: Message
@@ -116,10 +113,10 @@ def body_length_of(message: msg.Request | msg.Reply) -> int:
 
 
 class Heads(Generic[Message]):
-    """What one side of a connection reads: a hello, then heads of `kind` (REQUESTS or REPLIES), each with its body.
+    """Parser of one direction of a connection: a hello, then heads of `kind` (REQUESTS or REPLIES), each with its body.
 
-    After a head with a body the caller takes what of it has come (`take`), reads the rest past this object, and only
-    then feeds again. Never holds more than one header and what was fed last. Of no use after an error.
+    After a head with a body the caller takes the part of it that arrived (`take`), reads the rest past this object, and
+    only then feeds again. Holds at most one header and the last bytes fed. Unusable after an error.
     """
 
     def __init__(self, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
@@ -128,7 +125,7 @@ class Heads(Generic[Message]):
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing is left of what was fed."""
+        """Whether all fed bytes were consumed."""
         return not self._buffer
 
     def feed(self, data: Buffer) -> None:
@@ -139,7 +136,7 @@ class Heads(Generic[Message]):
         frame = self._next_frame(MAX_HELLO)
         if frame is None:
             return None
-        hello = _decode(_HELLOS, frame[0])
+        hello = decode(_HELLOS, frame[0])
         if hello.magic != MAGIC or hello.version != VERSION or frame[1]:
             raise PeerMisbehavedError(f"not the bulk channel's version {VERSION}: {hello.magic[:16]!r} {hello.version}")
         return hello
@@ -149,7 +146,7 @@ class Heads(Generic[Message]):
         frame = self._next_frame(MAX_HEADER)
         if frame is None:
             return None
-        request_id, message = _decode(self._kind, frame[0])
+        request_id, message = decode(self._kind, frame[0])
         _check(message)
         expected = body_length_of(message)  # type: ignore[arg-type] # Message is a Request or a Reply
         if frame[1] != expected:
@@ -157,7 +154,7 @@ class Heads(Generic[Message]):
         return Head(request_id, message, expected, len(frame[0]))
 
     def take(self, body: memoryview) -> int:
-        """Copy what was fed of the body that follows the last head; returns how many bytes that were."""
+        """Copy the fed part of the body that follows the last head; returns its number of bytes."""
         size = min(len(body), len(self._buffer))
         body[:size] = self._buffer[:size]
         del self._buffer[:size]
@@ -180,11 +177,11 @@ class Heads(Generic[Message]):
 Decoded = TypeVar("Decoded")
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Decoded], header: bytearray) -> Decoded:
+def decode(decoder: msgspec.msgpack.Decoder[Decoded], data: Buffer) -> Decoded:
     try:
-        return decoder.decode(header)
+        return decoder.decode(data)
     except UNDECODABLE as error:
-        raise PeerMisbehavedError(f"header cannot be decoded: {error}") from error
+        raise PeerMisbehavedError(f"message cannot be decoded: {error}") from error
 
 
 def check_answer(request: msg.Request, reply: msg.Reply) -> None:
@@ -217,7 +214,7 @@ _ANSWERS: dict[type[Any], type[Any]] = {
 
 
 def _check(message: object) -> None:
-    """What types do not say. Raises PeerMisbehavedError."""
+    """The bounds that types do not express. Raises PeerMisbehavedError."""
     check = _CHECKS.get(type(message))
     if check is None:
         return
@@ -227,9 +224,9 @@ def _check(message: object) -> None:
         raise PeerMisbehavedError(f"{type(message).__name__}: {error}") from error
 
 
-def _need(condition: bool, what: str) -> None:
+def _need(condition: bool, part: str) -> None:
     if not condition:
-        raise BadInputError(f"{what} out of bounds")
+        raise BadInputError(f"{part} out of bounds")
 
 
 def _block(message: msg.GetBlock | msg.GetShard | Record) -> None:
@@ -296,22 +293,24 @@ def _holdings(message: msg.HoldingsFound) -> None:
         _need(len(bitmap) <= MAX_BITMAP, "bitmap")
 
 
-def _text(text: str, most: int) -> None:
-    """For what operators will see: no control characters."""
-    _need(len(text) <= most and text.isprintable(), "text")
+def is_text(text: str, most: int) -> bool:
+    """Operators will see it: it has no control characters."""
+    return len(text) <= most and text.isprintable()
+
+
+def check_member(member: Member) -> None:
+    """Raises BadInputError. The peer id is not checked."""
+    _need(is_text(member.name, MAX_NAME) and is_text(member.site, MAX_NAME), "name or site")
+    _need(len(member.addresses) <= MAX_ADDRESSES, "addresses")
+    _need(all(is_text(address, MAX_ADDRESS) for address in member.addresses), "address")
+    _need(0 <= member.weight <= MAX_WEIGHT, "weight")
 
 
 def _updates(updates: tuple[Update, ...], most: int) -> None:
     _need(len(updates) <= most, "updates")
     for update in updates:
-        member = update.member
-        _peer(member.peer_id)
-        _text(member.name, MAX_NAME)
-        _text(member.site, MAX_NAME)
-        _need(len(member.addresses) <= MAX_ADDRESSES, "addresses")
-        for address in member.addresses:
-            _text(address, MAX_ADDRESS)
-        _need(0 <= member.weight <= MAX_WEIGHT, "weight")
+        _peer(update.member.peer_id)
+        check_member(update.member)
         _need(0 <= update.incarnation <= MAX_INCARNATION, "incarnation")
 
 
@@ -321,11 +320,11 @@ def _ping_request(message: msg.PingRequest) -> None:
 
 
 def _revocations(revocations: tuple[Revocation, ...]) -> None:
-    """What they say is checked with the authority's key, by who has it."""
+    """The caller, which has the authority's key, checks their signatures."""
     _need(len(revocations) <= MAX_REVOCATIONS, "revocations")
-    for one in revocations:
-        _text(one.subject, MAX_SUBJECT)
-        _need(len(one.signature) == 64, "signature")
+    for revocation in revocations:
+        _need(is_text(revocation.subject, MAX_SUBJECT), "subject")
+        _need(len(revocation.signature) == 64, "signature")
 
 
 def _ping(message: msg.Ping) -> None:
@@ -342,9 +341,9 @@ def _certificate(message: msg.Renew | msg.Renewed) -> None:
     _need(len(message.certificate) <= MAX_CERTIFICATE, "certificate")
 
 
-def _told(told: tuple[tuple[Evidence, float], ...]) -> None:
-    _need(len(told) <= MAX_TOLD, "evidence")
-    for evidence, age_s in told:
+def _evidence(message: msg.Accuse | msg.Accusations) -> None:
+    _need(len(message.told) <= MAX_TOLD, "evidence")
+    for evidence, age_s in message.told:
         for record in (evidence.record, evidence.other):
             if record is not None:
                 _record(record)
@@ -377,6 +376,6 @@ _CHECKS: dict[type[Any], Callable[[Any], None]] = {
     msg.SyncReply: _sync,
     msg.Renewed: _certificate,
     msg.Failed: _failed,
-    msg.Accuse: lambda message: _told(message.told),
-    msg.Accusations: lambda message: _told(message.told),
+    msg.Accuse: _evidence,
+    msg.Accusations: _evidence,
 }
