@@ -14,13 +14,14 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
 
 from protocol import messages as msg
 from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT, Revocation
 from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
+from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, shard_length
 from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Member, Update
 from protocol.records import Record
@@ -213,15 +214,17 @@ _ANSWERS: dict[type[Any], type[Any]] = {
 }
 
 
-def _check(message: object) -> None:
-    """The bounds that types do not express. Raises PeerMisbehavedError."""
-    check = _CHECKS.get(type(message))
-    if check is None:
-        return
-    try:
-        check(message)
-    except BadInputError as error:
-        raise PeerMisbehavedError(f"{type(message).__name__}: {error}") from error
+def is_text(text: str, most: int) -> bool:
+    """Operators will see it: it has no control characters."""
+    return len(text) <= most and text.isprintable()
+
+
+def check_member(member: Member) -> None:
+    """Raises BadInputError. The peer id is not checked."""
+    _need(is_text(member.name, MAX_NAME) and is_text(member.site, MAX_NAME), "name or site")
+    _need(len(member.addresses) <= MAX_ADDRESSES, "addresses")
+    _need(all(is_text(address, MAX_ADDRESS) for address in member.addresses), "address")
+    _need(0 <= member.weight <= MAX_WEIGHT, "weight")
 
 
 def _need(condition: bool, part: str) -> None:
@@ -237,145 +240,102 @@ def _code(k: int, m: int, index: int) -> None:
     _need(1 <= k <= MAX_K and 0 <= m <= MAX_M and 0 <= index < k + m, "code")
 
 
+def _is_peer(peer: str) -> bool:
+    return _PEER_ID.fullmatch(peer) is not None
+
+
+def _record(record: Record) -> bool:
+    _block(record)
+    fits = record.length == record.object.block_length(record.index) and _is_peer(record.signer)
+    return fits and len(record.sha256) == 32 and len(record.signature) == 64
+
+
+def _shards(shards: tuple[tuple[int, int, int, bytes], ...]) -> bool:
+    for k, m, index, _ in shards:
+        _code(k, m, index)
+    return len(shards) <= MAX_BITMAPS and all(len(bitmap) <= MAX_BITMAP for *_, bitmap in shards)
+
+
+def _update(update: Update) -> bool:
+    check_member(update.member)
+    return _is_peer(update.member.peer_id) and 0 <= update.incarnation <= MAX_INCARNATION
+
+
+def _revocation(revocation: Revocation) -> bool:
+    """The caller, which has the authority's key, checks the signature."""
+    return is_text(revocation.subject, MAX_SUBJECT) and len(revocation.signature) == 64
+
+
+def _evidence(evidence: Evidence, age_s: float) -> bool:
+    records = _record(evidence.record) and (evidence.other is None or _record(evidence.other))
+    bounded = len(evidence.source) <= MAX_SOURCE and len(evidence.signature) == 64
+    return records and bounded and _is_peer(evidence.finder) and _is_age(age_s)
+
+
+def _is_age(age_s: float) -> bool:
+    return math.isfinite(age_s) and age_s >= 0
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "source": lambda source: len(source) <= MAX_SOURCE,
+    "reader": lambda peer: not peer or _is_peer(peer),
+    "digests": lambda digests: len(digests) <= MAX_ANNOUNCED and all(map(Digest.parse, digests)),
+    "reference": lambda reference: len(reference) <= MAX_REFERENCE,
+    "updates": lambda updates: len(updates) <= MAX_MEMBERS and all(map(_update, updates)),
+    "revocations": lambda values: len(values) <= MAX_REVOCATIONS and all(map(_revocation, values)),
+    "target": _is_peer,
+    "certificate": lambda certificate: len(certificate) <= MAX_CERTIFICATE,
+    "told": lambda told: len(told) <= MAX_TOLD and all(_evidence(*pair) for pair in told),
+    "record": _record,
+    "blocks": lambda bitmap: len(bitmap) <= MAX_BITMAP,
+    "shards": _shards,
+    "peers": lambda peers: len(peers) <= MAX_HOLDERS and all(map(_is_peer, peers)),
+    "media_type": lambda text: len(text) <= MAX_MEDIA_TYPE,
+    "age_s": _is_age,
+    "public_age_s": lambda age_s: age_s == -1 or _is_age(age_s),
+    "code": lambda code: code in msg.FAILURES,
+    "text": lambda text: len(text) <= MAX_FAILURE_TEXT,
+}
+"""Bounds of the fields of all messages that have a field of this name."""
+
+
 def _get_shard(message: msg.GetShard) -> None:
     _block(message)
     _code(message.k, message.m, message.want)
     _need(0 <= message.reach <= MAX_REACH, "reach")
-    _need(not message.reader or _PEER_ID.fullmatch(message.reader) is not None, "reader")
-    _need(len(message.source) <= MAX_SOURCE, "source")
 
 
-def _record(record: Record) -> None:
-    _block(record)
-    _need(record.length == record.object.block_length(record.index), "length")
-    _need(len(record.sha256) == 32 and len(record.signature) == 64, "record")
-    _peer(record.signer)
+def _piggyback(message: msg.Ping | msg.PingRequest | msg.Pong) -> None:
+    _need(len(message.updates) <= MAX_PIGGYBACK, "updates")
 
 
-def _shard_found(message: msg.ShardFound) -> None:
-    _code(message.k, message.m, message.index)
-    _record(message.record)
-
-
-def _digests(digests: tuple[str, ...], most: int) -> None:
-    _need(len(digests) <= most, "digests")
-    for digest in digests:
-        Digest.parse(digest)
-
-
-def _peer(peer: str) -> None:
-    _need(_PEER_ID.fullmatch(peer) is not None, "peer id")
-
-
-def _holders(message: msg.Holders) -> None:
-    _need(len(message.peers) <= MAX_HOLDERS, "peers")
-    for peer in message.peers:
-        _peer(peer)
-
-
-def _resolve(message: msg.Resolve) -> None:
-    _need(len(message.source) <= MAX_SOURCE, "source")
-    _need(len(message.reference) <= MAX_REFERENCE, "reference")
-    _need(0 <= message.reach <= 1, "reach")
-
-
-def _resolved(message: msg.Resolved) -> None:
-    ObjectRef(Digest.parse(message.digest), message.size)
-    _need(len(message.media_type) <= MAX_MEDIA_TYPE, "media type")
-    _need(math.isfinite(message.age_s) and message.age_s >= 0, "age")
-    _need(math.isfinite(message.public_age_s) and (message.public_age_s >= 0 or message.public_age_s == -1), "age")
-
-
-def _holdings(message: msg.HoldingsFound) -> None:
-    _need(len(message.blocks) <= MAX_BITMAP and len(message.shards) <= MAX_BITMAPS, "holdings")
-    for k, m, index, bitmap in message.shards:
-        _code(k, m, index)
-        _need(len(bitmap) <= MAX_BITMAP, "bitmap")
-
-
-def is_text(text: str, most: int) -> bool:
-    """Operators will see it: it has no control characters."""
-    return len(text) <= most and text.isprintable()
-
-
-def check_member(member: Member) -> None:
-    """Raises BadInputError. The peer id is not checked."""
-    _need(is_text(member.name, MAX_NAME) and is_text(member.site, MAX_NAME), "name or site")
-    _need(len(member.addresses) <= MAX_ADDRESSES, "addresses")
-    _need(all(is_text(address, MAX_ADDRESS) for address in member.addresses), "address")
-    _need(0 <= member.weight <= MAX_WEIGHT, "weight")
-
-
-def _updates(updates: tuple[Update, ...], most: int) -> None:
-    _need(len(updates) <= most, "updates")
-    for update in updates:
-        _peer(update.member.peer_id)
-        check_member(update.member)
-        _need(0 <= update.incarnation <= MAX_INCARNATION, "incarnation")
-
-
-def _ping_request(message: msg.PingRequest) -> None:
-    _peer(message.target)
-    _updates(message.updates, MAX_PIGGYBACK)
-
-
-def _revocations(revocations: tuple[Revocation, ...]) -> None:
-    """The caller, which has the authority's key, checks their signatures."""
-    _need(len(revocations) <= MAX_REVOCATIONS, "revocations")
-    for revocation in revocations:
-        _need(is_text(revocation.subject, MAX_SUBJECT), "subject")
-        _need(len(revocation.signature) == 64, "signature")
-
-
-def _ping(message: msg.Ping) -> None:
-    _updates(message.updates, MAX_PIGGYBACK)
-    _revocations(message.revocations)
-
-
-def _sync(message: msg.Sync | msg.SyncReply) -> None:
-    _updates(message.updates, MAX_MEMBERS)
-    _revocations(message.revocations)
-
-
-def _certificate(message: msg.Renew | msg.Renewed) -> None:
-    _need(len(message.certificate) <= MAX_CERTIFICATE, "certificate")
-
-
-def _evidence(message: msg.Accuse | msg.Accusations) -> None:
-    _need(len(message.told) <= MAX_TOLD, "evidence")
-    for evidence, age_s in message.told:
-        for record in (evidence.record, evidence.other):
-            if record is not None:
-                _record(record)
-        _peer(evidence.finder)
-        _need(len(evidence.source) <= MAX_SOURCE and len(evidence.signature) == 64, "evidence")
-        _need(math.isfinite(age_s) and age_s >= 0, "age")
-
-
-def _failed(message: msg.Failed) -> None:
-    _need(message.code in msg.FAILURES and len(message.text) <= MAX_FAILURE_TEXT, "failure")
-
-
-_CHECKS: dict[type[Any], Callable[[Any], None]] = {
+_MORE: dict[type[Any], Callable[[Any], object]] = {
     msg.GetShard: _get_shard,
     msg.GetBlock: _block,
-    msg.GetHoldings: lambda message: _digests((message.digest,), 1),
-    msg.FindHolders: lambda message: _digests((message.digest,), 1),
-    msg.Announce: lambda message: _digests(message.digests, MAX_ANNOUNCED),
-    msg.Resolve: _resolve,
-    msg.Ping: _ping,
-    msg.PingRequest: _ping_request,
-    msg.Sync: _sync,
-    msg.Renew: _certificate,
-    msg.ShardFound: _shard_found,
-    msg.BlockFound: lambda message: _record(message.record),
-    msg.HoldingsFound: _holdings,
-    msg.Holders: _holders,
-    msg.Resolved: _resolved,
-    msg.Pong: lambda message: _updates(message.updates, MAX_PIGGYBACK),
-    msg.SyncReply: _sync,
-    msg.Renewed: _certificate,
-    msg.Failed: _failed,
-    msg.Accuse: _evidence,
-    msg.Accusations: _evidence,
+    msg.GetHoldings: lambda message: Digest.parse(message.digest),
+    msg.FindHolders: lambda message: Digest.parse(message.digest),
+    msg.Resolve: lambda message: _need(0 <= message.reach <= 1, "reach"),
+    msg.Ping: _piggyback,
+    msg.PingRequest: _piggyback,
+    msg.Pong: _piggyback,
+    msg.ShardFound: lambda message: _code(message.k, message.m, message.index),
+    msg.Resolved: lambda message: ObjectRef(Digest.parse(message.digest), message.size),
 }
+"""Bounds that involve several fields, or hold for one message only. They are checked first."""
+
+_CHECKS = {
+    kind: [(name, _FIELDS[name]) for name in kind.__struct_fields__ if name in _FIELDS]
+    for kind in get_args(msg.Request) + get_args(msg.Reply)
+}
+
+
+def _check(message: object) -> None:
+    """The bounds that types do not express. Raises PeerMisbehavedError."""
+    kind = type(message)
+    try:
+        if kind in _MORE:
+            _MORE[kind](message)
+        for name, fits in _CHECKS[kind]:
+            _need(fits(getattr(message, name)), name)
+    except BadInputError as error:
+        raise PeerMisbehavedError(f"{kind.__name__}: {error}") from error
