@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -67,35 +67,22 @@ class _Verdict:
         return 16 + len(self.hashes) // 32
 
 
-class _Check:
-    """Hashes an open file, block by block, in bounded memory."""
-
-    def __init__(self, fd: int, digest: Digest) -> None:
-        self._fd = fd
-        self._digest = digest
-        self._whole = hashlib.new(digest.algorithm)
-        self._hashes = bytearray()
-        self._offset = 0
-        self._before = identity_of(os.fstat(fd))
-        self._buffer = bytearray(BLOCK_SIZE)
-
-    def go_on(self) -> bool:
-        """Hash up to CHECK_BYTES more; False at the end of the file. Raises OSError."""
-        stop = self._offset + CHECK_BYTES
-        while self._offset < min(stop, self._before.size):
-            length = os.preadv(self._fd, [self._buffer], self._offset)
-            if length < min(BLOCK_SIZE, self._before.size - self._offset):
-                return False
-            block = memoryview(self._buffer)[:length]
-            self._whole.update(block)
-            self._hashes += sha256(block).digest()
-            self._offset += length
-        return self._offset < self._before.size
-
-    def verdict(self) -> _Verdict:
-        identity = identity_of(os.fstat(self._fd))
-        right = identity == self._before and self._whole.hexdigest() == self._digest.hex
-        return _Verdict(self._before, right, bytes(self._hashes) if right else b"")
+def _examine(fd: int, digest: Digest) -> Iterator[_Verdict | None]:
+    """Hash the open file in bounded memory: None after each CHECK_BYTES, the verdict at the end. Raises OSError."""
+    before = identity_of(os.fstat(fd))
+    whole, hashes, buffer, offset = hashlib.new(digest.algorithm), bytearray(), bytearray(BLOCK_SIZE), 0
+    while offset < before.size:
+        length = os.preadv(fd, [buffer], offset)
+        if length < min(BLOCK_SIZE, before.size - offset):
+            break
+        block = memoryview(buffer)[:length]
+        whole.update(block)
+        hashes += sha256(block).digest()
+        offset += length
+        if offset % CHECK_BYTES == 0:
+            yield None
+    right = identity_of(os.fstat(fd)) == before and whole.hexdigest() == digest.hex
+    yield _Verdict(before, right, bytes(hashes) if right else b"")
 
 
 class ContentStore:
@@ -228,10 +215,9 @@ class ContentStore:
     async def _check(self, path: Path, digest: Digest) -> None:
         try:
             with opened(path, READ) as fd:
-                check = _Check(fd, digest)
-                while await trio.to_thread.run_sync(check.go_on):
-                    pass
-                verdict = check.verdict()
+                examination, verdict = _examine(fd, digest), None
+                while verdict is None:
+                    verdict = await trio.to_thread.run_sync(next, examination)
         except OSError as error:
             logger.warning("containerd's content store: cannot read %s: %s", digest, error.strerror)
             return

@@ -24,8 +24,7 @@ from typing import BinaryIO
 import trio
 
 from cache.disk_flush import FLUSH_PIECES, WriteBack
-from cache.disk_room import Room
-from cache.disk_table import Entry, File, PieceTable
+from cache.disk_table import Entry, File, PieceTable, Room
 from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
 from cache.pieces import check_bytes, eviction_policy
 from cache.pinned import PinnedPolicy

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cache.disk_index import DiskIndex, key_of
-from cache.disk_room import Room
-from cache.disk_table import Entry, File, PieceTable
+from cache.disk_table import Entry, File, PieceTable, Room
 from cache.files import CHANGE, READ, opened, punch
 from cache.recovery import TRASH
 from protocol.ids import Piece

@@ -1,14 +1,17 @@
-"""The disk store's state in memory: which pieces it holds, in which files, and which removed ones still take space.
+"""The disk store's state in memory: which pieces it holds, in which files, and what room is left for more.
 
-No I/O happens here. A removed piece stays charged to the budget until a flush has deleted its row and given its bytes
-back (`cache/disk_flush.py`).
+No file is touched here. A removed piece stays charged to the budget until a flush has deleted its row and given its
+bytes back (`cache/disk_flush.py`).
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from sys import intern
 
 import msgspec
@@ -18,11 +21,17 @@ from cache.files import Identity
 from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, length_of
 from cache.pinned import PinnedPolicy
 from cache.recovery import Folder, offset_of, relative_path, space
-from protocol.ids import BlockId, Digest, PeerId, Piece, Shard
+from protocol.ids import BLOCK_SIZE, BlockId, Digest, PeerId, Piece, Shard
 from protocol.records import Record
 
 MAX_REFERENCES = 1024
 """Blocks referenced at one opening of a sealed object (3 ms); the next opening of a larger object continues there."""
+EVICTION_SHARE = 64
+MAX_EVICTION = 64 << 20
+"""A full store evicts budget / EVICTION_SHARE at once, so that not every put waits for a flush."""
+
+SPARE_AGE_S = 1.0
+"""How old an answer of statvfs may be."""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,15 +100,11 @@ class PieceTable:
 
     def adopt(self, rows: list[Stored]) -> None:
         """Hold what the index names: pinned pieces first, then the most recently used, as far as the budget goes."""
-        total = kept = 0
         self._last_used = max((row.used for row in rows), default=0)
         rows = sorted(rows, key=lambda row: not self.policy.keeps(row.piece))
         entries = [self.entry(row.piece, row.record, row.sha256, row.used) for row in rows]
-        for entry in entries[:MAX_ENTRIES]:
-            total += entry.space
-            if total > self.policy.budget_bytes:
-                break
-            kept += 1
+        totals = accumulate(entry.space for entry in entries[:MAX_ENTRIES])
+        kept = sum(total <= self.policy.budget_bytes for total in totals)
         for entry in reversed(entries[:kept]):
             self.add(entry)
         for entry in entries[kept:]:
@@ -179,3 +184,66 @@ class PieceTable:
     def is_derivable(self, piece: Piece) -> bool:
         """A shard of a block that is held whole."""
         return piece.shard is not None and Piece(piece.block) in self.entries
+
+
+class Room:
+    """Bounds of the table: the budget, and the part of the file system that stays free: `free_share` of it, and
+    `free_bytes`. `timer` in seconds."""
+
+    def __init__(self, table: PieceTable, timer: Callable[[], float]) -> None:
+        self._table = table
+        self._timer = timer
+        self._free_share, self._free_bytes = 0.0, 0
+        self._spare = 0
+        self._spare_at = -math.inf
+
+    def resize(self, budget_bytes: int, free_share: float, free_bytes: int) -> None:
+        self._table.policy.budget_bytes = budget_bytes if self._table.folder.usable else 0
+        self._free_share, self._free_bytes = free_share, free_bytes
+        self.recheck()
+
+    def recheck(self) -> None:
+        """Ask the file system anew: space was given back."""
+        self._spare_at = -math.inf
+
+    def spend(self, written: int) -> None:
+        self._spare -= written
+
+    def has(self, need: int) -> bool:
+        """Whether `need` more bytes, a multiple of a page, fit within all bounds."""
+        fits = self._table.charged + need <= self._table.policy.budget_bytes
+        return fits and len(self._table.entries) < MAX_ENTRIES and need <= self._spare_bytes()
+
+    def _spare_bytes(self) -> int:
+        """Bytes that may be written before the floor of free disk is reached; negative below it."""
+        now = self._timer()
+        if now - self._spare_at >= SPARE_AGE_S:
+            self._spare, self._spare_at = self._read_spare(), now
+        return self._spare
+
+    def _read_spare(self) -> int:
+        try:
+            disk = os.statvfs(self._table.folder.path)
+        except OSError as error:
+            self._table.folder.warn_once("cannot tell how much disk is free", error)
+            return 0
+        floor = max(int(self._free_share * disk.f_blocks * disk.f_frsize), self._free_bytes)
+        return disk.f_bavail * disk.f_frsize - floor
+
+    def evict(self, need: int) -> None:
+        """Remove the policy's victims, so that after the next flush `need` fits, and a little more."""
+        table, budget = self._table, self._table.policy.budget_bytes
+        leased = sum(entry.space for entry in table.removed.values() if entry.file.leases)
+        room = budget - table.policy.bytes
+        wanted = max(
+            need + min(budget // EVICTION_SHARE, MAX_EVICTION) + leased,
+            room + need - self._spare_bytes() - (table.removed_bytes - leased),
+            room + (len(table.entries) >= MAX_ENTRIES),
+        )
+        served = sum(file.pieces * BLOCK_SIZE for file in table.files.values() if file.leases)
+        for victim in table.policy.victims(min(wanted + served, budget)):
+            if budget - table.policy.bytes >= wanted:
+                break
+            entry = table.entries.get(victim)
+            if entry is not None and not entry.file.leases:
+                table.remove(entry)

@@ -59,8 +59,7 @@ class GossipQueue:
     """Decides what each message carries, and when a message is sent for its own sake."""
 
     def __init__(self, table: MemberTable, config: SwimConfig, now: float) -> None:
-        self._table = table
-        self._config = config
+        self._table, self._config = table, config
         self.rumours = Rumours()
         self.rumours.add(table.own.member.peer_id)
         self._next_gossip = now
@@ -104,8 +103,7 @@ class Syncs:
     """Exchanges of whole views: with random members, with new ones, and with lost ones, which may be back."""
 
     def __init__(self, table: MemberTable, config: SwimConfig, rng: Random, now: float) -> None:
-        self._table = table
-        self._config = config
+        self._table, self._config = table, config
         self.under_way: set[PeerId] = set()
         self.wanted: dict[PeerId, None] = {}
         self.next_sync = now + rng.random() * config.sync_interval_s

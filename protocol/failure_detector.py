@@ -23,16 +23,13 @@ class FailureDetector:
     """Its conclusions are returned as updates that the caller holds."""
 
     def __init__(self, table: MemberTable, config: SwimConfig, rng: Random, now: float) -> None:
-        self._table = table
-        self._config = config
-        self._rng = rng
+        self._table, self._config, self._rng = table, config, rng
         self._suspects: dict[PeerId, float] = {}
         """With the time at which each counts as dead."""
         self.probing: dict[PeerId, Probe] = {}
         self._wanted: dict[PeerId, None] = {}
         self._ring: list[PeerId] = []
-        self._turn = 0
-        self._strain = 0
+        self._turn = self._strain = 0
         self._next_probe = now + rng.random() * config.probe_interval_s
 
     def due(self) -> float:

@@ -54,6 +54,7 @@ class _Asked:
     given_up: bool = False
 
 
+@dataclass(eq=False)
 class ShardPlan:
     """`order` is the keepers, the best to ask first; the rank of a keeper is the index of its shard.
 
@@ -61,20 +62,16 @@ class ShardPlan:
     request; `patience_s`: added to the time until a late peer is given up. `now` is monotonic seconds.
     """
 
-    def __init__(
-        self,
-        keepers: Sequence[PeerId],
-        order: Sequence[PeerId],
-        k: int,
-        late_after_s: Callable[[PeerId], float],
-        answered_at: Callable[[PeerId], float] = lambda peer: -math.inf,
-        patience_s: float = PATIENCE_S,
-    ) -> None:
-        self._rank = {peer: rank for rank, peer in enumerate(keepers)}
-        self._left = list(order)
-        self._k = k
-        self._late_after_s = late_after_s
-        self._answered_at, self._patience_s = answered_at, patience_s
+    keepers: Sequence[PeerId]
+    order: Sequence[PeerId]
+    k: int
+    late_after_s: Callable[[PeerId], float]
+    answered_at: Callable[[PeerId], float] = lambda peer: -math.inf
+    patience_s: float = PATIENCE_S
+
+    def __post_init__(self) -> None:
+        self._rank = {peer: rank for rank, peer in enumerate(self.keepers)}
+        self._left = list(self.order)
         self._asked: dict[PeerId, _Asked] = {}
         self._have: dict[int, PeerId] = {}
         self._slowest_s = 0.0
@@ -82,7 +79,7 @@ class ShardPlan:
 
     @property
     def done(self) -> bool:
-        return len(self._have) >= self._k
+        return len(self._have) >= self.k
 
     @property
     def stuck(self) -> bool:
@@ -100,7 +97,7 @@ class ShardPlan:
 
     def start(self, all_at_once: bool, now: float) -> list[Ask]:
         """The first requests, to k keepers or to all."""
-        return self._next(len(self._left) if all_at_once else self._k, now)
+        return self._next(len(self._left) if all_at_once else self.k, now)
 
     def heard(self, peer: PeerId, ready: bool, now: float) -> None:
         """A `Waiting` came. `ready`: the answer waits for its turn on the connection; else the peer still lacks it."""
@@ -187,17 +184,17 @@ class ShardPlan:
 
     def _deadlines(self) -> Iterator[tuple[PeerId, _Asked, float]]:
         floor = WARM_FLOOR_S if self._have else COLD_FLOOR_S
-        bound = LAST_FACTOR * self._slowest_s if len(self._have) == self._k - 1 and self._have else math.inf
+        bound = LAST_FACTOR * self._slowest_s if len(self._have) == self.k - 1 and self._have else math.inf
         for peer, asked in self._asked.items():
             if not asked.given_up:
-                after = max(floor, self._slowest_s, min(bound, self._late_after_s(peer)))
-                since = max(asked.since, min(self._answered_at(peer), asked.since + (TURN_FACTOR - 1) * after))
-                after += PATIENCE_FACTOR * after + self._patience_s if asked.late else 0.0
+                after = max(floor, self._slowest_s, min(bound, self.late_after_s(peer)))
+                since = max(asked.since, min(self.answered_at(peer), asked.since + (TURN_FACTOR - 1) * after))
+                after += PATIENCE_FACTOR * after + self.patience_s if asked.late else 0.0
                 yield peer, asked, since + after
 
     def _top_up(self, now: float) -> list[Ask]:
         under_way = sum(not asked.given_up for asked in self._asked.values())
-        return self._next(self._k - len(self._have) - under_way, now)
+        return self._next(self.k - len(self._have) - under_way, now)
 
     def _next(self, count: int, now: float) -> list[Ask]:
         asks = []

@@ -197,10 +197,7 @@ class Health:
         return FIRST_GUESS_S + (state.mean_s - FIRST_GUESS_S) * kept
 
     def _of(self, peer: PeerId) -> _Peer:
-        state = self._peers.get(peer)
-        if state is None:
-            state = self._peers[peer] = _Peer()
-        return state
+        return self._peers.get(peer) or self._peers.setdefault(peer, _Peer())
 
 
 def _backoff_s(times: int) -> float:

@@ -336,7 +336,7 @@ def test_an_error_of_the_disk_declines_and_is_told_once(tmp_path: Path, number: 
 def test_the_free_disk_floor(tmp_path: Path, monkeypatch) -> None:
     """Below it the store gives way: it evicts, and then takes no more."""
     disk = SimpleNamespace(f_bavail=100 << 8, f_blocks=1000 << 8, f_frsize=4096)  # 100 MiB of 1000 free
-    monkeypatch.setattr("cache.disk_room.os.statvfs", lambda path: disk)
+    monkeypatch.setattr("cache.disk_table.os.statvfs", lambda path: disk)
     clock = [0.0]
 
     async def main() -> None:
