@@ -32,24 +32,18 @@ logger = logging.getLogger(__name__)
 
 RecordFor = Callable[[ObjectRef, int, bytes], Record]
 """Signs the record of a block from the object, the block's index and its sha256."""
-
 _PLUGIN = "io.containerd.content.v1.content"
 _HEX = {"sha256": re.compile(r"[0-9a-f]{64}", re.ASCII), "sha512": re.compile(r"[0-9a-f]{128}", re.ASCII)}
-
 STATUS_AGE_S = 1.0
 """How long `holds` may use an answer of stat."""
-
 LISTING_AGE_S = 10.0
 MAX_LISTED = 16384
 """Blobs listed by `objects` and counted: a site's node holds hundreds; listing this many takes 50 ms."""
-
 MAX_STATUSES = 4096
 MAX_RECORDS = 8192
 """Signed records that are kept, about 0.5 KiB each; signing a record anew takes 0.1 ms."""
-
 MAX_TRUSTED_BLOCKS = (MAX_OBJECT_SIZE // BLOCK_SIZE) + 16
 """Blocks whose sha256 is kept, 32 bytes each: enough for the largest object. A forgotten blob is checked again."""
-
 CHECK_BYTES = 64 << 20
 """Bytes that a check hashes in a thread (0.1 s) before it can be cancelled."""
 

@@ -37,13 +37,10 @@ logger = logging.getLogger(__name__)
 
 MAX_UNSYNCED_PIECES = 256
 """A put waits for the disk beyond this many; else the kernel would make the whole loop wait once its memory is full."""
-
 REMOVED_AT_ONCE = 1024
 """Pieces removed in one turn of the loop, 10 ms."""
-
 MAKE_ROOM_ROUNDS = 3
 """A put that finds its room taken by other puts, flush after flush, declines."""
-
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """A read that fails with one of these says nothing about the piece."""
 
@@ -260,10 +257,8 @@ class DiskStore:
         return policy.victims(policy.budget_bytes - target_bytes) if policy.bytes > target_bytes else []
 
     async def remove(self, pieces: Iterable[Piece], *, dry_run: bool = False) -> tuple[int, int]:
-        """Remove those of `pieces` that are still held, not pinned and not being sent.
-
-        Returns their number and the bytes of disk that they take.
-        """
+        """Remove those of `pieces` that are still held, not pinned and not being sent. Returns their number and the
+        bytes of disk that they take."""
         count = freed = 0
         for number, piece in enumerate(pieces):
             if number % REMOVED_AT_ONCE == 0:
@@ -280,11 +275,9 @@ class DiskStore:
     # Sealed objects
 
     def seal(self, ref: ObjectRef) -> bool:
-        """The caller just checked the object's digest, over bytes read from or put to this store.
-
-        True if from now on its file may be served as it is: all blocks are held, and the file has not changed since
-        they were checked one by one.
-        """
+        """The caller just checked the object's digest, over bytes read from or put to this store. True if from now on
+        its file may be served as it is: all blocks are held, and the file has not changed since they were checked one
+        by one."""
         file = self._table.files.get((ref.digest, None))
         whole = (1 << ref.block_count) - 1
         if file is None or not whole or file.checked != whole or self._table.bitmaps.bitmap(ref.digest) != whole:

@@ -22,7 +22,6 @@ from protocol.ids import Piece
 
 FLUSH_S = 1.0
 """A kill loses at most the puts of this time. Shorter means more syncs, which wear an eMMC."""
-
 FLUSH_PIECES = 64
 """Puts after which a flush does not wait for FLUSH_S: 64 MiB of blocks."""
 

@@ -58,10 +58,6 @@ def key_of(piece: Piece) -> Key:
     return digest, piece.block.index, k, m, index
 
 
-def _row_of(stored: Stored) -> Row:
-    return (*key_of(stored.piece), stored.sha256, msgspec.msgpack.encode(stored.record), stored.used)
-
-
 def parse_row(row: Row) -> Stored:
     """Raises BadInputError on a row that no version of this program wrote."""
     digest, block, k, m, index, sha256, raw, used = row
@@ -99,7 +95,8 @@ class DiskIndex:
             self._database.executemany(
                 f"UPDATE piece SET used = ? WHERE {_WHERE_KEY}", ((n, *key_of(p)) for p, n in used)
             )
-            self._database.executemany("INSERT OR REPLACE INTO piece VALUES (?,?,?,?,?,?,?,?)", map(_row_of, added))
+            rows = ((*key_of(row.piece), row.sha256, msgspec.msgpack.encode(row.record), row.used) for row in added)
+            self._database.executemany("INSERT OR REPLACE INTO piece VALUES (?,?,?,?,?,?,?,?)", rows)
 
     def close(self) -> None:
         self._database.close()
@@ -107,9 +104,8 @@ class DiskIndex:
 
 def open_index(path: Path) -> DiskIndex:
     """Open or make the index. An index that SQLite finds damaged is moved aside, since it only describes a cache.
-
-    Raises sqlite3.OperationalError where the disk fails, BadInputError where another version of this program made it.
-    """
+    Raises sqlite3.OperationalError where the disk fails, BadInputError where another version of this program made
+    it."""
     try:
         return _open(path)
     except sqlite3.OperationalError:

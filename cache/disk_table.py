@@ -29,7 +29,6 @@ MAX_REFERENCES = 1024
 EVICTION_SHARE = 64
 MAX_EVICTION = 64 << 20
 """A full store evicts budget / EVICTION_SHARE at once, so that not every put waits for a flush."""
-
 SPARE_AGE_S = 1.0
 """How old an answer of statvfs may be."""
 
@@ -218,17 +217,14 @@ class Room:
         """Bytes that may be written before the floor of free disk is reached; negative below it."""
         now = self._timer()
         if now - self._spare_at >= SPARE_AGE_S:
-            self._spare, self._spare_at = self._read_spare(), now
+            self._spare, self._spare_at = 0, now
+            try:
+                disk = os.statvfs(self._table.folder.path)
+                floor = max(int(self._free_share * disk.f_blocks * disk.f_frsize), self._free_bytes)
+                self._spare = disk.f_bavail * disk.f_frsize - floor
+            except OSError as error:
+                self._table.folder.warn_once("cannot tell how much disk is free", error)
         return self._spare
-
-    def _read_spare(self) -> int:
-        try:
-            disk = os.statvfs(self._table.folder.path)
-        except OSError as error:
-            self._table.folder.warn_once("cannot tell how much disk is free", error)
-            return 0
-        floor = max(int(self._free_share * disk.f_blocks * disk.f_frsize), self._free_bytes)
-        return disk.f_bavail * disk.f_frsize - floor
 
     def evict(self, need: int) -> None:
         """Remove the policy's victims, so that after the next flush `need` fits, and a little more."""

@@ -18,7 +18,6 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _KEEP_SIZE_AND_PUNCH_HOLE = 0x01 | 0x02
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 WRITE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 CHANGE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -62,10 +61,8 @@ def write_at(fd: int, data: Buffer, offset: int) -> None:
 
 
 async def read_at(fd: int, buffer: bytearray, offset: int) -> bool:
-    """Fill `buffer` from `offset` on; False where the file is too short. Raises OSError.
-
-    Bytes in the page cache are copied at once; only the rest is read in a thread.
-    """
+    """Fill `buffer` from `offset` on; False where the file is too short. Raises OSError. Bytes in the page cache are
+    copied at once; only the rest is read in a thread."""
     view = memoryview(buffer)
     done = _read_cached(fd, view, offset)
     if done == len(buffer):

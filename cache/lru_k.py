@@ -24,7 +24,6 @@ V = TypeVar("V")
 
 HISTORY_FLOOR = 64
 """Evicted entries that are remembered even if fewer are held, so that a cache of few large entries learns too."""
-
 HEAP_FLOOR = 64
 """A smaller heap is not cleared of the entries that are gone: it would not pay."""
 
@@ -103,10 +102,8 @@ class LRUKCache(Cache[K, V]):
         return key, value
 
     def victims(self, need: float) -> list[K]:
-        """The keys to delete, in order, so that `need` more fits; nothing is deleted or referenced.
-
-        Later calls name the same keys until these are deleted. Raises ValueError if `need` can never fit.
-        """
+        """The keys to delete, in order, so that `need` more fits; nothing is deleted or referenced. Later calls name
+        the same keys until these are deleted. Raises ValueError if `need` can never fit."""
         if need > self.maxsize:
             raise ValueError("value too large")
         room = self.maxsize - self.currsize

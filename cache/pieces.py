@@ -16,25 +16,19 @@ V = TypeVar("V")
 
 MAX_SHARDS = 255
 """k + m is below the size of the code's field, GF(256)."""
-
 CORRELATED_S = 30.0
 """References closer than this count as one: a pull puts a block, reads it back and serves it to the site's other
 nodes within seconds, which does not predict later use."""
-
 BURST_S = 600.0
 """How long such references count as one: longer than a site takes to pull an image. Without this bound, a piece in
 constant use would look like a piece that was used once."""
-
 REFERENCES = 3
 """The k of LRU-K. The last but one reference is a poor estimate of how often a piece is used; the one before it hits 1
 to 2 points more in caches of up to 1 % of all requested bytes (docs/SIMULATIONS.md)."""
-
 HORIZON_S = 10 * 86400.0
 """How long a frequent use counts. Popularity changes: without this bound, large caches lose to LRU."""
-
 UNBOUNDED = 1 << 62
 """Bound of the policy in a store that enforces its budget itself: cachetools' bound cannot be changed."""
-
 MAX_ENTRIES = 1 << 18
 """Pieces in one store. Each costs about 1 KiB of memory beside its bytes, regardless of its size."""
 

@@ -27,20 +27,15 @@ logger = logging.getLogger(__name__)
 
 _UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """With one of these the node runs without the folder: they are failures of the disk, which no configuration mends."""
-
 TRASH = "trash"
 """Where emptied files wait, under new names, for the thread that unlinks them."""
-
 MAX_WARNINGS = 64
 """Kinds of trouble that are logged."""
-
 PAGE = 4096
 """Space is taken and given back in multiples of this: the file system's block."""
-
 _METADATA = 1.1
 """Where files cannot have holes, a file that takes more than this many times its pieces' space is removed. The excess
 is for its block maps."""
-
 _NAME = re.compile(r"(?:[0-9a-f]{64}|[0-9a-f]{128})(?:\.\d{1,3}\.\d{1,3}\.\d{1,3})?", re.ASCII)
 
 

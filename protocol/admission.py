@@ -97,17 +97,13 @@ def make_token(token: Token, sign: Sign) -> str:
 
 def read_token(text: str) -> Token:
     """A token's values, unproven: its bearer cannot check them before it has the CA certificate. Raises BadInputError.
-
-    No error contains any of the text, which is a secret.
-    """
+    No error contains any of the text, which is a secret."""
     return _token_of(_from_text(TOKEN_PREFIX, text, "join token"))
 
 
 def check_token(text: str, authority: Ed25519PublicKey, cluster: bytes, now: float) -> Token:
-    """A token that this authority signed and that has not expired at `now` (Unix time).
-
-    Raises NotAdmittedError with the reason. The caller counts its uses.
-    """
+    """A token that this authority signed and that has not expired at `now` (Unix time). Raises NotAdmittedError with
+    the reason. The caller counts its uses."""
     try:
         data = _from_text(TOKEN_PREFIX, text, "join token")
         token = _token_of(data)

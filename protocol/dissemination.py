@@ -22,7 +22,6 @@ from protocol.wire import MAX_HEADER
 MAX_VIEW_BYTES = MAX_HEADER - (256 << 10)
 """Encoded statements of a view: a message's bound, less its frame and all revocations. Only a view full of invented
 members ever comes near it."""
-
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -76,6 +75,7 @@ class GossipQueue:
         return [Gossip(peer) for peer in self._table.sample(self._config.gossip_fanout)]
 
     def updates_for(self, peer: PeerId) -> tuple[Update, ...]:
+        """The statements that a message to `peer` carries: the own one, the one that `peer` has to refute, and news."""
         entries, own = self._table.entries, self._table.own
         about = entries.get(peer)
         accused = about is not None and about.update.state is not State.ALIVE
@@ -88,6 +88,7 @@ class GossipQueue:
         return (own, *(entries[subject].update for subject in picked))
 
     def view(self) -> tuple[Update, ...]:
+        """All statements except hints, the own one first; as many as fit one message."""
         updates = [self._table.own]
         room = MAX_VIEW_BYTES
         for entry in self._table.entries.values():

@@ -32,10 +32,8 @@ _LOG, _EXP, _ORDER = reedsolo.init_tables(_POLYNOMIAL, 2, 8)
 
 
 def encode_shard(block: Buffer, k: int, m: int, index: int) -> memoryview:
-    """Shard `index` of the block, `shard_length(len(block), k)` bytes.
-
-    A data shard that needs no padding is a view of `block`. Raises BadInputError for an impossible geometry or index.
-    """
+    """Shard `index` of the block, `shard_length(len(block), k)` bytes. A data shard that needs no padding is a view of
+    `block`. Raises BadInputError for an impossible geometry or index."""
     _check_index(k, m, index)
     size = shard_length(len(block), k)
     if index < k:
@@ -50,10 +48,8 @@ def encode_shard(block: Buffer, k: int, m: int, index: int) -> memoryview:
 
 def decode_block(shards: Mapping[int, Buffer], k: int, m: int, length: int, out: bytearray | None = None) -> bytearray:
     """The block of `length` bytes, from k or more of its shards by index, in `out` (of that length) where it is given.
-
     Raises BadInputError for fewer than k shards, a shard of a wrong size, or an impossible index or geometry. Wrong
-    bytes in a shard give a wrong block, which the record's sha256 reveals.
-    """
+    bytes in a shard give a wrong block, which the record's sha256 reveals."""
     _check_index(k, m, 0)
     size = shard_length(length, k)
     for index, shard in shards.items():
@@ -129,11 +125,9 @@ def _parity_matrix(k: int, m: int) -> tuple[Coefficients, ...]:
 
 @lru_cache(maxsize=_MATRICES)
 def _recovery(k: int, m: int, chosen: tuple[int, ...]) -> dict[int, Coefficients]:
-    """For each data shard that is not among the k `chosen` ones: their coefficients, in order.
-
-    The parity rows p = A·missing + B·present are solved for the missing: A⁻¹·B·present + A⁻¹·p, by Gauss-Jordan
-    elimination of (A | B | I). Any square A of parity coefficients can be inverted, because the code is MDS.
-    """
+    """For each data shard that is not among the k `chosen` ones: their coefficients, in order. The parity rows p =
+    A·missing + B·present are solved for the missing: A⁻¹·B·present + A⁻¹·p, by Gauss-Jordan elimination of (A | B | I).
+    Any square A of parity coefficients can be inverted, because the code is MDS."""
     missing = [j for j in range(k) if j not in chosen]
     present = [i for i in chosen if i < k]
     parities = [i for i in chosen if i >= k]

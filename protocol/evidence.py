@@ -48,10 +48,8 @@ def make_evidence(
 
 
 def check_evidence(evidence: Evidence) -> None:
-    """Raises PeerMisbehavedError unless every signature is right, and two records contradict each other.
-
-    The caller checks whether the record is false, and whether signer and finder are members.
-    """
+    """Raises PeerMisbehavedError unless every signature is right, and two records contradict each other. The caller
+    checks whether the record is false, and whether signer and finder are members."""
     record, other, finder = evidence.record, evidence.other, evidence.finder
     try:
         for part in (record, other) if other is not None else (record,):

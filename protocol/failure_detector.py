@@ -37,9 +37,7 @@ class FailureDetector:
 
     def resume(self, now: float) -> bool:
         """Whether this process stood still until now; if so, every timer starts anew, since none of them heard a word.
-
-        Judged by the probe timer, since nothing but a pause can hold that up.
-        """
+        Judged by the probe timer, since nothing but a pause can hold that up."""
         if now - self._next_probe <= self._config.pause_s:
             return False
         self.probing.clear()
@@ -64,12 +62,14 @@ class FailureDetector:
         return [in_state(self._table.entries[peer].update, State.DEAD) for peer in over]
 
     def doubt(self, peer: PeerId, now: float) -> None:
+        """Another part of the node found `peer` failing: probe it at once, at most once in each probe interval."""
         entry = self._table.entries.get(peer)
         if entry is not None and now - entry.doubted >= self._config.probe_interval_s:
             entry.doubted = now
             self._wanted[peer] = None
 
-    def acked(self, peer: PeerId, now: float, rtt_s: float | None) -> None:
+    def acked(self, peer: PeerId, now: float, rtt_s: float | None = None) -> None:
+        """`peer` answered, by itself (with the round trip) or through a helper."""
         if self.probing.pop(peer, None) is not None:
             self._strain = max(0, self._strain - 1)
         entry = self._table.entries.get(peer)
@@ -111,11 +111,9 @@ class FailureDetector:
         return probe
 
     def _next_target(self) -> PeerId | None:
-        """By turns the own successor in the site's order, and the next of a shuffled ring, as in SWIM.
-
-        The ring alone leaves a member unprobed for t intervals with probability e**-t; a fixed watcher bounds that
-        wait by two, and where the watcher is gone as well there is still the ring.
-        """
+        """By turns the own successor in the site's order, and the next of a shuffled ring, as in SWIM. The ring alone
+        leaves a member unprobed for t intervals with probability e**-t; a fixed watcher bounds that wait by two, and
+        where the watcher is gone as well there is still the ring."""
         others = self._table.neighbours
         self._turn += 1
         if others and self._turn % 2:

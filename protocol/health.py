@@ -102,10 +102,8 @@ class Health:
         state.avoid_until = now + _backoff_s(state.failures)
 
     def beaten(self, peer: PeerId, now: float) -> None:
-        """A read ended without the peer's late answer: it lives, but is asked after the others for a while.
-
-        Its mean does not show that, since the answers that would raise it were not waited for.
-        """
+        """A read ended without the peer's late answer: it lives, but is asked after the others for a while. Its mean
+        does not show that, since the answers that would raise it were not waited for."""
         state = self._of(peer)
         if now < state.last_until:
             return  # several reads at once count once
@@ -142,10 +140,8 @@ class Health:
         return state is not None and now < state.avoid_until
 
     def order(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """By expected time of the answer; peers that were beaten or are unfit come later, peers to avoid last.
-
-        Ties keep the given order.
-        """
+        """By expected time of the answer; peers that were beaten or are unfit come later, peers to avoid last. Ties
+        keep the given order."""
 
         def expected(peer: PeerId) -> tuple[bool, bool, float]:
             state = self._peers.get(peer)
@@ -158,9 +154,7 @@ class Health:
 
     def usable(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
         """The `peers`, in their order, that are fit, do not fail, and do not lag far behind the median of all measured.
-
-        The median of two or three would make a laggard of the peer that answered the first burst last.
-        """
+        The median of two or three would make a laggard of the peer that answered the first burst last."""
         means = {peer: self._faded_s(state, now) for peer, state in self._peers.items() if state.measured}
         bound = max(LAGGARD_S, LAGGARD_FACTOR * median_low(means.values())) if means else 0.0
         return [
@@ -177,10 +171,8 @@ class Health:
         return min(LATE_CAP_S, state.mean_s + 3 * state.deviation_s)
 
     def steady(self, peers: Iterable[PeerId]) -> bool:
-        """Whether each measured peer takes a while, and is late in less than twice its usual time.
-
-        Where all are asked at once, the last one is never measured and must not count against the others.
-        """
+        """Whether each measured peer takes a while, and is late in less than twice its usual time. Where all are asked
+        at once, the last one is never measured and must not count against the others."""
         states = [(self._of(peer), self.late_after_s(peer)) for peer in peers]
         return all(s.mean_s > QUICK_S and late_s < 2 * s.mean_s for s, late_s in states if s.measured)
 

@@ -43,11 +43,9 @@ class HomeTimes:
                 del self._waits[home]
 
     def came(self, length: int, asked_at: float, now: float) -> None:
-        """A block of `length` bytes came that a home had to read. A small one says nothing about the uplink.
-
-        The longest recent time counts: the first of many reads may end in a fifth of the time of the others. A time far
-        beyond the usual is capped, so that one bad home does not make the uplink look slow.
-        """
+        """A block of `length` bytes came that a home had to read. A small one says nothing about the uplink. The
+        longest recent time counts: the first of many reads may end in a fifth of the time of the others. A time far
+        beyond the usual is capped, so that one bad home does not make the uplink look slow."""
         if length <= SMALL_BLOCK:
             return
         self._came_asked_at = max(self._came_asked_at, asked_at)

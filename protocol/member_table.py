@@ -49,10 +49,8 @@ class Entry:
 
 
 def supersedes(new: Update, old: Update) -> bool:
-    """Whether `new` overrides `old`, both of one member: later incarnation, then graver state.
-
-    Equal in both, with other addresses, can only come from an introduction or a lie; any fixed choice makes all agree.
-    """
+    """Whether `new` overrides `old`, both of one member: later incarnation, then graver state. Equal in both, with
+    other addresses, can only come from an introduction or a lie; any fixed choice makes all agree."""
     if (new.incarnation, new.state) != (old.incarnation, old.state):
         return (new.incarnation, new.state) > (old.incarnation, old.state)
     return msgspec.structs.astuple(new.member) > msgspec.structs.astuple(old.member)
@@ -63,7 +61,8 @@ def in_state(update: Update, state: State) -> Update:
 
 
 class MemberTable:
-    """`own` is this node's statement about itself; `entries` are all other members.
+    """`own` is this node's statement about itself; `entries` are all other members. `excluded` are members taken out of
+    the site, each with the time until which.
 
     `site` has the live members of this node's site, suspects too, without the excluded, sorted by peer id; it is the
     same object until something changes. `neighbours` are their peer ids without this node.
@@ -73,7 +72,6 @@ class MemberTable:
         self.own = own
         self.entries: dict[PeerId, Entry] = {}
         self.excluded: dict[PeerId, float] = {}
-        """Members taken out of the site, with the time until which."""
         self.banished: set[PeerId] = set()
         self.changes: list[Change] = []
         self._rng = rng
@@ -127,7 +125,7 @@ class MemberTable:
     # Statements
 
     def refute(self, update: Update) -> bool:
-        """Answer a statement about this node that would override its own, with a later incarnation."""
+        """Answer a statement that would override this node's own with a later incarnation."""
         if self.own.state is State.LEFT or not supersedes(update, self.own):
             return False
         self.own = Update(self.own.member, State.ALIVE, min(update.incarnation + 1, MAX_INCARNATION))

@@ -51,10 +51,8 @@ class Geometry:
 
 
 def geometry(members: int, k: int, m: int, block_length: int) -> Geometry:
-    """The code for a block in a site with `members` keeping nodes, configured for k+m.
-
-    Small sites keep as much parity as they can afford: 2 nodes a copy, 3 nodes 2+1, 4 nodes 3+1.
-    """
+    """The code for a block in a site with `members` keeping nodes, configured for k+m. Small sites keep as much parity
+    as they can afford: 2 nodes a copy, 3 nodes 2+1, 4 nodes 3+1."""
     parity = min(m, members // 2)
     if block_length <= SMALL_BLOCK:
         return Geometry(1, min(1, parity))
@@ -87,10 +85,8 @@ class Route:
         return len(self.cells) - 1
 
     def sources(self, index: int, reach: int) -> dict[PeerId, int]:
-        """The members that a keeper asks in turn for shard `index`, each with its `reach`, below the keeper's own.
-
-        It shrinks at each step, so that waits never form a circle, not even where views differ.
-        """
+        """The members that a keeper asks in turn for shard `index`, each with its `reach`, below the keeper's own. It
+        shrinks at each step, so that waits never form a circle, not even where views differ."""
         if self.depth == 0 or reach <= HOME_REACH:
             return dict.fromkeys(self.cells[-1], HOME_REACH - 1)
         further = min(reach, self.reach) - 1

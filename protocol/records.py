@@ -87,10 +87,8 @@ def make_record(ref: ObjectRef, index: int, sha: bytes, signer: PeerId, sign: Ca
 
 
 def check_record(record: Record, ref: ObjectRef, index: int) -> None:
-    """Raises PeerMisbehavedError unless the record is about this block and its signature is the signer's.
-
-    The caller checks whether the signer is a member.
-    """
+    """Raises PeerMisbehavedError unless the record is about this block and its signature is the signer's. The caller
+    checks whether the signer is a member."""
     expected = (str(ref.digest), index, ref.block_length(index), ref.size)
     if (record.digest, record.index, record.length, record.size) != expected or len(record.sha256) != 32:
         raise PeerMisbehavedError(f"record of another block than {ref.digest} #{index}")

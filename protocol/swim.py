@@ -39,9 +39,9 @@ class Swim:
         self._cuts: list[PeerId] = []
         self._tells: dict[PeerId, None] = {}
         self.known: Mapping[PeerId, Entry] = self._table.entries
-        """All other members. For reading only."""
         self.excluded: Mapping[PeerId, float] = self._table.excluded
-        """Excluded members, with the time until which. For reading only."""
+        self.view, self.updates_for = self._gossip.view, self._gossip.updates_for
+        self.acked, self.doubt = self._detector.acked, self._detector.doubt
 
     @property
     def own(self) -> Update:
@@ -51,14 +51,6 @@ class Swim:
     def site(self) -> tuple[Member, ...]:
         """See `MemberTable`."""
         return self._table.site
-
-    def view(self) -> tuple[Update, ...]:
-        """All statements except hints, the own one first; as many as fit one message."""
-        return self._gossip.view()
-
-    def updates_for(self, peer: PeerId) -> tuple[Update, ...]:
-        """The statements that a message to `peer` carries: the own one, the one that `peer` has to refute, and news."""
-        return self._gossip.updates_for(peer)
 
     def take_changes(self) -> list[Change]:
         """Changes in the own site since the last call."""
@@ -70,12 +62,9 @@ class Swim:
     def received(
         self, updates: Iterable[Update], now: float, *, whole_view: bool = False, settled: bool = False
     ) -> None:
-        """Statements by an authenticated member.
-
-        In a whole view a death is no news, and may have been refuted long ago on the other side of a healed partition:
-        it counts as suspicion. `settled`: all members have these already, and this node's statements too, so that
-        nothing is left to pass on.
-        """
+        """Statements by an authenticated member. In a whole view a death is no news, and may have been refuted long ago
+        on the other side of a healed partition: it counts as suspicion. `settled`: all members have these already, and
+        this node's statements too, so that nothing is left to pass on."""
         self._notice_pause(now)
         for update in updates:
             peer = update.member.peer_id
@@ -109,10 +98,6 @@ class Swim:
             self._adopt(Update(member, State.DEAD, 0), now)
             self._syncs.want(peer)
 
-    def acked(self, peer: PeerId, now: float, rtt_s: float | None = None) -> None:
-        """`peer` answered, by itself (with the round trip) or through a helper."""
-        self._detector.acked(peer, now, rtt_s)
-
     def failed(self, probe: Probe, now: float, *, helpers_answered: bool) -> None:
         """Neither `probe.peer` nor any helper on its behalf answered. Nothing is concluded across a pause."""
         self._notice_pause(now)
@@ -128,10 +113,6 @@ class Swim:
         """The task that did the I/O was cancelled: no probe and no sync is under way any more."""
         self._detector.probing.clear()
         self._syncs.under_way.clear()
-
-    def doubt(self, peer: PeerId, now: float) -> None:
-        """Another part of the node found `peer` failing: probe it at once, at most once in each probe interval."""
-        self._detector.doubt(peer, now)
 
     def exclude(self, peer: PeerId, until: float) -> None:
         """Take `peer` out of the site, and leave it alone, until then."""

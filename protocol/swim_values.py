@@ -55,10 +55,8 @@ class SwimConfig:
         return self.retransmit_factor * math.ceil(math.log10(members + 1))
 
     def spread_fanout(self, members: int) -> int:
-        """If each receiver passes it on to this many at random, it reaches all at once in 49 of 50 cases.
-
-        In the others the rest learn it with their next sync.
-        """
+        """If each receiver passes it on to this many at random, it reaches all at once in 49 of 50 cases. In the others
+        the rest learn it with their next sync."""
         return math.ceil(math.log(members)) + 4
 
     def sync_pause_s(self, members: int) -> float:
