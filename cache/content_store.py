@@ -84,8 +84,7 @@ class ContentStore:
 
     def __init__(self, root: Path, *, record_for: RecordFor, timer: Callable[[], float] = time.monotonic) -> None:
         self._roots = root, root / _PLUGIN
-        self._record_for = record_for
-        self._timer = timer
+        self._record_for, self._timer = record_for, timer
         self._verdicts: LRUCache[Digest, _Verdict] = LRUCache(MAX_TRUSTED_BLOCKS, lambda verdict: verdict.weight)
         self._records: LRUCache[tuple[Digest, int], Record] = LRUCache(MAX_RECORDS)
         self._statuses: TTLCache[Digest, Identity | None] = TTLCache(MAX_STATUSES, STATUS_AGE_S, timer)
@@ -93,8 +92,6 @@ class ContentStore:
         self._checking = trio.Lock()
         if not any(os.path.isdir(folder / "blobs") for folder in self._roots):
             logger.warning("containerd's content store: %s has no readable folder `blobs`: treated as empty", root)
-
-    # Presence, without reading
 
     def size_of(self, digest: Digest) -> int | None:
         """The size of the object, None where it is absent or was found wrong."""
@@ -160,8 +157,6 @@ class ContentStore:
                         yield from (Digest(algorithm, blob.name) for blob in entries if pattern.fullmatch(blob.name))
                 except OSError:
                     continue  # no such folder
-
-    # Checking and reading
 
     async def get(self, piece: Piece) -> Held | None:
         await trio.lowlevel.checkpoint()

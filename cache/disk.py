@@ -209,7 +209,6 @@ class DiskStore:
             self._table.remove(self._table.entries[piece])
 
     async def drop_object(self, digest: Digest) -> None:
-        """Discard all pieces of an object."""
         for piece in self._table.bitmaps.pieces(digest):
             await self.discard(piece)
 
@@ -229,7 +228,7 @@ class DiskStore:
         table, policy = self._table, self._table.policy
         return StoreStatistics(table.charged, policy.budget_bytes, len(table.entries), policy.kept_bytes)
 
-    # What the operator wants kept, and wants gone
+    # Bounds, pins and removal on request
 
     def resize(self, budget_bytes: int, *, free_share: float = 0.0, free_bytes: int = 0) -> None:
         """The bounds of `open`, from the next flush on: pieces beyond them are evicted then."""

@@ -85,8 +85,7 @@ class WriteBack:
     """`stuck`: the last flush could not write the index; puts that would have to wait for the next one decline."""
 
     def __init__(self, table: PieceTable, room: Room) -> None:
-        self._table = table
-        self._room = room
+        self._table, self._room = table, room
         self._emptied = itertools.count()
         self._flushing = trio.Lock()
         self._wanted = trio.Event()

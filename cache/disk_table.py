@@ -190,11 +190,9 @@ class Room:
     `free_bytes`. `timer` in seconds."""
 
     def __init__(self, table: PieceTable, timer: Callable[[], float]) -> None:
-        self._table = table
-        self._timer = timer
+        self._table, self._timer = table, timer
         self._free_share, self._free_bytes = 0.0, 0
-        self._spare = 0
-        self._spare_at = -math.inf
+        self._spare, self._spare_at = 0, -math.inf
 
     def resize(self, budget_bytes: int, free_share: float, free_bytes: int) -> None:
         self._table.policy.budget_bytes = budget_bytes if self._table.folder.usable else 0

@@ -68,12 +68,8 @@ class LRUKCache(Cache[K, V]):
         if k < 1 or min(correlated, burst, history, horizon) < 0:
             raise ValueError("k must be positive; correlated, burst, history and horizon must be non-negative")
         super().__init__(maxsize, getsizeof)
-        self._k = k
-        self._correlated = correlated
-        self._burst = burst
-        self._history = history
-        self._horizon = horizon
-        self._timer = timer
+        self._k, self._history, self._timer = k, history, timer
+        self._correlated, self._burst, self._horizon = correlated, burst, horizon
         self._turn = 0
         self._held: dict[K, _Past] = {}
         self._gone: OrderedDict[K, _Past] = OrderedDict()

@@ -35,10 +35,8 @@ def _bytes_held(held: Held) -> int:
 
 
 class MemoryStore:
-    """A BlockStore. Its bytes cannot change outside this process, so a read needs no hash.
-
-    The budget counts the memory that the process really holds: whole buffers, and ENTRY_BYTES for each piece.
-    """
+    """A BlockStore. Its bytes cannot change outside this process, so a read needs no hash. The budget counts the memory
+    that the process really holds: whole buffers, and ENTRY_BYTES for each piece."""
 
     def __init__(self, budget_bytes: int, timer: Callable[[], float]) -> None:
         self._cache: LRUKCache[Piece, Held] = eviction_policy(_bytes_held, timer)

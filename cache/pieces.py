@@ -41,7 +41,6 @@ def eviction_policy(size_of: Callable[[V], int], timer: Callable[[], float]) -> 
 
 
 def length_of(piece: Piece, record: Record) -> int:
-    """Bytes in a piece of the record's block."""
     return record.length if piece.shard is None else shard_length(record.length, piece.shard.k)
 
 

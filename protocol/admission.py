@@ -85,9 +85,6 @@ def cluster_id(authority: bytes) -> bytes:
     return sha256(authority).digest()
 
 
-# Tokens
-
-
 def make_token(token: Token, sign: Sign) -> str:
     """The text of a token. Raises BadInputError for values out of bounds."""
     _check_token(token)
@@ -140,9 +137,6 @@ def _check_token(token: Token) -> None:
 def is_site(text: str) -> bool:
     """Whether `text` can be the site in a token and a certificate."""
     return 1 <= len(text) <= MAX_SITE and text.isprintable()
-
-
-# Revocations
 
 
 def make_revocation(cluster: bytes, subject: str, now: int, sign: Sign) -> Revocation:

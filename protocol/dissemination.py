@@ -25,33 +25,21 @@ members ever comes near it."""
 _ENCODER = msgspec.msgpack.Encoder()
 
 
-class Rumours:
-    """Members about which there is news to pass on, with the number of times that each was sent."""
-
-    def __init__(self) -> None:
-        self._sent: dict[PeerId, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._sent)
+class Rumours(dict[PeerId, int]):
+    """Members about which there is news to pass on, with the number of times that it was sent."""
 
     def add(self, peer: PeerId) -> None:
-        self._sent[peer] = 0
-
-    def discard(self, peer: PeerId) -> None:
-        self._sent.pop(peer, None)
-
-    def clear(self) -> None:
-        self._sent.clear()
+        self[peer] = 0
 
     def pick(self, count: int) -> list[PeerId]:
-        return nsmallest(count, self._sent, key=self._sent.__getitem__)
+        return nsmallest(count, self, key=self.__getitem__)
 
     def count(self, peers: Iterable[PeerId], limit: int) -> None:
         """Note that `peers` were sent once more; news that was sent `limit` times is dropped."""
         for peer in peers:
-            self._sent[peer] += 1
-            if self._sent[peer] >= limit:
-                del self._sent[peer]
+            self[peer] += 1
+            if self[peer] >= limit:
+                del self[peer]
 
 
 class GossipQueue:
@@ -111,7 +99,8 @@ class Syncs:
         self.next_retry = now + rng.random() * config.retry_interval_s
 
     def due(self) -> float:
-        return -math.inf if self.wanted and self._free() > 0 else min(self.next_sync, self.next_retry)
+        can_begin = self.wanted and len(self.under_way) < self._config.parallel_syncs
+        return -math.inf if can_begin else min(self.next_sync, self.next_retry)
 
     def want(self, peer: PeerId) -> None:
         if peer not in self.under_way and peer not in self._table.excluded:
@@ -131,11 +120,8 @@ class Syncs:
                 longest = min(lost, key=lambda entry: entry.tried)
                 longest.tried = now
                 self.want(longest.update.member.peer_id)
-        chosen = list(self.wanted)[: max(0, self._free())]
+        chosen = list(self.wanted)[: max(0, self._config.parallel_syncs - len(self.under_way))]
         for peer in chosen:
             del self.wanted[peer]
         self.under_way.update(chosen)
         return [SyncWith(peer, self._config.sync_timeout_s) for peer in chosen]
-
-    def _free(self) -> int:
-        return self._config.parallel_syncs - len(self.under_way)

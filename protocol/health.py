@@ -127,26 +127,21 @@ class Health:
         self._of(peer).unfit_until = now + UNFIT_S
 
     def unfit(self, peer: PeerId, now: float) -> bool:
-        state = self._peers.get(peer)
-        return state is not None and now < state.unfit_until
+        return now < self._peek(peer).unfit_until
 
     def answered_at(self, peer: PeerId) -> float:
         """When it last answered any request; minus infinity for never."""
-        state = self._peers.get(peer)
-        return -math.inf if state is None else state.answered_at
+        return self._peek(peer).answered_at
 
     def avoided(self, peer: PeerId, now: float) -> bool:
-        state = self._peers.get(peer)
-        return state is not None and now < state.avoid_until
+        return now < self._peek(peer).avoid_until
 
     def order(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
         """By expected time of the answer; peers that were beaten or are unfit come later, peers to avoid last. Ties
         keep the given order."""
 
         def expected(peer: PeerId) -> tuple[bool, bool, float]:
-            state = self._peers.get(peer)
-            if state is None:
-                return False, False, FIRST_GUESS_S
+            state = self._peek(peer)
             wait_s = (state.outstanding + 1) * self._faded_s(state, now)
             return now < state.avoid_until, now < max(state.last_until, state.unfit_until), wait_s
 
@@ -177,7 +172,7 @@ class Health:
         return all(s.mean_s > QUICK_S and late_s < 2 * s.mean_s for s, late_s in states if s.measured)
 
     def report(self, peer: PeerId, now: float) -> PeerHealth:
-        state = self._peers.get(peer) or _Peer()
+        state = self._peek(peer)
         return PeerHealth(self._faded_s(state, now), state.outstanding, state.failures, now < state.avoid_until)
 
     def _fade(self, state: _Peer, now: float) -> None:
@@ -188,6 +183,9 @@ class Health:
         kept = float(0.5 ** min(64.0, ((now - state.seen_at) / FADE_S) ** 2))
         return FIRST_GUESS_S + (state.mean_s - FIRST_GUESS_S) * kept
 
+    def _peek(self, peer: PeerId) -> _Peer:
+        return self._peers.get(peer) or _Peer()
+
     def _of(self, peer: PeerId) -> _Peer:
         return self._peers.get(peer) or self._peers.setdefault(peer, _Peer())
 
@@ -197,10 +195,8 @@ def _backoff_s(times: int) -> float:
 
 
 class SpareBudget:
-    """A token bucket for spare requests: `share` of a token for each request, at most `burst` saved up.
-
-    A peer that stops owes a shard of each block under way: the burst covers all of them.
-    """
+    """A token bucket for spare requests: `share` of a token for each request, at most `burst` saved up. A peer that
+    stops owes a shard of each block under way: the burst covers all of them."""
 
     def __init__(self, share: float = 0.03, burst: float = 32.0) -> None:
         self._share, self._burst, self._tokens = share, burst, burst

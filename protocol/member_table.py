@@ -122,8 +122,6 @@ class MemberTable:
     def is_full(self) -> bool:
         return len(self.entries) >= MAX_MEMBERS - 1
 
-    # Statements
-
     def refute(self, update: Update) -> bool:
         """Answer a statement that would override this node's own with a later incarnation."""
         if self.own.state is State.LEFT or not supersedes(update, self.own):

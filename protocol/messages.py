@@ -50,8 +50,6 @@ class GetBlock(_Message, frozen=True, tag=2):
 
 
 class GetHoldings(_Message, frozen=True, tag=3):
-    """Which blocks and shards of an object the receiver holds."""
-
     digest: str
 
 

@@ -137,7 +137,6 @@ class Placement:
         )
 
     def of(self, members: Sequence[Member]) -> Placement:
-        """The same code in another view."""
         return Placement(members, self._k, self._m)
 
     def _cut(self, first: int, members: slice, bit: int, least: int) -> Iterator[tuple[int, int, slice]]:

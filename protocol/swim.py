@@ -24,10 +24,11 @@ from protocol.wire import MAX_INCARNATION
 
 
 class Swim:
-    """One node's view and its duties. `incarnation` must exceed that of earlier lives of this peer id.
+    """One node's view and its duties. `known` and `excluded` are for reading only: see `MemberTable`.
 
-    Wall-clock milliseconds at start do: a restarted node then overrides all statements about its former life, its
-    death too, without having to hear them first. Where the clock went backwards it hears them, and refutes.
+    `incarnation` must exceed that of earlier lives of this peer id. Wall-clock milliseconds at start do: a restarted
+    node then overrides all statements about its former life, its death too, without having to hear them first. Where
+    the clock went backwards it hears them, and refutes.
     """
 
     def __init__(self, own: Member, incarnation: int, config: SwimConfig, rng: Random, now: float) -> None:
@@ -49,15 +50,12 @@ class Swim:
 
     @property
     def site(self) -> tuple[Member, ...]:
-        """See `MemberTable`."""
         return self._table.site
 
     def take_changes(self) -> list[Change]:
         """Changes in the own site since the last call."""
         changes, self._table.changes = self._table.changes, []
         return changes
-
-    # Events
 
     def received(
         self, updates: Iterable[Update], now: float, *, whole_view: bool = False, settled: bool = False
@@ -145,8 +143,6 @@ class Swim:
         self._table.own = in_state(self.own, State.LEFT)
         return tuple(Gossip(peer) for peer in self._table.sample(self._config.leave_fanout))
 
-    # Duties
-
     def due(self, now: float) -> float:
         """When `tick` is next wanted; `now` if at once."""
         if self._cuts or self._tells:
@@ -192,6 +188,6 @@ class Swim:
 
     def _drop(self, peer: PeerId) -> None:
         self._table.drop(peer)
-        self._gossip.rumours.discard(peer)
+        self._gossip.rumours.pop(peer, None)
         self._detector.forget(peer)
         self._syncs.wanted.pop(peer, None)

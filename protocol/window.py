@@ -47,7 +47,6 @@ class ReadWindow:
 
     @property
     def share(self) -> int:
-        """Blocks under way for each client."""
         return -(-self._most // max(1, self._clients))
 
     def has_room(self, under_way: int, cold: int, warm: int) -> bool:

@@ -133,7 +133,6 @@ class Heads(Generic[Message]):
         self._buffer += data
 
     def hello(self) -> Hello | None:
-        """The first frame; None until all of it was fed."""
         frame = self._next_frame(MAX_HELLO)
         if frame is None:
             return None
@@ -285,7 +284,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "revocations": lambda values: len(values) <= MAX_REVOCATIONS and all(map(_revocation, values)),
     "target": _is_peer,
     "certificate": lambda certificate: len(certificate) <= MAX_CERTIFICATE,
-    "told": lambda told: len(told) <= MAX_TOLD and all(_evidence(*pair) for pair in told),
+    "told": lambda pairs: len(pairs) <= MAX_TOLD and all(_evidence(*pair) for pair in pairs),
     "record": _record,
     "blocks": lambda bitmap: len(bitmap) <= MAX_BITMAP,
     "shards": _shards,
@@ -330,7 +329,6 @@ _CHECKS = {
 
 
 def _check(message: object) -> None:
-    """The bounds that types do not express. Raises PeerMisbehavedError."""
     kind = type(message)
     try:
         if kind in _MORE:
