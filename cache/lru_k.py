@@ -72,8 +72,8 @@ class LRUKCache(Cache[K, V]):
         self._correlated, self._burst, self._horizon = correlated, burst, horizon
         self._turn = 0
         self._held: dict[K, _Past] = {}
-        self._gone: OrderedDict[K, _Past] = OrderedDict()
-        self._heap: list[tuple[float, int, K]] = []
+        self.gone: OrderedDict[K, _Past] = OrderedDict()
+        self.heap: list[tuple[float, int, K]] = []
 
     def __getitem__(self, key: K) -> V:
         if key in self._held:  # else __missing__ may insert it, which refers to it
@@ -86,9 +86,9 @@ class LRUKCache(Cache[K, V]):
 
     def __delitem__(self, key: K) -> None:
         super().__delitem__(key)
-        self._gone[key] = self._held.pop(key)
-        while len(self._gone) > self._history * len(self._held) + HISTORY_FLOOR:
-            self._gone.popitem(last=False)
+        self.gone[key] = self._held.pop(key)
+        while len(self.gone) > self._history * len(self._held) + HISTORY_FLOOR:
+            self.gone.popitem(last=False)
 
     def popitem(self) -> tuple[K, V]:
         """Evict an entry; this is not a reference. Raises KeyError when the cache is empty."""
@@ -106,25 +106,25 @@ class LRUKCache(Cache[K, V]):
         named: dict[K, tuple[float, int, K]] = {}
         while room < need and len(named) < len(self):
             key = self._oldest()
-            entry = heappop(self._heap)
+            entry = heappop(self.heap)
             if key not in named:
                 named[key] = entry
                 room += self.getsizeof(super().__getitem__(key))
         for entry in named.values():
-            heappush(self._heap, entry)
+            heappush(self.heap, entry)
         return list(named)
 
     def clear(self) -> None:
         super().clear()
         self._held.clear()
-        self._gone.clear()
-        self._heap.clear()
+        self.gone.clear()
+        self.heap.clear()
 
     def _refer(self, key: K) -> None:
         now = self._timer()
         self._turn += 1
         held = self._held.get(key)
-        past = held or self._gone.pop(key, _UNKNOWN)
+        past = held or self.gone.pop(key, _UNKNOWN)
         belongs = now - past.last < self._correlated and now - past.times[-1] < self._burst
         times = past.times if belongs else (*past.times, now)[-self._k :]
         self._held[key] = _Past(times, now, self._turn)
@@ -137,19 +137,19 @@ class LRUKCache(Cache[K, V]):
         return max(times[0] if len(times) == self._k else -math.inf, last - self._horizon), turn
 
     def _enqueue(self, key: K) -> None:
-        heappush(self._heap, (*self._order(key), key))
-        if len(self._heap) > 2 * len(self._held) + HEAP_FLOOR:
-            self._heap = [(*self._order(other), other) for other in self._held]
-            heapify(self._heap)
+        heappush(self.heap, (*self._order(key), key))
+        if len(self.heap) > 2 * len(self._held) + HEAP_FLOOR:
+            self.heap = [(*self._order(other), other) for other in self._held]
+            heapify(self.heap)
 
     def _oldest(self) -> K:
         """The key to evict next, which is then at the top of the heap."""
-        while self._heap:
-            score, turn, key = self._heap[0]
+        while self.heap:
+            score, turn, key = self.heap[0]
             if key not in self._held:
-                heappop(self._heap)
+                heappop(self.heap)
             elif (order := self._order(key)) != (score, turn):
-                heapreplace(self._heap, (*order, key))
+                heapreplace(self.heap, (*order, key))
             else:
                 return key
         raise KeyError(f"{type(self).__name__} is empty")

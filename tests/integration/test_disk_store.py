@@ -171,7 +171,7 @@ trio.run(main)
 
 @pytest.mark.parametrize("last", [3, 17])
 def test_killed_in_the_middle_of_puts(tmp_path: Path, last: int, caplog) -> None:
-    """What was flushed is there, nothing is wrong, and no more of the disk is taken than is told."""
+    """Flushed pieces are there, no byte is wrong, and the disk holds no more than the statistics report."""
     command = [sys.executable, "-c", CHILD, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as child:
         assert child.stdout is not None

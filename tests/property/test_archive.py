@@ -60,8 +60,8 @@ files = st.dictionaries(paths, st.binary(max_size=1500), max_size=8)
 @given(files, st.sampled_from(FORMS), st.sampled_from(["", "./"]))
 def test_what_others_write_is_read(content: dict[str, bytes], form: int, before: str) -> None:
     data = Layout(content).pack(form, before)
-    found = read_entries(reader_of(data), len(data))
-    assert {name: data[e.offset : e.offset + e.size] for name, e in found.items()} == content
+    entries = read_entries(reader_of(data), len(data))
+    assert {name: data[e.offset : e.offset + e.size] for name, e in entries.items()} == content
 
 
 @given(files)
@@ -70,8 +70,8 @@ def test_what_we_write_is_read_by_others_and_by_us(content: dict[str, bytes]) ->
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         read = {info.name: tar.extractfile(info) for info in tar}
         assert {name: file.read() if file else None for name, file in read.items()} == content
-    found = read_entries(reader_of(data), len(data))
-    assert {name: data[e.offset : e.offset + e.size] for name, e in found.items()} == content
+    entries = read_entries(reader_of(data), len(data))
+    assert {name: data[e.offset : e.offset + e.size] for name, e in entries.items()} == content
 
 
 @given(st.integers(0, MAX_OBJECT_SIZE), st.sampled_from(["blobs/sha256/" + "0" * 64, "blobs/sha512/" + "0" * 128]))
@@ -139,7 +139,7 @@ def sized(field: bytes) -> bytes:
         (b"hello" * 200, ["no tar archive"]),
         (b"", ["cut short"]),
     ],
-)  # fmt: skip
+)
 def test_hostile_tars(data: bytes, words: list[str]) -> None:
     refused(data, *words)
 
@@ -198,8 +198,8 @@ def test_layers_of_sha512_and_several_images() -> None:
     layout.name(root, "origin.test/a:1")
     layout.name(root, "origin.test/a:2")
     layout.name(layout.manifest([b"another"], "amd64"), "localhost/b:1")
-    found = images_of(layout.pack())
-    assert [str(image.name) for image in found] == ["origin.test/a:1", "origin.test/a:2", "localhost/b:1"]
+    images = images_of(layout.pack())
+    assert [str(image.name) for image in images] == ["origin.test/a:1", "origin.test/a:2", "localhost/b:1"]
     refused(layout.pack(), "3 images", name=NAME)
 
 
@@ -262,7 +262,7 @@ def write(name: str, data: bytes) -> Callable[[Layout], None]:
         (lambda layout: layout.files.pop(blob_path(digest(b"shared"))), ["blobs/sha256/", digest(b"shared")]),
         (lambda layout: layout.files.update({first(layout, "vnd.oci.image.index"): b"{}"}), ["blobs/sha256/"]),
     ],
-)  # fmt: skip
+)
 def test_hostile_layouts(change: Callable[[Layout], None], words: list[str]) -> None:
     refused(broken(change), *words)
 
@@ -309,21 +309,21 @@ def test_what_is_exported_is_imported(sizes: list[int]) -> None:
         with TemporaryFile() as file:
             writer = ArchiveWriter(file.fileno())
             await writer.begin(image.root, NAME)
-            for one in image.objects:
-                await writer.head(one)
-                await writer.data(packed[one.offset : one.offset + one.ref.size])
-                await writer.tail(one.ref)
+            for entry in image.objects:
+                await writer.head(entry)
+                await writer.data(packed[entry.offset : entry.offset + entry.ref.size])
+                await writer.tail(entry.ref)
             await writer.end()
             reader = ArchiveReader(file.fileno())
             (again,) = await reader.images(None)
             assert [o.ref for o in again.objects] == [o.ref for o in image.objects]
-            for one in again.objects:
-                hashes = b"".join([part async for part in reader.hashes(one)])
+            for entry in again.objects:
+                hashes = b"".join([part async for part in reader.hashes(entry)])
                 blocks = [
-                    await reader.block(one, index, hashes[32 * index : 32 * index + 32])
-                    for index in range(one.ref.block_count)
+                    await reader.block(entry, index, hashes[32 * index : 32 * index + 32])
+                    for index in range(entry.ref.block_count)
                 ]
-                assert digest(b"".join(blocks), one.ref.digest.algorithm) == str(one.ref.digest)
+                assert digest(b"".join(blocks), entry.ref.digest.algorithm) == str(entry.ref.digest)
 
     trio.run(main)
 

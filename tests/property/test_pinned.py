@@ -34,10 +34,10 @@ def test_sums_and_victims(taken: list[tuple[str, Piece, int]], pinned: set[Diges
     clock = [0.0]
     policy = PinnedPolicy(LRUKCache(UNBOUNDED, int, timer=lambda: clock[0]), frozenset(pinned), BUDGET)
     held: dict[Piece, int] = {}
-    for what, piece, size in taken:
+    for action, piece, size in taken:
         clock[0] += 1
-        of_object = [each for each in held if each.block.digest == piece.block.digest]
-        match what:
+        of_object = [other for other in held if other.block.digest == piece.block.digest]
+        match action:
             case "add" if piece not in held and sum(held.values()) + size <= BUDGET:
                 policy.add(piece, size)
                 held[piece] = size
@@ -54,11 +54,11 @@ def test_sums_and_victims(taken: list[tuple[str, Piece, int]], pinned: set[Diges
                 pinned.discard(piece.block.digest)
             case "evict":
                 victims = policy.victims(size)
-                kept = sum(held[each] for each in held if policy.keeps(each))
+                kept = sum(held[other] for other in held if policy.keeps(other))
                 assert not any(policy.keeps(victim) for victim in victims)
                 freed = sum(held[victim] for victim in victims)
                 assert BUDGET - sum(held.values()) + freed >= min(size, BUDGET - kept)
-        keeps = {each for each in held if each.shard is None and each.block.digest in pinned}
-        assert {each for each in held if policy.keeps(each)} == keeps
+        keeps = {other for other in held if other.shard is None and other.block.digest in pinned}
+        assert {other for other in held if policy.keeps(other)} == keeps
         assert policy.bytes == sum(held.values())
-        assert policy.kept_bytes == sum(held[each] for each in keeps)
+        assert policy.kept_bytes == sum(held[other] for other in keeps)

@@ -1,4 +1,4 @@
-"""Whatever is done to a store in whatever order: no wrong byte, and never more than the budget."""
+"""Random sequences of operations on a store: no wrong byte, and never more than the budget."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is done to the folders in tests of power cuts: `python -m tests.support.power_loss_work NAME FOLDER`.
+"""Programs whose folders lose power in tests: `python -m tests.support.power_loss_work NAME FOLDER`.
 
-It says, by marks in its trace, what must be there from then on.
+Marks in its trace name the pieces that must be there from then on.
 """
 
 from __future__ import annotations
