@@ -50,7 +50,7 @@ class FailureDetector:
         return self._config.suspicion_s(len(self._table.site))
 
     def heard(self, update: Update, now: float) -> None:
-        """`update` is about to be held: start or end its member's suspicion."""
+        """`update` is held from now on: start or end its member's suspicion."""
         if update.state is State.SUSPECT:
             self._suspects[update.member.peer_id] = now + self._suspicion_s()
         else:

@@ -77,7 +77,7 @@ class MemberTable:
         self._rng = rng
         self._site: tuple[Member, ...] = (own.member,)
         self._neighbours: tuple[PeerId, ...] = ()
-        self._stale = False
+        self.stale = False
 
     @property
     def site(self) -> tuple[Member, ...]:
@@ -90,12 +90,12 @@ class MemberTable:
         return self._neighbours
 
     def _rebuild(self) -> None:
-        if self._stale:
+        if self.stale:
             own = self.own.member
             others = [entry.update.member for peer, entry in self.entries.items() if self.is_near(peer)]
             self._site = tuple(sorted([own, *others], key=lambda member: member.peer_id))
             self._neighbours = tuple(member.peer_id for member in self._site if member is not own)
-            self._stale = False
+            self.stale = False
 
     def is_near(self, peer: PeerId) -> bool:
         """Whether `peer` is in the site and not this node."""
@@ -139,7 +139,8 @@ class MemberTable:
             update = in_state(update, State.SUSPECT)
         return update if supersedes(update, entry.update) else None
 
-    def hold(self, update: Update, now: float) -> Entry:
+    def hold(self, update: Update, now: float) -> bool:
+        """Returns whether the site may differ now: the caller then sets `stale`."""
         peer = update.member.peer_id
         entry = self.entries.get(peer)
         before = None if entry is None else entry.update
@@ -149,23 +150,21 @@ class MemberTable:
         if before is None or before.state is not update.state:
             entry.since = now
         was_live = before is not None and before.state < State.DEAD
-        if before is None or before.member != update.member or was_live != entry.is_live:
-            self._stale = True
         if before is not None and was_live:
             if before.state is not update.state:
                 self.note(update.member, _EVENTS[update.state])
         elif entry.is_live:
             was_shown = before is not None and before.incarnation > 0
             self.note(update.member, Event.READMITTED if was_shown else Event.JOINED)
-        return entry
+        return before is None or before.member != update.member or was_live != entry.is_live
 
     def move(self, member: Member) -> None:
         entry = self.entries[member.peer_id]
         entry.update = Update(member, entry.update.state, entry.update.incarnation)
-        self._stale = True
+        self.stale = True
 
     def drop(self, peer: PeerId) -> None:
-        self._stale |= self.entries.pop(peer).is_live
+        self.stale |= self.entries.pop(peer).is_live
 
     def note(self, member: Member, event: Event) -> None:
         if member.site == self.own.member.site:
@@ -175,12 +174,12 @@ class MemberTable:
         while len(self.excluded) >= MAX_MEMBERS:
             del self.excluded[min(self.excluded, key=self.excluded.__getitem__)]
         self.excluded[peer] = until
-        self._stale = True
+        self.stale = True
 
     def readmit(self, now: float) -> None:
         """End the exclusions whose time is over."""
         for peer in [peer for peer, end in self.excluded.items() if end <= now]:
             del self.excluded[peer]
-            self._stale = True
+            self.stale = True
             if self.is_near(peer):
                 self.note(self.entries[peer].update.member, Event.READMITTED)

@@ -182,8 +182,10 @@ class Swim:
             self._drop(min(lost, key=lambda peer: lost[peer].since))
         if entry is not None and entry.is_hint and entry.update.state is State.DEAD:
             self._syncs.wanted.pop(peer, None)  # a hint that came true needs no question any more
-        self._detector.heard(update, now)
-        if not self._table.hold(update, now).is_hint:
+        is_stale = self._table.hold(update, now)
+        self._detector.heard(update, now)  # by the number of members before this change
+        self._table.stale |= is_stale
+        if not self.known[peer].is_hint:
             self._gossip.rumours.add(peer)
 
     def _drop(self, peer: PeerId) -> None:
