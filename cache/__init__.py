@@ -1,1 +1,1 @@
-"""What Shoal stores: tiers of blocks and shards, and the policy that names what is to be evicted."""
+"""Stores of blocks and shards in tiers, and the policy that names the victims of eviction."""

@@ -1,8 +1,8 @@
-"""containerd's content store as a read-only tier: what it holds is neither stored twice nor fetched.
+"""containerd's content store as a read-only tier: blobs that it holds are neither stored twice nor fetched.
 
-Layout (containerd, docs/content-flow.md): `<root>/blobs/<algorithm>/<hex>`, one finished blob in each file. The files
-are somebody else's, so a blob is trusted only once its whole digest was right in this process, and as long as its file
-keeps the identity that it had then. A wrong blob counts as absent until its file changes.
+Layout (containerd, docs/content-flow.md): `<root>/blobs/<algorithm>/<hex>`, one finished blob in each file. Another
+program owns the files, so a blob is trusted only once its whole digest was right in this process, and as long as its
+file keeps the identity that it had then. A wrong blob counts as absent until its file changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -24,39 +24,33 @@ import trio
 from cachetools import LRUCache, TTLCache
 
 from cache.files import READ, Identity, identity_of, opened, read_at
-from cache.store import Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, PeerId, Piece
+from cache.store import Held, Holdings, StoreStatistics
+from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
 
 logger = logging.getLogger(__name__)
 
 RecordFor = Callable[[ObjectRef, int, bytes], Record]
 """Signs the record of a block from the object, the block's index and its sha256."""
-
 _PLUGIN = "io.containerd.content.v1.content"
 _HEX = {"sha256": re.compile(r"[0-9a-f]{64}", re.ASCII), "sha512": re.compile(r"[0-9a-f]{128}", re.ASCII)}
-
 STATUS_AGE_S = 1.0
-"""How long `holds` may repeat an answer of stat."""
-
+"""How long `holds` may use an answer of stat."""
 LISTING_AGE_S = 10.0
 MAX_LISTED = 16384
-"""Blobs told by `objects` and counted: a site's node holds hundreds; listing this many takes 50 ms."""
-
+"""Blobs listed by `objects` and counted: a site's node holds hundreds; listing this many takes 50 ms."""
 MAX_STATUSES = 4096
 MAX_RECORDS = 8192
-"""Signed records that are kept, about 0.5 KiB each; signing one anew takes 0.1 ms."""
-
+"""Signed records that are kept, about 0.5 KiB each; signing a record anew takes 0.1 ms."""
 MAX_TRUSTED_BLOCKS = (MAX_OBJECT_SIZE // BLOCK_SIZE) + 16
 """Blocks whose sha256 is kept, 32 bytes each: enough for the largest object. A forgotten blob is checked again."""
-
-_CHECK_BYTES = 64 << 20
-"""A check goes on in a thread for so long (0.1 s) before it can be cancelled."""
+CHECK_BYTES = 64 << 20
+"""Bytes that a check hashes in a thread (0.1 s) before it can be cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """What a check of a whole file found. `hashes` has the sha256 of each block, end to end; empty if it was wrong."""
+    """Result of checking a whole file. `hashes` has the sha256 of each block, end to end; empty if it was wrong."""
 
     identity: Identity
     right: bool
@@ -67,58 +61,43 @@ class _Verdict:
         return 16 + len(self.hashes) // 32
 
 
-class _Check:
-    """Hashes an open file, block by block, in bounded memory."""
-
-    def __init__(self, fd: int, digest: Digest) -> None:
-        self._fd = fd
-        self._digest = digest
-        self._whole = hashlib.new(digest.algorithm)
-        self._hashes = bytearray()
-        self._offset = 0
-        self._before = identity_of(os.fstat(fd))
-        self._buffer = bytearray(BLOCK_SIZE)
-
-    def go_on(self) -> bool:
-        """Hash up to _CHECK_BYTES more; False at the end of the file. Raises OSError."""
-        stop = self._offset + _CHECK_BYTES
-        while self._offset < min(stop, self._before.size):
-            length = os.preadv(self._fd, [self._buffer], self._offset)
-            if length < min(BLOCK_SIZE, self._before.size - self._offset):
-                return False
-            block = memoryview(self._buffer)[:length]
-            self._whole.update(block)
-            self._hashes += sha256(block).digest()
-            self._offset += length
-        return self._offset < self._before.size
-
-    def verdict(self) -> _Verdict:
-        identity = identity_of(os.fstat(self._fd))
-        right = identity == self._before and self._whole.hexdigest() == self._digest.hex
-        return _Verdict(self._before, right, bytes(self._hashes) if right else b"")
+def _examine(fd: int, digest: Digest) -> Iterator[_Verdict | None]:
+    """Hash the open file in bounded memory: None after each CHECK_BYTES, the verdict at the end. Raises OSError."""
+    before = identity_of(os.fstat(fd))
+    whole, hashes, buffer, offset = hashlib.new(digest.algorithm), bytearray(), bytearray(BLOCK_SIZE), 0
+    while offset < before.size:
+        length = os.preadv(fd, [buffer], offset)
+        if length < min(BLOCK_SIZE, before.size - offset):
+            break
+        block = memoryview(buffer)[:length]
+        whole.update(block)
+        hashes += sha256(block).digest()
+        offset += length
+        if offset % CHECK_BYTES == 0:
+            yield None
+    right = identity_of(os.fstat(fd)) == before and whole.hexdigest() == digest.hex
+    yield _Verdict(before, right, bytes(hashes) if right else b"")
 
 
 class ContentStore:
-    """A BlockStore that takes nothing. It has whole blocks only; their records are signed when they are read."""
+    """A BlockStore that declines every put. It has whole blocks only; their records are signed when they are read."""
 
     def __init__(self, root: Path, *, record_for: RecordFor, timer: Callable[[], float] = time.monotonic) -> None:
         self._roots = root, root / _PLUGIN
-        self._record_for = record_for
-        self._timer = timer
+        self._record_for, self._timer = record_for, timer
         self._verdicts: LRUCache[Digest, _Verdict] = LRUCache(MAX_TRUSTED_BLOCKS, lambda verdict: verdict.weight)
         self._records: LRUCache[tuple[Digest, int], Record] = LRUCache(MAX_RECORDS)
         self._statuses: TTLCache[Digest, Identity | None] = TTLCache(MAX_STATUSES, STATUS_AGE_S, timer)
         self._listing: TTLCache[None, dict[Digest, int]] = TTLCache(1, LISTING_AGE_S, timer)
         self._checking = trio.Lock()
         if not any(os.path.isdir(folder / "blobs") for folder in self._roots):
-            logger.warning("containerd's content store: %s has no readable folder `blobs`: taken for empty", root)
-
-    # What is there
+            logger.warning("containerd's content store: %s has no readable folder `blobs`: treated as empty", root)
 
     def size_of(self, digest: Digest) -> int | None:
-        """The size of the object, None where it is not there or known to be wrong."""
-        identity = self._status(digest)
-        return None if identity is None or self._known_wrong(digest, identity) else identity.size
+        """The size of the object, None where it is absent or was found wrong."""
+        identity, verdict = self._status(digest), self._verdicts.get(digest)
+        is_wrong = verdict is not None and not verdict.right and verdict.identity == identity
+        return None if identity is None or is_wrong else identity.size
 
     def has_object(self, digest: Digest) -> bool:
         return self.size_of(digest) is not None
@@ -134,14 +113,13 @@ class ContentStore:
         return Holdings((1 << ObjectRef(digest, size).block_count) - 1)
 
     def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
-        """Nothing: all of it is right, whoever signs it."""
+        """Nothing: every blob was checked against its digest, which is stronger than a signature."""
         return []
 
     def objects(self) -> Iterable[Digest]:
         return list(self._list())
 
     def statistics(self) -> StoreStatistics:
-        """What containerd holds; it has no budget of ours."""
         sizes = self._list().values()
         return StoreStatistics(sum(sizes), sum(sizes), len(sizes))
 
@@ -149,11 +127,11 @@ class ContentStore:
         try:
             return self._statuses[digest]
         except KeyError:
-            found = self._find(digest)
-            self._statuses[digest] = found and found[1]
+            located = self._locate(digest)
+            self._statuses[digest] = located and located[1]
             return self._statuses[digest]
 
-    def _find(self, digest: Digest) -> tuple[Path, Identity] | None:
+    def _locate(self, digest: Digest) -> tuple[Path, Identity] | None:
         for folder in self._roots:
             path = folder / "blobs" / digest.algorithm / digest.hex
             try:
@@ -176,11 +154,9 @@ class ContentStore:
             for algorithm, pattern in _HEX.items():
                 try:
                     with os.scandir(folder / "blobs" / algorithm) as entries:
-                        yield from (Digest(algorithm, each.name) for each in entries if pattern.fullmatch(each.name))
+                        yield from (Digest(algorithm, blob.name) for blob in entries if pattern.fullmatch(blob.name))
                 except OSError:
                     continue  # no such folder
-
-    # Checking and reading
 
     async def get(self, piece: Piece) -> Held | None:
         await trio.lowlevel.checkpoint()
@@ -202,34 +178,35 @@ class ContentStore:
         return Held(data, self._record(digest, index, verdict)) if complete and unchanged else None
 
     async def check(self, digest: Digest) -> bool:
-        """Whether the object is there and right, reading all of it if that is not known yet."""
+        """Whether the object is there and right; all of it is read unless it was checked before."""
         return await self._trusted(digest) is not None
 
     async def _trusted(self, digest: Digest) -> tuple[Path, _Verdict] | None:
-        """The file and what is known of it as it is now, if it is right. Unknown files are checked one at a time."""
-        if self._known(digest) is None:
+        """The file and its verdict, if it is right. Files without a verdict are checked one at a time."""
+        if self._judged(digest) is None:
             async with self._checking:
-                found = self._find(digest)
-                if found is not None and self._known(digest) is None:
-                    await self._check(found[0], digest)
-        known = self._known(digest)
-        return known if known is not None and known[1].right else None
+                located = self._locate(digest)
+                if located is not None and self._judged(digest) is None:
+                    await self._check(located[0], digest)
+        return self._right(digest)
 
-    def _known(self, digest: Digest) -> tuple[Path, _Verdict] | None:
+    def _right(self, digest: Digest) -> tuple[Path, _Verdict] | None:
+        judged = self._judged(digest)
+        return judged if judged is not None and judged[1].right else None
+
+    def _judged(self, digest: Digest) -> tuple[Path, _Verdict] | None:
         """The verdict on the file as it is now, if there is one."""
-        verdict = self._verdicts.get(digest)
-        found = self._find(digest)
-        return (
-            (found[0], verdict) if verdict is not None and found is not None and found[1] == verdict.identity else None
-        )
+        verdict, located = self._verdicts.get(digest), self._locate(digest)
+        if verdict is None or located is None or located[1] != verdict.identity:
+            return None
+        return located[0], verdict
 
     async def _check(self, path: Path, digest: Digest) -> None:
         try:
             with opened(path, READ) as fd:
-                check = _Check(fd, digest)
-                while await trio.to_thread.run_sync(check.go_on):
-                    pass
-                verdict = check.verdict()
+                examination, verdict = _examine(fd, digest), None
+                while verdict is None:
+                    verdict = await trio.to_thread.run_sync(next, examination)
         except OSError as error:
             logger.warning("containerd's content store: cannot read %s: %s", digest, error.strerror)
             return
@@ -237,10 +214,6 @@ class ContentStore:
             logger.warning("containerd's content store: the bytes of %s are wrong: ignored until they change", digest)
         self._verdicts[digest] = verdict
         self._statuses.pop(digest, None)
-
-    def _known_wrong(self, digest: Digest, identity: Identity) -> bool:
-        verdict = self._verdicts.get(digest)
-        return verdict is not None and not verdict.right and verdict.identity == identity
 
     def _record(self, digest: Digest, index: int, verdict: _Verdict) -> Record:
         record = self._records.get((digest, index))
@@ -252,10 +225,10 @@ class ContentStore:
 
     def open_sealed(self, digest: Digest) -> BinaryIO | None:
         """The object's file, if it was checked in this process and is unchanged since."""
-        known = self._known(digest)
-        if known is None or not known[1].right:
+        trusted = self._right(digest)
+        if trusted is None:
             return None
-        path, verdict = known
+        path, verdict = trusted
         try:
             file = open(os.open(path, READ), "rb", buffering=0)  # noqa: SIM115 # the caller closes it
         except OSError:

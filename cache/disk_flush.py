@@ -1,67 +1,34 @@
-"""What the disk store keeps of each file and piece, and what its flush does with them in a thread."""
+"""Write-back of the disk store: pieces become durable, and the bytes of removed ones go back to the file system.
+
+The order is the promise: data is synced before the rows that name it are written, and rows are deleted before their
+data. So a row never names bytes that are not its own. Flushes run one at a time; each takes a `Batch` of the table on
+the loop, carries it out in a thread, and applies the `Outcome` on the loop.
+"""
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 import sqlite3
 from dataclasses import dataclass, field
 
-from cache.disk_index import DiskIndex, Stored, key_of
-from cache.files import CHANGE, READ, Identity, opened, punch
-from cache.recovery import offset_of, space
-from protocol.ids import Digest, Piece, Shard
-from protocol.records import Record
+import trio
 
+from cache.disk_index import DiskIndex, key_of
+from cache.disk_table import Entry, File, PieceTable, Room
+from cache.files import CHANGE, READ, opened, punch
+from cache.recovery import TRASH
+from protocol.ids import Piece
 
-@dataclass(slots=True, eq=False)
-class File:
-    """`checked` has a bit for each block that was right in this process since the file's identity was noted."""
-
-    digest: Digest
-    shard: Shard | None
-    path: str
-    pieces: int = 0
-    identity: Identity | None = None
-    checked: int = 0
-    sealed: bool = False
-    leases: int = 0
-    referenced_at: float = -math.inf
-    next_reference: int = 0
-
-    def found(self, identity: Identity) -> bool:
-        """Note how the file is before it is used. False: it has changed, which takes back what was known."""
-        if identity == self.identity:
-            return True
-        self.identity, self.checked, self.sealed = identity, 0, False
-        return False
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    piece: Piece
-    record: Record
-    sha256: bytes
-    length: int
-    used: int
-    file: File
-
-    @property
-    def offset(self) -> int:
-        return offset_of(self.piece)
-
-    @property
-    def space(self) -> int:
-        return space(self.length)
-
-    @property
-    def stored(self) -> Stored:
-        return Stored(self.piece, self.sha256, self.record, self.used)
+FLUSH_S = 1.0
+"""A kill loses at most the puts of this time. Shorter means more syncs, which wear an eMMC."""
+FLUSH_PIECES = 64
+"""Puts after which a flush does not wait for FLUSH_S: 64 MiB of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one flush does: sync and add, delete rows and then their bytes. Of emptied files (`trash`) the whole."""
+    """Work of one flush. Files in `trash` are unlinked whole; of others the `removed` pieces are punched out."""
 
     added: list[Entry]
     removed: list[Entry]
@@ -77,7 +44,7 @@ class Outcome:
 
 
 def carry_out(index: DiskIndex, batch: Batch) -> Outcome:
-    """In a thread. The order is the promise: data before the rows that name it, rows gone before their data."""
+    """Runs in a thread."""
     outcome = Outcome()
     for file in {entry.file for entry in batch.added}:
         try:
@@ -109,6 +76,70 @@ def _give_back(batch: Batch, outcome: Outcome) -> None:
         try:
             os.unlink(path)
         except FileNotFoundError:
-            continue  # somebody else removed the file before
+            continue  # another program removed the file before
         except OSError as error:
             outcome.problems.append(("cannot remove a file", error))
+
+
+class WriteBack:
+    """`stuck`: the last flush could not write the index; puts that would have to wait for the next one decline."""
+
+    def __init__(self, table: PieceTable, room: Room) -> None:
+        self._table, self._room = table, room
+        self._emptied = itertools.count()
+        self._flushing = trio.Lock()
+        self._wanted = trio.Event()
+        self.stuck = False
+
+    def hurry(self) -> None:
+        """End `wait_due` at once."""
+        self._wanted.set()
+
+    async def wait_due(self) -> None:
+        with trio.move_on_after(FLUSH_S):
+            await self._wanted.wait()
+        self._wanted = trio.Event()
+
+    async def flush(self, *, references: bool) -> None:
+        async with self._flushing:
+            if self._table.unsynced or self._table.removed or references:
+                batch = self._batch()
+                with trio.CancelScope(shield=True):  # the batch has moved files: it must be carried out
+                    outcome = await trio.to_thread.run_sync(carry_out, self._table.folder.index, batch)
+                self._apply(batch, outcome)
+
+    def _batch(self) -> Batch:
+        removed = [entry for entry in self._table.removed.values() if not entry.file.leases]
+        used = self._table.take_references()
+        return Batch(list(self._table.unsynced.values()), removed, used, self._clear_files(removed))
+
+    def _clear_files(self, removed: list[Entry]) -> dict[File, str]:
+        """Rename the files that hold nothing any more, so that new ones can take their names."""
+        folder, trash = self._table.folder, dict[File, str]()
+        for entry in removed:
+            if entry.file.pieces or entry.file in trash:
+                continue
+            trash[entry.file] = f"{folder.path}/{TRASH}/{next(self._emptied)}"
+            self._table.files.pop((entry.file.digest, entry.file.shard), None)
+            try:
+                os.rename(entry.file.path, trash[entry.file])
+            except OSError as error:
+                folder.warn_once("cannot remove a file", error)
+        return trash
+
+    def _apply(self, batch: Batch, outcome: Outcome) -> None:
+        table = self._table
+        self._room.recheck()
+        self.stuck = not outcome.committed
+        for action, error in outcome.problems:
+            table.folder.warn_once(action, error)
+        for entry in batch.removed:
+            del table.removed[entry.piece]
+            table.removed_bytes -= entry.space
+        for entry in batch.added:
+            if table.unsynced.get(entry.piece) is not entry:
+                continue
+            if entry.file in outcome.unsynced:
+                table.remove(entry)
+            elif outcome.committed:
+                del table.unsynced[entry.piece]

@@ -1,6 +1,6 @@
 """The disk store's index: one SQLite row for each piece whose bytes are on the disk. See docs/FORMATS.md, "Disk store".
 
-The store works from memory; this is what outlives the process, read once and written in batches.
+The store works from memory; the index outlives the process. It is read once and written in batches.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from protocol.records import Record
 logger = logging.getLogger(__name__)
 
 SCHEMA = 2
+PRAGMAS = ["journal_mode = WAL", "synchronous = NORMAL"]
 _CREATE = f"""
 BEGIN;
 CREATE TABLE piece (
@@ -35,15 +36,15 @@ COMMIT;
 _WHERE_KEY = "digest = ? AND block = ? AND k = ? AND m = ? AND shard = ?"
 
 Key = tuple[str, int, int, int, int]
-"""digest, block, k, m, shard; of a whole block the last three are 0."""
+"""digest, block, k, m, shard; the last three are 0 for a whole block."""
 
 Row = tuple[str, int, int, int, int, bytes, bytes, int]
-"""A key, the sha256 of the piece's bytes, the record in msgpack, and the place of its last reference among all."""
+"""A key, the sha256 of the piece's bytes, the record in msgpack, and its last reference (`Stored.used`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A row's content. `used` orders pieces by their last reference."""
+    """`used` orders pieces by their last reference, in Unix milliseconds."""
 
     piece: Piece
     sha256: bytes
@@ -57,11 +58,7 @@ def key_of(piece: Piece) -> Key:
     return digest, piece.block.index, k, m, index
 
 
-def _row_of(stored: Stored) -> Row:
-    return (*key_of(stored.piece), stored.sha256, msgspec.msgpack.encode(stored.record), stored.used)
-
-
-def _parse(row: Row) -> Stored:
+def parse_row(row: Row) -> Stored:
     """Raises BadInputError on a row that no version of this program wrote."""
     digest, block, k, m, index, sha256, raw, used = row
     try:
@@ -84,31 +81,31 @@ class DiskIndex:
         good, bad = [], []
         for row in self._database.execute("SELECT * FROM piece ORDER BY used DESC"):
             try:
-                good.append(_parse(row))
+                good.append(parse_row(row))
             except BadInputError as error:
                 logger.warning("index: %s", error)
                 bad.append(row[:5])
         return good, bad
 
     def apply(self, removed: Iterable[Key], added: Iterable[Stored], used: Iterable[tuple[Piece, int]]) -> None:
-        """One transaction. Raises sqlite3.Error, and then nothing of it is done."""
+        """One transaction. Raises sqlite3.Error if none of it was done."""
         with self._database:
             self._database.execute("BEGIN")
             self._database.executemany(f"DELETE FROM piece WHERE {_WHERE_KEY}", removed)
             self._database.executemany(
                 f"UPDATE piece SET used = ? WHERE {_WHERE_KEY}", ((n, *key_of(p)) for p, n in used)
             )
-            self._database.executemany("INSERT OR REPLACE INTO piece VALUES (?,?,?,?,?,?,?,?)", map(_row_of, added))
+            rows = ((*key_of(row.piece), row.sha256, msgspec.msgpack.encode(row.record), row.used) for row in added)
+            self._database.executemany("INSERT OR REPLACE INTO piece VALUES (?,?,?,?,?,?,?,?)", rows)
 
     def close(self) -> None:
         self._database.close()
 
 
 def open_index(path: Path) -> DiskIndex:
-    """Open or make the index; one that SQLite finds damaged is moved aside, since it only describes a cache.
-
-    Raises sqlite3.OperationalError where the disk fails, BadInputError where another version of this program made it.
-    """
+    """Open or make the index. An index that SQLite finds damaged is moved aside, since it only describes a cache.
+    Raises sqlite3.OperationalError where the disk fails, BadInputError where another version of this program made
+    it."""
     try:
         return _open(path)
     except sqlite3.OperationalError:
@@ -126,8 +123,8 @@ def _open(path: Path) -> DiskIndex:
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         _check_version(database, path)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
+        for pragma in PRAGMAS:
+            database.execute(f"PRAGMA {pragma}")
         problem = database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)

@@ -1,4 +1,4 @@
-"""What the stores need of the file system beyond Python's `os`: cached reads, holes, and who a file is."""
+"""File system calls beyond Python's `os`: reads that prefer the page cache, holes, and the identity of a file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import trio
 
+from protocol.ids import Buffer
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _KEEP_SIZE_AND_PUNCH_HOLE = 0x01 | 0x02
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 WRITE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 CHANGE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -24,7 +25,6 @@ CHANGE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 @contextmanager
 def opened(path: str | Path, flags: int) -> Iterator[int]:
-    """A file descriptor. Raises OSError."""
     fd = os.open(path, flags, 0o600)
     try:
         yield fd
@@ -33,7 +33,7 @@ def opened(path: str | Path, flags: int) -> Iterator[int]:
 
 
 class Identity(NamedTuple):
-    """What stays the same as long as nobody writes to a file, as far as the kernel tells (its clock ticks in ms)."""
+    """Unchanged as long as no process writes to the file, as far as the kernel shows (its clock ticks in ms)."""
 
     inode: int
     size: int
@@ -52,8 +52,8 @@ def punch(fd: int, offset: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """Write all of `data`. Raises OSError, after which any part of it may be written."""
+def write_at(fd: int, data: Buffer, offset: int) -> None:
+    """Write all of `data`. Raises OSError; any part of `data` may be written then."""
     view = memoryview(data).cast("B")
     while view:
         done = os.pwrite(fd, view, offset)
@@ -61,10 +61,8 @@ def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None
 
 
 async def read_at(fd: int, buffer: bytearray, offset: int) -> bool:
-    """Fill `buffer` from `offset` on; False where the file ends before that. Raises OSError.
-
-    What the page cache holds is copied at once; only the rest is read in a thread.
-    """
+    """Fill `buffer` from `offset` on; False where the file is too short. Raises OSError. Bytes in the page cache are
+    copied at once; only the rest is read in a thread."""
     view = memoryview(buffer)
     done = _read_cached(fd, view, offset)
     if done == len(buffer):

@@ -1,11 +1,11 @@
 """LRU-K as a cachetools policy (O'Neil, O'Neil & Weikum, SIGMOD 1993).
 
-LRU asks when an entry was last used, so one pass over many entries that are used once empties it. LRU-K asks when the
-k-th last use was, and remembers uses beyond eviction; entries with fewer than k known uses go first.
+LRU evicts by the last use of an entry, so one pass over many entries that are used once empties it. LRU-K evicts by the
+k-th last use, and remembers uses beyond eviction; entries with fewer than k remembered uses go first.
 
-The classical rule loses to LRU in large caches, where it holds on to what was used often, long ago. `horizon` closes
-that: the k-th last reference never counts as older than `horizon` before the last one, so that the order of eviction
-runs from LRU (horizon 0) to LRU-K (infinite). `python -m simulations cache` measures it.
+The classical rule loses to LRU in large caches, where it keeps entries that were used often, but long ago. `horizon`
+mends that: the k-th last reference never counts as older than `horizon` before the last one, so that the order of
+eviction runs from LRU (horizon 0) to LRU-K (infinite). `python -m simulations cache` measures it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 HISTORY_FLOOR = 64
-"""Evicted entries that are remembered however few are held, so that a cache of few large entries learns too."""
-
+"""Evicted entries that are remembered even if fewer are held, so that a cache of few large entries learns too."""
 HEAP_FLOOR = 64
-"""Below this, clearing the heap of the entries that are gone is not worth the while."""
+"""A smaller heap is not cleared of the entries that are gone: it would not pay."""
 
 
 class _Past(NamedTuple):
-    """References to one key: the times of the last k uncorrelated ones (oldest first), and the time and number of the
-    very last."""
+    """References to a key: the times of the last k uncorrelated ones (oldest first); time and number of the last."""
 
     times: tuple[float, ...]
     last: float
@@ -44,11 +42,11 @@ _UNKNOWN = _Past((), -math.inf, 0)
 class LRUKCache(Cache[K, V]):
     """Evicts the entry whose k-th last reference is oldest, and the least recently used among equals.
 
-    - A reference is a `get`, `[]` or assignment of an entry held, and the assignment that inserts it; `in` is none.
-      References less than `correlated` after the previous one to the same key belong to it, until `burst` after the
-      first of them: what is asked for all the time is not what was asked for once.
+    - `get`, `[]` and assignment are references; `in` is not. A reference less than `correlated` after the previous one
+      to the same key belongs to that one, until `burst` after the first of them: an entry in constant use must not
+      look like one that was used once.
     - The references to `history` times as many keys as are held (and HISTORY_FLOOR) outlive their eviction or
-      deletion; those that went first are forgotten first.
+      deletion; the keys that were evicted first are forgotten first.
     - `correlated`, `burst` and `horizon` are in the timer's units; the timer never goes back.
 
     The heap has each entry under an order that it had once. As references only raise an entry's order, that is a
@@ -70,19 +68,15 @@ class LRUKCache(Cache[K, V]):
         if k < 1 or min(correlated, burst, history, horizon) < 0:
             raise ValueError("k must be positive; correlated, burst, history and horizon must be non-negative")
         super().__init__(maxsize, getsizeof)
-        self._k = k
-        self._correlated = correlated
-        self._burst = burst
-        self._history = history
-        self._horizon = horizon
-        self._timer = timer
+        self._k, self._history, self._timer = k, history, timer
+        self._correlated, self._burst, self._horizon = correlated, burst, horizon
         self._turn = 0
         self._held: dict[K, _Past] = {}
-        self._gone: OrderedDict[K, _Past] = OrderedDict()
-        self._heap: list[tuple[float, int, K]] = []
+        self.gone: OrderedDict[K, _Past] = OrderedDict()
+        self.heap: list[tuple[float, int, K]] = []
 
     def __getitem__(self, key: K) -> V:
-        if key in self._held:  # else __missing__ may insert it, which is a reference by itself
+        if key in self._held:  # else __missing__ may insert it, which refers to it
             self._refer(key)
         return super().__getitem__(key)
 
@@ -92,48 +86,45 @@ class LRUKCache(Cache[K, V]):
 
     def __delitem__(self, key: K) -> None:
         super().__delitem__(key)
-        self._gone[key] = self._held.pop(key)
-        while len(self._gone) > self._history * len(self._held) + HISTORY_FLOOR:
-            self._gone.popitem(last=False)
+        self.gone[key] = self._held.pop(key)
+        while len(self.gone) > self._history * len(self._held) + HISTORY_FLOOR:
+            self.gone.popitem(last=False)
 
     def popitem(self) -> tuple[K, V]:
-        """Evict, which is no reference. Raises KeyError when the cache is empty."""
+        """Evict an entry; this is not a reference. Raises KeyError when the cache is empty."""
         key = self._oldest()
         value = super().__getitem__(key)
         del self[key]
         return key, value
 
     def victims(self, need: float) -> list[K]:
-        """The keys to delete, in order, so that `need` more fits; nothing is deleted or referenced.
-
-        The next call names the same ones until they are deleted. Raises ValueError if `need` can never fit.
-        """
+        """The keys to delete, in order, so that `need` more fits; nothing is deleted or referenced. Later calls name
+        the same keys until these are deleted. Raises ValueError if `need` can never fit."""
         if need > self.maxsize:
             raise ValueError("value too large")
         room = self.maxsize - self.currsize
         named: dict[K, tuple[float, int, K]] = {}
         while room < need and len(named) < len(self):
             key = self._oldest()
-            entry = heappop(self._heap)
+            entry = heappop(self.heap)
             if key not in named:
                 named[key] = entry
                 room += self.getsizeof(super().__getitem__(key))
         for entry in named.values():
-            heappush(self._heap, entry)
+            heappush(self.heap, entry)
         return list(named)
 
     def clear(self) -> None:
-        """Drop everything, history too."""
         super().clear()
         self._held.clear()
-        self._gone.clear()
-        self._heap.clear()
+        self.gone.clear()
+        self.heap.clear()
 
     def _refer(self, key: K) -> None:
         now = self._timer()
         self._turn += 1
         held = self._held.get(key)
-        past = held or self._gone.pop(key, _UNKNOWN)
+        past = held or self.gone.pop(key, _UNKNOWN)
         belongs = now - past.last < self._correlated and now - past.times[-1] < self._burst
         times = past.times if belongs else (*past.times, now)[-self._k :]
         self._held[key] = _Past(times, now, self._turn)
@@ -141,24 +132,24 @@ class LRUKCache(Cache[K, V]):
             self._enqueue(key)
 
     def _order(self, key: K) -> tuple[float, int]:
-        """What is lowest is evicted first."""
+        """The entry with the lowest order is evicted first."""
         times, last, turn = self._held[key]
         return max(times[0] if len(times) == self._k else -math.inf, last - self._horizon), turn
 
     def _enqueue(self, key: K) -> None:
-        heappush(self._heap, (*self._order(key), key))
-        if len(self._heap) > 2 * len(self._held) + HEAP_FLOOR:
-            self._heap = [(*self._order(each), each) for each in self._held]
-            heapify(self._heap)
+        heappush(self.heap, (*self._order(key), key))
+        if len(self.heap) > 2 * len(self._held) + HEAP_FLOOR:
+            self.heap = [(*self._order(other), other) for other in self._held]
+            heapify(self.heap)
 
     def _oldest(self) -> K:
         """The key to evict next, which is then at the top of the heap."""
-        while self._heap:
-            score, turn, key = self._heap[0]
+        while self.heap:
+            score, turn, key = self.heap[0]
             if key not in self._held:
-                heappop(self._heap)
+                heappop(self.heap)
             elif (order := self._order(key)) != (score, turn):
-                heapreplace(self._heap, (*order, key))
+                heapreplace(self.heap, (*order, key))
             else:
                 return key
         raise KeyError(f"{type(self).__name__} is empty")

@@ -9,21 +9,21 @@ import trio
 
 from cache.lru_k import LRUKCache
 from cache.pieces import UNBOUNDED, Bitmaps, check_bytes, eviction_policy
-from cache.store import Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import Digest, PeerId, Piece
+from cache.store import Held, Holdings, StoreStatistics
+from protocol.ids import Buffer, Digest, PeerId, Piece
 from protocol.records import Record
 
 ENTRY_BYTES = 1024
-"""Charged to each piece for its record, key and place in the policy."""
+"""Charged for the record, the key and the policy's state of each piece."""
 
 
 def _owner(data: Buffer) -> Buffer:
-    """What must live for `data` to live."""
+    """The buffer that stays allocated while `data` lives."""
     return data.obj if isinstance(data, memoryview) and isinstance(data.obj, bytes | bytearray) else data
 
 
 def sole(data: Buffer) -> Buffer:
-    """`data` itself, or a copy of it where keeping it would keep more bytes than it has."""
+    """`data` itself, or a copy if it is a view of a larger buffer, all of which it would keep allocated."""
     if not isinstance(data, memoryview):
         return data
     owner = _owner(data)
@@ -35,10 +35,8 @@ def _bytes_held(held: Held) -> int:
 
 
 class MemoryStore:
-    """A BlockStore. Its bytes cannot change outside this process, so a read needs no hash.
-
-    The budget counts what the process really holds: whole buffers, and ENTRY_BYTES for each piece.
-    """
+    """A BlockStore. Its bytes cannot change outside this process, so a read needs no hash. The budget counts the memory
+    that the process really holds: whole buffers, and ENTRY_BYTES for each piece."""
 
     def __init__(self, budget_bytes: int, timer: Callable[[], float]) -> None:
         self._cache: LRUKCache[Piece, Held] = eviction_policy(_bytes_held, timer)
@@ -47,7 +45,7 @@ class MemoryStore:
         self._records: dict[Piece, Record] = {}
 
     def resize(self, budget_bytes: int) -> None:
-        """What does not fit any more is evicted at once."""
+        """Pieces that do not fit any more are evicted at once."""
         self._budget = budget_bytes
         self._evict(0)
 

@@ -1,4 +1,4 @@
-"""What the stores share: is a piece what it says, and which pieces are there."""
+"""Shared by the stores: validity of pieces, the eviction policy's parameters, and bitmaps of held pieces."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 from cache.lru_k import LRUKCache
-from cache.store import Buffer, Holdings
+from cache.store import Holdings
 from protocol.errors import BadInputError
-from protocol.ids import BlockId, Digest, Piece, Shard, shard_length
+from protocol.ids import BlockId, Buffer, Digest, Piece, Shard, shard_length
 from protocol.records import Record
 
 K = TypeVar("K", bound=Hashable)
@@ -16,43 +16,36 @@ V = TypeVar("V")
 
 MAX_SHARDS = 255
 """k + m is below the size of the code's field, GF(256)."""
-
 CORRELATED_S = 30.0
 """References closer than this count as one: a pull puts a block, reads it back and serves it to the site's other
-nodes within seconds, which says nothing of whether anyone will want it again."""
-
+nodes within seconds, which does not predict later use."""
 BURST_S = 600.0
-"""How long such references count as one: longer than a site takes for an image. What is in use all the time would
-otherwise look like what was used once."""
-
+"""How long such references count as one: longer than a site takes to pull an image. Without this bound, a piece in
+constant use would look like a piece that was used once."""
 REFERENCES = 3
-"""The k of LRU-K. The last but one reference is a poor estimate of how often a piece is wanted; the one before it finds
-1 to 2 points more in caches of up to 1 % of what is asked for (docs/SIMULATIONS.md)."""
-
+"""The k of LRU-K. The last but one reference is a poor estimate of how often a piece is used; the one before it hits 1
+to 2 points more in caches of up to 1 % of all requested bytes (docs/SIMULATIONS.md)."""
 HORIZON_S = 10 * 86400.0
-"""How long ago a frequent use may lie to count. What is popular changes: without it, large caches lose to LRU."""
-
+"""How long a frequent use counts. Popularity changes: without this bound, large caches lose to LRU."""
 UNBOUNDED = 1 << 62
-"""For the policy of a store that keeps to its budget itself: cachetools' bound cannot be changed."""
-
+"""Bound of the policy in a store that enforces its budget itself: cachetools' bound cannot be changed."""
 MAX_ENTRIES = 1 << 18
-"""Pieces in one store. Each costs about 1 KiB of memory beside its bytes, whatever its size."""
+"""Pieces in one store. Each costs about 1 KiB of memory beside its bytes, regardless of its size."""
 
 
 def eviction_policy(size_of: Callable[[V], int], timer: Callable[[], float]) -> LRUKCache[K, V]:
-    """By which memory and disk name victims. `timer` in seconds."""
+    """The policy of memory and disk. `timer` in seconds."""
     return LRUKCache(
         UNBOUNDED, size_of, k=REFERENCES, correlated=CORRELATED_S, burst=BURST_S, horizon=HORIZON_S, timer=timer
     )
 
 
 def length_of(piece: Piece, record: Record) -> int:
-    """Bytes in a piece of the record's block."""
     return record.length if piece.shard is None else shard_length(record.length, piece.shard.k)
 
 
 def check_piece(piece: Piece, record: Record) -> None:
-    """Raises BadInputError unless there is such a piece and `record` is of its block."""
+    """Raises BadInputError unless `piece` is possible and `record` is of its block."""
     ref, shard = record.object, piece.shard
     if ref.block(record.index) != piece.block or record.length != ref.block_length(record.index):
         raise BadInputError(f"record of {record.digest} #{record.index} given with {piece}")
@@ -68,7 +61,7 @@ def check_bytes(piece: Piece, data: Buffer, record: Record) -> None:
 
 
 class Bitmaps:
-    """Which pieces are there: for each object a bitmap of blocks for each shard, and one for whole blocks."""
+    """Which pieces are held: for each object a bitmap of blocks for each shard, and a bitmap for whole blocks."""
 
     def __init__(self) -> None:
         self._objects: dict[Digest, dict[Shard | None, int]] = {}
@@ -96,7 +89,6 @@ class Bitmaps:
         return Holdings(shelves.get(None, 0), {shard: bits for shard, bits in shelves.items() if shard is not None})
 
     def shards_of(self, block: BlockId) -> list[Piece]:
-        """The shards of one block that are there."""
         shelves = self._objects.get(block.digest, {})
         return [Piece(block, shard) for shard, bits in shelves.items() if shard is not None and bits >> block.index & 1]
 

@@ -1,4 +1,4 @@
-"""The eviction policy beside what it may not name: whole blocks of pinned objects."""
+"""The eviction policy with the pieces that it must not name: whole blocks of pinned objects."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from protocol.ids import Digest, Piece
 class PinnedPolicy:
     """Sizes of pieces; victims are named among those that are not pinned.
 
-    A shard of a pinned object is none of it: it is derived from the whole block, which a pin has fetched.
+    A shard of a pinned object may be evicted: it can be derived from the whole block, which a pin has fetched.
+    `budget_bytes`, which may be changed, is for pinned and other pieces together; the `policy` has no bound itself.
     """
 
     def __init__(self, policy: LRUKCache[Piece, int], pinned: frozenset[Digest], budget_bytes: int) -> None:
-        """`budget_bytes`, which may be changed, is for what is kept and the rest; the `policy` has no bound itself."""
         self._policy = policy
         self.budget_bytes = budget_bytes
         self._pinned = set(pinned)
@@ -47,12 +47,12 @@ class PinnedPolicy:
         self._policy.get(piece)
 
     def victims(self, need: int) -> list[Piece]:
-        """What to remove, in order, so that `need` more fits beside the policy's and what is kept, as far as it can."""
+        """Pieces to remove, in order, so that `need` more fits in the budget, as far as pins allow."""
         wanted = min(need + self.kept_bytes, self.budget_bytes)
         return self._policy.victims(wanted + int(self._policy.maxsize) - self.budget_bytes)
 
     def pin(self, digest: Digest, pieces: list[Piece]) -> None:
-        """`pieces` are those held of the object."""
+        """`pieces` are the pieces of the object that are held."""
         self._pinned.add(digest)
         for piece in pieces:
             if piece.shard is None and piece not in self._kept:

@@ -4,14 +4,14 @@ A store maps a `Piece` (a whole block or one shard of it) to its bytes and the s
 keep these promises, which tests/conformance/test_store.py runs against each of them:
 
 - `get` never returns a wrong byte. A whole block has been hashed against its record's sha256, a shard against the
-  sha256 that was noted when it was put, since the bytes last could have changed outside this process. What fails the
-  check is discarded and told once in the log, and the answer is None: it is a miss, never an error.
+  sha256 that was noted when it was put, since the bytes last could have changed outside this process. A piece that
+  fails the check is discarded and logged once, and the answer is None: it is a miss, never an error.
 - `get` counts as a reference for the eviction policy; `holds` and `holdings` do not, and read no data.
 - `put` stores all or nothing and may decline (False): no space under the budget, no free disk, a read-only store.
-  The caller loses nothing by it. A full store evicts by its policy first. Putting a piece twice changes nothing.
+  The caller still has the bytes. A full store evicts by its policy first. Putting a piece twice changes nothing.
 - The bytes held never exceed `budget_bytes`; space is reserved before it is written.
 - Every method may be cancelled at any await and leaves the store whole.
-- What a store returns is not altered by it afterwards; the caller does not alter it either.
+- A store does not alter the bytes that it returned; the caller does not alter them either.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from protocol.ids import Digest, PeerId, Piece, Shard
+from protocol.ids import Buffer, Digest, PeerId, Piece, Shard
 from protocol.records import Record
-
-Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Bytes out of a store, checked, with the record of the block that they belong to."""
+    """Checked bytes from a store, with the record of the block that they belong to."""
 
     data: Buffer
     record: Record
@@ -36,7 +34,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What a store has of one object. A bitmap has bit i (LSB first, as in `1 << i`) set for block i."""
+    """Pieces of one object. A bitmap has bit i (LSB first, as in `1 << i`) set for block i."""
 
     blocks: int = 0
     shards: Mapping[Shard, int] = field(default_factory=dict)
@@ -51,8 +49,6 @@ class StoreStatistics:
 
 
 class BlockStore(Protocol):
-    """See the module's text for the promises."""
-
     async def get(self, piece: Piece) -> Held | None: ...
 
     async def put(self, piece: Piece, data: Buffer, record: Record) -> bool: ...
@@ -64,11 +60,11 @@ class BlockStore(Protocol):
     def holdings(self, digest: Digest) -> Holdings: ...
 
     def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
-        """What is held by one member's word."""
+        """The pieces whose record `signer` signed."""
         ...
 
     def objects(self) -> Iterable[Digest]:
-        """Objects of which at least one piece is held, in no promised order."""
+        """Objects of which at least one piece is held, in any order."""
         ...
 
     def statistics(self) -> StoreStatistics: ...

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Literal, Protocol
 
-from cache.store import BlockStore, Buffer, Held, Holdings, StoreStatistics
-from protocol.ids import BlockId, Digest, ObjectRef, PeerId, Piece, Shard
+from cache.store import BlockStore, Held, Holdings, StoreStatistics
+from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
 
 Tier = Literal["memory", "disk", "containerd"]
@@ -32,7 +32,7 @@ class ContentTier(FileStore, Protocol):
 
 
 class Tiers:
-    """Reads ask memory, disk, containerd in this order; to disk goes what containerd lacks or is pinned."""
+    """Reads ask memory, disk, containerd in this order. The disk stores what containerd lacks, and pinned objects."""
 
     def __init__(self, memory: BlockStore, disk: DiskTier, containerd: ContentTier | None) -> None:
         self._memory, self._disk, self._containerd = memory, disk, containerd
@@ -41,9 +41,9 @@ class Tiers:
             self.stores = {**self.stores, "containerd": containerd}
 
     async def get(self, piece: Piece, size: int | None = None, *, to_memory: bool = True) -> tuple[Held, Tier] | None:
-        """A piece of an object of `size` bytes: a digest that somebody gives another size to is another object."""
+        """A piece of an object of `size` bytes. With another size, even under the same digest, it is another object."""
         for tier, store in self.stores.items():
-            # Most reads miss: they are not to cost a turn of the loop for each tier.
+            # Most reads miss: a miss must not cost a turn of the loop for each tier.
             held = await store.get(piece) if store.holds(piece) else None
             if held is not None and size in (None, held.record.size):
                 if to_memory and tier != "memory" and piece.shard is None:
@@ -52,7 +52,7 @@ class Tiers:
         return None
 
     async def put(self, piece: Piece, data: Buffer, record: Record) -> None:
-        """Stores where there is room; bytes that no tier takes are lost to nobody, since the caller has them."""
+        """Store in each tier that has room. Nothing is lost if no tier takes it: the caller has the bytes."""
         await self._memory.put(piece, data, record)
         if piece.shard is None:
             await self._drop_shards(piece.block)
@@ -60,7 +60,7 @@ class Tiers:
             await self._disk.put(piece, data, record)
 
     async def _drop_shards(self, block: BlockId) -> None:
-        """Of a block that is held whole, its shards are derived; the disk does the same."""
+        """A block that is held whole makes its shards redundant; the disk does the same."""
         for shard, bits in self._memory.holdings(block.digest).shards.items():
             if bits >> block.index & 1:
                 await self._memory.discard(Piece(block, shard))
@@ -92,7 +92,7 @@ class Tiers:
         return {tier: store.statistics() for tier, store in self.stores.items()}
 
     def seal(self, ref: ObjectRef) -> None:
-        """The object's digest was just checked over what these tiers hold."""
+        """The caller just checked the object's digest over the bytes of these tiers."""
         self._disk.seal(ref)
 
     def is_pinned(self, digest: Digest) -> bool:
@@ -106,11 +106,11 @@ class Tiers:
         return (file, "containerd") if file is not None else None
 
     def _left_to_containerd(self, digest: Digest) -> bool:
-        """What is pinned is not: containerd removes an image when its own user says so."""
+        """Pinned objects are not: containerd removes an image when its own user wants that."""
         return self._containerd is not None and self._containerd.has_object(digest) and not self._disk.is_pinned(digest)
 
     async def drop_doubles(self) -> int:
-        """Remove from disk what containerd has meanwhile stored itself; the number of objects removed."""
+        """Remove from disk the objects that containerd has meanwhile stored itself. Returns their number."""
         doubles = [digest for digest in self._disk.objects() if self._left_to_containerd(digest)]
         for digest in doubles:
             await self._disk.drop_object(digest)

@@ -1,1 +1,1 @@
-"""What Shoal decides: values, codes, plans and state machines. No clock, no socket, no `async`."""
+"""The decisions of Shoal: values, codes, plans and state machines. No clock, no socket, no `async`."""

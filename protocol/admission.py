@@ -1,7 +1,7 @@
-"""What the cluster's authority signs beside certificates: join tokens and revocations.
+"""Join tokens and revocations, which the cluster's authority signs beside certificates.
 
 Values, their bytes and their checks; no clock, so `now` is an argument. Bytes: docs/FORMATS.md, "Join tokens" and
-"Revocations". What is done with them: docs/PROTOCOL.md, "Joining" and "Revocation".
+"Revocations". Use: docs/PROTOCOL.md, "Joining" and "Revocation".
 """
 
 from __future__ import annotations
@@ -31,19 +31,18 @@ _TOKEN_SUBJECT = "token:"  # names a kind
 SIGNATURE = 64
 ID_BYTES = 16
 MAX_TEXT = 1024
-"""Characters of a token or a revocation; ours have some 210."""
+"""Characters of a token or a revocation; real ones have some 210."""
 MAX_SITE = 64
 MAX_USES = 1024
-"""Nodes that one token of a limited number may admit: as many peer ids are kept for it."""
+"""Nodes that a token with a limit may admit: this many peer ids are kept for it."""
 MAX_TIME = 1 << 40
-"""Unix seconds: beyond any date, within an integer of 64 bits whatever is added."""
+"""Unix seconds: beyond any date, and far enough from the limit of 64-bit integers for any sum."""
 MIN_LIFETIME_S = 24 * 3600
-"""A certificate that lives for less is over before a clock that is wrong by hours lets its node renew it."""
+"""A shorter certificate could expire before its node renews it, where a clock is wrong by hours."""
 MAX_SUBJECT = 64
 """Characters: a peer id has 52, a token's subject 38."""
 MAX_REVOCATIONS = 1024
-"""All of them travel in every sync of whole views: 150 KiB. A cluster that loses more nodes than that to strangers
-needs a new key."""
+"""All of them travel in every sync of whole views: 150 KiB. A cluster that loses more nodes needs a new key."""
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
@@ -63,12 +62,12 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def subject(self) -> str:
-        """By what name it is revoked. It is no secret: it cannot be used."""
+        """The name under which it is revoked. Not a secret: it does not admit a node."""
         return _TOKEN_SUBJECT + self.id.hex()
 
 
 class Revocation(msgspec.Struct, frozen=True, array_like=True):
-    """The authority's word that a peer id, or a join token's `subject`, is not to be let in any more. For good."""
+    """The authority's statement that a peer id, or a join token's `subject`, is refused from now on, for good."""
 
     subject: str
     made: int
@@ -82,11 +81,8 @@ _Value = TypeVar("_Value")
 
 
 def cluster_id(authority: bytes) -> bytes:
-    """Names a cluster: the SHA-256 of its CA certificate (DER)."""
+    """Identifies a cluster: the SHA-256 of its CA certificate (DER)."""
     return sha256(authority).digest()
-
-
-# Tokens
 
 
 def make_token(token: Token, sign: Sign) -> str:
@@ -97,18 +93,14 @@ def make_token(token: Token, sign: Sign) -> str:
 
 
 def read_token(text: str) -> Token:
-    """What a token says, unproven: its bearer cannot check it before he has the CA certificate. Raises BadInputError.
-
-    No error holds any of the text, which is a secret.
-    """
+    """A token's values, unproven: its bearer cannot check them before it has the CA certificate. Raises BadInputError.
+    No error contains any of the text, which is a secret."""
     return _token_of(_from_text(TOKEN_PREFIX, text, "join token"))
 
 
 def check_token(text: str, authority: Ed25519PublicKey, cluster: bytes, now: float) -> Token:
-    """A token that this authority signed and that has not expired at `now` (Unix time).
-
-    Raises NotAdmittedError saying what is wrong with it. How often it was used is the caller's to know.
-    """
+    """A token that this authority signed and that has not expired at `now` (Unix time). Raises NotAdmittedError with
+    the reason. The caller counts its uses."""
     try:
         data = _from_text(TOKEN_PREFIX, text, "join token")
         token = _token_of(data)
@@ -118,7 +110,7 @@ def check_token(text: str, authority: Ed25519PublicKey, cluster: bytes, now: flo
         raise NotAdmittedError("the join token is of another cluster, or altered")
     if now > token.expires:
         raise NotAdmittedError(
-            f"the join token expired at {date(token.expires)} by the clock of who issues certificates, {date(now)}"
+            f"the join token expired at {date(token.expires)}; the member that issues certificates has {date(now)}"
         )
     return token
 
@@ -143,11 +135,8 @@ def _check_token(token: Token) -> None:
 
 
 def is_site(text: str) -> bool:
-    """Whether it can be the site in a token and a certificate."""
+    """Whether `text` can be the site in a token and a certificate."""
     return 1 <= len(text) <= MAX_SITE and text.isprintable()
-
-
-# Revocations
 
 
 def make_revocation(cluster: bytes, subject: str, now: int, sign: Sign) -> Revocation:
@@ -161,7 +150,7 @@ def revocation_text(revocation: Revocation) -> str:
 
 
 def read_revocation(text: str) -> Revocation:
-    """What it says, unproven. Raises BadInputError."""
+    """A revocation's values, unproven. Raises BadInputError."""
     return _decoded(_REVOCATIONS, _from_text(REVOCATION_PREFIX, text, "revocation"), "revocation")
 
 
@@ -188,9 +177,6 @@ def _check_subject(subject: str) -> None:
         public_key_of(PeerId(subject))
 
 
-# Both
-
-
 def date(seconds: float) -> str:
     """For people: `2026-11-24 16:38 UTC`."""
     try:
@@ -211,20 +197,20 @@ def _to_text(prefix: str, data: bytes) -> str:
     return prefix + base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
 
 
-def _from_text(prefix: str, text: str, what: str) -> bytes:
-    """Only what `_to_text` makes: one value has one text."""
+def _from_text(prefix: str, text: str, kind: str) -> bytes:
+    """Accepts only the output of `_to_text`: one value has one text."""
     coded = text.removeprefix(prefix)
     try:
         data = base64.b64decode(coded + "=" * (-len(coded) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
         data = b""
     if len(text) > MAX_TEXT or len(data) <= SIGNATURE or _to_text(prefix, data) != text:
-        raise BadInputError(f"not a {what}: it begins with {prefix} and has to be copied whole")
+        raise BadInputError(f"not a {kind}: it begins with {prefix} and has to be copied whole")
     return data
 
 
-def _decoded(decoder: msgspec.msgpack.Decoder[_Value], data: bytes, what: str) -> _Value:
+def _decoded(decoder: msgspec.msgpack.Decoder[_Value], data: bytes, kind: str) -> _Value:
     try:
         return decoder.decode(data)
     except UNDECODABLE as error:
-        raise BadInputError(f"the {what} cannot be decoded") from error
+        raise BadInputError(f"the {kind} cannot be decoded") from error

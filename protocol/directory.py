@@ -28,6 +28,6 @@ class Directory:
             self._holders.popitem(last=False)
 
     def holders(self, digest: Digest, now: float) -> tuple[PeerId, ...]:
-        """The latest to announce, first."""
-        found = self._holders.get(digest)
-        return tuple(peer for peer, until in reversed(found.items()) if until > now) if found else ()
+        """The most recent to announce first."""
+        holders = self._holders.get(digest)
+        return tuple(peer for peer, until in reversed(holders.items()) if until > now) if holders else ()

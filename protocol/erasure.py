@@ -4,7 +4,7 @@ The code is the one that reedsolo's `RSCodec(m, nsize=k+m, fcr=0)` defines colum
 GF(256) modulo 0x11d, generator 2 (Reed & Solomon 1960; docs/FORMATS.md, "Shards"). reedsolo supplies the field's
 tables and the parity matrix, but its own loop does 1 MB/s. So the bulk of the work is done here: a sum of rows times
 coefficients is evaluated by Horner's rule over the *bits* of the coefficients, which costs XORs and seven doublings of
-the sum, all at memory speed in numpy, and no lookup. (16-bit tables: half the speed, and 128 KiB a coefficient.)
+the sum, all at memory speed in numpy, and no lookup. (16-bit tables have half the speed, and 128 KiB per coefficient.)
 """
 
 from __future__ import annotations
@@ -17,26 +17,23 @@ import numpy.typing as npt
 import reedsolo
 
 from protocol.errors import BadInputError
-from protocol.ids import shard_length
+from protocol.ids import Buffer, shard_length
 
-Buffer = bytes | bytearray | memoryview
 Row = npt.NDArray[np.uint8]
 Coefficients = tuple[int, ...]
 
 MAX_DATA_SHARDS = 32
 MAX_PARITY_SHARDS = 8
 _MATRICES = 512
-"""Cached recovery matrices, 3 KiB at most each: every loss pattern of the usual geometries, many of the others."""
+"""Cached recovery matrices, at most 3 KiB each: all loss patterns of the usual geometries, many of the others."""
 
 _POLYNOMIAL = 0x11D
 _LOG, _EXP, _ORDER = reedsolo.init_tables(_POLYNOMIAL, 2, 8)
 
 
 def encode_shard(block: Buffer, k: int, m: int, index: int) -> memoryview:
-    """Shard `index` of the block, `shard_length(len(block), k)` bytes.
-
-    A data shard that needs no padding is a view of `block`. Raises BadInputError for an impossible geometry or index.
-    """
+    """Shard `index` of the block, `shard_length(len(block), k)` bytes. A data shard that needs no padding is a view of
+    `block`. Raises BadInputError for an impossible geometry or index."""
     _check_index(k, m, index)
     size = shard_length(len(block), k)
     if index < k:
@@ -51,10 +48,8 @@ def encode_shard(block: Buffer, k: int, m: int, index: int) -> memoryview:
 
 def decode_block(shards: Mapping[int, Buffer], k: int, m: int, length: int, out: bytearray | None = None) -> bytearray:
     """The block of `length` bytes, from k or more of its shards by index, in `out` (of that length) where it is given.
-
     Raises BadInputError for fewer than k shards, a shard of a wrong size, or an impossible index or geometry. Wrong
-    bytes in a shard give a wrong block: its record's sha256 tells.
-    """
+    bytes in a shard give a wrong block, which the record's sha256 reveals."""
     _check_index(k, m, 0)
     size = shard_length(length, k)
     for index, shard in shards.items():
@@ -79,7 +74,7 @@ def _check_index(k: int, m: int, index: int) -> None:
 
 
 def _fill(block: Row, rows: dict[int, Row], k: int, m: int) -> None:
-    """Write the block's k slices: copy those at hand, recover the others from the first k of `rows` (by index)."""
+    """Write the block's k slices: copy those in `rows`, recover the others from the first k of `rows` (by index)."""
     size = len(next(iter(rows.values())))
     slices = [block[j * size : (j + 1) * size] for j in range(k)]
     for j in rows.keys() & range(k):
@@ -130,11 +125,9 @@ def _parity_matrix(k: int, m: int) -> tuple[Coefficients, ...]:
 
 @lru_cache(maxsize=_MATRICES)
 def _recovery(k: int, m: int, chosen: tuple[int, ...]) -> dict[int, Coefficients]:
-    """For each data shard that is not among the k `chosen` ones: their coefficients, in order.
-
-    The parity rows p = A·missing + B·present are solved for the missing: A⁻¹·B·present + A⁻¹·p, by Gauss-Jordan
-    elimination of (A | B | I). Any square A of parity coefficients can be inverted, because the code is MDS.
-    """
+    """For each data shard that is not among the k `chosen` ones: their coefficients, in order. The parity rows p =
+    A·missing + B·present are solved for the missing: A⁻¹·B·present + A⁻¹·p, by Gauss-Jordan elimination of (A | B | I).
+    Any square A of parity coefficients can be inverted, because the code is MDS."""
     missing = [j for j in range(k) if j not in chosen]
     present = [i for i in chosen if i < k]
     parities = [i for i in chosen if i >= k]

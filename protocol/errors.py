@@ -1,9 +1,9 @@
-"""Every error that crosses a seam. "The peer misbehaved" and "we have a bug" are different types."""
+"""Errors that cross a seam. "The peer misbehaved" and "we have a bug" are different types."""
 
 import msgspec
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes from outside: the last for values that are nested too deep."""
+"""Errors of msgspec for bytes from outside: the last for values that are nested too deep."""
 
 
 class ShoalError(Exception):
@@ -11,7 +11,7 @@ class ShoalError(Exception):
 
 
 class BadInputError(ShoalError):
-    """What a user, a file or a client gave is malformed; the text names the input and what to do."""
+    """Malformed input from a user, a file or a client; the text names the input and the remedy."""
 
 
 class PeerMisbehavedError(ShoalError):
@@ -19,7 +19,7 @@ class PeerMisbehavedError(ShoalError):
 
 
 class NotAdmittedError(PeerMisbehavedError):
-    """Who is there is not, or no longer, a member of this cluster. The text says why; `peer`, where proven, who."""
+    """The other side is not, or no longer, a member of this cluster. `peer` is its peer id, where that is proven."""
 
     def __init__(self, text: str, peer: str = "") -> None:
         super().__init__(text, peer)
@@ -34,7 +34,7 @@ class PeerUnavailableError(ShoalError):
 
 
 class UnavailableError(ShoalError):
-    """Nobody who was asked could give the object now: peers and registry are out of reach or failing."""
+    """No peer and no registry could give the object now: they are out of reach or failing."""
 
 
 class NotFoundError(ShoalError):

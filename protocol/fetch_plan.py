@@ -1,13 +1,13 @@
-"""Reading one coded block: which keepers to ask for which shards, when one is late, and when to ask one more.
+"""Reading one coded block: which keepers to ask for which shards, when an answer is late, and when to ask another.
 
-A plan is told what happened and returns the requests still to be made. It ends when k distinct shards of one record
-are there, or when nobody is left to ask. Asking k and a spare for the late one: "On-demand Container Loading in AWS
-Lambda" (USENIX ATC'23), section 3.2; when to stop waiting: Dean and Barroso, "The Tail at Scale" (CACM 2013).
+A plan receives events and returns the requests still to be made. It ends when k distinct shards of one record came, or
+when no keeper is left to ask. Asking k, and a spare for a late one: "On-demand Container Loading in AWS Lambda" (USENIX
+ATC'23), section 3.2; when to stop waiting: Dean and Barroso, "The Tail at Scale" (CACM 2013).
 
-**Whose time it is.** A keeper that lacks its shard says `Waiting` while the block comes from the registry, and that is
-not its fault: its clock stands still until it says that its answer is ready, or until another keeper's shard shows that
-the block is in the site by now. What a peer is known to take is measured by the same clock. A peer that answers other
-requests meanwhile is at work, and this one waits for its turn: its clock begins again, but not for ever.
+**Clocks.** A keeper that lacks its shard answers `Waiting` while the block comes from the upstream. This time is not
+its own: its clock stands still until it reports that its answer is ready, or until another keeper's shard shows that
+the block has reached the site. A peer's usual time is measured by the same clock. A peer that answers other requests
+meanwhile is working, and this request waits for its turn: its clock restarts, but a limited number of times.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from dataclasses import dataclass
 from protocol.ids import PeerId
 
 COLD_FLOOR_S = 1.5
-"""Nothing is late before it while no shard came: a dead peer's silence is found out by then, and a burst of blocks that
-came from the registry together takes as long to pass on."""
+"""Until a shard came, no answer is late earlier: this suffices to notice a dead peer, and a burst of blocks that came
+from the upstream together takes as long to pass on."""
 WARM_FLOOR_S = 0.03
-"""The same once one came: beyond what the loops of two busy nodes take."""
+"""The same after the first shard: more than the loops of two busy nodes take."""
 SETTLE_S = 2.0
-"""After the first shard those come to the other keepers, one after another over the home's link."""
+"""After the first shard, the others reach their keepers within this time, one after another over the home's link."""
 LAST_FACTOR = 2.0
-"""The last shard that is missing is late after so many times what the slowest of the others took: they had the same
-links to share."""
+"""The last missing shard is late after this many times the slowest of the others: they shared the same links."""
 TURN_FACTOR = 2.0
-"""However much a peer answers otherwise, it is late after so many times the wait for one that answers nothing."""
+"""A peer that answers other requests is late after this many times the wait for a silent peer."""
 PATIENCE_FACTOR, PATIENCE_S = 2.0, 0.5
-"""A late peer is given up after so much more: then another one is asked, whatever the budget for spares says."""
+"""A late peer is given up after FACTOR times its time plus this: then another is asked, even without spare budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +54,24 @@ class _Asked:
     given_up: bool = False
 
 
+@dataclass(eq=False)
 class ShardPlan:
-    """`order` is the keepers, the best to ask first; the rank of a keeper is the shard that it keeps.
+    """`order` is the keepers, the best to ask first; the rank of a keeper is the index of its shard.
 
-    `late_after_s` tells for a peer after which time its answer is an outlier. `now` is monotonic seconds.
+    `late_after_s`: the time after which a peer's answer is an outlier; `answered_at`: when a peer last answered any
+    request; `patience_s`: added to the time until a late peer is given up. `now` is monotonic seconds.
     """
 
-    def __init__(
-        self, keepers: Sequence[PeerId], order: Sequence[PeerId], k: int, late_after_s: Callable[[PeerId], float],
-        answered_at: Callable[[PeerId], float] = lambda peer: -math.inf, patience_s: float = PATIENCE_S,
-    ) -> None:  # fmt: skip
-        """`answered_at`: when a peer last answered anything; `patience_s`: until a late one is given up."""
-        self._rank = {peer: rank for rank, peer in enumerate(keepers)}
-        self._left = list(order)
-        self._k = k
-        self._late_after_s = late_after_s
-        self._answered_at, self._patience_s = answered_at, patience_s
+    keepers: Sequence[PeerId]
+    order: Sequence[PeerId]
+    k: int
+    late_after_s: Callable[[PeerId], float]
+    answered_at: Callable[[PeerId], float] = lambda peer: -math.inf
+    patience_s: float = PATIENCE_S
+
+    def __post_init__(self) -> None:
+        self._rank = {peer: rank for rank, peer in enumerate(self.keepers)}
+        self._left = list(self.order)
         self._asked: dict[PeerId, _Asked] = {}
         self._have: dict[int, PeerId] = {}
         self._slowest_s = 0.0
@@ -78,52 +79,49 @@ class ShardPlan:
 
     @property
     def done(self) -> bool:
-        return len(self._have) >= self._k
+        return len(self._have) >= self.k
 
     @property
     def stuck(self) -> bool:
-        """Nobody is left who could bring what is missing."""
+        """No peer is left that could bring the missing shards."""
         return not self.done and not self._asked and not self._left
 
     @property
     def has_spare(self) -> bool:
-        """Somebody is left to ask."""
         return bool(self._left)
 
     @property
     def beaten(self) -> list[PeerId]:
-        """Who was late and still owes its answer."""
+        """Peers that are late and have not answered."""
         return [peer for peer, asked in self._asked.items() if asked.late]
 
     def start(self, all_at_once: bool, now: float) -> list[Ask]:
-        """The first requests: to k of the keepers, or to all."""
-        return self._next(len(self._left) if all_at_once else self._k, now)
+        """The first requests, to k keepers or to all."""
+        return self._next(len(self._left) if all_at_once else self.k, now)
 
     def heard(self, peer: PeerId, ready: bool, now: float) -> None:
-        """A sign of life: `ready` where the answer is on its way or waits for its turn, else the peer lacks it yet."""
+        """A `Waiting` came. `ready`: the answer waits for its turn on the connection; else the peer still lacks it."""
         asked = self._asked.get(peer)
         if asked is not None and not self._have:
             asked.since = min(asked.since, now) if ready else math.inf
             asked.was_cold |= not ready
 
     def took_s(self, peer: PeerId, now: float) -> float | None:
-        """What the peer has taken by its own clock; None where that stands still."""
+        """Time that the peer has taken by its own clock; None where that stands still."""
         asked = self._asked.get(peer)
         return None if asked is None or asked.since > now else now - asked.since
 
     @property
     def given_up(self) -> list[PeerId]:
-        """Who is not waited for any more."""
         return [peer for peer, asked in self._asked.items() if asked.given_up]
 
     @property
     def waited_for(self) -> list[PeerId]:
-        """Who owes an answer and is not given up."""
         return [peer for peer, asked in self._asked.items() if not asked.given_up]
 
     @property
     def cold(self) -> list[tuple[PeerId, float]]:
-        """Whose clock stands still, and when they were asked."""
+        """Peers whose clock stands still, with the time at which they were asked."""
         return [
             (peer, asked.asked_at)
             for peer, asked in self._asked.items()
@@ -131,17 +129,17 @@ class ShardPlan:
         ]
 
     def was_cold(self, peer: PeerId) -> bool:
-        """Whether the peer, who owes its answer, ever said that it lacked it."""
+        """Whether the peer, which has not answered yet, ever reported that it lacked its shard."""
         return self._asked[peer].was_cold
 
     def give_up(self, peer: PeerId, now: float) -> list[Ask]:
-        """The peer is not waited for any more; whom to ask instead."""
+        """Stop waiting for the peer; returns the requests that replace it."""
         self._asked[peer].given_up = True
         self.retries += 1
         return self._top_up(now)
 
     def got(self, peer: PeerId, index: int, now: float) -> list[Ask]:
-        """A good shard came; when it was there already, the peer is asked once more for exactly its own."""
+        """A good shard came. If it came before, the peer is asked once more for exactly its own."""
         answered = self._asked.pop(peer)
         want = answered.want
         if index not in self._have:
@@ -157,17 +155,17 @@ class ShardPlan:
         return self._top_up(now)
 
     def failed(self, peer: PeerId, now: float) -> list[Ask]:
-        """The peer will not bring its shard; the next one is asked, whatever the spare budget says."""
+        """The peer will not bring its shard: ask the next one, even without spare budget."""
         self._asked.pop(peer, None)
         self.retries += 1
         return self._top_up(now)
 
     def next_check(self) -> float:
-        """When `overdue` has something to tell, unless something comes before; infinity for never."""
+        """When to call `overdue`, unless an event comes before; infinity for never."""
         return min((at for _, _, at in self._deadlines()), default=math.inf)
 
     def overdue(self, now: float) -> tuple[list[PeerId], list[Ask]]:
-        """Who became late just now, for each of whom a spare may be asked; and whom to ask for those given up."""
+        """Peers that became late just now, for each of which a spare may be asked; and requests for peers given up."""
         late: list[PeerId] = []
         for peer, asked, at in list(self._deadlines()):
             if at > now:
@@ -181,22 +179,22 @@ class ShardPlan:
         return late, self._top_up(now)
 
     def spare(self, now: float) -> list[Ask]:
-        """A shard is late and the budget allows another."""
+        """A shard is late and the spare budget allows another request."""
         return self._next(1, now)
 
     def _deadlines(self) -> Iterator[tuple[PeerId, _Asked, float]]:
         floor = WARM_FLOOR_S if self._have else COLD_FLOOR_S
-        bound = LAST_FACTOR * self._slowest_s if len(self._have) == self._k - 1 and self._have else math.inf
+        bound = LAST_FACTOR * self._slowest_s if len(self._have) == self.k - 1 and self._have else math.inf
         for peer, asked in self._asked.items():
             if not asked.given_up:
-                after = max(floor, self._slowest_s, min(bound, self._late_after_s(peer)))
-                since = max(asked.since, min(self._answered_at(peer), asked.since + (TURN_FACTOR - 1) * after))
-                after += PATIENCE_FACTOR * after + self._patience_s if asked.late else 0.0
+                after = max(floor, self._slowest_s, min(bound, self.late_after_s(peer)))
+                since = max(asked.since, min(self.answered_at(peer), asked.since + (TURN_FACTOR - 1) * after))
+                after += PATIENCE_FACTOR * after + self.patience_s if asked.late else 0.0
                 yield peer, asked, since + after
 
     def _top_up(self, now: float) -> list[Ask]:
         under_way = sum(not asked.given_up for asked in self._asked.values())
-        return self._next(self._k - len(self._have) - under_way, now)
+        return self._next(self.k - len(self._have) - under_way, now)
 
     def _next(self, count: int, now: float) -> list[Ask]:
         asks = []

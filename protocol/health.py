@@ -1,8 +1,8 @@
-"""How well each peer has answered lately, and what that says about whom to ask and how long to wait.
+"""How well each peer answered recently: whom to ask first and how long to wait.
 
-Times are seconds of service: a request that was told to wait for the origin says nothing about the peer and is not
-counted. Mean and deviation are exponentially weighted, as in TCP's retransmission timer (RFC 6298). What is known of a
-peer that is not asked fades towards the first guess, so that one that was slow is tried again.
+Times are seconds of service: a request that waited for the upstream says nothing about the peer and is not counted.
+Mean and deviation are exponentially weighted, as in TCP's retransmission timer (RFC 6298). The estimate for a peer that
+is not asked fades towards the first guess, so that a slow peer is tried again.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from protocol.ids import PeerId
 
 MAX_PEERS = 16384
 FIRST_GUESS_S = 0.02
-"""A peer nothing is known of is asked before one that is known to be slow."""
+"""A peer without measurements is asked before one that was slow."""
 UNKNOWN_LATE_S = 2.0
-"""Nothing is known either of the link that it is on."""
+"""For a peer without measurements: its link is unknown too."""
 FADE_S = 30.0
-"""After this time half is left of what was known, after three times as long nothing."""
+"""After this time half of a measurement's weight is left, after three times as long nothing."""
 LATE_CAP_S = 10.0
-"""On a link of 4 Mbit/s eight shards of 256 KiB take 4 s: beyond that a peer is not slow, it is of no use."""
+"""On a link of 4 Mbit/s eight shards of 256 KiB take 4 s: a peer beyond this is useless rather than slow."""
 BACKOFF_FIRST_S = 3.0
-"""With the silence before it about as long as the membership takes to drop a dead node: it is waited for once."""
+"""Together with the silence before it about as long as the membership takes to drop a dead node: one wait suffices."""
 BACKOFF_CAP_S = 30.0
 UNFIT_S = 30.0
-"""A node with a bad link gets no better in a moment, and trying it again costs seconds."""
+"""How long a slow home is replaced: a bad link does not recover in a moment, and another try costs seconds."""
 LAGGARD_FACTOR, LAGGARD_S = 8.0, 2.0
-"""A peer that takes so much longer than the middle one of all, and so long, had better be left out."""
+"""A peer that takes LAGGARD_FACTOR times the median and LAGGARD_S is left out."""
 QUICK_S = 0.0025
-"""Where a peer takes no longer, a fifth shard beside four takes half a millisecond of the reader's link. A late one is
-waited for until WARM_FLOOR_S of protocol/fetch_plan.py, which costs more if it happens to one in fifty."""
+"""Up to this mean, a fifth shard beside four is cheap: it takes half a millisecond of the reader's link. Waiting for a
+late one takes WARM_FLOOR_S of protocol/fetch_plan.py, which costs more if it happens once in fifty reads."""
 _GAIN = 0.125
 _DEVIATION_GAIN = 0.25
 
@@ -56,8 +56,6 @@ class _Peer:
 
 @dataclass(frozen=True, slots=True)
 class PeerHealth:
-    """What the operator sees."""
-
     mean_s: float
     outstanding: int
     failures: int
@@ -65,7 +63,7 @@ class PeerHealth:
 
 
 class Health:
-    """One for each node; `now` is monotonic seconds."""
+    """One node's view of its peers; `now` is monotonic seconds."""
 
     def __init__(self) -> None:
         self._peers: cachetools.LRUCache[PeerId, _Peer] = cachetools.LRUCache(MAX_PEERS)
@@ -95,73 +93,63 @@ class Health:
         state.deviation_s += _DEVIATION_GAIN * (abs(error) - state.deviation_s)
 
     def failed(self, peer: PeerId, now: float) -> None:
-        """No answer in time, or a broken connection: the peer is asked last until its back-off has passed."""
+        """No answer in time, or a broken connection: the peer is asked last until its back-off ends."""
         state = self._of(peer)
         state.outstanding = max(0, state.outstanding - 1)
         if now < state.avoid_until:
-            return  # of requests that were under way together the first failure counts
+            return  # requests that were under way together fail together: the first one counts
         state.failures += 1
         state.avoid_until = now + _backoff_s(state.failures)
 
     def beaten(self, peer: PeerId, now: float) -> None:
-        """A read went on without the peer's late answer: it lives, but is asked after the others.
-
-        Its mean can't tell: the answers that would have raised it are those that nobody waited for.
-        """
+        """A read ended without the peer's late answer: it lives, but is asked after the others for a while. Its mean
+        does not show that, since the answers that would raise it were not waited for."""
         state = self._of(peer)
         if now < state.last_until:
-            return  # by several reads at once, which counts once
+            return  # several reads at once count once
         state.beaten += 1
         state.last_until = now + _backoff_s(state.beaten)
 
     def dropped(self, peer: PeerId) -> None:
-        """The request was given up because others were quicker; it says nothing new."""
+        """The request was given up because others were quicker; this is no measurement."""
         state = self._of(peer)
         state.outstanding = max(0, state.outstanding - 1)
 
     def overdue(self, peer: PeerId, elapsed_s: float, now: float) -> None:
-        """An answer is still missing after `elapsed_s`: the mean is at least moving there."""
+        """An answer is still missing after `elapsed_s`: move the mean towards it."""
         state = self._of(peer)
         self._fade(state, now)
         if elapsed_s > state.mean_s:
             state.mean_s += _GAIN * (elapsed_s - state.mean_s)
 
     def gave_up(self, peer: PeerId, now: float) -> None:
-        """As a home: it gets a block so slowly that another acts for it, and for a while for all its blocks."""
+        """Mark `peer` unfit as home for UNFIT_S: it was too slow and another took over."""
         self._of(peer).unfit_until = now + UNFIT_S
 
     def unfit(self, peer: PeerId, now: float) -> bool:
-        """Whether another acts as home in its place."""
-        state = self._peers.get(peer)
-        return state is not None and now < state.unfit_until
+        return now < self._peek(peer).unfit_until
 
     def answered_at(self, peer: PeerId) -> float:
-        """When it last answered anything; minus infinity for never."""
-        state = self._peers.get(peer)
-        return -math.inf if state is None else state.answered_at
+        """When it last answered any request; minus infinity for never."""
+        return self._peek(peer).answered_at
 
     def avoided(self, peer: PeerId, now: float) -> bool:
-        state = self._peers.get(peer)
-        return state is not None and now < state.avoid_until
+        return now < self._peek(peer).avoid_until
 
     def order(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """The peer that would answer first, first; then those that were beaten or are unfit; those to avoid, last.
-
-        Ties keep the given order.
-        """
+        """By expected time of the answer; peers that were beaten or are unfit come later, peers to avoid last. Ties
+        keep the given order."""
 
         def expected(peer: PeerId) -> tuple[bool, bool, float]:
-            state = self._peers.get(peer)
-            if state is None:
-                return False, False, FIRST_GUESS_S
+            state = self._peek(peer)
             wait_s = (state.outstanding + 1) * self._faded_s(state, now)
             return now < state.avoid_until, now < max(state.last_until, state.unfit_until), wait_s
 
         return sorted(peers, key=expected)
 
     def usable(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """Those of `peers`, in their order, that are fit, do not fail, and do not lag far behind the middle one of all
-        that are known: two or three would make a laggard of whoever answered the first burst last."""
+        """The `peers`, in their order, that are fit, do not fail, and do not lag far behind the median of all measured.
+        The median of two or three would make a laggard of the peer that answered the first burst last."""
         means = {peer: self._faded_s(state, now) for peer, state in self._peers.items() if state.measured}
         bound = max(LAGGARD_S, LAGGARD_FACTOR * median_low(means.values())) if means else 0.0
         return [
@@ -171,24 +159,20 @@ class Health:
         ]
 
     def late_after_s(self, peer: PeerId) -> float:
-        """The wait after which an answer is later than about 95 of 100 of this peer's."""
+        """The wait that about 95 of 100 of this peer's answers do not exceed."""
         state = self._of(peer)
         if not state.measured:
             return UNKNOWN_LATE_S
         return min(LATE_CAP_S, state.mean_s + 3 * state.deviation_s)
 
     def steady(self, peers: Iterable[PeerId]) -> bool:
-        """Whether each of which anything is known takes a while, and is late in less than twice its usual time.
-
-        Where all are asked at once, the last one is never measured: nothing is held against it.
-        """
-        known = [peer for peer in peers if self._of(peer).measured]
-        return all(
-            self._of(peer).mean_s > QUICK_S and self.late_after_s(peer) < 2 * self._of(peer).mean_s for peer in known
-        )
+        """Whether each measured peer takes a while, and is late in less than twice its usual time. Where all are asked
+        at once, the last one is never measured and must not count against the others."""
+        states = [(self._of(peer), self.late_after_s(peer)) for peer in peers]
+        return all(s.mean_s > QUICK_S and late_s < 2 * s.mean_s for s, late_s in states if s.measured)
 
     def report(self, peer: PeerId, now: float) -> PeerHealth:
-        state = self._peers.get(peer) or _Peer()
+        state = self._peek(peer)
         return PeerHealth(self._faded_s(state, now), state.outstanding, state.failures, now < state.avoid_until)
 
     def _fade(self, state: _Peer, now: float) -> None:
@@ -199,11 +183,11 @@ class Health:
         kept = float(0.5 ** min(64.0, ((now - state.seen_at) / FADE_S) ** 2))
         return FIRST_GUESS_S + (state.mean_s - FIRST_GUESS_S) * kept
 
+    def _peek(self, peer: PeerId) -> _Peer:
+        return self._peers.get(peer) or _Peer()
+
     def _of(self, peer: PeerId) -> _Peer:
-        state = self._peers.get(peer)
-        if state is None:
-            state = self._peers[peer] = _Peer()
-        return state
+        return self._peers.get(peer) or self._peers.setdefault(peer, _Peer())
 
 
 def _backoff_s(times: int) -> float:
@@ -211,10 +195,8 @@ def _backoff_s(times: int) -> float:
 
 
 class SpareBudget:
-    """A token bucket for spare requests: `share` of a token for each request, never more than `burst` saved up.
-
-    A peer that stops owes a shard of each block that is under way: the burst is for all of them.
-    """
+    """A token bucket for spare requests: `share` of a token for each request, at most `burst` saved up. A peer that
+    stops owes a shard of each block under way: the burst covers all of them."""
 
     def __init__(self, share: float = 0.03, burst: float = 32.0) -> None:
         self._share, self._burst, self._tokens = share, burst, burst

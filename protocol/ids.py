@@ -14,9 +14,11 @@ from typing import NewType
 from protocol.errors import BadInputError
 
 BLOCK_SIZE = 1 << 19
-"""docs/decisions/0005-blocks-of-512-kib.md says what a block of another size costs."""
+"""docs/decisions/0005-blocks-of-512-kib.md gives the costs of other sizes."""
 MAX_OBJECT_SIZE = 1 << 40
-"""1 TiB: larger sizes from outside are refused before anything is allocated."""
+"""1 TiB: larger sizes from outside are refused before any allocation."""
+
+Buffer = bytes | bytearray | memoryview
 
 PeerId = NewType("PeerId", str)
 """A libp2p peer id of an Ed25519 key in base58 text (`12D3Koo...`)."""
@@ -46,7 +48,7 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class ObjectRef:
-    """An object and its size in bytes; the size is what its blocks are counted from."""
+    """An object and its size in bytes, which determines its blocks."""
 
     digest: Digest
     size: int
@@ -65,7 +67,6 @@ class ObjectRef:
         return BlockId(self.digest, index)
 
     def block_length(self, index: int) -> int:
-        """Bytes in block `index`: BLOCK_SIZE for all but perhaps the last."""
         return min(BLOCK_SIZE, self.size - index * BLOCK_SIZE)
 
 
@@ -77,7 +78,7 @@ class BlockId:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """Which shard, and of which code: shard `index` of k data and m parity shards."""
+    """Shard `index` of the code with k data and m parity shards."""
 
     k: int
     m: int
@@ -86,7 +87,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a store holds: the whole block (`shard` is None) or one shard of it."""
+    """A whole block (`shard` is None) or one shard of it."""
 
     block: BlockId
     shard: Shard | None = None

@@ -1,26 +1,25 @@
-"""The messages of an introduction: bytes to values and back, and all checks of what the other side says.
+"""The messages of an introduction: bytes to values and back, and all checks of the other side's messages.
 
-Who sends what when, and the bytes: docs/PROTOCOL.md, "Introduction".
+Sequence and bytes: docs/PROTOCOL.md, "Introduction".
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import TypeVar
 
 import msgspec
 
-from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
+from protocol.errors import BadInputError, PeerMisbehavedError
 from protocol.ids import PeerId
-from protocol.members import MAX_ADDRESSES, Member
+from protocol.members import Member
 from protocol.records import public_key_of
-from protocol.wire import MAX_ADDRESS, MAX_NAME, MAX_WEIGHT
+from protocol.wire import check_member, decode
 
 VERSION = 1
 PREFIX = struct.Struct(">I")
 MAX_HELLO = 8192
-"""A certificate of at most 4 KiB, and room for what a later version adds."""
+"""A certificate of at most 4 KiB, and room for fields of later versions."""
 MAX_MEMBERS_BYTES = 1 << 20
 """1024 members at some 200 bytes are 0.2 MB."""
 MAX_INTRODUCED = 1024
@@ -28,7 +27,7 @@ MAX_INTRODUCED = 1024
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """The first message of each side. `certificate` is DER; nothing about members is told before it is verified."""
+    """The first message of each side. `certificate` is DER; members are named only once it is verified."""
 
     version: int
     certificate: bytes
@@ -38,16 +37,15 @@ _Members = tuple[Member, ...]
 _ENCODER = msgspec.msgpack.Encoder()
 _HELLOS = msgspec.msgpack.Decoder(Hello)
 _MEMBERS = msgspec.msgpack.Decoder(_Members)
-Decoded = TypeVar("Decoded")
 
 
 def encode_hello(certificate: bytes) -> bytes:
     return frame(_ENCODER.encode(Hello(VERSION, certificate)))
 
 
-def encode_members(me: Member, known: Sequence[Member]) -> bytes:
-    """The sender first, then whom it knows: as many as the bounds allow."""
-    others = [member for member in known if member.peer_id != me.peer_id][: MAX_INTRODUCED - 1]
+def encode_members(me: Member, members: Sequence[Member]) -> bytes:
+    """The sender first, then the others of `members`: as many as the bounds allow."""
+    others = [member for member in members if member.peer_id != me.peer_id][: MAX_INTRODUCED - 1]
     body = _ENCODER.encode((me, *others))
     while len(body) > MAX_MEMBERS_BYTES:
         others = others[: len(others) // 2]
@@ -72,7 +70,7 @@ def decode_hello(body: bytes) -> bytes:
 
 
 def decode_members(body: bytes, peer: PeerId) -> tuple[Member, ...]:
-    """What `peer` said of itself and of others, itself first. Raises PeerMisbehavedError."""
+    """The members that `peer` named, itself first. Raises PeerMisbehavedError."""
     members = decode(_MEMBERS, body)
     if not 1 <= len(members) <= MAX_INTRODUCED:
         raise PeerMisbehavedError(f"introduction that names {len(members)} members")
@@ -87,28 +85,12 @@ def frame(body: bytes) -> bytes:
     return PREFIX.pack(len(body)) + body
 
 
-def decode(decoder: msgspec.msgpack.Decoder[Decoded], body: bytes) -> Decoded:
-    try:
-        return decoder.decode(body)
-    except UNDECODABLE as error:
-        raise PeerMisbehavedError(f"message cannot be decoded: {error}") from error
-
-
 def _check(member: Member) -> None:
     try:
         public_key_of(member.peer_id)
     except BadInputError as error:
         raise PeerMisbehavedError(f"names a member by a false id: {error}") from error
-    bounded = (
-        is_text(member.name, MAX_NAME)
-        and is_text(member.site, MAX_NAME)
-        and len(member.addresses) <= MAX_ADDRESSES
-        and all(is_text(address, MAX_ADDRESS) for address in member.addresses)
-        and 0 <= member.weight <= MAX_WEIGHT
-    )
-    if not bounded:
-        raise PeerMisbehavedError(f"what it says of member {member.peer_id} is out of bounds")
-
-
-def is_text(text: str, most: int) -> bool:
-    return len(text) <= most and text.isprintable()
+    try:
+        check_member(member)
+    except BadInputError as error:
+        raise PeerMisbehavedError(f"member {member.peer_id}: {error}") from error

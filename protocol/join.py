@@ -1,6 +1,6 @@
-"""The messages of a join: how a node without a certificate gets one for a token. docs/PROTOCOL.md, "Joining".
+"""The messages of a join: a node without a certificate shows a token and gets one. docs/PROTOCOL.md, "Joining".
 
-The token is shown only to who holds the authority's key: any other member could use it to admit nodes of its own.
+The token goes only to a member that holds the authority's key: any other could use it to admit nodes of its own.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import msgspec
 
 from protocol.errors import PeerMisbehavedError
 from protocol.ids import PeerId
-from protocol.introduction import decode, frame, is_text
-from protocol.wire import MAX_NAME
+from protocol.introduction import frame
+from protocol.wire import MAX_NAME, decode, is_text
 
 VERSION = 1
 _CONTEXT = b"shoal-join-1\x00"
 NONCE = 32
 MAX_MESSAGE = 8192
-"""A certificate of at most 4 KiB, a signature, and room for what a later version adds."""
+"""A certificate of at most 4 KiB, a signature, and room for fields of later versions."""
 MAX_REFUSAL = 500
 
 
@@ -35,7 +35,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Application(msgspec.Struct, frozen=True, array_like=True):
-    """`token` is the token's text, `name` what the node is to be called."""
+    """`token` is the token's text, `name` the wanted name of the node."""
 
     token: str
     name: str
@@ -58,7 +58,7 @@ _ADMITTANCES = msgspec.msgpack.Decoder(Admittance)
 
 
 def proven(nonce: bytes, joiner: PeerId, member: PeerId) -> bytes:
-    """What the authority's key signs for one connection: with another nonce or between others it proves nothing."""
+    """Bytes that the authority's key signs for one connection: a replay with another nonce or peer proves nothing."""
     return _CONTEXT + _ENCODER.encode((nonce, joiner, member))
 
 
@@ -67,7 +67,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode_knock(body: bytes) -> Knock:
-    """Raises PeerMisbehavedError, as those below."""
+    """Raises PeerMisbehavedError, as do the functions below."""
     knock = decode(_KNOCKS, body)
     _need(knock.version == VERSION, f"version {knock.version}")
     _need(len(knock.nonce) == NONCE, "nonce")
@@ -93,6 +93,6 @@ def decode_admittance(body: bytes) -> Admittance:
     return admittance
 
 
-def _need(condition: bool, what: str) -> None:
+def _need(condition: bool, part: str) -> None:
     if not condition:
-        raise PeerMisbehavedError(f"join: {what} is not understood")
+        raise PeerMisbehavedError(f"join: {part} is not understood")

@@ -1,4 +1,4 @@
-"""Members: who takes part, as told by introductions and by membership gossip."""
+"""Members of the cluster, as introductions and membership gossip describe them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from protocol.ids import PeerId
 
 MAX_ADDRESSES = 8
 MAX_MEMBERS = 16384
-"""A view's bound: above the largest site that is simulated, far below what memory allows."""
+"""Bound of a view: above the largest simulated site, far below the limits of memory."""
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
-    """A node, and where its bulk channel listens (`host:port`, likeliest first). `weight`: its share of keeping."""
+    """`addresses`: where its bulk channel listens (`host:port`, likeliest first). `weight`: its share of keeping."""
 
     peer_id: PeerId
     name: str
@@ -33,7 +33,7 @@ class State(IntEnum):
 
 
 class Update(msgspec.Struct, frozen=True, array_like=True):
-    """One statement about a member; what gossip carries. A later incarnation overrides an earlier one."""
+    """A statement about a member, as gossip carries it. A later incarnation overrides an earlier one."""
 
     member: Member
     state: State

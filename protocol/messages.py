@@ -1,7 +1,7 @@
-"""The messages of the bulk channel. The bytes, and what each side owes the other: docs/PROTOCOL.md.
+"""The messages of the bulk channel. Bytes and duties of both sides: docs/PROTOCOL.md.
 
-Requests are answered by number, in any order. Every value is checked against these types when it is decoded, and the
-bounds that types do not say are checked by `protocol.wire`.
+Requests are answered by number, in any order. Every value is checked against these types when it is decoded;
+`protocol.wire` checks the bounds that types do not express. Fields are positional on the wire: their names are free.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False)
 class GetShard(_Message, frozen=True, tag=1):
     """Shard `want` of the code (k, m) of a block; another shard of that code will do unless `exact`.
 
-    `reach` is how far the receiver may go for it: 3 and more ask keepers nearer to the block's home, 2 ask the home,
-    1 ask the origin, 0 only what it holds.
-    `source` is an opaque hint for the origin. `reader` is a peer id where the origin asks who reads: that member
-    reads the block for whoever lacks it. It is "" where the origin gives it to everybody. `background`: nobody waits
-    for it, and it makes way on the uplink.
+    `reach` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the block's
+    home, 3 and more also keepers nearer to the home. `source` is an opaque hint for the upstream.
+    `reader` is a peer id where the upstream restricts access: that member reads the block for members that lack it. It
+    is "" where access is public. A `background` request has no waiting client and yields on the uplink.
     """
 
     digest: str
@@ -43,7 +42,7 @@ class GetShard(_Message, frozen=True, tag=1):
 
 
 class GetBlock(_Message, frozen=True, tag=2):
-    """A whole block, from what the receiver holds."""
+    """A whole block, if the receiver holds it."""
 
     digest: str
     index: int
@@ -51,25 +50,23 @@ class GetBlock(_Message, frozen=True, tag=2):
 
 
 class GetHoldings(_Message, frozen=True, tag=3):
-    """Which blocks and shards of an object the receiver holds."""
-
     digest: str
 
 
 class FindHolders(_Message, frozen=True, tag=4):
-    """To a member of an object's directory: which members announced that they hold some of it?"""
+    """To a member of an object's directory: which members announced that they hold a part of it?"""
 
     digest: str
 
 
 class Announce(_Message, frozen=True, tag=5):
-    """To a member of these objects' directories: the sender holds some of each."""
+    """To a member of these objects' directories: the sender holds a part of each."""
 
     digests: tuple[str, ...]
 
 
 class Resolve(_Message, frozen=True, tag=6):
-    """What does this reference stand for? `reach` 1: the receiver may ask the origin; 0: only what it knows."""
+    """The descriptor of a reference. `reach` 1: the receiver may ask the upstream; 0: it answers from memory."""
 
     source: str
     reference: str
@@ -77,7 +74,7 @@ class Resolve(_Message, frozen=True, tag=6):
 
 
 class Ping(_Message, frozen=True, tag=7):
-    """SWIM probe; `updates` piggyback. `revocations`: those that the sender holds, while one of them is news."""
+    """SWIM probe with piggybacked `updates`. `revocations`: all that the sender holds, while one of them is news."""
 
     updates: tuple[Update, ...]
     revocations: tuple[Revocation, ...] = ()
@@ -98,13 +95,13 @@ class Sync(_Message, frozen=True, tag=9):
 
 
 class Renew(_Message, frozen=True, tag=10):
-    """To a member that has the authority's key: the sender's certificate (DER), for one that ends later."""
+    """To a member that has the authority's key: the sender's certificate (DER), to be replaced by a later one."""
 
     certificate: bytes
 
 
 class Accuse(_Message, frozen=True, tag=11):
-    """Evidence that the sender keeps, with the seconds since it was found; answered by the receiver's."""
+    """Evidence that the sender keeps, each with its age in seconds; answered by the receiver's."""
 
     told: tuple[tuple[Evidence, float], ...]
 
@@ -145,8 +142,8 @@ class Done(_Message, frozen=True, tag=36):
 
 
 class Resolved(_Message, frozen=True, tag=37):
-    """`age_s` and `public_age_s` are the times since the registry confirmed it, and since it was seen to let anybody
-    read the repository; -1 where that is not known."""
+    """`age_s` is the time since the upstream confirmed it, `public_age_s` since the repository was seen to be public,
+    or -1 if it never was."""
 
     digest: str
     size: int
@@ -165,9 +162,9 @@ class SyncReply(_Message, frozen=True, tag=39):
 
 
 class Waiting(_Message, frozen=True, tag=40):
-    """Interim: the request is being worked on and its work makes progress. Repeated until the answer.
+    """Interim: the work on the request makes progress. Repeated until the answer.
 
-    `ready`: the answer is there, and only waits for its turn on the connection.
+    `ready`: the answer exists, and only waits for its turn on the connection.
     """
 
     ready: bool = False
@@ -188,9 +185,7 @@ class Accusations(_Message, frozen=True, tag=43):
     told: tuple[tuple[Evidence, float], ...]
 
 
-Reply = (
-    ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Pong | SyncReply | Waiting | Failed
-    | Renewed | Accusations
-)  # fmt: skip
+_MembershipReply = Pong | SyncReply | Renewed | Accusations
+Reply = ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Waiting | Failed | _MembershipReply
 
 FAILURES = ("not-held", "not-found", "denied", "unavailable", "busy", "bad-request")

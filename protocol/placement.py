@@ -1,13 +1,16 @@
-"""Who keeps what: weighted rendezvous hashing, and the code that a site of a given size uses.
+"""Placement of shards on members: weighted rendezvous hashing, and the code that a site of a given size uses.
 
-Every node computes the same answer from the same view, and a changed view moves only what must move (Thaler and
+Every node computes the same answer from the same view, and a changed view moves as few shards as possible (Thaler and
 Ravishankar, "Using name-based mappings to increase hit rates", 1998). A score mixes 64-bit hashes of key and member
-(splitmix64's finalizer) for all members at once, so that its cost is one numpy pass, whatever the site's size.
+(splitmix64's finalizer) for all members at once, so that it costs one numpy pass for any size of the site.
 
-**Cells.** The k+m keepers of a block can serve some twenty readers, and no thousand. So the members of a large site are
-cut into cells by their hashes, halves of halves, each of which has as many keeping members as a code has shards, or
-more. A cell keeps a code of every block among its own members, who ask nobody else. For each block the cells are a tree
-in an order of its own, with the cell of the block's home at its root: a cell's keeper has its shard from the keeper of
+A block's *home* is its keeper of rank 0: the member that reads it from the upstream for all (the term is from Squirrel:
+Iyer, Rowstron, Druschel, PODC 2002).
+
+**Cells.** The k+m keepers of a block can serve some twenty readers, but not a thousand. So the members of a large site
+are cut into cells by their hashes, halves of halves, each with at least as many keeping members as a code has shards. A
+cell keeps a code of every block among its own members, which ask no other cell's. For each block the cells form a tree
+in an order of its own, with the cell of the block's home at its root: a cell's keeper gets its shard from the keeper of
 the same rank in the cell above, and in the root cell from the home. docs/decisions/0008-cells.md.
 """
 
@@ -27,12 +30,12 @@ from protocol.members import Member
 
 DIRECTORY_MEMBERS = 3
 HOME_REACH = 2
-"""How far a request may go that only the block's home has still to be asked for: see GetShard."""
+"""`reach` of a request that may use the block's home and no other cell: see GetShard."""
 SMALL_BLOCK = 64 * 1024
-"""Blocks up to this size are copied to two keepers: cutting them up would cost requests and save nothing."""
+"""Blocks up to this size are copied to two keepers: coding them would cost requests and save nothing."""
 _REMEMBERED_BLOCKS = 4096
 CHILDREN = 3
-"""Cells below a cell of the tree: each costs its keepers one shard more to send, and each level costs time."""
+"""Cells below each cell of the tree: another child costs its keepers another send, another level costs time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,8 @@ class Geometry:
 
 
 def geometry(members: int, k: int, m: int, block_length: int) -> Geometry:
-    """The code for a block in a site of `members` nodes that keep, configured for k+m.
-
-    Small sites keep as much parity as they can afford: 2 nodes a copy, 3 nodes 2+1, 4 nodes 3+1.
-    """
+    """The code for a block in a site with `members` keeping nodes, configured for k+m. Small sites keep as much parity
+    as they can afford: 2 nodes a copy, 3 nodes 2+1, 4 nodes 3+1."""
     parity = min(m, members // 2)
     if block_length <= SMALL_BLOCK:
         return Geometry(1, min(1, parity))
@@ -60,7 +61,7 @@ def geometry(members: int, k: int, m: int, block_length: int) -> Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a member finds a block: the keepers by rank of its own cell, then of the cells above, up to the root's."""
+    """A member's way to a block: the keepers by rank of its own cell, then of the cells above, up to the root cell."""
 
     shape: Geometry
     cells: tuple[tuple[PeerId, ...], ...]
@@ -75,7 +76,7 @@ class Route:
 
     @property
     def root(self) -> Route:
-        """That of a member of the root cell, for who finds nothing in its own."""
+        """The route of a member of the root cell, for readers whose own cell fails."""
         return Route(self.shape, self.cells[-1:])
 
     @property
@@ -84,8 +85,8 @@ class Route:
         return len(self.cells) - 1
 
     def sources(self, index: int, reach: int) -> dict[PeerId, int]:
-        """Whom a keeper asks in turn for shard `index`, and how far each of them may go for it, when it was told how
-        far it may go itself: less far at each step, so that no waits form a circle, also where views differ."""
+        """The members that a keeper asks in turn for shard `index`, each with its `reach`, below the keeper's own. It
+        shrinks at each step, so that waits never form a circle, not even where views differ."""
         if self.depth == 0 or reach <= HOME_REACH:
             return dict.fromkeys(self.cells[-1], HOME_REACH - 1)
         further = min(reach, self.reach) - 1
@@ -93,17 +94,17 @@ class Route:
 
     @property
     def reach(self) -> int:
-        """How far a keeper of the member's own cell has to go for a block that nobody has."""
+        """The `reach` that a keeper of the member's own cell needs for a block that no member has."""
         return HOME_REACH + self.depth
 
     def makers(self, sender: PeerId, index: int) -> frozenset[PeerId]:
-        """Who may have made a shard wrong that `sender` sent: it, who it may have it from, and so on to the home."""
+        """The members that may have corrupted a shard that `sender` sent: itself, its sources, and the home."""
         above = (peer for cell in self.cells[1:] for peer in _pair(cell, index))
         return frozenset((sender, *above, self.home))
 
 
 def _pair(cell: tuple[PeerId, ...], index: int) -> tuple[PeerId, PeerId]:
-    """Who is asked for shard `index` in a cell above: its keeper, and the next one where that fails."""
+    """The members asked for shard `index` in a cell above: its keeper, and the next one where that fails."""
     return cell[index % len(cell)], cell[(index + 1) % len(cell)]
 
 
@@ -119,7 +120,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 class Placement:
-    """The answers for one view of the site. Members with weight 0 keep nothing for others."""
+    """Placement in one view of the site. Members with weight 0 keep nothing for others."""
 
     def __init__(self, members: Sequence[Member], k: int, m: int) -> None:
         keeping = [member for member in members if member.weight > 0] or list(members)
@@ -136,11 +137,10 @@ class Placement:
         )
 
     def of(self, members: Sequence[Member]) -> Placement:
-        """The same code in another view."""
         return Placement(members, self._k, self._m)
 
     def _cut(self, first: int, members: slice, bit: int, least: int) -> Iterator[tuple[int, int, slice]]:
-        """The cells of those whose hashes begin like `first` down to `bit`: in halves, while both have `least`."""
+        """Cells of the members whose hashes share the bits of `first` above `bit`, halved while both have `least`."""
         half = first | 1 << bit
         middle = int(np.searchsorted(self._hashes, np.uint64(half)))
         if min(middle - members.start, members.stop - middle) < least:
@@ -150,13 +150,13 @@ class Placement:
             yield from self._cut(half, slice(middle, members.stop), bit - 1, least)
 
     def route(self, peer: PeerId, block: BlockId, length: int) -> Route:
-        """From a member, which may keep nothing itself, to a block."""
+        """The route of `peer`, which may keep nothing itself."""
         route = self._remembered.get((peer, block, length))
         if route is None:
-            route = self._remembered[peer, block, length] = self._found(peer, block, length)
+            route = self._remembered[peer, block, length] = self._find(peer, block, length)
         return route
 
-    def _found(self, peer: PeerId, block: BlockId, length: int) -> Route:
+    def _find(self, peer: PeerId, block: BlockId, length: int) -> Route:
         key = f"{block.digest}#{block.index}"
         home = self._cell_of(int(self._hashes[_nearest(self._hashes, self._weights, key, 1)[0]]))
         others = _nearest(self._names, self._sums, key, len(self._cells))
@@ -171,7 +171,6 @@ class Placement:
         return Route(shape, tuple(self._ranked(key, shape.width, cell) for cell in members))
 
     def _cell_of(self, value: int) -> int:
-        """The number of the cell that a hash is in."""
         return bisect_right(self._cells, value, key=lambda cell: cell[0]) - 1
 
     def keepers(self, block: BlockId, length: int) -> tuple[Geometry, tuple[PeerId, ...]]:
@@ -180,11 +179,11 @@ class Placement:
         return route.shape, route.cells[-1]
 
     def directory(self, digest: Digest) -> tuple[PeerId, ...]:
-        """The members that know who holds some of an object."""
+        """The members that store the announcements of an object's holders."""
         return self._ranked(str(digest), DIRECTORY_MEMBERS)
 
     def name_homes(self, name: str) -> tuple[PeerId, ...]:
-        """The members that ask the origin what a name stands for, the first one first."""
+        """The members that resolve a name at the upstream, in this order."""
         return self._ranked(name, DIRECTORY_MEMBERS)
 
     def _ranked(self, key: str, count: int, among: slice = slice(None)) -> tuple[PeerId, ...]:
@@ -195,11 +194,11 @@ class Placement:
 def _nearest(
     hashes: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64], key: str, count: int
 ) -> npt.NDArray[np.intp]:
-    """The numbers of the `count` that rank highest for a key, in order."""
+    """Indices of the `count` that rank highest for a key, in order."""
     mixed = _mix(hashes ^ np.uint64(_hash64(key.encode())))
     uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     distance = -np.log(uniform) / weights
     count = min(count, len(hashes))
-    # Sorting the few nearest only keeps the cost of a large site at one pass.
+    # Sorting only the few nearest keeps the cost of a large site at one pass.
     few = np.argpartition(distance, count - 1)[:count] if count < len(hashes) else np.arange(count)
     return few[np.argsort(distance[few])]

@@ -1,7 +1,8 @@
-"""Block records: who claims which bytes.
+"""Block records: a node's signed claim about the bytes of one block.
 
-OCI vouches only for whole objects. A record binds one block to its sha256 and is signed with the Ed25519 key of the
-node that read the block from the registry, so that a false block has a name on it. Bytes: docs/FORMATS.md, "Record".
+OCI digests cover only whole objects. A record binds one block to its sha256 and is signed with the Ed25519 key of the
+node that read the block from the registry, so that each false block has its author's name on it. Bytes:
+docs/FORMATS.md, "Record".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from protocol.errors import BadInputError, PeerMisbehavedError
-from protocol.ids import BlockId, Digest, ObjectRef, PeerId
+from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId
 
 _CONTEXT = b"shoal-record-2\x00"
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
@@ -29,8 +30,8 @@ def peer_id_of(public_key: bytes) -> PeerId:
 
 
 def public_key_of(peer: PeerId) -> bytes:
-    """The raw Ed25519 key inside a peer id. Raises BadInputError where there is none."""
-    if len(peer) > 64 or not peer.isalnum():  # b58decode forgives spaces, and one key must not have two names
+    """The raw Ed25519 key in a peer id. Raises BadInputError where there is none."""
+    if len(peer) > 64 or not peer.isalnum():  # b58decode accepts spaces, and a key must not have two names
         raise BadInputError(f"not an Ed25519 peer id: {peer[:80]!r}")
     try:
         raw = base58.b58decode(peer)
@@ -60,33 +61,38 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def block(self) -> BlockId:
         return self.object.block(self.index)
 
-    def matches(self, data: bytes | bytearray | memoryview) -> bool:
-        """Whether `data` is the whole block that this record speaks of."""
+    def matches(self, data: Buffer) -> bool:
+        """Whether `data` is the whole block that this record is about."""
         return len(data) == self.length and sha256(data).digest() == self.sha256
 
+    @property
+    def payload(self) -> bytes:
+        """The signed bytes."""
+        return _CONTEXT + bytes(msgpack.packb(msgspec.structs.astuple(self)[:-1]))
 
-def _payload(digest: str, index: int, length: int, size: int, sha: bytes, signer: PeerId) -> bytes:
-    return _CONTEXT + bytes(msgpack.packb([digest, index, length, size, sha, signer]))
+
+def verify(signer: PeerId, signature: bytes, payload: bytes) -> None:
+    """Raises BadInputError unless `signature` is `signer`'s."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key_of(signer)).verify(signature, payload)
+    except InvalidSignature as error:
+        raise BadInputError("wrong signature") from error
 
 
 def make_record(ref: ObjectRef, index: int, sha: bytes, signer: PeerId, sign: Callable[[bytes], bytes]) -> Record:
     """Sign block `index` of `ref`, whose bytes hash to `sha`. `sign` is Ed25519 with the signer's key."""
-    length = ref.block_length(index)
-    payload = _payload(str(ref.digest), index, length, ref.size, sha, signer)
-    return Record(str(ref.digest), index, length, ref.size, sha, signer, sign(payload))
+    length, digest = ref.block_length(index), str(ref.digest)
+    unsigned = Record(digest, index, length, ref.size, sha256=sha, signer=signer, signature=b"")
+    return msgspec.structs.replace(unsigned, signature=sign(unsigned.payload))
 
 
 def check_record(record: Record, ref: ObjectRef, index: int) -> None:
-    """Raises PeerMisbehavedError unless the record speaks of this block and its signature is the signer's.
-
-    Whether the signer is a member is the caller's question.
-    """
+    """Raises PeerMisbehavedError unless the record is about this block and its signature is the signer's. The caller
+    checks whether the signer is a member."""
     expected = (str(ref.digest), index, ref.block_length(index), ref.size)
     if (record.digest, record.index, record.length, record.size) != expected or len(record.sha256) != 32:
         raise PeerMisbehavedError(f"record of another block than {ref.digest} #{index}")
-    payload = _payload(record.digest, record.index, record.length, record.size, record.sha256, record.signer)
     try:
-        key = Ed25519PublicKey.from_public_bytes(public_key_of(record.signer))
-        key.verify(record.signature, payload)
-    except (InvalidSignature, BadInputError) as error:
+        verify(record.signer, record.signature, record.payload)
+    except BadInputError as error:
         raise PeerMisbehavedError(f"signature on {ref.digest} #{index} is not {record.signer}'s") from error

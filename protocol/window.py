@@ -1,10 +1,10 @@
 """How many blocks a node has under way for its clients at a time.
 
-A block is *cold* until it is in the site. Cold blocks share the site's uplink: the more there are, the later comes each
-of them, and until the first ones are there the nodes have nothing to share. So few are asked for at first, one more
-with every one that came soon, and one less with every one that came late (additive increase and decrease, as TCP Vegas:
-Brakmo and Peterson, 1995). All together they share the node's own link: where a block that is in the site takes long to
-come, fewer are under way, so that each client's next one comes in time.
+A block is *cold* until it is in the site. Cold blocks share the site's uplink: the more are under way, the later each
+of them comes, and before the first ones came the nodes have nothing to share. So few are requested at first, one more
+after each that came soon, and one less after each that came late (additive increase and decrease, as in TCP Vegas:
+Brakmo and Peterson, 1995). All blocks share the node's own link: where blocks in the site take long to come, fewer are
+under way, so that each client's next block comes in time.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 MOST = 32
-"""Blocks under way: enough for four peers at wire speed; also the bound of the memory that they take."""
+"""Blocks under way: enough for four peers at wire speed; also bounds the memory that they take."""
 LEAST, FIRST = 4, 8
-"""The same on slow links."""
+"""Blocks under way on slow links, and at first."""
 TAKEN_S = 5.0
-"""Beyond it a block takes long to come through the site."""
+"""A block that takes longer through the site makes the window smaller."""
 COLD_LEAST, COLD_FIRST = 4, 8
-"""Cold ones among them, at least and at first: these keep a slow uplink busy while word of one that came goes round."""
+"""Cold blocks among them, at least and at first: enough to keep a slow uplink busy while news of a block spreads."""
 RAMP = 2
-"""Cold blocks of a client that has got none yet: the first one of several does not take what there is for all."""
+"""Cold blocks of a client that has received none yet, so that the first of several clients does not take the window."""
 SOON_S, LATE_S = 1.5, 3.0
 
 
@@ -32,11 +32,10 @@ class ReadWindow:
         self._cold_most = COLD_FIRST
         self._clients = 0
         self._under_way: dict[Hashable, float | None] = {}
-        """With the time at which each was in the site."""
+        """With the time at which each reached the site."""
         self._cold: dict[Hashable, float] = {}
 
     def entered(self) -> None:
-        """A client begins to read."""
         self._clients += 1
 
     def left(self) -> None:
@@ -48,12 +47,10 @@ class ReadWindow:
 
     @property
     def share(self) -> int:
-        """Blocks under way for each client."""
         return -(-self._most // max(1, self._clients))
 
     def has_room(self, under_way: int, cold: int, warm: int) -> bool:
-        """Whether a client may ask for one more block, who has so many under way, `cold` of them cold, and had `warm`
-        that are not."""
+        """Whether a client with `under_way` blocks, `cold` of them cold, and `warm` received may ask for another."""
         cold_share = -(-self._cold_most // max(1, self._clients))
         return len(self._under_way) < self._most and under_way < self.share and cold < min(RAMP + warm, cold_share)
 
@@ -65,7 +62,7 @@ class ReadWindow:
         self._cold[key] = now
 
     def warmed(self, key: Hashable, now: float) -> bool:
-        """The block is in the site; False where that is not news."""
+        """The block reached the site; False where that was reported before."""
         filled = len(self._cold) >= self._cold_most
         began = self._cold.pop(key, None)
         if began is None:

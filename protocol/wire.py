@@ -1,10 +1,10 @@
 """Frames of the bulk channel: bytes to messages and back. The bytes are specified in docs/PROTOCOL.md, "Bulk channel".
 
 A frame is a prefix (u32 header length, u32 body length, both big-endian), a msgpack header `[request id, message]`, and
-a raw body. Nothing here does I/O: `Heads` is fed what arrived and gives heads; the body itself is left to the caller,
-who knows from the head how long it is and can let the socket write it where it is to stay.
+a raw body. Nothing here does I/O: `Heads` is fed the bytes that arrived and gives heads. It leaves the body to the
+caller, which knows its length from the head and can let the socket write it into its final buffer.
 
-All checks of what a peer says are in this file. Whatever fails one raises PeerMisbehavedError.
+All checks of a peer's messages are in this file; a message that fails one raises PeerMisbehavedError.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -22,30 +22,30 @@ from protocol import messages as msg
 from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT, Revocation
 from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
 from protocol.evidence import Evidence
-from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, shard_length
-from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Update
+from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, shard_length
+from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Member, Update
 from protocol.records import Record
 
 PREFIX = struct.Struct(">II")
 MAGIC = b"shoal-bulk"
 VERSION = 2
 MAX_HEADER = 4 << 20
-"""The largest message is a whole view: 16384 members at some 160 bytes are 2.6 MB. What one holds of an object of
-1 TiB, blocks and 14 shards of each, fits too."""
+"""The largest message is a whole view: 16384 members at some 160 bytes are 2.6 MB. The bitmaps of an object of 1 TiB,
+blocks and 14 shards of each, fit too."""
 MAX_HELLO = 64
 MAX_K = 32
 MAX_M = 8
 MAX_REACH = 16
-"""Cells in a row from a keeper to the home: more than the largest site has."""
+"""Hops from a keeper to the home: more cells in a row than the largest site has."""
 MAX_ANNOUNCED = 1024
-"""Digests in one Announce: a node with more of them says so in several."""
+"""Digests in one Announce: a node with more of them sends several."""
 MAX_HOLDERS = 1024
 """Peers in one Holders: more than any reader asks."""
 MAX_PIGGYBACK = 256
 """Updates in a Ping, PingRequest or Pong, so that a probe stays small (Sync carries the whole view)."""
 MAX_BITMAP = MAX_OBJECT_SIZE // BLOCK_SIZE // 8
 MAX_BITMAPS = 64
-"""Shards of one object that one node holds: one of each code that the site's size ever called for, with room."""
+"""Shards of one object that a node holds: one of each code that the site used as it grew, with room."""
 MAX_SOURCE = 600
 """A registry's name (259), a repository's (255) and the kind."""
 MAX_REFERENCE = 160
@@ -58,16 +58,14 @@ MAX_WEIGHT = 1e6
 MAX_INCARNATION = 1 << 53
 MAX_FAILURE_TEXT = 500
 MAX_CERTIFICATE = 4096
-"""Bytes of DER; ours take 450."""
+"""Bytes of DER; Shoal's certificates take 450."""
 MAX_TOLD = 64
-"""Pieces of evidence in one message: a site in which so many lie at once has none that could tell."""
+"""Pieces of evidence in one message: with this many liars at once, no honest majority is left to report them."""
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,64}", re.ASCII)
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """The first frame of each side of a connection."""
-
     magic: bytes
     version: int
     lane: Literal["control", "urgent", "bulk"]
@@ -84,7 +82,7 @@ REPLIES: msgspec.msgpack.Decoder[tuple[int, msg.Reply]] = msgspec.msgpack.Decode
 
 @dataclass(frozen=True, slots=True)
 class Head(Generic[Message]):
-    """`size`: bytes of the header itself."""
+    """`size`: bytes of the header."""
 
     request_id: int
     message: Message
@@ -116,10 +114,10 @@ def body_length_of(message: msg.Request | msg.Reply) -> int:
 
 
 class Heads(Generic[Message]):
-    """What one side of a connection reads: a hello, then heads of `kind` (REQUESTS or REPLIES), each with its body.
+    """Parser of one direction of a connection: a hello, then heads of `kind` (REQUESTS or REPLIES), each with its body.
 
-    After a head with a body the caller takes what of it has come (`take`), reads the rest past this object, and only
-    then feeds again. Never holds more than one header and what was fed last. Of no use after an error.
+    After a head with a body the caller takes the part of it that arrived (`take`), reads the rest past this object, and
+    only then feeds again. Holds at most one header and the last bytes fed. Unusable after an error.
     """
 
     def __init__(self, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
@@ -128,18 +126,17 @@ class Heads(Generic[Message]):
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing is left of what was fed."""
+        """Whether all fed bytes were consumed."""
         return not self._buffer
 
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
+    def feed(self, data: Buffer) -> None:
         self._buffer += data
 
     def hello(self) -> Hello | None:
-        """The first frame; None until all of it was fed."""
         frame = self._next_frame(MAX_HELLO)
         if frame is None:
             return None
-        hello = _decode(_HELLOS, frame[0])
+        hello = decode(_HELLOS, frame[0])
         if hello.magic != MAGIC or hello.version != VERSION or frame[1]:
             raise PeerMisbehavedError(f"not the bulk channel's version {VERSION}: {hello.magic[:16]!r} {hello.version}")
         return hello
@@ -149,7 +146,7 @@ class Heads(Generic[Message]):
         frame = self._next_frame(MAX_HEADER)
         if frame is None:
             return None
-        request_id, message = _decode(self._kind, frame[0])
+        request_id, message = decode(self._kind, frame[0])
         _check(message)
         expected = body_length_of(message)  # type: ignore[arg-type] # Message is a Request or a Reply
         if frame[1] != expected:
@@ -157,7 +154,7 @@ class Heads(Generic[Message]):
         return Head(request_id, message, expected, len(frame[0]))
 
     def take(self, body: memoryview) -> int:
-        """Copy what was fed of the body that follows the last head; returns how many bytes that were."""
+        """Copy the fed part of the body that follows the last head; returns its number of bytes."""
         size = min(len(body), len(self._buffer))
         body[:size] = self._buffer[:size]
         del self._buffer[:size]
@@ -180,11 +177,11 @@ class Heads(Generic[Message]):
 Decoded = TypeVar("Decoded")
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Decoded], header: bytearray) -> Decoded:
+def decode(decoder: msgspec.msgpack.Decoder[Decoded], data: Buffer) -> Decoded:
     try:
-        return decoder.decode(header)
+        return decoder.decode(data)
     except UNDECODABLE as error:
-        raise PeerMisbehavedError(f"header cannot be decoded: {error}") from error
+        raise PeerMisbehavedError(f"message cannot be decoded: {error}") from error
 
 
 def check_answer(request: msg.Request, reply: msg.Reply) -> None:
@@ -216,20 +213,22 @@ _ANSWERS: dict[type[Any], type[Any]] = {
 }
 
 
-def _check(message: object) -> None:
-    """What types do not say. Raises PeerMisbehavedError."""
-    check = _CHECKS.get(type(message))
-    if check is None:
-        return
-    try:
-        check(message)
-    except BadInputError as error:
-        raise PeerMisbehavedError(f"{type(message).__name__}: {error}") from error
+def is_text(text: str, most: int) -> bool:
+    """Operators will see it: it has no control characters."""
+    return len(text) <= most and text.isprintable()
 
 
-def _need(condition: bool, what: str) -> None:
+def check_member(member: Member) -> None:
+    """Raises BadInputError. The peer id is not checked."""
+    _need(is_text(member.name, MAX_NAME) and is_text(member.site, MAX_NAME), "name or site")
+    _need(len(member.addresses) <= MAX_ADDRESSES, "addresses")
+    _need(all(is_text(address, MAX_ADDRESS) for address in member.addresses), "address")
+    _need(0 <= member.weight <= MAX_WEIGHT, "weight")
+
+
+def _need(condition: bool, part: str) -> None:
     if not condition:
-        raise BadInputError(f"{what} out of bounds")
+        raise BadInputError(f"{part} out of bounds")
 
 
 def _block(message: msg.GetBlock | msg.GetShard | Record) -> None:
@@ -240,143 +239,101 @@ def _code(k: int, m: int, index: int) -> None:
     _need(1 <= k <= MAX_K and 0 <= m <= MAX_M and 0 <= index < k + m, "code")
 
 
+def _is_peer(peer: str) -> bool:
+    return _PEER_ID.fullmatch(peer) is not None
+
+
+def _record(record: Record) -> bool:
+    _block(record)
+    fits = record.length == record.object.block_length(record.index) and _is_peer(record.signer)
+    return fits and len(record.sha256) == 32 and len(record.signature) == 64
+
+
+def _shards(shards: tuple[tuple[int, int, int, bytes], ...]) -> bool:
+    for k, m, index, _ in shards:
+        _code(k, m, index)
+    return len(shards) <= MAX_BITMAPS and all(len(bitmap) <= MAX_BITMAP for *_, bitmap in shards)
+
+
+def _update(update: Update) -> bool:
+    check_member(update.member)
+    return _is_peer(update.member.peer_id) and 0 <= update.incarnation <= MAX_INCARNATION
+
+
+def _revocation(revocation: Revocation) -> bool:
+    """The caller, which has the authority's key, checks the signature."""
+    return is_text(revocation.subject, MAX_SUBJECT) and len(revocation.signature) == 64
+
+
+def _evidence(evidence: Evidence, age_s: float) -> bool:
+    records = _record(evidence.record) and (evidence.other is None or _record(evidence.other))
+    bounded = len(evidence.source) <= MAX_SOURCE and len(evidence.signature) == 64
+    return records and bounded and _is_peer(evidence.finder) and _is_age(age_s)
+
+
+def _is_age(age_s: float) -> bool:
+    return math.isfinite(age_s) and age_s >= 0
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "source": lambda source: len(source) <= MAX_SOURCE,
+    "reader": lambda peer: not peer or _is_peer(peer),
+    "digests": lambda digests: len(digests) <= MAX_ANNOUNCED and all(map(Digest.parse, digests)),
+    "reference": lambda reference: len(reference) <= MAX_REFERENCE,
+    "updates": lambda updates: len(updates) <= MAX_MEMBERS and all(map(_update, updates)),
+    "revocations": lambda values: len(values) <= MAX_REVOCATIONS and all(map(_revocation, values)),
+    "target": _is_peer,
+    "certificate": lambda certificate: len(certificate) <= MAX_CERTIFICATE,
+    "told": lambda pairs: len(pairs) <= MAX_TOLD and all(_evidence(*pair) for pair in pairs),
+    "record": _record,
+    "blocks": lambda bitmap: len(bitmap) <= MAX_BITMAP,
+    "shards": _shards,
+    "peers": lambda peers: len(peers) <= MAX_HOLDERS and all(map(_is_peer, peers)),
+    "media_type": lambda text: len(text) <= MAX_MEDIA_TYPE,
+    "age_s": _is_age,
+    "public_age_s": lambda age_s: age_s == -1 or _is_age(age_s),
+    "code": lambda code: code in msg.FAILURES,
+    "text": lambda text: len(text) <= MAX_FAILURE_TEXT,
+}
+"""Bounds of the fields of all messages that have a field of this name."""
+
+
 def _get_shard(message: msg.GetShard) -> None:
     _block(message)
     _code(message.k, message.m, message.want)
     _need(0 <= message.reach <= MAX_REACH, "reach")
-    _need(not message.reader or _PEER_ID.fullmatch(message.reader) is not None, "reader")
-    _need(len(message.source) <= MAX_SOURCE, "source")
 
 
-def _record(record: Record) -> None:
-    _block(record)
-    _need(record.length == record.object.block_length(record.index), "length")
-    _need(len(record.sha256) == 32 and len(record.signature) == 64, "record")
-    _peer(record.signer)
+def _piggyback(message: msg.Ping | msg.PingRequest | msg.Pong) -> None:
+    _need(len(message.updates) <= MAX_PIGGYBACK, "updates")
 
 
-def _shard_found(message: msg.ShardFound) -> None:
-    _code(message.k, message.m, message.index)
-    _record(message.record)
-
-
-def _digests(digests: tuple[str, ...], most: int) -> None:
-    _need(len(digests) <= most, "digests")
-    for digest in digests:
-        Digest.parse(digest)
-
-
-def _peer(peer: str) -> None:
-    _need(_PEER_ID.fullmatch(peer) is not None, "peer id")
-
-
-def _holders(message: msg.Holders) -> None:
-    _need(len(message.peers) <= MAX_HOLDERS, "peers")
-    for peer in message.peers:
-        _peer(peer)
-
-
-def _resolve(message: msg.Resolve) -> None:
-    _need(len(message.source) <= MAX_SOURCE, "source")
-    _need(len(message.reference) <= MAX_REFERENCE, "reference")
-    _need(0 <= message.reach <= 1, "reach")
-
-
-def _resolved(message: msg.Resolved) -> None:
-    ObjectRef(Digest.parse(message.digest), message.size)
-    _need(len(message.media_type) <= MAX_MEDIA_TYPE, "media type")
-    _need(math.isfinite(message.age_s) and message.age_s >= 0, "age")
-    _need(math.isfinite(message.public_age_s) and (message.public_age_s >= 0 or message.public_age_s == -1), "age")
-
-
-def _holdings(message: msg.HoldingsFound) -> None:
-    _need(len(message.blocks) <= MAX_BITMAP and len(message.shards) <= MAX_BITMAPS, "holdings")
-    for k, m, index, bitmap in message.shards:
-        _code(k, m, index)
-        _need(len(bitmap) <= MAX_BITMAP, "bitmap")
-
-
-def _text(text: str, most: int) -> None:
-    """For what operators will see: no control characters."""
-    _need(len(text) <= most and text.isprintable(), "text")
-
-
-def _updates(updates: tuple[Update, ...], most: int) -> None:
-    _need(len(updates) <= most, "updates")
-    for update in updates:
-        member = update.member
-        _peer(member.peer_id)
-        _text(member.name, MAX_NAME)
-        _text(member.site, MAX_NAME)
-        _need(len(member.addresses) <= MAX_ADDRESSES, "addresses")
-        for address in member.addresses:
-            _text(address, MAX_ADDRESS)
-        _need(0 <= member.weight <= MAX_WEIGHT, "weight")
-        _need(0 <= update.incarnation <= MAX_INCARNATION, "incarnation")
-
-
-def _ping_request(message: msg.PingRequest) -> None:
-    _peer(message.target)
-    _updates(message.updates, MAX_PIGGYBACK)
-
-
-def _revocations(revocations: tuple[Revocation, ...]) -> None:
-    """What they say is checked with the authority's key, by who has it."""
-    _need(len(revocations) <= MAX_REVOCATIONS, "revocations")
-    for one in revocations:
-        _text(one.subject, MAX_SUBJECT)
-        _need(len(one.signature) == 64, "signature")
-
-
-def _ping(message: msg.Ping) -> None:
-    _updates(message.updates, MAX_PIGGYBACK)
-    _revocations(message.revocations)
-
-
-def _sync(message: msg.Sync | msg.SyncReply) -> None:
-    _updates(message.updates, MAX_MEMBERS)
-    _revocations(message.revocations)
-
-
-def _certificate(message: msg.Renew | msg.Renewed) -> None:
-    _need(len(message.certificate) <= MAX_CERTIFICATE, "certificate")
-
-
-def _told(told: tuple[tuple[Evidence, float], ...]) -> None:
-    _need(len(told) <= MAX_TOLD, "evidence")
-    for evidence, age_s in told:
-        for record in (evidence.record, evidence.other):
-            if record is not None:
-                _record(record)
-        _peer(evidence.finder)
-        _need(len(evidence.source) <= MAX_SOURCE and len(evidence.signature) == 64, "evidence")
-        _need(math.isfinite(age_s) and age_s >= 0, "age")
-
-
-def _failed(message: msg.Failed) -> None:
-    _need(message.code in msg.FAILURES and len(message.text) <= MAX_FAILURE_TEXT, "failure")
-
-
-_CHECKS: dict[type[Any], Callable[[Any], None]] = {
+_MORE: dict[type[Any], Callable[[Any], object]] = {
     msg.GetShard: _get_shard,
     msg.GetBlock: _block,
-    msg.GetHoldings: lambda message: _digests((message.digest,), 1),
-    msg.FindHolders: lambda message: _digests((message.digest,), 1),
-    msg.Announce: lambda message: _digests(message.digests, MAX_ANNOUNCED),
-    msg.Resolve: _resolve,
-    msg.Ping: _ping,
-    msg.PingRequest: _ping_request,
-    msg.Sync: _sync,
-    msg.Renew: _certificate,
-    msg.ShardFound: _shard_found,
-    msg.BlockFound: lambda message: _record(message.record),
-    msg.HoldingsFound: _holdings,
-    msg.Holders: _holders,
-    msg.Resolved: _resolved,
-    msg.Pong: lambda message: _updates(message.updates, MAX_PIGGYBACK),
-    msg.SyncReply: _sync,
-    msg.Renewed: _certificate,
-    msg.Failed: _failed,
-    msg.Accuse: lambda message: _told(message.told),
-    msg.Accusations: lambda message: _told(message.told),
+    msg.GetHoldings: lambda message: Digest.parse(message.digest),
+    msg.FindHolders: lambda message: Digest.parse(message.digest),
+    msg.Resolve: lambda message: _need(0 <= message.reach <= 1, "reach"),
+    msg.Ping: _piggyback,
+    msg.PingRequest: _piggyback,
+    msg.Pong: _piggyback,
+    msg.ShardFound: lambda message: _code(message.k, message.m, message.index),
+    msg.Resolved: lambda message: ObjectRef(Digest.parse(message.digest), message.size),
 }
+"""Bounds that involve several fields, or hold for one message only. They are checked first."""
+
+_CHECKS = {
+    kind: [(name, _FIELDS[name]) for name in kind.__struct_fields__ if name in _FIELDS]
+    for kind in get_args(msg.Request) + get_args(msg.Reply)
+}
+
+
+def _check(message: object) -> None:
+    kind = type(message)
+    try:
+        if kind in _MORE:
+            _MORE[kind](message)
+        for name, fits in _CHECKS[kind]:
+            _need(fits(getattr(message, name)), name)
+    except BadInputError as error:
+        raise PeerMisbehavedError(f"{kind.__name__}: {error}") from error

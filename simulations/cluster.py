@@ -231,5 +231,4 @@ class Cluster:
 
 def settle(membership: Membership, updates: list[Update]) -> None:
     """Take these statements as known for a long time: they are no news, which would be gossiped for minutes."""
-    membership.received(tuple(updates), whole_view=True)
-    membership._swim._rumours.clear()
+    membership.received(tuple(updates), whole_view=True, settled=True)

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import trio
 from rich.table import Table
 
-from cache.store import Buffer
 from node.exchange.contract import Answer
 from node.oci.references import Locator
 from node.registry.upstreams import Upstreams
-from protocol.ids import ObjectRef, PeerId
+from protocol.ids import Buffer, ObjectRef, PeerId
 from protocol.messages import Request, ShardFound
 from simulations.cluster import Node
 from simulations.registry import Image

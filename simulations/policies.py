@@ -13,13 +13,12 @@ from random import Random
 
 import trio
 
-from cache.store import Buffer
 from node.assembly import Blocks
 from node.blocks.values import SILENCE_S, BlockAddress
 from node.exchange.contract import Lane
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
-from protocol.ids import PeerId
+from protocol.ids import Buffer, PeerId
 from protocol.messages import BlockFound, GetBlock, GetShard, ShardFound
 from protocol.placement import Route
 from protocol.records import Record

@@ -5,9 +5,8 @@ from __future__ import annotations
 import trio
 
 from cache.memory import MemoryStore
-from cache.store import Buffer
 from cache.tiered import Tiers
-from protocol.ids import Digest, ObjectRef, Piece
+from protocol.ids import Buffer, Digest, ObjectRef, Piece
 from protocol.records import Record
 
 

@@ -9,7 +9,7 @@ from itertools import combinations, takewhile
 
 import trio
 
-from cache.store import Buffer, Held
+from cache.store import Held
 from node.blocks.faults import Blame
 from node.blocks.keeper import Seeder
 from node.blocks.plan_runner import carry_out
@@ -23,7 +23,7 @@ from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, Sho
 from protocol.evidence import contradict
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
-from protocol.ids import PeerId, Piece, Shard, shard_length
+from protocol.ids import Buffer, PeerId, Piece, Shard, shard_length
 from protocol.messages import GetShard, ShardFound
 from protocol.placement import Geometry, Route
 from protocol.records import Record

@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import BinaryIO
 
-from cache.store import Buffer, Holdings
+from cache.store import Holdings
 from cache.tiered import Tiers
-from protocol.ids import ObjectRef, Piece
+from protocol.ids import Buffer, ObjectRef, Piece
 
 
 def holds_all(tiers: Tiers, ref: ObjectRef) -> bool:

@@ -17,7 +17,7 @@ from itertools import islice
 import cachetools
 import trio
 
-from cache.store import Buffer, Held, Holdings
+from cache.store import Held, Holdings
 from node.blocks.plan_runner import carry_out
 from node.blocks.values import LOOK_EVERY_S, SILENCE_S, SMALL_SILENCE_S, BlockAddress, Obtained, Site, Work, is_copy
 from node.exchange.contract import Answer, Heard, Lane
@@ -37,7 +37,7 @@ from protocol.errors import (
 )
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.home_times import HomeTimes
-from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
+from protocol.ids import BLOCK_SIZE, BlockId, Buffer, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
 from protocol.messages import (
     Announce,
     BlockFound,

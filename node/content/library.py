@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import trio
 
-from cache.store import Buffer, Held
+from cache.store import Held
 from node.blocks.fetcher import Fetcher
 from node.blocks.held_objects import held_body
 from node.blocks.keeper import Seeder
@@ -33,7 +33,7 @@ from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Provenance, Read
 from node.telemetry.sources import Source
 from protocol.errors import CorruptObjectError, UnavailableError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from zlib import crc32
 import trio
 from cachetools import TTLCache
 
-from cache.store import Buffer
 from node.blocks.fetcher import Fetcher
 from node.blocks.held_objects import hash_held, holds_all
 from node.blocks.keeper import Seeder
@@ -22,7 +21,7 @@ from node.blocks.trust import Suspicion
 from node.blocks.values import BlockAddress, Site
 from node.oci.references import Locator
 from protocol.errors import CorruptObjectError, ShoalError
-from protocol.ids import Digest, ObjectRef, Piece
+from protocol.ids import Buffer, Digest, ObjectRef, Piece
 from protocol.records import Record
 
 log = logging.getLogger(__name__)

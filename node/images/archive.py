@@ -14,12 +14,11 @@ from hashlib import sha256
 
 import trio
 
-from cache.store import Buffer
 from node.oci.layout import Packed, PackedImage, layout_files, read_layout
 from node.oci.references import ImageName
 from node.oci.tar import END, header, padding, read_entries
 from protocol.errors import BadInputError, ShoalError
-from protocol.ids import BLOCK_SIZE, ObjectRef
+from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef
 
 CHECK_BYTES = 32 << 20
 """Bytes hashed by one call in a thread, which takes 0.1 s."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import trio
 
 from cache.disk import DiskStore
-from cache.store import Buffer
 from node.api import image_documents as documents
 from node.blocks.held_objects import bytes_held
 from node.blocks.values import Site
@@ -26,7 +25,7 @@ from node.oci.manifests import Resolved
 from node.oci.platforms import Platform
 from node.oci.references import ImageName, Locator
 from protocol.errors import BadInputError, UnavailableError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.records import Record
 
 _READS = 2

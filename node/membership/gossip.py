@@ -17,7 +17,7 @@ from protocol.admission import Revocation
 from protocol.errors import BadInputError, DeniedError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
 from protocol.messages import Failed, Ping, PingRequest, Pong, Reply, Request, Sync, SyncReply
-from protocol.swim import Action, Disconnect, Gossip, Probe, SyncWith, Tell
+from protocol.swim_values import Action, Disconnect, Gossip, Probe, SyncWith, Tell
 
 log = logging.getLogger(__name__)
 

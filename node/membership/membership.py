@@ -16,7 +16,8 @@ import trio
 from node.membership.quarantine import QUARANTINE_S, Quarantine
 from protocol.ids import PeerId
 from protocol.members import Member, State, Update
-from protocol.swim import Action, Event, Gossip, Probe, Swim, SwimConfig
+from protocol.swim import Swim
+from protocol.swim_values import Action, Event, Gossip, Probe, SwimConfig
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +140,8 @@ class Membership:
             self._swim.hint(member, now)
         self._settle()
 
-    def received(self, updates: tuple[Update, ...], *, whole_view: bool = False) -> None:
-        self._swim.received(updates, trio.current_time(), whole_view=whole_view)
+    def received(self, updates: tuple[Update, ...], *, whole_view: bool = False, settled: bool = False) -> None:
+        self._swim.received(updates, trio.current_time(), whole_view=whole_view, settled=settled)
         self._settle()
 
     def acked(self, peer: PeerId, rtt_s: float | None) -> None:

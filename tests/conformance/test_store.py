@@ -1,4 +1,4 @@
-"""What every store promises (cache/store.py)."""
+"""The promises of every store (cache/store.py)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def timer() -> Timer:
 @pytest.fixture(params=["memory", "disk", "disk without holes"])
 def open_store(request, tmp_path: Path, timer: Timer, monkeypatch) -> Open:
     if request.param == "disk without holes":
-        monkeypatch.setattr("cache.disk.can_punch", lambda directory: False)
+        monkeypatch.setattr("cache.recovery.can_punch", lambda directory: False)
     if request.param != "memory":
         return lambda: DiskStore.open(tmp_path / "cache", BUDGET, timer=timer)
 
@@ -283,7 +283,7 @@ def content(request, tmp_path: Path) -> ContentStore:
     (folder / BLOB.digest.hex).write_bytes(BLOB.content)
 
     def record_for(ref: ObjectRef, index: int, sha: bytes) -> Record:
-        return make_record(ref, index, sha, SIGNER, lambda payload: bytes(64))
+        return make_record(ref, index, sha, SIGNER, sign=lambda payload: bytes(64))
 
     return ContentStore(tmp_path, record_for=record_for)
 

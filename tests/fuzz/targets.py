@@ -22,7 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cache.disk_index import _parse as parse_row
+from cache.disk_index import parse_row
 from node.config.schema import load
 from node.content.listings import Listings, _of_type, _page
 from node.control.image_routes import image_routes

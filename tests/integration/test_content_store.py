@@ -30,7 +30,7 @@ class World:
 
     def record_for(self, ref: ObjectRef, index: int, sha: bytes) -> Record:
         self.signed.append((ref, index))
-        return make_record(ref, index, sha, SIGNER, lambda payload: bytes(64))
+        return make_record(ref, index, sha, SIGNER, sign=lambda payload: bytes(64))
 
     def path(self, digest: Digest) -> Path:
         return self.root / "blobs" / digest.algorithm / digest.hex
@@ -42,8 +42,8 @@ class World:
 
     async def read(self, blob: Blob) -> bytes | None:
         held = [await self.store.get(piece) for piece in blob.pieces]
-        assert all(each is None or each.record.matches(each.data) for each in held)
-        return b"".join(bytes(each.data) for each in held if each) if all(held) else None
+        assert all(part is None or part.record.matches(part.data) for part in held)
+        return b"".join(bytes(part.data) for part in held if part) if all(held) else None
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_only_plain_files_with_the_name_of_a_digest_are_blobs(world: World, tmp_
 
 
 def test_a_check_can_be_cancelled_and_the_next_one_goes_through(world: World, monkeypatch) -> None:
-    monkeypatch.setattr("cache.content_store._CHECK_BYTES", BLOCK_SIZE)
+    monkeypatch.setattr("cache.content_store.CHECK_BYTES", BLOCK_SIZE)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:

@@ -171,7 +171,7 @@ trio.run(main)
 
 @pytest.mark.parametrize("last", [3, 17])
 def test_killed_in_the_middle_of_puts(tmp_path: Path, last: int, caplog) -> None:
-    """What was flushed is there, nothing is wrong, and no more of the disk is taken than is told."""
+    """Flushed pieces are there, no byte is wrong, and the disk holds no more than the statistics report."""
     command = [sys.executable, "-c", CHILD, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as child:
         assert child.stdout is not None
@@ -336,7 +336,7 @@ def test_an_error_of_the_disk_declines_and_is_told_once(tmp_path: Path, number: 
 def test_the_free_disk_floor(tmp_path: Path, monkeypatch) -> None:
     """Below it the store gives way: it evicts, and then takes no more."""
     disk = SimpleNamespace(f_bavail=100 << 8, f_blocks=1000 << 8, f_frsize=4096)  # 100 MiB of 1000 free
-    monkeypatch.setattr("cache.disk.os.statvfs", lambda path: disk)
+    monkeypatch.setattr("cache.disk_table.os.statvfs", lambda path: disk)
     clock = [0.0]
 
     async def main() -> None:
@@ -462,12 +462,12 @@ def test_a_failing_index_is_not_waited_for_by_each_put(tmp_path: Path, monkeypat
         assert await put(store, OTHER, OTHER.pieces[0])
 
     monkeypatch.setattr("cache.disk.MAX_UNSYNCED_PIECES", 3)
-    monkeypatch.setattr("cache.disk.FLUSH_S", math.inf)
+    monkeypatch.setattr("cache.disk_flush.FLUSH_S", math.inf)
     run(tmp_path, test)
 
 
 def test_cancelled_while_the_disk_is_waited_for(tmp_path: Path, monkeypatch) -> None:
-    real = sys.modules["cache.disk"].carry_out
+    real = sys.modules["cache.disk_flush"].carry_out
 
     async def test(store: DiskStore) -> None:
         await put_all(store, BLOB)
@@ -477,7 +477,7 @@ def test_cancelled_while_the_disk_is_waited_for(tmp_path: Path, monkeypatch) -> 
                 trio.from_thread.run_sync(scope.cancel)
                 return real(*args)
 
-            monkeypatch.setattr("cache.disk.carry_out", cancel_and_carry_out)
+            monkeypatch.setattr("cache.disk_flush.carry_out", cancel_and_carry_out)
             await put(store, OTHER, OTHER.pieces[0])
             await trio.sleep_forever()
         monkeypatch.undo()
@@ -677,7 +677,7 @@ def test_what_is_pinned_outlives_eviction_and_a_restart_with_less_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, punching: bool
 ) -> None:
     if not punching:
-        monkeypatch.setattr("cache.disk.can_punch", lambda directory: False)
+        monkeypatch.setattr("cache.recovery.can_punch", lambda directory: False)
     kept, budget = pinned_blob(1), 8 * BLOCK_SIZE
 
     async def main() -> None:

@@ -54,7 +54,7 @@ async def right(store: DiskStore, blob: Blob) -> bool:
 
 
 async def use(store: DiskStore, *, fills: Path, pages: int) -> None:
-    """What a store does in its life, with so many pages left on its disk from the second flush on."""
+    """The life of a store, with only `pages` left on its disk from the second flush on."""
     assert await put(store, BLOBS[0])
     await store.flush()
     fill(fills, pages)
@@ -117,9 +117,9 @@ def test_full_at_the_start(disk: Path, caplog: pytest.LogCaptureFixture) -> None
         return usable
 
     trio.run(recovers, disk / "cache")
-    found = [trio.run(scenario, pages) for pages in range(24)]
-    assert found == sorted(found)
-    assert (found[0], found[-1]) == (False, True)
+    usable = [trio.run(scenario, pages) for pages in range(24)]
+    assert usable == sorted(usable)
+    assert (usable[0], usable[-1]) == (False, True)
     assert "nothing is stored" in caplog.text
 
 
@@ -140,7 +140,7 @@ def test_read_only_at_the_start(disk: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_read_only_in_the_middle(disk: Path) -> None:
-    """What is held is served on; nothing is put, and nothing is thrown away for it."""
+    """Held pieces are still served; nothing is put, and nothing is evicted for a put."""
 
     async def scenario() -> None:
         async with DiskStore.open(disk / "cache", 3 * 20_480 + 4096) as store:
@@ -196,13 +196,13 @@ def at_each_call(folder: Path, before: Callable[[Path], object], work: Callable[
     before(folder / "before")
     for on in (False, True):
         for number in count():
-            found = folder / f"{number}{'+' * on}"
-            shutil.copytree(folder / "before", found)
+            copy = folder / f"{number}{'+' * on}"
+            shutil.copytree(folder / "before", copy)
             calls = Calls(number, on)
             with failing(calls):
-                work(found)
-            yield found
-            shutil.rmtree(found)
+                work(copy)
+            yield copy
+            shutil.rmtree(copy)
             if calls.made <= number:
                 break
 
@@ -240,7 +240,7 @@ def test_databases_whose_calls_fail_remember_nothing_wrong(quick: Path, caplog: 
     assert "names.sqlite: disk I/O error: what is learnt may be forgotten when the node stops" in caplog.text
 
 
-# What is remembered in SQLite
+# Databases in SQLite
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS t (k TEXT PRIMARY KEY, v BLOB);"
 
@@ -331,15 +331,15 @@ def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
     """Its data folder is a disk of its own."""
     with (
         FaultyOrigin(SIZE) as origin,
-        site(folder / "site", origin.url, 1, start=False, memory="2MiB") as (one,),
-        small_disk(one.data, 64 << 20),
+        site(folder / "site", origin.url, 1, start=False, memory="2MiB") as (daemon,),
+        small_disk(daemon.data, 64 << 20),
     ):
-        one.program = [sys.executable, "-c", PROGRAM.format(sign=one.data / SIGN)]
+        daemon.program = [sys.executable, "-c", PROGRAM.format(sign=daemon.data / SIGN)]
         try:
-            one.start()
-            yield one, origin
+            daemon.start()
+            yield daemon, origin
         finally:
-            one.end()
+            daemon.end()
 
 
 @pytest.mark.parametrize(
@@ -349,21 +349,21 @@ def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
 )
 def test_a_pull_goes_on_without_the_disk(node: tuple[Node, FaultyOrigin], fails: Callable[[Path], object]) -> None:
     """S-32."""
-    one, origin = node
-    with closing(http.client.HTTPConnection(one.host, one.mirror_port, timeout=60)) as connection:
+    daemon, origin = node
+    with closing(http.client.HTTPConnection(daemon.host, daemon.mirror_port, timeout=60)) as connection:
         connection.request("GET", f"/v2/app/blobs/{origin.digest}?ns={UPSTREAM}")
         answer = connection.getresponse()
         assert answer.read(4 * BLOCK_SIZE) == content(0, 4 * BLOCK_SIZE)
-        fails(one.data)
+        fails(daemon.data)
         assert answer.read() == content(4 * BLOCK_SIZE, SIZE)
     for _ in range(2):
-        assert pulled(one, origin) == content(0, SIZE)
-        one.stop()
-        one.start()
-    checks = one.ctl("doctor").stdout
-    assert str(one.data) in checks
-    assert one.stop() == 0
-    assert "Traceback" not in (log := tail(one.log, 10_000))
+        assert pulled(daemon, origin) == content(0, SIZE)
+        daemon.stop()
+        daemon.start()
+    checks = daemon.ctl("doctor").stdout
+    assert str(daemon.data) in checks
+    assert daemon.stop() == 0
+    assert "Traceback" not in (log := tail(daemon.log, 10_000))
     assert "disk: " in log, "it says what it goes on without"
 
 
@@ -374,17 +374,17 @@ def pulled(node: Node, origin: FaultyOrigin) -> bytes:
 
 
 def test_a_cache_of_an_older_version_is_named_and_left(folder: Path) -> None:
-    one = Node("node-1", "127.0.0.1", folder / "node", "http://127.0.0.1:9")
-    index = one.data / "cache" / "index.sqlite"
+    daemon = Node("node-1", "127.0.0.1", folder / "node", "http://127.0.0.1:9")
+    index = daemon.data / "cache" / "index.sqlite"
     index.parent.mkdir(parents=True)
     with closing(sqlite3.connect(index)) as database:
         database.executescript("CREATE TABLE piece (x); PRAGMA user_version = 1")
     before = index.read_bytes()
-    answer = run([*P2PD, "--config", str(one.config)])
+    answer = run([*P2PD, "--config", str(daemon.config)])
     assert answer.returncode == 2
     assert f"remove the folder {index.parent}, which is only a cache" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert index.read_bytes() == before
     shutil.rmtree(index.parent)
-    one.start()
-    assert one.stop() == 0
+    daemon.start()
+    assert daemon.stop() == 0

@@ -61,14 +61,14 @@ def check_one(folder: str, operations: list[Operation], crash: Crash, quick: Pat
 
 
 async def check_store(folder: Path, crash: Crash) -> None:
-    """Whose file names were not synced is not promised."""
+    """A disk without ordered names promises nothing about pieces whose file names were not synced."""
     kept = crash.said("kept")[-1:] if crash.ordered else []
     async with DiskStore.open(folder, BUDGET, pinned=PINNED) as store:
         for number, piece in enumerate(PIECES):
             blob = blob_of(piece)
             held = await store.get(piece)
             assert held is None or (bytes(held.data), held.record) == (blob.bytes_of(piece), blob.record(piece))
-            assert held or not any(number in one for one in kept), f"lost: {piece}"  # type: ignore[operator]
+            assert held or not any(number in numbers for numbers in kept), f"lost: {piece}"  # type: ignore[operator]
         await store.flush()
         assert allocated(folder) <= store.statistics().bytes <= BUDGET
         await put(store, *OTHERS[-1].pieces)
@@ -87,24 +87,21 @@ async def check_data(folder: Path, crash: Crash) -> None:
 @pytest.mark.parametrize(("work", "check"), [("store", check_store), ("data", check_data)])
 def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Check) -> None:
     folder, operations = traces(work)
-    written = {type(each).__name__ for each in operations}
+    written = {type(operation).__name__ for operation in operations}
     assert written >= {"Write", "Sync", "Name", "Unname", "Rename", "Resize", "Mark"}
     assert work != "store" or "Punch" in written
     states = check_all(folder, operations, quick, check)
-    print(
-        states,
-        "states of",
-        len(operations),
-        "operations,",
-        sum(isinstance(each, Write) for each in operations),
-        "writes",
-    )
+    writes = sum(isinstance(operation, Write) for operation in operations)
+    print(f"{states} states of {len(operations)} operations, {writes} writes")
 
 
 def test_a_store_that_would_not_sync_is_caught(traces: Traces, quick: Path) -> None:
     """The check is worth something."""
     folder, operations = traces("store")
-    lazy = [Mark("", "") if isinstance(each, Sync) and "/objects/" in each.folder else each for each in operations]
+    lazy = [
+        Mark("", "") if isinstance(operation, Sync) and "/objects/" in operation.folder else operation
+        for operation in operations
+    ]
     (nothing_kept, *_) = Crashes(lazy).at(len(lazy), ())
     with pytest.raises(ExceptionGroup) as caught:
         check_one(folder, lazy, nothing_kept, quick, check_store)

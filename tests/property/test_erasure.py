@@ -77,7 +77,7 @@ def test_any_k_shards_make_the_block(
     shards = {i: encode_shard(bytearray(block), k, m, i) for i in kept}
     out = bytearray(rng.randbytes(length))
     assert decode_block(shards, k, m, length) == block
-    assert decode_block(shards, k, m, length, out) is out
+    assert decode_block(shards, k, m, length, out=out) is out
     assert out == block
 
 
@@ -143,4 +143,4 @@ def test_impossible_geometries_are_refused(k: int, m: int, index: int) -> None:
 def test_a_buffer_of_another_length_is_refused() -> None:
     shards = dict(enumerate(all_shards(bytes(8), 4, 1)))
     with pytest.raises(BadInputError, match="does not fit"):
-        decode_block(shards, 4, 1, 8, bytearray(9))
+        decode_block(shards, 4, 1, 8, out=bytearray(9))

@@ -236,8 +236,8 @@ def test_memory_is_bounded() -> None:
             del cache[rng.choice(list(cache))]
         else:
             cache[turn if rng.random() < 0.5 else rng.randrange(200)] = turn
-        assert len(cache._gone) <= 2 * 50 + HISTORY_FLOOR
-        assert len(cache._heap) <= 2 * 50 + HEAP_FLOOR + 1
+        assert len(cache.gone) <= 2 * 50 + HISTORY_FLOOR
+        assert len(cache.heap) <= 2 * 50 + HEAP_FLOOR + 1
 
 
 def two_pool_hits(cache: Cache[int, int], rng: random.Random, references: int = 30_000, warm_up: int = 5_000) -> float:

@@ -15,7 +15,7 @@ DIGEST = Digest("sha256", "ab" * 32)
 
 
 def members(count: int, weight: float = 1.0) -> list[Member]:
-    return [Member(PeerId(f"peer-{number:04d}"), f"n{number}", "site", (), weight) for number in range(count)]
+    return [Member(PeerId(f"peer-{number:04d}"), f"n{number}", "site", (), weight=weight) for number in range(count)]
 
 
 def homes(placement: Placement, blocks: int) -> list[PeerId]:
@@ -58,7 +58,11 @@ def test_homes_are_balanced() -> None:
 
 
 def test_a_weight_is_a_share_and_none_keeps_nothing() -> None:
-    view = [*members(3), Member(PeerId("half"), "h", "site", (), 0.5), Member(PeerId("none"), "z", "site", (), 0.0)]
+    view = [
+        *members(3),
+        Member(PeerId("half"), "h", "site", (), weight=0.5),
+        Member(PeerId("none"), "z", "site", (), weight=0.0),
+    ]
     load = Counter(homes(Placement(view, 4, 1), 7000))
     assert load["none"] == 0
     assert 0.8 * 1000 < load["half"] < 1.2 * 1000
@@ -73,16 +77,16 @@ SITES = st.tuples(st.integers(1, 200), st.integers(0, 10_000))
 def routes(count: int, index: int) -> dict[PeerId, Route]:
     view = members(count)
     placement = Placement(view, 4, 1)
-    return {one.peer_id: placement.route(one.peer_id, BlockId(DIGEST, index), BLOCK_SIZE) for one in view}
+    return {member.peer_id: placement.route(member.peer_id, BlockId(DIGEST, index), BLOCK_SIZE) for member in view}
 
 
 @given(SITES)
 def test_all_members_see_one_tree(site: tuple[int, int]) -> None:
-    found = routes(*site)
-    assert len({route.cells[-1] for route in found.values()}) == 1
-    for route in found.values():
+    ways = routes(*site)
+    assert len({route.cells[-1] for route in ways.values()}) == 1
+    for route in ways.values():
         for above, cell in enumerate(route.cells):
-            assert all(found[peer].cells == route.cells[above:] for peer in cell)
+            assert all(ways[peer].cells == route.cells[above:] for peer in cell)
 
 
 @given(SITES)
@@ -114,14 +118,14 @@ def test_waits_form_no_circle_whatever_each_member_believes_of_the_others(
 
 @given(SITES, st.integers(0, 4))
 def test_a_wrong_shards_makers_are_all_who_had_it_in_hand(site: tuple[int, int], index: int) -> None:
-    found = routes(*site)
-    for route in found.values():
+    ways = routes(*site)
+    for route in ways.values():
         sender = route.keepers[index % len(route.keepers)]
         makers, hands = route.makers(sender, index), {sender}
         while route.depth and hands:
             sources = route.sources(index, route.reach)
             assert set(sources) <= makers
-            route = found[next(iter(sources))]
+            route = ways[next(iter(sources))]
 
 
 def test_a_member_that_leaves_moves_nothing_in_other_cells() -> None:
@@ -159,6 +163,6 @@ def test_a_home_stays_however_the_cells_are_cut_anew() -> None:
 
 
 def test_who_keeps_nothing_reads_from_the_cell_of_its_hash() -> None:
-    view = [*members(100), Member(PeerId("none"), "z", "site", (), 0.0)]
-    found = Placement(view, 4, 1).route(PeerId("none"), BlockId(DIGEST, 0), BLOCK_SIZE)
-    assert found.cells in {route.cells for route in routes(100, 0).values()}
+    view = [*members(100), Member(PeerId("none"), "z", "site", (), weight=0.0)]
+    way = Placement(view, 4, 1).route(PeerId("none"), BlockId(DIGEST, 0), BLOCK_SIZE)
+    assert way.cells in {route.cells for route in routes(100, 0).values()}

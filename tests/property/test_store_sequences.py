@@ -1,4 +1,4 @@
-"""Whatever is done to a store in whatever order: no wrong byte, and never more than the budget."""
+"""Random sequences of operations on a store: no wrong byte, and never more than the budget."""
 
 from __future__ import annotations
 
@@ -123,5 +123,5 @@ def test_disk(actions: list[tuple[str, Piece]]) -> None:
 @given(actions=steps)
 @settings(max_examples=20)
 def test_disk_that_cannot_punch_holes(actions: list[tuple[str, Piece]]) -> None:
-    with patch("cache.disk.can_punch", lambda directory: False):
+    with patch("cache.recovery.can_punch", lambda directory: False):
         run_on_disk(actions)

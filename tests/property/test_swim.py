@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import swim as module
-from protocol import wire
+from protocol import member_table, wire
+from protocol.dissemination import Rumours
 from protocol.ids import PeerId
+from protocol.member_table import supersedes
 from protocol.members import Member, State, Update
 from protocol.messages import Ping, Sync
-from protocol.swim import Change, Disconnect, Event, Gossip, Probe, Rumours, Swim, SwimConfig, SyncWith, supersedes
+from protocol.swim import Swim
+from protocol.swim_values import Change, Disconnect, Event, Gossip, Probe, SwimConfig, SyncWith
 from protocol.wire import MAX_INCARNATION
 
 CONFIG = SwimConfig()
@@ -45,7 +47,7 @@ about_own = st.builds(
 
 
 def make(*, peers: int = 0, now: float = 0.0, config: SwimConfig = CONFIG, incarnation: int = 1) -> Swim:
-    swim = Swim(OWN, incarnation, config, Random(7), now)
+    swim = Swim(OWN, incarnation, config, Random(7), now=now)
     swim.received([alive(f"p{index:04}") for index in range(peers)], now)
     swim.take_changes()
     return swim
@@ -94,17 +96,17 @@ def test_the_order_and_the_number_of_hearings_do_not_matter(heard: list[Update])
 
 @given(st.lists(updates, max_size=12))
 def test_two_nodes_that_tell_each_other_everything_hold_the_same(heard: list[Update]) -> None:
-    one, other = make(), make()
+    first, second = make(), make()
     base = [alive(name) for name in NAMES]
-    one.received(base + heard[::2], 0.0)
-    other.received(base + heard[1::2], 0.0)
+    first.received(base + heard[::2], 0.0)
+    second.received(base + heard[1::2], 0.0)
     for _ in range(2):
-        one.received(other.view(), 0.0)
-        other.received(one.view(), 0.0)
-    assert {peer: known.update for peer, known in one.known.items()} == {
-        peer: known.update for peer, known in other.known.items()
+        first.received(second.view(), 0.0)
+        second.received(first.view(), 0.0)
+    assert {peer: entry.update for peer, entry in first.known.items()} == {
+        peer: entry.update for peer, entry in second.known.items()
     }
-    assert one.site == other.site
+    assert first.site == second.site
 
 
 def test_at_equal_incarnation_the_graver_statement_wins() -> None:
@@ -118,7 +120,7 @@ def test_at_equal_incarnation_the_graver_statement_wins() -> None:
 
 @given(st.lists(about_own, min_size=1, max_size=6))
 def test_refutation_wins_over_all_that_was_said(said: list[Update]) -> None:
-    victim, witness = make(), Swim(member("b"), 1, CONFIG, Random(1), 0.0)
+    victim, witness = make(), Swim(member("b"), 1, CONFIG, Random(1), now=0.0)
     witness.received([victim.own], 0.0)
     witness.received(said, 0.0)
     victim.received(said, 0.0)
@@ -131,7 +133,7 @@ def test_refutation_wins_over_all_that_was_said(said: list[Update]) -> None:
 
 
 def test_a_suspect_is_told_of_it_and_its_answer_clears_it() -> None:
-    accuser, victim = make(), Swim(member("a"), 5, CONFIG, Random(1), 0.0)
+    accuser, victim = make(), Swim(member("a"), 5, CONFIG, Random(1), now=0.0)
     accuser.received([victim.own, suspect("a", 5)], 0.0)
     victim.received(accuser.updates_for(PeerId("a")), 0.0)
     accuser.received(victim.updates_for(OWN.peer_id), 0.0)
@@ -265,13 +267,13 @@ def test_a_node_that_was_stopped_condemns_nobody(gap: float, peers: int) -> None
         swim.failed(probe, now, helpers_answered=False)
     actions = swim.tick(now)
     assert swim.site is site
-    assert sum(known.update.state is State.SUSPECT for known in swim.known.values()) == 1
+    assert sum(entry.update.state is State.SUSPECT for entry in swim.known.values()) == 1
     assert any(isinstance(action, Probe) for action in actions)
     swim.tick(now + CONFIG.suspicion_s(peers + 1) * 0.9)
     assert len(swim.site) == peers + 1
 
 
-# What is learned from whom
+# Learning from others
 
 
 def test_a_death_in_a_whole_view_counts_as_suspicion() -> None:
@@ -379,19 +381,19 @@ def test_messages_carry_a_bounded_number_of_statements_and_news_ends() -> None:
 @given(st.lists(st.sampled_from(NAMES), max_size=20), st.integers(1, 4), st.integers(1, 3))
 def test_rumours_are_told_the_least_told_first(added: list[str], count: int, limit: int) -> None:
     rumours = Rumours()
-    told: dict[PeerId, int] = {}
+    sent: dict[PeerId, int] = {}
     for name in added:
         rumours.add(PeerId(name))
-        told[PeerId(name)] = 0
+        sent[PeerId(name)] = 0
     while rumours:
         picked = rumours.pick(count)
-        assert max(told[peer] for peer in picked) <= min(
-            (told[peer] for peer in told if peer not in picked and told[peer] < limit), default=limit
+        assert max(sent[peer] for peer in picked) <= min(
+            (sent[peer] for peer in sent if peer not in picked and sent[peer] < limit), default=limit
         )
         rumours.count(picked, limit)
         for peer in picked:
-            told[peer] += 1
-    assert set(told.values()) <= {limit}
+            sent[peer] += 1
+    assert set(sent.values()) <= {limit}
 
 
 def test_a_view_of_hostile_members_still_fits_one_message() -> None:
@@ -406,7 +408,7 @@ def test_a_view_of_hostile_members_still_fits_one_message() -> None:
 
 def test_a_full_table_gives_up_the_dead_for_the_living_only() -> None:
     """S-24"""
-    with patch.object(module, "MAX_MEMBERS", 11):
+    with patch.object(member_table, "MAX_MEMBERS", 11):
         swim = make(peers=10)
         swim.received([alive("x")], 0.0)
         assert "x" not in swim.known
@@ -441,10 +443,10 @@ def test_whatever_happens_the_invariants_hold(happening: list[tuple[object, ...]
         match event:
             case ("received", heard, whole_view):
                 swim.received(heard, now, whole_view=whole_view)
-            case ("introduced", one):
-                swim.introduced(one, now)
-            case ("hint", one):
-                swim.hint(one, now)
+            case ("introduced", met):
+                swim.introduced(met, now)
+            case ("hint", named):
+                swim.hint(named, now)
             case ("doubt", name):
                 swim.doubt(name, now)
             case ("exclude", name, seconds):
@@ -466,11 +468,11 @@ def test_whatever_happens_the_invariants_hold(happening: list[tuple[object, ...]
         assert sum(isinstance(action, Gossip) for action in actions) <= CONFIG.gossip_fanout
         assert swim.due(now) > now  # a tick leaves nothing to do at once
         expected = [OWN] + [
-            known.update.member
-            for peer, known in swim.known.items()
-            if known.is_live and known.update.member.site == "lab" and not swim.is_excluded(peer)
+            entry.update.member
+            for peer, entry in swim.known.items()
+            if entry.is_live and entry.update.member.site == "lab" and not swim.is_excluded(peer)
         ]
-        assert swim.site == tuple(sorted(expected, key=lambda one: one.peer_id))
+        assert swim.site == tuple(sorted(expected, key=lambda member: member.peer_id))
         for action in actions:
             assert action.peer != OWN.peer_id
             assert isinstance(action, Disconnect) or not swim.is_excluded(action.peer)

@@ -72,10 +72,10 @@ def records(draw: st.DrawFn) -> Record:
     digest = draw(digests)
     length = ObjectRef(Digest.parse(digest), size).block_length(index)
     sha, signature = draw(st.binary(min_size=32, max_size=32)), draw(st.binary(min_size=64, max_size=64))
-    return Record(digest, index, length, size, sha, draw(peers), signature)
+    return Record(digest, index, length, size, sha256=sha, signer=draw(peers), signature=signature)
 
 
-told = st.lists(
+accusations = st.lists(
     st.tuples(
         st.builds(Evidence, records(), texts, peers, st.binary(min_size=64, max_size=64), st.none() | records()),
         st.floats(0, 1e9),
@@ -87,7 +87,13 @@ told = st.lists(
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(
         lambda digest, block, code, *rest: GetShard(digest, *block, *code, *rest),
-        digests, blocks, codes, st.integers(0, 2), texts, st.booleans(), st.just("") | peers,
+        digests,
+        blocks,
+        codes,
+        st.integers(0, 2),
+        texts,
+        st.booleans(),
+        st.just("") | peers,
     ),
     st.builds(lambda digest, block: GetBlock(digest, *block), digests, blocks),
     st.builds(GetHoldings, digests),
@@ -97,8 +103,8 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(Ping, updates),
     st.builds(PingRequest, peers, updates),
     st.builds(Sync, updates),
-    st.builds(Accuse, told),
-)  # fmt: skip
+    st.builds(Accuse, accusations),
+)
 replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(lambda code, record: ShardFound(*code, record), codes, records()),
     st.builds(BlockFound, records()),
@@ -116,7 +122,7 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(SyncReply, updates),
     st.builds(Waiting, st.booleans()),
     st.builds(Failed, st.sampled_from(FAILURES), texts),
-    st.builds(Accusations, told),
+    st.builds(Accusations, accusations),
 )
 ids = st.integers(0, 2**32 - 1)
 
@@ -153,7 +159,7 @@ def read_all(kind: Any, data: bytes, chunk: int) -> list[tuple[wire.Head[Any], b
 
 @given(st.lists(st.tuples(ids, requests), max_size=4), st.integers(1, 100))
 def test_requests_come_through_however_they_are_cut(said: list[tuple[int, Request]], chunk: int) -> None:
-    data = b"".join(encoded(*one) for one in said)
+    data = b"".join(encoded(*pair) for pair in said)
     for size in (1, chunk, len(data) + 1):
         assert [(head.request_id, head.message) for head, _ in read_all(wire.REQUESTS, data, size)] == said
 
@@ -161,7 +167,7 @@ def test_requests_come_through_however_they_are_cut(said: list[tuple[int, Reques
 @given(st.lists(st.tuples(ids, replies), max_size=4), st.integers(1, 20000))
 @settings(max_examples=60)
 def test_replies_and_bodies_come_through_however_they_are_cut(said: list[tuple[int, Reply]], chunk: int) -> None:
-    data = b"".join(encoded(*one) for one in said)
+    data = b"".join(encoded(*pair) for pair in said)
     for size in (1, chunk, len(data) + 1):
         read = read_all(wire.REPLIES, data, size)
         assert [(head.request_id, head.message) for head, _ in read] == said
@@ -259,7 +265,7 @@ def test_a_prefix_over_the_bounds_is_refused_before_its_header_comes(prefix: tup
 
 
 UPDATE = Update(Member(PEER, "node-1", "default", ("10.0.0.1:4502",)), State.ALIVE, 1)
-RECORD = Record(DIGEST, 0, 10, 10, bytes(32), PEER, bytes(64))
+RECORD = Record(DIGEST, 0, 10, 10, sha256=bytes(32), signer=PEER, signature=bytes(64))
 
 
 def altered(**changes: Any) -> Record:
@@ -267,6 +273,11 @@ def altered(**changes: Any) -> Record:
 
 
 EVIDENCE = Evidence(RECORD, "", PEER, bytes(64))
+
+
+def get_shard(**changes: Any) -> GetShard:
+    good = GetShard(DIGEST, 0, 10, 4, m=1, want=0, reach=0, source="")
+    return msgspec.structs.replace(good, **changes)
 
 
 def told_of(age_s: float = 0.0, **changes: Any) -> Accuse:
@@ -280,15 +291,15 @@ def with_member(**changes: Any) -> Update:
 @pytest.mark.parametrize(
     "message",
     [
-        GetShard(DIGEST, 0, 10, 0, 1, 0, 0, ""),
-        GetShard(DIGEST, 0, 10, 33, 1, 0, 0, ""),
-        GetShard(DIGEST, 0, 10, 4, 9, 0, 0, ""),
-        GetShard(DIGEST, 0, 10, 4, -1, 0, 0, ""),
-        GetShard(DIGEST, 0, 10, 4, 1, 5, 0, ""),
-        GetShard(DIGEST, 0, 10, 4, 1, -1, 0, ""),
-        GetShard(DIGEST, 0, 10, 4, 1, 0, 17, ""),
-        GetShard(DIGEST, 0, 10, 4, 1, 0, 0, "x" * 601),
-        GetShard(DIGEST, 1, 10, 4, 1, 0, 0, ""),
+        get_shard(k=0),
+        get_shard(k=33),
+        get_shard(m=9),
+        get_shard(m=-1),
+        get_shard(want=5),
+        get_shard(want=-1),
+        get_shard(reach=17),
+        get_shard(source="x" * 601),
+        get_shard(index=1),
         GetBlock(DIGEST, -1, 10),
         GetBlock(DIGEST, 0, 0),
         GetBlock(DIGEST, 0, MAX_OBJECT_SIZE + 1),
@@ -324,9 +335,9 @@ def with_member(**changes: Any) -> Update:
         Resolved(DIGEST, -1, "", 0.0),
         Resolved(DIGEST, 1, "", float("inf")),
         Resolved(DIGEST, 1, "", -1.0),
-        Resolved(DIGEST, 1, "", 0.0, -0.5),
-        Resolved(DIGEST, 1, "", 0.0, float("nan")),
-        GetShard(DIGEST, 0, 1, 4, 1, 0, 2, "", False, "not base58!"),
+        Resolved(DIGEST, 1, "", 0.0, public_age_s=-0.5),
+        Resolved(DIGEST, 1, "", 0.0, public_age_s=float("nan")),
+        get_shard(reader="not base58!"),
         Accuse(((EVIDENCE, 0.0),) * (wire.MAX_TOLD + 1)),
         told_of(source="x" * 601),
         told_of(finder=PeerId("0")),

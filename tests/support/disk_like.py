@@ -1,4 +1,4 @@
-"""What stands in the place of the disk where there are no files."""
+"""A stand-in for the disk tier where there are no files."""
 
 from __future__ import annotations
 

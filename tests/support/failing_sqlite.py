@@ -70,7 +70,7 @@ def failing(calls: Calls) -> Iterator[None]:
 
 
 def _replace(vfs: Any, name: str, types: tuple[Any, ...], calls: Calls) -> object:
-    """What has to live as long as it is in use."""
+    """Returns the callback, which the caller must keep alive while it is in use."""
     kind = ctypes.CFUNCTYPE(*types, use_errno=True)
     real: Callable[..., int] = kind(vfs.contents.get_call(vfs, name.encode()))
 

@@ -1,4 +1,4 @@
-"""What a real process does to the files of a folder: its system calls, by strace, so that SQLite's are among them."""
+"""File operations of a real process in a folder, traced as system calls by strace, SQLite's included."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Unname:
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """Of a file, or of a folder. It covers the operations whose number is below `before`, that of its begin."""
+    """A sync of a file or a folder. It covers the operations whose number is below `before`, that of its begin."""
 
     inode: int | None
     folder: str
@@ -70,7 +70,7 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What the program said of itself, by `say`."""
+    """A message of the program, written by `say`."""
 
     word: str
     value: object
@@ -90,7 +90,7 @@ def say(word: str, value: object) -> None:
 
 
 def traced(command: Sequence[str], folder: Path, log: Path, cwd: Path) -> list[Operation]:
-    """Runs the program to its end, and tells what it did below `folder`."""
+    """Runs the program to its end; returns its operations below `folder`."""
     strace = ["strace", "-f", "-y", "-xx", "-s", str(1 << 21), "-e", f"trace={_CALLS}", "-o", str(log)]
     done = subprocess.run([*strace, *command], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -154,8 +154,8 @@ class _Trace:
             os.path.normpath(os.path.join(base, os.fsdecode(text))) for base, text in zip(bases, texts, strict=False)
         ]
 
-    def _opened(self, found: re.Match[str] | None, arguments: str, handle: str) -> None:
-        path = os.fsdecode(_unhex(found[2])) if found else ""
+    def _opened(self, opened: re.Match[str] | None, arguments: str, handle: str) -> None:
+        path = os.fsdecode(_unhex(opened[2])) if opened else ""
         if not self._ours(path) or "O_DIRECTORY" in arguments:
             return
         self._positions[handle] = 0
@@ -204,7 +204,7 @@ class _Trace:
 
 
 def _unhex(text: str) -> bytes:
-    """Of `\\x61\\x62`, or of what is written as it is."""
+    """Decodes `\\x61\\x62`, and text without escapes."""
     if text.startswith("\\x"):
         return bytes.fromhex(text.replace("\\x", ""))
     return text.encode()

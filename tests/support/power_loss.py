@@ -1,7 +1,6 @@
-"""What a power cut may leave of a folder: at every moment of its making, whatever had not been synced by then.
+"""States of a folder after a power cut at any moment: all that was synced, and any part of the rest.
 
-`Crashes.at` makes the folder as it may be after a power cut behind any number of a trace's operations. What a disk
-owes:
+`Crashes.at` gives the possible states after any number of a trace's operations. The promises of a disk:
 
 - bytes of a file are safe once an fsync or fdatasync of it, begun after they were written, has returned. Any other
   write is there, missing, there in some of its sectors of 512 bytes, or the file has grown by it and holds zeros or
@@ -110,21 +109,21 @@ class Crashes:
 
     def _crash(self, count: int, how: str, rng: Random | None, *, keep: float, ordered: bool) -> Crash:
         done = self._operations[:count]
-        crash = Crash(count, how, ordered, [each for each in done if isinstance(each, Mark)], {}, {})
+        crash = Crash(count, how, ordered, [operation for operation in done if isinstance(operation, Mark)], {}, {})
         safe = self._safe(done, ordered=ordered)
         in_order = True
-        for number, each in enumerate(done):
+        for number, operation in enumerate(done):
             kept = number in safe or (rng.random() < keep if rng else keep == 1.0)
-            if isinstance(each, Names):
+            if isinstance(operation, Names):
                 in_order = in_order and kept
                 if in_order or (kept and not ordered):
-                    _rename(crash.names, each)
-            elif isinstance(each, Bytes):
-                content = crash.contents.setdefault(each.inode, _Content())
+                    _rename(crash.names, operation)
+            elif isinstance(operation, Bytes):
+                content = crash.contents.setdefault(operation.inode, _Content())
                 if kept:
-                    _apply(content, each)
-                elif rng and isinstance(each, Write):
-                    _tear(content, each, rng)
+                    _apply(content, operation)
+                elif rng and isinstance(operation, Write):
+                    _tear(content, operation, rng)
         return crash
 
     def _safe(self, done: Sequence[Operation], *, ordered: bool) -> set[int]:
@@ -132,19 +131,19 @@ class Crashes:
         files: dict[int, int] = {}
         folders: dict[str, int] = {}
         journal = 0
-        for each in done:
-            if isinstance(each, Sync):
-                journal = max(journal, each.before)
-                if each.inode is None:
-                    folders[each.folder] = each.before
+        for operation in done:
+            if isinstance(operation, Sync):
+                journal = max(journal, operation.before)
+                if operation.inode is None:
+                    folders[operation.folder] = operation.before
                 else:
-                    files[each.inode] = each.before
+                    files[operation.inode] = operation.before
         safe = set()
-        for number, each in enumerate(done):
-            if isinstance(each, Bytes):
-                before = files.get(each.inode, 0)
-            elif isinstance(each, Names):
-                path = each.new if isinstance(each, Rename) else each.path
+        for number, operation in enumerate(done):
+            if isinstance(operation, Bytes):
+                before = files.get(operation.inode, 0)
+            elif isinstance(operation, Names):
+                path = operation.new if isinstance(operation, Rename) else operation.path
                 before = journal if ordered else folders.get(os.path.dirname(path), 0)
             else:
                 continue
@@ -153,26 +152,26 @@ class Crashes:
         return safe
 
 
-def _rename(names: dict[str, int | None], each: Names) -> None:
-    if isinstance(each, Name):
-        names[each.path] = each.inode
-    elif isinstance(each, Unname):
-        names.pop(each.path, None)
-    elif each.old in names:
-        names[each.new] = names.pop(each.old)
+def _rename(names: dict[str, int | None], operation: Names) -> None:
+    if isinstance(operation, Name):
+        names[operation.path] = operation.inode
+    elif isinstance(operation, Unname):
+        names.pop(operation.path, None)
+    elif operation.old in names:
+        names[operation.new] = names.pop(operation.old)
 
 
-def _apply(content: _Content, each: Bytes) -> None:
-    if isinstance(each, Write):
-        content.write(each.offset, each.data)
-    elif isinstance(each, Resize):
-        content.resize(each.length)
+def _apply(content: _Content, operation: Bytes) -> None:
+    if isinstance(operation, Write):
+        content.write(operation.offset, operation.data)
+    elif isinstance(operation, Resize):
+        content.resize(operation.length)
     else:
-        content.punch(each.offset, each.length)
+        content.punch(operation.offset, operation.length)
 
 
 def _tear(content: _Content, write: Write, rng: Random) -> None:
-    """What may be left of a write that was not synced."""
+    """Apply a part of a write that was not synced."""
     end = write.offset + len(write.data)
     kind = rng.choice(["missing", "sectors", "grown", "zeros", "rubbish"])
     if kind == "sectors":

@@ -1,6 +1,6 @@
-"""What is done to the folders in tests of power cuts: `python -m tests.support.power_loss_work NAME FOLDER`.
+"""Programs whose folders lose power in tests: `python -m tests.support.power_loss_work NAME FOLDER`.
 
-It says, by marks in its trace, what must be there from then on.
+Marks in its trace name the pieces that must be there from then on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from cache.disk import DiskStore
+from cache.disk_index import PRAGMAS
 from protocol.ids import BLOCK_SIZE, Digest, Piece, Shard
 from tests.support.blobs import Blob
 from tests.support.file_trace import say
@@ -75,9 +76,10 @@ async def after_the_kill(store: DiskStore) -> None:
 
 
 def _live(folder: Path, budget: int, life: Callable[[DiskStore], Awaitable[None]]) -> None:
+    PRAGMAS.append(f"wal_autocheckpoint = {_CHECKPOINT}")
+
     async def main() -> None:
         async with DiskStore.open(folder, budget, pinned=PINNED) as store:
-            store._folder.index._database.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT}")
             await life(store)
             held = [number for number, piece in enumerate(PIECES) if store.holds(piece)]
         say("kept", held)

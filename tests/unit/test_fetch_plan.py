@@ -108,7 +108,7 @@ def test_the_clock_of_who_waits_for_the_registry_stands_still_until_the_block_is
 
 def test_a_peer_that_answers_others_works_through_its_queue_but_not_for_ever() -> None:
     answered_at = -math.inf
-    plan = ShardPlan(KEEPERS, KEEPERS, 1, lambda peer: 2.0, lambda peer: answered_at)
+    plan = ShardPlan(KEEPERS, KEEPERS, 1, lambda peer: 2.0, answered_at=lambda peer: answered_at)
     plan.start(all_at_once=False, now=10.0)
     assert plan.next_check() == 12.0
     answered_at = 11.5
@@ -204,7 +204,7 @@ def test_who_is_beaten_again_and_again_is_tried_less_often() -> None:
 
 
 def test_the_last_shard_is_late_by_what_the_others_took() -> None:
-    """What is known of a peer may be from a busier time: the others share the links with it now."""
+    """A peer's history may be from a busier time: the other peers share the links with it now."""
     plan = plan_of(late_after_s=5.0)
     plan.start(False, 0.0)
     for index in range(2):

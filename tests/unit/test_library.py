@@ -14,7 +14,7 @@ import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cache.memory import MemoryStore
-from cache.store import Buffer, Held
+from cache.store import Held
 from cache.tiered import Tiers
 from node.blocks.fetcher import Fetcher
 from node.blocks.keeper import Seeder
@@ -29,7 +29,7 @@ from node.registry.batching import BatchedReads
 from node.telemetry.sources import Source
 from protocol.directory import Directory
 from protocol.health import Health
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.members import Member
 from protocol.placement import Placement
 from protocol.records import Record

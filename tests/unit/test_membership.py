@@ -27,7 +27,7 @@ from protocol.ids import PeerId
 from protocol.members import Member, State, Update
 from protocol.messages import GetHoldings, Ping, PingRequest, Pong, Request, Sync
 from protocol.records import peer_id_of
-from protocol.swim import SwimConfig
+from protocol.swim_values import SwimConfig
 
 LATENCY_S = 0.002
 AUTHORITY = open_authority()

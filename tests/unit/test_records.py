@@ -21,17 +21,23 @@ REF = ObjectRef(Digest("sha256", "0a" * 32), 2 * BLOCK_SIZE + 5)
 TAIL = b"shoal"
 
 ENCODED = (
-    "97" "d947" "7368613235363a" + "3061" * 32 + "02" "05" "ce00100005"
-    "c420" "888696c38e895dd742b8494f449219c12a256a16d0841b93813c841a298df92c"
-    "d934" + SIGNER.encode().hex() + "c440" "3787eaa2354419575c3fac316d2dff37a2fd7d3308911d971b86b4dc6d7d6560"
+    "97"
+    "d947"
+    "7368613235363a" + "3061" * 32 + "02"
+    "05"
+    "ce00100005"
+    "c420"
+    "888696c38e895dd742b8494f449219c12a256a16d0841b93813c841a298df92c"
+    "d934" + SIGNER.encode().hex() + "c440"
+    "3787eaa2354419575c3fac316d2dff37a2fd7d3308911d971b86b4dc6d7d6560"
     "6e338882b02dda91fa4e800ab558edb6669c4fb19665b7ee65ba879d688ec20d"
-)  # fmt: skip
+)
 """docs/FORMATS.md, "Record"."""
 
 
 @pytest.fixture
 def record() -> Record:
-    return make_record(REF, 2, sha256(TAIL).digest(), SIGNER, KEY.sign)
+    return make_record(REF, 2, sha256(TAIL).digest(), SIGNER, sign=KEY.sign)
 
 
 def test_a_record_speaks_of_its_block(record: Record) -> None:
@@ -107,14 +113,14 @@ def test_a_record_of_another_block_is_refused(record: Record) -> None:
 
 def test_nobody_signs_for_another() -> None:
     """S-23"""
-    forged = make_record(REF, 2, sha256(TAIL).digest(), SIGNER, OTHER_KEY.sign)
+    forged = make_record(REF, 2, sha256(TAIL).digest(), SIGNER, sign=OTHER_KEY.sign)
     with pytest.raises(PeerMisbehavedError, match=f"not {SIGNER}'s"):
         check_record(forged, REF, 2)
 
 
 def test_a_signature_under_another_context_is_refused(record: Record) -> None:
     bare = make_record(
-        REF, 2, record.sha256, SIGNER, lambda payload: KEY.sign(payload.removeprefix(b"shoal-record-2\0"))
+        REF, 2, record.sha256, SIGNER, sign=lambda payload: KEY.sign(payload.removeprefix(b"shoal-record-2\0"))
     )
     with pytest.raises(PeerMisbehavedError):
         check_record(bare, REF, 2)
