@@ -14,7 +14,6 @@ node/daemon.py calls them, starts their tasks in one nursery, and ends them in t
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -75,29 +74,12 @@ from node.runtime.disk_writes import written_bytes
 from node.runtime.systemd import Notifier
 from node.telemetry.metrics import Metrics, cache_metrics, upstream_metrics
 from node.telemetry.provenance import Provenance
+from protocol import messages
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.ids import ObjectRef
 from protocol.members import Member
-from protocol.messages import (
-    Accuse,
-    Announce,
-    FindHolders,
-    GetBlock,
-    GetHoldings,
-    GetShard,
-    Ping,
-    PingRequest,
-    Renew,
-    Resolve,
-    Sync,
-)
 from protocol.records import Record, make_record
-
-log = logging.getLogger(__name__)
-
-STOP_S = 15.0
-"""Time for running bodies to end, the index to be written and the members to be informed. systemd waits longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,11 +275,18 @@ def site(
         ledger=ledger,
         metrics=metrics,
     )
-    dispatcher.route(gossiper.handle, Ping, PingRequest, Sync)
-    dispatcher.route(seeder.handle, GetShard, GetBlock, GetHoldings, FindHolders, Announce)
-    dispatcher.route(resolver.handle, Resolve)
-    dispatcher.route(judge.handle, Accuse)
-    dispatcher.route(registrar.handle, Renew)
+    dispatcher.route(gossiper.handle, messages.Ping, messages.PingRequest, messages.Sync)
+    dispatcher.route(
+        seeder.handle,
+        messages.GetShard,
+        messages.GetBlock,
+        messages.GetHoldings,
+        messages.FindHolders,
+        messages.Announce,
+    )
+    dispatcher.route(resolver.handle, messages.Resolve)
+    dispatcher.route(judge.handle, messages.Accuse)
+    dispatcher.route(registrar.handle, messages.Renew)
     return Participant(
         membership,
         exchange,

@@ -12,33 +12,7 @@ import httpx
 import trio
 
 from cache.store import Holdings, StoreStatistics
-from node.api.documents import (
-    BulkTotals,
-    CachedObject,
-    CacheReport,
-    ClusterRow,
-    DoctorReport,
-    EndpointRow,
-    EvidenceRow,
-    ImageRow,
-    ImagesReport,
-    PeerHealth,
-    PeerRow,
-    PeersReport,
-    PullEvent,
-    Status,
-    TagRow,
-    TagsReport,
-    TagState,
-    TierRow,
-    UplinkRow,
-    UpstreamRow,
-    Wear,
-    WhyBlock,
-    WhyReport,
-    why_object,
-    why_report,
-)
+from node.api import documents as doc
 from node.blocks.held_objects import bytes_held, held_body
 from node.blocks.values import Site
 from node.config.schema import Config, UpstreamPart
@@ -87,7 +61,7 @@ class Parts:
     metrics: Metrics
     mirror_address: str
     started_at: float
-    cluster: Callable[[], ClusterRow]
+    cluster: Callable[[], doc.ClusterRow]
     certificate: Callable[[], Shown]
     issuers: int
 
@@ -100,10 +74,10 @@ class NodeControl:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
-    async def status(self) -> Status:
+    async def status(self) -> doc.Status:
         parts = self._parts
         traffic = parts.exchange.statistics()
-        return Status(
+        return doc.Status(
             name=parts.membership.own.name,
             site=parts.membership.own.site,
             peer_id=parts.site.own,
@@ -117,27 +91,27 @@ class NodeControl:
             cache=_tier_rows(parts.site.tiers.statistics()),
             origin_bytes=parts.metrics.origin_bytes(),
             rss_bytes=rss_bytes(),
-            bulk=BulkTotals(bytes_sent=traffic.bytes_sent, bytes_received=traffic.bytes_received),
+            bulk=doc.BulkTotals(bytes_sent=traffic.bytes_sent, bytes_received=traffic.bytes_received),
             mirror=parts.mirror_address,
             wear=self._wear(),
             upstreams=tuple(upstream_row(part, parts.upstreams) for part in parts.config().upstream),
             cluster=parts.cluster(),
         )
 
-    def _wear(self) -> Wear:
+    def _wear(self) -> doc.Wear:
         served = sum(self._parts.ledger.bytes_served.values()) + self._parts.exchange.statistics().bytes_sent
-        return Wear(written_bytes=written_bytes(), served_bytes=served)
+        return doc.Wear(written_bytes=written_bytes(), served_bytes=served)
 
-    async def peers(self) -> PeersReport:
+    async def peers(self) -> doc.PeersReport:
         rows = (row for row in self._parts.membership.table() if row.member.peer_id != self._parts.site.own)
-        return PeersReport(peers=tuple(self._peer_row(row) for row in rows))
+        return doc.PeersReport(peers=tuple(self._peer_row(row) for row in rows))
 
-    def _peer_row(self, row: Row) -> PeerRow:
+    def _peer_row(self, row: Row) -> doc.PeerRow:
         peer = row.member.peer_id
         health = self._parts.site.health.report(peer, trio.current_time())
         traffic = self._parts.exchange.statistics().traffic.get(peer)
         state = {State.ALIVE: "alive", State.SUSPECT: "suspect", State.DEAD: "dead", State.LEFT: "left"}[row.state]
-        return PeerRow(
+        return doc.PeerRow(
             peer_id=peer,
             name=row.member.name,
             site=row.member.site,
@@ -145,17 +119,17 @@ class NodeControl:
             addresses=row.member.addresses,
             since_s=row.since_s,
             rtt_ms=None if row.rtt_s is None else row.rtt_s * 1000,
-            health=PeerHealth(latency_ms=health.mean_s * 1000, failures=health.failures),
+            health=doc.PeerHealth(latency_ms=health.mean_s * 1000, failures=health.failures),
             bytes_received=traffic.received if traffic else 0,
             bytes_sent=traffic.sent if traffic else 0,
             quarantine=row.quarantine,
             evidence=tuple(self._evidence_row(case) for case in self._parts.judge.cases.about(peer)),
         )
 
-    def _evidence_row(self, case: Case) -> EvidenceRow:
+    def _evidence_row(self, case: Case) -> doc.EvidenceRow:
         evidence = case.evidence
         finder = self._parts.membership.find(evidence.finder)
-        return EvidenceRow(
+        return doc.EvidenceRow(
             block=f"{evidence.record.digest}#{evidence.record.index}",
             source=evidence.source,
             found_by=finder.name if finder else evidence.finder,
@@ -165,7 +139,7 @@ class NodeControl:
             contradicted=evidence.other is not None,
         )
 
-    async def images(self) -> ImagesReport:
+    async def images(self) -> doc.ImagesReport:
         rows = []
         seen: set[str] = set()
         for source, reference, resolved in self._parts.names.known.images():
@@ -175,15 +149,15 @@ class NodeControl:
             if image not in seen and (objects := await self._held_image(resolved)):
                 seen.add(image)
                 rows.append(await self._image_row(image, reference, resolved, objects))
-        return ImagesReport(images=tuple(rows))
+        return doc.ImagesReport(images=tuple(rows))
 
     async def _image_row(
         self, image: str, reference: str, resolved: Resolved, objects: Mapping[Digest, Packed]
-    ) -> ImageRow:
+    ) -> doc.ImageRow:
         tiers = self._parts.site.tiers
         held = sum(bytes_held(tiers.holdings(digest), packed.ref) for digest, packed in objects.items())
         size = sum(packed.ref.size for packed in objects.values())
-        return ImageRow(
+        return doc.ImageRow(
             image=image,
             digest=str(resolved.ref.digest),
             media_type=resolved.media_type,
@@ -201,12 +175,12 @@ class NodeControl:
     async def _held_manifest(self, resolved: Resolved) -> bytes | None:
         return await held_body(self._parts.site.tiers, resolved.ref) if resolved.ref.size <= MAX_MANIFEST else None
 
-    async def tags(self, pattern: str) -> TagsReport:
-        return TagsReport(tags=tuple(self._tag_row(*row) for row in self._parts.names.known.tags(pattern)))
+    async def tags(self, pattern: str) -> doc.TagsReport:
+        return doc.TagsReport(tags=tuple(self._tag_row(*row) for row in self._parts.names.known.tags(pattern)))
 
-    def _tag_row(self, tag: KnownTag, policy: TagPolicy, state: TagState) -> TagRow:
+    def _tag_row(self, tag: KnownTag, policy: TagPolicy, state: doc.TagState) -> doc.TagRow:
         member = self._parts.membership.find(PeerId(tag.told_by)) if tag.told_by not in ("", REGISTRY) else None
-        return TagRow(
+        return doc.TagRow(
             tag=str(ImageName(tag.locator.upstream, tag.locator.repository, tag.tag)),
             digest=str(tag.resolved.ref.digest),
             age_s=tag.resolved.age_s,
@@ -219,29 +193,29 @@ class NodeControl:
             cache=policy.cached,
         )
 
-    async def cache(self) -> CacheReport:
+    async def cache(self) -> doc.CacheReport:
         tiers = self._parts.site.tiers
-        rows: list[CachedObject] = []
+        rows: list[doc.CachedObject] = []
         for tier, store in tiers.stores.items():
             for digest in store.objects():
                 pinned = tier == "disk" and tiers.is_pinned(digest)
                 rows.append(_cached(digest, tier, store.holdings(digest), pinned=pinned))
                 if len(rows) >= MAX_CACHE_ROWS:
                     break
-        return CacheReport(tiers=_tier_rows(tiers.statistics()), objects=tuple(rows), wear=self._wear())
+        return doc.CacheReport(tiers=_tier_rows(tiers.statistics()), objects=tuple(rows), wear=self._wear())
 
-    async def why(self, image: ImageName) -> WhyReport:
+    async def why(self, image: ImageName) -> doc.WhyReport:
         locator = image.manifests
         resolved = self._parts.names.known.get(locator, image.reference)
         objects = await self._held_image(resolved) if resolved else {}
         if resolved is None or not objects:
             raise NotFoundError(f"{image} was not pulled through this node")
-        listed = [why_object(part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values()]
-        return why_report(str(image), str(resolved.ref.digest), listed)
+        listed = [doc.why_object(part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values()]
+        return doc.why_report(str(image), str(resolved.ref.digest), listed)
 
-    def _why_blocks(self, ref: ObjectRef) -> Mapping[int, WhyBlock]:
+    def _why_blocks(self, ref: ObjectRef) -> Mapping[int, doc.WhyBlock]:
         return {
-            index: WhyBlock(
+            index: doc.WhyBlock(
                 index=index,
                 length=ref.block_length(index),
                 source=read.source.value,
@@ -254,10 +228,10 @@ class NodeControl:
             if index < ref.block_count
         }
 
-    def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[PullEvent, None]:
+    def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[doc.PullEvent, None]:
         return Pull(self._parts.library, self._parts.ledger, image, all_platforms=all_platforms).events()
 
-    async def doctor(self) -> DoctorReport:
+    async def doctor(self) -> doc.DoctorReport:
         parts = self._parts
         config = parts.config()
         data_dir = Path(config.node.data_dir)
@@ -289,32 +263,36 @@ class NodeControl:
         return examine(facts)
 
 
-def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> UpstreamRow:
+def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> doc.UpstreamRow:
     """An upstream with the health of its URLs and the use of its uplink."""
     endpoints = (
-        EndpointRow(url=place.url, problem=place.problem, retry_in_s=place.retry_in_s, bytes_received=place.received)
+        doc.EndpointRow(
+            url=place.url, problem=place.problem, retry_in_s=place.retry_in_s, bytes_received=place.received
+        )
         for place in upstreams.endpoints(part.name)
     )
     use = upstreams.uplink(part.name)
-    uplink = UplinkRow(rate=use.rate, daily_bytes=use.daily, used_today_bytes=use.used, free=use.free, spent=use.spent)
-    return UpstreamRow(
+    uplink = doc.UplinkRow(
+        rate=use.rate, daily_bytes=use.daily, used_today_bytes=use.used, free=use.free, spent=use.spent
+    )
+    return doc.UpstreamRow(
         name=part.name,
         url=part.urls[-1],
-        endpoints=tuple(endpoints),
+        endpoints=endpoints,
         uplink=uplink if use.rate or use.daily else None,
     )
 
 
-def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, TierRow]:
+def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, doc.TierRow]:
     return {
-        tier: TierRow(
+        tier: doc.TierRow(
             bytes=row.bytes, budget_bytes=row.budget_bytes, entries=row.entries, pinned_bytes=row.pinned_bytes
         )
         for tier, row in statistics.items()
     }
 
 
-def _cached(digest: Digest, tier: str, holdings: Holdings, *, pinned: bool) -> CachedObject:
+def _cached(digest: Digest, tier: str, holdings: Holdings, *, pinned: bool) -> doc.CachedObject:
     shards = sum(bits.bit_count() for bits in holdings.shards.values())
     blocks = holdings.blocks.bit_count()
-    return CachedObject(digest=str(digest), tier=tier, blocks=blocks, shards=shards, pinned=pinned)
+    return doc.CachedObject(digest=str(digest), tier=tier, blocks=blocks, shards=shards, pinned=pinned)
