@@ -265,21 +265,16 @@ class NodeControl:
 
 def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> doc.UpstreamRow:
     """An upstream with the health of its URLs and the use of its uplink."""
-    endpoints = (
-        doc.EndpointRow(
-            url=place.url, problem=place.problem, retry_in_s=place.retry_in_s, bytes_received=place.received
-        )
-        for place in upstreams.endpoints(part.name)
+    endpoints = tuple(
+        doc.EndpointRow(url=end.url, problem=end.problem, retry_in_s=end.retry_in_s, bytes_received=end.received)
+        for end in upstreams.endpoints(part.name)
     )
     use = upstreams.uplink(part.name)
     uplink = doc.UplinkRow(
         rate=use.rate, daily_bytes=use.daily, used_today_bytes=use.used, free=use.free, spent=use.spent
     )
     return doc.UpstreamRow(
-        name=part.name,
-        url=part.urls[-1],
-        endpoints=endpoints,
-        uplink=uplink if use.rate or use.daily else None,
+        name=part.name, url=part.urls[-1], endpoints=endpoints, uplink=uplink if use.rate or use.daily else None
     )
 
 
