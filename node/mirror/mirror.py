@@ -28,7 +28,8 @@ from node.mirror.access import Access, ChallengedError
 from node.oci.byte_ranges import Span, parse_range
 from node.oci.manifests import Resolved
 from node.oci.references import Kind, Locator, canonical, check_reference, is_digest
-from node.web.server import Buffer, FileBody, Limits, Request, Response, error_response
+from node.web.server import FileBody, Limits, Request, Response, error_response
+from protocol.erasure import Buffer
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
 from protocol.ids import Digest
 

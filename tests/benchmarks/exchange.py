@@ -28,12 +28,12 @@ from rich.table import Table
 
 from cache.files import WRITE, identity_of, opened, write_at
 from node.config.schema import HostPort
-from node.exchange.channel import Buffer
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, own_authority, peer_of
 from node.identity.identity import Identity
 from node.runtime.allocator import tune_allocator
+from protocol.erasure import Buffer
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import Member
 from protocol.messages import BlockFound, GetBlock, GetShard, Ping, Pong, Request, ShardFound

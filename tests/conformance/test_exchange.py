@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from node.config.schema import HostPort
 from node.exchange.contract import Answer, Exchange, Handler, Into, Lane
 from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.exchange.tls import Limits, Timing, TlsExchange
+from node.exchange.limits import Limits, Timing
+from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, own_authority, peer_of
 from node.identity.identity import Identity
 from protocol.errors import (

@@ -39,7 +39,7 @@ from node.oci.tar import read_entries
 from node.registry.docker_config import parse_docker_config
 from node.registry.transport import DirectTransport, _origin, _Wire
 from node.registry.upstreams import Passed, _body_start, _FailedError
-from node.web.server import Handler, Limits, Request, _Server
+from node.web.server import Handler, Limits, Request, Server
 from protocol import introduction, wire
 from protocol.errors import BadInputError, NotFoundError, PeerMisbehavedError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
@@ -269,7 +269,7 @@ async def _exchanged(handler: Handler, limits: Limits, data: bytes) -> bytes:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
-        await _Server(handler, limits).serve(trio.SocketStream(theirs))
+        await Server(handler, limits).serve(trio.SocketStream(theirs))
     ours.close()
     return bytes(answer)
 

@@ -21,9 +21,11 @@ import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.config.schema import HostPort
-from node.exchange import tls as exchange_tls
+from node.exchange import connection as exchange_connection
 from node.exchange.contract import Answer, Lane
-from node.exchange.tls import BATCH_BYTES, HANDSHAKES_PER_ADDRESS, Limits, Timing, TlsExchange
+from node.exchange.connection import BATCH_BYTES
+from node.exchange.limits import HANDSHAKES_PER_ADDRESS, Limits, Timing
+from node.exchange.tls import TlsExchange
 from node.identity.certificates import Authority, Credentials, own_authority, peer_of
 from node.identity.identity import Identity
 from node.runtime import sockets
@@ -292,7 +294,7 @@ def test_a_message_that_does_not_come_whole_ends_its_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S-42: byte by byte, so that something always comes."""
-    monkeypatch.setattr(exchange_tls, "WHOLE_S", 0.3)
+    monkeypatch.setattr(exchange_connection, "WHOLE_S", 0.3)
 
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(timing=Timing())
@@ -480,8 +482,7 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
         for request_id in range(blocks):
             await raw.say(request_id, GET)
         await raw.say(blocks, PING)
-        (incoming,) = node.exchange._incoming
-        while incoming.writer.small_waiting <= blocks:  # the pong, and at least one `Waiting` for all that wait
+        while node.exchange.statistics().small_frames_waiting <= blocks:  # the pong, and at least one `Waiting` for all that wait
             await trio.lowlevel.checkpoint()
         answered: list[int] = []
         while len(answered) <= blocks:
@@ -506,13 +507,13 @@ def test_answers_that_nobody_takes_leave_the_others_their_part(tmp_path: Path) -
             for request_id in range(60):
                 await hogs[-1].say(request_id, GET)
             await trio.testing.wait_all_tasks_blocked(0.05)
-            assert node.exchange._answer_bytes.free >= left * BLOCK_SIZE
+            assert node.exchange.statistics().answer_bytes_free >= left * BLOCK_SIZE
             assert (await other.ask(node.peer, GET)).body == BLOCK
         for raw in hogs:
             raw.stream.transport_stream.socket.close()
         while node.exchange.statistics().connections_in > 1:
             await trio.testing.wait_all_tasks_blocked(0.01)
-        assert node.exchange._answer_bytes.free == limits.answer_bytes
+        assert node.exchange.statistics().answer_bytes_free == limits.answer_bytes
 
     play(tmp_path, scenario)
 

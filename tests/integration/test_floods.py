@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from node.exchange.contract import Lane
-from node.exchange.tls import Limits, Timing
+from node.exchange.limits import Limits, Timing
 from protocol import wire
 from protocol.ids import PeerId
 from protocol.members import MAX_MEMBERS, Member, State, Update

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 import trio
 import trio.testing
 
-from node.exchange.send_slots import MOST, OF_ONE, TURN_S, Turns
+from node.exchange.send_slots import SLOT_S, SLOTS, SLOTS_PER_PEER, SendSlots
 from protocol.ids import PeerId
 
 
-def play(scenario: Callable[[Turns], Awaitable[None]]) -> None:
+def play(scenario: Callable[[SendSlots], Awaitable[None]]) -> None:
     async def main() -> None:
-        turns = Turns()
+        turns = SendSlots()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(turns.run)
             await scenario(turns)
@@ -27,7 +27,7 @@ def peer_of(lot: trio.lowlevel.ParkingLot) -> PeerId:
     return PeerId(str(id(lot)))
 
 
-async def send(turns: Turns, lot: trio.lowlevel.ParkingLot, seconds: float, ended: list[float]) -> None:
+async def send(turns: SendSlots, lot: trio.lowlevel.ParkingLot, seconds: float, ended: list[float]) -> None:
     while not turns.take(lot, peer_of(lot)):
         await lot.park()
     await trio.sleep(seconds)
@@ -36,41 +36,41 @@ async def send(turns: Turns, lot: trio.lowlevel.ParkingLot, seconds: float, ende
 
 
 def test_all_that_want_to_send_do_so_a_few_at_a_time() -> None:
-    async def scenario(turns: Turns) -> None:
+    async def scenario(turns: SendSlots) -> None:
         ended: list[float] = []
         start = trio.current_time()
         async with trio.open_nursery() as nursery:
-            for _ in range(3 * MOST):
+            for _ in range(3 * SLOTS):
                 nursery.start_soon(send, turns, trio.lowlevel.ParkingLot(), 0.5, ended)
             await trio.testing.wait_all_tasks_blocked()
             assert turns.contended
-        assert [round(at - start, 3) for at in ended] == [0.5] * MOST + [1.0] * MOST + [1.5] * MOST
+        assert [round(at - start, 3) for at in ended] == [0.5] * SLOTS + [1.0] * SLOTS + [1.5] * SLOTS
         assert not turns.contended
 
     play(scenario)
 
 
 def test_slow_receivers_hold_up_the_others_for_a_turn_only() -> None:
-    async def scenario(turns: Turns) -> None:
+    async def scenario(turns: SendSlots) -> None:
         ended: list[float] = []
         start = trio.current_time()
         async with trio.open_nursery() as nursery:
-            for _ in range(MOST):
+            for _ in range(SLOTS):
                 nursery.start_soon(send, turns, trio.lowlevel.ParkingLot(), 1000.0, [])
             await trio.testing.wait_all_tasks_blocked()
             nursery.start_soon(send, turns, trio.lowlevel.ParkingLot(), 0.0, ended)
-        assert TURN_S <= ended[0] - start <= 1.5 * TURN_S
+        assert SLOT_S <= ended[0] - start <= 1.5 * SLOT_S
 
     play(scenario)
 
 
 def test_who_leaves_gives_up_turn_and_place() -> None:
-    async def scenario(turns: Turns) -> None:
-        lots = [trio.lowlevel.ParkingLot() for _ in range(MOST + 2)]
-        assert [turns.take(lot, peer_of(lot)) for lot in lots] == [True] * MOST + [False] * 2
-        turns.leave(lots[MOST])
+    async def scenario(turns: SendSlots) -> None:
+        lots = [trio.lowlevel.ParkingLot() for _ in range(SLOTS + 2)]
+        assert [turns.take(lot, peer_of(lot)) for lot in lots] == [True] * SLOTS + [False] * 2
+        turns.leave(lots[SLOTS])
         turns.leave(lots[0])
-        assert turns.take(lots[MOST + 1], peer_of(lots[MOST + 1]))
+        assert turns.take(lots[SLOTS + 1], peer_of(lots[SLOTS + 1]))
         assert not turns.contended
         assert not turns.take(lots[0], peer_of(lots[0]))
 
@@ -80,15 +80,15 @@ def test_who_leaves_gives_up_turn_and_place() -> None:
 def test_one_peer_leaves_turns_to_the_others() -> None:
     """S-40"""
 
-    async def scenario(turns: Turns) -> None:
+    async def scenario(turns: SendSlots) -> None:
         hog, other = PeerId("hog"), PeerId("other")
-        lots = [trio.lowlevel.ParkingLot() for _ in range(MOST)]
-        assert sum(turns.take(lot, hog) for lot in lots) == OF_ONE
+        lots = [trio.lowlevel.ParkingLot() for _ in range(SLOTS)]
+        assert sum(turns.take(lot, hog) for lot in lots) == SLOTS_PER_PEER
         free, waits = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
         assert turns.take(free, other)
         turns.give(free)
         assert turns.take(waits, other), "though others of the hog wait for longer"
         turns.give(lots[0])
-        assert turns.take(lots[OF_ONE], hog)
+        assert turns.take(lots[SLOTS_PER_PEER], hog)
 
     play(scenario)
