@@ -54,6 +54,7 @@ from node.control.reload import LiveParts, Reloader
 from node.control.routes import METRICS_LIMITS, metrics_handler, serve_control
 from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Answer
 from node.exchange.tls import TlsExchange
 from node.identity.credentials import save_joined, standing
@@ -214,7 +215,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         stack.callback(work.cancel_scope.cancel)
 
         answers = _Late()
-        exchange = TlsExchange(
+        endpoint = Endpoint(
             admission.server_context,
             admission.client_context,
             admission.peer_of,
@@ -224,6 +225,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             handler=answers,
             plain=config.peers.plain,
         )
+        exchange = TlsExchange(endpoint)
         service = Gossiper(membership, exchange, revocations)
         site = Site(
             identity.peer_id,

@@ -78,7 +78,10 @@ class Channel(ABC):
                     raise PeerUnavailableError(f"connection lost: {error}") from error
                 else:
                     self.traffic.sent += sent
-                    views = _after(views, sent)
+                    while views and sent >= len(views[0]):
+                        sent -= len(views.pop(0))
+                    if sent:
+                        views[0] = views[0][sent:]
         except BaseException:
             self.close()
             raise
@@ -92,7 +95,10 @@ class Channel(ABC):
     async def wait_taken(self) -> None:
         """Until the kernel holds few bytes that are not on the wire (UNSENT_BYTES)."""
         with trio.move_on_after(self._stall_s):
-            await self._wait_writable()
+            try:
+                await trio.lowlevel.wait_writable(self._sock)
+            except (trio.ClosedResourceError, ValueError, OSError) as error:
+                raise PeerUnavailableError("connection closed") from error
             return
         raise PeerUnavailableError(f"peer takes no bytes for {self._stall_s} s")
 
@@ -100,12 +106,6 @@ class Channel(ABC):
         """May return before anything came. `coming`: see `Readable.wait`."""
         try:
             await self._readable.wait(coming)
-        except (trio.ClosedResourceError, ValueError, OSError) as error:
-            raise PeerUnavailableError("connection closed") from error
-
-    async def _wait_writable(self) -> None:
-        try:
-            await trio.lowlevel.wait_writable(self._sock)
         except (trio.ClosedResourceError, ValueError, OSError) as error:
             raise PeerUnavailableError("connection closed") from error
 
@@ -132,14 +132,10 @@ class PlainChannel(Channel):
 
 
 class TlsChannel(Channel):
-    def __init__(self, tls: ssl.SSLSocket, stall_s: float) -> None:
-        super().__init__(tls, stall_s)
-        self._tls = tls
+    _sock: ssl.SSLSocket
 
     @classmethod
-    async def open(
-        cls, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, stall_s: float
-    ) -> TlsChannel:
+    async def open(cls, sock: socket.socket, context: ssl.SSLContext, stall_s: float) -> TlsChannel:
         """Take over the connected socket `sock` and do the TLS handshake. The caller sets the deadline.
 
         Raises NotAdmittedError where the other side has no certificate of this cluster, PeerUnavailableError.
@@ -151,7 +147,8 @@ class TlsChannel(Channel):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             with suppress(OSError):  # a kernel without it keeps its default
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
-            tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+            server = context.protocol == ssl.PROTOCOL_TLS_SERVER
+            tls = context.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
         except OSError as error:
             sock.close()
             raise PeerUnavailableError(f"connection lost: {error}") from error
@@ -170,12 +167,12 @@ class TlsChannel(Channel):
             except ssl.SSLWantReadError:
                 await self.wait_readable()
             except ssl.SSLWantWriteError:
-                await self._wait_writable()
-            except ssl.SSLError as error:
-                if why := _not_admitted(error):
-                    raise NotAdmittedError(why) from error
-                raise PeerUnavailableError(f"{name} failed: {error}") from error
+                await self.wait_taken()
+            except ssl.SSLCertVerificationError as error:
+                raise NotAdmittedError(f"certificate of another cluster ({error.verify_message})") from error
             except (OSError, ValueError) as error:
+                if getattr(error, "reason", "") == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+                    raise NotAdmittedError("showed no certificate") from error
                 raise PeerUnavailableError(f"{name} failed: {error}") from error
             else:
                 return
@@ -186,9 +183,9 @@ class TlsChannel(Channel):
         This channel can then only be closed. The caller sets the deadline. OpenSSL reads record by record, so bytes
         that the peer sends behind its close_notify are still in the socket.
         """
-        await self._carry_out(self._tls.unwrap, "the end of TLS")
+        await self._carry_out(self._sock.unwrap, "the end of TLS")
         self._closed = True
-        sock = socket.socket(fileno=self._tls.detach())
+        sock = socket.socket(fileno=self._sock.detach())
         sock.setblocking(False)
         plain = PlainChannel(sock, self._stall_s)
         plain.traffic = self.traffic
@@ -196,7 +193,7 @@ class TlsChannel(Channel):
 
     def peer_certificate(self) -> bytes:
         """In DER; empty where the peer gave none."""
-        return self._tls.getpeercert(binary_form=True) or b""
+        return self._sock.getpeercert(binary_form=True) or b""
 
     def _receive(self, view: memoryview) -> int:
         """OpenSSL returns one record (16 KiB) at a time, and may hold one when the socket is no longer readable. So it
@@ -204,7 +201,7 @@ class TlsChannel(Channel):
         received = 0
         try:
             while received < len(view):
-                size = self._tls.recv_into(view[received:])
+                size = self._sock.recv_into(view[received:])
                 if not size:
                     break
                 received += size
@@ -220,20 +217,4 @@ class TlsChannel(Channel):
 
     def _send(self, views: list[memoryview]) -> int:
         """OpenSSL requires that a write that would block is repeated with the same bytes; `send_all` does so."""
-        return self._tls.send(views[0])
-
-
-def _not_admitted(error: ssl.SSLError) -> str:
-    """Why the other side's certificate was not accepted; "" where the error has another cause."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate of another cluster ({error.verify_message})"
-    return "showed no certificate" if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE" else ""
-
-
-def _after(views: list[memoryview], sent: int) -> list[memoryview]:
-    """`views` without the first `sent` bytes."""
-    for index, view in enumerate(views):
-        if sent < len(view):
-            return [view[sent:], *views[index + 1 :]]
-        sent -= len(view)
-    return []
+        return self._sock.send(views[0])

@@ -1,17 +1,17 @@
-"""Frames on one connection of the bulk channel (docs/PROTOCOL.md): how they wait, are written, and are read.
+"""The frames of one connection of the bulk channel (docs/PROTOCOL.md): how they wait, are written, and are read.
 
-Each side of a connection has one task that reads and one that writes. Frames without a body are written first, and many
-as one TLS record: a `Waiting` behind a block on a slow link would come too late. A body is read straight into the
-memory that its asker gave. Where both sides want it (plain mode), TLS ends after the hellos and blocks go in the clear:
-they are checked by their own signed records.
+Each side has one task that reads and one that writes. Frames without a body are written first, many as one TLS record:
+a `Waiting` behind a block on a slow link would come too late. A body is read straight into its asker's memory. Where
+both sides want it (plain mode), TLS ends after the hellos, and blocks go in the clear.
 """
 
 from __future__ import annotations
 
 import logging
+import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 import msgspec
@@ -20,15 +20,15 @@ from cachetools import LRUCache
 
 from node.config.schema import HostPort
 from node.exchange.channel import Channel, TlsChannel, Traffic
-from node.exchange.contract import Lane
-from node.exchange.limits import Limits, Timing
+from node.exchange.contract import Handler, Lane
+from node.exchange.limits import DEFAULT_LIMITS, DEFAULT_TIMING, Limits, Timing
 from node.exchange.send_slots import SendSlots
 from node.runtime.refusals import Refusals
 from protocol import wire
 from protocol.erasure import Buffer
 from protocol.errors import NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import BLOCK_SIZE, PeerId
-from protocol.members import MAX_MEMBERS
+from protocol.members import MAX_MEMBERS, Member
 from protocol.messages import GetBlock, GetShard, Request
 
 log = logging.getLogger(__name__)
@@ -48,25 +48,34 @@ def is_for_block(message: Request) -> bool:
     return isinstance(message, GetShard | GetBlock)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Endpoint:
-    """What all connections of one node share, dialled and accepted ones."""
+    """One node's end of all its connections: its settings, and the state that dialled and accepted ones share.
 
+    `peer_of` returns the peer id of a certificate (DER) that TLS has verified, or raises NotAdmittedError. `locate`
+    returns a member with its addresses. Connections of peers for which `refused` is true are not accepted. With port 0
+    in `listen` the kernel chooses one. With `plain`, blocks go in the clear to and from members that want it too.
+    """
+
+    server_context: ssl.SSLContext
+    client_context: ssl.SSLContext
     peer_of: Callable[[bytes], PeerId]
-    plain: bool
-    timing: Timing
-    limits: Limits
-    slots: SendSlots = field(default_factory=SendSlots)
-    traffic: LRUCache[PeerId, Traffic] = field(default_factory=lambda: LRUCache(MAX_MEMBERS))
-    _refusals: Refusals = field(default_factory=Refusals, init=False)
+    _: KW_ONLY
+    listen: HostPort
+    locate: Callable[[PeerId], Member | None]
+    refused: Callable[[PeerId], bool]
+    handler: Handler
+    plain: bool = False
+    timing: Timing = DEFAULT_TIMING
+    limits: Limits = DEFAULT_LIMITS
+    slots: SendSlots = field(default_factory=SendSlots, init=False)
+    traffic: LRUCache[PeerId, Traffic] = field(default_factory=lambda: LRUCache(MAX_MEMBERS), init=False)
+    refusals: Refusals = field(default_factory=Refusals, init=False)
 
     def identify(self, channel: TlsChannel, expected: PeerId | None = None) -> PeerId:
-        """The peer at the other end; the channel's bytes count as its traffic from here on.
-
-        Raises NotAdmittedError, and PeerUnavailableError where it is another than `expected`.
-        """
+        """The peer at the other end; the channel's bytes count as its traffic from here on. Raises NotAdmittedError."""
         peer = self.peer_of(channel.peer_certificate())
-        if expected is not None and peer != expected:  # an address may have passed to another member
+        if expected not in (None, peer):  # an address may have passed to another member
             raise PeerUnavailableError(f"{peer} is there now")
         channel.traffic = self.traffic.setdefault(peer, Traffic())
         return peer
@@ -75,7 +84,7 @@ class Endpoint:
         return self.plain and lane != Lane.CONTROL
 
     def log_refusal(self, error: NotAdmittedError, where: HostPort) -> None:
-        self._refusals.tell("bulk", error.peer or where.host, str(where), error)
+        self.refusals.tell("bulk", error.peer or where.host, str(where), error)
 
 
 class Frame(NamedTuple):
@@ -97,8 +106,7 @@ class Connection:
         self.scope = trio.CancelScope()
         self.used_at = trio.current_time()
         self.small: deque[Frame] = deque()
-        self.large: deque[Frame] = deque()
-        """Those with a body."""
+        self.large: deque[Frame] = deque()  # those with a body
         self._slots = slots
         self._work = trio.lowlevel.ParkingLot()
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import socket
-import ssl
-from collections.abc import Callable
 from functools import partial
+from itertools import count, filterfalse
 from typing import NoReturn
 
 import trio
@@ -40,13 +39,14 @@ class Outgoing(Connection):
         self.heard_at = math.inf
         """When anything last came, or a request was made while none was open; infinite until it is established."""
         self._limits, self._timing = endpoint.limits, endpoint.timing
-        self._last_id = 0
+        numbers = (number & 0xFFFFFFFF for number in count(1))
+        self._free_numbers = filterfalse(self.calls.__contains__, numbers)
 
     def submit(self, call: Call) -> None:
         """Raises PeerUnavailableError where too many requests have no answer yet."""
         if len(self.calls) >= self._limits.pending_per_connection:
             raise PeerUnavailableError(f"{self.peer} owes {len(self.calls)} answers on one connection")
-        request_id = self._next_id()
+        request_id = next(self._free_numbers)
         frame = Frame(wire.encode_head(request_id, call.message, 0))
         self.used_at = trio.current_time()
         if not self.calls:
@@ -90,19 +90,11 @@ class Outgoing(Connection):
             call.end(error)
         self.calls.clear()
 
-    def _next_id(self) -> int:
-        while True:
-            self._last_id = (self._last_id + 1) & 0xFFFFFFFF
-            if self._last_id not in self.calls:
-                return self._last_id
-
 
 class Dialler:
-    def __init__(self, endpoint: Endpoint, context: ssl.SSLContext, locate: Callable[[PeerId], Member | None]) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._timing = endpoint.timing
-        self._context = context
-        self._locate = locate
         self.connections: dict[tuple[PeerId, Lane], Outgoing] = {}
         self._failures: dict[PeerId, tuple[float, Member, str]] = {}
         """Until when a peer is not dialled again, as which member it failed, and why."""
@@ -123,7 +115,7 @@ class Dialler:
         if connection is not None:
             return connection
         failure = self._failures.get(peer)
-        if failure is not None and trio.current_time() < failure[0] and self._locate(peer) == failure[1]:
+        if failure is not None and trio.current_time() < failure[0] and self._endpoint.locate(peer) == failure[1]:
             raise PeerUnavailableError(failure[2])
         if len(self.connections) >= self._endpoint.limits.connections:
             raise PeerUnavailableError(f"too many connections are open to open another one to {peer}")
@@ -170,7 +162,7 @@ class Dialler:
 
     async def _dial(self, peer: PeerId, lane: Lane) -> Reader[Reply]:
         """Raises PeerUnavailableError where no address of the member leads to it, and remembers that."""
-        member = self._locate(peer)
+        member = self._endpoint.locate(peer)
         if member is None:
             raise PeerUnavailableError(f"no address of {peer} is known")
         reasons = []
@@ -194,9 +186,9 @@ class Dialler:
         raise PeerUnavailableError("no handshake in time")
 
     async def _introduce(self, sock: socket.socket, peer: PeerId, lane: Lane) -> Reader[Reply]:
-        channel = await TlsChannel.open(sock, self._context, server_side=False, stall_s=self._timing.stall_s)
+        channel = await TlsChannel.open(sock, self._endpoint.client_context, self._timing.stall_s)
         try:
-            self._endpoint.identify(channel, peer)
+            self._endpoint.identify(channel, expected=peer)
             reader = Reader(channel, wire.REPLIES)
             plain = self._endpoint.wants_plain(lane)
             await channel.send_all(wire.encode_hello(lane, plain))
@@ -208,10 +200,9 @@ class Dialler:
 
 
 async def _connect(where: HostPort, within_s: float) -> socket.socket:
-    with trio.move_on_after(within_s):
-        try:
+    try:
+        with trio.fail_after(within_s):
             stream = await trio.open_tcp_stream(where.host, where.port)
-        except (OSError, ValueError) as error:  # ValueError: a host that is no name at all
-            raise PeerUnavailableError(str(error)) from error
-        return socket.socket(fileno=stream.socket.detach())
-    raise PeerUnavailableError("no connection in time")
+    except (OSError, ValueError, trio.TooSlowError) as error:  # ValueError: a host that is no name at all
+        raise PeerUnavailableError(str(error) or "no connection in time") from error
+    return socket.socket(fileno=stream.socket.detach())

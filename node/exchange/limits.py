@@ -1,7 +1,6 @@
 """The bulk channel's bounds in time, number and memory, each with its reason, and the counters that it reports.
 
-A bound that is the same everywhere is a constant. One that a test or a site may need to vary is a field of `Timing` or
-`Limits`. Bounds that only make sense beside their code (batches, send slots) are found there.
+Bounds that tests vary are fields of `Timing` and `Limits`, others are constants, here or beside the code they explain.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeStatistics:
-    """A snapshot. `traffic`: bytes of frames by peer since the start."""
+    """A snapshot. `traffic`: bytes of frames by peer since the start. The last two are of incoming connections."""
 
     connections_in: int
     connections_out: int
@@ -81,7 +80,6 @@ class ExchangeStatistics:
     traffic: Mapping[PeerId, Traffic]
     answer_bytes_free: int
     small_frames_waiting: int
-    """On incoming connections."""
 
 
 DEFAULT_TIMING, DEFAULT_LIMITS = Timing(), Limits()

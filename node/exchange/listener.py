@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-import ssl
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +22,6 @@ from cache.memory import sole
 from node.config.schema import HostPort
 from node.exchange.channel import PlainChannel, TlsChannel
 from node.exchange.connection import BATCH_BYTES, Connection, Endpoint, Frame, Reader, is_for_block
-from node.exchange.contract import Handler
 from node.exchange.fair_shares import Shares
 from node.exchange.limits import BACKLOG, HANDSHAKES_PER_ADDRESS, HEADS_RATE, VIEWS
 from node.exchange.requests import AtWork, answer
@@ -49,29 +47,15 @@ class Incoming(Connection):
 class Listener:
     """Listens from its construction; accepts and answers while it runs. Closes when `run` ends."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        context: ssl.SSLContext,
-        *,
-        listen: HostPort,
-        refused: Callable[[PeerId], bool],
-        handler: Handler,
-        arrived: Callable[[PeerId], None],
-    ) -> None:
-        """`arrived` is called with each peer that was let in. Raises BadInputError where `listen` cannot be used."""
-        self._endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, arrived: Callable[[PeerId], None]) -> None:
+        """`arrived` is called with each peer that was let in. Raises BadInputError where it cannot listen."""
+        self._endpoint, self._arrived = endpoint, arrived
         self._timing, self._limits = endpoint.timing, endpoint.limits
-        self._context = context
-        self._refused = refused
-        self._handler = handler
-        self._arrived = arrived
-        self._socket = _listen(listen)
+        self._socket = _listen(endpoint.listen)
         self.address = HostPort(*self._socket.getsockname()[:2])
         self.connections: set[Incoming] = set()
         self._handshakes = trio.Semaphore(self._limits.handshakes)
-        self._handshakes_of: Counter[str] = Counter()
-        """Those under way, by IP address."""
+        self._handshakes_by_host: Counter[str] = Counter()
         self._requests = Shares(self._limits.requests)
         self.answer_bytes = Shares(self._limits.answer_bytes)
         self._at_work = AtWork[tuple[Incoming, int]](self._timing.waiting_first_s, self._timing.waiting_every_s)
@@ -104,8 +88,8 @@ class Listener:
             try:
                 sock, address = self._socket.accept()
                 where = HostPort(*address[:2])
-                if self._handshakes_of[where.host] < HANDSHAKES_PER_ADDRESS:
-                    self._handshakes_of[where.host] += 1
+                if self._handshakes_by_host[where.host] < HANDSHAKES_PER_ADDRESS:
+                    self._handshakes_by_host[where.host] += 1
                     return sock, where
                 sock.close()
             except OSError as error:
@@ -120,9 +104,7 @@ class Listener:
                 peer, reader = await self._welcome(sock)
             finally:
                 self._handshakes.release()
-                self._handshakes_of[where.host] -= 1
-                if not self._handshakes_of[where.host]:
-                    del self._handshakes_of[where.host]
+                self._handshakes_by_host -= Counter([where.host])  # also drops a count of 0
             raise await self._attend(peer, reader)
         except PeerUnavailableError as error:
             log.debug("an incoming connection ended: %s", error)
@@ -134,7 +116,7 @@ class Listener:
     async def _welcome(self, sock: socket.socket) -> tuple[PeerId, Reader[Request]]:
         """The peer at the other end and a reader of its requests, once both sides have said hello."""
         with trio.move_on_after(self._timing.handshake_s):
-            channel = await TlsChannel.open(sock, self._context, server_side=True, stall_s=self._timing.stall_s)
+            channel = await TlsChannel.open(sock, self._endpoint.server_context, self._timing.stall_s)
             try:
                 peer = self._endpoint.identify(channel)
                 reader = Reader(channel, wire.REQUESTS)
@@ -152,7 +134,7 @@ class Listener:
         """Raises PeerUnavailableError where the peer may open no further connection."""
         same = sum(connection.peer == peer for connection in self.connections)
         full = len(self.connections) >= self._limits.connections or same >= self._limits.connections_per_peer
-        if full or self._refused(peer):
+        if full or self._endpoint.refused(peer):
             raise PeerUnavailableError(f"{peer} is refused, or has too many connections")
 
     async def _attend(self, peer: PeerId, reader: Reader[Request]) -> ShoalError:
@@ -184,7 +166,10 @@ class Listener:
                 raise PeerMisbehavedError("a request with the number of another one at work")
             if plain and not is_for_block(head.message):
                 raise PeerMisbehavedError(f"{type(head.message).__name__} came in the clear")
-            await _acquire(connection.places)
+            if connection.places.value:  # without the checkpoint of `acquire`: every request passes here
+                connection.places.acquire_nowait()
+            else:
+                await connection.places.acquire()
             if not self._requests.take(peer, 1):
                 await self._requests.wait(peer, 1)
             connection.at_work[head.request_id] = False
@@ -198,7 +183,7 @@ class Listener:
         await trio.sleep_until(until)
 
     async def _answer(self, connection: Incoming, request: wire.Head[Request]) -> None:
-        head, body = await answer(self._handler, connection.peer, request)
+        head, body = await answer(self._endpoint.handler, connection.peer, request)
         size = len(body or b"")
         if not self.answer_bytes.take(connection.peer, size):
             size, body = 0, None
@@ -229,14 +214,6 @@ class Listener:
         if len(connection.small) < self._limits.requests_per_connection:
             waiting = Waiting(connection.at_work[request_id])
             connection.put(Frame(wire.encode_head(request_id, waiting, 0)))
-
-
-async def _acquire(semaphore: trio.Semaphore) -> None:
-    """As `acquire`, without a checkpoint where no wait is needed: every request passes here."""
-    try:
-        semaphore.acquire_nowait()
-    except trio.WouldBlock:
-        await semaphore.acquire()
 
 
 def _listen(where: HostPort) -> socket.socket:

@@ -17,8 +17,7 @@ import trio
 from node.exchange.contract import Answer, Handler, Heard, Into, Lane
 from node.exchange.requests import REQUESTS_PER_CONNECTION, AtWork, Call, answer
 from protocol import wire
-from protocol.erasure import Buffer
-from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.errors import PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
 from protocol.messages import Reply, Request
 
@@ -55,7 +54,7 @@ class MemoryNetwork:
     def leave(self, peer: PeerId, exchange: MemoryExchange) -> None:
         if self._nodes.get(peer) is exchange:
             del self._nodes[peer]
-        exchange.hang_up()
+        exchange.disconnect(peer)
 
     def node(self, peer: PeerId) -> MemoryExchange:
         """Raises PeerUnavailableError where no exchange of this peer runs."""
@@ -147,10 +146,6 @@ class MemoryExchange:
             if peer in (line.asker, line.call.peer):
                 line.cut()
 
-    def hang_up(self) -> None:
-        for line in [*self._asked, *self._answering]:
-            line.cut()
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._network.join(self._own, self)
         try:
@@ -169,15 +164,11 @@ class MemoryExchange:
     async def _serve(self, line: _Line) -> None:
         with line.scope:
             await self._network.travel(line.asker, self._own, line.size)
-            result = await self._answered(line)
-            if isinstance(result, Answer):
-                line.call.deliver(result)
-            else:
-                line.call.end(result)
+            await self._answer(line)
         del self._answering[line]
 
-    async def _answered(self, line: _Line) -> Answer | ShoalError:
-        """Returns the answer, or the asker's error, once all of it has arrived at the asker."""
+    async def _answer(self, line: _Line) -> None:
+        """Deliver the answer, or the asker's error, once all of it has arrived at the asker."""
         slot = self._slots[line.asker, line.lane]
         await slot.acquire()
         self._at_work.begin(line)
@@ -190,16 +181,13 @@ class MemoryExchange:
             await self._network.travel(self._own, line.asker, len(head) + len(body or b""))
         finally:
             self._at_work.end(line)
-        return _answer_in(line.call.message, head, body)
-
-
-def _answer_in(request: Request, head: bytes, body: Buffer | None) -> Answer | ShoalError:
-    try:
-        message = _read(wire.REPLIES, head)
-        wire.check_answer(request, message)
-    except PeerMisbehavedError as error:
-        return error
-    return Answer(message, body)
+        try:
+            message = _read(wire.REPLIES, head)
+            wire.check_answer(line.call.message, message)
+        except PeerMisbehavedError as error:
+            line.call.end(error)
+        else:
+            line.call.deliver(Answer(message, body))
 
 
 def _checked(frame: bytes) -> Request:

@@ -1,14 +1,12 @@
-"""Both ends of a request, whatever carries it: the asking side never waits longer than a peer may be silent, and the
-answering side always answers, and says `Waiting` while it works.
+"""Both ends of a request, whatever carries it.
 
-An asker cannot see whether a peer works or is dead, only when something came from it. So a request has no deadline: it
-ends when nothing came for the silence that its caller allows.
+The asking side cannot see whether a peer works or is dead, only when something came from it. So a request has no
+deadline: it ends after a silence. The answering side always answers, and sends `Waiting` while it works.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Hashable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Generic, TypeVar
@@ -16,16 +14,8 @@ from typing import Generic, TypeVar
 import trio
 
 from node.exchange.contract import Answer, Handler, Heard, Into
-from protocol import wire
+from protocol import errors, wire
 from protocol.erasure import Buffer
-from protocol.errors import (
-    BadInputError,
-    DeniedError,
-    NotFoundError,
-    PeerMisbehavedError,
-    PeerUnavailableError,
-    ShoalError,
-)
 from protocol.ids import PeerId
 from protocol.messages import Failed, Reply, Request
 
@@ -42,25 +32,20 @@ REQUESTS_PER_CONNECTION = 64
 
 Key = TypeVar("Key", bound=Hashable)
 
-_CODES: tuple[tuple[type[ShoalError], str], ...] = (  # all others: "unavailable"
-    (NotFoundError, "not-found"),
-    (DeniedError, "denied"),
-    (BadInputError, "bad-request"),
-    (PeerMisbehavedError, "bad-request"),
+_CODES: tuple[tuple[type[errors.ShoalError], str], ...] = (  # all others: "unavailable"
+    (errors.NotFoundError, "not-found"),
+    (errors.DeniedError, "denied"),
+    (errors.BadInputError, "bad-request"),
+    (errors.PeerMisbehavedError, "bad-request"),
 )
-
-
-def never() -> float:
-    """The time of an event that did not happen."""
-    return -math.inf
 
 
 @dataclass(eq=False)
 class Call:
     """One request on the asking side. Ends with an answer, an error or silence.
 
-    `came` returns when anything last came from the peer: behind a long answer on a slow link, nothing of this request
-    can come.
+    `came` returns when anything last came from the peer, if that counts as a sign of life for this request: behind a
+    long answer on a slow link, nothing of this request can come.
     """
 
     peer: PeerId
@@ -69,7 +54,7 @@ class Call:
     silence_s: float
     heard: Heard | None
     into: Into | None
-    came: Callable[[], float] = never
+    came: Callable[[], float] | None = None
     _heard_at: float = field(default_factory=trio.current_time, init=False)
     _body: bytearray | memoryview | None = field(default=None, init=False)
     _view: memoryview | None = field(default=None, init=False)
@@ -83,7 +68,7 @@ class Call:
                     await self._ended.wait()
         finally:
             if self._result is None:
-                self._result = PeerUnavailableError(f"{self.peer} was silent for {self.silence_s} s")
+                self._result = errors.PeerUnavailableError(f"{self.peer} was silent for {self.silence_s} s")
             self._release()
         if isinstance(self._result, Answer):
             return self._result
@@ -91,6 +76,8 @@ class Call:
         raise type(self._result)(*self._result.args) from self._result
 
     def _silent_at(self) -> float:
+        if self.came is None:
+            return self._heard_at + self.silence_s
         came = min(self.came(), self._heard_at + max(0.0, STARVED_S - self.silence_s))
         return max(self._heard_at, came) + self.silence_s
 
@@ -153,7 +140,7 @@ async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) ->
     try:
         reply = await handler(peer, request.message)
         head = wire.encode_head(request.request_id, reply.message, len(reply.body or b""))
-    except ShoalError as error:
+    except errors.ShoalError as error:
         code = next((code for kind, code in _CODES if isinstance(error, kind)), "unavailable")
         failed = Failed(code, str(error)[: wire.MAX_FAILURE_TEXT])
     except Exception:  # the boundary of a task that a peer started: a bug here must not end the daemon
@@ -167,9 +154,8 @@ async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) ->
 class AtWork(Generic[Key]):
     """The requests that have no answer yet, and when each is due for its next `Waiting`.
 
-    One task serves all of them in even steps, and sleeps while there are none: a request that is answered quickly
-    costs an entry in a dictionary. After the first `Waiting`, those of all requests are due at the same times, and so
-    travel and are read together.
+    One task serves all in even steps and sleeps while there are none: a quick answer costs two dictionary operations.
+    After a first `Waiting`, those of all requests are due at the same times, so that they travel and are read together.
     """
 
     def __init__(self, first_s: float = WAITING_FIRST_S, every_s: float = WAITING_EVERY_S) -> None:
@@ -177,9 +163,6 @@ class AtWork(Generic[Key]):
         self._every_s = every_s
         self._due: dict[Key, float] = {}
         self._busy = trio.Event()
-
-    def __len__(self) -> int:
-        return len(self._due)
 
     def begin(self, key: Key) -> None:
         self._due[key] = trio.current_time() + self._first_s

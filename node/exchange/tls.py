@@ -6,54 +6,27 @@ dialler, for the requests that it makes, and a listener, for those that it answe
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Callable
-
 import trio
 
-from node.config.schema import HostPort
 from node.exchange.channel import Traffic
 from node.exchange.connection import Endpoint, is_for_block
-from node.exchange.contract import Answer, Handler, Heard, Into, Lane
+from node.exchange.contract import Answer, Heard, Into, Lane
 from node.exchange.dialler import Dialler
-from node.exchange.limits import DEFAULT_LIMITS, DEFAULT_TIMING, ExchangeStatistics, Limits, Timing
+from node.exchange.limits import ExchangeStatistics
 from node.exchange.listener import Listener
-from node.exchange.requests import Call, never
+from node.exchange.requests import Call
 from protocol.ids import PeerId
-from protocol.members import Member
 from protocol.messages import Request
 
 
 class TlsExchange:
-    """`Exchange` (node/exchange/contract.py) over mutual TLS.
+    """`Exchange` (node/exchange/contract.py) over mutual TLS. Listens from its construction, answers while it runs."""
 
-    `peer_of` returns the peer id of a certificate (DER) that TLS has verified, or raises NotAdmittedError. `locate`
-    returns a member with its addresses. Connections of peers for which `refused` is true are not accepted. It listens
-    from its construction and answers while it runs; with port 0 in `listen` the kernel chooses one, see `address`.
-    With `plain`, blocks go in the clear to and from members that want it too.
-    """
-
-    def __init__(
-        self,
-        server_context: ssl.SSLContext,
-        client_context: ssl.SSLContext,
-        peer_of: Callable[[bytes], PeerId],
-        *,
-        listen: HostPort,
-        locate: Callable[[PeerId], Member | None],
-        refused: Callable[[PeerId], bool],
-        handler: Handler,
-        plain: bool = False,
-        timing: Timing = DEFAULT_TIMING,
-        limits: Limits = DEFAULT_LIMITS,
-    ) -> None:
-        """Raises BadInputError where `listen` cannot be used."""
-        self._endpoint = endpoint = Endpoint(peer_of, plain, timing, limits)
-        self._dialler = Dialler(endpoint, client_context, locate)
-        arrived = self._dialler.forget_failure
-        self._listener = Listener(
-            endpoint, server_context, listen=listen, refused=refused, handler=handler, arrived=arrived
-        )
+    def __init__(self, endpoint: Endpoint) -> None:
+        """Raises BadInputError where it cannot listen."""
+        self._endpoint = endpoint
+        self._dialler = Dialler(endpoint)
+        self._listener = Listener(endpoint, self._dialler.forget_failure)
         self.address = self._listener.address
 
     def statistics(self) -> ExchangeStatistics:
@@ -101,9 +74,9 @@ class TlsExchange:
         if self._endpoint.plain and not for_block:
             lane = Lane.CONTROL  # which is encrypted, whatever the peer wants
         connection = self._dialler.connection(peer, lane)
-        # Any byte from the peer counts as life for a block's request only: other answers come from the peer's memory,
-        # so a late one is worth no patience. Another peer can be asked.
-        came = connection.came if for_block else never
+        # Other bytes of the peer are a sign of life for a block's request only: other answers come from its memory, and
+        # are late for no good reason. Another peer can be asked.
+        came = connection.came if for_block else None
         call = Call(peer, message, silence_s=silence_s, heard=heard, into=into, came=came)
         connection.submit(call)
         try:

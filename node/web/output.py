@@ -1,7 +1,4 @@
-"""Writing to a client's socket without copying: buffers by writev, files by sendfile, and a bound on slow clients.
-
-Each call writes as much as the socket takes before it waits. A client that takes nothing for `stall_s` is gone.
-"""
+"""Writing to a client's socket without copying, as fast as the client takes: buffers by writev, files by sendfile."""
 
 from __future__ import annotations
 
@@ -19,9 +16,8 @@ JOINED_BYTES = 64 << 10
 SENDFILE_BYTES = 1 << 20
 """Bytes of one sendfile call, between which other tasks run: a fast client does not hold up the loop."""
 SLOW_S = 500e-6
-"""Where a client takes longer to make room, we wait from then on until its whole send buffer has room, instead of
-trio's 16 KiB (TCP_NOTSENT_LOWAT): fewer wake-ups. With a fast client short waits cost less, as its bytes stay in the
-CPU's cache."""
+"""Once a client took longer than this to make room, wait until its whole send buffer has room instead of trio's 16 KiB
+(TCP_NOTSENT_LOWAT): fewer wake-ups. For a fast client short waits cost less: its bytes stay in the CPU's cache."""
 
 
 class ClientLeftError(Exception):
@@ -29,6 +25,8 @@ class ClientLeftError(Exception):
 
 
 class Output:
+    """`stall_s`: a client that takes nothing for this time is gone."""
+
     def __init__(self, stream: trio.SocketStream, stall_s: float) -> None:
         self._stream = stream
         self._stall_s = stall_s
@@ -40,11 +38,16 @@ class Output:
         rest = [memoryview(part) for part in ([b"".join(parts)] if length <= JOINED_BYTES else parts)]
         while rest:
             try:
-                _drop(rest, os.writev(self._stream.socket.fileno(), rest))
+                sent = os.writev(self._stream.socket.fileno(), rest)
             except BlockingIOError:
                 await self._room()
             except OSError as error:
                 raise ClientLeftError("while a body was sent") from error
+            else:
+                while rest and sent >= len(rest[0]):
+                    sent -= len(rest.pop(0))
+                if sent:
+                    rest[0] = rest[0][sent:]
         if length > JOINED_BYTES:
             await trio.lowlevel.checkpoint()
 
@@ -69,7 +72,6 @@ class Output:
                 await self._room()
 
     async def _room(self) -> None:
-        """Until the client takes more."""
         since = trio.current_time()
         with trio.move_on_after(self._stall_s) as stalled:
             await trio.lowlevel.wait_writable(self._stream.socket)
@@ -79,11 +81,3 @@ class Output:
             self._slow = True
             with contextlib.suppress(OSError):  # a unix socket has no such option
                 self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, (1 << 31) - 1)
-
-
-def _drop(parts: list[memoryview], count: int) -> None:
-    """Remove the first `count` bytes of `parts`, and parts that are then empty."""
-    while parts and count >= len(parts[0]):
-        count -= len(parts.pop(0))
-    if count:
-        parts[0] = parts[0][count:]

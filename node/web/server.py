@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
-from functools import partial
+from functools import lru_cache, partial
 from typing import BinaryIO, cast
 from urllib.parse import parse_qsl, unquote
 
@@ -135,7 +135,6 @@ class Server:
         self._open = 0
         self._idle: dict[trio.CancelScope, None] = {}
         """In the order in which they became idle."""
-        self._date = (0, "")
 
     async def serve(self, stream: trio.SocketStream) -> None:
         full = self._open >= self.limits.connections
@@ -157,13 +156,6 @@ class Server:
             finally:
                 del self._idle[scope]
         return not scope.cancelled_caught
-
-    def date(self) -> str:
-        """Value of the Date header, formatted once a second."""
-        now = int(time.time())
-        if now != self._date[0]:
-            self._date = now, formatdate(now, usegmt=True)
-        return self._date[1]
 
     def stop(self) -> None:
         self.stopping = True
@@ -368,7 +360,7 @@ class _Connection:
         await self._output.write(*self._event(h11.EndOfMessage()))
 
     def _head(self, response: Response, length: int | None) -> list[Buffer]:
-        headers = [("Date", self._server.date()), *response.headers.items()]
+        headers = [("Date", _date(int(time.time()))), *response.headers.items()]
         if length is not None and response.status not in _BODILESS and "Content-Length" not in response.headers:
             headers.append(("Content-Length", str(length)))
         return self._event(h11.Response(status_code=response.status, headers=headers))
@@ -380,6 +372,11 @@ class _Connection:
 
     def _event(self, event: h11.Event) -> list[Buffer]:
         return [part for part in self._h11.send_with_data_passthrough(event) or () if len(part)]
+
+
+@lru_cache(1)
+def _date(now: int) -> str:
+    return formatdate(now, usegmt=True)
 
 
 def _parse(head: h11.Request) -> Request:

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from cache.files import WRITE, identity_of, opened, write_at
 from node.config.schema import HostPort
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, own_authority, peer_of
@@ -123,11 +124,17 @@ async def answer(peer: PeerId, request: Request) -> Answer:
 def exchange_of(folder: Path, members: dict[PeerId, Member], plain: bool) -> tuple[PeerId, TlsExchange]:
     identity = Identity.of(Ed25519PrivateKey.generate())
     credentials = Credentials.issued(own_authority(folder), identity, "")
-    return identity.peer_id, TlsExchange(
-        credentials.server_context(), credentials.client_context(), peer_of,
-        listen=HostPort("127.0.0.1", 0), locate=members.get, refused=lambda peer: False, handler=answer,
+    endpoint = Endpoint(
+        credentials.server_context(),
+        credentials.client_context(),
+        peer_of,
+        listen=HostPort("127.0.0.1", 0),
+        locate=members.get,
+        refused=lambda peer: False,
+        handler=answer,
         plain=plain,
-    )  # fmt: skip
+    )
+    return identity.peer_id, TlsExchange(endpoint)
 
 
 def pour(listener: socket.socket) -> None:

@@ -32,6 +32,7 @@ from node.blocks.keeper import Seeder
 from node.blocks.trust import Trust
 from node.blocks.values import BlockAddress, Site
 from node.config.schema import HostPort
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, load_authority, peer_of
@@ -162,11 +163,12 @@ async def reading(
     async def refuse(peer: PeerId, request: object) -> None:
         raise UnavailableError("a reader only")
 
-    exchange = TlsExchange(
+    endpoint = Endpoint(
         credentials.server_context(), credentials.client_context(), peer_of,
         listen=HostPort(bench.lab.address(READER), 0), locate=view.find, refused=view.is_quarantined,
         handler=refuse,  # type: ignore[arg-type] # never answers
     )  # fmt: skip
+    exchange = TlsExchange(endpoint)
     tiers = Tiers(MemoryStore(0, trio.current_time), DiskLike(0, trio.current_time), None)
     site = Site(own.peer_id, view, lambda: placement, exchange, health, Trust(own.peer_id, view), tiers)
     async with trio.open_nursery() as work:

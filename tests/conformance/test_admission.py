@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.config.schema import HostPort
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import (
@@ -128,10 +129,11 @@ async def must_not_be_asked(peer: PeerId, request: Request) -> Answer:
 
 def exchange(scene: Scene, *, plain: bool = False) -> TlsExchange:
     admission = scene.admission()
-    return TlsExchange(
+    endpoint = Endpoint(
         admission.server_context, admission.client_context, admission.peer_of, listen=HostPort("127.0.0.1", 0),
         locate=scene.addresses.get, refused=lambda peer: False, handler=must_not_be_asked, plain=plain,
     )  # fmt: skip
+    return TlsExchange(endpoint)
 
 
 def stranger_client(scene: Scene) -> ssl.SSLContext:

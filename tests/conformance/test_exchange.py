@@ -17,9 +17,10 @@ import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.config.schema import HostPort
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Answer, Exchange, Handler, Into, Lane
-from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.exchange.limits import Limits, Timing
+from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, own_authority, peer_of
 from node.identity.identity import Identity
@@ -135,7 +136,7 @@ class TlsSite:
         identity = Identity.of(Ed25519PrivateKey.generate())
         credentials = Credentials.issued(self._authority, identity, "")
         refused: set[PeerId] = set()
-        exchange = TlsExchange(
+        endpoint = Endpoint(
             credentials.server_context(),
             credentials.client_context(),
             peer_of,
@@ -147,6 +148,7 @@ class TlsSite:
             timing=Timing(waiting_first_s=0.02, waiting_every_s=0.02, retry_s=0.001),
             limits=Limits(requests_per_connection=SLOTS),
         )
+        exchange = TlsExchange(endpoint)
         self._join(identity.peer_id, str(exchange.address))
         node = Node(identity.peer_id, exchange, refused)
         if not mute:  # else the kernel accepts connections, and nobody answers

@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.config.schema import HostPort
 from node.exchange import connection as exchange_connection
+from node.exchange.connection import BATCH_BYTES, Endpoint
 from node.exchange.contract import Answer, Lane
-from node.exchange.connection import BATCH_BYTES
 from node.exchange.limits import HANDSHAKES_PER_ADDRESS, Limits, Timing
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Authority, Credentials, own_authority, peer_of
@@ -82,10 +82,9 @@ class Cluster:
     def exchange(self, credentials: Credentials | None = None, *, port: int = 0, **changes: Any) -> Node:
         credentials = credentials or self.credentials()
         arguments: dict[str, Any] = {"handler": answer_all, "timing": TIMING, "refused": lambda peer: False} | changes
-        exchange = TlsExchange(
-            credentials.server_context(), credentials.client_context(), peer_of,
-            listen=HostPort("127.0.0.1", port), locate=self.members.get, **arguments,
-        )  # fmt: skip
+        listen, locate = HostPort("127.0.0.1", port), self.members.get
+        contexts = credentials.server_context(), credentials.client_context()
+        exchange = TlsExchange(Endpoint(*contexts, peer_of, listen=listen, locate=locate, **arguments))
         peer = credentials.identity.peer_id
         self.locate(peer, str(exchange.address))
         return Node(peer, exchange, credentials)
@@ -482,7 +481,9 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
         for request_id in range(blocks):
             await raw.say(request_id, GET)
         await raw.say(blocks, PING)
-        while node.exchange.statistics().small_frames_waiting <= blocks:  # the pong, and at least one `Waiting` for all that wait
+        while (
+            node.exchange.statistics().small_frames_waiting <= blocks
+        ):  # the pong, and at least one `Waiting` for all that wait
             await trio.lowlevel.checkpoint()
         answered: list[int] = []
         while len(answered) <= blocks:
