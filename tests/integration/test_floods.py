@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 import pytest
 import trio
@@ -26,8 +26,9 @@ ASKED = 10_000
 SAMPLES = 100
 FACTOR, GRACE_S = 10.0, 0.05
 """Measured: a factor of 0.6 to 1.7 in floods of requests for blocks and of pings."""
-AT_ONCE_S = {"views": 0.4, "blocks": 0.0, "pings": 0.0}
-"""A view of the largest size is decoded in one go, 65 ms."""
+ROUNDS = 3
+"""How often each connection of the flood may have a request decoded before the answer. A view of the largest size is
+decoded in one go, 65 ms; on a slow machine the pace of large requests (HEADS_RATE) keeps none of them back."""
 PATIENT = Timing(connect_s=60.0, handshake_s=60.0, stall_s=60.0, quiet_s=60.0)
 """No bound is reached, however slow the machine is."""
 A_VIEW = tuple(
@@ -44,6 +45,17 @@ async def p99_s(asker: Node, node: Node, message: Request) -> float:
         await asker.ask(node.peer, message, lane=Lane.CONTROL, silence_s=60.0)
         took.append(time.process_time() - began)
     return quantiles(took, n=100)[-1]
+
+
+def decode_s(message: Request) -> float:
+    """CPU seconds."""
+    heads, data, took = wire.Heads(wire.REQUESTS), wire.encode_head(0, message, 0), []
+    for _ in range(5):
+        began = time.process_time()
+        heads.feed(data)
+        assert heads.next() is not None
+        took.append(time.process_time() - began)
+    return median(took)
 
 
 async def ask_on(raw: Raw, message: Request) -> None:
@@ -71,7 +83,8 @@ def test_a_flood_of_one_member_hardly_slows_the_others(tmp_path: Path, flood: st
                 await trio.lowlevel.checkpoint()
             flooded_s = await p99_s(other, node, asked)
             nursery.cancel_scope.cancel()
-        print(f"{flood}: p99 {1000 * calm_s:.1f} ms, flooded {1000 * flooded_s:.1f} ms")
-        assert flooded_s < FACTOR * calm_s + GRACE_S + AT_ONCE_S[flood]
+        at_once_s = ROUNDS * Limits().connections_per_peer * decode_s(message)
+        print(f"{flood}: p99 {1000 * calm_s:.1f} ms, flooded {1000 * flooded_s:.1f} ms, at once {1000 * at_once_s:.1f}")
+        assert flooded_s < FACTOR * calm_s + GRACE_S + at_once_s
 
     play(tmp_path, scenario, real_time=True)

@@ -50,7 +50,7 @@ RECORD = Record(
 BLOCK = bytes(range(256)) * (BLOCK_SIZE // 256)
 HELLO = wire.encode_hello("bulk")
 
-HANG_S = 120.0
+HANG_S = 300.0
 """Real seconds after which a scenario is taken for hung. No scenario needs more than a few, on an idle machine."""
 STEP_S, QUIET_S = 0.1, 0.01
 """While time passes: how far the clock jumps once no task was able to run for QUIET_S of real time."""
