@@ -55,7 +55,7 @@ class Exchange(Protocol):
       a reply with a body came and fits the request; its memory is written to until `request` returns or raises, and
       never after that. It must not raise.
     - `run` listens and answers until it is cancelled; it calls `started()` once it listens. A request whose handler
-      takes longer is kept alive with `Waiting`. What one peer does never disturbs another.
+      takes longer is kept alive with `Waiting`. A peer never disturbs the requests of another.
     - `disconnect` closes all connections with a peer. New ones from it are refused while `refused(peer)` is true.
     """
 
