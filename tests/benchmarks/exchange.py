@@ -14,9 +14,10 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -54,38 +55,27 @@ WARM_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`size`: bytes of a body, 0 for small requests. `depth`: requests under way at once."""
+    """`title` says what is done with a body, of `size` bytes (0 for small requests). `depth`: requests at once."""
 
     title: str
     channel: str
     message: Request
-    _: KW_ONLY
-    size: int = 0
+    size: int
     depth: int
-    hashed: bool = False
-    written: bool = False
+
+    @property
+    def work(self) -> tuple[bool, bool]:
+        """Whether bodies are hashed, and written."""
+        return "hashed" in self.title, "written" in self.title
 
 
+BLOCK_TITLES = ("block, received", "block, received, hashed", "block, received, hashed, written")
+SHARD_TITLE = "shard, received, hashed, written"
 LINES = (
-    *(
-        Line(title, channel, GET_BLOCK, size=BLOCK_SIZE, depth=8, hashed="hashed" in title, written="written" in title)
-        for title in ("block, received", "block, received, hashed", "block, received, hashed, written")
-        for channel in (RAW, TLS, PLAIN)
-    ),
-    *(
-        Line(
-            "shard, received, hashed, written",
-            channel,
-            GET_SHARD,
-            size=BLOCK_SIZE // K,
-            depth=32,
-            hashed=True,
-            written=True,
-        )
-        for channel in (TLS, PLAIN)
-    ),
-    Line("small, one at a time", TLS, Ping(()), depth=1),
-    Line("small, 32 at once", TLS, Ping(()), depth=32),
+    *(Line(*row, GET_BLOCK, size=BLOCK_SIZE, depth=8) for row in product(BLOCK_TITLES, (RAW, TLS, PLAIN))),
+    *(Line(SHARD_TITLE, channel, GET_SHARD, size=BLOCK_SIZE // K, depth=32) for channel in (TLS, PLAIN)),
+    Line("small, one at a time", TLS, Ping(()), size=0, depth=1),
+    Line("small, 32 at once", TLS, Ping(()), size=0, depth=32),
 )
 
 
@@ -105,9 +95,10 @@ class Sink:
         self._path, self._slot = path, 0
 
     def take(self, line: Line, body: Buffer) -> None:
-        if line.hashed:
+        hashed, written = line.work
+        if hashed:
             sha256(body).digest()
-        if line.written:
+        if written:
             with opened(self._path, WRITE) as fd:
                 if self._slot == SLOTS:
                     self._slot = 0
@@ -258,10 +249,10 @@ def table_of(lines: list[Line], results: list[Runs], title: str) -> Table:
     """The ratio compares with the raw socket that did the same with the bodies, in the same round."""
     heads = ("", "", "rate", "of raw", "asking", "answering")
     table = Table(*heads, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    raw = {(line.hashed, line.written): runs for line, runs in zip(lines, results, strict=True) if line.channel == RAW}
+    raw = {line.work: runs for line, runs in zip(lines, results, strict=True) if line.channel == RAW}
     for line, runs in zip(lines, results, strict=True):
         rate = f"{median(runs.rate) * line.size / 1e6:.0f} MB/s" if line.size else f"{median(runs.rate):.0f} /s"
-        base = raw.get((line.hashed, line.written)) if line.size else None
+        base = raw.get(line.work) if line.size else None
         ratio = ""
         if base is not None:
             pairs = zip(runs.rate, base.rate, strict=True)

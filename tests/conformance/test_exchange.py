@@ -14,16 +14,10 @@ from random import Random
 import pytest
 import trio
 import trio.testing
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.config.schema import HostPort
-from node.exchange.connection import Endpoint
 from node.exchange.contract import Answer, Exchange, Handler, Into, Lane
 from node.exchange.limits import Limits, Timing
 from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.exchange.tls import TlsExchange
-from node.identity.certificates import Credentials, own_authority, peer_of
-from node.identity.identity import Identity
 from protocol.errors import (
     BadInputError,
     DeniedError,
@@ -33,7 +27,6 @@ from protocol.errors import (
     UnavailableError,
 )
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
-from protocol.members import Member
 from protocol.messages import (
     BlockFound,
     Done,
@@ -51,6 +44,7 @@ from protocol.messages import (
 )
 from protocol.records import Record, make_record
 from simulations.network import Port, SimulatedNetwork, lognormal
+from tests.support.exchanges import Cluster
 
 SIZE = 2 * BLOCK_SIZE + 5
 REF = ObjectRef(Digest("sha256", "ab" * 32), SIZE)
@@ -128,40 +122,26 @@ class TlsSite:
     plain = False
 
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
-        self._nursery = nursery
-        self._authority = own_authority(folder)
-        self._members: dict[PeerId, Member] = {}
+        self._nursery, self._cluster = nursery, Cluster(nursery, folder)
 
     async def add(self, handler: Handler, mute: bool = False) -> Node:
-        identity = Identity.of(Ed25519PrivateKey.generate())
-        credentials = Credentials.issued(self._authority, identity, "")
         refused: set[PeerId] = set()
-        endpoint = Endpoint(
-            credentials.server_context(),
-            credentials.client_context(),
-            peer_of,
-            listen=HostPort("127.0.0.1", 0),
-            locate=self._members.get,
-            refused=refused.__contains__,
+        member = self._cluster.exchange(
             handler=handler,
+            refused=refused.__contains__,
             plain=self.plain,
             timing=Timing(waiting_first_s=0.02, waiting_every_s=0.02, retry_s=0.001),
             limits=Limits(requests_per_connection=SLOTS),
         )
-        exchange = TlsExchange(endpoint)
-        self._join(identity.peer_id, str(exchange.address))
-        node = Node(identity.peer_id, exchange, refused)
+        node = Node(member.peer, member.exchange, refused)
         if not mute:  # otherwise the kernel accepts connections, and no task answers
             await self._nursery.start(run_within, node)
         return node
 
     def absent(self) -> PeerId:
         peer = PeerId("12D3KooWAbsent")
-        self._join(peer, "127.0.0.1:1")
+        self._cluster.locate(peer, "127.0.0.1:1")
         return peer
-
-    def _join(self, peer: PeerId, address: str) -> None:
-        self._members[peer] = Member(peer, "node", "site", (address,))
 
 
 class PlainSite(TlsSite):

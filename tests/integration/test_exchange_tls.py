@@ -67,8 +67,7 @@ def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -
     async def scenario(cluster: Cluster) -> None:
         asker, peer = await cluster.start(), await cluster.start()
         assert await asker.ask(peer.peer, PING) == Answer(PONG)
-        raw = await cluster.dial_raw(peer)
-        await raw.send(data)
+        raw = await cluster.dial_raw(peer, hello=data)
         assert await raw.ended()
         assert await asker.ask(peer.peer, PING) == Answer(PONG)
         assert peer.exchange.statistics().connections_in == 1
@@ -87,7 +86,6 @@ def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
         node = await cluster.start(handler=never, limits=Limits(requests=3))
         for _ in range(2):  # the first connection gave back what it took
             raw = await cluster.dial_raw(node)
-            await raw.send(HELLO)
             for request_id in (1, 2, 2):
                 await raw.say(request_id, PING)
             assert await raw.ended()
@@ -108,7 +106,7 @@ def test_only_members_are_let_in(tmp_path: Path) -> None:
         trusting = stranger.client_context()
         trusting.verify_mode = ssl.CERT_NONE
         for context in (bare, trusting):
-            raw = await cluster.dial_raw(node, context)
+            raw = await cluster.dial_raw(node, context, hello=b"")
             with pytest.raises((trio.BrokenResourceError, EOFError)):  # noqa: PT012 # either may be the first to see it
                 await raw.send(HELLO)
                 await raw.read_frame()
@@ -159,7 +157,6 @@ def test_a_message_that_does_not_come_whole_ends_its_connection(
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start()
         raw = await cluster.dial_raw(node)
-        await raw.send(HELLO)
         await raw.read_frame()
         async with trio.open_nursery() as nursery:
 
@@ -179,9 +176,7 @@ def test_a_message_that_does_not_come_whole_ends_its_connection(
 
 def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
     async def half(raw: Raw) -> None:
-        request_id, _ = await raw.read_frame()
-        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
-        await raw.send(BLOCK[: BLOCK_SIZE // 2])
+        await raw.give_block(BLOCK[: BLOCK_SIZE // 2])
 
     async def scenario(cluster: Cluster) -> None:
         node, peer = await cluster.start(), await cluster.serve_raw(half)
@@ -213,9 +208,7 @@ def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(
                 await wait_received(end)
                 cluster.jump(0.9 * silence_s)
             await raw.send(BLOCK[end:])
-            request_id, _ = await raw.read_frame()
-            await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
-            await raw.send(BLOCK[:-1])
+            await raw.give_block(BLOCK[:-1])
             await wait_received(2 * BLOCK_SIZE)
             cluster.jump(1.1 * silence_s)
             await trio.sleep_forever()
@@ -327,7 +320,6 @@ def test_a_peer_that_does_not_read_is_dropped(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(limits=Limits(requests=64))
         raw = await cluster.dial_raw(node)
-        await raw.send(HELLO)
 
         async def ask_on() -> None:
             for request_id in range(1 << 20):
@@ -351,7 +343,6 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start()
         raw = await cluster.dial_raw(node)
-        await raw.send(HELLO)
         await raw.read_frame()
         for request_id in range(blocks):
             await raw.say(request_id, GET)
@@ -377,7 +368,6 @@ def test_answers_that_nobody_takes_leave_the_others_their_part(tmp_path: Path) -
         hogs = []
         for left in (6, 3, 1):  # of 12; the later ones find less
             hogs.append(await cluster.dial_raw(node))
-            await hogs[-1].send(HELLO)
             for request_id in range(60):
                 await hogs[-1].say(request_id, GET)
             await trio.testing.wait_all_tasks_blocked(0.05)
@@ -448,9 +438,9 @@ def test_a_peer_has_only_so_many_connections(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         asker, peer = await cluster.start(), await cluster.start(limits=Limits(connections_per_peer=2))
         for lane in (Lane.BULK, Lane.URGENT):
-            await asker.exchange.request(peer.peer, PING, lane=lane, silence_s=5)
+            await asker.ask(peer.peer, PING, lane=lane)
         with pytest.raises(PeerUnavailableError):
-            await asker.exchange.request(peer.peer, PING, lane=Lane.CONTROL, silence_s=5)
+            await asker.ask(peer.peer, PING, lane=Lane.CONTROL)
         other = await cluster.start()
         assert await other.ask(peer.peer, PING) == Answer(PONG)
 
@@ -461,7 +451,6 @@ def test_both_sides_close_idle_connections(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(timing=Timing(idle_s=1.0))
         raw = await cluster.dial_raw(node)
-        await raw.send(HELLO)
         async with cluster.time_passing():
             assert await raw.ended()
         assert node.exchange.statistics().connections_in == 0
@@ -542,13 +531,11 @@ def test_blocks_go_in_the_clear_only_where_both_sides_want_it(
         tap = Wiretap()
         cluster.locate(peer.peer, await cluster.nursery.start(tap.run, peer.exchange.address.port))
         for _ in range(3):
-            assert await asker.exchange.request(peer.peer, GET, lane=lane, silence_s=5) == Answer(
-                BlockFound(RECORD), BLOCK
-            )
+            assert (await asker.ask(peer.peer, GET, lane=lane)).body == BLOCK
         seen = DIGEST.encode() in tap.taken
         assert seen == (BLOCK[:1000] in tap.taken) == (asking and answering and lane is not Lane.CONTROL)
         tap.taken.clear()
-        assert await asker.exchange.request(peer.peer, NAME, lane=lane, silence_s=5) == Answer(NAMED)
+        assert await asker.ask(peer.peer, NAME, lane=lane) == Answer(NAMED)
         assert b"secret" not in tap.taken
         assert asker.exchange.statistics().bytes_received == peer.exchange.statistics().bytes_sent > 3 * BLOCK_SIZE
 
@@ -592,8 +579,7 @@ def test_a_request_right_behind_the_end_of_tls_is_not_lost(tmp_path: Path) -> No
 def test_in_the_clear_nothing_but_blocks_may_be_asked(tmp_path: Path, request_: Any) -> None:
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(plain=True)
-        raw = await cluster.dial_raw(node)
-        await raw.send(wire.encode_hello("bulk", True))
+        raw = await cluster.dial_raw(node, hello=wire.encode_hello("bulk", True))
         await raw.read_frame()
         clear = await raw.to_plain()
         await clear.send(frame(1, request_))
@@ -606,9 +592,8 @@ def test_in_the_clear_nothing_but_blocks_may_be_asked(tmp_path: Path, request_: 
 def test_an_asker_that_says_plain_and_does_otherwise_is_dropped_in_time(tmp_path: Path, behaviour: str) -> None:
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(plain=True, limits=Limits(handshakes=1))
-        raw = await cluster.dial_raw(node)
-        hello = wire.encode_hello("bulk", True)
-        await raw.send(hello + frame(1, GET) if behaviour == "says more before it" else hello)
+        hello = wire.encode_hello("bulk", True) + (frame(1, GET) if behaviour == "says more before it" else b"")
+        raw = await cluster.dial_raw(node, hello=hello)
         if behaviour != "says more before it":
             await raw.read_frame()
         if behaviour == "goes on in TLS":
@@ -653,16 +638,13 @@ def test_a_node_that_knows_nothing_of_plain_is_spoken_to_in_tls(tmp_path: Path) 
     """Its hello lacks the field `plain`. It accepts the longer hello as it accepts any later field."""
 
     async def serve(raw: Raw) -> None:
-        request_id, _ = await raw.read_frame()
-        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
-        await raw.send(BLOCK)
+        await raw.give_block()
         await raw.ended()
 
     async def scenario(cluster: Cluster) -> None:
         node, old = await cluster.start(plain=True), await cluster.serve_raw(serve)
         assert (await node.ask(old, GET)).body == BLOCK
         raw = await cluster.dial_raw(node)
-        await raw.send(HELLO)
         assert await raw.read_frame() == [b"shoal-bulk", 2, "bulk", True]
         await raw.say(1, PING)
         assert await raw.read_frame() == [1, [38, []]]
@@ -678,14 +660,10 @@ def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) 
     async def halves(raw: Raw) -> None:
         if plain:
             raw = await raw.to_plain()
-        request_id, _ = await raw.read_frame()
-        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
-        await raw.send(BLOCK[: BLOCK_SIZE // 2])
+        await raw.give_block(BLOCK[: BLOCK_SIZE // 2])
         await release.wait()
         await raw.send(BLOCK[BLOCK_SIZE // 2 :])
-        request_id, _ = await raw.read_frame()
-        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
-        await raw.send(BLOCK)
+        await raw.give_block()
         await raw.ended()
 
     async def scenario(cluster: Cluster) -> None:
@@ -710,9 +688,7 @@ def test_a_peer_that_says_much_after_a_body_holds_up_nobody(tmp_path: Path) -> N
     """S-19"""
 
     async def flood(raw: Raw) -> None:
-        request_id, _ = await raw.read_frame()
-        await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
-        await raw.send(BLOCK)
+        await raw.give_block()
         request_id, _ = await raw.read_frame()
         await raw.send(frame(request_id, Waiting()) * 50_000)
         await trio.sleep_forever()

@@ -20,7 +20,7 @@ from protocol import wire
 from protocol.ids import PeerId
 from protocol.members import MAX_MEMBERS, Member, State, Update
 from protocol.messages import Request, Sync
-from tests.support.exchanges import GET, HELLO, PING, Cluster, Node, Raw, play
+from tests.support.exchanges import GET, PING, Cluster, Node, Raw, play
 
 ASKED = 10_000
 SAMPLES = 100
@@ -61,7 +61,6 @@ def decode_s(message: Request) -> float:
 async def ask_on(raw: Raw, message: Request) -> None:
     """Send requests without reading answers, until the node closes the connection."""
     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        await raw.send(HELLO)
         for request_id in range(ASKED):
             await raw.send(wire.encode_head(request_id, message, 0))
 

@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,8 @@ DIGEST = "sha256:" + "ab" * 32
 PING, PONG = Ping(()), Pong(())
 NAME, NAMED = Resolve("secret", "latest", 1), Resolved(DIGEST, 1, "secret", 0.0)
 GET = GetBlock(DIGEST, 0, BLOCK_SIZE)
-RECORD = Record(
-    digest=DIGEST,
-    index=0,
-    length=BLOCK_SIZE,
-    size=BLOCK_SIZE,
-    sha256=bytes(32),
-    signer=PeerId("12D3KooW"),
-    signature=bytes(64),
-)
+SIGNED = {"sha256": bytes(32), "signer": PeerId("12D3KooW"), "signature": bytes(64)}
+RECORD = Record(DIGEST, 0, length=BLOCK_SIZE, size=BLOCK_SIZE, **SIGNED)
 BLOCK = bytes(range(256)) * (BLOCK_SIZE // 256)
 HELLO = wire.encode_hello("bulk")
 
@@ -86,6 +80,12 @@ class Raw:
         await self._read(body_length)
         return header
 
+    async def give_block(self, data: bytes = BLOCK) -> None:
+        """Answer the next request with a block, of which only `data` is sent."""
+        request_id, _ = await self.read_frame()
+        await self.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        await self.send(data)
+
     async def ended(self) -> bool:
         """Read until the other side closes."""
         try:
@@ -109,12 +109,12 @@ class Raw:
         return data
 
 
+@dataclass
 class Node:
-    def __init__(self, peer: PeerId, exchange: TlsExchange, credentials: Credentials) -> None:
-        self.peer = peer
-        self.exchange = exchange
-        self.credentials = credentials
-        self.scope = trio.CancelScope()
+    peer: PeerId
+    exchange: TlsExchange
+    credentials: Credentials
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         with self.scope:
@@ -127,7 +127,7 @@ class Node:
 class Cluster:
     """Members of one authority."""
 
-    def __init__(self, nursery: trio.Nursery, folder: Path, clock: trio.testing.MockClock | None) -> None:
+    def __init__(self, nursery: trio.Nursery, folder: Path, clock: trio.testing.MockClock | None = None) -> None:
         self.nursery = nursery
         self.authority: Authority = own_authority(folder)
         self.members: dict[PeerId, Member] = {}
@@ -197,11 +197,14 @@ class Cluster:
         self.locate(credentials.identity.peer_id, f"{host}:{port}")
         return credentials.identity.peer_id
 
-    async def dial_raw(self, node: Node, context: ssl.SSLContext | None = None) -> Raw:
-        """A connection of a member (or of another, by `context`) that has said nothing yet."""
+    async def dial_raw(self, node: Node, context: ssl.SSLContext | None = None, hello: bytes = HELLO) -> Raw:
+        """A connection of a member (or of another, by `context`) that has sent `hello` and read no answer yet."""
         address = node.exchange.address
         transport = await trio.open_tcp_stream(address.host, address.port)
-        return Raw(trio.SSLStream(transport, context or self.credentials().client_context()))
+        raw = Raw(trio.SSLStream(transport, context or self.credentials().client_context()))
+        if hello:
+            await raw.send(hello)
+        return raw
 
 
 def play(folder: Path, scenario: Callable[[Cluster], Awaitable[None]], *, real_time: bool = False) -> None:
