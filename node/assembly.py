@@ -46,6 +46,7 @@ from node.control.image_routes import image_routes
 from node.control.reload import LiveParts, Reloader
 from node.control.routes import Route, control_routes
 from node.evidence.judge import Judge
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Exchange
 from node.exchange.dispatcher import Dispatcher
 from node.exchange.tls import TlsExchange
@@ -179,7 +180,7 @@ def network(config: Config, admitted: Admitted) -> Network:
     peers, verifier, place = config.peers, admitted.verifier, admitted.place
     own = Member(admitted.identity.peer_id, config.node.name, place.site, bulk_addresses(peers.bulk))
     membership, dispatcher = Membership(own, int(time.time() * 1000), Random()), Dispatcher()
-    exchange = TlsExchange(
+    endpoint = Endpoint(
         verifier.server_context,
         verifier.client_context,
         verifier.peer_of,
@@ -199,7 +200,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         introduced=membership.introduced,
         current=membership.current,
     )
-    return Network(membership, exchange, dispatcher, introducer, Metrics())
+    return Network(membership, TlsExchange(endpoint), dispatcher, introducer, Metrics())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Tasks that wait for a time, woken together: deadlines of their own would take half of a large simulation's time."""
+"""Tasks that wait for a time, woken by one task: a deadline for each would take half of a large simulation's time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 
 
 class Alarms:
-    """Times are rounded up to whole ticks of `tick_s` seconds, 0 for none: what is due in one tick is one deadline."""
+    """Times are rounded up to whole ticks of `tick_s` seconds (0: not rounded): those in one tick are one deadline."""
 
     def __init__(self, tick_s: float = 0.0) -> None:
         self._tick_s = tick_s
@@ -20,7 +20,7 @@ class Alarms:
         self._earlier = trio.Event()
 
     async def until(self, when: float) -> None:
-        """Returns at `when`, or the tick that begins then or next."""
+        """Return at `when`, or at the next tick."""
         if self._tick_s:
             when = math.ceil(when / self._tick_s) * self._tick_s
         if when <= trio.current_time():
@@ -39,7 +39,7 @@ class Alarms:
         await trio.lowlevel.wait_task_rescheduled(abort)
 
     async def run(self) -> None:
-        """To be running while anybody waits."""
+        """Must run while any task waits."""
         while True:
             self._earlier = trio.Event()
             with trio.move_on_at(self._waiting[0][0] if self._waiting else math.inf):

@@ -1,9 +1,9 @@
 """The network of a simulation: links with rates, latencies, lost packets, sites and their uplinks, and partitions.
 
-A frame goes over the links of its way one after the other, cut through: the next link begins when the first byte is
-there. Each link sends frames in the order in which they come, one at a time. Real senders share a link between a few
-connections (`node/exchange/send_slots.py`), which moves the same bytes in the same time. Small frames wait for no more
-than what a switch holds in its queue, since bodies wait in their senders.
+A frame passes the links of its path one after the other, cut through: the next link begins when the first byte has
+come. Each link sends frames in the order in which they come, one at a time. Real senders share a link between a few
+connections (`node/exchange/send_slots.py`), which moves the same bytes in the same time. Small frames wait no longer
+than for the queue of a switch, since bodies wait in their senders.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from protocol.ids import PeerId
 from simulations.alarms import Alarms
 
 Latency = Callable[[Random], float]
-"""Seconds of one way."""
+"""Draws the latency of one direction, in seconds."""
 
 PACKET_BYTES = 1448
-"""Of a stream in a packet of 1514 bytes on an Ethernet."""
+"""Bytes of a stream in a packet of 1514 bytes on Ethernet."""
 WIRE_SHARE = 1514 / PACKET_BYTES
+"""Bytes on the wire for each byte of a stream."""
 SMALL_BYTES = 8192
+"""Frames up to this size do not wait behind bodies."""
 QUEUE_BYTES = 37_500
-"""What stands before a small frame on a busy link: 7.5 ms at 40 Mbit/s."""
+"""Bytes before a small frame on a busy link: 7.5 ms at 40 Mbit/s."""
 TIMEOUT_S = 0.2
-"""TCP's shortest timeout, after which a packet is sent again that nothing sent behind it shows to be lost."""
+"""TCP's shortest retransmission timeout: it applies to a lost packet that no later packet reveals."""
 TAIL_PACKETS = 3
+"""Last packets of a frame, whose loss later packets do not reveal (TCP needs three duplicate acknowledgements)."""
 MOST_TIMEOUTS = 6
 
 
@@ -44,16 +47,16 @@ def lognormal(median_s: float, p99_s: float) -> Latency:
 
 
 class Link:
-    """One direction of a line, `rate` in bytes a second."""
+    """One direction of a line, `rate` in bytes per second."""
 
     def __init__(self, rate: float = math.inf) -> None:
         self.rate = rate
         self.carried = 0
-        """Bytes, without headers."""
+        """Bytes, headers not included."""
         self._free_at = 0.0
 
     def send(self, now: float, size: int) -> tuple[float, float]:
-        """When the first byte and when the last one of a frame that comes now is through."""
+        """The times at which the first and the last byte of a frame that comes now have passed."""
         took = size * WIRE_SHARE / self.rate
         free_at = max(now, self._free_at)
         begins = min(free_at, now + QUEUE_BYTES / self.rate) if size <= SMALL_BYTES else free_at
@@ -63,24 +66,23 @@ class Link:
 
 
 class Port:
-    """Where a node, or a site, meets the network."""
+    """The links between a node, or a site, and the network."""
 
     def __init__(self, up: float = math.inf, down: float = math.inf) -> None:
         self.up, self.down = Link(up), Link(down)
 
 
 class SimulatedNetwork(MemoryNetwork):
-    """`latency` is that of one way between two nodes, with that of the uplinks beside it where they pass them."""
+    """`latency`: of one direction between two nodes; between sites, `uplink_latency` is added. Run `alarms` with it."""
 
     def __init__(
         self, rng: Random, latency: Latency, *, uplink_latency: Latency | None = None, tick_s: float = 0.0
     ) -> None:
         super().__init__()
         self.alarms = Alarms(tick_s)
-        """To be run by whoever made the network."""
         self._rng, self._latency, self._uplink_latency = rng, latency, uplink_latency or constant(0.0)
         self.loss = 0.0
-        """Of all packets, the share that is lost."""
+        """Share of packets that is lost."""
         self._ports: dict[PeerId, Port] = {}
         self._sites: dict[PeerId, str] = {}
         self._uplinks: dict[str, Port] = {}
@@ -101,7 +103,7 @@ class SimulatedNetwork(MemoryNetwork):
     # Faults
 
     def part(self, *sides: Iterable[PeerId]) -> None:
-        """From now on nothing passes between the sides; who is in none of them is with the first."""
+        """From now on nothing passes between the sides. Nodes in none of them belong to the first."""
         self._sides = {peer: number for number, side in enumerate(sides) for peer in side}
         self._change()
 
@@ -137,7 +139,7 @@ class SimulatedNetwork(MemoryNetwork):
     # Frames
 
     async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
-        while not self._passes(sender, receiver):  # TCP sends it again until it is through
+        while not self._passes(sender, receiver):  # TCP sends it again until it arrives
             await self._changed.wait()
         path = [self.port(sender).up, self.port(receiver).down]
         latency_s = self._latency(self._rng)
@@ -149,18 +151,18 @@ class SimulatedNetwork(MemoryNetwork):
             await super().travel(sender, receiver, size)
 
     async def carry(self, path: Sequence[Link], size: int, latency_s: float, *, rtt_s: float | None = None) -> None:
-        """`rtt_s`: between the ends that send again what is lost, where it is more than that of this path."""
+        """`rtt_s`: round-trip time between the ends that retransmit, where it exceeds that of this path."""
         now = through_at = trio.current_time()
         for number, link in enumerate(path, 1):
             begins, ends = link.send(now, size)
             through_at = max(through_at, ends)
             if begins > now and size > SMALL_BYTES and number < len(path):
-                await self.alarms.until(begins)  # who comes to the next link in the meantime is before it there
+                await self.alarms.until(begins)  # frames that come to the next link until then go first there
             now = begins
         await self.alarms.until(through_at + latency_s + self._lost_s(size, rtt_s or 2 * latency_s))
 
     def _lost_s(self, size: int, rtt_s: float) -> float:
-        """What lost packets cost: TCP's mean rate under loss (Mathis et al., 1997), and its timeouts where one of the
+        """Delay by lost packets: TCP's mean rate under loss (Mathis et al., 1997), and its timeouts where one of the
         last packets is lost."""
         if not self.loss:
             return 0.0

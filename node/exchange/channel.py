@@ -1,7 +1,7 @@
-"""A byte channel on a non-blocking socket: TLS 1.3, and where both sides want it so, plain TCP after that.
+"""A byte channel on a non-blocking socket: TLS 1.3, and plain TCP after that where both sides want it.
 
-`ssl.SSLSocket` reads and writes the socket itself and says when it would block; trio only waits for it then. That is
-twice as fast as trio.SSLStream, which carries every byte through memory BIOs and Python buffers.
+`ssl.SSLSocket` reads and writes the socket itself and reports when it would block; only then does trio wait for the
+socket. That is twice as fast as trio.SSLStream, which copies every byte through memory BIOs and Python buffers.
 """
 
 from __future__ import annotations
@@ -17,22 +17,18 @@ import trio
 
 from node.runtime.sockets import Readable
 from protocol.errors import NotAdmittedError, PeerUnavailableError
+from protocol.ids import Buffer
 
-Buffer = bytes | bytearray | memoryview
-
-_TCP_NOTSENT_LOWAT = 25
-"""linux/tcp.h; the socket module does not name it."""
 UNSENT_BYTES = 64 << 10
-"""What the kernel may hold of ours that is not on the wire: on a slow link a `Waiting` stands behind no more."""
-
+"""Bytes that the kernel takes before they are on the wire: on a slow link a `Waiting` is behind no more than these."""
 CONGESTION_CONTROL = b"reno"
-"""On a LAN, where cubic does the same. BBR, where that is the machine's default, lost a fifth of its packets when ten
-nodes sent to each other at once."""
+"""On a LAN, cubic behaves alike. BBR, the default of some machines, lost a fifth of its packets when ten nodes sent to
+each other at once."""
 
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes of frames, counted as they pass; shared by all channels with one peer."""
+    """Bytes of frames; shared by all channels with one peer."""
 
     sent: int = 0
     received: int = 0
@@ -42,12 +38,12 @@ class Channel(ABC):
     """One task may read while one other writes.
 
     Every method raises PeerUnavailableError when the connection is closed (by either side) or fails. A write that is
-    cancelled in the middle leaves half a frame, so it closes the channel. There is no closing handshake: frames have
-    lengths, so a cut is seen.
+    cancelled halfway leaves half a frame, so it closes the channel. There is no closing handshake: frames have lengths,
+    so a cut is noticed.
     """
 
     def __init__(self, sock: socket.socket, stall_s: float) -> None:
-        """`sock`: connected and non-blocking. `stall_s`: how long a peer may take nothing of what is written to it."""
+        """`sock`: connected and non-blocking. `stall_s`: how long a peer may take no byte of a write."""
         self.traffic = Traffic()
         self._stall_s = stall_s
         self._sock = sock
@@ -55,7 +51,7 @@ class Channel(ABC):
         self._closed = False
 
     def receive_nowait(self, view: memoryview) -> int:
-        """Takes what is there, up to the length of `view`; 0 where nothing is there yet."""
+        """Read into `view` the bytes that have come, up to its length; returns how many, 0 if none."""
         try:
             received = self._receive(view)
         except OSError as error:
@@ -65,10 +61,10 @@ class Channel(ABC):
 
     @abstractmethod
     def _receive(self, view: memoryview) -> int:
-        """As `receive_nowait`. Raises PeerUnavailableError at the end, OSError."""
+        """`receive_nowait`, but OSError is not translated. Raises PeerUnavailableError at the end of the stream."""
 
     async def send_all(self, *buffers: Buffer) -> None:
-        """One writer at a time. Raises PeerUnavailableError also when the peer takes nothing for `stall_s`."""
+        """One writer at a time. Raises PeerUnavailableError also when the peer takes no byte for `stall_s`."""
         waited = False
         views = [memoryview(buffer) for buffer in buffers]
         try:
@@ -82,7 +78,10 @@ class Channel(ABC):
                     raise PeerUnavailableError(f"connection lost: {error}") from error
                 else:
                     self.traffic.sent += sent
-                    views = _after(views, sent)
+                    while views and sent >= len(views[0]):
+                        sent -= len(views.pop(0))
+                    if sent:
+                        views[0] = views[0][sent:]
         except BaseException:
             self.close()
             raise
@@ -91,30 +90,27 @@ class Channel(ABC):
 
     @abstractmethod
     def _send(self, views: list[memoryview]) -> int:
-        """How much of the front it took. Raises OSError, and of these what says that it would block."""
+        """Write some of the front; returns how many bytes. Raises OSError, also where it would block."""
 
     async def wait_taken(self) -> None:
-        """Until the kernel holds little that is not on the wire."""
+        """Until the kernel holds few bytes that are not on the wire (UNSENT_BYTES)."""
         with trio.move_on_after(self._stall_s):
-            await self._wait_writable()
+            try:
+                await trio.lowlevel.wait_writable(self._sock)
+            except (trio.ClosedResourceError, ValueError, OSError) as error:
+                raise PeerUnavailableError("connection closed") from error
             return
         raise PeerUnavailableError(f"peer takes no bytes for {self._stall_s} s")
 
     async def wait_readable(self, coming: int = 0) -> None:
-        """May return before anything is there; `coming` as in `Readable.wait`."""
+        """May return before anything came. `coming`: see `Readable.wait`."""
         try:
             await self._readable.wait(coming)
         except (trio.ClosedResourceError, ValueError, OSError) as error:
             raise PeerUnavailableError("connection closed") from error
 
-    async def _wait_writable(self) -> None:
-        try:
-            await trio.lowlevel.wait_writable(self._sock)
-        except (trio.ClosedResourceError, ValueError, OSError) as error:
-            raise PeerUnavailableError("connection closed") from error
-
     def close(self) -> None:
-        """At once; wakes tasks that wait for this channel with PeerUnavailableError. May be repeated."""
+        """Close at once; tasks that wait for this channel get PeerUnavailableError. May be repeated."""
         if not self._closed:
             self._closed = True
             trio.lowlevel.notify_closing(self._sock)
@@ -136,27 +132,23 @@ class PlainChannel(Channel):
 
 
 class TlsChannel(Channel):
-    def __init__(self, tls: ssl.SSLSocket, stall_s: float) -> None:
-        super().__init__(tls, stall_s)
-        self._tls = tls
+    _sock: ssl.SSLSocket
 
     @classmethod
-    async def open(
-        cls, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, stall_s: float
-    ) -> TlsChannel:
-        """Takes over the connected socket `sock` and shakes hands; the deadline is the caller's.
+    async def open(cls, sock: socket.socket, context: ssl.SSLContext, stall_s: float) -> TlsChannel:
+        """Take over the connected socket `sock` and do the TLS handshake. The caller sets the deadline.
 
         Raises NotAdmittedError where the other side has no certificate of this cluster, PeerUnavailableError.
-
-        A client learns only with its first read whether the server accepted its certificate (RFC 8446, section 4.4.4).
+        Only its first read tells a client whether the server accepted its certificate (RFC 8446, section 4.4.4).
         """
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-            with suppress(OSError):  # a kernel without it: its default then
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+            with suppress(OSError):  # a kernel without it keeps its default
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
-            tls = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+            server = context.protocol == ssl.PROTOCOL_TLS_SERVER
+            tls = context.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
         except OSError as error:
             sock.close()
             raise PeerUnavailableError(f"connection lost: {error}") from error
@@ -168,55 +160,55 @@ class TlsChannel(Channel):
             raise
         return channel
 
-    async def _carry_out(self, step: Callable[[], object], what: str) -> None:
+    async def _carry_out(self, step: Callable[[], object], name: str) -> None:
         while True:
             try:
                 step()
             except ssl.SSLWantReadError:
                 await self.wait_readable()
             except ssl.SSLWantWriteError:
-                await self._wait_writable()
-            except ssl.SSLError as error:
-                if why := _not_admitted(error):
-                    raise NotAdmittedError(why) from error
-                raise PeerUnavailableError(f"{what} failed: {error}") from error
+                await self.wait_taken()
+            except ssl.SSLCertVerificationError as error:
+                raise NotAdmittedError(f"certificate of another cluster ({error.verify_message})") from error
             except (OSError, ValueError) as error:
-                raise PeerUnavailableError(f"{what} failed: {error}") from error
+                if getattr(error, "reason", "") == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+                    raise NotAdmittedError("showed no certificate") from error
+                raise PeerUnavailableError(f"{name} failed: {error}") from error
             else:
                 return
 
     async def to_plain(self) -> PlainChannel:
-        """Closes TLS on both sides (close_notify) and leaves the connection to a channel in the clear.
+        """End TLS on both sides (close_notify); the returned channel continues the connection in the clear.
 
-        This one is of no use then, except to be closed where that fails; the deadline is the caller's. OpenSSL reads
-        record by record, so what the peer sends behind its close_notify is still in the socket.
+        This channel can then only be closed. The caller sets the deadline. OpenSSL reads record by record, so bytes
+        that the peer sends behind its close_notify are still in the socket.
         """
-        await self._carry_out(self._tls.unwrap, "the end of TLS")
+        await self._carry_out(self._sock.unwrap, "the end of TLS")
         self._closed = True
-        sock = socket.socket(fileno=self._tls.detach())
+        sock = socket.socket(fileno=self._sock.detach())
         sock.setblocking(False)
         plain = PlainChannel(sock, self._stall_s)
         plain.traffic = self.traffic
         return plain
 
     def peer_certificate(self) -> bytes:
-        """The peer's certificate, DER; empty where it gave none."""
-        return self._tls.getpeercert(binary_form=True) or b""
+        """In DER; empty where the peer gave none."""
+        return self._sock.getpeercert(binary_form=True) or b""
 
     def _receive(self, view: memoryview) -> int:
-        """OpenSSL hands out one record (16 KiB) at a time and may hold one that the socket no longer shows as readable,
-        so it is asked until it has no more, and the socket is waited for only then."""
+        """OpenSSL returns one record (16 KiB) at a time, and may hold one when the socket is no longer readable. So it
+        is read until it has no more; only then may the caller wait for the socket."""
         received = 0
         try:
             while received < len(view):
-                size = self._tls.recv_into(view[received:])
+                size = self._sock.recv_into(view[received:])
                 if not size:
                     break
                 received += size
         except ssl.SSLWantReadError:
             return received
         except OSError:
-            # SSLWantWriteError too: only a key update that we answer could ask for it, and no member sends any.
+            # SSLWantWriteError too: only the answer to a key update could cause it, and no member sends key updates.
             if not received:
                 raise
         if not received:
@@ -224,21 +216,5 @@ class TlsChannel(Channel):
         return received
 
     def _send(self, views: list[memoryview]) -> int:
-        """OpenSSL wants a write that would block again with the same bytes: so it gets them."""
-        return self._tls.send(views[0])
-
-
-def _not_admitted(error: ssl.SSLError) -> str:
-    """What is wrong with the certificate that the other side showed; "" where something else is."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate of another cluster ({error.verify_message})"
-    return "showed no certificate" if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE" else ""
-
-
-def _after(views: list[memoryview], sent: int) -> list[memoryview]:
-    """What is left when `sent` bytes of the front are gone."""
-    for index, view in enumerate(views):
-        if sent < len(view):
-            return [view[sent:], *views[index + 1 :]]
-        sent -= len(view)
-    return []
+        """OpenSSL requires that a write that would block is repeated with the same bytes; `send_all` does so."""
+        return self._sock.send(views[0])

@@ -1,7 +1,7 @@
-"""Requests between members: the contract of what carries them.
+"""Requests between members: the contract of an exchange.
 
-`node/exchange/tls.py` carries them over mutual TLS; simulations and tests over memory. All implementations run
-tests/conformance/test_exchange.py.
+`node/exchange/tls.py` carries requests over mutual TLS; simulations and tests use `node/exchange/memory.py`. All
+implementations run tests/conformance/test_exchange.py.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import Protocol
 
 import trio
 
-from protocol.ids import PeerId
+from protocol.ids import Buffer, PeerId
 from protocol.messages import Reply, Request
-
-Body = bytes | bytearray | memoryview
 
 
 class Lane(StrEnum):
-    """One connection for each, so that one kind of traffic never waits behind another."""
+    """Each lane has its own connection, so that one kind of traffic never waits behind another."""
 
     CONTROL = "control"
     URGENT = "urgent"
@@ -29,35 +27,35 @@ class Lane(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reply; `body` goes with ShardFound and BlockFound only, and is never altered after it was handed over."""
+    """A reply. ShardFound and BlockFound, and no others, have a `body`; its bytes never change once handed over."""
 
     message: Reply
-    body: Body | None = None
+    body: Buffer | None = None
 
 
 Handler = Callable[[PeerId, Request], Awaitable[Answer]]
 """Answers one request of an authenticated member. Errors of protocol.errors become `Failed`."""
 
 Heard = Callable[[bool], None]
-"""Told True where the answer is ready: it is on its way, or waits for its turn on the connection."""
+"""Called with True where the answer is ready: it is on its way, or queued on the connection. Else with False."""
 
 Into = Callable[[Reply], memoryview | None]
-"""Where the body that comes with this reply shall go: writable bytes of just its length, or None for fresh memory."""
+"""Returns memory for the body of this reply: writable bytes of exactly its length, or None for fresh memory."""
 
 
 class Exchange(Protocol):
-    """Asks members, and answers them.
+    """Makes requests to members, and answers theirs.
 
-    - `request` connects where it must, and returns the reply (also a `Failed`; never a `Waiting`). It raises
+    - `request` connects if necessary, and returns the reply (also a `Failed`; never a `Waiting`). It raises
       PeerUnavailableError when the peer cannot be reached, its connection breaks, nothing comes on it for `silence_s`,
       or nothing of this request (no `Waiting`, no byte of the answer) for STARVED_S; PeerMisbehavedError when it breaks
-      the protocol. `heard` is called for each `Waiting` and at the first byte of the answer's body. A request that is
-      cancelled costs the connection nothing: its answer is dropped when it comes. `into` is called at most once, when
-      a reply with a body is known and fits the request; the memory that it gives is written to until `request` returns
-      or raises, and never after that. It must not raise.
-    - `run` listens and answers until it is cancelled; `started()` once it listens. A request whose handler takes
-      longer is kept alive with `Waiting`. What one peer does never disturbs another.
-    - `disconnect` closes all connections with a peer, and refuses new ones from it while `refused(peer)` says so.
+      the protocol. `heard` is called for each `Waiting` and at the first byte of the answer's body. A cancelled
+      request does not harm the connection: its answer is dropped when it comes. `into` is called at most once, when
+      a reply with a body came and fits the request; its memory is written to until `request` returns or raises, and
+      never after that. It must not raise.
+    - `run` listens and answers until it is cancelled; it calls `started()` once it listens. A request whose handler
+      takes longer is kept alive with `Waiting`. A peer never disturbs the requests of another.
+    - `disconnect` closes all connections with a peer. New ones from it are refused while `refused(peer)` is true.
     """
 
     async def request(

@@ -1,7 +1,7 @@
-"""What peers share, and no one of them can take away from the others.
+"""A resource that peers share so that none can take all of it.
 
-Each may have as much of it as is free: one that takes all that it can leaves half, n that do so at once leave
-1/(n + 1), and one after the other each leaves half of what there is, until those before it give back.
+A peer may hold as much as is free at that moment. One that takes all that it can leaves half, n that do so at once
+leave 1/(n + 1), and one after the other each leaves half of what is there, until those before it give back.
 
 Choudhury and Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches" (1998), with alpha = 1.
 """
@@ -14,7 +14,7 @@ from protocol.ids import PeerId
 
 
 class Shares:
-    """`total` of anything: bytes, places."""
+    """`total` units of the resource: bytes, requests."""
 
     def __init__(self, total: int) -> None:
         self.free = total
@@ -22,7 +22,7 @@ class Shares:
         self._waiting = trio.lowlevel.ParkingLot()
 
     def take(self, peer: PeerId, amount: int) -> bool:
-        """Whether the peer gets so much more now."""
+        """Take `amount` more for the peer, unless it would then hold more than is free; whether it was taken."""
         if not amount:
             return True
         taken = self._taken.get(peer, 0) + amount
@@ -33,7 +33,7 @@ class Shares:
         return True
 
     async def wait(self, peer: PeerId, amount: int) -> None:
-        """Takes it as soon as can be; without a checkpoint where that is now."""
+        """Take `amount` as soon as the peer may have it; no checkpoint where that is now."""
         while not self.take(peer, amount):
             await self._waiting.park()
 

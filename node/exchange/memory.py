@@ -1,6 +1,6 @@
-"""Requests between members in one process, for tests and simulations: latency and silence in trio's clock, no sockets.
+"""`Exchange` between members in one process, without sockets: for tests and simulations in virtual time.
 
-What is asked and answered passes the wire's encoding and checks, so that nothing works here that would not elsewhere.
+Requests and replies pass the wire's encoding and checks, so that nothing works here that would fail over TLS.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 import trio
 
-from node.exchange.contract import Answer, Body, Handler, Heard, Into, Lane
+from node.exchange.contract import Answer, Handler, Heard, Into, Lane
 from node.exchange.requests import REQUESTS_PER_CONNECTION, AtWork, Call, answer
 from protocol import wire
-from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.errors import PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
 from protocol.messages import Reply, Request
 
@@ -24,7 +25,7 @@ Message = TypeVar("Message", Request, Reply)
 
 
 class MemoryNetwork:
-    """What the exchanges of one simulation share. `latency_s` is that of each way."""
+    """The network of one simulation's exchanges. `latency_s` is the latency of each direction."""
 
     def __init__(self, latency_s: float = 0.0) -> None:
         self.latency_s = latency_s
@@ -32,7 +33,7 @@ class MemoryNetwork:
         self._stopped: dict[PeerId, trio.Event] = {}
 
     def stop(self, peer: PeerId) -> None:
-        """From now on nothing is heard of it, as of a process under SIGSTOP; requests to it wait."""
+        """From now on nothing comes from the node, as from a process under SIGSTOP; requests to it wait."""
         self._stopped.setdefault(peer, trio.Event())
 
     def resume(self, peer: PeerId) -> None:
@@ -43,7 +44,7 @@ class MemoryNetwork:
         return peer in self._stopped
 
     def kill(self, peer: PeerId) -> None:
-        """Its requests fail at once, in both directions, and so does every later one until its exchange runs anew."""
+        """Requests of and to the node fail at once, as do all later ones until its exchange runs anew."""
         if peer in self._nodes:
             self.leave(peer, self._nodes[peer])
 
@@ -53,37 +54,37 @@ class MemoryNetwork:
     def leave(self, peer: PeerId, exchange: MemoryExchange) -> None:
         if self._nodes.get(peer) is exchange:
             del self._nodes[peer]
-        exchange.hang_up()
+        exchange.disconnect(peer)
 
     def node(self, peer: PeerId) -> MemoryExchange:
-        """Raises PeerUnavailableError where nobody runs under that name."""
+        """Raises PeerUnavailableError where no exchange of this peer runs."""
         if peer not in self._nodes:
             raise PeerUnavailableError(f"{peer} cannot be reached")
         return self._nodes[peer]
 
     def reaches(self, sender: PeerId, receiver: PeerId) -> bool:
-        """Whether what one says now comes to the other; else it waits until it can."""
+        """Whether a frame sent now arrives; otherwise it waits until it can."""
         return not self.is_stopped(sender) and not self.is_stopped(receiver)
 
     async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
-        """One way of a frame of `size` bytes; a stopped node holds up what leaves it and what comes to it."""
+        """Carry a frame of `size` bytes in one direction. A stopped node holds up frames from it and to it."""
         await trio.sleep(self.latency_s)
         for peer in (sender, receiver):
             while self.is_stopped(peer):
                 await self._stopped[peer].wait()
 
 
+@dataclass(eq=False)
 class _Line:
-    """A request between two nodes until its answer has come."""
+    """A request between two nodes, until its answer came."""
 
-    def __init__(self, asker: PeerId, lane: Lane, call: Call, size: int) -> None:
-        self.asker = asker
-        self.lane = lane
-        self.call = call
-        self.size = size
-        self.scope = trio.CancelScope()
-        self.ready = False
-        """The answer is there, and on its way."""
+    asker: PeerId
+    lane: Lane
+    call: Call
+    size: int
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ready: bool = False
+    """The answer is on its way."""
 
     def cut(self) -> None:
         self.call.end(PeerUnavailableError(f"the connection with {self.call.peer} was closed"))
@@ -91,7 +92,7 @@ class _Line:
 
 
 class MemoryExchange:
-    """`Exchange` on a `MemoryNetwork`; see there for the promises."""
+    """`Exchange` (node/exchange/contract.py) on a `MemoryNetwork`."""
 
     def __init__(
         self,
@@ -107,10 +108,10 @@ class MemoryExchange:
         self._refused = refused
         self._handler = handler
         self._slots = defaultdict[tuple[PeerId, Lane], trio.Semaphore](lambda: trio.Semaphore(requests_per_connection))
-        self._asked: dict[_Line, None] = {}  # in the order in which they came, so that a run can be repeated
+        self._asked: dict[_Line, None] = {}  # ordered, unlike a set, so that a run can be repeated
         self._answering: dict[_Line, None] = {}
         self._at_work = AtWork[_Line]()
-        self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # what is in it, its askers wait for
+        self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # bounded by the askers, which wait
 
     async def request(
         self,
@@ -124,7 +125,8 @@ class MemoryExchange:
     ) -> Answer:
         self._network.node(self._own)
         frame = wire.encode_head(0, message, 0)
-        line = _Line(self._own, lane, Call(peer, _checked(frame), silence_s, heard, into), len(frame))
+        call = Call(peer, _checked(frame), silence_s=silence_s, heard=heard, into=into)
+        line = _Line(self._own, lane, call, len(frame))
         self._network.node(peer).accept(line)
         self._asked[line] = None
         try:
@@ -144,10 +146,6 @@ class MemoryExchange:
             if peer in (line.asker, line.call.peer):
                 line.cut()
 
-    def hang_up(self) -> None:
-        for line in [*self._asked, *self._answering]:
-            line.cut()
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._network.join(self._own, self)
         try:
@@ -166,15 +164,11 @@ class MemoryExchange:
     async def _serve(self, line: _Line) -> None:
         with line.scope:
             await self._network.travel(line.asker, self._own, line.size)
-            result = await self._answered(line)
-            if isinstance(result, Answer):
-                line.call.deliver(result)
-            else:
-                line.call.end(result)
+            await self._answer(line)
         del self._answering[line]
 
-    async def _answered(self, line: _Line) -> Answer | ShoalError:
-        """What comes to the asker, when all of it is there."""
+    async def _answer(self, line: _Line) -> None:
+        """Deliver the answer, or the asker's error, once all of it has arrived at the asker."""
         slot = self._slots[line.asker, line.lane]
         await slot.acquire()
         self._at_work.begin(line)
@@ -187,20 +181,17 @@ class MemoryExchange:
             await self._network.travel(self._own, line.asker, len(head) + len(body or b""))
         finally:
             self._at_work.end(line)
-        return _answer_in(line.call.message, head, body)
-
-
-def _answer_in(request: Request, head: bytes, body: Body | None) -> Answer | ShoalError:
-    try:
-        message = _read(wire.REPLIES, head)
-        wire.check_answer(request, message)
-    except PeerMisbehavedError as error:
-        return error
-    return Answer(message, body)
+        try:
+            message = _read(wire.REPLIES, head)
+            wire.check_answer(line.call.message, message)
+        except PeerMisbehavedError as error:
+            line.call.end(error)
+        else:
+            line.call.deliver(Answer(message, body))
 
 
 def _checked(frame: bytes) -> Request:
-    """Raises PeerUnavailableError for what a peer would not take, as it would close the connection."""
+    """The request as the peer decodes it. Raises PeerUnavailableError where the peer would close the connection."""
     try:
         return _read(wire.REQUESTS, frame)
     except PeerMisbehavedError as error:

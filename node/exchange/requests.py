@@ -1,77 +1,64 @@
-"""What both ends of a request do whatever carries it: wait no longer than the silence allows, and always answer."""
+"""Both ends of a request, whatever carries it.
+
+The asking side cannot see whether a peer works or is dead, only when something came from it. So a request has no
+deadline: it ends after a silence. The answering side always answers, and sends `Waiting` while it works.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Hashable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Generic, TypeVar
 
 import trio
 
-from node.exchange.contract import Answer, Body, Handler, Heard, Into
-from protocol import wire
-from protocol.errors import (
-    BadInputError,
-    DeniedError,
-    NotFoundError,
-    PeerMisbehavedError,
-    PeerUnavailableError,
-    ShoalError,
-    UnavailableError,
-)
-from protocol.ids import PeerId
+from node.exchange.contract import Answer, Handler, Heard, Into
+from protocol import errors, wire
+from protocol.ids import Buffer, PeerId
 from protocol.messages import Failed, Reply, Request
 
 log = logging.getLogger(__name__)
 
 WAITING_FIRST_S = 0.25
-"""Most answers take less, and cost no `Waiting`."""
+"""Most answers take less time, and need no `Waiting`."""
 WAITING_EVERY_S = 0.5
-"""Half the shortest silence that a caller may sensibly allow."""
+"""Half of the shortest silence that a caller may sensibly allow."""
 STARVED_S = 10.0
-"""A request that nothing is heard of for so long has failed, whatever else comes from the peer."""
+"""A request of which nothing is heard for this time has failed, whatever else comes from the peer."""
 REQUESTS_PER_CONNECTION = 64
-"""At work at once. Beyond it nothing more is read from the connection: the asker's requests queue on its own side."""
+"""Requests at work at once. Beyond it nothing is read from the connection: further requests queue at the asker."""
 
 Key = TypeVar("Key", bound=Hashable)
 
-_CODES: tuple[tuple[type[ShoalError], str], ...] = (
-    (NotFoundError, "not-found"),
-    (DeniedError, "denied"),
-    (UnavailableError, "unavailable"),
-    (PeerUnavailableError, "unavailable"),
-    (BadInputError, "bad-request"),
-    (PeerMisbehavedError, "bad-request"),
+_CODES: tuple[tuple[type[errors.ShoalError], str], ...] = (  # all others: "unavailable"
+    (errors.NotFoundError, "not-found"),
+    (errors.DeniedError, "denied"),
+    (errors.BadInputError, "bad-request"),
+    (errors.PeerMisbehavedError, "bad-request"),
 )
 
 
-def never() -> float:
-    """When something came that never did."""
-    return -math.inf
-
-
+@dataclass(eq=False)
 class Call:
     """One request on the asking side. Ends with an answer, an error or silence.
 
-    `came` tells when anything last came from the peer: behind a long answer on a slow link nothing of this one can.
+    `came` returns when anything last came from the peer, if that counts as a sign of life for this request: behind a
+    long answer on a slow link, nothing of this request can come.
     """
 
-    def __init__(
-        self, peer: PeerId, message: Request, silence_s: float, heard: Heard | None = None, into: Into | None = None,
-        came: Callable[[], float] = never,
-    ) -> None:  # fmt: skip
-        self.peer = peer
-        self.message = message
-        self._silence_s = silence_s
-        self._heard = heard
-        self._came = came
-        self._heard_at = trio.current_time()
-        self._into = into
-        self._body: bytearray | memoryview | None = None
-        self._view: memoryview | None = None
-        self._ended = trio.Event()
-        self._result: Answer | Exception | None = None
+    peer: PeerId
+    message: Request
+    _: KW_ONLY
+    silence_s: float
+    heard: Heard | None
+    into: Into | None
+    came: Callable[[], float] | None = None
+    _heard_at: float = field(default_factory=trio.current_time, init=False)
+    _body: bytearray | memoryview | None = field(default=None, init=False)
+    _view: memoryview | None = field(default=None, init=False)
+    _ended: trio.Event = field(default_factory=trio.Event, init=False)
+    _result: Answer | Exception | None = field(default=None, init=False)
 
     async def wait(self) -> Answer:
         try:
@@ -80,33 +67,35 @@ class Call:
                     await self._ended.wait()
         finally:
             if self._result is None:
-                self._result = PeerUnavailableError(f"{self.peer} was silent for {self._silence_s} s")
+                self._result = errors.PeerUnavailableError(f"{self.peer} was silent for {self.silence_s} s")
             self._release()
         if isinstance(self._result, Answer):
             return self._result
-        # A new error for each asker: one that many tasks raise would gather all their tracebacks.
+        # A new error for each asker: an error that many tasks raise would gather the tracebacks of all.
         raise type(self._result)(*self._result.args) from self._result
 
     def _silent_at(self) -> float:
-        came = min(self._came(), self._heard_at + max(0.0, STARVED_S - self._silence_s))
-        return max(self._heard_at, came) + self._silence_s
+        if self.came is None:
+            return self._heard_at + self.silence_s
+        came = min(self.came(), self._heard_at + max(0.0, STARVED_S - self.silence_s))
+        return max(self._heard_at, came) + self.silence_s
 
     def progress(self) -> None:
         """A byte of the answer came."""
         self._heard_at = trio.current_time()
 
     def waiting(self, ready: bool) -> None:
-        """A `Waiting` came, or `ready` the head of the answer."""
+        """A `Waiting` came, or the head of the answer."""
         self.progress()
-        if self._heard is not None:
-            self._heard(ready)
+        if self.heard is not None:
+            self.heard(ready)
 
     def expect(self, message: Reply, length: int) -> None:
-        """A body of `length` bytes, at least one, begins to come: find memory for it, unless nobody waits any more."""
+        """A body of `length` bytes, at least one, begins to come: get memory for it, if this call has not ended."""
         if self._result is not None:
             return
         self.waiting(True)
-        given = self._into(message) if self._into is not None else None
+        given = self.into(message) if self.into is not None else None
         if given is not None and given.nbytes != length:
             self.end(ValueError(f"memory of {given.nbytes} bytes for a body of {length}"))
             return
@@ -114,16 +103,16 @@ class Call:
         self._view = memoryview(self._body).cast("B")
 
     def room(self) -> memoryview | None:
-        """All of the memory for the body; None as soon as nobody waits for it. To be asked anew before each write."""
+        """All of the memory for the body; None once this call has ended. Callers ask anew before each write."""
         return self._view
 
     def answered(self, message: Reply) -> None:
-        """The answer came; its body, where it has one, is in the memory for it."""
+        """The answer came; its body, if it has one, is in the memory for it."""
         self.end(Answer(message, self._body))
 
     def deliver(self, answer: Answer) -> None:
-        """An answer that is here with all of its body."""
-        if answer.body is None or self._into is None:
+        """The answer came with all of its body."""
+        if answer.body is None or self.into is None:
             if answer.body is not None:
                 self.waiting(True)
             self.end(answer)
@@ -134,26 +123,26 @@ class Call:
             self.answered(answer.message)
 
     def end(self, result: Answer | Exception) -> None:
-        """Only the first end counts."""
+        """Only the first call counts."""
         if self._result is None:
             self._result = result
             self._release()
             self._ended.set()
 
     def _release(self) -> None:
-        """The memory is the caller's again."""
-        self._heard = self._into = self._body = self._view = None
+        """Give the memory back to the caller."""
+        self.heard = self.into = self._body = self._view = None
 
 
-async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) -> tuple[bytes, Body | None]:
-    """The frame that answers: prefix and header, and the body. `Failed` for every error of the handler."""
+async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) -> tuple[bytes, Buffer | None]:
+    """The frame of the answer: prefix and header, and the body. `Failed` for every error of the handler."""
     try:
         reply = await handler(peer, request.message)
         head = wire.encode_head(request.request_id, reply.message, len(reply.body or b""))
-    except ShoalError as error:
+    except errors.ShoalError as error:
         code = next((code for kind, code in _CODES if isinstance(error, kind)), "unavailable")
         failed = Failed(code, str(error)[: wire.MAX_FAILURE_TEXT])
-    except Exception:  # the boundary of a task that a peer started: our bug must not end the daemon
+    except Exception:  # the boundary of a task that a peer started: a bug here must not end the daemon
         log.exception("answering %s to %s failed", type(request.message).__name__, peer)
         failed = Failed("unavailable", "internal error")
     else:
@@ -164,9 +153,8 @@ async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) ->
 class AtWork(Generic[Key]):
     """The requests that have no answer yet, and when each is due for its next `Waiting`.
 
-    One task for all of them, which looks after them in even steps and sleeps while there are none: a request that is
-    answered quickly costs two entries in a dictionary. After the first `Waiting` those of all requests come at the same
-    times, and so travel and are read together.
+    One task serves all in even steps and sleeps while there are none: a quick answer costs two dictionary operations.
+    After a first `Waiting`, those of all requests are due at the same times, so that they travel and are read together.
     """
 
     def __init__(self, first_s: float = WAITING_FIRST_S, every_s: float = WAITING_EVERY_S) -> None:
@@ -174,9 +162,6 @@ class AtWork(Generic[Key]):
         self._every_s = every_s
         self._due: dict[Key, float] = {}
         self._busy = trio.Event()
-
-    def __len__(self) -> int:
-        return len(self._due)
 
     def begin(self, key: Key) -> None:
         self._due[key] = trio.current_time() + self._first_s
@@ -186,7 +171,7 @@ class AtWork(Generic[Key]):
         del self._due[key]
 
     async def keep_alive(self, say: Callable[[Key], None]) -> None:
-        """Calls `say` for each request as long as it is at work, half of the first wait too late at most."""
+        """Call `say` for each request when it is due, or at most half of the first wait later, while it is at work."""
         while True:
             await self._busy.wait()
             while self._due:

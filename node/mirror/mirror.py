@@ -28,9 +28,9 @@ from node.mirror.access import Access, ChallengedError
 from node.oci.byte_ranges import Span, parse_range
 from node.oci.manifests import Resolved
 from node.oci.references import Kind, Locator, canonical, check_reference, is_digest
-from node.web.server import Buffer, FileBody, Limits, Request, Response, error_response
+from node.web.server import FileBody, Limits, Request, Response, error_response
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
-from protocol.ids import Digest
+from protocol.ids import Buffer, Digest
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,8 @@
-"""Reading and writing sockets in few system calls."""
+"""Waiting for a socket to have something to read, with few wake-ups.
+
+A slow link would wake its reader for every packet. Where more bytes are sure to come, SO_RCVLOWAT (socket(7)) lets the
+kernel wake the reader only once many are there. The end and errors of a connection wake it whatever the mark.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,13 @@ import socket
 import trio
 
 GATHERED_BYTES, GATHER_S = 64 << 10, 0.25
-"""So much of a body, or what came in so long, is worth waking up for: nothing can be done with it before it is whole.
-The time is far below any silence that ends a request."""
-
-
+"""A reader of a body is woken once this much came, or after this time: a part of a body is of no use. The time is far
+below any silence that ends a request."""
 RECORD_BYTES = 16384
-"""What a record of TLS carries at most (RFC 8446, 5.1). OpenSSL may hold nearly one, which the socket then does not."""
+"""Most bytes of one TLS record (RFC 8446, 5.1). OpenSSL may hold nearly a record, which the socket then lacks."""
 
 
 class Readable:
-    """Waits until a socket has something to read, or much where much is sure to come: a slow link would wake its
-    reader for every packet (SO_RCVLOWAT, socket(7); the end and errors of a connection wake it whatever the mark)."""
-
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._mark = 1

@@ -1,14 +1,13 @@
 """A small HTTP/1.1 server on trio and h11: for the mirror (TCP), the control socket (unix) and /metrics.
 
-A handler maps a `Request` to a `Response`. What the server owes it: every bound of `Limits` kept, bodies sent without
-copying them (files by sendfile), body generators closed whatever happens, and clients that leave or send garbage kept
-out of its sight. What the handler may rely on when a body breaks off: the connection ends with FIN, never with a
-reset, because clients resume with a Range request after the one and fail the pull after the other.
+A handler maps a `Request` to a `Response`. The server keeps every bound of `Limits`, sends bodies without copying them
+(node/web/output.py) and closes body generators whatever happens; the handler never sees clients that leave or send
+garbage. When a body breaks off, the connection ends with FIN, never with a reset: after a FIN clients resume with a
+Range request, after a reset they fail the pull.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -18,63 +17,56 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
-from functools import partial
+from functools import lru_cache, partial
 from typing import BinaryIO, cast
 from urllib.parse import parse_qsl, unquote
 
 import h11
 import trio
 
-from protocol.errors import ShoalError, UnavailableError
+from node.web.output import JOINED_BYTES, ClientLeftError, Output
+from protocol.errors import ShoalError
+from protocol.ids import Buffer
 
 log = logging.getLogger(__name__)
 
-Buffer = bytes | bytearray | memoryview
-
 MAX_QUERY_FIELDS = 32
-"""The distribution specification knows four."""
-JOINED_BYTES = 64 << 10
-"""Up to this size a copy of the body behind the head is cheaper than its own entry in a system call."""
-SENDFILE_BYTES = 1 << 20
-"""One turn of sendfile: a block, so that one fast client does not hold the loop."""
+"""The distribution specification defines four."""
 RECEIVE_BYTES = 16 << 10
-SLOW_S = 500e-6
-"""From a client that takes longer for a turn we wait until its whole send buffer has room, instead of trio's 16 KiB
-(TCP_NOTSENT_LOWAT): few wake-ups. For a fast client short turns cost less, as their bytes stay in the CPU's cache."""
 LINGER_S = 2.0
-"""How long a connection that we end is drained: closing a socket with unread input would send a reset."""
+"""How long a connection that this server ends is drained: closing a socket with unread input would send a reset."""
 LINGER_BYTES = 1 << 20
 
-_BODILESS = (204, 304)
+_BODILESS, _MALFORMED = (204, 304), (400, 413, 431, 501, 505)
 _CLOEXEC = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What clients can take at most. All times in seconds."""
+    """Bounds on what clients may take. Times in seconds."""
 
     connections: int = 1024
-    """The longest idle connection makes room for a new one; with none idle the new one is answered 503."""
+    """Beyond it the longest idle connection is closed; with none idle the new connection is answered 503."""
     head_bytes: int = 32 << 10
     """Request line and headers. Kubelet's registry tokens reach several KiB."""
     body_bytes: int = 1 << 20
     idle_s: float = 120.0
-    """Above the 90 s after which Go's clients drop an idle connection, so that they never race with us."""
+    """Above the 90 s after which Go's clients drop an idle connection, so that they never race with this server."""
     request_s: float = 20.0
     """From a request's first byte to its last."""
     write_stall_s: float = 60.0
-    """Without progress for so long, a body's client is taken for gone."""
+    """A client that takes no byte of a body for this time is taken for gone."""
     grace_s: float = 10.0
-    """After `stop`: how long running bodies may still take."""
+    """How long running bodies may still take after `stop`."""
     methods: tuple[str, ...] = ("GET", "HEAD", "POST")
-    """Others reach the handler without their body, which stays unread, and end the connection."""
+    """Requests with others reach the handler without their body, which stays unread, and end the connection."""
     descriptors: int = 0
     """Open files that may come with a request, over a unix socket (SCM_RIGHTS). More are closed unseen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`path` is percent-decoded; header names are lower-case; of repeated query fields the last one stands.
+    """`path` is percent-decoded; header names are lower-case; the last of repeated query fields counts.
 
     `descriptors` are open until the response is sent; the server closes them.
     """
@@ -98,12 +90,12 @@ class FileBody:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An answer. Content-Length is added for bytes and files; a generator without one is sent chunked.
+    """Content-Length is added for bytes and files; a generator without it is sent chunked.
 
-    `first` goes out before what the generator yields: for a handler that takes the first buffer itself, to be sure of
-    its source before it promises 200. It is taken out of the list then, so as not to live as long as the body. Where a
-    generator raises, the body ends early. A HEAD is answered like a GET; give Content-Length where the body is left
-    out.
+    `first` is sent before what the generator yields: a handler may take the first buffer itself, to be sure of its
+    source before it promises 200. The buffer is then taken out of the list, so that it does not live as long as the
+    body. Where a generator raises, the body ends early. Answer a HEAD like a GET; give Content-Length if the body is
+    left out.
     """
 
     status: int
@@ -121,12 +113,8 @@ def error_response(status: int, code: str, message: str, headers: Mapping[str, s
     return Response(status, {"Content-Type": "application/json", **(headers or {})}, body)
 
 
-class _ClientLeftError(Exception):
-    """The client closed, reset or stopped reading: normal, and nothing more can be said to it."""
-
-
 class _RefusedError(Exception):
-    """The request is answered before all of it was read, and the connection then closed."""
+    """The request is answered before all of it was read; then the connection is closed."""
 
     def __init__(self, response: Response) -> None:
         super().__init__(response.status)
@@ -137,18 +125,8 @@ def _refused(status: int, code: str, message: str) -> _RefusedError:
     return _RefusedError(error_response(status, code, message))
 
 
-@dataclass(frozen=True, slots=True)
-class _FilePart:
-    """What stands for a file's bytes in h11, which asks a body only for its length."""
-
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-
-class _Server:
-    """What the connections of one `serve_http` share."""
+class Server:
+    """State that the connections of one `serve_http` share."""
 
     def __init__(self, handler: Handler, limits: Limits) -> None:
         self.handler = handler
@@ -157,7 +135,6 @@ class _Server:
         self._open = 0
         self._idle: dict[trio.CancelScope, None] = {}
         """In the order in which they became idle."""
-        self._date = (0, "")
 
     async def serve(self, stream: trio.SocketStream) -> None:
         full = self._open >= self.limits.connections
@@ -180,13 +157,6 @@ class _Server:
                 del self._idle[scope]
         return not scope.cancelled_caught
 
-    def date(self) -> str:
-        """For the Date header, made once a second."""
-        now = int(time.time())
-        if now != self._date[0]:
-            self._date = now, formatdate(now, usegmt=True)
-        return self._date[1]
-
     def stop(self) -> None:
         self.stopping = True
         for scope in self._idle:
@@ -205,7 +175,7 @@ async def serve_http(
 
     After `stop` nothing is accepted, requests on open connections get 503, and running bodies may end.
     """
-    server = _Server(handler, limits)
+    server = Server(handler, limits)
     async with trio.open_nursery() as connections:
         async with trio.open_nursery() as accepting:
             await accepting.start(
@@ -219,15 +189,15 @@ async def serve_http(
 
 
 class _Connection:
-    def __init__(self, server: _Server, stream: trio.SocketStream, *, refuse: bool) -> None:
+    def __init__(self, server: Server, stream: trio.SocketStream, *, refuse: bool) -> None:
         self._server = server
         self._limits = server.limits
         self._stream = stream
+        self._output = Output(stream, server.limits.write_stall_s)
         self._refuse = refuse
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
         self._method = b""
         self._request_until = 0.0
-        self._slow = False
         self._descriptors: list[int] = []
 
     async def run(self) -> None:
@@ -235,16 +205,16 @@ class _Connection:
             while await self._cycle():
                 self._close_descriptors()
                 self._h11.start_next_cycle()
-                self._method = b""  # what is malformed has none, whatever came before it
+                self._method = b""  # a malformed request has none, whatever came before it
             await self._hang_up()
-        except _ClientLeftError as error:
+        except ClientLeftError as error:
             log.debug("client left: %s", error)
         finally:
             self._close_descriptors()
             await self._stream.aclose()
 
     async def _cycle(self) -> bool:
-        """One request and its answer; whether another may follow."""
+        """Answer one request. Returns whether another may follow."""
         try:
             request = await self._receive()
             if request is None:
@@ -254,22 +224,23 @@ class _Connection:
             response = refused.response
         except h11.RemoteProtocolError as error:
             log.debug("malformed request: %s", error)
-            response = _malformed(error).response
+            status = error.error_status_hint if error.error_status_hint in _MALFORMED else 400
+            response = _refused(status, "UNSUPPORTED", f"malformed request: {error}").response
         try:
             await self._send(response)
         except ShoalError as error:
             log.warning("a body ends early: %s", error)
             return False
-        except _ClientLeftError:
+        except ClientLeftError:
             raise
         except Exception:
-            # As in `_answer`. The head may be out: all that can be said is that the body is not whole.
+            # A handler's bug, as in `_answer`. The head may be sent: the client can only see that the body is cut off.
             log.exception("a response with status %d broke", response.status)
             return False
         return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
 
     async def _hang_up(self) -> None:
-        """FIN, and then wait for the client's: closing with unread input would reset what is still on its way."""
+        """Send FIN and wait for the client's: closing with unread input would reset bytes still on their way."""
         with trio.move_on_after(LINGER_S):
             try:
                 await self._stream.send_eof()
@@ -277,15 +248,13 @@ class _Connection:
                     if not await self._stream.receive_some(RECEIVE_BYTES):
                         return
             except trio.BrokenResourceError as error:
-                raise _ClientLeftError("while the connection was closed") from error
-
-    # Receiving
+                raise ClientLeftError("while the connection was closed") from error
 
     async def _receive(self) -> Request | None:
         """The next request; None when the client closed, or stayed idle too long."""
         event = self._h11.next_event()
         if event is not h11.NEED_DATA:
-            await trio.lowlevel.checkpoint()  # many requests that came together are not answered in one go
+            await trio.lowlevel.checkpoint()  # between requests that came together, other tasks run
         elif not await self._server.idle(self._fill):
             return None
         self._request_until = trio.current_time() + self._limits.request_s
@@ -311,7 +280,7 @@ class _Connection:
         body = bytearray()
         while max(declared, len(body)) <= self._limits.body_bytes:
             if self._h11.they_are_waiting_for_100_continue:
-                await self._write(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])))
+                await self._output.write(self._h11.send(h11.InformationalResponse(status_code=100, headers=[])))
             event = await self._next_event()
             if isinstance(event, h11.EndOfMessage):
                 return bytes(body)
@@ -331,9 +300,9 @@ class _Connection:
         try:
             self._h11.receive_data(self._read())
         except BlockingIOError:
-            return  # woken for nothing; whoever needs bytes asks again
+            return  # a spurious wake-up; the caller asks again
         except OSError as error:
-            raise _ClientLeftError("while a request was read") from error
+            raise ClientLeftError("while a request was read") from error
 
     def _read(self) -> bytes:
         if not self._limits.descriptors:
@@ -351,15 +320,13 @@ class _Connection:
         while self._descriptors:
             os.close(self._descriptors.pop())
 
-    # Answering
-
     async def _answer(self, request: Request) -> Response:
         try:
             return await self._server.handler(request)
         except Exception:
-            # The seam to code that is not ours: a bug in one request must not end the others.
+            # A handler's bug: it must not end other requests.
             log.exception("%s %r failed", request.method, request.path)
-            return error_response(500, "UNKNOWN", "internal error, told in this node's log")
+            return error_response(500, "UNKNOWN", "internal error; see this node's log")
 
     async def _send(self, response: Response) -> None:
         body = response.body
@@ -370,30 +337,30 @@ class _Connection:
             await self._send_bytes(response, body)
         else:
             async with aclosing(body):
-                await self._write(
+                await self._output.write(
                     *self._head(response, None), *self._data(response.first.pop() if response.first else b"")
                 )
                 if self._method != b"HEAD":
                     async for buffer in body:
-                        await self._write(*self._data(buffer))
-                        del buffer  # a block, which is not to be kept while the next one is waited for
-                await self._write(*self._end())
+                        await self._output.write(*self._data(buffer))
+                        del buffer  # a block: free it while the next one is awaited
+                await self._output.write(*self._event(h11.EndOfMessage()))
 
     async def _send_bytes(self, response: Response, body: Buffer) -> None:
-        await self._write(*self._head(response, len(body)), *self._data(body), *self._end())
+        await self._output.write(*self._head(response, len(body)), *self._data(body), *self._event(h11.EndOfMessage()))
 
     async def _send_file(self, response: Response, body: FileBody, file: BinaryIO) -> None:
         length = body.stop - body.start
         if length <= JOINED_BYTES and len(data := os.pread(file.fileno(), length, body.start)) == length:
             await self._send_bytes(response, data)
             return
-        await self._write(*self._head(response, length))
-        if self._data(cast(Buffer, _FilePart(length))):
-            await self._sendfile(file.fileno(), body.start, body.stop)
-        await self._write(*self._end())
+        await self._output.write(*self._head(response, length))
+        if self._data(cast(Buffer, range(length))):  # h11 uses only the length of a body
+            await self._output.sendfile(file.fileno(), body.start, body.stop)
+        await self._output.write(*self._event(h11.EndOfMessage()))
 
     def _head(self, response: Response, length: int | None) -> list[Buffer]:
-        headers = [("Date", self._server.date()), *response.headers.items()]
+        headers = [("Date", _date(int(time.time()))), *response.headers.items()]
         if length is not None and response.status not in _BODILESS and "Content-Length" not in response.headers:
             headers.append(("Content-Length", str(length)))
         return self._event(h11.Response(status_code=response.status, headers=headers))
@@ -403,69 +370,13 @@ class _Connection:
             return []
         return self._event(h11.Data(data=cast(bytes, data)))
 
-    def _end(self) -> list[Buffer]:
-        return self._event(h11.EndOfMessage())
-
     def _event(self, event: h11.Event) -> list[Buffer]:
         return [part for part in self._h11.send_with_data_passthrough(event) or () if len(part)]
 
-    # Writing
 
-    async def _write(self, *parts: Buffer) -> None:
-        """All of `parts`, uncopied where they are large."""
-        length = sum(map(len, parts))
-        rest = [memoryview(part) for part in ([b"".join(parts)] if length <= JOINED_BYTES else parts)]
-        while rest:
-            try:
-                _drop(rest, os.writev(self._stream.socket.fileno(), rest))
-            except BlockingIOError:
-                await self._room()
-            except OSError as error:
-                raise _ClientLeftError("while a body was sent") from error
-        if length > JOINED_BYTES:
-            await trio.lowlevel.checkpoint()
-
-    async def _sendfile(self, source: int, start: int, stop: int) -> None:
-        target = self._stream.socket
-        while start < stop:
-            turn = min(SENDFILE_BYTES, stop - start)
-            try:
-                sent = os.sendfile(target.fileno(), source, start, turn)
-            except BlockingIOError:
-                await self._room()
-                continue
-            except ConnectionError as error:
-                raise _ClientLeftError("while a file was sent") from error
-            if not sent:
-                raise UnavailableError(f"the file ends at {start}, not {stop}")
-            start += sent
-            if sent == turn:
-                await trio.lowlevel.checkpoint()
-            elif start < stop:  # the socket is full: asking again would only tell so
-                await self._room()
-
-    async def _room(self) -> None:
-        """Until the client takes more."""
-        since = trio.current_time()
-        with trio.move_on_after(self._limits.write_stall_s) as stalled:
-            await trio.lowlevel.wait_writable(self._stream.socket)
-        if stalled.cancelled_caught:
-            raise _ClientLeftError(f"took nothing for {self._limits.write_stall_s:.0f} s")
-        if trio.current_time() - since > SLOW_S and not self._slow:
-            self._expect_slowness()
-
-    def _expect_slowness(self) -> None:
-        self._slow = True
-        with contextlib.suppress(OSError):  # a unix socket has no such option
-            self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, (1 << 31) - 1)
-
-
-def _drop(parts: list[memoryview], count: int) -> None:
-    """The first `count` bytes of `parts`, and what is empty then."""
-    while parts and count >= len(parts[0]):
-        count -= len(parts.pop(0))
-    if count:
-        parts[0] = parts[0][count:]
+@lru_cache(1)
+def _date(now: int) -> str:
+    return formatdate(now, usegmt=True)
 
 
 def _parse(head: h11.Request) -> Request:
@@ -482,8 +393,3 @@ def _parse(head: h11.Request) -> Request:
         name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return Request(head.method.decode("ascii"), unquote(path), fields, headers)
-
-
-def _malformed(error: h11.RemoteProtocolError) -> _RefusedError:
-    status = error.error_status_hint if error.error_status_hint in (400, 413, 431, 501, 505) else 400
-    return _refused(status, "UNSUPPORTED", f"malformed request: {error}")

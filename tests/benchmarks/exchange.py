@@ -1,8 +1,8 @@
-"""What the bulk channel carries between two processes over loopback: `python -m tests.benchmarks.exchange`.
+"""Throughput of the bulk channel between two processes over loopback: `python -m tests.benchmarks.exchange`.
 
-Each line is measured once in every round, so that all of them see the same machine; the medians are shown. CPU is that
-of each process, kernel included. "Written" is as the disk tier does it, into pages that the cache does not hold yet.
-The raw lines are a plain TCP socket that reads into one and the same megabyte: what the others can at most become.
+Each line is measured once in every round, so that all see the same machine; the medians are shown. CPU is that of each
+process, kernel included. "Written" bodies are written as the disk tier does it, into pages that the page cache does not
+hold yet. The raw lines read from a plain TCP socket into the same buffer again and again: the most that is possible.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -28,12 +30,13 @@ from rich.table import Table
 
 from cache.files import WRITE, identity_of, opened, write_at
 from node.config.quantities import HostPort
-from node.exchange.channel import Buffer
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, own_authority, peer_of
 from node.identity.identity import Identity
 from node.runtime.allocator import tune_allocator
+from protocol.erasure import Buffer
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import Member
 from protocol.messages import BlockFound, GetBlock, GetShard, Ping, Pong, Request, ShardFound
@@ -43,9 +46,9 @@ from tests.support.leftovers import ended_with_the_run
 K = 4
 REF = ObjectRef(Digest("sha256", "ab" * 32), BLOCK_SIZE)
 BLOCK = os.urandom(BLOCK_SIZE)
-RECORD = make_record(REF, 0, sha256(BLOCK).digest(), PeerId("12D3KooWSigner"), lambda payload: bytes(64))
+RECORD = make_record(REF, 0, sha256(BLOCK).digest(), PeerId("12D3KooWSigner"), sign=lambda payload: bytes(64))
 GET_BLOCK = GetBlock(str(REF.digest), 0, BLOCK_SIZE)
-GET_SHARD = GetShard(str(REF.digest), 0, BLOCK_SIZE, K, 1, 0, 0, "docker.io/library/alpine#blobs")
+GET_SHARD = GetShard(str(REF.digest), 0, BLOCK_SIZE, k=K, m=1, want=0, reach=0, source="docker.io/library/alpine#blobs")
 SLOTS = 256
 RAW, TLS, PLAIN = "raw", "TLS", "plain"
 WARM_S = 0.1
@@ -53,37 +56,33 @@ WARM_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`size` is that of a body; 0 for small requests."""
+    """`title` says what is done with a body, of `size` bytes (0 for small requests). `depth`: requests at once."""
 
-    what: str
+    title: str
     channel: str
     message: Request
     size: int
     depth: int
-    hashed: bool = False
-    written: bool = False
+
+    @property
+    def work(self) -> tuple[bool, bool]:
+        """Whether bodies are hashed, and written."""
+        return "hashed" in self.title, "written" in self.title
 
 
+BLOCK_TITLES = ("block, received", "block, received, hashed", "block, received, hashed, written")
+SHARD_TITLE = "shard, received, hashed, written"
 LINES = (
-    *(
-        Line(what, channel, GET_BLOCK, BLOCK_SIZE, 8, *work)
-        for what, *work in (
-            ("block, received", False, False),
-            ("block, received, hashed", True, False),
-            ("block, received, hashed, written", True, True),
-        )
-        for channel in (RAW, TLS, PLAIN)
-    ),
-    Line("shard, received, hashed, written", TLS, GET_SHARD, BLOCK_SIZE // K, 32, True, True),
-    Line("shard, received, hashed, written", PLAIN, GET_SHARD, BLOCK_SIZE // K, 32, True, True),
-    Line("small, one at a time", TLS, Ping(()), 0, 1),
-    Line("small, 32 at once", TLS, Ping(()), 0, 32),
+    *(Line(*row, GET_BLOCK, size=BLOCK_SIZE, depth=8) for row in product(BLOCK_TITLES, (RAW, TLS, PLAIN))),
+    *(Line(SHARD_TITLE, channel, GET_SHARD, size=BLOCK_SIZE // K, depth=32) for channel in (TLS, PLAIN)),
+    Line("small, one at a time", TLS, Ping(()), size=0, depth=1),
+    Line("small, 32 at once", TLS, Ping(()), size=0, depth=32),
 )
 
 
 @dataclass(slots=True)
 class Runs:
-    """Of one line: requests a second, and CPU seconds a request of who asks and who answers."""
+    """Results of one line, by round: requests per second, and CPU seconds per request of each process."""
 
     rate: list[float] = field(default_factory=list)
     asking: list[float] = field(default_factory=list)
@@ -91,15 +90,16 @@ class Runs:
 
 
 class Sink:
-    """What is done with a body. The file has at most SLOTS bodies, and is emptied when it is full."""
+    """Hashes and writes bodies. The file has at most SLOTS bodies, and is emptied when it is full."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._slot = path, 0
 
     def take(self, line: Line, body: Buffer) -> None:
-        if line.hashed:
+        hashed, written = line.work
+        if hashed:
             sha256(body).digest()
-        if line.written:
+        if written:
             with opened(self._path, WRITE) as fd:
                 if self._slot == SLOTS:
                     self._slot = 0
@@ -124,15 +124,21 @@ async def answer(peer: PeerId, request: Request) -> Answer:
 def exchange_of(folder: Path, members: dict[PeerId, Member], plain: bool) -> tuple[PeerId, TlsExchange]:
     identity = Identity.of(Ed25519PrivateKey.generate())
     credentials = Credentials.issued(own_authority(folder), identity, "")
-    return identity.peer_id, TlsExchange(
-        credentials.server_context(), credentials.client_context(), peer_of,
-        listen=HostPort("127.0.0.1", 0), locate=members.get, refused=lambda peer: False, handler=answer,
+    endpoint = Endpoint(
+        credentials.server_context(),
+        credentials.client_context(),
+        peer_of,
+        listen=HostPort("127.0.0.1", 0),
+        locate=members.get,
+        refused=lambda peer: False,
+        handler=answer,
         plain=plain,
-    )  # fmt: skip
+    )
+    return identity.peer_id, TlsExchange(endpoint)
 
 
 def pour(listener: socket.socket) -> None:
-    """Blocks without end to whoever connects, one after the other."""
+    """Send blocks without end to each client that connects, one client after the other."""
     while True:
         with listener.accept()[0] as sock:
             try:
@@ -153,12 +159,22 @@ async def serve(folder: Path) -> None:
 # The asking process
 
 
-class Asker:
-    """Runs lines against the answering process: its id, its peer, and the port of its raw socket."""
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The answering process."""
 
-    def __init__(self, exchanges: dict[str, TlsExchange], pid: int, peer: PeerId, raw_port: int, sink: Sink) -> None:
-        self._exchanges, self._pid, self._peer, self._sink = exchanges, pid, peer, sink
-        self._raw = socket.create_connection(("127.0.0.1", raw_port))
+    pid: int
+    peer: PeerId
+    address: str
+    raw_port: int
+
+
+class Asker:
+    """Runs lines against the answering process."""
+
+    def __init__(self, server: Server, exchanges: dict[str, TlsExchange], sink: Sink) -> None:
+        self._pid, self._peer, self._exchanges, self._sink = server.pid, server.peer, exchanges, sink
+        self._raw = socket.create_connection(("127.0.0.1", server.raw_port))
 
     async def run(self, line: Line, runs: Runs, seconds: float) -> None:
         await self._count(line, WARM_S)
@@ -172,13 +188,13 @@ class Asker:
         return time.clock_gettime(~self._pid << 3 | 2)  # clock_getcpuclockid(3)
 
     async def _count(self, line: Line, seconds: float) -> int:
-        """How many requests were answered."""
+        """Returns how many requests were answered."""
         if line.channel == RAW:
             return self._drain(line, seconds)
         exchange = self._exchanges[line.channel]
         count, end = 0, time.perf_counter() + seconds
 
-        async def one() -> None:
+        async def ask() -> None:
             nonlocal count
             while time.perf_counter() < end:
                 reply = await exchange.request(self._peer, line.message, lane=Lane.BULK, silence_s=5)
@@ -188,7 +204,7 @@ class Asker:
 
         async with trio.open_nursery() as nursery:
             for _ in range(line.depth):
-                nursery.start_soon(one)
+                nursery.start_soon(ask)
         return count
 
     def _drain(self, line: Line, seconds: float) -> int:
@@ -203,13 +219,10 @@ class Asker:
         return count
 
 
-async def ask(folder: Path, server: int, told: str, lines: list[Line], rounds: int, seconds: float) -> list[Runs]:
-    """`told`: the first line that the answering process wrote."""
-    name, address, raw_port = told.split()
-    peer = PeerId(name)
-    members = {peer: Member(peer, "server", "site", (address,))}
+async def measure(folder: Path, server: Server, *, lines: list[Line], rounds: int, seconds: float) -> list[Runs]:
+    members = {server.peer: Member(server.peer, "server", "site", (server.address,))}
     exchanges = {channel: exchange_of(folder, members, channel == PLAIN)[1] for channel in (TLS, PLAIN)}
-    asker = Asker(exchanges, server, peer, int(raw_port), Sink(folder / "written"))
+    asker = Asker(server, exchanges, Sink(folder / "written"))
     results = [Runs() for _ in lines]
     async with trio.open_nursery() as nursery:
         for exchange in exchanges.values():
@@ -223,30 +236,32 @@ async def ask(folder: Path, server: int, told: str, lines: list[Line], rounds: i
 
 def run_both(folder: Path, lines: list[Line], rounds: int, seconds: float) -> list[Runs]:
     command = [sys.executable, "-m", "tests.benchmarks.exchange", "--serve", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        ended_with_the_run(server)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        ended_with_the_run(process)
         try:
-            assert server.stdout is not None
-            return trio.run(ask, folder, server.pid, server.stdout.readline(), lines, rounds, seconds)
+            assert process.stdout is not None
+            peer, address, raw_port = process.stdout.readline().split()
+            server = Server(process.pid, PeerId(peer), address, int(raw_port))
+            return trio.run(partial(measure, folder, server, lines=lines, rounds=rounds, seconds=seconds))
         finally:
-            server.kill()
+            process.kill()
 
 
 def table_of(lines: list[Line], results: list[Runs], title: str) -> Table:
-    """The ratio is to the raw socket that did the same with the bodies, in the same round."""
+    """The ratio compares with the raw socket that did the same with the bodies, in the same round."""
     heads = ("", "", "rate", "of raw", "asking", "answering")
     table = Table(*heads, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    raw = {(line.hashed, line.written): runs for line, runs in zip(lines, results, strict=True) if line.channel == RAW}
+    raw = {line.work: runs for line, runs in zip(lines, results, strict=True) if line.channel == RAW}
     for line, runs in zip(lines, results, strict=True):
         rate = f"{median(runs.rate) * line.size / 1e6:.0f} MB/s" if line.size else f"{median(runs.rate):.0f} /s"
-        base = raw.get((line.hashed, line.written)) if line.size else None
+        base = raw.get(line.work) if line.size else None
         ratio = ""
         if base is not None:
             pairs = zip(runs.rate, base.rate, strict=True)
             ratio = f"{median(mine * line.size / theirs / BLOCK_SIZE for mine, theirs in pairs):.2f}"
         scale, unit = (1e9 / line.size, "s/GB") if line.size else (1e6, "µs")
         asking, answering = (f"{median(cpu) * scale:.2f} {unit}" for cpu in (runs.asking, runs.answering))
-        table.add_row(line.what, line.channel, rate, ratio, asking, answering)
+        table.add_row(*(line.title, line.channel, rate, ratio, asking, answering))
     return table
 
 
@@ -260,7 +275,7 @@ def main(folder: Path | None, seconds: float, rounds: int, only: str) -> None:
     if folder is not None:
         trio.run(serve, folder)
         return
-    lines = [line for line in LINES if only in f"{line.what} {line.channel}"]
+    lines = [line for line in LINES if only in f"{line.title} {line.channel}"]
     with tempfile.TemporaryDirectory() as scratch:
         own_authority(Path(scratch))
         results = run_both(Path(scratch), lines, rounds, seconds)

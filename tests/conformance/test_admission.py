@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.config.quantities import HostPort
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Answer, Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import (
@@ -132,7 +133,7 @@ async def refuse_to_answer(peer: PeerId, request: Request) -> Answer:
 
 def exchange(scene: Scene, *, plain: bool = False) -> TlsExchange:
     verifier = scene.verifier()
-    return TlsExchange(
+    endpoint = Endpoint(
         verifier.server_context,
         verifier.client_context,
         verifier.peer_of,
@@ -142,6 +143,7 @@ def exchange(scene: Scene, *, plain: bool = False) -> TlsExchange:
         handler=refuse_to_answer,
         plain=plain,
     )
+    return TlsExchange(endpoint)
 
 
 def stranger_client(scene: Scene) -> ssl.SSLContext:

@@ -1,5 +1,5 @@
-"""What every Exchange promises (node/exchange/contract.py): in memory and on simulated links, in virtual time; over
-TLS, and plain, on loopback."""
+"""The promises of every Exchange (node/exchange/contract.py), in virtual time: in memory, on simulated links, and over
+TLS and in plain mode on loopback."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ from random import Random
 import pytest
 import trio
 import trio.testing
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.config.quantities import HostPort
 from node.exchange.contract import Answer, Exchange, Handler, Into, Lane
+from node.exchange.limits import Limits, Timing
 from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.exchange.tls import Limits, Timing, TlsExchange
-from node.identity.certificates import Credentials, own_authority, peer_of
-from node.identity.identity import Identity
 from protocol.errors import (
     BadInputError,
     DeniedError,
@@ -31,7 +27,6 @@ from protocol.errors import (
     UnavailableError,
 )
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
-from protocol.members import Member
 from protocol.messages import (
     BlockFound,
     Done,
@@ -49,6 +44,7 @@ from protocol.messages import (
 )
 from protocol.records import Record, make_record
 from simulations.network import Port, SimulatedNetwork, lognormal
+from tests.support.exchanges import Cluster
 
 SIZE = 2 * BLOCK_SIZE + 5
 REF = ObjectRef(Digest("sha256", "ab" * 32), SIZE)
@@ -63,7 +59,7 @@ def bytes_of(index: int) -> bytes:
 
 def record_of(index: int) -> Record:
     data = bytes_of(index)[: REF.block_length(index)]
-    return make_record(REF, index, sha256(data).digest(), SIGNER, lambda payload: bytes(64))
+    return make_record(REF, index, sha256(data).digest(), SIGNER, sign=lambda payload: bytes(64))
 
 
 def get_block(index: int) -> GetBlock:
@@ -126,39 +122,26 @@ class TlsSite:
     plain = False
 
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
-        self._nursery = nursery
-        self._authority = own_authority(folder)
-        self._members: dict[PeerId, Member] = {}
+        self._nursery, self._cluster = nursery, Cluster(nursery, folder)
 
     async def add(self, handler: Handler, mute: bool = False) -> Node:
-        identity = Identity.of(Ed25519PrivateKey.generate())
-        credentials = Credentials.issued(self._authority, identity, "")
         refused: set[PeerId] = set()
-        exchange = TlsExchange(
-            credentials.server_context(),
-            credentials.client_context(),
-            peer_of,
-            listen=HostPort("127.0.0.1", 0),
-            locate=self._members.get,
-            refused=refused.__contains__,
+        member = self._cluster.exchange(
             handler=handler,
+            refused=refused.__contains__,
             plain=self.plain,
             timing=Timing(waiting_first_s=0.02, waiting_every_s=0.02, retry_s=0.001),
             limits=Limits(requests_per_connection=SLOTS),
         )
-        self._join(identity.peer_id, str(exchange.address))
-        node = Node(identity.peer_id, exchange, refused)
-        if not mute:  # else the kernel accepts connections, and nobody answers
+        node = Node(member.peer, member.exchange, refused)
+        if not mute:  # otherwise the kernel accepts connections, and no task answers
             await self._nursery.start(run_within, node)
         return node
 
     def absent(self) -> PeerId:
         peer = PeerId("12D3KooWAbsent")
-        self._join(peer, "127.0.0.1:1")
+        self._cluster.locate(peer, "127.0.0.1:1")
         return peer
-
-    def _join(self, peer: PeerId, address: str) -> None:
-        self._members[peer] = Member(peer, "node", "site", (address,))
 
 
 class PlainSite(TlsSite):
@@ -175,14 +158,14 @@ Scenario = Callable[[Site], Awaitable[None]]
 Play = Callable[[Scenario], None]
 
 
-SITES: dict[str, type[Site]] = {
-    "memory": MemorySite, "simulated": SimulatedSite, "tls": TlsSite, "plain": PlainSite,
-}  # fmt: skip
+SITES: dict[str, type[Site]] = {"memory": MemorySite, "simulated": SimulatedSite, "tls": TlsSite, "plain": PlainSite}
+IDLE_S = 0.01
+"""Over sockets, time jumps to the next deadline once all tasks are blocked for this real time: no byte is under way."""
 
 
 @pytest.fixture(params=SITES)
 def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
-    """Runs a scenario on a site of the implementation; everything that the site started ends with it."""
+    """Runs a scenario on a site of the implementation; all that the site started ends with it."""
     memory = issubclass(SITES[request.param], MemorySite)
 
     def run(scenario: Scenario) -> None:
@@ -192,7 +175,7 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
                     await scenario(SITES[request.param](nursery, tmp_path))
                     nursery.cancel_scope.cancel()
 
-        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0) if memory else None)
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0 if memory else IDLE_S))
 
     return run
 
@@ -205,18 +188,18 @@ async def answer_all(peer: PeerId, request: Request) -> Answer:
     return Answer(PONG)
 
 
-async def ask(site: Site, node: Node, to: Node | PeerId, message: Request, lane: Lane = Lane.CONTROL) -> Answer:
+async def ask(site: Site, node: Node, to: Node | PeerId, message: Request, *, lane: Lane = Lane.CONTROL) -> Answer:
     peer = to.peer if isinstance(to, Node) else to
     return await node.exchange.request(peer, message, lane=lane, silence_s=10 * site.silence_s)
 
 
 def test_requests_of_both_directions_and_all_lanes_are_answered(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(answer_all)
-        for asker, asked in ((one, two), (two, one)):
+        left, right = await site.add(answer_all), await site.add(answer_all)
+        for asker, asked in ((left, right), (right, left)):
             for lane in Lane:
-                assert await ask(site, asker, asked, PING, lane) == Answer(PONG)
-        holdings = await ask(site, one, two, GetHoldings(str(REF.digest)))
+                assert await ask(site, asker, asked, PING, lane=lane) == Answer(PONG)
+        holdings = await ask(site, left, right, GetHoldings(str(REF.digest)))
         assert holdings.message == HoldingsFound(b"\x07", ((4, 1, 2, b"\x01"),))
 
     play(scenario)
@@ -230,23 +213,23 @@ def test_the_handler_is_told_who_asks(play: Play) -> None:
         return Answer(PONG)
 
     async def scenario(site: Site) -> None:
-        one, two, asked = await site.add(answer_all), await site.add(answer_all), await site.add(note)
-        await ask(site, one, asked, PING)
-        await ask(site, two, asked, PING)
-        assert askers == [one.peer, two.peer]
+        first, second, asked = await site.add(answer_all), await site.add(answer_all), await site.add(note)
+        await ask(site, first, asked, PING)
+        await ask(site, second, asked, PING)
+        assert askers == [first.peer, second.peer]
 
     play(scenario)
 
 
 def test_bodies_arrive_whole_among_small_answers(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(answer_all)
+        asker, peer = await site.add(answer_all), await site.add(answer_all)
         right = []
 
         async def get(index: int) -> None:
-            answer = await ask(site, one, two, get_block(index), Lane.BULK)
+            answer = await ask(site, asker, peer, get_block(index), lane=Lane.BULK)
             assert answer == block_found(index)
-            assert (await ask(site, one, two, PING, Lane.BULK)).body is None
+            assert (await ask(site, asker, peer, PING, lane=Lane.BULK)).body is None
             right.append(index)
 
         async with trio.open_nursery() as nursery:
@@ -263,9 +246,9 @@ def test_shards_arrive(play: Play) -> None:
         return Answer(ShardFound(request.k, request.m, 3, record_of(0)), b"s" * (BLOCK_SIZE // 4))
 
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(shard)
-        request = GetShard(str(REF.digest), 0, SIZE, 4, 1, want=2, reach=2, source="r.example/a#blobs")
-        answer = await ask(site, one, two, request, Lane.URGENT)
+        asker, peer = await site.add(answer_all), await site.add(shard)
+        request = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=2, reach=2, source="r.example/a#blobs")
+        answer = await ask(site, asker, peer, request, lane=Lane.URGENT)
         assert answer == Answer(ShardFound(4, 1, 3, record_of(0)), b"s" * (BLOCK_SIZE // 4))
 
     play(scenario)
@@ -281,16 +264,16 @@ def test_a_slow_answer_holds_up_no_other(play: Play) -> None:
                 await release.wait()
             return await answer_all(peer, request)
 
-        one, two = await site.add(answer_all), await site.add(slow_blocks)
+        asker, peer = await site.add(answer_all), await site.add(slow_blocks)
 
         async def slow() -> None:
-            await ask(site, one, two, get_block(0))
+            await ask(site, asker, peer, get_block(0))
             order.append("slow")
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(slow)
             await trio.testing.wait_all_tasks_blocked()
-            await ask(site, one, two, PING)
+            await ask(site, asker, peer, PING)
             order.append("fast")
             release.set()
         assert order == ["fast", "slow"]
@@ -300,11 +283,11 @@ def test_a_slow_answer_holds_up_no_other(play: Play) -> None:
 
 def test_a_body_is_told_of_when_it_begins(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(answer_all)
+        asker, peer = await site.add(answer_all), await site.add(answer_all)
         heard: list[bool] = []
-        await one.exchange.request(two.peer, get_block(0), lane=Lane.BULK, silence_s=5, heard=heard.append)
+        await asker.exchange.request(peer.peer, get_block(0), lane=Lane.BULK, silence_s=5, heard=heard.append)
         assert heard == [True]
-        await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=5, heard=heard.append)
+        await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=5, heard=heard.append)
         assert heard == [True]
 
     play(scenario)
@@ -324,9 +307,9 @@ def test_waiting_keeps_a_request_alive(play: Play) -> None:
             await enough.wait()
             return Answer(PONG)
 
-        one, two = await site.add(answer_all), await site.add(late)
+        asker, peer = await site.add(answer_all), await site.add(late)
         start = trio.current_time()
-        answer = await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=site.silence_s, heard=hear)
+        answer = await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=site.silence_s, heard=hear)
         assert answer == Answer(PONG)
         assert len(heard) >= 3
 
@@ -336,8 +319,8 @@ def test_waiting_keeps_a_request_alive(play: Play) -> None:
 def test_a_fast_answer_is_not_preceded_by_waiting(play: Play) -> None:
     async def scenario(site: Site) -> None:
         heard: list[int] = []
-        one, two = await site.add(answer_all), await site.add(answer_all)
-        await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=5, heard=lambda ready: heard.append(1))
+        asker, peer = await site.add(answer_all), await site.add(answer_all)
+        await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=5, heard=lambda ready: heard.append(1))
         assert not heard
 
     play(scenario)
@@ -345,10 +328,10 @@ def test_a_fast_answer_is_not_preceded_by_waiting(play: Play) -> None:
 
 def test_silence_ends_a_request(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(answer_all, mute=True)
+        asker, peer = await site.add(answer_all), await site.add(answer_all, mute=True)
         start = trio.current_time()
         with pytest.raises(PeerUnavailableError):
-            await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=site.silence_s)
+            await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=site.silence_s)
         assert site.silence_s <= trio.current_time() - start < 5 * site.silence_s
 
     play(scenario)
@@ -356,10 +339,10 @@ def test_silence_ends_a_request(play: Play) -> None:
 
 def test_a_peer_that_is_not_there_is_unavailable_at_once(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        one = await site.add(answer_all)
+        asker = await site.add(answer_all)
         for _ in range(3):
             with pytest.raises(PeerUnavailableError), trio.fail_after(site.silence_s):
-                await ask(site, one, site.absent(), PING)
+                await ask(site, asker, site.absent(), PING)
 
     play(scenario)
 
@@ -375,18 +358,22 @@ def test_a_cancelled_request_costs_the_connection_nothing(play: Play) -> None:
                 await release.wait()
             return await answer_all(peer, request)
 
-        one, two = await site.add(answer_all), await site.add(late)
+        asker, peer = await site.add(answer_all), await site.add(late)
         heard_late: list[int] = []
         with trio.move_on_after(site.silence_s / 4) as scope:
-            await one.exchange.request(
-                two.peer, get_block(1), lane=Lane.BULK, silence_s=9, heard=lambda ready: served and heard_late.append(1)
+            await asker.exchange.request(
+                peer.peer,
+                get_block(1),
+                lane=Lane.BULK,
+                silence_s=9,
+                heard=lambda ready: served and heard_late.append(1),
             )
         assert scope.cancelled_caught
-        told = len(heard_late)
-        assert await ask(site, one, two, PING, Lane.BULK) == Answer(PONG)
+        heard_before = len(heard_late)
+        assert await ask(site, asker, peer, PING, lane=Lane.BULK) == Answer(PONG)
         release.set()
-        assert await ask(site, one, two, get_block(2), Lane.BULK) == block_found(2)
-        assert len(heard_late) == told
+        assert await ask(site, asker, peer, get_block(2), lane=Lane.BULK) == block_found(2)
+        assert len(heard_late) == heard_before
         assert len(served) == 3
 
     play(scenario)
@@ -401,22 +388,22 @@ def test_a_killed_peer_fails_its_requests_at_once(play: Play) -> None:
             await trio.sleep_forever()
             raise AssertionError
 
-        one, two = await site.add(answer_all), await site.add(never)
+        asker, peer = await site.add(answer_all), await site.add(never)
         failed: list[float] = []
 
         async def fail() -> None:
             with pytest.raises(PeerUnavailableError):
-                await ask(site, one, two, get_block(0))
+                await ask(site, asker, peer, get_block(0))
             failed.append(trio.current_time())
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fail)
             await asked.wait()
             start = trio.current_time()
-            two.scope.cancel()
+            peer.scope.cancel()
         assert failed[0] - start < site.silence_s
         with pytest.raises(PeerUnavailableError):
-            await ask(site, one, two, PING)
+            await ask(site, asker, peer, PING)
 
     play(scenario)
 
@@ -437,8 +424,8 @@ def test_errors_of_the_handler_become_failures(play: Play, error: Exception, cod
         raise error
 
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(fail)
-        assert await ask(site, one, two, PING) == Answer(Failed(code, str(error)))
+        asker, peer = await site.add(answer_all), await site.add(fail)
+        assert await ask(site, asker, peer, PING) == Answer(Failed(code, str(error)))
 
     play(scenario)
 
@@ -454,11 +441,11 @@ def test_a_bug_in_a_handler_is_logged_and_ends_nothing(play: Play, caplog: pytes
         return Answer(PONG)
 
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(broken)
-        shard = GetShard(str(REF.digest), 0, SIZE, 4, 1, want=0, reach=0, source="")
+        asker, peer = await site.add(answer_all), await site.add(broken)
+        shard = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=0, reach=0, source="")
         for request in (get_block(0), GetHoldings(str(REF.digest)), shard):
-            assert await ask(site, one, two, request) == Answer(Failed("unavailable", "internal error"))
-        assert await ask(site, one, two, PING) == Answer(PONG)
+            assert await ask(site, asker, peer, request) == Answer(Failed("unavailable", "internal error"))
+        assert await ask(site, asker, peer, PING) == Answer(PONG)
 
     with caplog.at_level(logging.ERROR):
         play(scenario)
@@ -475,22 +462,22 @@ def test_an_answer_to_another_question_is_misbehaviour(play: Play) -> None:
         return Answer(Holders(()) if isinstance(request, GetHoldings) else Done())
 
     async def scenario(site: Site) -> None:
-        one, two, good = await site.add(answer_all), await site.add(confused), await site.add(answer_all)
-        exact = GetShard(str(REF.digest), 0, SIZE, 4, 1, want=0, reach=0, source="", exact=True)
+        asker, peer, good = await site.add(answer_all), await site.add(confused), await site.add(answer_all)
+        exact = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=0, reach=0, source="", exact=True)
         for request in (get_block(0), exact, GetHoldings(str(REF.digest)), PING):
             with pytest.raises(PeerMisbehavedError):
-                await ask(site, one, two, request)
-        assert await ask(site, one, good, PING) == Answer(PONG)
+                await ask(site, asker, peer, request)
+        assert await ask(site, asker, good, PING) == Answer(PONG)
 
     play(scenario)
 
 
 def test_a_malformed_request_harms_only_its_own_connection(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(answer_all)
+        asker, peer = await site.add(answer_all), await site.add(answer_all)
         with pytest.raises(PeerUnavailableError):
-            await ask(site, one, two, GetBlock("sha256:short", 0, 1))
-        assert await ask(site, one, two, PING) == Answer(PONG)
+            await ask(site, asker, peer, GetBlock("sha256:short", 0, 1))
+        assert await ask(site, asker, peer, PING) == Answer(PONG)
 
     play(scenario)
 
@@ -505,25 +492,25 @@ def test_disconnect_and_refusal(play: Play) -> None:
                 await trio.sleep_forever()
             return Answer(PONG)
 
-        one, two, other = await site.add(never), await site.add(never), await site.add(never)
+        left, right, other = await site.add(never), await site.add(never), await site.add(never)
 
         async def cut_off(asker: Node, asked: Node) -> None:
             with pytest.raises(PeerUnavailableError):
                 await ask(site, asker, asked, get_block(0))
 
-        for asker, asked in ((one, two), (two, one)):
+        for asker, asked in ((left, right), (right, left)):
             started = trio.Event()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(cut_off, asker, asked)
                 await started.wait()
-                two.refused.add(one.peer)
-                two.exchange.disconnect(one.peer)
+                right.refused.add(left.peer)
+                right.exchange.disconnect(left.peer)
         with pytest.raises(PeerUnavailableError):
-            await ask(site, one, two, PING)
-        assert await ask(site, other, two, PING) == Answer(PONG)
-        two.refused.clear()
+            await ask(site, left, right, PING)
+        assert await ask(site, other, right, PING) == Answer(PONG)
+        right.refused.clear()
         await trio.sleep(0.002)  # as long as a failure is remembered here
-        assert await ask(site, one, two, PING) == Answer(PONG)
+        assert await ask(site, left, right, PING) == Answer(PONG)
 
     play(scenario)
 
@@ -545,19 +532,19 @@ def test_what_one_peer_asks_at_once_is_bounded_and_all_answered(play: Play) -> N
             at_work -= 1
             return await answer_all(peer, request)
 
-        one, other, two = await site.add(answer_all), await site.add(answer_all), await site.add(count)
+        asker, other, peer = await site.add(answer_all), await site.add(answer_all), await site.add(count)
 
         async def get(index: int) -> None:
             nonlocal answered
-            assert await ask(site, one, two, get_block(index), Lane.BULK) == block_found(index)
+            assert await ask(site, asker, peer, get_block(index), lane=Lane.BULK) == block_found(index)
             answered += 1
 
         async with trio.open_nursery() as nursery:
             for index in range(3 * SLOTS):
                 nursery.start_soon(get, index % 3)
             await full.wait()
-            assert await ask(site, other, two, PING, Lane.BULK) == Answer(PONG)
-            assert await ask(site, one, two, PING, Lane.URGENT) == Answer(PONG)
+            assert await ask(site, other, peer, PING, lane=Lane.BULK) == Answer(PONG)
+            assert await ask(site, asker, peer, PING, lane=Lane.URGENT) == Answer(PONG)
             release.set()
         assert most == SLOTS
         assert answered == 3 * SLOTS
@@ -567,28 +554,28 @@ def test_what_one_peer_asks_at_once_is_bounded_and_all_answered(play: Play) -> N
 
 def test_a_body_goes_where_the_asker_wants_it(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(answer_all)
-        told: list[Reply] = []
+        asker, peer = await site.add(answer_all), await site.add(answer_all)
+        replies: list[Reply] = []
         memory = bytearray(b"x" * (REF.block_length(2) + 2))
 
         def into(reply: Reply) -> memoryview:
-            told.append(reply)
+            replies.append(reply)
             return memoryview(memory)[1:-1]
 
         async def get(index: int, into: Into | None) -> Answer:
-            return await one.exchange.request(
-                two.peer, get_block(index), lane=Lane.BULK, silence_s=10 * site.silence_s, into=into
+            return await asker.exchange.request(
+                peer.peer, get_block(index), lane=Lane.BULK, silence_s=10 * site.silence_s, into=into
             )
 
         assert await get(2, into) == block_found(2)
         assert memory == b"x" + bytes_of(2)[: REF.block_length(2)] + b"x"
-        assert told == [BlockFound(record_of(2))]
+        assert replies == [BlockFound(record_of(2))]
         assert await get(1, lambda reply: None) == block_found(1)
         with pytest.raises(ValueError, match="memory of 5 bytes"):
             await get(1, lambda reply: memoryview(bytearray(5)))
-        answer = await one.exchange.request(two.peer, PING, lane=Lane.BULK, silence_s=10 * site.silence_s, into=into)
+        answer = await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=10 * site.silence_s, into=into)
         assert answer == Answer(PONG)
-        assert len(told) == 1
+        assert len(replies) == 1
         assert await get(0, None) == block_found(0)
 
     play(scenario)
@@ -596,7 +583,7 @@ def test_a_body_goes_where_the_asker_wants_it(play: Play) -> None:
 
 def test_memory_is_left_alone_after_a_request_was_cancelled(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        one, two = await site.add(answer_all), await site.add(answer_all)
+        asker, peer = await site.add(answer_all), await site.add(answer_all)
         memory = bytearray(BLOCK_SIZE)
         for moment in ("before the reply", "in the body"):
             scope = trio.CancelScope()
@@ -608,14 +595,14 @@ def test_memory_is_left_alone_after_a_request_was_cancelled(play: Play) -> None:
             with scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(
-                        partial(one.exchange.request, two.peer, get_block(0), lane=Lane.BULK, silence_s=9, into=into)
+                        partial(asker.exchange.request, peer.peer, get_block(0), lane=Lane.BULK, silence_s=9, into=into)
                     )
                     if moment == "before the reply":
                         await trio.testing.wait_all_tasks_blocked()
                         scope.cancel()
             assert scope.cancelled_caught
             memory[:] = b"mine" * (BLOCK_SIZE // 4)
-            assert await ask(site, one, two, get_block(1), Lane.BULK) == block_found(1)
+            assert await ask(site, asker, peer, get_block(1), lane=Lane.BULK) == block_found(1)
             assert memory == b"mine" * (BLOCK_SIZE // 4)
 
     play(scenario)

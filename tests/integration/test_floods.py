@@ -1,29 +1,36 @@
-"""One member asks far more than it should, over real sockets: what the others feel of it. S-nn: docs/SECURITY.md."""
+"""One member sends far more requests than it should, over real sockets: the effect on others. S-nn: docs/SECURITY.md.
+
+Latency is measured in CPU time of this process, in which all members run: it is the work that the node did between a
+request and its answer. Other processes on the machine do not change it. Calm and flood are measured in the same run.
+"""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 import pytest
 import trio
 
 from node.exchange.contract import Lane
-from node.exchange.tls import Limits, Timing
+from node.exchange.limits import Limits, Timing
 from protocol import wire
 from protocol.ids import PeerId
 from protocol.members import MAX_MEMBERS, Member, State, Update
 from protocol.messages import Request, Sync
-from tests.integration.test_exchange_tls import GET, HELLO, PING, Cluster, Node, Raw, play
+from tests.support.exchanges import GET, PING, Cluster, Node, Raw, play
 
 ASKED = 10_000
 SAMPLES = 100
 FACTOR, GRACE_S = 10.0, 0.05
 """Measured: a factor of 0.6 to 1.7 in floods of requests for blocks and of pings."""
-AT_ONCE_S = {"views": 0.4, "blocks": 0.0, "pings": 0.0}
-"""A view of the largest size is decoded in one go, 65 ms."""
+ROUNDS = 3
+"""How often each connection of the flood may have a request decoded before the answer. A view of the largest size is
+decoded in one go, 65 ms; on a slow machine the pace of large requests (HEADS_RATE) keeps none of them back."""
+PATIENT = Timing(connect_s=60.0, handshake_s=60.0, stall_s=60.0, quiet_s=60.0)
+"""No bound is reached, however slow the machine is."""
 A_VIEW = tuple(
     Update(Member(PeerId("12D3KooW" + "x" * 44), "n" * 20, "site", ("10.0.0.1:4502",)), State.ALIVE, 1)
     for _ in range(MAX_MEMBERS)
@@ -31,18 +38,29 @@ A_VIEW = tuple(
 
 
 async def p99_s(asker: Node, node: Node, message: Request) -> float:
+    """CPU seconds."""
     took = []
     for _ in range(SAMPLES):
-        began = time.perf_counter()
-        await asker.exchange.request(node.peer, message, lane=Lane.CONTROL, silence_s=10.0)
-        took.append(time.perf_counter() - began)
+        began = time.process_time()
+        await asker.ask(node.peer, message, lane=Lane.CONTROL, silence_s=60.0)
+        took.append(time.process_time() - began)
     return quantiles(took, n=100)[-1]
 
 
+def decode_s(message: Request) -> float:
+    """CPU seconds."""
+    heads, data, took = wire.Heads(wire.REQUESTS), wire.encode_head(0, message, 0), []
+    for _ in range(5):
+        began = time.process_time()
+        heads.feed(data)
+        assert heads.next() is not None
+        took.append(time.process_time() - began)
+    return median(took)
+
+
 async def ask_on(raw: Raw, message: Request) -> None:
-    """Asks and asks, and reads nothing, until it is thrown out."""
+    """Send requests without reading answers, until the node closes the connection."""
     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        await raw.send(HELLO)
         for request_id in range(ASKED):
             await raw.send(wire.encode_head(request_id, message, 0))
 
@@ -50,11 +68,11 @@ async def ask_on(raw: Raw, message: Request) -> None:
 @pytest.mark.parametrize("flood", ["blocks", "pings", "views"])
 @pytest.mark.parametrize("asked", [PING, GET], ids=["ping", "block"])
 def test_a_flood_of_one_member_hardly_slows_the_others(tmp_path: Path, flood: str, asked: Request) -> None:
-    """S-40: on as many connections as it may have, and reading nothing."""
+    """S-40: on as many connections as it may have, without reading answers."""
     message = {"blocks": GET, "pings": PING, "views": Sync(A_VIEW)}[flood]
 
     async def scenario(cluster: Cluster) -> None:
-        node, other = await cluster.start(timing=Timing()), await cluster.start(timing=Timing())
+        node, other = await cluster.start(timing=PATIENT), await cluster.start(timing=PATIENT)
         calm_s = await p99_s(other, node, asked)
         async with trio.open_nursery() as nursery:
             credentials = cluster.credentials().client_context()
@@ -64,7 +82,8 @@ def test_a_flood_of_one_member_hardly_slows_the_others(tmp_path: Path, flood: st
                 await trio.lowlevel.checkpoint()
             flooded_s = await p99_s(other, node, asked)
             nursery.cancel_scope.cancel()
-        print(f"{flood}: p99 {1000 * calm_s:.1f} ms, flooded {1000 * flooded_s:.1f} ms")
-        assert flooded_s < FACTOR * calm_s + GRACE_S + AT_ONCE_S[flood]
+        at_once_s = ROUNDS * Limits().connections_per_peer * decode_s(message)
+        print(f"{flood}: p99 {1000 * calm_s:.1f} ms, flooded {1000 * flooded_s:.1f} ms, at once {1000 * at_once_s:.1f}")
+        assert flooded_s < FACTOR * calm_s + GRACE_S + at_once_s
 
-    play(tmp_path, scenario)
+    play(tmp_path, scenario, real_time=True)

@@ -1,4 +1,4 @@
-"""Tasks that wait for a time: each wakes at its own, or at the tick's; who is cancelled is not woken."""
+"""Tasks that wait for a time: each wakes at its own, or at the next tick; a cancelled task is not woken."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from simulations.alarms import Alarms
 
 
 async def times(alarms: Alarms, waits: list[float]) -> list[float]:
-    """When each of those who wait so long was woken."""
+    """When each of the tasks that wait these seconds was woken."""
     began, woken = trio.current_time(), [math.nan] * len(waits)
 
-    async def one(number: int) -> None:
+    async def wait(number: int) -> None:
         await alarms.until(began + waits[number])
         woken[number] = trio.current_time() - began
 
@@ -25,7 +25,7 @@ async def times(alarms: Alarms, waits: list[float]) -> list[float]:
         running.start_soon(alarms.run)
         async with trio.open_nursery() as waiting:
             for number in range(len(waits)):
-                waiting.start_soon(one, number)
+                waiting.start_soon(wait, number)
         running.cancel_scope.cancel()
     return woken
 

@@ -1,4 +1,4 @@
-"""The memory network's faults, and the exact times that both sides of a request promise."""
+"""Faults of the memory network, and the exact times that both sides of a request keep."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def after(seconds: float) -> Handler:
 
 
 async def pair(nursery: trio.Nursery, network: MemoryNetwork, handler: Handler) -> MemoryExchange:
-    """The exchange of ONE, beside which TWO answers with `handler`."""
+    """The exchange of ONE; TWO runs beside it and answers with `handler`."""
     exchanges = [MemoryExchange(network, peer, refused=lambda peer: False, handler=handler) for peer in (ONE, TWO)]
     for exchange in exchanges:
         await nursery.start(exchange.run)
@@ -48,9 +48,9 @@ def test_waiting_comes_at_its_times() -> None:
     times: list[float] = []
 
     async def scenario(nursery: trio.Nursery) -> None:
-        one = await pair(nursery, MemoryNetwork(), after(1.4))
+        asker = await pair(nursery, MemoryNetwork(), after(1.4))
         start = trio.current_time()
-        await one.request(
+        await asker.request(
             TWO, PING, lane=Lane.BULK, silence_s=0.6, heard=lambda ready: times.append(trio.current_time() - start)
         )
 
@@ -80,9 +80,9 @@ def test_requests_that_begin_at_any_time_get_their_first_waiting_in_time() -> No
 
 def test_latency_is_paid_both_ways() -> None:
     async def scenario(nursery: trio.Nursery) -> None:
-        one = await pair(nursery, MemoryNetwork(latency_s=0.2), after(0.1))
+        asker = await pair(nursery, MemoryNetwork(latency_s=0.2), after(0.1))
         start = trio.current_time()
-        assert await one.request(TWO, PING, lane=Lane.BULK, silence_s=1.0) == PONG
+        assert await asker.request(TWO, PING, lane=Lane.BULK, silence_s=1.0) == PONG
         assert trio.current_time() - start == pytest.approx(0.5)
 
     play(scenario)
@@ -91,16 +91,16 @@ def test_latency_is_paid_both_ways() -> None:
 def test_a_stopped_peer_is_silent_and_answers_once_resumed() -> None:
     async def scenario(nursery: trio.Nursery) -> None:
         network = MemoryNetwork()
-        one = await pair(nursery, network, after(0.0))
+        asker = await pair(nursery, network, after(0.0))
         network.stop(TWO)
         start = trio.current_time()
         with pytest.raises(PeerUnavailableError):
-            await one.request(TWO, PING, lane=Lane.BULK, silence_s=2.0)
+            await asker.request(TWO, PING, lane=Lane.BULK, silence_s=2.0)
         assert trio.current_time() - start == pytest.approx(2.0)
         with trio.move_on_after(1.0):
-            await one.request(TWO, PING, lane=Lane.BULK, silence_s=2.0)
+            await asker.request(TWO, PING, lane=Lane.BULK, silence_s=2.0)
         network.resume(TWO)
-        assert await one.request(TWO, PING, lane=Lane.BULK, silence_s=2.0) == PONG
+        assert await asker.request(TWO, PING, lane=Lane.BULK, silence_s=2.0) == PONG
 
     play(scenario)
 
@@ -108,7 +108,7 @@ def test_a_stopped_peer_is_silent_and_answers_once_resumed() -> None:
 def test_a_killed_peer_is_unavailable_until_it_runs_anew() -> None:
     async def scenario(nursery: trio.Nursery) -> None:
         network = MemoryNetwork()
-        one = await pair(nursery, network, after(10.0))
+        asker = await pair(nursery, network, after(10.0))
 
         async def kill() -> None:
             await trio.sleep(1.0)
@@ -118,11 +118,11 @@ def test_a_killed_peer_is_unavailable_until_it_runs_anew() -> None:
         start = trio.current_time()
         for _ in range(2):
             with pytest.raises(PeerUnavailableError):
-                await one.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
+                await asker.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
         assert trio.current_time() - start == pytest.approx(1.0)
         again = MemoryExchange(network, TWO, refused=lambda peer: False, handler=after(0.0))
         await nursery.start(again.run)
-        assert await one.request(TWO, PING, lane=Lane.BULK, silence_s=5.0) == PONG
+        assert await asker.request(TWO, PING, lane=Lane.BULK, silence_s=5.0) == PONG
 
     play(scenario)
 
@@ -130,11 +130,11 @@ def test_a_killed_peer_is_unavailable_until_it_runs_anew() -> None:
 def test_a_killed_peer_can_ask_no_more() -> None:
     async def scenario(nursery: trio.Nursery) -> None:
         network = MemoryNetwork()
-        one = await pair(nursery, network, after(10.0))
+        asker = await pair(nursery, network, after(10.0))
         with trio.move_on_after(1.0):
-            await one.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
+            await asker.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
         network.kill(ONE)
         with pytest.raises(PeerUnavailableError):
-            await one.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
+            await asker.request(TWO, PING, lane=Lane.BULK, silence_s=5.0)
 
     play(scenario)

@@ -33,16 +33,16 @@ def play(scenario: Callable[[SimulatedNetwork], Awaitable[None]], *, uplink: flo
 
 
 async def times(network: SimulatedNetwork, *frames: tuple[PeerId, PeerId, int]) -> list[float]:
-    """When each frame of those that are sent at the same moment, in this order, is there."""
+    """When each of these frames arrives; all are sent at the same moment, in this order."""
     began, came = trio.current_time(), [0.0] * len(frames)
 
-    async def one(number: int, sender: PeerId, receiver: PeerId, size: int) -> None:
+    async def send(number: int, sender: PeerId, receiver: PeerId, size: int) -> None:
         await network.travel(sender, receiver, size)
         came[number] = trio.current_time() - began
 
     async with trio.open_nursery() as nursery:
         for number, frame in enumerate(frames):
-            nursery.start_soon(one, number, *frame)
+            nursery.start_soon(send, number, *frame)
             await trio.testing.wait_all_tasks_blocked()
     return came
 

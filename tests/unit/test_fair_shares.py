@@ -1,4 +1,4 @@
-"""What peers share: however many want all of it, each leaves as much to others as it has itself."""
+"""Fair shares: however many peers want all of a resource, each leaves to others as much as it has itself."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def test_who_waits_goes_on_when_something_is_given_back() -> None:
 
     async def main() -> None:
         shares = Shares(2)
-        one, two = PEERS[:2]
-        await shares.wait(one, 1)
+        first, second = PEERS[:2]
+        await shares.wait(first, 1)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(shares.wait, one, 1)
-            nursery.start_soon(shares.wait, two, 1)
+            nursery.start_soon(shares.wait, first, 1)
+            nursery.start_soon(shares.wait, second, 1)
             await trio.testing.wait_all_tasks_blocked()
             assert shares.free == 0
-            shares.give(two, 1)
+            shares.give(second, 1)
             await trio.testing.wait_all_tasks_blocked()
-            shares.give(one, 1)
+            shares.give(first, 1)
         assert shares.free == 1
 
     trio.run(main)

@@ -1,0 +1,239 @@
+"""The frames of one connection of the bulk channel (docs/PROTOCOL.md): how they wait, are written, and are read.
+
+Each side has one task that reads and one that writes. Frames without a body are written first, many as one TLS record:
+a `Waiting` behind a block on a slow link would come too late. A body is read straight into its asker's memory. Where
+both sides want it (plain mode), TLS ends after the hellos, and blocks go in the clear.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Generic, NamedTuple, NoReturn, TypeVar
+
+import msgspec
+import trio
+from cachetools import LRUCache
+
+from node.config.quantities import HostPort
+from node.exchange.channel import Channel, TlsChannel, Traffic
+from node.exchange.contract import Handler, Lane
+from node.exchange.limits import DEFAULT_LIMITS, DEFAULT_TIMING, Limits, Timing
+from node.exchange.send_slots import SendSlots
+from node.runtime.refusals import Refusals
+from protocol import wire
+from protocol.errors import NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.ids import BLOCK_SIZE, Buffer, PeerId
+from protocol.members import MAX_MEMBERS, Member
+from protocol.messages import GetBlock, GetShard, Request
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 16384
+"""Small frames that wait are written together up to this size, one TLS record. Heads are read in the same portions."""
+HEADS_WEIGHT = 4 * BATCH_BYTES
+"""A read of heads counts as this many bytes of bodies: it may hold hundreds of messages."""
+WHOLE_S = 10.0
+"""Longest time from a message's first byte to the end of its header. Bounds the memory held by incomplete headers."""
+
+Message = TypeVar("Message")
+
+
+def is_for_block(message: Request) -> bool:
+    """Whether the answer's body is checked by its own signed record, and so may go in the clear."""
+    return isinstance(message, GetShard | GetBlock)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One node's end of all its connections: its settings, and the state that dialled and accepted ones share.
+
+    `peer_of` returns the peer id of a certificate (DER) that TLS has verified, or raises NotAdmittedError. `locate`
+    returns a member with its addresses. Connections of peers for which `refused` is true are not accepted. With port 0
+    in `listen` the kernel chooses one. With `plain`, blocks go in the clear to and from members that want it too.
+    """
+
+    server_context: ssl.SSLContext
+    client_context: ssl.SSLContext
+    peer_of: Callable[[bytes], PeerId]
+    _: KW_ONLY
+    listen: HostPort
+    locate: Callable[[PeerId], Member | None]
+    refused: Callable[[PeerId], bool]
+    handler: Handler
+    plain: bool = False
+    timing: Timing = DEFAULT_TIMING
+    limits: Limits = DEFAULT_LIMITS
+    slots: SendSlots = field(default_factory=SendSlots, init=False)
+    traffic: LRUCache[PeerId, Traffic] = field(default_factory=lambda: LRUCache(MAX_MEMBERS), init=False)
+    refusals: Refusals = field(default_factory=Refusals, init=False)
+
+    def identify(self, channel: TlsChannel, expected: PeerId | None = None) -> PeerId:
+        """The peer at the other end; the channel's bytes count as its traffic from here on. Raises NotAdmittedError."""
+        peer = self.peer_of(channel.peer_certificate())
+        if expected not in (None, peer):  # an address may have passed to another member
+            raise PeerUnavailableError(f"{peer} is there now")
+        channel.traffic = self.traffic.setdefault(peer, Traffic())
+        return peer
+
+    def wants_plain(self, lane: str) -> bool:
+        return self.plain and lane != Lane.CONTROL
+
+    def log_refusal(self, error: NotAdmittedError, where: HostPort) -> None:
+        self.refusals.tell("bulk", error.peer or where.host, str(where), error)
+
+
+class Frame(NamedTuple):
+    """`leaving` is called when the frame is taken from the queue to be written."""
+
+    head: bytes
+    body: Buffer | None = None
+    leaving: Callable[[], None] | None = None
+
+
+class Connection:
+    """A connection with a peer: the frames that wait to be written, and the two tasks while it is open.
+
+    How many frames may wait is bounded by the callers of `put`. Cancelling `scope` ends the connection.
+    """
+
+    def __init__(self, peer: PeerId, slots: SendSlots) -> None:
+        self.peer = peer
+        self.scope = trio.CancelScope()
+        self.used_at = trio.current_time()
+        self.small: deque[Frame] = deque()
+        self.large: deque[Frame] = deque()  # those with a body
+        self._slots = slots
+        self._work = trio.lowlevel.ParkingLot()
+
+    def put(self, frame: Frame) -> None:
+        (self.large if frame.body else self.small).append(frame)
+        self._work.unpark()
+
+    async def run(self, channel: Channel, read: Callable[[trio.Nursery], Awaitable[NoReturn]]) -> ShoalError:
+        """Write frames, and read by calling `read`, until either fails; returns why. Closes `channel`."""
+        reason: ShoalError = PeerUnavailableError(f"{self.peer} takes nothing more")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write, channel, nursery.cancel_scope)
+                try:
+                    await read(nursery)
+                except (PeerMisbehavedError, PeerUnavailableError) as error:
+                    reason = type(error)(f"{self.peer}: {error}")
+                nursery.cancel_scope.cancel()
+        finally:
+            channel.close()
+        return reason
+
+    async def _write(self, channel: Channel, scope: trio.CancelScope) -> None:
+        """Until the channel fails; then cancels `scope`, since the reading task may be waiting for something else."""
+        try:
+            while True:
+                if self.small:
+                    await channel.send_all(self._next_small())
+                elif self.large and self._slots.take(self._work, self.peer):
+                    await channel.send_all(*self._next_large())
+                    if self._slots.contended:
+                        await channel.wait_taken()
+                    self._slots.give(self._work)
+                else:
+                    await self._work.park()
+        except PeerUnavailableError as error:
+            log.debug("writing ended: %s", error)
+            scope.cancel()
+        finally:
+            self._slots.leave(self._work)
+
+    def _next_small(self) -> bytes:
+        heads, size = [], 0
+        while self.small and size < BATCH_BYTES:
+            frame = self.small.popleft()
+            heads.append(frame.head)
+            size += len(frame.head)
+            if frame.leaving is not None:
+                frame.leaving()
+        return b"".join(heads)
+
+    def _next_large(self) -> tuple[bytes, Buffer]:
+        head, body, leaving = self.large.popleft()
+        if leaving is not None:
+            leaving()
+        return head, body or b""
+
+
+class Reader(Generic[Message]):
+    """Reads the hello, then heads of `kind` and their bodies."""
+
+    def __init__(self, channel: Channel, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
+        self.channel = channel
+        self._kind = kind
+        self._heads = wire.Heads(kind)
+        self._scratch = memoryview(bytearray(BATCH_BYTES))
+        self._body_came = False
+        self._since_checkpoint = 0
+        """Bytes read, with HEADS_WEIGHT for each read of heads."""
+
+    async def hello(self) -> wire.Hello:
+        while (hello := self._heads.hello()) is None:
+            await self._feed()
+        return hello
+
+    async def to_plain(self) -> Reader[Message]:
+        """End TLS; the result reads what follows in the clear.
+
+        Raises PeerMisbehavedError where the peer sent more than its hello inside TLS.
+        """
+        if not self._heads.at_rest:
+            raise PeerMisbehavedError("more than a hello came before plain mode")
+        assert isinstance(self.channel, TlsChannel)
+        return Reader(await self.channel.to_plain(), self._kind)
+
+    async def head(self) -> wire.Head[Message]:
+        while (head := self._heads.next()) is None:
+            if not self._heads.at_rest:
+                return await self._rest_of_head()
+            await self._feed()
+        return head
+
+    async def _rest_of_head(self) -> wire.Head[Message]:
+        with trio.move_on_after(WHOLE_S):
+            while (head := self._heads.next()) is None:
+                await self._feed()
+            return head
+        raise PeerUnavailableError(f"a message did not come whole in {WHOLE_S} s")
+
+    async def body(self, length: int, room: Callable[[], memoryview | None], progress: Callable[[], None]) -> None:
+        """Read a body into `room()`, which is called anew after each wait; bytes that it has no memory for are dropped.
+
+        `progress` is called when a part came and the rest did not.
+        """
+        position = 0
+        while position < length:
+            view = room()
+            view = self._scratch[: length - position] if view is None else view[position:]
+            size = self._heads.take(view) or self.channel.receive_nowait(view)
+            position += size
+            if not size:
+                await self.channel.wait_readable(length - position)
+            elif position < length:
+                progress()
+        self._body_came = True
+        self._since_checkpoint += length
+
+    async def _feed(self) -> None:
+        """Read more heads, after a checkpoint: a peer that sends much holds up no other task. After a body, one
+        checkpoint for each block's worth of bytes is enough. So if all shards of a block have come, the task that waits
+        for the block resumes with all of them, and asks for the next block at once (saves a tenth of the CPU)."""
+        size = self.channel.receive_nowait(self._scratch)
+        self._since_checkpoint += HEADS_WEIGHT
+        if size and (not self._body_came or self._since_checkpoint >= BLOCK_SIZE):
+            self._since_checkpoint = 0
+            await trio.lowlevel.checkpoint()
+        self._body_came = False
+        while not size:
+            await self.channel.wait_readable()
+            size = self.channel.receive_nowait(self._scratch)
+        self._heads.feed(self._scratch[:size])

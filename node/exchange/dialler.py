@@ -1,0 +1,208 @@
+"""Outgoing connections: one for each peer and lane, dialled at the first request for it and shared by all later ones.
+
+A connection exists from that request on: requests wait in its queue while it is dialled. A peer that could not be
+reached is not dialled again for `Timing.retry_s`, unless its addresses change or it connects to this node.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from functools import partial
+from itertools import count, filterfalse
+from typing import NoReturn
+
+import trio
+
+from node.config.quantities import HostPort
+from node.exchange.channel import TlsChannel
+from node.exchange.connection import Connection, Endpoint, Frame, Reader
+from node.exchange.contract import Lane
+from node.exchange.requests import Call
+from protocol import wire
+from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.ids import PeerId
+from protocol.members import Member
+from protocol.messages import Reply, Waiting
+
+log = logging.getLogger(__name__)
+
+
+class Outgoing(Connection):
+    """The connection to a peer for one lane, with the calls on it that have no answer yet."""
+
+    def __init__(self, endpoint: Endpoint, peer: PeerId, lane: Lane) -> None:
+        super().__init__(peer, endpoint.slots)
+        self.lane = lane
+        self.calls: dict[int, Call] = {}
+        self.heard_at = math.inf
+        """When anything last came, or a request was made while none was open; infinite until it is established."""
+        self._limits, self._timing = endpoint.limits, endpoint.timing
+        numbers = (number & 0xFFFFFFFF for number in count(1))
+        self._free_numbers = filterfalse(self.calls.__contains__, numbers)
+
+    def submit(self, call: Call) -> None:
+        """Raises PeerUnavailableError where too many requests have no answer yet."""
+        if len(self.calls) >= self._limits.pending_per_connection:
+            raise PeerUnavailableError(f"{self.peer} owes {len(self.calls)} answers on one connection")
+        request_id = next(self._free_numbers)
+        frame = Frame(wire.encode_head(request_id, call.message, 0))
+        self.used_at = trio.current_time()
+        if not self.calls:
+            self.heard_at = max(self.heard_at, self.used_at)
+        self.calls[request_id] = call
+        self.put(frame)
+
+    async def read_replies(self, reader: Reader[Reply], nursery: trio.Nursery) -> NoReturn:
+        """Raises PeerMisbehavedError and PeerUnavailableError."""
+        while True:
+            head = await reader.head()
+            call = self.calls.get(head.request_id)
+            if call is None:
+                raise PeerMisbehavedError("an answer to a request that was not made")
+            wire.check_answer(call.message, head.message)
+            self._progress(call)
+            if isinstance(head.message, Waiting):
+                call.waiting(head.message.ready)
+                continue
+            if head.body_length:
+                call.expect(head.message, head.body_length)
+                await reader.body(head.body_length, call.room, partial(self._progress, call))
+            del self.calls[head.request_id]
+            call.answered(head.message)
+
+    def _progress(self, call: Call) -> None:
+        self.heard_at = trio.current_time()
+        call.progress()
+
+    def came(self) -> float:
+        """When anything last came; never, before the connection is established."""
+        return self.heard_at if self.heard_at < math.inf else -math.inf
+
+    @property
+    def dead(self) -> bool:
+        """Whether it is established and has open requests, but nothing came for `Timing.quiet_s`."""
+        return bool(self.calls) and trio.current_time() - self.heard_at > self._timing.quiet_s
+
+    def end(self, error: ShoalError) -> None:
+        for call in self.calls.values():
+            call.end(error)
+        self.calls.clear()
+
+
+class Dialler:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._timing = endpoint.timing
+        self.connections: dict[tuple[PeerId, Lane], Outgoing] = {}
+        self._failures: dict[PeerId, tuple[float, Member, str]] = {}
+        """Until when a peer is not dialled again, as which member it failed, and why."""
+        # Unbounded: all that waits in it is in `connections` too, which is bounded.
+        self._to_dial, self._dials = trio.open_memory_channel[Outgoing](math.inf)
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            async for connection in self._dials:
+                nursery.start_soon(self._serve, connection)
+
+    def connection(self, peer: PeerId, lane: Lane) -> Outgoing:
+        """The open connection, or a new one that `run` dials.
+
+        Raises PeerUnavailableError where dialling failed just before, or too many connections are open.
+        """
+        connection = self.connections.get((peer, lane))
+        if connection is not None:
+            return connection
+        failure = self._failures.get(peer)
+        if failure is not None and trio.current_time() < failure[0] and self._endpoint.locate(peer) == failure[1]:
+            raise PeerUnavailableError(failure[2])
+        if len(self.connections) >= self._endpoint.limits.connections:
+            raise PeerUnavailableError(f"too many connections are open to open another one to {peer}")
+        connection = Outgoing(self._endpoint, peer, lane)
+        self.connections[peer, lane] = connection
+        self._to_dial.send_nowait(connection)
+        return connection
+
+    def drop(self, connection: Outgoing) -> None:
+        """End it. Later requests use a new connection."""
+        if self.connections.get((connection.peer, connection.lane)) is connection:
+            del self.connections[connection.peer, connection.lane]
+        connection.scope.cancel()
+
+    def disconnect(self, peer: PeerId) -> None:
+        for connection in [*self.connections.values()]:
+            if connection.peer == peer:
+                self.drop(connection)
+
+    def forget_failure(self, peer: PeerId) -> None:
+        self._failures.pop(peer, None)
+
+    def close_idle(self, now: float) -> None:
+        for connection in [*self.connections.values()]:
+            idle = not connection.calls and now - connection.used_at > self._timing.idle_s
+            if idle or connection.dead:
+                self.drop(connection)
+        self._failures = {peer: failure for peer, failure in self._failures.items() if failure[0] > now}
+
+    async def _serve(self, connection: Outgoing) -> None:
+        error: ShoalError = PeerUnavailableError(f"the connection to {connection.peer} was closed")
+        try:
+            with connection.scope:
+                reader = await self._dial(connection.peer, connection.lane)
+                connection.heard_at = trio.current_time()
+                error = await connection.run(reader.channel, partial(connection.read_replies, reader))
+        except PeerUnavailableError as failure:
+            error = failure
+        finally:
+            self.drop(connection)
+            connection.end(error)
+        if isinstance(error, PeerMisbehavedError):
+            log.warning("%s broke the protocol: %s", connection.peer, error)
+
+    async def _dial(self, peer: PeerId, lane: Lane) -> Reader[Reply]:
+        """Raises PeerUnavailableError where no address of the member leads to it, and remembers that."""
+        member = self._endpoint.locate(peer)
+        if member is None:
+            raise PeerUnavailableError(f"no address of {peer} is known")
+        reasons = []
+        for address in member.addresses:
+            try:
+                return await self._dial_address(peer, lane, HostPort.read("address", address))
+            except (PeerUnavailableError, PeerMisbehavedError, BadInputError) as error:
+                reasons.append(f"{address}: {error}")
+        reason = f"{peer} cannot be reached: {'; '.join(reasons) or 'it has no address'}"
+        self._failures[peer] = (trio.current_time() + self._timing.retry_s, member, reason)
+        raise PeerUnavailableError(reason)
+
+    async def _dial_address(self, peer: PeerId, lane: Lane, where: HostPort) -> Reader[Reply]:
+        sock = await _connect(where, self._timing.connect_s)
+        try:
+            with trio.move_on_after(self._timing.handshake_s):
+                return await self._introduce(sock, peer, lane)
+        except NotAdmittedError as error:
+            self._endpoint.log_refusal(error, where)
+            raise
+        raise PeerUnavailableError("no handshake in time")
+
+    async def _introduce(self, sock: socket.socket, peer: PeerId, lane: Lane) -> Reader[Reply]:
+        channel = await TlsChannel.open(sock, self._endpoint.client_context, self._timing.stall_s)
+        try:
+            self._endpoint.identify(channel, expected=peer)
+            reader = Reader(channel, wire.REPLIES)
+            plain = self._endpoint.wants_plain(lane)
+            await channel.send_all(wire.encode_hello(lane, plain))
+            hello = await reader.hello()
+            return await reader.to_plain() if plain and hello.plain else reader
+        except BaseException:
+            channel.close()
+            raise
+
+
+async def _connect(where: HostPort, within_s: float) -> socket.socket:
+    try:
+        with trio.fail_after(within_s):
+            stream = await trio.open_tcp_stream(where.host, where.port)
+    except (OSError, ValueError, trio.TooSlowError) as error:  # ValueError: a host that is no name at all
+        raise PeerUnavailableError(str(error) or "no connection in time") from error
+    return socket.socket(fileno=stream.socket.detach())

@@ -1,0 +1,226 @@
+"""Incoming connections: accepted, identified, and their requests answered.
+
+Before a peer is identified, handshakes are bounded in all, for each address, and in time. After that its connections,
+its requests at work and the bytes of its answers are bounded; requests and bytes in fair shares, so that no peer takes
+all. Each request is answered in a task of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import NoReturn
+
+import trio
+from cachetools import LRUCache
+
+from cache.memory import sole
+from node.config.quantities import HostPort
+from node.exchange.channel import PlainChannel, TlsChannel
+from node.exchange.connection import BATCH_BYTES, Connection, Endpoint, Frame, Reader, is_for_block
+from node.exchange.fair_shares import Shares
+from node.exchange.limits import BACKLOG, HANDSHAKES_PER_ADDRESS, HEADS_RATE, VIEWS
+from node.exchange.requests import AtWork, answer
+from protocol import wire
+from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol.ids import PeerId
+from protocol.members import MAX_MEMBERS
+from protocol.messages import Failed, Request, Waiting
+
+log = logging.getLogger(__name__)
+
+
+class Incoming(Connection):
+    """A connection that a peer opened, with the requests on it that have no answer yet."""
+
+    def __init__(self, peer: PeerId, endpoint: Endpoint) -> None:
+        super().__init__(peer, endpoint.slots)
+        self.places = trio.Semaphore(endpoint.limits.requests_per_connection)
+        self.at_work: dict[int, bool] = {}
+        """By number, whether the answer is ready and waits to be written."""
+
+
+class Listener:
+    """Listens from its construction; accepts and answers while it runs. Closes when `run` ends."""
+
+    def __init__(self, endpoint: Endpoint, arrived: Callable[[PeerId], None]) -> None:
+        """`arrived` is called with each peer that was let in. Raises BadInputError where it cannot listen."""
+        self._endpoint, self._arrived = endpoint, arrived
+        self._timing, self._limits = endpoint.timing, endpoint.limits
+        self._socket = _listen(endpoint.listen)
+        self.address = HostPort(*self._socket.getsockname()[:2])
+        self.connections: set[Incoming] = set()
+        self._handshakes = trio.Semaphore(self._limits.handshakes)
+        self._handshakes_by_host: Counter[str] = Counter()
+        self._requests = Shares(self._limits.requests)
+        self.answer_bytes = Shares(self._limits.answer_bytes)
+        self._at_work = AtWork[tuple[Incoming, int]](self._timing.waiting_first_s, self._timing.waiting_every_s)
+        self._paced_until: LRUCache[PeerId, float] = LRUCache(MAX_MEMBERS)
+
+    async def run(self) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._at_work.keep_alive, self._say_waiting)
+                while True:
+                    await self._handshakes.acquire()
+                    nursery.start_soon(self._serve, *await self._accept())
+        finally:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+
+    def disconnect(self, peer: PeerId) -> None:
+        for connection in self.connections:
+            if connection.peer == peer:
+                connection.scope.cancel()
+
+    def close_idle(self, now: float) -> None:
+        for connection in self.connections:
+            if not connection.at_work and now - connection.used_at > 3 * self._timing.idle_s:
+                connection.scope.cancel()
+
+    async def _accept(self) -> tuple[socket.socket, HostPort]:
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                sock, address = self._socket.accept()
+                where = HostPort(*address[:2])
+                if self._handshakes_by_host[where.host] < HANDSHAKES_PER_ADDRESS:
+                    self._handshakes_by_host[where.host] += 1
+                    return sock, where
+                sock.close()
+            except OSError as error:
+                # Other errors mean that the connection was gone before it was accepted: accept(2), "Error handling".
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    log.error("connections cannot be accepted: %s", error)  # noqa: TRY400 # the reason is all of it
+                    await trio.sleep(self._timing.retry_s)
+
+    async def _serve(self, sock: socket.socket, where: HostPort) -> None:
+        try:
+            try:
+                peer, reader = await self._welcome(sock)
+            finally:
+                self._handshakes.release()
+                self._handshakes_by_host -= Counter([where.host])  # also drops a count of 0
+            raise await self._attend(peer, reader)
+        except PeerUnavailableError as error:
+            log.debug("an incoming connection ended: %s", error)
+        except NotAdmittedError as error:
+            self._endpoint.log_refusal(error, where)
+        except PeerMisbehavedError as error:
+            log.warning("an incoming connection broke the protocol: %s", error)
+
+    async def _welcome(self, sock: socket.socket) -> tuple[PeerId, Reader[Request]]:
+        """The peer at the other end and a reader of its requests, once both sides have said hello."""
+        with trio.move_on_after(self._timing.handshake_s):
+            channel = await TlsChannel.open(sock, self._endpoint.server_context, self._timing.stall_s)
+            try:
+                peer = self._endpoint.identify(channel)
+                reader = Reader(channel, wire.REQUESTS)
+                hello = await reader.hello()
+                self._admit(peer)
+                plain = self._endpoint.wants_plain(hello.lane)
+                await channel.send_all(wire.encode_hello(hello.lane, plain))
+                return peer, await reader.to_plain() if plain and hello.plain else reader
+            except BaseException:
+                channel.close()
+                raise
+        raise PeerUnavailableError("no handshake in time")
+
+    def _admit(self, peer: PeerId) -> None:
+        """Raises PeerUnavailableError where the peer may open no further connection."""
+        same = sum(connection.peer == peer for connection in self.connections)
+        full = len(self.connections) >= self._limits.connections or same >= self._limits.connections_per_peer
+        if full or self._endpoint.refused(peer):
+            raise PeerUnavailableError(f"{peer} is refused, or has too many connections")
+
+    async def _attend(self, peer: PeerId, reader: Reader[Request]) -> ShoalError:
+        """Answer requests until the connection ends; returns why."""
+        reason: ShoalError = PeerUnavailableError(f"the connection with {peer} was closed")
+        connection = Incoming(peer, self._endpoint)
+        try:
+            self._admit(peer)  # again: other connections may have been admitted during this one's hello
+            self.connections.add(connection)
+            self._arrived(peer)
+            with connection.scope:
+                reason = await connection.run(reader.channel, partial(self._read_requests, connection, reader))
+        finally:
+            reader.channel.close()
+            self.connections.discard(connection)
+            self.answer_bytes.give(peer, sum(len(frame.body or b"") for frame in connection.large))
+            for request_id in [*connection.at_work]:
+                self._end_work(connection, request_id)
+        return reason
+
+    async def _read_requests(self, connection: Incoming, reader: Reader[Request], nursery: trio.Nursery) -> NoReturn:
+        """Raises PeerMisbehavedError and PeerUnavailableError."""
+        peer, plain = connection.peer, isinstance(reader.channel, PlainChannel)
+        while True:
+            head = await reader.head()
+            if head.size > BATCH_BYTES:
+                await self._pace(peer, head.size)
+            if head.request_id in connection.at_work:
+                raise PeerMisbehavedError("a request with the number of another one at work")
+            if plain and not is_for_block(head.message):
+                raise PeerMisbehavedError(f"{type(head.message).__name__} came in the clear")
+            if connection.places.value:  # without the checkpoint of `acquire`: every request passes here
+                connection.places.acquire_nowait()
+            else:
+                await connection.places.acquire()
+            if not self._requests.take(peer, 1):
+                await self._requests.wait(peer, 1)
+            connection.at_work[head.request_id] = False
+            self._at_work.begin((connection, head.request_id))
+            connection.used_at = trio.current_time()
+            nursery.start_soon(self._answer, connection, head)
+
+    async def _pace(self, peer: PeerId, size: int) -> None:
+        until = max(trio.current_time(), self._paced_until.get(peer, 0.0)) + size / HEADS_RATE
+        self._paced_until[peer] = until
+        await trio.sleep_until(until)
+
+    async def _answer(self, connection: Incoming, request: wire.Head[Request]) -> None:
+        head, body = await answer(self._endpoint.handler, connection.peer, request)
+        size = len(body or b"")
+        if not self.answer_bytes.take(connection.peer, size):
+            size, body = 0, None
+            head = wire.encode_head(request.request_id, Failed("busy", "too many answers wait for this peer"), 0)
+        elif body and len(connection.large) >= VIEWS:
+            body = sole(body)
+
+        def leaving() -> None:
+            self.answer_bytes.give(connection.peer, size)
+            if body:
+                self._end_work(connection, request.request_id)
+            connection.places.release()
+
+        if body:
+            connection.at_work[request.request_id] = True
+        else:  # at once: no `Waiting` may come after the answer, and behind a small one it would stand in the queue
+            self._end_work(connection, request.request_id)
+        connection.put(Frame(head, body, leaving))
+
+    def _end_work(self, connection: Incoming, request_id: int) -> None:
+        del connection.at_work[request_id]
+        self._at_work.end((connection, request_id))
+        self._requests.give(connection.peer, 1)
+
+    def _say_waiting(self, key: tuple[Incoming, int]) -> None:
+        """Not to a peer that does not read: the frames would pile up."""
+        connection, request_id = key
+        if len(connection.small) < self._limits.requests_per_connection:
+            waiting = Waiting(connection.at_work[request_id])
+            connection.put(Frame(wire.encode_head(request_id, waiting, 0)))
+
+
+def _listen(where: HostPort) -> socket.socket:
+    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+    try:
+        listener = socket.create_server((where.host, where.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise BadInputError(f"cannot listen on {where}: {error.strerror or error}") from error
+    listener.setblocking(False)
+    return listener
