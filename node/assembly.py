@@ -29,8 +29,13 @@ from cache.disk import DiskStore
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node.blocks.announcer import Announcer
-from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
+from node.blocks.coded_read import CodedReads
+from node.blocks.fetcher import Fetcher, HeldBlocks
+from node.blocks.grants import Grants
+from node.blocks.holders import Holders
+from node.blocks.home import Home
+from node.blocks.keeper import Keeper
+from node.blocks.questions import Questions
 from node.blocks.trust import Trust
 from node.blocks.values import CurrentPlacement, Site
 from node.config.schema import (
@@ -161,12 +166,20 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The lower half of stage 3: single blocks, for this node's clients (`fetcher`) and for members (`seeder`)."""
+    """The lower half of stage 3: single blocks, for this node's clients (`fetcher`) and for other members."""
 
     site: Site
     directory: Directory
-    seeder: Seeder
+    questions: Questions
+    grants: Grants
+    holders: Holders
+    home: Home
+    keeper: Keeper
     fetcher: Fetcher
+
+    def route(self, dispatcher: Dispatcher) -> None:
+        dispatcher.route(self.keeper.handle, GetShard, GetBlock)
+        dispatcher.route(self.holders.handle, GetHoldings, FindHolders, Announce)
 
 
 def blocks(
@@ -182,9 +195,13 @@ def blocks(
     """Tasks that outlive a request run in `nursery`. `code` is k data and m parity shards in a site of full size."""
     own, directory, origin = identity.peer_id, Directory(), Origin(upstream, nursery, lambda: len(view.site))
     placement, trust = CurrentPlacement(view, *code), Trust(own, view)
-    parts = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
-    seeder = Seeder(parts, origin, directory, identity.sign, nursery=nursery)
-    return Blocks(parts, directory, seeder, Fetcher(parts, seeder, nursery))
+    site = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
+    questions, grants = Questions(site), Grants()
+    holders = Holders(site, questions, directory)
+    home = Home(site, holders, grants, identity=identity, origin=origin, nursery=nursery)
+    keeper = Keeper(site, home, questions, grants, nursery=nursery)
+    fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
+    return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,13 +284,14 @@ def site(
     """Wire a member over `exchange`, whose handler is `dispatcher`. Nothing runs yet: see `Participant.services`."""
     code = config.peers.k, config.peers.m
     parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, code=code)
-    near, seeder = parts.site, parts.seeder
+    near, home, questions = parts.site, parts.home, parts.questions
     gossiper = Gossiper(membership, exchange, revocations)
     names = Names(
         near,
         table,
         upstreams,
-        seeder,
+        questions=questions,
+        home=home,
         nursery=nursery,
         policies=tag_policies(config),
         served=metrics.tag_served,
@@ -281,13 +299,20 @@ def site(
         pinned=pinned,
     )
     has_mirrors = lambda upstream: len(upstreams.endpoints(upstream)) > 1  # noqa: E731
-    judge = Judge(near, seeder, identity.sign, has_mirrors, nursery=nursery, rng=rng)
-    announcer, ledger = Announcer(near, seeder, parts.directory, membership, trim=table.trim), Ledger()
+    judge = Judge(near, home, questions, identity.sign, mirrored=has_mirrors, nursery=nursery, rng=rng)
+    announcer, ledger = Announcer(near, questions, parts.directory, membership, trim=table.trim), Ledger()
     library = SiteLibrary(
-        near, names, seeder, parts.fetcher, ledger=ledger, metrics=metrics, finished=announcer.finished
+        near,
+        names,
+        home,
+        parts.grants,
+        fetcher=parts.fetcher,
+        ledger=ledger,
+        metrics=metrics,
+        finished=announcer.finished,
     )
     dispatcher.route(gossiper.handle, Ping, PingRequest, Sync)
-    dispatcher.route(seeder.handle, GetShard, GetBlock, GetHoldings, FindHolders, Announce)
+    parts.route(dispatcher)
     dispatcher.route(names.handle, Resolve)
     dispatcher.route(judge.handle, Accuse)
     dispatcher.route(registrar.handle, Renew)

@@ -19,8 +19,9 @@ from node.blocks.values import SILENCE_S, BlockAddress
 from node.exchange.contract import Lane
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
-from protocol.ids import PeerId
-from protocol.messages import BlockFound, GetBlock, GetShard, ShardFound
+from protocol.fetch_plan import ShardPlan
+from protocol.ids import PeerId, Shard
+from protocol.messages import BlockFound, GetBlock, ShardFound
 from protocol.placement import Route
 from protocol.records import Record
 
@@ -46,19 +47,18 @@ class Reader:
 
     async def block(self, peer: PeerId, address: BlockAddress) -> None:
         """The whole block from one peer. Raises ShoalError."""
-        ref, began = address.ref, trio.current_time()
-        answer = await self.blocks.seeder.ask(
-            peer, GetBlock(str(ref.digest), address.index, ref.size), self.lane, SILENCE_S,
-            took_s=lambda: trio.current_time() - began,
-        )  # fmt: skip
+        plan = ShardPlan([peer], [peer], 1, self.late_after_s)
+        plan.start(False, trio.current_time())
+        question = GetBlock(str(address.ref.digest), address.index, address.ref.size)
+        answer = await self.blocks.questions.ask(peer, question, self.lane, SILENCE_S, plan=plan)
         assert isinstance(answer.message, BlockFound)
         check(answer.message.record, answer.body or b"")
 
     async def shard(self, peer: PeerId, want: int, address: BlockAddress) -> tuple[int, Buffer, Record]:
-        """Raises ShoalError."""
-        ref, reach = address.ref, self.route(address).reach if self.far else 0
-        question = GetShard(str(ref.digest), address.index, ref.size, 4, 1, want, reach, str(address.locator), True)
-        answer = await self.blocks.seeder.ask(peer, question, self.lane, SILENCE_S)
+        """One shard of the code 4+1 from one peer. Raises ShoalError."""
+        hops = self.route(address).reach if self.far else 0
+        question = self.blocks.questions.get_shard(address, Shard(4, 1, want), hops=hops)
+        answer = await self.blocks.questions.ask(peer, question, self.lane, SILENCE_S)
         assert isinstance(answer.message, ShardFound)
         assert answer.body is not None
         return answer.message.index, answer.body, answer.message.record

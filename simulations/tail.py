@@ -137,7 +137,7 @@ class TierNetwork(SimulatedNetwork):
 async def _fill(cluster: Cluster, address: BlockAddress, keepers: Sequence[PeerId]) -> None:
     """As if all keepers had read it."""
     nodes = {node.peer: node for node in cluster.nodes}
-    held = (await nodes[keepers[0]].blocks.seeder.home(address)).held
+    held = (await nodes[keepers[0]].blocks.home.block(address)).held
     for peer in keepers[1:]:
         await nodes[peer].tiers.put(Piece(address.block), held.data, held.record)
 
@@ -147,7 +147,7 @@ async def _timed(policy: Policy, reader: Reader, address: BlockAddress) -> float
     try:
         await policy(reader, address)
     except UnavailableError:
-        await reader.blocks.seeder.home(address)
+        await reader.blocks.home.block(address)
     took_s = trio.current_time() - began
     await reader.blocks.site.tiers.discard(Piece(address.block))
     return took_s

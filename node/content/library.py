@@ -18,7 +18,8 @@ from cachetools import TTLCache
 
 from cache.store import Buffer, Held
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
+from node.blocks.grants import Grants
+from node.blocks.home import Home
 from node.blocks.read_ahead import ReadAhead, Room
 from node.blocks.trust import Suspicion
 from node.blocks.values import BlockAddress, Obtained, Site
@@ -58,10 +59,10 @@ class SiteLibrary:
     """Implements node/content/contract.py's Library over the site and the registry."""
 
     def __init__(
-        self, site: Site, names: Names, seeder: Seeder, fetcher: Fetcher, ledger: Ledger, metrics: Metrics,
+        self, site: Site, names: Names, home: Home, grants: Grants, fetcher: Fetcher, ledger: Ledger, metrics: Metrics,
         finished: Finished,
     ) -> None:  # fmt: skip
-        self._site, self._names, self._seeder, self._fetcher = site, names, seeder, fetcher
+        self._site, self._names, self._home, self._grants, self._fetcher = site, names, home, grants, fetcher
         self._ledger, self._metrics, self._finished = ledger, metrics, finished
         self._room = Room()
         self._check_later, self._to_check = trio.open_memory_channel[tuple[Locator, ObjectRef]](MAX_CHECKS)
@@ -86,7 +87,7 @@ class SiteLibrary:
     async def _manifest(self, locator: Locator, ref: ObjectRef) -> bytes:
         """Checked. Raises as `read`."""
         parts = []
-        with self._seeder.granted(locator, ref.digest) if locator.grant else nullcontext():
+        with self._grants.granted(locator, ref.digest) if locator.grant else nullcontext():
             async with aclosing(self._look_over(locator, ref, {}, whole=True)) as waits:
                 async for _ in waits:
                     raise UnavailableError("it takes too long")
@@ -108,7 +109,7 @@ class SiteLibrary:
         spans = ((start, stop), *more)
         whole = spans == ((0, ref.size),)
         seen: dict[int, Obtained] = {}
-        with self._seeder.granted(locator, ref.digest) if locator.grant else nullcontext():
+        with self._grants.granted(locator, ref.digest) if locator.grant else nullcontext():
             if ref.size <= CHECKED_FIRST and not (whole and ref.block_count == 1):
                 async with aclosing(self._look_over(locator, ref, seen, whole=whole)) as waits:
                     async for _ in waits:
@@ -303,9 +304,9 @@ class SiteLibrary:
         claim is in quarantine."""
         ref, piece = address.ref, Piece(address.block)
         try:
-            truth = await self._seeder.reread(address)
+            truth = await self._home.reread(address)
             is_false = claim.sha256 != truth.record.sha256
-            deceived = is_false and await self._seeder.deceived(address, claim)
+            deceived = is_false and await self._home.deceived(address, claim)
         except ShoalError as error:
             log.warning("%s #%d cannot be compared, and is dropped: %s", ref.digest, address.index, error)
             await self._site.tiers.discard(piece)

@@ -18,7 +18,8 @@ import trio
 from cachetools import LRUCache, TTLCache
 
 from node.api.documents import TagState
-from node.blocks.keeper import Seeder
+from node.blocks.home import Home
+from node.blocks.questions import Questions
 from node.blocks.values import Site
 from node.config.tag_policy import TagPolicies, TagPolicy
 from node.content.name_table import _MAX_RECENT, REGISTRY, KnownTag, NameTable, _Key
@@ -56,14 +57,16 @@ class Names:
         site: Site,
         table: NameTable,
         upstreams: Registries,
-        seeder: Seeder,
+        questions: Questions,
+        home: Home,
         nursery: trio.Nursery,
         policies: TagPolicies,
         served: Callable[[float], None],
         public_age: Callable[[Locator], float | None] = lambda _: None,
         pinned: Callable[[str, str], bool] = lambda source, reference: False,
     ) -> None:
-        self._site, self._table, self._upstreams, self._seeder = site, table, upstreams, seeder
+        self._site, self._table, self._upstreams = site, table, upstreams
+        self._questions, self._home = questions, home
         self.policies, self._served = policies, served
         self._public_age, self._pinned = public_age, pinned
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
@@ -223,7 +226,7 @@ class Names:
         """What a member tells, or what is known here if that is younger."""
         question = messages.Resolve(str(locator), reference, reach)
         asked = trio.current_time()
-        answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
+        answer = await self._questions.ask(peer, question, Lane.CONTROL, ASK_S)
         message = answer.message
         if not isinstance(message, messages.Resolved):
             raise UnavailableError(f"{peer} does not tell what {reference} is")
@@ -242,7 +245,7 @@ class Names:
 
         async def ask(peer: PeerId) -> None:
             question = messages.Resolve(str(locator), reference, 0)
-            answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
+            answer = await self._questions.ask(peer, question, Lane.CONTROL, ASK_S)
             if isinstance(answer.message, messages.Resolved) and answer.message.public_age_s >= 0:
                 ages.append(answer.message.public_age_s)
 
@@ -296,7 +299,7 @@ class Names:
             self._table.put(str(locator), str(found.ref.digest), found)
         if body is not None:
             self._types[found.ref.digest] = found.media_type
-            await self._seeder.admit(locator, found.ref, body)
+            await self._home.admit(locator, found.ref, body)
             self.learn(locator, body)
         return self._note(locator, reference, found, REGISTRY)
 

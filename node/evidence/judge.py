@@ -20,7 +20,8 @@ from typing import BinaryIO
 import trio
 from cachetools import LRUCache
 
-from node.blocks.keeper import Seeder
+from node.blocks.home import Home
+from node.blocks.questions import Questions
 from node.blocks.trust import Suspicion
 from node.blocks.values import SMALL_SILENCE_S, BlockAddress, Site
 from node.exchange.contract import Answer, Lane
@@ -90,10 +91,10 @@ class Judge:
     """`mirrored` tells of an upstream whether it has mirrors here, whose bytes may differ from the registry's."""
 
     def __init__(
-        self, site: Site, seeder: Seeder, sign: Callable[[bytes], bytes], mirrored: Callable[[str], bool],
-        nursery: trio.Nursery, rng: Random,
+        self, site: Site, home: Home, questions: Questions, sign: Callable[[bytes], bytes],
+        mirrored: Callable[[str], bool], nursery: trio.Nursery, rng: Random,
     ) -> None:  # fmt: skip
-        self._site, self._seeder, self._sign, self._mirrored = site, seeder, sign, mirrored
+        self._site, self._home, self._questions, self._sign, self._mirrored = site, home, questions, sign, mirrored
         self._nursery, self._rng = nursery, rng
         self._cases: dict[Key, Case] = {}
         self._cleared: LRUCache[Key, None] = LRUCache(MAX_KEPT)
@@ -185,7 +186,7 @@ class Judge:
 
     async def _ask(self, peer: PeerId) -> None:
         try:
-            answer = await self._seeder.ask(peer, Accuse(self._told()), Lane.CONTROL, SMALL_SILENCE_S)
+            answer = await self._questions.ask(peer, Accuse(self._told()), Lane.CONTROL, SMALL_SILENCE_S)
             if isinstance(answer.message, Accusations):
                 await self._hear(peer, answer.message.told)
         except ShoalError as error:
@@ -322,9 +323,9 @@ class Judge:
         mirrored = self._mirrored(locator.upstream)
         if other is not None and not mirrored:
             return True
-        truth = self._own_copy(record) or (await self._seeder.reread(address)).data
+        truth = self._own_copy(record) or (await self._home.reread(address)).data
         false = next((one for one in (record, other) if one is not None and not one.matches(truth)), None)
-        if false is not None and mirrored and await self._seeder.deceived(address, false):
+        if false is not None and mirrored and await self._home.deceived(address, false):
             return None
         return false is not None
 

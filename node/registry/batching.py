@@ -74,7 +74,7 @@ class _Queue:
 
 
 class Origin:
-    """A second `read` of a block waits for the first and reads again: node/blocks/keeper.py shares one result."""
+    """A second `read` of a block waits for the first and reads again: node/blocks/home.py shares one result."""
 
     def __init__(self, registry: Registry, nursery: trio.Nursery, sharing: Callable[[], int] = lambda: 1) -> None:
         """`sharing` tells how many nodes the site has: they share the uplink, and what one may have open at a time."""
