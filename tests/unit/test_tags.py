@@ -3,163 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
 
-import msgspec
 import pytest
 import trio
-import trio.testing
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cache.memory import MemoryStore
-from cache.tiered import Tiers
-from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
-from node.blocks.trust import Trust
-from node.blocks.values import Site
 from node.config.schema import Config, MirrorPart, TagsPart, tag_policies
-from node.config.tag_policy import TagPolicies, TagPolicy
-from node.content.library import SiteLibrary
 from node.content.name_table import NameTable
-from node.content.resolver import Names
-from node.exchange.contract import Answer
-from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.identity.identity import Identity
+from node.exchange.memory import MemoryNetwork
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
-from node.registry.batching import Origin
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Ledger
-from protocol.directory import Directory
 from protocol.errors import NotFoundError, UnavailableError
-from protocol.health import Health
-from protocol.ids import Digest, ObjectRef, PeerId
-from protocol.members import Member
-from protocol.messages import Request, Resolve
-from protocol.messages import Resolved as Told
-from protocol.placement import Placement
-from tests.support.disk_like import DiskLike
-from tests.unit import test_coded_reads as coded
-from tests.unit.test_coded_reads import FixedView
-
-APP = Locator("origin.test", "app", "manifests")
-TTL_S, MAX_AGE_S = 60.0, 86400.0
-EPOCH = 1.7e9
-POLICIES = TagPolicies(
-    TagPolicy("", TTL_S, MAX_AGE_S), [TagPolicy("*:edge", 0.0, 0.0), TagPolicy("*:quick", 5.0, MAX_AGE_S)]
-)
-
-
-def manifest(version: int) -> bytes:
-    return json.dumps({"schemaVersion": 2, "version": version}).encode()
-
-
-class Registry:
-    """One tag of every name, which moves; `moved` tells when it got which version. Nodes in `cut` do not reach it."""
-
-    def __init__(self) -> None:
-        self.moved = [(0.0, 1)]
-        self.answer_s = 0.02
-        self.deleted = False
-        self.asked = 0
-        self.cut: set[PeerId] = set()
-
-    def move(self) -> None:
-        self.moved.append((trio.current_time(), self.moved[-1][1] + 1))
-
-    def seen_by(self, peer: PeerId) -> Reached:
-        return Reached(self, peer)
-
-
-class Reached:
-    """The registry from one node."""
-
-    def __init__(self, registry: Registry, peer: PeerId) -> None:
-        self._registry, self._peer = registry, peer
-
-    def connections(self, upstream: str) -> int:
-        return 5
-
-    def blocks(self, *_: object) -> None:
-        raise AssertionError("only names are asked for here")
-
-    async def resolve(
-        self, locator: Locator, reference: str, known: Resolved | None = None
-    ) -> tuple[Resolved, bytes | None]:
-        registry = self._registry
-        registry.asked += 1
-        body = manifest(registry.moved[-1][1])  # as it is now, however long the answer takes
-        await trio.sleep(registry.answer_s)
-        if self._peer in registry.cut:
-            raise UnavailableError("out of reach")
-        if reference == "none" or registry.deleted:
-            raise NotFoundError("no such tag")
-        ref = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
-        return Resolved(ref, "a/b"), None if known is not None and known.ref == ref else body
-
-
-class Node:
-    def __init__(
-        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Registry, folder: Path,
-        nursery: trio.Nursery,
-    ) -> None:  # fmt: skip
-        self.own = identity.peer_id
-        self.view = FixedView(members)
-        tiers = Tiers(MemoryStore(1 << 22, trio.current_time), DiskLike(1 << 22, trio.current_time), containerd=None)
-        self.exchange = MemoryExchange(network, self.own, refused=self.view.is_quarantined, handler=self.handle)
-        placement = Placement(members, 4, 1)
-        site = Site(self.own, self.view, lambda: placement, self.exchange, Health(), Trust(self.own, self.view), tiers)
-        reached = registry.seen_by(self.own)
-        seeder = Seeder(site, Origin(reached, nursery), Directory(), identity.sign, nursery)  # type: ignore[arg-type]
-        self.table = NameTable(folder / f"{self.own}.sqlite", lambda: EPOCH + trio.current_time())
-        self.ages: list[float] = []
-        self.heard: list[Resolve] = []
-        self.lies = False
-        self.names = Names(site, self.table, reached, seeder, nursery, POLICIES, self.ages.append)
-
-    async def handle(self, peer: PeerId, request: Request) -> Answer:
-        assert isinstance(request, Resolve)
-        self.heard.append(request)
-        answer = await self.names.handle(peer, request)
-        if self.lies and isinstance(answer.message, Told):
-            return Answer(msgspec.structs.replace(answer.message, size=answer.message.size + 1))
-        return answer
-
-    async def version(self, tag: str = "latest") -> int:
-        found = await self.names.resolve(APP, tag)
-        return next(
-            version for version in range(1, 99) if sha256(manifest(version)).hexdigest() == found.ref.digest.hex
-        )
-
-    def row(self, tag: str) -> tuple[str, str, str]:
-        """State, who told it, and the rule."""
-        ((one, policy, state),) = self.names.tags(f"origin.test/app:{tag}")
-        return state, one.told_by, policy.match
-
-
-Scenario = Callable[[list[Node], Registry, MemoryNetwork], Awaitable[None]]
-
-
-def play(folder: Path, count: int, scenario: Scenario) -> None:
-    async def main() -> None:
-        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
-        identities = [Identity.of(key) for key in keys]
-        members = [Member(one.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, one in enumerate(identities)]
-        network, registry = MemoryNetwork(0.005), Registry()
-        async with trio.open_nursery() as nursery:
-            nodes = [Node(one, members, network, registry, folder, nursery) for one in identities]
-            for node in nodes:
-                await nursery.start(node.exchange.run)
-            await scenario(nodes, registry, network)
-            nursery.cancel_scope.cancel()
-        for node in nodes:
-            node.table.close()
-
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+from protocol.ids import Digest, ObjectRef
+from protocol.messages import Resolve
+from tests.support import site_in_memory
+from tests.support.names_in_memory import APP, EPOCH, MAX_AGE_S, TTL_S, Node, Registry, manifest, play
 
 
 @pytest.mark.parametrize(("answer_s", "latency_s"), [(0.02, 0.005), (7.0, 0.005), (0.02, 0.9)])
@@ -206,7 +67,7 @@ def test_nodes_agree_on_the_youngest_answer_while_the_registry_is_out_of_reach(t
         assert [await node.version() for node in nodes] == [1] * 5
         await trio.sleep(2 * TTL_S)
         registry.move()
-        home = nodes[0].names._site.placement().name_homes(f"{APP}@latest")[0]
+        home = nodes[0].site.placement().name_homes(f"{APP}@latest")[0]
         other = next(node for node in nodes if node.own != home)
         registry.cut = {node.own for node in nodes} - {other.own}
         assert await other.version() == 2, "its home does not reach the registry, but this node does"
@@ -251,7 +112,7 @@ def test_a_wrong_size_of_a_member_is_asked_of_the_registry_once_it_cannot_be_rea
         body = manifest(1)
         right = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
         reference = str(right.digest) if by_digest else "latest"
-        home = nodes[0].names._site.placement().name_homes(f"{APP}@{reference}")[0]
+        home = nodes[0].site.placement().name_homes(f"{APP}@{reference}")[0]
         reader = next(node for node in nodes if node.own != home)
         next(node for node in nodes if node.own == home).lies = True
         told = await reader.names.resolve(APP, reference)
@@ -276,19 +137,15 @@ def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
         false = replace(right, media_type="application/vnd.oci.image.index.v1+json")
         if lie == "size":
             false = replace(right, ref=replace(right.ref, size=right.ref.size + 1))
-        site, seeder = reader.names._site, reader.names._seeder
-        await seeder.admit(APP, right.ref, body)
+        await reader.blocks.home.admit(APP, right.ref, body)
         reader.table.put(str(APP), "latest", false, "a liar")
-        async with trio.open_nursery() as nursery:
-            down = coded.Registry()
-            down.down, seeder._origin = True, Origin(down, nursery)
-            fetcher = Fetcher(site, seeder, nursery)
-            library = SiteLibrary(site, reader.names, seeder, fetcher, Ledger(), Metrics(), lambda ref: None)
-            for _ in range(2):
-                found = await library.resolve(APP, "latest")
-                assert found.ref == right.ref
-                assert found.media_type == ("a/b" if lie == "size" else media_type)
-            nursery.cancel_scope.cancel()
+        down = site_in_memory.Registry()
+        down.down, reader.registry.target = True, down
+        library = reader.library_with(reader.names)
+        for _ in range(2):
+            found = await library.resolve(APP, "latest")
+            assert found.ref == right.ref
+            assert found.media_type == ("a/b" if lie == "size" else media_type)
         assert registry.asked == (lie == "size"), "the bytes decide where they can"
         if lie == "type":
             (line,) = [record.getMessage() for record in caplog.records if "is of type" in record.getMessage()]
@@ -304,20 +161,14 @@ def test_an_offline_site_asks_itself_once_in_a_time_to_live(tmp_path: Path) -> N
         await nodes[0].version()
         registry.cut = {node.own for node in nodes}
         await trio.sleep(2 * TTL_S)
-        asked: list[PeerId] = []
         for node in nodes:
-            original = node.handle
-
-            async def counted(peer: PeerId, request: Request, original=original, node=node) -> Answer:
-                asked.append(node.own)
-                return await original(peer, request)
-
-            node.exchange._handler = counted
+            node.heard.clear()
         for _ in range(50):
             await nodes[0].version()
             await trio.sleep(TTL_S / 60)
         members, rounds = len(nodes) - 1, 50
-        assert len(asked) <= 2 * 2 * members + rounds, "each resolve asks its home, and only few of them everybody"
+        asked = sum(len(node.heard) for node in nodes)
+        assert asked <= 2 * 2 * members + rounds, "each resolve asks its home, and only few of them everybody"
 
     play(tmp_path, 5, scenario)
 
@@ -344,7 +195,7 @@ def test_tags_tell_who_said_it_and_how_fresh_it_is(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         for node in nodes:
             await node.version("quick")
-        home = nodes[0].names._site.placement().name_homes(f"{APP}@quick")[0]
+        home = nodes[0].site.placement().name_homes(f"{APP}@quick")[0]
         told = {node.own: node.row("quick") for node in nodes}
         assert told.pop(home) == ("fresh", "registry", "*:quick")
         assert set(told.values()) == {("fresh", home, "*:quick")}
@@ -368,7 +219,7 @@ def test_a_digest_that_one_member_knows_is_found_while_the_registry_is_out_of_re
             with pytest.raises(UnavailableError):
                 await nodes[0].version(digest)
         registry.cut = {node.own for node in nodes} - {nodes[4].own}
-        known = (await nodes[4].names._upstreams.resolve(APP, digest))[0]
+        known = (await nodes[4].reached.resolve(APP, digest))[0]
         nodes[4].table.put(str(APP), digest, known)
         registry.cut.add(nodes[4].own)
         assert [await node.version(digest) for node in nodes] == [1] * 5
@@ -378,7 +229,7 @@ def test_a_digest_that_one_member_knows_is_found_while_the_registry_is_out_of_re
 
 def test_a_tag_that_turns_up_at_one_member_of_an_offline_site_is_found_at_once(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        known = (await nodes[0].names._upstreams.resolve(APP, "latest"))[0]
+        known = (await nodes[0].reached.resolve(APP, "latest"))[0]
         registry.cut = {node.own for node in nodes}
         for node in nodes:
             with pytest.raises(UnavailableError):
@@ -400,7 +251,7 @@ def test_what_the_registry_does_not_have_is_an_error_for_all(tmp_path: Path) -> 
 
 def test_homes_that_die_cost_no_answer(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        homes = nodes[0].names._site.placement().name_homes(f"{APP}@latest")
+        homes = nodes[0].site.placement().name_homes(f"{APP}@latest")
         for home in homes[:2]:
             network.kill(home)
         for node in nodes:
@@ -444,7 +295,7 @@ def test_what_is_read_with_a_grant_is_asked_of_no_other_node(tmp_path: Path) -> 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         granted = replace(APP, grant=Grant("Bearer of-alice"))
         assert await nodes[0].version() == 1
-        home = nodes[0].names._site.placement().name_homes(f"{APP}@latest")[0]
+        home = nodes[0].site.placement().name_homes(f"{APP}@latest")[0]
         other = next(node for node in nodes[1:] if node.own != home)
         for node in nodes:
             node.heard.clear()
