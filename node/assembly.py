@@ -87,23 +87,11 @@ from node.runtime.disk_writes import written_bytes
 from node.runtime.systemd import Notifier
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Ledger
+from protocol import messages
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.ids import ObjectRef
 from protocol.members import Member
-from protocol.messages import (
-    Accuse,
-    Announce,
-    FindHolders,
-    GetBlock,
-    GetHoldings,
-    GetShard,
-    Ping,
-    PingRequest,
-    Renew,
-    Resolve,
-    Sync,
-)
 from protocol.records import Record, make_record
 
 log = logging.getLogger(__name__)
@@ -124,7 +112,7 @@ class Admitted:
 
     def record_for(self, ref: ObjectRef, index: int, sha: bytes) -> Record:
         """Sign the record of a block whose sha256 is `sha`."""
-        return make_record(ref, index, sha, self.identity.peer_id, self.identity.sign)
+        return make_record(ref, index, sha, signer=self.identity.peer_id, sign=self.identity.sign)
 
 
 def admitted(config: Config, folder: Path) -> Admitted:
@@ -178,8 +166,9 @@ class Blocks:
     fetcher: Fetcher
 
     def route(self, dispatcher: Dispatcher) -> None:
-        dispatcher.route(self.keeper.handle, GetShard, GetBlock)
-        dispatcher.route(self.holders.handle, GetHoldings, FindHolders, Announce)
+        """Have members' requests for blocks, and for where they are, answered."""
+        dispatcher.route(self.keeper.handle, messages.GetShard, messages.GetBlock)
+        dispatcher.route(self.holders.handle, messages.GetHoldings, messages.FindHolders, messages.Announce)
 
 
 def blocks(
@@ -240,7 +229,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         introduced=membership.introduced,
         current=membership.current,
     )
-    return Network(membership, exchange, dispatcher, swarm, Metrics())
+    return Network(membership, exchange, dispatcher, swarm, metrics=Metrics())
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,8 +248,16 @@ class Participant:
 
     @property
     def services(self) -> tuple[Callable[..., Awaitable[None]], ...]:
-        """What runs for as long as the node is a member, for `nursery.start` in this order."""
+        """The tasks that run while the node is a member, for `nursery.start` in this order."""
         return self.exchange.run, self.gossiper.run, self.judge.run, self.announcer.run
+
+    def route(self, dispatcher: Dispatcher, registrar: Registrar) -> None:
+        """Have each request of a member answered by the part that it is for."""
+        self.blocks.route(dispatcher)
+        dispatcher.route(self.gossiper.handle, messages.Ping, messages.PingRequest, messages.Sync)
+        dispatcher.route(self.names.handle, messages.Resolve)
+        dispatcher.route(self.judge.handle, messages.Accuse)
+        dispatcher.route(registrar.handle, messages.Renew)
 
 
 def site(
@@ -285,7 +282,6 @@ def site(
     code = config.peers.k, config.peers.m
     parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, code=code)
     near, home, questions = parts.site, parts.home, parts.questions
-    gossiper = Gossiper(membership, exchange, revocations)
     names = Names(
         near,
         table,
@@ -311,15 +307,10 @@ def site(
         metrics=metrics,
         finished=announcer.finished,
     )
-    dispatcher.route(gossiper.handle, Ping, PingRequest, Sync)
-    parts.route(dispatcher)
-    dispatcher.route(names.handle, Resolve)
-    dispatcher.route(judge.handle, Accuse)
-    dispatcher.route(registrar.handle, Renew)
-    return Participant(
+    member = Participant(
         membership,
         exchange,
-        gossiper,
+        Gossiper(membership, exchange, revocations),
         parts,
         names=names,
         library=library,
@@ -327,6 +318,8 @@ def site(
         judge=judge,
         announcer=announcer,
     )
+    member.route(dispatcher, registrar)
+    return member
 
 
 @dataclass(frozen=True, slots=True)

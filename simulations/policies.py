@@ -1,6 +1,6 @@
-"""Ways to read a block from the peers: the one that ships, and four plain ones that it is measured against.
+"""Policies to read a block from its keepers: the one that ships, and four plain ones to compare it with.
 
-All of them ask the same questions over the same exchange. tests/benchmarks/tail.py reads over sockets by them,
+All of them ask the same questions over the same exchange. tests/benchmarks/tail.py runs them over sockets,
 simulations/tail.py in virtual time.
 """
 
@@ -28,8 +28,8 @@ from protocol.records import Record
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Parts of a node that keeps none of the blocks that it reads. `late_after_s` says how long one copy is waited for
-    before another one is asked for too; `far`: whether keepers get for it what they lack."""
+    """Parts of a node that keeps none of the blocks that it reads. `late_after_s`: the wait for one copy before another
+    is asked for. `far`: keepers obtain what they lack."""
 
     blocks: Blocks
     lane: Lane
@@ -41,12 +41,12 @@ class Reader:
         return self.blocks.site.placement().route(self.blocks.site.own, address.block, address.length)
 
     def shuffled(self, address: BlockAddress) -> list[PeerId]:
-        """The keepers, which hold the block whole."""
+        """The keepers in random order. Each holds the whole block."""
         keepers = self.route(address).keepers
         return self.rng.sample(keepers, len(keepers))
 
     async def block(self, peer: PeerId, address: BlockAddress) -> None:
-        """The whole block from one peer. Raises ShoalError."""
+        """Read the whole block from one peer. Raises ShoalError."""
         plan = ShardPlan([peer], [peer], 1, self.late_after_s)
         plan.start(False, trio.current_time())
         question = GetBlock(str(address.ref.digest), address.index, address.ref.size)
@@ -72,7 +72,7 @@ Policy = Callable[[Reader, BlockAddress], Awaitable[None]]
 
 
 async def one_peer(reader: Reader, address: BlockAddress) -> None:
-    """Any peer; the next one when it fails."""
+    """Ask any keeper, and after a failure the next one."""
     for peer in reader.shuffled(address):
         with contextlib.suppress(ShoalError):
             return await reader.block(peer, address)
@@ -80,7 +80,7 @@ async def one_peer(reader: Reader, address: BlockAddress) -> None:
 
 
 async def hedged(reader: Reader, address: BlockAddress) -> None:
-    """Any peer; a second one when the first takes longer than 95 of 100 of its answers (Dean and Barroso, 2013)."""
+    """Ask any keeper, and a second one when the first takes longer than for 95 of 100 answers (Dean, Barroso, 2013)."""
     first, *others = reader.shuffled(address)
     over = trio.Event()
 
@@ -103,27 +103,27 @@ async def hedged(reader: Reader, address: BlockAddress) -> None:
 
 
 async def _shards(reader: Reader, address: BlockAddress, at_once: int) -> None:
-    """The shards of the first ranks; of the rest those that others fail to bring."""
+    """Ask for the first `at_once` shards, and for one more after each failure."""
     route = reader.route(address)
     shape, keepers = route.shape, route.keepers
     left = list(range(at_once, len(keepers)))
-    found: dict[int, tuple[Buffer, Record]] = {}
+    shards: dict[int, tuple[Buffer, Record]] = {}
 
     async def take(rank: int) -> None:
         try:
             index, body, record = await reader.shard(keepers[rank], rank, address)
         except ShoalError:
             return await take(left.pop(0)) if left else None
-        found[index] = body, record
-        if len(found) >= shape.k:
+        shards[index] = body, record
+        if len(shards) >= shape.k:
             nursery.cancel_scope.cancel()
         return None
 
     async with trio.open_nursery() as nursery:
         for rank in range(at_once):
             nursery.start_soon(take, rank)
-    record = next(iter(found.values()))[1]
-    check(record, decode_block({i: body for i, (body, _) in found.items()}, shape.k, shape.m, address.length))
+    record = next(iter(shards.values()))[1]
+    check(record, decode_block({i: body for i, (body, _) in shards.items()}, shape.k, shape.m, address.length))
 
 
 async def k_of_k(reader: Reader, address: BlockAddress) -> None:

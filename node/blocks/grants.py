@@ -1,7 +1,7 @@
-"""What this node may read from a registry that asks for authorization: the objects that its own clients read now.
+"""The grants of this node's clients: the objects that they read now, which a registry does not give to everybody.
 
-A grant (node/mirror/access.py) stays on the node whose client showed it. Other members name that node as `reader`.
-docs/decisions/0006-private-images.md.
+A grant (node/mirror/access.py) stays on the node whose client showed it. For other members that node is the block's
+`reader` (docs/decisions/0006-private-images.md).
 """
 
 from __future__ import annotations

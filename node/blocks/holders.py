@@ -8,8 +8,9 @@ grant to read the block from the upstream.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -65,17 +66,24 @@ class Holders:
 
     async def find(self, address: BlockAddress) -> Obtained | None:
         """The block from a member that holds it, else from k that hold a shard of it, else from its reader."""
+        ref, index, questions = address.ref, address.index, self._questions
         if candidates := await self._candidates(address):
             async with trio.open_nursery() as nursery:
                 for peer in candidates:
-                    nursery.start_soon(self._learn_holdings, peer, address.ref.digest)
-            holdings = {peer: self._holdings.get((peer, address.ref.digest), Holdings()) for peer in candidates}
+                    nursery.start_soon(self._learn_holdings, peer, ref.digest)
+            holdings = {peer: self._holdings.get((peer, ref.digest), Holdings()) for peer in candidates}
+            whole, check = messages.GetBlock(str(ref.digest), index, ref.size), partial(questions.check_block, address)
             for peer, held in holdings.items():
-                if held.blocks >> address.index & 1 and (block := await self._whole_from(peer, address)) is not None:
-                    return Obtained(block, Source.PEER, (peer,))
+                if held.blocks >> index & 1 and (obtained := await self._block_from(peer, whole, Lane.BULK, check)):
+                    return obtained
             if (obtained := await self._decoded_from(holdings, address)) is not None:
                 return obtained
-        return await self._from_reader(address) if address.reader else None
+        if not address.reader:
+            return None
+        # The reader gives the block as the only shard of the code 1+0, and reads it from the upstream for that.
+        shard, peer = Shard(1, 0, 0), PeerId(address.reader)
+        question = questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
+        return await self._block_from(peer, question, Lane.URGENT, partial(questions.check_shard, address, shard))
 
     async def _candidates(self, address: BlockAddress) -> list[PeerId]:
         site = self._site
@@ -121,17 +129,12 @@ class Holders:
             return None
         return answer.message if isinstance(answer.message, kind) else None
 
-    async def _whole_from(self, peer: PeerId, address: BlockAddress) -> Held | None:
-        ref, index = address.ref, address.index
-        question = messages.GetBlock(str(ref.digest), index, ref.size)
+    async def _block_from(
+        self, peer: PeerId, question: messages.Request, lane: Lane, check: Callable[[Answer], tuple[Buffer, Record]]
+    ) -> Obtained | None:
         try:
-            answer = await self._questions.ask(peer, question, Lane.BULK, SILENCE_S)
-            if not isinstance(answer.message, messages.BlockFound) or answer.body is None:
-                return None
-            self._site.trust.check(answer.message.record, ref, index)
-            if answer.message.record.matches(answer.body):
-                return Held(answer.body, answer.message.record)
-            self._site.view.quarantine(peer, f"wrong bytes for {ref.digest} #{index}")
+            answer = await self._questions.ask(peer, question, lane, SILENCE_S)
+            return Obtained(Held(*check(answer)), Source.PEER, (peer,))
         except PeerMisbehavedError as error:
             self._site.view.quarantine(peer, str(error))
         except ShoalError as error:
@@ -175,19 +178,6 @@ class Holders:
         code = next(iter(owners))
         data = decode_block(shards, code.k, code.m, address.length)
         return Held(data, records[0]) if records[0].matches(data) else None
-
-    async def _from_reader(self, address: BlockAddress) -> Obtained | None:
-        """As the only shard of the code 1+0, which the reader gets from the upstream where it does not hold it."""
-        peer, shard = PeerId(address.reader), Shard(1, 0, 0)
-        question = self._questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
-        try:
-            answer = await self._questions.ask(peer, question, Lane.URGENT, SILENCE_S)
-            return Obtained(Held(*self._questions.check_shard(address, shard, answer)), Source.PEER, (peer,))
-        except PeerMisbehavedError as error:
-            self._site.view.quarantine(peer, str(error))
-        except ShoalError as error:
-            log.debug("%s #%d from its reader: %s", address.ref.digest, address.index, error)
-        return None
 
 
 def _pack(holdings: Holdings) -> messages.HoldingsFound:

@@ -15,7 +15,7 @@ from node.exchange.contract import Answer, Lane
 from protocol import errors
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.ids import PeerId, Shard, shard_length
-from protocol.messages import Failed, GetShard, Request, ShardFound
+from protocol.messages import BlockFound, Failed, GetShard, Request, ShardFound
 from protocol.records import Record
 
 _ERRORS: dict[str, type[errors.ShoalError]] = {"not-found": errors.NotFoundError, "denied": errors.DeniedError}
@@ -90,6 +90,16 @@ class Questions:
         if len(body) != shard_length(address.length, shard.k):
             raise errors.PeerMisbehavedError(f"a shard of {len(body)} bytes")
         if is_copy(shard) and not message.record.matches(body):
+            raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
+        return body, message.record
+
+    def check_block(self, address: BlockAddress, answer: Answer) -> tuple[Buffer, Record]:
+        """As `check_shard`, for the whole block. Raises UnavailableError where the answer has none."""
+        message, body = answer.message, answer.body
+        if not isinstance(message, BlockFound) or body is None:
+            raise errors.UnavailableError("an answer without a block")
+        self._site.trust.check(message.record, address.ref, address.index)
+        if not message.record.matches(body):
             raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
         return body, message.record
 

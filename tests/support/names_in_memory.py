@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import trio
@@ -16,15 +19,12 @@ from node.content.name_table import NameTable
 from node.content.resolver import Names
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryNetwork
-from node.identity.identity import Identity
 from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from protocol import messages
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.ids import Digest, ObjectRef, PeerId
-from protocol.members import Member
 from tests.support import site_in_memory
-from tests.support.site_in_memory import site_of
 
 APP = Locator("origin.test", "app", "manifests")
 TTL_S, MAX_AGE_S = 60.0, 86400.0
@@ -51,9 +51,6 @@ class Registry:
     def move(self) -> None:
         self.moved.append((trio.current_time(), self.moved[-1][1] + 1))
 
-    def seen_by(self, peer: PeerId) -> Reached:
-        return Reached(self, peer)
-
 
 class Reached:
     """The registry from one node."""
@@ -68,7 +65,7 @@ class Reached:
         raise AssertionError("only names are asked for here")
 
     async def resolve(
-        self, locator: Locator, reference: str, known: Resolved | None = None
+        self, locator: Locator, reference: str, previous: Resolved | None = None
     ) -> tuple[Resolved, bytes | None]:
         registry = self._registry
         registry.asked += 1
@@ -79,22 +76,13 @@ class Reached:
         if reference == "none" or registry.deleted:
             raise NotFoundError("no such tag")
         ref = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
-        return Resolved(ref, "a/b"), None if known is not None and known.ref == ref else body
+        return Resolved(ref, "a/b"), None if previous is not None and previous.ref == ref else body
 
 
 class Node(site_in_memory.Node):
-    def __init__(
-        self,
-        identity: Identity,
-        members: list[Member],
-        network: MemoryNetwork,
-        *,
-        registry: Registry,
-        folder: Path,
-        nursery: trio.Nursery,
-    ) -> None:
-        self.reached = registry.seen_by(identity.peer_id)
-        super().__init__(identity, members, network, self.reached, nursery=nursery)  # type: ignore[arg-type]
+    def __init__(self, folder: Path, *site: Any, nursery: trio.Nursery) -> None:
+        super().__init__(*site, nursery=nursery)
+        self.reached = self.registry.target = Reached(self.registry.target, self.own)
         self.table = NameTable(folder / f"{self.own}.sqlite", lambda: EPOCH + trio.current_time())
         self.ages: list[float] = []
         self.heard: list[messages.Resolve] = []
@@ -128,23 +116,11 @@ class Node(site_in_memory.Node):
         return state, row.told_by, policy.match
 
 
-Scenario = Callable[[list[Node], Registry, MemoryNetwork], Awaitable[None]]
-
-
-def play(folder: Path, count: int, scenario: Scenario) -> None:
-    async def main() -> None:
-        identities, members = site_of(count)
-        network, registry = MemoryNetwork(0.005), Registry()
-        async with trio.open_nursery() as nursery:
-            nodes = [
-                Node(identity, members, network, registry=registry, folder=folder, nursery=nursery)
-                for identity in identities
-            ]
-            for node in nodes:
-                await nursery.start(node.exchange.run)
-            await scenario(nodes, registry, network)
-            nursery.cancel_scope.cancel()
+def play(folder: Path, count: int, scenario: Callable[[list[Node], Registry, MemoryNetwork], Awaitable[None]]) -> None:
+    async def closing(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        network.latency_s = 0.005
+        await scenario(nodes, registry, network)
         for node in nodes:
             node.table.close()
 
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    site_in_memory.play(count, closing, make=partial(Node, folder), registry=Registry(), limit_s=math.inf)

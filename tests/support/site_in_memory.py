@@ -1,6 +1,6 @@
 """Nodes of one site in virtual time: the parts of node/blocks over an exchange in memory, and a registry that counts.
 
-What a test changes is public: a node's `registry.target`, its `handler` and `spoil`, and its `view`.
+A test may change a node's `registry.target`, its `handler` and `spoil`, and its `view`.
 """
 
 from __future__ import annotations
@@ -57,14 +57,7 @@ class Registry:
         return 4
 
     async def blocks(
-        self,
-        locator: Locator,
-        ref: ObjectRef,
-        first: int,
-        count: int,
-        *,
-        certain: bool = False,
-        background: bool = False,
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, background: bool = False, **_: bool
     ) -> AsyncGenerator[bytearray, None]:
         for index in range(first, first + count):
             if self.down:
@@ -81,12 +74,10 @@ class Registry:
 class WithMirror(Registry):
     """A registry whose mirror, which nodes read first, gives other bytes than the registry itself."""
 
-    async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, **options: bool
-    ) -> AsyncGenerator[bytearray, None]:
-        async with aclosing(super().blocks(locator, ref, first, count)) as blocks:
+    async def blocks(self, *run: Any, certain: bool = False, **_: bool) -> AsyncGenerator[bytearray, None]:
+        async with aclosing(super().blocks(*run)) as blocks:
             async for block in blocks:
-                yield block if options.get("certain") else bytearray(len(block))
+                yield block if certain else bytearray(len(block))
 
 
 class SwitchedRegistry:
@@ -98,8 +89,8 @@ class SwitchedRegistry:
     def connections(self, upstream: str) -> int:
         return self.target.connections(upstream)
 
-    def blocks(self, *block: Any, **options: bool) -> AsyncGenerator[bytearray, None]:
-        return self.target.blocks(*block, **options)
+    def blocks(self, *run: Any, **options: bool) -> AsyncGenerator[bytearray, None]:
+        return self.target.blocks(*run, **options)
 
 
 class FixedView:
@@ -138,13 +129,7 @@ class Node:
     """`handler` answers other members. `spoil` alters what its parts answer."""
 
     def __init__(
-        self,
-        identity: Identity,
-        members: list[Member],
-        network: MemoryNetwork,
-        registry: batching.Registry,
-        *,
-        nursery: trio.Nursery,
+        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Any, *, nursery: trio.Nursery
     ) -> None:
         self.identity, self.own = identity, identity.peer_id
         self.view, self.registry = FixedView(members), SwitchedRegistry(registry)
@@ -208,6 +193,7 @@ class Node:
 
 
 AnyNode = TypeVar("AnyNode", bound=Node)
+Scenario = Callable[[list[AnyNode], Any, MemoryNetwork], Awaitable[None]]
 
 
 def site_of(count: int) -> tuple[list[Identity], list[Member]]:
@@ -219,22 +205,19 @@ def site_of(count: int) -> tuple[list[Identity], list[Member]]:
 
 
 def play(
-    count: int,
-    scenario: Callable[[list[AnyNode], Registry, MemoryNetwork], Awaitable[None]],
-    make: Callable[..., AnyNode] = Node,
-    limit_s: float = 60.0,
+    count: int, scenario: Scenario, *, make: Callable[..., Node] = Node, registry: Any = None, limit_s: float = 60.0
 ) -> None:
     """Run a scenario on `count` nodes. It may break their registry and their network."""
 
     async def main() -> None:
         identities, members = site_of(count)
-        network, registry = MemoryNetwork(0.001), Registry()
+        network, source = MemoryNetwork(0.001), registry or Registry()
         async with trio.open_nursery() as nursery:
-            nodes = [make(identity, members, network, registry, nursery=nursery) for identity in identities]
+            nodes = [make(identity, members, network, source, nursery=nursery) for identity in identities]
             for node in nodes:
                 await nursery.start(node.exchange.run)
             with trio.fail_after(limit_s):
-                await scenario(nodes, registry, network)
+                await scenario(nodes, source, network)
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -39,8 +39,7 @@ class Day:
             blocks.Node(identity, members, networks[0], self.registry, nursery=nursery) for identity in identities
         ]
         self.askers = [
-            tags.Node(identity, members, networks[1], registry=self.names, folder=folder, nursery=nursery)
-            for identity in identities
+            tags.Node(folder, identity, members, networks[1], self.names, nursery=nursery) for identity in identities
         ]
         self.scopes: dict[tuple[type, PeerId], trio.CancelScope] = {}
         self.ended = self.failed = self.given_up = 0

@@ -84,7 +84,7 @@ def play(count: int, scenario: Scenario, judging: int | None = None) -> None:
             await scenario(nodes, registry)
             nursery.cancel_scope.cancel()
 
-    site_in_memory.play(count, judged, Node, limit_s=3 * QUARANTINE_S)
+    site_in_memory.play(count, judged, make=Node, limit_s=3 * QUARANTINE_S)
 
 
 async def until(holds: Callable[[], bool], within_s: float = SOON_S) -> None:
