@@ -97,12 +97,8 @@ class CodedReads:
         # A spare shard takes its part of this node's link. Where answers come evenly, it is asked for when one is late.
         all_at_once = urgent and not health.steady(peer for peer in order[: shape.k] if peer != own)
         asks = plan.start(all_at_once, trio.current_time())
-        ask, note, overdue = (
-            partial(self._ask, attempt),
-            partial(self._note, attempt),
-            partial(self._overdue, plan, urgent),
-        )
-        await carry_out(plan, asks, ask, note=note, overdue=overdue)
+        note, overdue = partial(self._note, attempt), partial(self._overdue, plan, urgent)
+        await carry_out(plan, asks, partial(self._ask, attempt), note=note, overdue=overdue)
         if plan.done:
             for peer in plan.beaten:
                 health.beaten(peer, trio.current_time())

@@ -1,8 +1,8 @@
-"""Obtains a block from the members that hold it, or shards of it; and tells others what this node holds.
+"""Obtains a block from the members that hold it or its shards, and answers members that ask what this node holds.
 
 Candidates are the members that the object's directories name, and the block's keepers. Each says in a bitmap what it
-holds. Any k shards of one code make the block, whatever view they date from. Last comes the member whose client has a
-grant to read the block from the upstream.
+holds. Any k shards of one code make the block, whatever view they date from. If all this fails, the member whose client
+has a grant reads the block from the upstream.
 """
 
 from __future__ import annotations

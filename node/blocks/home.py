@@ -67,7 +67,7 @@ class Home:
             obtained = Obtained(self._signed(address, data), Source.ORIGIN)
         tiers, piece = self._site.tiers, Piece(address.block)
         if tiers.holds(piece):
-            await tiers.discard(piece)  # of an object of another size, or with an unknown signer's record
+            await tiers.discard(piece)  # of an object of another size, or with a record that is not trusted
         await tiers.put(piece, obtained.held.data, obtained.held.record)
         return obtained
 

@@ -1,6 +1,6 @@
-"""Questions to one member. How it answers each is noted in its health.
+"""Questions to one member. Its health is updated by how it answers each.
 
-This is the only place that makes a GetShard, and it checks the shards that are passed on to others.
+Every GetShard is made here, and so are the checks of shards and blocks that this node passes on to others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Questions:
     ) -> Answer:
         """Raises NotFoundError, DeniedError or UnavailableError where the answer is `Failed`, else as Exchange.request.
 
-        `plan` hears of the peer, and measures its time; `ready` is called when the answer is on its way.
+        `plan` follows the peer's progress and measures its time. `ready` is called when the answer is on its way.
         """
 
         def heard(is_ready: bool) -> None:
@@ -65,7 +65,7 @@ class Questions:
         return answer
 
     def get_shard(self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True) -> GetShard:
-        """For a shard, or without `exact` for any shard of its code, for which the peer may go `hops` further."""
+        """Asks for a shard, or without `exact` for any shard of its code. The peer may go `hops` further for it."""
         reader = self._site.own if address.locator.grant else address.reader
         return GetShard(
             digest=str(address.ref.digest),
@@ -104,7 +104,7 @@ class Questions:
         return body, message.record
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
-        """The peers that became late by the plan, as their health notes, and requests that replace those given up."""
+        """The peers that became late by the plan, and the requests that replace those given up. Updates the health."""
         now = trio.current_time()
         late, asks = plan.overdue(now)
         for peer in late:
