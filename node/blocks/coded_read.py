@@ -16,7 +16,7 @@ import trio
 
 from cache.store import Buffer, Held
 from node.blocks.faults import Faults
-from node.blocks.keeper import Keeper
+from node.blocks.keeper import Keeper, Kept
 from node.blocks.plan_runner import carry_out
 from node.blocks.questions import Questions
 from node.blocks.trust import Suspicion
@@ -118,22 +118,17 @@ class CodedReads:
                 asks += plan.spare(now)
         return asks
 
-    async def _ask(self, attempt: _Attempt, ask: Ask) -> Answer | None:
-        address, hops = attempt.address, attempt.route.reach
-        shard = Shard(attempt.route.shape.k, attempt.route.shape.m, ask.want)
+    async def _ask(self, attempt: _Attempt, ask: Ask) -> Kept | None:
+        address, plan, shape, hops = attempt.address, attempt.plan, attempt.route.shape, attempt.route.reach
+        shard = Shard(shape.k, shape.m, ask.want)
         try:
             if ask.peer == self._site.own:
-                attempt.plan.heard(
-                    ask.peer, False, trio.current_time()
-                )  # as another keeper says while it asks the home
-                shard, data, record = await self._keeper.keep(address, shard, hops, exact=ask.exact)
-                return Answer(ShardFound(shard.k, shard.m, shard.index, record), data)
+                plan.heard(ask.peer, False, trio.current_time())  # as another keeper says while it asks the home
+                return await self._keeper.keep(address, shard, hops, exact=ask.exact)
             question = self._questions.get_shard(address, shard, hops=hops, exact=ask.exact)
-            answer = await self._questions.ask(
-                ask.peer, question, attempt.lane, SILENCE_S, plan=attempt.plan, ready=attempt.warmed
-            )
-            self._check(attempt, answer)
-            return answer
+            lane, ready = attempt.lane, attempt.warmed
+            answer = await self._questions.ask(ask.peer, question, lane, SILENCE_S, plan=plan, ready=ready)
+            return self._check(attempt, answer)
         except PeerMisbehavedError as error:
             self._site.view.quarantine(ask.peer, str(error))
         except ShoalError as error:
@@ -141,29 +136,31 @@ class CodedReads:
             attempt.failure = error
         return None
 
-    def _check(self, attempt: _Attempt, answer: Answer) -> None:
-        """Raises PeerMisbehavedError unless the answer may be a shard of the block in the code that was asked for."""
+    def _check(self, attempt: _Attempt, answer: Answer) -> Kept:
+        """Raises PeerMisbehavedError unless the answer can be a shard of the block in the code that was asked for."""
         message, body, shape = answer.message, answer.body, attempt.route.shape
         if not isinstance(message, ShardFound) or body is None or (message.k, message.m) != (shape.k, shape.m):
             raise PeerMisbehavedError("a shard of another code than was asked for")
         if message.index >= shape.width or len(body) != shard_length(attempt.address.length, shape.k):
             raise PeerMisbehavedError(f"a shard {message.index} of {len(body)} bytes")
         self._site.trust.check(message.record, attempt.address.ref, attempt.address.index)
+        return Shard(shape.k, shape.m, message.index), body, message.record
 
-    def _note(self, attempt: _Attempt, ask: Ask, answer: Answer | None) -> list[Ask]:
+    def _note(self, attempt: _Attempt, ask: Ask, answer: Kept | None) -> list[Ask]:
         peer, now = ask.peer, trio.current_time()
-        if answer is None or answer.body is None or not isinstance(answer.message, ShardFound):
+        if answer is None:
             return attempt.plan.failed(peer, now)
+        shard, body, record = answer
         if attempt.record is None:
-            attempt.record = answer.message.record
-        elif attempt.record.sha256 != answer.message.record.sha256:
+            attempt.record = record
+        elif attempt.record.sha256 != record.sha256:
             log.warning("two records of %s disagree", attempt.address.block)
-            if contradict(attempt.record, answer.message.record):
-                self._suspect(attempt, attempt.record, answer.message.record)
+            if contradict(attempt.record, record):
+                self._suspect(attempt, attempt.record, record)
             return attempt.plan.failed(peer, now)
         attempt.warmed()
-        attempt.shards.setdefault(answer.message.index, (peer, answer.body))
-        return attempt.plan.got(peer, answer.message.index, now)
+        attempt.shards.setdefault(shard.index, (peer, body))
+        return attempt.plan.got(peer, shard.index, now)
 
     # Checks
 
@@ -171,26 +168,23 @@ class CodedReads:
         record, shape = attempt.record, attempt.route.shape
         if record is None or not attempt.plan.done:
             return None
-        data = self._decode(attempt, tuple(attempt.shards))
-        if record.matches(data):
-            return Held(data, record)
+        held = self._decode(attempt, record, tuple(attempt.shards))
+        if held is not None:
+            return held
         log.warning("shards of %s do not make the block: looking for the wrong one", attempt.address.block)
         for ask in attempt.plan.spare(trio.current_time()):
-            answer = await self._ask(attempt, ask)
-            if answer is not None and answer.body is not None and isinstance(answer.message, ShardFound):
-                attempt.shards.setdefault(answer.message.index, (ask.peer, answer.body))
+            if (answer := await self._ask(attempt, ask)) is not None:
+                attempt.shards.setdefault(answer[0].index, (ask.peer, answer[1]))
         for chosen in islice(combinations(attempt.shards, shape.k), MAX_UNTANGLED):
-            data = self._decode(attempt, chosen)
-            if record.matches(data):
-                held = Held(data, record)
+            if (held := self._decode(attempt, record, chosen)) is not None:
                 await self._blame(attempt, Obtained(held, Source.PEER))
                 return held
         return None
 
-    def _decode(self, attempt: _Attempt, chosen: tuple[int, ...]) -> bytearray:
-        shape = attempt.route.shape
-        shards = {index: attempt.shards[index][1] for index in chosen}
-        return decode_block(shards, shape.k, shape.m, attempt.address.length)
+    def _decode(self, attempt: _Attempt, record: Record, chosen: tuple[int, ...]) -> Held | None:
+        shape, shards = attempt.route.shape, {index: attempt.shards[index][1] for index in chosen}
+        data = decode_block(shards, shape.k, shape.m, attempt.address.length)
+        return Held(data, record) if record.matches(data) else None
 
     async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
         """Quarantine the maker of wrong shards where it is known (node/blocks/faults.py), and drop this node's own."""

@@ -30,6 +30,7 @@ from protocol.records import Record
 log = logging.getLogger(__name__)
 
 Kept = tuple[Shard, Buffer, Record]
+"""A shard's place in its code, its bytes, and the record of its block."""
 
 HOME_PATIENCE_S = 8.0
 """Extra wait for a late home before another member acts for it, which costs a second copy from the upstream."""

@@ -106,14 +106,12 @@ class CurrentPlacement:
     """The placement for the present view. It is computed again when the view has changed."""
 
     def __init__(self, view: View, k: int, m: int) -> None:
-        self._view, self._k, self._m = view, k, m
-        self._version = view.version
-        self._placement = Placement(view.site, k, m)
+        self._view, self._code = view, (k, m)
+        self._version, self._placement = view.version, Placement(view.site, k, m)
 
     def __call__(self) -> Placement:
         if self._version != self._view.version:
-            self._version = self._view.version
-            self._placement = Placement(self._view.site, self._k, self._m)
+            self._version, self._placement = self._view.version, Placement(self._view.site, *self._code)
         return self._placement
 
 

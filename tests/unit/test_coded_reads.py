@@ -25,8 +25,8 @@ from protocol.errors import DeniedError, UnavailableError
 from protocol.fetch_plan import WARM_FLOOR_S
 from protocol.health import QUICK_S, SpareBudget
 from protocol.home_times import LEAST_S
-from protocol.ids import BLOCK_SIZE, ObjectRef, Piece
-from protocol.messages import GetShard, ShardFound
+from protocol.ids import BLOCK_SIZE, ObjectRef, Piece, Shard
+from protocol.messages import ShardFound
 from protocol.records import make_record
 from tests.support.site_in_memory import (
     BODY,
@@ -220,8 +220,9 @@ def test_who_is_asked_for_exactly_one_shard_gives_no_other_that_it_kept_in_an_ea
         kept = next(shard for shard, bits in keeper.tiers.holdings(REF.digest).shards.items() if bits & 1)
         other = (kept.index + 1) % (kept.k + kept.m)
         asker = next(node for node in nodes if node not in (keeper, home_of(nodes, 0)))
-        for reach in (2, 1):
-            question = GetShard(str(REF.digest), 0, REF.size, kept.k, kept.m, other, reach, str(LOCATOR), exact=True)
+        for hops in (2, 1):
+            shard = Shard(kept.k, kept.m, other)
+            question = asker.blocks.questions.get_shard(BlockAddress(LOCATOR, REF, 0), shard, hops=hops)
             answer = await asker.exchange.request(keeper.own, question, lane=Lane.BULK, silence_s=1.0)
             assert isinstance(answer.message, ShardFound)
             assert answer.message.index == other
