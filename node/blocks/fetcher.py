@@ -1,5 +1,5 @@
 """Reads blocks for clients of this node. Each block is looked for in the sources in order: what this node holds, k
-shards from the keepers, and this node as home, which asks the upstream in the end (see assembly.blocks).
+shards from the keepers, and this node as home, which asks the upstream in the end (`blocks` in node/assembly.py).
 
 Concurrent reads of one block share one result. The window says how many blocks clients may have under way.
 """
