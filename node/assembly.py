@@ -28,8 +28,13 @@ from cache.disk import DiskStore
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node.blocks.announcer import Announcer
-from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
+from node.blocks.coded_read import CodedReads
+from node.blocks.fetcher import Fetcher, HeldBlocks
+from node.blocks.grants import Grants
+from node.blocks.holders import Holders
+from node.blocks.home import Home
+from node.blocks.keeper import Keeper
+from node.blocks.questions import Questions
 from node.blocks.trust import Trust
 from node.blocks.values import CurrentPlacement, Site
 from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
@@ -95,7 +100,7 @@ class Admitted:
 
     def record_for(self, ref: ObjectRef, index: int, sha: bytes) -> Record:
         """Sign the record of a block whose sha256 is `sha`."""
-        return make_record(ref, index, sha, self.identity.peer_id, self.identity.sign)
+        return make_record(ref, index, sha, signer=self.identity.peer_id, sign=self.identity.sign)
 
 
 def admitted(config: Config, folder: Path) -> Admitted:
@@ -138,12 +143,21 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The lower half of stage 3: single blocks, for this node's clients (`fetcher`) and for members (`seeder`)."""
+    """The lower half of stage 3: single blocks, for this node's clients (`fetcher`) and for other members."""
 
     site: Site
     directory: Directory
-    seeder: Seeder
+    questions: Questions
+    grants: Grants
+    holders: Holders
+    home: Home
+    keeper: Keeper
     fetcher: Fetcher
+
+    def route(self, dispatcher: Dispatcher) -> None:
+        """Have members' requests for blocks, and for where they are, answered."""
+        dispatcher.route(self.keeper.handle, messages.GetShard, messages.GetBlock)
+        dispatcher.route(self.holders.handle, messages.GetHoldings, messages.FindHolders, messages.Announce)
 
 
 def blocks(
@@ -160,9 +174,13 @@ def blocks(
     own, directory = identity.peer_id, Directory()
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
     placement, trust = CurrentPlacement(view, *code), Trust(own, view)
-    parts = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
-    seeder = Seeder(parts, reads, directory, identity.sign, nursery=nursery)
-    return Blocks(parts, directory, seeder, Fetcher(parts, seeder, nursery))
+    site = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
+    questions, grants = Questions(site), Grants()
+    holders = Holders(site, questions, directory)
+    home = Home(site, holders, grants, identity=identity, origin=reads, nursery=nursery)
+    keeper = Keeper(site, home, questions, grants, nursery=nursery)
+    fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
+    return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +218,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         introduced=membership.introduced,
         current=membership.current,
     )
-    return Network(membership, TlsExchange(endpoint), dispatcher, introducer, Metrics())
+    return Network(membership, TlsExchange(endpoint), dispatcher, introducer, metrics=Metrics())
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +238,16 @@ class Participant:
 
     @property
     def services(self) -> tuple[Callable[..., Awaitable[None]], ...]:
-        """What runs for as long as the node is a member, for `nursery.start` in this order."""
+        """The tasks that run while the node is a member, for `nursery.start` in this order."""
         return self.exchange.run, self.gossiper.run, self.judge.run, self.announcer.run
+
+    def route(self, dispatcher: Dispatcher, registrar: Registrar) -> None:
+        """Have each request of a member answered by the part that it is for."""
+        self.blocks.route(dispatcher)
+        dispatcher.route(self.gossiper.handle, messages.Ping, messages.PingRequest, messages.Sync)
+        dispatcher.route(self.resolver.handle, messages.Resolve)
+        dispatcher.route(self.judge.handle, messages.Accuse)
+        dispatcher.route(registrar.handle, messages.Renew)
 
 
 def site(
@@ -245,53 +271,42 @@ def site(
     """Wire a member over `exchange`, whose handler is `dispatcher`. Nothing runs yet: see `Participant.services`."""
     code = config.peers.k, config.peers.m
     parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, code=code)
-    near, seeder, fetcher = parts.site, parts.seeder, parts.fetcher
-    gossiper = Gossiper(membership, exchange, revocations)
+    near, home, questions = parts.site, parts.home, parts.questions
     names = KnownNames(table, tag_policies(config), pinned=pinned)
     resolver = Resolver(
         near,
         names,
         upstreams,
-        seeder=seeder,
+        questions=questions,
+        home=home,
         nursery=nursery,
         served=metrics.tag_served,
         public_age=public_age,
     )
     judge = Judge(
         site=near,
-        seeder=seeder,
+        home=home,
+        questions=questions,
         sign=identity.sign,
         mirrored=lambda upstream: len(upstreams.endpoints(upstream)) > 1,
         nursery=nursery,
         rng=rng,
     )
-    announcer, ledger = Announcer(near, seeder, parts.directory, membership, trim=table.trim), Provenance()
-    verifier = ObjectVerifier(near, seeder, fetcher, announcer.finished)
+    announcer, ledger = Announcer(near, questions, parts.directory, membership, trim=table.trim), Provenance()
+    verifier = ObjectVerifier(near, home, parts.fetcher, announcer.finished)
     library = SiteLibrary(
         site=near,
         resolver=resolver,
-        seeder=seeder,
-        fetcher=fetcher,
+        grants=parts.grants,
+        fetcher=parts.fetcher,
         verifier=verifier,
         ledger=ledger,
         metrics=metrics,
     )
-    dispatcher.route(gossiper.handle, messages.Ping, messages.PingRequest, messages.Sync)
-    dispatcher.route(
-        seeder.handle,
-        messages.GetShard,
-        messages.GetBlock,
-        messages.GetHoldings,
-        messages.FindHolders,
-        messages.Announce,
-    )
-    dispatcher.route(resolver.handle, messages.Resolve)
-    dispatcher.route(judge.handle, messages.Accuse)
-    dispatcher.route(registrar.handle, messages.Renew)
-    return Participant(
+    member = Participant(
         membership,
         exchange,
-        gossiper,
+        Gossiper(membership, exchange, revocations),
         parts,
         resolver=resolver,
         verifier=verifier,
@@ -300,6 +315,8 @@ def site(
         judge=judge,
         announcer=announcer,
     )
+    member.route(dispatcher, registrar)
+    return member
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""Ways to read a block from the peers: the one that ships, and four plain ones that it is measured against.
+"""Policies to read a block from its keepers: the one that ships, and four plain ones to compare it with.
 
-All of them ask the same questions over the same exchange. tests/benchmarks/tail.py reads over sockets by them,
+All of them ask the same questions over the same exchange. tests/benchmarks/tail.py runs them over sockets,
 simulations/tail.py in virtual time.
 """
 
@@ -18,16 +18,17 @@ from node.blocks.values import SILENCE_S, BlockAddress
 from node.exchange.contract import Lane
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
-from protocol.ids import Buffer, PeerId
-from protocol.messages import BlockFound, GetBlock, GetShard, ShardFound
+from protocol.fetch_plan import ShardPlan
+from protocol.ids import Buffer, PeerId, Shard
+from protocol.messages import BlockFound, GetBlock, ShardFound
 from protocol.placement import Route
 from protocol.records import Record
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Parts of a node that keeps none of the blocks that it reads. `late_after_s` says how long one copy is waited for
-    before another one is asked for too; `far`: whether keepers get for it what they lack."""
+    """Parts of a node that keeps none of the blocks that it reads. `late_after_s`: the wait for one copy before another
+    is asked for. `far`: keepers obtain what they lack."""
 
     blocks: Blocks
     lane: Lane
@@ -39,25 +40,24 @@ class Reader:
         return self.blocks.site.placement().route(self.blocks.site.own, address.block, address.length)
 
     def shuffled(self, address: BlockAddress) -> list[PeerId]:
-        """The keepers, which hold the block whole."""
+        """The keepers in random order. Each holds the whole block."""
         keepers = self.route(address).keepers
         return self.rng.sample(keepers, len(keepers))
 
     async def block(self, peer: PeerId, address: BlockAddress) -> None:
-        """The whole block from one peer. Raises ShoalError."""
-        ref, began = address.ref, trio.current_time()
-        answer = await self.blocks.seeder.ask(
-            peer, GetBlock(str(ref.digest), address.index, ref.size), self.lane, SILENCE_S,
-            took_s=lambda: trio.current_time() - began,
-        )  # fmt: skip
+        """Read the whole block from one peer. Raises ShoalError."""
+        plan = ShardPlan([peer], [peer], 1, self.late_after_s)
+        plan.start(False, trio.current_time())
+        question = GetBlock(str(address.ref.digest), address.index, address.ref.size)
+        answer = await self.blocks.questions.ask(peer, question, self.lane, SILENCE_S, plan=plan)
         assert isinstance(answer.message, BlockFound)
         check(answer.message.record, answer.body or b"")
 
     async def shard(self, peer: PeerId, want: int, address: BlockAddress) -> tuple[int, Buffer, Record]:
-        """Raises ShoalError."""
-        ref, reach = address.ref, self.route(address).reach if self.far else 0
-        question = GetShard(str(ref.digest), address.index, ref.size, 4, 1, want, reach, str(address.locator), True)
-        answer = await self.blocks.seeder.ask(peer, question, self.lane, SILENCE_S)
+        """One shard of the code 4+1 from one peer. Raises ShoalError."""
+        hops = self.route(address).reach if self.far else 0
+        question = self.blocks.questions.get_shard(address, Shard(4, 1, want), hops=hops)
+        answer = await self.blocks.questions.ask(peer, question, self.lane, SILENCE_S)
         assert isinstance(answer.message, ShardFound)
         assert answer.body is not None
         return answer.message.index, answer.body, answer.message.record
@@ -71,7 +71,7 @@ Policy = Callable[[Reader, BlockAddress], Awaitable[None]]
 
 
 async def one_peer(reader: Reader, address: BlockAddress) -> None:
-    """Any peer; the next one when it fails."""
+    """Ask any keeper, and after a failure the next one."""
     for peer in reader.shuffled(address):
         with contextlib.suppress(ShoalError):
             return await reader.block(peer, address)
@@ -79,7 +79,7 @@ async def one_peer(reader: Reader, address: BlockAddress) -> None:
 
 
 async def hedged(reader: Reader, address: BlockAddress) -> None:
-    """Any peer; a second one when the first takes longer than 95 of 100 of its answers (Dean and Barroso, 2013)."""
+    """Ask any keeper, and a second one when the first takes longer than for 95 of 100 answers (Dean, Barroso, 2013)."""
     first, *others = reader.shuffled(address)
     over = trio.Event()
 
@@ -102,27 +102,27 @@ async def hedged(reader: Reader, address: BlockAddress) -> None:
 
 
 async def _shards(reader: Reader, address: BlockAddress, at_once: int) -> None:
-    """The shards of the first ranks; of the rest those that others fail to bring."""
+    """Ask for the first `at_once` shards, and for one more after each failure."""
     route = reader.route(address)
     shape, keepers = route.shape, route.keepers
     left = list(range(at_once, len(keepers)))
-    found: dict[int, tuple[Buffer, Record]] = {}
+    shards: dict[int, tuple[Buffer, Record]] = {}
 
     async def take(rank: int) -> None:
         try:
             index, body, record = await reader.shard(keepers[rank], rank, address)
         except ShoalError:
             return await take(left.pop(0)) if left else None
-        found[index] = body, record
-        if len(found) >= shape.k:
+        shards[index] = body, record
+        if len(shards) >= shape.k:
             nursery.cancel_scope.cancel()
         return None
 
     async with trio.open_nursery() as nursery:
         for rank in range(at_once):
             nursery.start_soon(take, rank)
-    record = next(iter(found.values()))[1]
-    check(record, decode_block({i: body for i, (body, _) in found.items()}, shape.k, shape.m, address.length))
+    record = next(iter(shards.values()))[1]
+    check(record, decode_block({i: body for i, (body, _) in shards.items()}, shape.k, shape.m, address.length))
 
 
 async def k_of_k(reader: Reader, address: BlockAddress) -> None:

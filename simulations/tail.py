@@ -1,8 +1,8 @@
-"""Reads of single blocks from keepers whose answers take as long as a large cache's did, by policies of several kinds.
+"""Reads single blocks from keepers that answer as fast as a large cache's nodes did, by policies of several kinds.
 
-Lambda published a week's medians of its cache tiers and, in figure 9, what reading 4 of 5 shards cut off the latencies
-of reading 4 of 4 (Brooker et al., "On-demand Container Loading in AWS Lambda", USENIX ATC'23). Nothing but the time of
-an answer is simulated here: links are without limit.
+Lambda published a week's medians of its cache tiers and, in figure 9, by how much reading 4 of 5 shards is faster than
+reading 4 of 4 (Brooker et al., "On-demand Container Loading in AWS Lambda", USENIX ATC'23). Only the time of an answer
+is simulated here: links have no limit.
 """
 
 from __future__ import annotations
@@ -33,24 +33,27 @@ from simulations.scenario import Output, after, running, scenario
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PEERS = (
-    (0.5, 0.55e-3), (0.686, 0.614e-3), (0.841, 0.690e-3), (0.888, 0.745e-3), (0.924, 0.812e-3), (0.974, 1.146e-3),
-    (0.98726, 1.533e-3), (0.999, 3.7e-3),
-)  # fmt: skip
-"""Of a shard from a keeper: median and p99.9 as published. The others are figure 9's: were shards independent, 4 of 5
-would cut 11 % off the median of 4 of 4, 35 % off its p90 and 47 % off its p95. What these leave open is made smooth."""
+PEERS = tuple(
+    zip(
+        (0.5, 0.686, 0.841, 0.888, 0.924, 0.974, 0.98726, 0.999),
+        (0.55e-3, 0.614e-3, 0.690e-3, 0.745e-3, 0.812e-3, 1.146e-3, 1.533e-3, 3.7e-3),
+        strict=True,
+    )
+)
+"""Quantiles, as (share, seconds), of a keeper's answer with a shard: median and p99.9 as published. The others follow
+from figure 9: with independent shards, 4 of 5 would cut the median of 4 of 4 by 11 %, its p90 by 35 % and its p95 by
+47 %. Between these the distribution is smooth."""
 P95_S = 0.96e-3
-"""Of these answers; after it the hedged reads ask for a second copy."""
+"""p95 of these answers, after which hedged reads ask for a second copy."""
 REGISTRY = ((0.5, 36e-3), (0.999, 175e-3))
 MISSING = 0.0006 / 0.3206
-"""Of the reads that the node's own cache did not answer, the share that no keeper could answer either."""
+"""Share of blocks that no keeper had, among the reads that the node's own cache could not answer."""
 SETTLED_S = 60.0
-"""By then a site asks nobody for what keepers of an earlier view may hold."""
+"""After this time a site no longer asks for blocks that keepers of an earlier view may hold."""
 SPACING_S = 0.05
-"""After a read, so that what it gave up is over before the next one."""
+"""Pause after a read, in which its cancelled requests end."""
 WARM_UP = 100
-"""Reads that are not counted: the reader learns how its peers answer."""
-
+"""Reads that are not counted, in which the reader learns how its peers answer."""
 
 K_OF_K, K_OF_ALL, URGENT, BULK = "4 of 4", "4 of 5", "shipped, urgent", "shipped, bulk"
 MODES: dict[str, tuple[Policy, Lane]] = {
@@ -62,13 +65,13 @@ MODES: dict[str, tuple[Policy, Lane]] = {
     BULK: (shipped, Lane.BULK),
 }
 COMPARED = (K_OF_ALL, URGENT)
-"""With 4 of 4, where keepers are slow together."""
+"""Modes that are compared with 4 of 4 where keepers are slow together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """`shared`: the shares of moments at which whatever makes a keeper slow or fast is the same for all of them, as if
-    they had one host or one switch. `slower`: so many times as long as published takes every answer of a keeper."""
+    """`shared`: shares of the moments at which all keepers are equally fast or slow, as if they had one host or one
+    switch. `slower`: factor by which a keeper's answers take longer than published."""
 
     nodes: int = 20
     seed: int = 1
@@ -81,28 +84,28 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Seconds of each read; bytes received beyond the blocks, as a share of these."""
+    """`seconds` of each read. `extra`: bytes received beyond the blocks' own, as a share of these."""
 
     seconds: tuple[float, ...]
     extra: float
     off_formula: float
-    """The most by which the share of reads that are over at some time differs from 5F^4 - 4F^5, where F is that of the
-    answers. It says something of reads that ask for all five shards."""
+    """Largest difference between the distribution of the reads' times and 5F^4 - 4F^5, where F is the distribution of
+    the answers' times. It is meaningful for reads that ask for all five shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     runs: dict[str, Run]
-    """Where keepers are slow each for itself."""
+    """Runs in which keepers are slow independently of each other."""
     p95_by_shared: dict[float, dict[str, float]]
 
     def cut(self, name: str, share: float) -> float:
-        """What a mode takes off this quantile of 4 of 4."""
+        """By which share a mode's quantile is less than that of 4 of 4."""
         return 1 - after(self.runs[name].seconds, share) / after(self.runs[K_OF_K].seconds, share)
 
 
 def through(points: Sequence[tuple[float, float]], slower: float = 1.0) -> Latency:
-    """Of which the quantiles are given, as (share, seconds): between them, and beyond, it is lognormal."""
+    """A latency with the quantiles `points`, as (share, seconds). Between them, and beyond, it is lognormal."""
     places = [NormalDist().inv_cdf(share) for share, _ in points]
     logs = [math.log(slower * seconds) for _, seconds in points]
 
@@ -116,7 +119,7 @@ def through(points: Sequence[tuple[float, float]], slower: float = 1.0) -> Laten
 
 
 class TierNetwork(SimulatedNetwork):
-    """An answer with a body takes as long as `latency` says, anything else no time."""
+    """Answers with a body take the time that `latency` draws. Other messages take no time."""
 
     def __init__(self, rng: Random, latency: Latency, shared: float) -> None:
         super().__init__(rng, constant(0.0))
@@ -135,9 +138,9 @@ class TierNetwork(SimulatedNetwork):
 
 
 async def _fill(cluster: Cluster, address: BlockAddress, keepers: Sequence[PeerId]) -> None:
-    """As if all keepers had read it."""
+    """Have all keepers hold the whole block."""
     nodes = {node.peer: node for node in cluster.nodes}
-    held = (await nodes[keepers[0]].blocks.seeder.home(address)).held
+    held = (await nodes[keepers[0]].blocks.home.block(address)).held
     for peer in keepers[1:]:
         await nodes[peer].tiers.put(Piece(address.block), held.data, held.record)
 
@@ -147,7 +150,7 @@ async def _timed(policy: Policy, reader: Reader, address: BlockAddress) -> float
     try:
         await policy(reader, address)
     except UnavailableError:
-        await reader.blocks.seeder.home(address)
+        await reader.blocks.home.block(address)
     took_s = trio.current_time() - began
     await reader.blocks.site.tiers.discard(Piece(address.block))
     return took_s
@@ -193,8 +196,8 @@ def _one(setup: Tail, mode: str, shared: float, report: Report) -> Run:
 def _off_formula(seconds: Sequence[float], answers: Sequence[float]) -> float:
     answers, count = sorted(answers), len(seconds)
     most = 0.0
-    for number, one in enumerate(sorted(seconds)):
-        f = bisect_right(answers, one) / len(answers)
+    for number, took_s in enumerate(sorted(seconds)):
+        f = bisect_right(answers, took_s) / len(answers)
         expected = 5 * f**4 - 4 * f**5
         most = max(most, abs(number / count - expected), abs((number + 1) / count - expected))
     return most
@@ -208,8 +211,8 @@ def run(setup: Tail, report: Report) -> Result:
         for number, (mode, shared) in enumerate(each)
     }
     p95: dict[float, dict[str, float]] = {}
-    for (mode, shared), one in runs.items():
-        p95.setdefault(shared, {})[mode] = after(one.seconds, 0.95)
+    for (mode, shared), result in runs.items():
+        p95.setdefault(shared, {})[mode] = after(result.seconds, 0.95)
     return Result({mode: runs[mode, 0.0] for mode in setup.modes}, p95)
 
 
@@ -218,13 +221,13 @@ def table_of(setup: Tail, result: Result) -> Table:
     table = Table(title=f"{setup.reads} reads of a block from {setup.nodes} nodes: milliseconds, against 4 of 4")
     for column in ("", *(f"p{100 * share:g}" for share in shares), "p95 cut by", "extra bytes"):
         table.add_column(column, justify="right" if column else "left")
-    for name, one in result.runs.items():
-        times = [f"{1e3 * after(one.seconds, share):.2f}" for share in shares]
-        table.add_row(name, *times, f"{result.cut(name, 0.95):.0%}", f"{one.extra:.1%}")
+    for name, reads in result.runs.items():
+        times = [f"{1e3 * after(reads.seconds, share):.2f}" for share in shares]
+        table.add_row(name, *times, f"{result.cut(name, 0.95):.0%}", f"{reads.extra:.1%}")
     table.add_section()
     for shared, p95 in result.p95_by_shared.items():
         cuts = ", ".join(f"{name} {1 - p95[name] / p95[K_OF_K]:.0%}" for name in COMPARED)
-        table.add_row(f"slow together {shared:.0%}", "", "", "", "", "", cuts)
+        table.add_row(f"slow together {shared:.0%}", *[""] * len(shares), cuts)
     table.add_section()
     table.add_row("off 5F^4 - 4F^5", f"{100 * result.runs[K_OF_ALL].off_formula:.1f} points")
     return table
@@ -233,8 +236,8 @@ def table_of(setup: Tail, result: Result) -> Table:
 def draw(result: Result, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
     beyond = [10 ** (-step / 15) for step in range(45)]
-    for name, one in result.runs.items():
-        times = [1e3 * after(one.seconds, 1 - share) for share in beyond]
+    for name, reads in result.runs.items():
+        times = [1e3 * after(reads.seconds, 1 - share) for share in beyond]
         left.plot(times, beyond, "--" if name.startswith("one copy") else "-", label=name, linewidth=1)
     left.set(xlabel="milliseconds", ylabel="reads that take longer", xscale="log", yscale="log")
     left.minorticks_off()
@@ -246,12 +249,12 @@ def draw(result: Result, figure: Figure) -> None:
     right.legend(fontsize="small")
 
 
+SLOWER = "Factor by which every answer of a keeper takes longer."
+
+
 @scenario("tail", nodes=20)
 @click.option("--reads", type=click.IntRange(100), default=4000, show_default=True)
-@click.option(
-    "--slower", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
-    help="So many times as long takes every answer of a keeper.",
-)  # fmt: skip
+@click.option("--slower", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help=SLOWER)
 def tail(output: Output, nodes: int, seed: int, reads: int, slower: float) -> None:
     """Single blocks from keepers with a large cache's latencies: plain copies, hedged, 4 of 4, 4 of 5, as shipped."""
     output.show(Tail(nodes, seed, reads, slower), run, table_of, draw)

@@ -1,4 +1,5 @@
-"""Tells the directories what this node holds, again and again, and at once when the view changes; keeps house."""
+"""Announces to the directories which objects this node holds: when one is complete, when the view changes, and
+periodically, since directories forget. The periodic round also frees space that is used twice."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import trio
 
-from node.blocks.keeper import Seeder
+from node.blocks.questions import Questions
 from node.blocks.values import SMALL_SILENCE_S, Site
 from node.exchange.contract import Lane
 from node.membership.membership import Membership
@@ -19,7 +20,7 @@ from protocol.messages import Announce
 log = logging.getLogger(__name__)
 
 EVERY_S = 30.0
-"""A quarter of the directory's time to live."""
+"""A quarter of a directory entry's time to live."""
 BATCH = 256
 """Digests in one message."""
 MAX_ANNOUNCED = 8192
@@ -27,14 +28,14 @@ MAX_ANNOUNCED = 8192
 
 class Announcer:
     def __init__(
-        self, site: Site, seeder: Seeder, directory: Directory, membership: Membership, trim: Callable[[], None]
+        self, site: Site, questions: Questions, directory: Directory, membership: Membership, trim: Callable[[], None]
     ) -> None:
-        self._site, self._seeder, self._directory = site, seeder, directory
+        self._site, self._questions, self._directory = site, questions, directory
         self._membership, self._trim = membership, trim
         self._send, self._receive = trio.open_memory_channel[Digest](1024)
 
     def finished(self, ref: ObjectRef) -> None:
-        """An object is held whole: tell at once. A full queue only means that the next round tells."""
+        """Announce an object that is held whole now. Where the queue is full, the next round does it."""
         try:
             self._send.send_nowait(ref.digest)
         except trio.WouldBlock:
@@ -65,14 +66,13 @@ class Announcer:
                     by_peer.setdefault(peer, []).append(str(digest))
         async with trio.open_nursery() as nursery:
             for peer, texts in by_peer.items():
-                nursery.start_soon(self._tell, peer, texts)
+                nursery.start_soon(self._announce_to, peer, texts)
 
-    async def _tell(self, peer: PeerId, digests: list[str]) -> None:
+    async def _announce_to(self, peer: PeerId, digests: list[str]) -> None:
         for first in range(0, len(digests), BATCH):
+            batch = Announce(tuple(digests[first : first + BATCH]))
             try:
-                await self._seeder.ask(
-                    peer, Announce(tuple(digests[first : first + BATCH])), Lane.CONTROL, SMALL_SILENCE_S
-                )
+                await self._questions.ask(peer, batch, Lane.CONTROL, SMALL_SILENCE_S)
             except ShoalError as error:
                 log.debug("announcement to %s: %s", peer, error)
                 return

@@ -1,7 +1,7 @@
-"""The blocks that a client will take, in its order: those under way, and those that are there before their turn.
+"""Reads ahead for one client: the blocks that it will take, in its order, under way or already there.
 
-A block that is late holds up the client, but not the others: they are asked for, and kept, as far as the window and
-the room allow.
+A late block holds up the client but not the reads behind it. These begin, and are kept in memory, as far as the window
+(protocol/window.py) and the room of all clients allow.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from node.runtime.single_flight import Ticket
 from protocol.window import MOST
 
 HELD = 2 * MOST
-"""Blocks that reads ahead hold in memory, under way or not: a late one does not stop those behind it."""
+"""Blocks that reads ahead may hold in memory, under way or not, so that a late block does not stop those behind it."""
 FIRST_BLOCKS = 8
-"""Beside them, for clients that have none: some that stand still do not stop others; who finds none left waits. A block
-under way is a buffer of its size, and as much again in shards until they make it."""
+"""Further blocks, for clients that have none: clients that pause do not stop others. If no place is left, they wait.
+A block under way is a buffer of its size, and shards of the same size until they make the block."""
 
 
 class Room:
-    """For the blocks of all clients of a node."""
+    """Bounds the blocks in memory for all clients of a node."""
 
     def __init__(self) -> None:
         self._free = trio.Semaphore(HELD + FIRST_BLOCKS)
@@ -51,7 +51,7 @@ class _Reading:
 
 
 class ReadAhead:
-    """Of one client. `close` it, whatever became of the read."""
+    """The reads of one client. `close` must be called when the client's read ends in any way."""
 
     def __init__(self, fetcher: Fetcher, room: Room, blocks: Iterator[BlockAddress], *, urgent: bool) -> None:
         self._fetcher, self._room, self._urgent = fetcher, room, urgent
@@ -62,12 +62,12 @@ class ReadAhead:
         fetcher.window.entered()
 
     async def first(self) -> Obtained:
-        """The block that is next, for the client to take. Raises what became of its read."""
+        """The next block for the client. Raises the error of its read."""
         await self._first_ended()
         return await self._readings[0].ticket.wait()
 
     async def ended_within(self, seconds: float) -> bool:
-        """Whether the read of the block that is next ends in that time."""
+        """Whether the read of the next block ends in that time."""
         with trio.move_on_after(seconds):
             await self._first_ended()
             return True
@@ -85,7 +85,7 @@ class ReadAhead:
             await self._fetcher.turned.park()
 
     def taken(self) -> None:
-        """The client has the first block: its room is free."""
+        """The client has the first block: free its place."""
         self._readings.popleft().ticket.release()
         self._room.give()
 
@@ -101,11 +101,11 @@ class ReadAhead:
 
     def _may_begin(self) -> bool:
         window = self._fetcher.window
-        for one in self._readings:
-            if one.cold and not window.is_cold(one.address.key):
-                one.cold = False
+        for reading in self._readings:
+            if reading.cold and not window.is_cold(reading.address.key):
+                reading.cold = False
                 self._warm += 1
-        under_way = sum(not one.ticket.ended for one in self._readings)
-        cold = sum(one.cold for one in self._readings)
+        under_way = sum(not reading.ticket.ended for reading in self._readings)
+        cold = sum(reading.cold for reading in self._readings)
         fair = len(self._readings) < HELD // MOST * window.share
         return fair and window.has_room(under_way, cold, self._warm) and self._room.take_more()

@@ -1,4 +1,4 @@
-"""Whose word about a block is taken: records with a member's signature, members that are not in quarantine."""
+"""Which records this node trusts: those with the signature of a member that is not in quarantine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from protocol.records import Record, check_record
 log = logging.getLogger(__name__)
 
 MAX_SUSPECTED = 64
-"""Records that wait to be looked into; a read that fails again tells of them again."""
+"""Suspicions that wait for the judge. One that finds no place is raised again by the next read that fails."""
 _REMEMBERED = 8192
-"""Each record comes with every shard of its block: checking a signature (100 us) once is enough."""
+"""Records whose signature was found right: each comes with every shard of its block, and a check takes 100 us."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """Something speaks against a record; `source` is where its object is read.
+    """A record that may be false. `source` is the locator of its object.
 
-    `compared`: this node has compared it with the registry's own bytes. `other` contradicts it.
+    `compared`: this node has compared the record with the registry's own bytes. `other` contradicts it.
     """
 
     record: Record
@@ -35,7 +35,7 @@ class Suspicion:
 
 
 class Trust:
-    """`suspicions` is for node/evidence/judge.py, which looks into them."""
+    """`suspicions` is read by node/evidence/judge.py, which investigates them."""
 
     def __init__(self, own: PeerId, view: View) -> None:
         self._own, self._view = own, view
@@ -46,12 +46,10 @@ class Trust:
         return signer == self._own or (self._view.find(signer) is not None and not self._view.is_quarantined(signer))
 
     def check(self, record: Record, ref: ObjectRef, index: int) -> None:
-        """Raises UnavailableError unless the signer is a member in good standing: who carries the record may know him.
-
-        Raises PeerMisbehavedError where the record is of another block, or its signature is wrong.
-        """
+        """Raises UnavailableError where the signer is no member here, or in quarantine: the peer that sent the record
+        may know it as a member. Raises PeerMisbehavedError where the record is of another block, or falsely signed."""
         if not self.accepts(record.signer):
-            raise UnavailableError(f"record of {ref.digest} #{index} signed by {record.signer}, who is no member")
+            raise UnavailableError(f"record of {ref.digest} #{index} signed by {record.signer}, which is no member")
         if record not in self._good:
             check_record(record, ref, index)
             self._good[record] = True
@@ -62,4 +60,4 @@ class Trust:
         try:
             self._suspect.send_nowait(suspicion)
         except trio.WouldBlock:
-            log.debug("too many suspected records: %s is not looked into", suspicion.record.block)
+            log.debug("too many suspected records: %s is not investigated", suspicion.record.block)

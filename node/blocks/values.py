@@ -1,47 +1,48 @@
-"""A block's address, and what the parts of blocks/ share."""
+"""Values that the parts of blocks/ share: a block's address, the block once it is obtained, and the ways to obtain it.
+
+The fetcher asks a list of `BlockSource`s in order. A new way to a block (a delta, a hub) is one more source in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from cache.store import Held
-from cache.tiered import Tiers
+from cache.tiered import Tier, Tiers
 from node.blocks.trust import Trust
 from node.exchange.contract import Exchange
 from node.membership.view import View
 from node.oci.references import Locator
 from node.telemetry.sources import Source
 from protocol.health import Health
-from protocol.ids import BlockId, ObjectRef, PeerId, Shard
+from protocol.ids import BlockId, ObjectRef, PeerId, Piece, Shard
 from protocol.placement import Placement
 
 SILENCE_S = 1.5
-"""A keeper that lives says `Waiting` three times in this time, also on a machine that is short of processor time."""
-
-
+"""Longest silence of a peer that was asked for a block or a shard. In this time a peer that works sends `Waiting` three
+times, even on a machine that is short of processor time."""
 SMALL_SILENCE_S = 1.0
-"""For questions that are answered from memory."""
-
-
+"""The same for questions that a peer answers from memory."""
 LOOK_EVERY_S = 1.0
-"""How often those who wait for a peer look whether it has taken too long, or turned out to have a bad link."""
-
+"""Interval at which a read checks whether a peer takes too long, or was found to have a bad link meanwhile."""
 
 Work = tuple[BlockId, int, bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockAddress:
-    """A block, and where the origin has its object."""
+    """A block, and where its upstream has the object."""
 
     locator: Locator
     ref: ObjectRef
     index: int
     reader: str = ""
-    """The member that reads it with a client's grant, where this node has none and the registry asks who reads."""
+    """Peer id of the member that reads the block with its client's grant; "" where the upstream asks for no grant, or
+    `locator` has one."""
     background: bool = False
-    """Nobody waits for it: only its home reads it from the origin, when that is not wanted for anything else."""
+    """No client waits for the block. Only its home reads it from the upstream, while no client needs the connection."""
 
     @property
     def block(self) -> BlockId:
@@ -49,12 +50,12 @@ class BlockAddress:
 
     @property
     def key(self) -> tuple[BlockId, int]:
-        """A digest that somebody gives another size to is another object."""
+        """With the object's size: a digest that is given with another size names another object."""
         return self.block, self.ref.size
 
     @property
     def work(self) -> Work:
-        """What is done once for all who want it: with a client's grant, or in the background, it is another thing."""
+        """Reads with the same value share one result. Reads with a grant and background reads are kept apart."""
         return self.block, self.ref.size, bool(self.locator.grant or self.reader), self.background
 
     @property
@@ -64,7 +65,7 @@ class BlockAddress:
 
 @dataclass(frozen=True, slots=True)
 class Obtained:
-    """A block, where it came from, and what that took: `seconds` where it was read for a client."""
+    """A block, and how it was obtained. `peers` sent it; `seconds` is set where it was read for a client."""
 
     held: Held
     source: Source
@@ -74,8 +75,49 @@ class Obtained:
 
 
 @dataclass(frozen=True, slots=True)
+class Miss:
+    """A failed attempt. Once a later source gives the block, `compare` is called with it, to blame the peers that sent
+    wrong shards, and `retries` is added to the block's."""
+
+    retries: int
+    compare: Callable[[Obtained], Awaitable[None]]
+
+
+class BlockSource(Protocol):
+    """One way to obtain a block. The fetcher asks its sources in order, once for each block.
+
+    - `find` returns the block. It returns None if this source does not have it, and a Miss if an attempt failed: then
+      the next source is asked. It raises ShoalError if no further source shall be asked.
+    - `urgent`: a client waits for this very block.
+    - `warmed` must be called when the block is known to be in the site, before its last bytes have come, so that the
+      read window (protocol/window.py) lets the next block begin. A source that answers at once need not call it.
+    - A block that came from elsewhere has been stored in the tiers, and matches a record of a trusted signer.
+    """
+
+    async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | Miss | None: ...
+
+
+def is_copy(shard: Shard) -> bool:
+    """Whether the shard's bytes are the block itself."""
+    return shard.k == 1 and (shard.index == 0 or shard.m == 1)
+
+
+class CurrentPlacement:
+    """The placement for the present view. It is computed again when the view has changed."""
+
+    def __init__(self, view: View, k: int, m: int) -> None:
+        self._view, self._code = view, (k, m)
+        self._version, self._placement = view.version, Placement(view.site, k, m)
+
+    def __call__(self) -> Placement:
+        if self._version != self._view.version:
+            self._version, self._placement = self._view.version, Placement(self._view.site, *self._code)
+        return self._placement
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
-    """What seeder and fetcher share of the node."""
+    """The site as this node sees it, and what this node holds: shared by all parts of blocks/."""
 
     own: PeerId
     view: View
@@ -85,22 +127,7 @@ class Site:
     trust: Trust
     tiers: Tiers
 
-
-def is_copy(shard: Shard) -> bool:
-    """Whether the shard's bytes are the block itself."""
-    return shard.k == 1 and (shard.index == 0 or shard.m == 1)
-
-
-class CurrentPlacement:
-    """The placement for the view as it is now, made anew when the view has changed."""
-
-    def __init__(self, view: View, k: int, m: int) -> None:
-        self._view, self._k, self._m = view, k, m
-        self._version = -1
-        self._placement = Placement(view.site, k, m)
-
-    def __call__(self) -> Placement:
-        if self._version != self._view.version:
-            self._version = self._view.version
-            self._placement = Placement(self._view.site, self._k, self._m)
-        return self._placement
+    async def trusted(self, piece: Piece, size: int) -> tuple[Held, Tier] | None:
+        """A held piece whose signer this node trusts: a signer that it does not know, others may not know either."""
+        held = await self.tiers.get(piece, size)
+        return held if held and self.trust.accepts(held[0].record.signer) else None

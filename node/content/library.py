@@ -21,8 +21,8 @@ import trio
 
 from cache.store import Held
 from node.blocks.fetcher import Fetcher
+from node.blocks.grants import Grants
 from node.blocks.held_objects import held_body
-from node.blocks.keeper import Seeder
 from node.blocks.read_ahead import ReadAhead, Room
 from node.blocks.values import BlockAddress, Obtained, Site
 from node.content.resolver import Resolver
@@ -67,7 +67,7 @@ class SiteLibrary:
 
     site: Site
     resolver: Resolver
-    seeder: Seeder
+    grants: Grants
     fetcher: Fetcher
     verifier: ObjectVerifier
     ledger: Provenance
@@ -106,7 +106,7 @@ class SiteLibrary:
         return body
 
     def _granted(self, locator: Locator, ref: ObjectRef) -> AbstractContextManager[None]:
-        return self.seeder.granted(locator, ref.digest) if locator.grant else nullcontext()
+        return self.grants.granted(locator, ref.digest) if locator.grant else nullcontext()
 
     async def read(
         self, locator: Locator, ref: ObjectRef, start: int, stop: int, *more: tuple[int, int]

@@ -15,7 +15,8 @@ from typing import Protocol
 
 import trio
 
-from node.blocks.keeper import Seeder
+from node.blocks.home import Home
+from node.blocks.questions import Questions
 from node.blocks.values import Site
 from node.content.known_names import KnownNames
 from node.exchange.contract import Answer, Lane
@@ -54,12 +55,14 @@ class Resolver:
         known_names: KnownNames,
         upstreams: Registries,
         *,
-        seeder: Seeder,
+        questions: Questions,
+        home: Home,
         nursery: trio.Nursery,
         served: Callable[[float], None],
         public_age: Callable[[Locator], float | None] = lambda _: None,
     ) -> None:
-        self._site, self.known, self._upstreams, self._seeder = site, known_names, upstreams, seeder
+        self._site, self.known, self._upstreams = site, known_names, upstreams
+        self._questions, self._home = questions, home
         self._served, self._public_age = served, public_age
         self._asking: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
         self._revalidating: SingleFlight[tuple[Locator, str], Resolved] = SingleFlight(nursery)
@@ -137,7 +140,7 @@ class Resolver:
 
     async def _question(self, peer: PeerId, locator: Locator, reference: str, hops: int) -> messages.Resolved:
         question = messages.Resolve(str(locator), reference, hops)
-        answer = await self._seeder.ask(peer, question, Lane.CONTROL, ASK_S)
+        answer = await self._questions.ask(peer, question, Lane.CONTROL, ASK_S)
         if not isinstance(answer.message, messages.Resolved):
             raise UnavailableError(f"{peer} has no answer for {reference}")
         return answer.message
@@ -187,7 +190,7 @@ class Resolver:
             self.known.forget(locator, reference)
             raise
         if body is not None:
-            await self._seeder.admit(locator, resolved.ref, body)
+            await self._home.admit(locator, resolved.ref, body)
         # The registry's answer may be as old as the question.
         resolved = replace(resolved, age_s=trio.current_time() - asked)
         return self.known.confirm(locator, reference, resolved, body)

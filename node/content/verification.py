@@ -16,7 +16,7 @@ from cachetools import TTLCache
 
 from node.blocks.fetcher import Fetcher
 from node.blocks.held_objects import hash_held, holds_all
-from node.blocks.keeper import Seeder
+from node.blocks.home import Home
 from node.blocks.trust import Suspicion
 from node.blocks.values import BlockAddress, Site
 from node.oci.references import Locator
@@ -39,8 +39,8 @@ CHECK_PAUSE_S = 1.0
 class ObjectVerifier:
     """`finished` is called with each object that is held and right."""
 
-    def __init__(self, site: Site, seeder: Seeder, fetcher: Fetcher, finished: Callable[[ObjectRef], None]) -> None:
-        self._site, self._seeder, self._fetcher, self._finished = site, seeder, fetcher, finished
+    def __init__(self, site: Site, home: Home, fetcher: Fetcher, finished: Callable[[ObjectRef], None]) -> None:
+        self._site, self._home, self._fetcher, self._finished = site, home, fetcher, finished
         self._check_later, self._to_check = trio.open_memory_channel[tuple[Locator, ObjectRef]](MAX_CHECKS)
         self._lately: TTLCache[Digest, None] = TTLCache(MAX_LATELY, CHECK_AGAIN_S, timer=trio.current_time)
 
@@ -129,9 +129,9 @@ class ObjectVerifier:
         """Replace a held block by the registry's and quarantine the signer of a false claim; whether it was false."""
         ref, piece = address.ref, Piece(address.block)
         try:
-            truth = await self._seeder.reread(address)
+            truth = await self._home.reread(address)
             is_false = claim.sha256 != truth.record.sha256
-            deceived = is_false and await self._seeder.deceived(address, claim)
+            deceived = is_false and await self._home.deceived(address, claim)
         except ShoalError as error:
             log.warning("%s #%d cannot be compared, and is dropped: %s", ref.digest, address.index, error)
             await self._site.tiers.discard(piece)

@@ -18,7 +18,8 @@ import trio
 from cachetools import LRUCache
 
 from node.blocks.held_objects import is_right, open_checked
-from node.blocks.keeper import Seeder
+from node.blocks.home import Home
+from node.blocks.questions import Questions
 from node.blocks.trust import Suspicion
 from node.blocks.values import SMALL_SILENCE_S, BlockAddress, Site
 from node.evidence.cases import MAX_KEPT, Case, Cases, Key, Verdict, key_of
@@ -50,7 +51,8 @@ class Judge:
     """`mirrored` tells whether this node has mirrors for an upstream, whose bytes may differ from the registry's."""
 
     site: Site
-    seeder: Seeder
+    home: Home
+    questions: Questions
     sign: Callable[[bytes], bytes]
     mirrored: Callable[[str], bool]
     nursery: trio.Nursery
@@ -111,7 +113,7 @@ class Judge:
 
     async def _ask(self, peer: PeerId) -> None:
         try:
-            answer = await self.seeder.ask(peer, Accuse(self.cases.to_tell()), Lane.CONTROL, SMALL_SILENCE_S)
+            answer = await self.questions.ask(peer, Accuse(self.cases.to_tell()), Lane.CONTROL, SMALL_SILENCE_S)
             if isinstance(answer.message, Accusations):
                 await self._hear(peer, answer.message.told)
         except ShoalError as error:
@@ -226,10 +228,10 @@ class Judge:
         mirrored = self.mirrored(locator.upstream)
         if other is not None and not mirrored:
             return True
-        truth = self._own_copy(record) or (await self.seeder.reread(address)).data
+        truth = self._own_copy(record) or (await self.home.reread(address)).data
         claims = (claim for claim in (record, other) if claim is not None)
         false = next((claim for claim in claims if not claim.matches(truth)), None)
-        if false is not None and mirrored and await self.seeder.deceived(address, false):
+        if false is not None and mirrored and await self.home.deceived(address, false):
             return None
         return false is not None
 

@@ -72,7 +72,7 @@ class _Queue:
 
 
 class BatchedReads:
-    """A second `read` of a block waits for the first and reads again: node/blocks/keeper.py shares one result."""
+    """A second `read` of a block waits for the first and reads again: node/blocks/home.py shares one result."""
 
     def __init__(
         self, upstreams: BlockRanges, nursery: trio.Nursery, *, sharing: Callable[[], int] = lambda: 1

@@ -1,9 +1,8 @@
-"""Reads of a block while one of five keepers limps: `python -m tests.benchmarks.tail [--plot FILE]`.
+"""Reads blocks while one of five keepers is slow or gone: `python -m tests.benchmarks.tail [--plot FILE]`.
 
-Five p2pd hold an image, each behind a link of its own; a sixth place in the lab is a reader made of the node's own
-parts, which holds nothing, so that each read goes to the peers. It reads by the policy that ships and by four plain
-ones, over the same exchange. Each run has new connections and reads a few blocks in good weather before the
-fault comes.
+Five p2pd hold an image, each behind its own link. A sixth place in the lab is a reader made of the node's own parts. It
+holds nothing, so that each read goes to the peers. It reads by the policy that ships and by four plain ones, over the
+same exchange. Each run has new connections, and reads a few blocks before the fault begins.
 
 Needs root (namespaces), iproute2 and docker-registry; the plot needs matplotlib.
 """
@@ -15,6 +14,8 @@ import math
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -43,61 +44,48 @@ from tests.support import registry as registries
 from tests.support.disk_like import DiskLike
 from tests.support.lab import NoLabError, Rates, check_lab
 from tests.support.site import UPSTREAM
+from tests.support.site_in_memory import FixedView
 
 KEEPERS, READER = 5, 5
 SLOW, VICTIM = 50, 2
-"""How much slower the slow keeper's link becomes, and which keeper it is: no seed of the site."""
+"""How much slower the slow keeper's link becomes, and its number: no seed of the site."""
 WINDOW = 8
 WARM_UP = 12
 PATIENCE_S = 1.5
-"""A plain policy that a fault makes slow begins no block after this time."""
+"""A plain policy begins no block after this time, since a fault may make it very slow."""
 DRAIN_S = 0.3
-"""For answers that are on their way when a run ends: they count as received."""
+"""Wait for answers that are on their way when a run ends: they count as received."""
 LOCATOR = Locator(UPSTREAM, REPOSITORY, "blobs")
 
 
 class NoRegistry:
-    """What the peers cannot give is a failure here."""
+    """A registry without blocks: where the peers cannot give one, the read fails."""
 
     def connections(self, upstream: str) -> int:
         return 1
 
-    async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
-        background: bool = False,
-    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
+    async def blocks(self, *run: object, **options: bool) -> AsyncGenerator[bytearray, None]:
         raise UnavailableError("the peers did not give the block")
         yield bytearray()
 
 
-class FixedView:
-    """The site as it was before the fault: how the membership finds out is measured elsewhere."""
-
-    version, changed_at = 0, -math.inf
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.site = self.known = tuple(sorted(members, key=lambda member: member.peer_id))
-        self._members = {member.peer_id: member for member in members}
-
-    def find(self, peer: PeerId) -> Member | None:
-        return self._members.get(peer)
-
-    def report_failure(self, peer: PeerId) -> None:
-        pass
+class ViewBefore(FixedView):
+    """The site as it was before the fault: how fast the membership notices one is measured elsewhere."""
 
     def quarantine(self, peer: PeerId, reason: str) -> None:
         raise AssertionError(f"{peer}: {reason}")
 
-    def is_quarantined(self, peer: PeerId) -> bool:
-        return False
-
 
 SHIPPED, K_OF_K = "shipped", "k of k"
 POLICIES: dict[str, Policy] = {
-    "one peer": one_peer, "one peer, hedged": hedged, K_OF_K: k_of_k, "k of k+m at once": k_of_all, SHIPPED: shipped,
-}  # fmt: skip
+    "one peer": one_peer,
+    "one peer, hedged": hedged,
+    K_OF_K: k_of_k,
+    "k of k+m at once": k_of_all,
+    SHIPPED: shipped,
+}
 LOADS = {"single": Lane.URGENT, "bulk": Lane.BULK}
-"""Single: one urgent block at a time. Bulk: in order, WINDOW blocks at a time."""
+"""Single: one urgent block at a time. Bulk: WINDOW blocks at a time, in order."""
 Fault = Callable[[Bench], contextlib.AbstractContextManager[None]]
 
 
@@ -122,7 +110,7 @@ def stopped(bench: Bench) -> Iterator[None]:
 
 @contextlib.contextmanager
 def killed(bench: Bench) -> Iterator[None]:
-    """It stays so: the first run sees connections break, those after it see them refused."""
+    """The keeper stays dead: in the first run connections break, in later runs they are refused."""
     bench.nodes[VICTIM].kill()
     yield
 
@@ -148,16 +136,20 @@ class Run:
 async def reading(
     bench: Bench, credentials: Credentials, members: list[Member], lane: Lane
 ) -> AsyncIterator[tuple[Reader, TlsExchange]]:
-    view = FixedView(members)
+    view = ViewBefore(members)
 
     async def refuse(peer: PeerId, request: object) -> None:
         raise UnavailableError("a reader only")
 
     exchange = TlsExchange(
-        credentials.server_context(), credentials.client_context(), peer_of,
-        listen=HostPort(bench.lab.address(READER), 0), locate=view.find, refused=view.is_quarantined,
+        credentials.server_context(),
+        credentials.client_context(),
+        peer_of,
+        listen=HostPort(bench.lab.address(READER), 0),
+        locate=view.find,
+        refused=view.is_quarantined,
         handler=refuse,  # type: ignore[arg-type] # never answers
-    )  # fmt: skip
+    )
     tiers = Tiers(MemoryStore(0, trio.current_time), DiskLike(0, trio.current_time), None)
     async with trio.open_nursery() as work:
         blocks = assembly.blocks(credentials.identity, view, exchange, tiers, upstream=NoRegistry(), nursery=work)
@@ -167,7 +159,7 @@ async def reading(
 
 
 async def timed(policy: Policy, reader: Reader, addresses: Sequence[BlockAddress], window: int) -> list[float]:
-    """In order: a block is begun when the one `window` places before it, and all before that, are there."""
+    """Seconds of each read. A block begins when the one `window` places before it, and all before that, have come."""
     seconds: list[float] = []
     done = [trio.Event() for _ in addresses]
     deadline = trio.current_time() + (math.inf if policy is shipped else PATIENCE_S)
@@ -188,14 +180,18 @@ async def timed(policy: Policy, reader: Reader, addresses: Sequence[BlockAddress
     return seconds
 
 
+Case = tuple[str, str, str]
+"""A scenario, a load and a policy."""
+
+
 async def run(
-    bench: Bench, who: tuple[Credentials, list[Member]], load: str, policy: Policy, fault: Fault,
-    addresses: Sequence[BlockAddress],
-) -> Run:  # fmt: skip
-    window = 1 if load == "single" else WINDOW
-    async with reading(bench, *who, LOADS[load]) as (reader, exchange):
+    bench: Bench, reader_of: tuple[Credentials, list[Member]], case: Case, addresses: Sequence[BlockAddress]
+) -> Run:
+    scenario, load, name = case
+    policy, window = POLICIES[name], 1 if load == "single" else WINDOW
+    async with reading(bench, *reader_of, LOADS[load]) as (reader, exchange):
         await timed(policy, reader, addresses[:WARM_UP], window)
-        with fault(bench):
+        with SCENARIOS[scenario](bench):
             before, began = exchange.statistics().bytes_received, trio.current_time()
             seconds = await timed(policy, reader, addresses[WARM_UP:], window)
             took_s = trio.current_time() - began
@@ -206,8 +202,7 @@ async def run(
     return Run(seconds, took_s, received / (len(seconds) * BLOCK_SIZE) - 1)
 
 
-Runs = dict[tuple[str, str, str], Run]
-"""By scenario, load and policy."""
+Runs = dict[Case, Run]
 
 
 def measure(bench: Bench, key: Path, addresses: Sequence[BlockAddress]) -> Runs:
@@ -217,16 +212,12 @@ def measure(bench: Bench, key: Path, addresses: Sequence[BlockAddress]) -> Runs:
     ]
     identity = Identity.of(Ed25519PrivateKey.generate())
     credentials = Credentials.issued(load_authority(key), identity, "reader")
-    members = [*keepers, Member(identity.peer_id, "reader", "lab", (), 0.0)]
+    members = [*keepers, Member(identity.peer_id, "reader", "lab", (), weight=0.0)]
     runs: Runs = {}
     # This thread's sockets belong to the reader's place in the lab.
     with bench.lab.nodes[READER].entered():
-        for scenario, fault in SCENARIOS.items():
-            for load in LOADS:
-                for name, policy in POLICIES.items():
-                    runs[scenario, load, name] = trio.run(
-                        run, bench, (credentials, members), load, policy, fault, addresses
-                    )
+        for case in product(SCENARIOS, LOADS, POLICIES):
+            runs[case] = trio.run(partial(run, bench, (credentials, members), case, addresses=addresses))
     return runs
 
 
@@ -234,24 +225,22 @@ def table_of(runs: Runs, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("scenario", "load", "policy", "blocks", "p50 ms", "p95", "p99", "max", "MB/s", "extra bytes"):
         table.add_column(column, justify="left" if column in ("scenario", "load", "policy") else "right")
-    for (scenario, load, name), one in runs.items():
-        times = [f"{one.at(share) * 1000:.0f}" for share in (0.5, 0.95, 0.99, 1.0)]
-        rate = f"{len(one.seconds) * BLOCK_SIZE / one.took_s / MB:.1f}"
-        count = str(len(one.seconds))
-        table.add_row(
-            scenario, load, name, count, *times, rate, f"{one.extra:.1%}", end_section=name == SHIPPED,
-            style="bold" if name == SHIPPED else "",
-        )  # fmt: skip
+    for case, result in runs.items():
+        times = [f"{result.at(share) * 1000:.0f}" for share in (0.5, 0.95, 0.99, 1.0)]
+        rate = f"{len(result.seconds) * BLOCK_SIZE / result.took_s / MB:.1f}"
+        row = (*case, str(len(result.seconds)), *times, rate, f"{result.extra:.1%}")
+        is_shipped = case[2] == SHIPPED
+        table.add_row(*row, end_section=is_shipped, style="bold" if is_shipped else "")
     return table
 
 
 TIE = 1.1
-"""Within a tenth: what two runs of the same policy differ by."""
+"""Two runs of the same policy differ by up to a tenth."""
 
 
 def checks(runs: Runs) -> Iterator[tuple[str, str, bool]]:
-    """What was promised, what came out, and whether that holds."""
-    ours = {(scenario, load): one for (scenario, load, name), one in runs.items() if name == SHIPPED}
+    """Yields each promise, the result, and whether the promise holds."""
+    ours = {(scenario, load): result for (scenario, load, name), result in runs.items() if name == SHIPPED}
     cut = 1 - ours[SLOW_LINK, "single"].at(0.95) / runs[SLOW_LINK, "single", K_OF_K].at(0.95)
     yield "single, one slow: p95 at least 40 % below k of k", f"{cut:.0%} below", cut >= 0.4
     extra = ours[HEALTHY, "bulk"].extra
@@ -260,16 +249,16 @@ def checks(runs: Runs) -> Iterator[tuple[str, str, bool]]:
     yield "bulk, one stopped: p99 at most 1.5 times the healthy", f"{p99:.2f} times", p99 <= 1.5
     took = ours[STOPPED, "bulk"].took_s / ours[HEALTHY, "bulk"].took_s
     yield "bulk, one stopped: done in at most 1.2 times the healthy", f"{took:.2f} times", took <= 1.2
-    for (scenario, load), one in ours.items():
-        what = "p95" if load == "single" else "time for all"
+    for (scenario, load), result in ours.items():
+        measure = "p95" if load == "single" else "time for all"
         best, name = min((_cost(runs[scenario, load, name], load), name) for name in POLICIES)
-        ratio = _cost(one, load) / best
-        yield f"{load}, {scenario}: {what} best or tied", f"{ratio:.2f} times {name}", ratio <= TIE
+        ratio = _cost(result, load) / best
+        yield f"{load}, {scenario}: {measure} best or tied", f"{ratio:.2f} times {name}", ratio <= TIE
 
 
-def _cost(one: Run, load: str) -> float:
-    """Seconds: what a client waits for. In bulk most of a block's time is its turn on the link."""
-    return one.at(0.95) if load == "single" else one.took_s / len(one.seconds)
+def _cost(result: Run, load: str) -> float:
+    """Seconds that a client waits. In bulk a block spends most of its time in the queue for the link."""
+    return result.at(0.95) if load == "single" else result.took_s / len(result.seconds)
 
 
 def plot(runs: Runs, path: Path) -> None:
@@ -280,7 +269,7 @@ def plot(runs: Runs, path: Path) -> None:
     for row, load in zip(panels, LOADS, strict=True):
         for axes, scenario in zip(row, SCENARIOS, strict=True):
             for name in POLICIES:
-                times = sorted(one * 1000 for one in runs[scenario, load, name].seconds)
+                times = sorted(seconds * 1000 for seconds in runs[scenario, load, name].seconds)
                 shares = [(number + 1) / len(times) for number in range(len(times))]
                 axes.step(times, shares, where="post", label=name, linewidth=2.5 if name == SHIPPED else 1.2)
             axes.set(xscale="log", title=f"{load}: {scenario}", xlabel="ms")
@@ -297,8 +286,8 @@ async def fill(bench: Bench, tag: str) -> None:
 
 
 @click.command()
-@click.option("--rate", default=200.0, show_default=True, help="Of each node's link, Mbit/s.")
-@click.option("--blocks", default=40, show_default=True, help="Read in each run.")
+@click.option("--rate", default=200.0, show_default=True, help="Rate of each node's link, Mbit/s.")
+@click.option("--blocks", default=40, show_default=True, help="Blocks that each run reads.")
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write the distributions there (.svg, .png).")
 def main(rate: float, blocks: int, picture: Path | None) -> None:
     try:

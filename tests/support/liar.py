@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from node.blocks.keeper import Seeder
+from node.blocks.keeper import Keeper
 from node.daemon import main
 from node.exchange.contract import Answer
 from node.oci.references import Locator
 from node.registry.batching import BatchedReads
 from protocol.ids import ObjectRef, PeerId
-from protocol.messages import ShardFound
+from protocol.messages import GetBlock, GetShard, ShardFound
 
-_honest, _honest_read = Seeder.handle, BatchedReads.read
+_honest, _honest_read = Keeper.handle, BatchedReads.read
 
 
 def _wrong(data: bytes | bytearray | memoryview) -> bytearray:
@@ -26,7 +26,7 @@ def _wrong(data: bytes | bytearray | memoryview) -> bytearray:
     return wrong
 
 
-async def _lie(self: Seeder, peer: PeerId, request: object) -> Answer:
+async def _lie(self: Keeper, peer: PeerId, request: GetShard | GetBlock) -> Answer:
     answer = await _honest(self, peer, request)
     if not isinstance(answer.message, ShardFound) or answer.body is None:
         return answer
@@ -42,5 +42,5 @@ if __name__ == "__main__":
     if os.environ.get("LIE") == "records":
         BatchedReads.read = _misread  # type: ignore[method-assign]
     else:
-        Seeder.handle = _lie  # type: ignore[method-assign]
+        Keeper.handle = _lie  # type: ignore[method-assign]
     main()

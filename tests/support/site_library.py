@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import cast
 
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
+from node.blocks.grants import Grants
+from node.blocks.home import Home
 from node.blocks.values import Site
 from node.content.library import SiteLibrary
 from node.content.resolver import Resolver
@@ -15,14 +16,14 @@ from node.telemetry.provenance import Provenance
 
 
 def site_library(
-    site: Site, seeder: Seeder, fetcher: Fetcher, resolver: Resolver | None = None
+    site: Site, home: Home, grants: Grants, *, fetcher: Fetcher, resolver: Resolver | None = None
 ) -> tuple[SiteLibrary, ObjectVerifier]:
     """Without a resolver the library only reads objects."""
-    verifier = ObjectVerifier(site, seeder, fetcher, lambda ref: None)
+    verifier = ObjectVerifier(site, home, fetcher, lambda ref: None)
     library = SiteLibrary(
         site=site,
         resolver=cast(Resolver, resolver),
-        seeder=seeder,
+        grants=grants,
         fetcher=fetcher,
         verifier=verifier,
         ledger=Provenance(),

@@ -5,21 +5,17 @@ from __future__ import annotations
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
 from random import Random
 
 import trio
 import trio.testing
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.exchange.memory import MemoryNetwork
-from node.identity.identity import Identity
 from protocol.errors import ShoalError
 from protocol.ids import PeerId
-from protocol.members import Member
-from tests.unit import test_coded_reads as blocks
-from tests.unit import test_tags as tags
+from tests.support import names_in_memory as tags
+from tests.support import site_in_memory as blocks
 
 HOURS = 24
 NODES = 5
@@ -30,33 +26,30 @@ QUIET_S = 300.0
 LEARNT = 9
 """Hours after which all that is remembered for a while is there."""
 
-Node = blocks.Node | tags.Node
-
 
 class Day:
     """Some nodes that read blocks and some that resolve tags."""
 
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
-        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(NODES)]
-        identities = [Identity.of(key) for key in keys]
-        members = [Member(one.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, one in enumerate(identities)]
+        identities, members = blocks.site_of(NODES)
         self.nursery, self.rng = nursery, Random(11)
         self.registry, self.names = blocks.Registry(), tags.Registry()
         networks = MemoryNetwork(0.001), MemoryNetwork(0.005)
-        self.readers = [blocks.Node(one, members, networks[0], self.registry, nursery) for one in identities]
+        self.readers = [
+            blocks.Node(identity, members, networks[0], self.registry, nursery=nursery) for identity in identities
+        ]
         self.askers = [
-            tags.Node(identity, members, networks[1], registry=self.names, folder=folder, nursery=nursery)
-            for identity in identities
+            tags.Node(folder, identity, members, networks[1], self.names, nursery=nursery) for identity in identities
         ]
         self.scopes: dict[tuple[type, PeerId], trio.CancelScope] = {}
         self.ended = self.failed = self.given_up = 0
 
-    async def live(self, node: Node, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def live(self, node: blocks.Node, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with trio.CancelScope() as scope:
             self.scopes[type(node), node.own] = scope
             await node.exchange.run(task_status=task_status)
 
-    async def leave_for_a_while(self, node: Node) -> None:
+    async def leave_for_a_while(self, node: blocks.Node) -> None:
         self.scopes[type(node), node.own].cancel()
         await trio.sleep(self.rng.uniform(1, 60))
         await self.nursery.start(self.live, node)

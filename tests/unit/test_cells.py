@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import trio
 
-from node.blocks.faults import Blame
+from node.blocks.faults import Faults
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryNetwork
 from node.telemetry.sources import Source
@@ -18,8 +18,7 @@ from protocol.ids import BLOCK_SIZE, BlockId, PeerId
 from protocol.members import Member
 from protocol.messages import GetShard, Request
 from protocol.placement import HOME_REACH, Placement, Route
-from tests.unit.test_coded_reads import REF, Node, Registry, all_read, play
-from tests.unit.test_lies import flipped
+from tests.support.site_in_memory import REF, Node, Registry, all_read, flipped, play
 
 MANY = 60
 """Members, which make four cells or more."""
@@ -44,13 +43,12 @@ def test_a_large_site_reads_each_block_once_and_no_node_answers_for_all() -> Non
         answers: Counter[PeerId] = Counter()
 
         def counted(node: Node) -> None:
-            handle = node.exchange._handler
 
             async def count(peer: PeerId, request: Request) -> Answer:
                 answers[node.own] += isinstance(request, GetShard)
-                return await handle(peer, request)
+                return await node.handle(peer, request)
 
-            node.exchange._handler = count
+            node.handler = count
 
         for node in nodes:
             counted(node)
@@ -121,7 +119,7 @@ def test_who_has_another_view_waits_in_no_circle() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         members = nodes[0].view.site
         for node in nodes[::2]:
-            node.see(members[: len(members) // 2])
+            node.view.see(members[: len(members) // 2])
         await all_read(nodes)
         assert max(registry.asked.values()) <= 4
 
@@ -139,7 +137,7 @@ def test_nobody_else_is_taken_for_a_liar_between_the_cells() -> None:
             passes_on = isinstance(request, GetShard) and request.exact
             return flipped(answer) if passes_on else answer
 
-        liar.exchange._handler = lie
+        liar.handler = lie
         await all_read(nodes)
         accused = {peer for node in nodes for peer in node.view.quarantined}
         assert accused <= {liar.own}
@@ -153,13 +151,13 @@ def test_a_reader_knows_a_liar_between_the_cells_after_some_blocks(number: int) 
 
     async def main() -> None:
         members = [Member(PeerId(f"peer-{number}"), "n", "site", ()) for number in range(MANY)]
-        placement, blame = Placement(members, 4, 1), Blame()
+        placement, faults = Placement(members, 4, 1), Faults()
         liar, reader = members[number].peer_id, members[0].peer_id
         found: list[PeerId | None] = []
         for index in range(120):
             route = placement.route(reader, BlockId(REF.digest, index), BLOCK_SIZE)
             found += [
-                blame.wrong(route.makers(keeper, shard))
+                faults.wrong(route.makers(keeper, shard))
                 for shard, keeper in enumerate(route.keepers)
                 if liar in (keeper, *(cell[shard] for cell in route.cells[1:]), route.home)
             ]
@@ -178,7 +176,7 @@ def test_a_request_never_goes_further_than_the_one_before_it() -> None:
                     told.append(request.reach)
                 return await node.handle(peer, request)
 
-            node.exchange._handler = handle
+            node.handler = handle
 
         for node in nodes:
             watched(node)

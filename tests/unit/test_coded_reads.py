@@ -1,187 +1,46 @@
-"""Seeder, fetcher and origin of several nodes over the memory network, in virtual time, against a counting registry."""
+"""Keepers, homes and fetchers of several nodes over the memory network, in virtual time, and a counting registry."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from random import Random
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cache.memory import MemoryStore
 from cache.store import Held
-from cache.tiered import Tiers
-from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import BACKGROUND_S, Seeder
-from node.blocks.trust import Trust
-from node.blocks.values import LOOK_EVERY_S, BlockAddress, Obtained, Site
-from node.content.library import SiteLibrary
+from node.blocks.home import BACKGROUND_S
+from node.blocks.values import LOOK_EVERY_S, BlockAddress
 from node.exchange.contract import Answer, Lane
-from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
-from node.oci.references import Grant, Locator
-from node.registry.batching import BatchedReads
+from node.oci.references import Grant
 from node.telemetry.sources import Source
-from protocol.directory import Directory
 from protocol.errors import DeniedError, UnavailableError
 from protocol.fetch_plan import WARM_FLOOR_S
-from protocol.health import QUICK_S, Health
+from protocol.health import QUICK_S, SpareBudget
 from protocol.home_times import LEAST_S
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
-from protocol.members import Member
-from protocol.messages import GetShard, Request, ShardFound
-from protocol.placement import Placement
-from tests.support.disk_like import DiskLike
-from tests.support.site_library import site_library
-
-LOCATOR = Locator("origin.test", "app", "blobs")
-BODY = Random(7).randbytes(3 * BLOCK_SIZE + 100_000)
-REF = ObjectRef(Digest("sha256", sha256(BODY).hexdigest()), len(BODY))
-
-
-class Registry:
-    """Gives BODY block by block, and counts."""
-
-    def __init__(self, block_s: float = 0.05) -> None:
-        self.asked: Counter[int] = Counter()
-        self.down = False
-        self.private = False
-        self.block_s = block_s
-        self.background = block_s
-        """How long a block takes that nobody waits for; 0 where it is refused."""
-
-    def connections(self, upstream: str) -> int:
-        return 4
-
-    async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
-        background: bool = False,
-    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
-        for index in range(first, first + count):
-            if self.down:
-                raise UnavailableError("the registry is down")
-            if self.private and locator.grant is None:
-                raise DeniedError("not for everybody")
-            if background and not self.background:
-                raise UnavailableError("not at this hour")
-            self.asked[index] += 1
-            await trio.sleep(self.background if background else self.block_s)
-            yield bytearray(BODY[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
-
-
-class FixedView:
-    """A view that the test sets."""
-
-    def __init__(self, members: list[Member]) -> None:
-        self.site = self.known = tuple(sorted(members, key=lambda member: member.peer_id))
-        self._known = {member.peer_id: member for member in members}
-        self.version = 0
-        self.changed_at = -1000.0
-        self.failures: list[PeerId] = []
-        self.quarantined: dict[PeerId, str] = {}
-
-    def find(self, peer: PeerId) -> Member | None:
-        return self._known.get(peer)
-
-    def report_failure(self, peer: PeerId) -> None:
-        self.failures.append(peer)
-
-    def quarantine(self, peer: PeerId, reason: str) -> None:
-        self.quarantined[peer] = reason
-
-    def is_quarantined(self, peer: PeerId) -> bool:
-        return peer in self.quarantined
-
-
-class Node:
-    def __init__(
-        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Registry,
-        nursery: trio.Nursery,
-    ) -> None:  # fmt: skip
-        self.own = identity.peer_id
-        self.view = FixedView(members)
-        self.tiers = Tiers(
-            MemoryStore(1 << 26, trio.current_time), DiskLike(1 << 26, trio.current_time), containerd=None
-        )
-        self.exchange = MemoryExchange(network, self.own, refused=self.view.is_quarantined, handler=self.handle)
-        placement = Placement(self.view.site, 4, 1)
-        self.site = Site(
-            self.own, self.view, lambda: placement, self.exchange, Health(), Trust(self.own, self.view), self.tiers
-        )
-        self.seeder = Seeder(self.site, BatchedReads(registry, nursery), Directory(), identity.sign, nursery)
-        self.fetcher = Fetcher(self.site, self.seeder, nursery)
-        self.spoil: Callable[[Answer], Answer] | None = None
-
-    def see(self, members: Iterable[Member]) -> None:
-        """Another view of the site from now on."""
-        self.view.site = tuple(members)
-        placement = Placement(self.view.site, 4, 1)
-        self.site = replace(self.site, placement=lambda: placement)
-        self.seeder._site = self.fetcher._site = self.site
-
-    async def handle(self, peer: PeerId, request: Request) -> Answer:
-        answer = await self.seeder.handle(peer, request)
-        return self.spoil(answer) if self.spoil else answer
-
-    async def read(
-        self, index: int, *, urgent: bool = False, locator: Locator = LOCATOR, background: bool = False
-    ) -> Obtained:
-        ticket = self.fetcher.begin(BlockAddress(locator, REF, index, background=background), urgent)
-        try:
-            return await ticket.wait()
-        finally:
-            ticket.release()
-
-    async def read_granted(self) -> list[Obtained]:
-        """As `read_all`, for a client of this node that shows the registry who it is."""
-        locator = replace(LOCATOR, grant=Grant(f"Bearer of a client of {self.own}"))
-        with self.seeder.granted(locator, REF.digest):
-            found = [await self.read(index, locator=locator) for index in range(REF.block_count)]
-        assert b"".join(bytes(one.held.data) for one in found) == BODY
-        return found
-
-    async def forget(self, index: int) -> None:
-        await self.tiers.discard(Piece(REF.block(index)))
-
-    async def read_all(self) -> list[Obtained]:
-        found = [await self.read(index) for index in range(REF.block_count)]
-        assert b"".join(bytes(one.held.data) for one in found) == BODY
-        return found
-
-
-Scenario = Callable[[list[Node], Registry, MemoryNetwork], Awaitable[None]]
-
-
-def play(count: int, scenario: Scenario) -> None:
-    """Run a scenario on `count` nodes, whose registry and network it may break."""
-
-    async def main() -> None:
-        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
-        identities = [Identity.of(key) for key in keys]
-        members = [Member(one.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, one in enumerate(identities)]
-        network, registry = MemoryNetwork(0.001), Registry()
-        async with trio.open_nursery() as nursery:
-            nodes = [Node(one, members, network, registry, nursery) for one in identities]
-            for node in nodes:
-                await nursery.start(node.exchange.run)
-            with trio.fail_after(60):
-                await scenario(nodes, registry, network)
-            nursery.cancel_scope.cancel()
-
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
-
-
-async def all_read(nodes: list[Node]) -> None:
-    async with trio.open_nursery() as nursery:
-        for node in nodes:
-            nursery.start_soon(node.read_all)
+from protocol.ids import BLOCK_SIZE, ObjectRef, Piece, Shard
+from protocol.messages import ShardFound
+from protocol.records import make_record
+from tests.support.site_in_memory import (
+    BODY,
+    LOCATOR,
+    REF,
+    Node,
+    Registry,
+    WithMirror,
+    all_read,
+    home_of,
+    not_keeping,
+    play,
+    read_whole,
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 9])
@@ -228,11 +87,6 @@ def test_a_stopped_keeper_is_waited_for_once() -> None:
     play(5, scenario)
 
 
-def not_keeping(nodes: list[Node], index: int) -> Node:
-    _, keepers = nodes[0].site.placement().keepers(REF.block(index), BLOCK_SIZE)
-    return next(node for node in nodes if node.own not in keepers)
-
-
 def test_an_urgent_read_asks_for_a_spare_only_where_answers_do_not_come_evenly() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         asked: list[int] = []
@@ -273,20 +127,21 @@ def test_an_urgent_read_waits_for_a_stopped_keeper_once_and_hardly() -> None:
     play(6, scenario)
 
 
-def test_a_spare_that_nobody_is_left_for_costs_nothing() -> None:
+def test_a_spare_that_nobody_is_left_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
         reader = not_keeping(nodes, 0)
         _, keepers = reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)
         await reader.forget(0)
-        spent: list[bool] = []
-        spend = reader.fetcher._budget.spend
-        reader.fetcher._budget.spend = lambda: spent.append(True) or spend()  # type: ignore[method-assign, func-returns-value]
         for peer in keepers:
             network.stop(peer)
+        spent.clear()
         await reader.read(0)
         assert len(spent) == 1
 
+    spent: list[SpareBudget] = []
+    spend = SpareBudget.spend
+    monkeypatch.setattr(SpareBudget, "spend", lambda budget: spent.append(budget) or spend(budget))
     play(6, scenario)
 
 
@@ -331,9 +186,9 @@ def test_a_record_that_no_member_signed_is_not_believed() -> None:
         stranger = Identity.of(Ed25519PrivateKey.generate())
         address = BlockAddress(LOCATOR, REF, 0)
         forged = bytearray(address.length)
-        others = Seeder(nodes[0].site, BatchedReads(registry, None), Directory(), stranger.sign, None)  # type: ignore[arg-type] # only signs
-        record = others._claim(address, forged)
-        record = type(record)(*(getattr(record, name) for name in record.__struct_fields__[:5]), stranger.peer_id, b"")
+        sha = sha256(forged).digest()
+        signed = make_record(REF, 0, sha, signer=stranger.peer_id, sign=stranger.sign)
+        record = msgspec.structs.replace(signed, signature=b"")
         for node in nodes[1:]:
             await node.tiers.put(Piece(address.block), forged, record)
         held: Held = (await nodes[0].read(0)).held
@@ -347,17 +202,12 @@ def test_a_new_home_asks_those_who_kept_before_it_asks_the_registry() -> None:
         await all_read(nodes[:2])
         for node in nodes:
             network.kill(nodes[4].own)
-            node.see(member for member in node.view.site if member.peer_id != nodes[4].own)
+            node.view.see(member for member in node.view.site if member.peer_id != nodes[4].own)
             node.view.changed_at = trio.current_time()
         registry.down = True
         await all_read(nodes[2:4])
 
     play(5, scenario)
-
-
-def home_of(nodes: list[Node], index: int) -> Node:
-    _, keepers = nodes[0].site.placement().keepers(REF.block(index), REF.block_length(index))
-    return next(node for node in nodes if node.own == keepers[0])
 
 
 def test_who_is_asked_for_exactly_one_shard_gives_no_other_that_it_kept_in_an_earlier_view() -> None:
@@ -370,8 +220,9 @@ def test_who_is_asked_for_exactly_one_shard_gives_no_other_that_it_kept_in_an_ea
         kept = next(shard for shard, bits in keeper.tiers.holdings(REF.digest).shards.items() if bits & 1)
         other = (kept.index + 1) % (kept.k + kept.m)
         asker = next(node for node in nodes if node not in (keeper, home_of(nodes, 0)))
-        for reach in (2, 1):
-            question = GetShard(str(REF.digest), 0, REF.size, kept.k, kept.m, other, reach, str(LOCATOR), exact=True)
+        for hops in (2, 1):
+            shard = Shard(kept.k, kept.m, other)
+            question = asker.blocks.questions.get_shard(BlockAddress(LOCATOR, REF, 0), shard, hops=hops)
             answer = await asker.exchange.request(keeper.own, question, lane=Lane.BULK, silence_s=1.0)
             assert isinstance(answer.message, ShardFound)
             assert answer.message.index == other
@@ -384,13 +235,11 @@ def test_another_acts_for_a_home_whose_own_link_is_bad() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         home, bad = home_of(nodes, 0), Registry(block_s=1000.0)
-        async with trio.open_nursery() as nursery:
-            home.seeder._origin = BatchedReads(bad, nursery)
-            reader = next(node for node in nodes if node is not home)
-            with trio.fail_after(LEAST_S + 2 * LOOK_EVERY_S):
-                assert (await reader.read(0)).source is Source.PEER
-            assert registry.asked[0] == 1
-            nursery.cancel_scope.cancel()
+        home.registry.target = bad
+        reader = next(node for node in nodes if node is not home)
+        with trio.fail_after(LEAST_S + 2 * LOOK_EVERY_S):
+            assert (await reader.read(0)).source is Source.PEER
+        assert registry.asked[0] == 1
 
     play(5, scenario)
 
@@ -442,7 +291,7 @@ def test_what_nobody_waits_for_keeps_no_client_waiting(count: int) -> None:
                     await node.read(0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("node.blocks.keeper.BACKGROUND_S", 30.0)
+        patch.setattr("node.blocks.home.BACKGROUND_S", 30.0)
         play(count, scenario)
 
 
@@ -464,7 +313,7 @@ def test_a_wrong_size_harms_nobody() -> None:
 def test_who_carries_the_record_of_a_stranger_is_no_liar() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes[:4])
-        del nodes[4].view._known[nodes[0].own]
+        nodes[4].view.forget(nodes[0].own)
         await nodes[4].read_all()
         assert not nodes[4].view.quarantined
 
@@ -475,8 +324,8 @@ def test_two_rereads_of_one_block_both_end() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         address = BlockAddress(LOCATOR, REF, 0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(nodes[0].seeder.reread, address)
-            nursery.start_soon(nodes[0].seeder.reread, address)
+            nursery.start_soon(nodes[0].blocks.home.reread, address)
+            nursery.start_soon(nodes[0].blocks.home.reread, address)
         assert registry.asked[0] == 2
 
     play(1, scenario)
@@ -519,18 +368,6 @@ def test_a_reader_that_dies_leaves_the_others_reading() -> None:
     play(5, scenario)
 
 
-class WithMirror(Registry):
-    """What nodes read first is not what the registry itself has."""
-
-    async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool = False,
-        background: bool = False,
-    ) -> AsyncGenerator[bytearray, None]:  # fmt: skip
-        async with aclosing(super().blocks(locator, ref, first, count)) as blocks:
-            async for block in blocks:
-                yield block if certain else bytearray(len(block))
-
-
 @pytest.mark.parametrize("mirrored", ["everywhere", "at home"])
 def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: str) -> None:
     """S-13"""
@@ -538,22 +375,14 @@ def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         bad = WithMirror()
         home = nodes[0].site.placement().keepers(REF.block(1), BLOCK_SIZE)[1][0]
-        async with trio.open_nursery() as nursery:
-            for node in nodes:
-                if mirrored == "everywhere" or node.own == home:
-                    node.seeder._origin = BatchedReads(bad, nursery)
-            reader = next(node for node in nodes if node.own != home)
-            library, _ = site_library(reader.site, reader.seeder, reader.fetcher)
-            assert await read_whole(library) == BODY
-            assert list(reader.view.quarantined) == ([] if mirrored == "everywhere" else [home])
-            nursery.cancel_scope.cancel()
+        for node in nodes:
+            if mirrored == "everywhere" or node.own == home:
+                node.registry.target = bad
+        reader = next(node for node in nodes if node.own != home)
+        assert await read_whole(reader.library) == BODY
+        assert list(reader.view.quarantined) == ([] if mirrored == "everywhere" else [home])
 
     play(5, scenario)
-
-
-async def read_whole(library: SiteLibrary) -> bytes:
-    async with aclosing(library.read(LOCATOR, REF, 0, REF.size)) as chunks:
-        return b"".join([bytes(chunk) async for chunk in chunks])
 
 
 def test_no_member_reads_for_another_what_its_own_client_does_not_read() -> None:
@@ -562,11 +391,11 @@ def test_no_member_reads_for_another_what_its_own_client_does_not_read() -> None
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.private = True
         elsewhere = replace(LOCATOR, repository="other", grant=Grant("Bearer of another repository"))
-        with nodes[0].seeder.granted(elsewhere, REF.digest):
+        with nodes[0].blocks.grants.granted(elsewhere, REF.digest):
             for reader in ("", nodes[0].own):
                 address = BlockAddress(LOCATOR, REF, 0, reader)
                 with pytest.raises(DeniedError):
-                    await nodes[1].seeder.home(address)
+                    await nodes[1].blocks.home.block(address)
         assert not registry.asked
 
     play(2, scenario)

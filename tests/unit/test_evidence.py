@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from node.blocks.trust import Suspicion
 from node.content import library
 from node.content.library import SiteLibrary
-from node.content.verification import ObjectVerifier
-from node.evidence.cases import MAX_KEPT, MAX_UNDECIDED, Case, Cases, Verdict
+from node.evidence.cases import MAX_KEPT, MAX_UNDECIDED, Case, Verdict
 from node.evidence.judge import EXCHANGE_S, PAUSE_S, RETRY_S, SPREAD_S, Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.contract import Answer, Lane
@@ -36,48 +35,29 @@ from node.membership.quarantine import QUARANTINE_S
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
-from protocol.members import Member
 from protocol.messages import Accuse, Request, ShardFound
 from protocol.records import Record, make_record
-from tests.support.site_library import site_library
-from tests.unit import test_coded_reads as coded
-from tests.unit.test_coded_reads import BODY, LOCATOR, REF, Registry, WithMirror, home_of, not_keeping, read_whole
+from tests.support import site_in_memory
+from tests.support.site_in_memory import BODY, LOCATOR, REF, Registry, WithMirror, home_of, not_keeping, read_whole
 
 SOURCE = str(LOCATOR)
 SOON_S = 2 * EXCHANGE_S
 
 
-class Node(coded.Node):
-    def __init__(
-        self,
-        identity: Identity,
-        members: list[Member],
-        network: MemoryNetwork,
-        registry: Registry,
-        nursery: trio.Nursery,
-    ) -> None:
-        super().__init__(identity, members, network, registry=registry, nursery=nursery)
-        self.identity, self.mirrored = identity, False
+class Node(site_in_memory.Node):
+    def __init__(self, *site: Any, nursery: trio.Nursery) -> None:
+        super().__init__(*site, nursery=nursery)
+        self.mirrored = False
         self.judge = Judge(
             site=self.site,
-            seeder=self.seeder,
-            sign=identity.sign,
+            home=self.blocks.home,
+            questions=self.blocks.questions,
+            sign=self.identity.sign,
             mirrored=lambda upstream: self.mirrored,
             nursery=nursery,
             rng=Random(self.own),
         )
-
-    async def handle(self, peer: PeerId, request: Request) -> Answer:
-        if isinstance(request, Accuse):
-            return await self.judge.handle(peer, request)
-        return await super().handle(peer, request)
-
-    def library_and_verifier(self) -> tuple[SiteLibrary, ObjectVerifier]:
-        return site_library(self.site, self.seeder, self.fetcher)
-
-    @property
-    def library(self) -> SiteLibrary:
-        return self.library_and_verifier()[0]
+        self.dispatcher.route(self.judge.handle, Accuse)
 
     def signs(self, index: int, data: bytes) -> Record:
         return make_record(REF, index, sha256(data).digest(), self.own, sign=self.identity.sign)
@@ -86,7 +66,9 @@ class Node(coded.Node):
         return make_evidence(record, SOURCE, self.own, self.identity.sign, other=other)
 
     async def tells(self, target: Node, *evidence: Evidence) -> None:
-        await self.seeder.ask(target.own, Accuse(tuple((piece, 0.0) for piece in evidence)), Lane.CONTROL, 1.0)
+        await self.blocks.questions.ask(
+            target.own, Accuse(tuple((piece, 0.0) for piece in evidence)), Lane.CONTROL, 1.0
+        )
 
 
 def suspicion(record: Record, *, compared: bool) -> Suspicion:
@@ -99,22 +81,14 @@ Scenario = Callable[[list[Node], Registry], Awaitable[None]]
 def play(count: int, scenario: Scenario, judging: int | None = None, registry: Registry | None = None) -> None:
     """Run a scenario with `count` nodes. The judges of the first `judging` nodes run, or those of all."""
 
-    async def main() -> None:
-        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
-        identities = [Identity.of(key) for key in keys]
-        members = [Member(key.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, key in enumerate(identities)]
-        network, origin = MemoryNetwork(0.001), registry or Registry()
+    async def judged(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         async with trio.open_nursery() as nursery:
-            nodes = [Node(identity, members, network, origin, nursery=nursery) for identity in identities]
-            for node in nodes:
-                await nursery.start(node.exchange.run)
             for node in nodes[:judging]:
                 await nursery.start(node.judge.run)
-            with trio.fail_after(3 * QUARANTINE_S):
-                await scenario(nodes, origin)
+            await scenario(nodes, registry)
             nursery.cancel_scope.cancel()
 
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    site_in_memory.play(count, judged, make=Node, limit_s=3 * QUARANTINE_S)
 
 
 async def until(holds: Callable[[], bool], within_s: float = SOON_S) -> None:
@@ -472,7 +446,7 @@ def test_who_was_deceived_by_a_mirror_is_not_shut_out_by_anybody() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         deceived, finder, receiver = nodes[0], nodes[1], nodes[2]
-        receiver.mirrored = True
+        receiver.mirrored, receiver.registry.target = True, WithMirror()
         await finder.tells(receiver, finder.accuses(deceived.signs(0, bytes(BLOCK_SIZE))))
         await trio.sleep(SOON_S)
         assert [case.verdict for case in receiver.judge.cases.values()] == [Verdict.VOID]
@@ -488,13 +462,11 @@ def test_an_object_that_is_held_whole_decides_without_the_registry(tmp_path: Pat
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, receiver = nodes[0], nodes[1], nodes[2]
         registry.down = True
-        disk: Any = receiver.tiers.stores["disk"]
-        disk.open_sealed = lambda digest: (tmp_path / "whole").open("rb")
+        receiver.disk.open_sealed = lambda digest: (tmp_path / "whole").open("rb")
         await finder.tells(receiver, finder.accuses(liar.signs(3, bytes(REF.block_length(3)))))
         await until(lambda: receiver.view.is_quarantined(liar.own), 1.0)
         await liar.tells(nodes[3], liar.accuses(finder.signs(0, BODY[:BLOCK_SIZE])))
-        disk = nodes[3].tiers.stores["disk"]
-        disk.open_sealed = lambda digest: (tmp_path / "whole").open("rb")
+        nodes[3].disk.open_sealed = lambda digest: (tmp_path / "whole").open("rb")
         await until(lambda: nodes[3].view.is_quarantined(liar.own))
         assert not registry.asked
 
@@ -507,10 +479,16 @@ def test_who_joins_later_hears_of_it() -> None:
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, late = nodes[0], nodes[1], nodes[3]
         site = late.view.site
-        late.view.site = tuple(member for member in site if member.peer_id == late.own)
+        late.view.see(member for member in site if member.peer_id == late.own)
+
+        async def absent(peer: PeerId, request: Request) -> Answer:
+            raise UnavailableError("not there yet")
+
+        late.handler = absent
         finder.site.trust.suspect(suspicion(liar.signs(0, bytes(BLOCK_SIZE)), compared=True))
         await until(lambda: nodes[2].view.is_quarantined(liar.own))
-        late.view.site, late.judge.cases = site, Cases()
+        late.view.see(site)
+        late.handler = late.handle
         await trio.lowlevel.checkpoint()
         await until(lambda: late.view.is_quarantined(liar.own), 2 * EXCHANGE_S + PAUSE_S)
 
@@ -523,7 +501,7 @@ def test_evidence_that_is_an_hour_old_is_neither_told_nor_taken() -> None:
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, receiver = nodes[0], nodes[1], nodes[2]
         evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
-        await finder.seeder.ask(receiver.own, Accuse(((evidence, QUARANTINE_S),)), Lane.CONTROL, 1.0)
+        await finder.blocks.questions.ask(receiver.own, Accuse(((evidence, QUARANTINE_S),)), Lane.CONTROL, 1.0)
         assert not receiver.judge.cases
         await finder.tells(receiver, evidence)
         await until(lambda: receiver.view.is_quarantined(liar.own))

@@ -16,22 +16,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cache.memory import MemoryStore
 from cache.store import Held
 from cache.tiered import Tiers
+from node import assembly
 from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
 from node.blocks.read_ahead import FIRST_BLOCKS, HELD
-from node.blocks.trust import Trust
-from node.blocks.values import BlockAddress, Obtained, Site
+from node.blocks.values import BlockAddress, Obtained
 from node.content.library import HEAD_WAIT_S, SiteLibrary
 from node.identity.identity import Identity
 from node.membership.membership import Membership
 from node.oci.references import Locator
-from node.registry.batching import BatchedReads
 from node.telemetry.sources import Source
-from protocol.directory import Directory
-from protocol.health import Health
 from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.members import Member
-from protocol.placement import Placement
 from protocol.records import Record
 from protocol.window import MOST, RAMP, ReadWindow
 from tests.support.site_library import site_library
@@ -98,7 +93,7 @@ class Block:
 def library(fetcher: object) -> SiteLibrary:
     unused: Any = None
     holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time))
-    return site_library(holds_nothing, unused, cast(Fetcher, fetcher))[0]
+    return site_library(holds_nothing, unused, unused, fetcher=cast(Fetcher, fetcher))[0]
 
 
 async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:
@@ -277,18 +272,10 @@ def test_a_disk_that_stands_still_stops_the_registry() -> None:
         own = Member(identity.peer_id, "one", "site", ())
         view = Membership(own, 1, Random(1))
         unused: Any = None
-        site = Site(
-            own.peer_id,
-            view,
-            lambda: Placement((own,), 4, 1),
-            unused,
-            health=Health(),
-            trust=Trust(own.peer_id, view),
-            tiers=Tiers(MemoryStore(4 * BLOCK_SIZE, trio.current_time), cast(Any, disk), None),
-        )
+        tiers = Tiers(MemoryStore(4 * BLOCK_SIZE, trio.current_time), cast(Any, disk), None)
         async with trio.open_nursery() as nursery:
-            seeder = Seeder(site, BatchedReads(registry, nursery), Directory(), identity.sign, nursery=nursery)
-            shelf = library(Fetcher(site, seeder, nursery))
+            blocks = assembly.blocks(identity, view, unused, tiers, upstream=registry, nursery=nursery)
+            shelf = library(blocks.fetcher)
             for number in range(8):
                 nursery.start_soon(read, shelf, number)
             await trio.sleep(60)

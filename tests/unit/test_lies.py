@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.blocks.faults import Blame
+from node.blocks.faults import Faults
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
@@ -31,16 +31,8 @@ from protocol.messages import (
     Resolve,
     Resolved,
 )
-from tests.unit import test_tags as tags
-from tests.unit.test_coded_reads import REF, Node, Registry, all_read, home_of, not_keeping, play
-
-
-def flipped(answer: Answer) -> Answer:
-    if answer.body is None:
-        return answer
-    wrong = bytearray(answer.body)
-    wrong[-1] ^= 128
-    return Answer(answer.message, wrong)
+from tests.support import names_in_memory as tags
+from tests.support.site_in_memory import REF, Node, Registry, all_read, flipped, home_of, not_keeping, play
 
 
 def test_a_wrong_parity_shard_makes_no_wrong_block() -> None:
@@ -103,10 +95,10 @@ def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[froz
     liar, events = what
 
     async def main() -> None:
-        blame = Blame()
+        faults = Faults()
         for number, makers in enumerate(events):
             alone = any(makers & others == {liar} for others in events[: number + 1])
-            assert blame.wrong(frozenset(map(PeerId, makers))) == (liar if alone else None)
+            assert faults.wrong(frozenset(map(PeerId, makers))) == (liar if alone else None)
 
     trio.run(main)
 
@@ -128,7 +120,7 @@ def test_who_claims_to_hold_what_it_does_not_costs_a_question_and_no_copy(answer
 
         for node in nodes:
             for digest in (REF.digest,):
-                node.seeder._directory.announce(digest, liar.own, trio.current_time())
+                node.blocks.directory.announce(digest, liar.own, trio.current_time())
         liar.spoil = lie
         await all_read(nodes[1:])
         assert all(count <= 2 for count in registry.asked.values())
@@ -148,7 +140,7 @@ def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
             await trio.sleep_forever()
             raise AssertionError
 
-        liar.exchange._handler = never
+        liar.handler = never
         for node in nodes[1:]:
             for index in range(REF.block_count):
                 with trio.fail_after(20):
@@ -165,7 +157,7 @@ def test_members_that_are_invented_cost_time_and_no_pull() -> None:
         keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([9, n])).digest()) for n in range(40)]
         ghosts = [Member(Identity.of(key).peer_id, "ghost", "site", ("192.0.2.9:1",)) for key in keys]
         for node in nodes:
-            node.see((*node.view.site, *ghosts))
+            node.view.see((*node.view.site, *ghosts))
         for node in nodes:
             await node.read_all()
 
@@ -184,7 +176,7 @@ def test_a_member_that_tells_a_name_wrongly_is_named_and_a_digest_stands_for_its
             return Answer(Resolved(wrong, 1, "a/b", 0.0))
 
         for node in nodes[1:]:
-            node.exchange._handler = lie
+            node.handler = lie
         told = Counter[bool]()
         for number in range(8):
             found = await reader.names.resolve(tags.APP, f"v{number}")
@@ -193,7 +185,7 @@ def test_a_member_that_tells_a_name_wrongly_is_named_and_a_digest_stands_for_its
             _, told_by, _ = reader.row(f"v{number}")
             assert (told_by in {node.own for node in nodes[1:]}) is is_wrong
         assert told[True], "a tag is a member's word: docs/SECURITY.md says so"
-        true = await reader.names.ask_registry(tags.APP, "latest")
+        true = (await reader.reached.resolve(tags.APP, "latest"))[0]
         by_digest = await reader.names.resolve(tags.APP, str(true.ref.digest))
         assert by_digest.ref == true.ref
 
@@ -210,7 +202,7 @@ def test_a_lie_about_a_digest_is_refused_and_the_registry_asked(tmp_path: Path) 
             return Answer(Resolved(wrong, 1, "a/b", 0.0))
 
         for node in nodes[1:]:
-            node.exchange._handler = lie
+            node.handler = lie
         before = registry.asked
         found = await nodes[0].names.resolve(tags.APP, asked)
         assert str(found.ref.digest) != wrong
@@ -224,14 +216,13 @@ def test_what_was_found_is_not_a_message_that_only_looks_like_one() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await nodes[0].read_all()
-        other = nodes[0].site.exchange
-        answer = await nodes[0].seeder.handle(nodes[1].own, GetBlock(str(REF.digest), 1, REF.size))
+        answer = await nodes[0].handle(nodes[1].own, GetBlock(str(REF.digest), 1, REF.size))
         assert isinstance(answer.message, BlockFound)
 
         async def replay(peer: PeerId, request: Request) -> Answer:
             return answer  # of block 1, whatever is asked
 
-        other._handler = replay  # type: ignore[attr-defined]
+        nodes[0].handler = replay
         assert await nodes[1].read_all()
         assert all(set(node.view.quarantined) <= {nodes[0].own} for node in nodes)
 

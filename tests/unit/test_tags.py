@@ -3,188 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import msgspec
 import pytest
 import trio
-import trio.testing
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cache.memory import MemoryStore
-from cache.tiered import Tiers
-from node.blocks.fetcher import Fetcher
-from node.blocks.keeper import Seeder
-from node.blocks.trust import Trust
-from node.blocks.values import Site
 from node.config.schema import config_of, tag_policies
-from node.config.tag_policy import TagPolicies, TagPolicy
-from node.content.known_names import KnownNames
 from node.content.name_table import NameTable
-from node.content.resolver import Resolver
-from node.exchange.contract import Answer
-from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.identity.identity import Identity
+from node.exchange.memory import MemoryNetwork
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
-from node.registry.batching import BatchedReads
-from protocol.directory import Directory
 from protocol.errors import NotFoundError, UnavailableError
-from protocol.health import Health
-from protocol.ids import Digest, ObjectRef, PeerId
-from protocol.members import Member
-from protocol.messages import Request, Resolve
-from protocol.messages import Resolved as Told
-from protocol.placement import Placement
-from tests.support.disk_like import DiskLike
-from tests.support.site_library import site_library
-from tests.unit import test_coded_reads as coded
-from tests.unit.test_coded_reads import FixedView
-
-APP = Locator("origin.test", "app", "manifests")
-TTL_S, MAX_AGE_S = 60.0, 86400.0
-EPOCH = 1.7e9
-POLICIES = TagPolicies(
-    TagPolicy("", TTL_S, MAX_AGE_S), [TagPolicy("*:edge", 0.0, 0.0), TagPolicy("*:quick", 5.0, MAX_AGE_S)]
-)
-
-
-def manifest(version: int) -> bytes:
-    return json.dumps({"schemaVersion": 2, "version": version}).encode()
-
-
-class Registry:
-    """Has the same tag for every name, which moves: `moved` lists its versions with their times. Nodes in `cut` do not
-    reach it."""
-
-    def __init__(self) -> None:
-        self.moved = [(0.0, 1)]
-        self.answer_s = 0.02
-        self.deleted = False
-        self.asked = 0
-        self.cut: set[PeerId] = set()
-
-    def move(self) -> None:
-        self.moved.append((trio.current_time(), self.moved[-1][1] + 1))
-
-    def seen_by(self, peer: PeerId) -> Reached:
-        return Reached(self, peer)
-
-
-class Reached:
-    """The registry from one node."""
-
-    def __init__(self, registry: Registry, peer: PeerId) -> None:
-        self._registry, self._peer = registry, peer
-
-    def connections(self, upstream: str) -> int:
-        return 5
-
-    def blocks(self, *_: object) -> None:
-        raise AssertionError("only names are asked for here")
-
-    async def resolve(
-        self, locator: Locator, reference: str, previous: Resolved | None = None
-    ) -> tuple[Resolved, bytes | None]:
-        registry = self._registry
-        registry.asked += 1
-        body = manifest(registry.moved[-1][1])  # as it is now, however long the answer takes
-        await trio.sleep(registry.answer_s)
-        if self._peer in registry.cut:
-            raise UnavailableError("out of reach")
-        if reference == "none" or registry.deleted:
-            raise NotFoundError("no such tag")
-        ref = ObjectRef(Digest("sha256", sha256(body).hexdigest()), len(body))
-        return Resolved(ref, "a/b"), None if previous is not None and previous.ref == ref else body
-
-
-class Node:
-    def __init__(
-        self,
-        identity: Identity,
-        members: list[Member],
-        network: MemoryNetwork,
-        *,
-        registry: Registry,
-        folder: Path,
-        nursery: trio.Nursery,
-    ) -> None:
-        self.own, self._identity = identity.peer_id, identity
-        self.view = FixedView(members)
-        self.exchange = MemoryExchange(network, self.own, refused=self.view.is_quarantined, handler=self.handle)
-        placement = Placement(members, 4, 1)
-        self.site = Site(
-            self.own,
-            self.view,
-            lambda: placement,
-            self.exchange,
-            health=Health(),
-            trust=Trust(self.own, self.view),
-            tiers=Tiers(MemoryStore(1 << 22, trio.current_time), DiskLike(1 << 22, trio.current_time), containerd=None),
-        )
-        self.reached = registry.seen_by(self.own)
-        self.seeder = self.seeder_over(self.reached, nursery)
-        self.table = NameTable(folder / f"{self.own}.sqlite", lambda: EPOCH + trio.current_time())
-        self.ages: list[float] = []
-        self.heard: list[Resolve] = []
-        self.lies = False
-        self.names = Resolver(
-            self.site,
-            KnownNames(self.table, POLICIES),
-            self.reached,
-            seeder=self.seeder,
-            nursery=nursery,
-            served=self.ages.append,
-        )
-
-    def seeder_over(self, registry: Any, nursery: trio.Nursery) -> Seeder:
-        return Seeder(self.site, BatchedReads(registry, nursery), Directory(), self._identity.sign, nursery=nursery)
-
-    async def handle(self, peer: PeerId, request: Request) -> Answer:
-        assert isinstance(request, Resolve)
-        self.heard.append(request)
-        answer = await self.names.handle(peer, request)
-        if self.lies and isinstance(answer.message, Told):
-            return Answer(msgspec.structs.replace(answer.message, size=answer.message.size + 1))
-        return answer
-
-    async def version(self, tag: str = "latest") -> int:
-        digest = (await self.names.resolve(APP, tag)).ref.digest
-        return next(version for version in range(1, 99) if sha256(manifest(version)).hexdigest() == digest.hex)
-
-    def row(self, tag: str) -> tuple[str, str, str]:
-        """State, source of the answer, and rule."""
-        ((known_tag, policy, state),) = self.names.known.tags(f"origin.test/app:{tag}")
-        return state, known_tag.told_by, policy.match
-
-
-Scenario = Callable[[list[Node], Registry, MemoryNetwork], Awaitable[None]]
-
-
-def play(folder: Path, count: int, scenario: Scenario) -> None:
-    async def main() -> None:
-        keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
-        identities = [Identity.of(key) for key in keys]
-        members = [Member(key.peer_id, f"n{i}", "site", ("192.0.2.1:1",)) for i, key in enumerate(identities)]
-        network, registry = MemoryNetwork(0.005), Registry()
-        async with trio.open_nursery() as nursery:
-            nodes = [
-                Node(identity, members, network, registry=registry, folder=folder, nursery=nursery)
-                for identity in identities
-            ]
-            for node in nodes:
-                await nursery.start(node.exchange.run)
-            await scenario(nodes, registry, network)
-            nursery.cancel_scope.cancel()
-        for node in nodes:
-            node.table.close()
-
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+from protocol.ids import Digest, ObjectRef
+from protocol.messages import Resolve
+from tests.support import site_in_memory
+from tests.support.names_in_memory import APP, EPOCH, MAX_AGE_S, TTL_S, Node, Registry, manifest, play
 
 
 @pytest.mark.parametrize(("answer_s", "latency_s"), [(0.02, 0.005), (7.0, 0.005), (0.02, 0.9)])
@@ -301,19 +137,15 @@ def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
         false = replace(right, media_type="application/vnd.oci.image.index.v1+json")
         if lie == "size":
             false = replace(right, ref=replace(right.ref, size=right.ref.size + 1))
-        await reader.seeder.admit(APP, right.ref, body)
+        await reader.blocks.home.admit(APP, right.ref, body)
         reader.table.put(str(APP), "latest", false, "a liar")
-        async with trio.open_nursery() as nursery:
-            down = coded.Registry()
-            down.down = True
-            seeder = reader.seeder_over(down, nursery)
-            fetcher = Fetcher(reader.site, seeder, nursery)
-            library, _ = site_library(reader.site, seeder, fetcher, reader.names)
-            for _ in range(2):
-                resolved = await library.resolve(APP, "latest")
-                assert resolved.ref == right.ref
-                assert resolved.media_type == ("a/b" if lie == "size" else media_type)
-            nursery.cancel_scope.cancel()
+        down = site_in_memory.Registry()
+        down.down, reader.registry.target = True, down
+        library = reader.library_with(reader.names)
+        for _ in range(2):
+            resolved = await library.resolve(APP, "latest")
+            assert resolved.ref == right.ref
+            assert resolved.media_type == ("a/b" if lie == "size" else media_type)
         assert registry.asked == (lie == "size"), "the registry is asked only if the bytes do not decide"
         if lie == "type":
             (line,) = [record.getMessage() for record in caplog.records if "is of type" in record.getMessage()]

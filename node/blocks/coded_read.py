@@ -1,0 +1,213 @@
+"""Reads a block from its keepers: any k of the k + m shards of one signed record make it.
+
+protocol/fetch_plan.py decides which keepers to ask and when one is late. Here its requests are made, and the shards are
+put together and checked against the record. A reader asks the keepers of its own cell, then those of the root cell.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations, islice, takewhile
+
+import trio
+
+from cache.store import Held
+from node.blocks.faults import Faults
+from node.blocks.keeper import Keeper, Kept
+from node.blocks.plan_runner import carry_out
+from node.blocks.questions import Questions
+from node.blocks.trust import Suspicion
+from node.blocks.values import SILENCE_S, BlockAddress, Miss, Obtained, Site
+from node.exchange.contract import Answer, Lane
+from node.telemetry.sources import Source
+from protocol.erasure import decode_block, encode_shard
+from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, ShoalError, UnavailableError
+from protocol.evidence import contradict
+from protocol.fetch_plan import Ask, ShardPlan
+from protocol.health import SpareBudget
+from protocol.ids import Buffer, PeerId, Piece, Shard, shard_length
+from protocol.messages import ShardFound
+from protocol.placement import Route
+from protocol.records import Record
+
+log = logging.getLogger(__name__)
+
+MAX_UNTANGLED = 64
+"""Choices of k shards that are tried to find a wrong one: 4 of 5 has 5, 10 of 12 has 66."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """The state of one coded read."""
+
+    address: BlockAddress
+    route: Route
+    plan: ShardPlan
+    lane: Lane
+    warmed: Callable[[], None]
+    shards: dict[int, tuple[PeerId, Buffer]] = field(default_factory=dict)
+    record: Record | None = None
+    failure: ShoalError | None = None
+
+
+class CodedReads:
+    """A `BlockSource`. The node's own shard, where it is one of the keepers, is read like those of others."""
+
+    def __init__(self, site: Site, questions: Questions, keeper: Keeper) -> None:
+        self._site, self._questions, self._keeper = site, questions, keeper
+        self._budget, self._faults = SpareBudget(), Faults()
+
+    async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | Miss | None:
+        site = self._site
+        own_cell = site.placement().route(site.own, address.block, address.length)
+        if own_cell.home == site.own:
+            return None
+        for route in dict.fromkeys((own_cell, own_cell.root)):
+            attempt = await self._attempt(address, route, urgent, warmed)
+            held = await self._assemble(attempt)
+            if held is not None:
+                peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
+                attempt.shards.clear()  # they are as large as the block: free them before the disk is waited for
+                await site.tiers.put(Piece(address.block), held.data, held.record)
+                return Obtained(held, Source.PEER, peers, attempt.plan.retries)
+            if isinstance(attempt.failure, (DeniedError, NotFoundError)):
+                break
+        if address.background:  # only its home reads it, and that cannot now
+            raise attempt.failure or UnavailableError(f"{address.block} cannot be obtained now")
+        return Miss(attempt.plan.retries + 1, partial(self._blame, attempt))
+
+    # Requests
+
+    async def _attempt(self, address: BlockAddress, route: Route, urgent: bool, warmed: Callable[[], None]) -> _Attempt:
+        """Ask keepers until k shards are there, or no keeper is left to ask."""
+        own, health, shape, keepers = self._site.own, self._site.health, route.shape, route.keepers
+        # The home also serves the other keepers: among equals it is asked last.
+        others = sorted((peer for peer in keepers if peer != own), key=lambda peer: peer == route.home)
+        order = health.order(others, trio.current_time())
+        if own in keepers:
+            # Other members will ask for this node's shard anyway: it is obtained first, and once.
+            order.insert(0, own)
+        plan = ShardPlan(keepers, order, shape.k, health.late_after_s, answered_at=health.answered_at)
+        attempt = _Attempt(address, route, plan, lane=Lane.URGENT if urgent else Lane.BULK, warmed=warmed)
+        self._budget.earned(shape.k)
+
+        # A spare shard takes its part of this node's link. Where answers come evenly, it is asked for when one is late.
+        all_at_once = urgent and not health.steady(peer for peer in order[: shape.k] if peer != own)
+        asks = plan.start(all_at_once, trio.current_time())
+        note, overdue = partial(self._note, attempt), partial(self._overdue, plan, urgent)
+        await carry_out(plan, asks, partial(self._ask, attempt), note=note, overdue=overdue)
+        if plan.done:
+            for peer in plan.beaten:
+                health.beaten(peer, trio.current_time())
+        return attempt
+
+    def _overdue(self, plan: ShardPlan, urgent: bool) -> list[Ask]:
+        """Requests in place of those that are given up, and spare ones for those that are late."""
+        health, now = self._site.health, trio.current_time()
+        late, asks = self._questions.note_overdue(plan)
+        for peer in plan.given_up:
+            health.beaten(peer, now)
+        for peer in plan.waited_for:
+            if health.unfit(peer, now) and plan.has_spare:
+                asks += plan.give_up(peer, now)
+        for _ in late:
+            if plan.has_spare and (urgent or self._budget.spend()):
+                asks += plan.spare(now)
+        return asks
+
+    async def _ask(self, attempt: _Attempt, ask: Ask) -> Kept | None:
+        address, plan, shape, hops = attempt.address, attempt.plan, attempt.route.shape, attempt.route.reach
+        shard = Shard(shape.k, shape.m, ask.want)
+        try:
+            if ask.peer == self._site.own:
+                plan.heard(ask.peer, False, trio.current_time())  # as another keeper says while it asks the home
+                return await self._keeper.keep(address, shard, hops, exact=ask.exact)
+            question = self._questions.get_shard(address, shard, hops=hops, exact=ask.exact)
+            lane, ready = attempt.lane, attempt.warmed
+            answer = await self._questions.ask(ask.peer, question, lane, SILENCE_S, plan=plan, ready=ready)
+            return self._check(attempt, answer)
+        except PeerMisbehavedError as error:
+            self._site.view.quarantine(ask.peer, str(error))
+        except ShoalError as error:
+            log.debug("shard of %s from %s: %s", address.block, ask.peer, error)
+            attempt.failure = error
+        return None
+
+    def _check(self, attempt: _Attempt, answer: Answer) -> Kept:
+        """Raises PeerMisbehavedError unless the answer can be a shard of the block in the code that was asked for."""
+        message, body, shape = answer.message, answer.body, attempt.route.shape
+        if not isinstance(message, ShardFound) or body is None or (message.k, message.m) != (shape.k, shape.m):
+            raise PeerMisbehavedError("a shard of another code than was asked for")
+        if message.index >= shape.width or len(body) != shard_length(attempt.address.length, shape.k):
+            raise PeerMisbehavedError(f"a shard {message.index} of {len(body)} bytes")
+        self._site.trust.check(message.record, attempt.address.ref, attempt.address.index)
+        return Shard(shape.k, shape.m, message.index), body, message.record
+
+    def _note(self, attempt: _Attempt, ask: Ask, answer: Kept | None) -> list[Ask]:
+        peer, now = ask.peer, trio.current_time()
+        if answer is None:
+            return attempt.plan.failed(peer, now)
+        shard, body, record = answer
+        if attempt.record is None:
+            attempt.record = record
+        elif attempt.record.sha256 != record.sha256:
+            log.warning("two records of %s disagree", attempt.address.block)
+            if contradict(attempt.record, record):
+                self._suspect(attempt, attempt.record, record)
+            return attempt.plan.failed(peer, now)
+        attempt.warmed()
+        attempt.shards.setdefault(shard.index, (peer, body))
+        return attempt.plan.got(peer, shard.index, now)
+
+    # Checks
+
+    async def _assemble(self, attempt: _Attempt) -> Held | None:
+        record, shape = attempt.record, attempt.route.shape
+        if record is None or not attempt.plan.done:
+            return None
+        held = self._decode(attempt, record, tuple(attempt.shards))
+        if held is not None:
+            return held
+        log.warning("shards of %s do not make the block: looking for the wrong one", attempt.address.block)
+        for ask in attempt.plan.spare(trio.current_time()):
+            if (answer := await self._ask(attempt, ask)) is not None:
+                attempt.shards.setdefault(answer[0].index, (ask.peer, answer[1]))
+        for chosen in islice(combinations(attempt.shards, shape.k), MAX_UNTANGLED):
+            if (held := self._decode(attempt, record, chosen)) is not None:
+                await self._blame(attempt, Obtained(held, Source.PEER))
+                return held
+        return None
+
+    def _decode(self, attempt: _Attempt, record: Record, chosen: tuple[int, ...]) -> Held | None:
+        shape, shards = attempt.route.shape, {index: attempt.shards[index][1] for index in chosen}
+        data = decode_block(shards, shape.k, shape.m, attempt.address.length)
+        return Held(data, record) if record.matches(data) else None
+
+    async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
+        """Quarantine the maker of wrong shards where it is known (node/blocks/faults.py), and drop this node's own."""
+        site, shape, claim, right = self._site, attempt.route.shape, attempt.record, truth.held
+        if claim is not None and claim.sha256 != right.record.sha256:
+            # Two records: the registry's own bytes decide (node/evidence/judge.py), not those of a mirror or a member.
+            self._suspect(attempt, claim, right.record if contradict(claim, right.record) else None)
+            return
+        for index, (peer, body) in attempt.shards.items():
+            if memoryview(body) == memoryview(encode_shard(right.data, shape.k, shape.m, index)):
+                continue
+            if peer == site.own:
+                await site.tiers.discard(Piece(attempt.address.block, Shard(shape.k, shape.m, index)))
+            liar = self._faults.wrong(attempt.route.makers(peer, index) | self._former_makers(attempt, peer, index))
+            if liar is not None:
+                site.view.quarantine(liar, f"wrong shards of {attempt.address.ref.digest} #{attempt.address.index}")
+
+    def _suspect(self, attempt: _Attempt, record: Record, other: Record | None) -> None:
+        self._site.trust.suspect(Suspicion(record, str(attempt.address.locator), other=other))
+
+    def _former_makers(self, attempt: _Attempt, peer: PeerId, index: int) -> frozenset[PeerId]:
+        """Members that could make the shard before some were gone or quarantined: a keeper may hold it since then."""
+        address, site = attempt.address, self._site
+        former = site.placement().of(site.view.known).route(site.own, address.block, address.length)
+        homes = takewhile(lambda peer: peer != attempt.route.home, former.cells[-1])
+        return frozenset(homes) | former.makers(peer, index)

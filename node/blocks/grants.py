@@ -1,0 +1,39 @@
+"""The grants of this node's clients: the objects that they read now, which a registry does not give to everybody.
+
+A grant (node/mirror/access.py) stays on the node whose client showed it. For other members that node is the block's
+`reader` (docs/decisions/0006-private-images.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from node.blocks.values import BlockAddress
+from node.oci.references import Locator
+from protocol.ids import Digest
+
+
+class Grants:
+    def __init__(self) -> None:
+        self._locators: dict[Digest, list[Locator]] = {}
+
+    @contextmanager
+    def granted(self, locator: Locator, digest: Digest) -> Iterator[None]:
+        """For the time of the context, a client of this node reads the object with the locator's grant."""
+        locators = self._locators.setdefault(digest, [])
+        locators.append(locator)
+        try:
+            yield
+        finally:
+            locators.remove(locator)
+            if not locators and self._locators.get(digest) is locators:
+                del self._locators[digest]
+
+    def as_own_client(self, address: BlockAddress) -> BlockAddress:
+        """With the grant of a client that reads the same object on this node, and so will need this block too."""
+        for locator in reversed(self._locators.get(address.ref.digest, [])):
+            if replace(locator, grant=None) == address.locator:
+                return replace(address, locator=locator, reader="")
+        return address

@@ -1,0 +1,194 @@
+"""Obtains a block from the members that hold it or its shards, and answers members that ask what this node holds.
+
+Candidates are the members that the object's directories name, and the block's keepers. Each says in a bitmap what it
+holds. Any k shards of one code make the block, whatever view they date from. If all this fails, the member whose client
+has a grant reads the block from the upstream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+import trio
+from cachetools import TTLCache
+
+from cache.store import Held, Holdings
+from node.blocks.questions import Questions
+from node.blocks.values import SILENCE_S, SMALL_SILENCE_S, BlockAddress, Obtained, Site
+from node.exchange.contract import Answer, Lane
+from node.telemetry.sources import Source
+from protocol import messages
+from protocol.directory import Directory
+from protocol.erasure import decode_block
+from protocol.errors import PeerMisbehavedError, ShoalError
+from protocol.ids import Buffer, Digest, PeerId, Shard
+from protocol.records import Record
+from protocol.wire import MAX_BITMAPS
+
+log = logging.getLogger(__name__)
+
+UNSETTLED_S = 30.0
+"""For this long after a change of the view a new home asks the other keepers first: those of the earlier view may hold
+what it lacks."""
+HOLDINGS_TTL_S = 2.0
+MAX_REMEMBERED = 4096
+MAX_CANDIDATES = 8
+
+Reply = TypeVar("Reply", messages.Holders, messages.HoldingsFound)
+
+
+class Holders:
+    def __init__(self, site: Site, questions: Questions, directory: Directory) -> None:
+        self._site, self._questions, self._directory = site, questions, directory
+        ttl = MAX_REMEMBERED, HOLDINGS_TTL_S, trio.current_time
+        self._holdings: TTLCache[tuple[PeerId, Digest], Holdings] = TTLCache(*ttl)
+        self._named: TTLCache[Digest, tuple[PeerId, ...]] = TTLCache(*ttl)
+
+    async def handle(
+        self, peer: PeerId, request: messages.GetHoldings | messages.FindHolders | messages.Announce
+    ) -> Answer:
+        """Answers a member, as a holder and as a directory."""
+        match request:
+            case messages.GetHoldings():
+                return Answer(_pack(self._site.tiers.holdings(Digest.parse(request.digest))))
+            case messages.FindHolders():
+                holders = self._directory.holders(Digest.parse(request.digest), trio.current_time())
+                return Answer(messages.Holders(holders))
+            case messages.Announce():
+                for digest in request.digests:
+                    self._directory.announce(Digest.parse(digest), peer, trio.current_time())
+                return Answer(messages.Done())
+
+    async def find(self, address: BlockAddress) -> Obtained | None:
+        """The block from a member that holds it, else from k that hold a shard of it, else from its reader."""
+        ref, index, questions = address.ref, address.index, self._questions
+        if candidates := await self._candidates(address):
+            async with trio.open_nursery() as nursery:
+                for peer in candidates:
+                    nursery.start_soon(self._learn_holdings, peer, ref.digest)
+            holdings = {peer: self._holdings.get((peer, ref.digest), Holdings()) for peer in candidates}
+            whole, check = messages.GetBlock(str(ref.digest), index, ref.size), partial(questions.check_block, address)
+            for peer, held in holdings.items():
+                if held.blocks >> index & 1 and (obtained := await self._block_from(peer, whole, Lane.BULK, check)):
+                    return obtained
+            if (obtained := await self._decoded_from(holdings, address)) is not None:
+                return obtained
+        if not address.reader:
+            return None
+        # The reader gives the block as the only shard of the code 1+0, and reads it from the upstream for that.
+        shard, peer = Shard(1, 0, 0), PeerId(address.reader)
+        question = questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
+        return await self._block_from(peer, question, Lane.URGENT, partial(questions.check_shard, address, shard))
+
+    async def _candidates(self, address: BlockAddress) -> list[PeerId]:
+        site = self._site
+        if len(site.view.site) < 2:
+            return []
+        now = trio.current_time()
+        _, keepers = site.placement().keepers(address.block, address.length)
+        candidates = list(await self._named_by_directory(address.ref.digest))
+        if candidates or keepers[0] != site.own or now - site.view.changed_at < UNSETTLED_S:
+            candidates += keepers
+        alive = {member.peer_id for member in site.view.site} - {site.own}
+        usable = (peer for peer in dict.fromkeys(candidates) if peer in alive and not site.health.avoided(peer, now))
+        return list(islice(usable, MAX_CANDIDATES))
+
+    async def _named_by_directory(self, digest: Digest) -> tuple[PeerId, ...]:
+        """The holders that the first directory with an answer names."""
+        named = self._named.get(digest)
+        if named is not None:
+            return named
+        named = ()
+        for peer in self._site.placement().directory(digest):
+            if self._site.health.avoided(peer, trio.current_time()):
+                continue
+            if peer == self._site.own:
+                named = self._directory.holders(digest, trio.current_time())
+            elif reply := await self._ask(peer, messages.FindHolders(str(digest)), messages.Holders):
+                named = reply.peers
+            if named:
+                break
+        self._named[digest] = named
+        return named
+
+    async def _learn_holdings(self, peer: PeerId, digest: Digest) -> None:
+        if (peer, digest) not in self._holdings:
+            reply = await self._ask(peer, messages.GetHoldings(str(digest)), messages.HoldingsFound)
+            self._holdings[peer, digest] = _unpack(reply) if reply else Holdings()
+
+    async def _ask(self, peer: PeerId, question: messages.Request, kind: type[Reply]) -> Reply | None:
+        try:
+            answer = await self._questions.ask(peer, question, Lane.CONTROL, SMALL_SILENCE_S)
+        except ShoalError as error:
+            log.debug("%s to %s: %s", type(question).__name__, peer, error)
+            return None
+        return answer.message if isinstance(answer.message, kind) else None
+
+    async def _block_from(
+        self, peer: PeerId, question: messages.Request, lane: Lane, check: Callable[[Answer], tuple[Buffer, Record]]
+    ) -> Obtained | None:
+        try:
+            answer = await self._questions.ask(peer, question, lane, SILENCE_S)
+            return Obtained(Held(*check(answer)), Source.PEER, (peer,))
+        except PeerMisbehavedError as error:
+            self._site.view.quarantine(peer, str(error))
+        except ShoalError as error:
+            log.debug("block from %s: %s", peer, error)
+        return None
+
+    async def _decoded_from(self, holdings: Mapping[PeerId, Holdings], address: BlockAddress) -> Obtained | None:
+        by_code: dict[tuple[int, int], dict[int, PeerId]] = {}
+        for peer, held in holdings.items():
+            for shard, bits in held.shards.items():
+                if bits >> address.index & 1:
+                    by_code.setdefault((shard.k, shard.m), {}).setdefault(shard.index, peer)
+        for (k, m), owners in by_code.items():
+            if len(owners) >= k:
+                chosen = {Shard(k, m, index): peer for index, peer in islice(owners.items(), k)}
+                block = await self._gather(chosen, address)
+                if block is not None:
+                    return Obtained(block, Source.PEER, tuple(chosen.values()))
+        return None
+
+    async def _gather(self, owners: Mapping[Shard, PeerId], address: BlockAddress) -> Held | None:
+        """The block from k shards of one code, one from each owner."""
+        shards: dict[int, Buffer] = {}
+        records: list[Record] = []
+
+        async def take(shard: Shard, peer: PeerId) -> None:
+            question = self._questions.get_shard(address, shard, hops=0)
+            try:
+                answer = await self._questions.ask(peer, question, Lane.BULK, SILENCE_S)
+                if isinstance(answer.message, messages.ShardFound) and answer.message.index == shard.index:
+                    shards[shard.index], record = self._questions.check_shard(address, shard, answer)
+                    records.append(record)
+            except ShoalError as error:
+                log.debug("shard from %s: %s", peer, error)
+
+        async with trio.open_nursery() as nursery:
+            for shard, peer in owners.items():
+                nursery.start_soon(take, shard, peer)
+        if len(shards) < len(owners):
+            return None
+        code = next(iter(owners))
+        data = decode_block(shards, code.k, code.m, address.length)
+        return Held(data, records[0]) if records[0].matches(data) else None
+
+
+def _pack(holdings: Holdings) -> messages.HoldingsFound:
+    def bits(value: int) -> bytes:
+        return value.to_bytes((value.bit_length() + 7) // 8, "little")
+
+    shards = islice(holdings.shards.items(), MAX_BITMAPS)
+    rows = tuple((shard.k, shard.m, shard.index, bits(value)) for shard, value in shards)
+    return messages.HoldingsFound(bits(holdings.blocks), rows)
+
+
+def _unpack(reply: messages.HoldingsFound) -> Holdings:
+    shards = {Shard(k, m, index): int.from_bytes(bits, "little") for k, m, index, bits in reply.shards}
+    return Holdings(int.from_bytes(reply.blocks, "little"), shards)

@@ -1,0 +1,111 @@
+"""Questions to one member. Its health is updated by how it answers each.
+
+Every GetShard is made here, and so are the checks of shards and blocks that this node passes on to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from node.blocks.values import BlockAddress, Site, is_copy
+from node.exchange.contract import Answer, Lane
+from protocol import errors
+from protocol.fetch_plan import Ask, ShardPlan
+from protocol.ids import Buffer, PeerId, Shard, shard_length
+from protocol.messages import BlockFound, Failed, GetShard, Request, ShardFound
+from protocol.records import Record
+
+_ERRORS: dict[str, type[errors.ShoalError]] = {"not-found": errors.NotFoundError, "denied": errors.DeniedError}
+
+
+class Questions:
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    async def ask(
+        self,
+        peer: PeerId,
+        question: Request,
+        lane: Lane,
+        silence_s: float,
+        *,
+        plan: ShardPlan | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> Answer:
+        """Raises NotFoundError, DeniedError or UnavailableError where the answer is `Failed`, else as Exchange.request.
+
+        `plan` follows the peer's progress and measures its time. `ready` is called when the answer is on its way.
+        """
+
+        def heard(is_ready: bool) -> None:
+            if plan is not None:
+                plan.heard(peer, is_ready, trio.current_time())
+            if is_ready:
+                ready()
+
+        site, settled = self._site, False
+        site.health.asked(peer)
+        try:
+            answer = await site.exchange.request(peer, question, lane=lane, silence_s=silence_s, heard=heard)
+            settled, now = True, trio.current_time()
+            site.health.answered(peer, plan.took_s(peer, now) if plan is not None else None, now)
+        except errors.PeerUnavailableError:
+            settled = True
+            site.health.failed(peer, trio.current_time())
+            site.view.report_failure(peer)
+            raise
+        finally:
+            if not settled:
+                site.health.dropped(peer)
+        if isinstance(answer.message, Failed):
+            raise _ERRORS.get(answer.message.code, errors.UnavailableError)(answer.message.text)
+        return answer
+
+    def get_shard(self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True) -> GetShard:
+        """Asks for a shard, or without `exact` for any shard of its code. The peer may go `hops` further for it."""
+        reader = self._site.own if address.locator.grant else address.reader
+        return GetShard(
+            digest=str(address.ref.digest),
+            index=address.index,
+            size=address.ref.size,
+            k=shard.k,
+            m=shard.m,
+            want=shard.index,
+            reach=hops,
+            source=str(address.locator),
+            exact=exact,
+            reader=reader if hops else "",  # a peer that gives only what it holds need not know for whom
+            background=address.background and hops > 0,
+        )
+
+    def check_shard(self, address: BlockAddress, shard: Shard, answer: Answer) -> tuple[Buffer, Record]:
+        """The answer's bytes. Raises PeerMisbehavedError where they cannot be this shard, and as Trust.check."""
+        message, body = answer.message, answer.body
+        if not isinstance(message, ShardFound) or body is None or (message.k, message.m) != (shard.k, shard.m):
+            raise errors.PeerMisbehavedError(f"an answer that is no shard {shard.k}+{shard.m}")
+        self._site.trust.check(message.record, address.ref, address.index)
+        if len(body) != shard_length(address.length, shard.k):
+            raise errors.PeerMisbehavedError(f"a shard of {len(body)} bytes")
+        if is_copy(shard) and not message.record.matches(body):
+            raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
+        return body, message.record
+
+    def check_block(self, address: BlockAddress, answer: Answer) -> tuple[Buffer, Record]:
+        """As `check_shard`, for the whole block. Raises UnavailableError where the answer has none."""
+        message, body = answer.message, answer.body
+        if not isinstance(message, BlockFound) or body is None:
+            raise errors.UnavailableError("an answer without a block")
+        self._site.trust.check(message.record, address.ref, address.index)
+        if not message.record.matches(body):
+            raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
+        return body, message.record
+
+    def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
+        """The peers that became late by the plan, and the requests that replace those given up. Updates the health."""
+        now = trio.current_time()
+        late, asks = plan.overdue(now)
+        for peer in late:
+            self._site.health.overdue(peer, plan.took_s(peer, now) or 0.0, now)
+        return late, asks

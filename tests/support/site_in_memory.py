@@ -1,0 +1,248 @@
+"""Nodes of one site in virtual time: the parts of node/blocks over an exchange in memory, and a registry that counts.
+
+A test may change a node's `registry.target`, its `handler` and `spoil`, and its `view`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import replace
+from hashlib import sha256
+from random import Random
+from typing import Any, TypeVar
+
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cache.memory import MemoryStore
+from cache.tiered import Tiers
+from node import assembly
+from node.blocks.values import BlockAddress, Obtained
+from node.content.library import SiteLibrary
+from node.content.resolver import Resolver
+from node.content.verification import ObjectVerifier
+from node.exchange.contract import Answer, Handler
+from node.exchange.dispatcher import Dispatcher
+from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.identity.identity import Identity
+from node.oci.references import Grant, Locator
+from node.registry import batching
+from protocol.errors import DeniedError, UnavailableError
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
+from protocol.members import Member
+from protocol.messages import Request
+from tests.support.disk_like import DiskLike
+from tests.support.site_library import site_library
+
+LOCATOR = Locator("origin.test", "app", "blobs")
+BODY = Random(7).randbytes(3 * BLOCK_SIZE + 100_000)
+REF = ObjectRef(Digest("sha256", sha256(BODY).hexdigest()), len(BODY))
+
+
+class Registry:
+    """Gives BODY block by block, and counts the reads of each block."""
+
+    def __init__(self, block_s: float = 0.05) -> None:
+        self.asked: Counter[int] = Counter()
+        self.down = False
+        self.private = False
+        self.block_s = block_s
+        self.background = block_s
+        """Seconds that a background read of a block takes; 0: it is refused."""
+
+    def connections(self, upstream: str) -> int:
+        return 4
+
+    async def blocks(
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, background: bool = False, **_: bool
+    ) -> AsyncGenerator[bytearray, None]:
+        for index in range(first, first + count):
+            if self.down:
+                raise UnavailableError("the registry is down")
+            if self.private and locator.grant is None:
+                raise DeniedError("not for everybody")
+            if background and not self.background:
+                raise UnavailableError("not at this hour")
+            self.asked[index] += 1
+            await trio.sleep(self.background if background else self.block_s)
+            yield bytearray(BODY[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+
+
+class WithMirror(Registry):
+    """A registry whose mirror, which nodes read first, gives other bytes than the registry itself."""
+
+    async def blocks(self, *run: Any, certain: bool = False, **_: bool) -> AsyncGenerator[bytearray, None]:
+        async with aclosing(super().blocks(*run)) as blocks:
+            async for block in blocks:
+                yield block if certain else bytearray(len(block))
+
+
+class SwitchedRegistry:
+    """The registry of one node. `target` is the one that answers."""
+
+    def __init__(self, target: batching.BlockRanges) -> None:
+        self.target = target
+
+    def connections(self, upstream: str) -> int:
+        return self.target.connections(upstream)
+
+    def blocks(self, *run: Any, **options: bool) -> AsyncGenerator[bytearray, None]:
+        return self.target.blocks(*run, **options)
+
+
+class FixedView:
+    """A view that the test sets."""
+
+    def __init__(self, members: list[Member]) -> None:
+        self.site = self.known = tuple(sorted(members, key=lambda member: member.peer_id))
+        self._members = {member.peer_id: member for member in members}
+        self.version = 0
+        self.changed_at = -1000.0
+        self.failures: list[PeerId] = []
+        self.quarantined: dict[PeerId, str] = {}
+
+    def see(self, members: Iterable[Member]) -> None:
+        """Another view of the site from now on. `changed_at` stays, so that it counts as settled."""
+        self.site = tuple(members)
+        self.version += 1
+
+    def forget(self, peer: PeerId) -> None:
+        del self._members[peer]
+
+    def find(self, peer: PeerId) -> Member | None:
+        return self._members.get(peer)
+
+    def report_failure(self, peer: PeerId) -> None:
+        self.failures.append(peer)
+
+    def quarantine(self, peer: PeerId, reason: str) -> None:
+        self.quarantined[peer] = reason
+
+    def is_quarantined(self, peer: PeerId) -> bool:
+        return peer in self.quarantined
+
+
+class Node:
+    """`handler` answers other members. `spoil` alters what its parts answer."""
+
+    def __init__(
+        self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Any, *, nursery: trio.Nursery
+    ) -> None:
+        self.identity, self.own = identity, identity.peer_id
+        self.view, self.registry = FixedView(members), SwitchedRegistry(registry)
+        self.disk = DiskLike(1 << 26, trio.current_time)
+        self.tiers = Tiers(MemoryStore(1 << 26, trio.current_time), self.disk, containerd=None)
+        self.handler: Handler = self.handle
+        self.exchange = MemoryExchange(
+            network, self.own, refused=self.view.is_quarantined, handler=lambda *request: self.handler(*request)
+        )
+        self.blocks = assembly.blocks(
+            identity, self.view, self.exchange, self.tiers, upstream=self.registry, nursery=nursery
+        )
+        self.dispatcher = Dispatcher()
+        self.blocks.route(self.dispatcher)
+        self.site, self.fetcher = self.blocks.site, self.blocks.fetcher
+        self.spoil: Callable[[Answer], Answer] | None = None
+
+    async def handle(self, peer: PeerId, request: Request) -> Answer:
+        answer = await self.dispatcher(peer, request)
+        return self.spoil(answer) if self.spoil else answer
+
+    @property
+    def library(self) -> SiteLibrary:
+        """A library that only reads objects: it has no names."""
+        return self.library_with(None)
+
+    def library_with(self, resolver: Resolver | None) -> SiteLibrary:
+        return self.library_and_verifier(resolver)[0]
+
+    def library_and_verifier(self, resolver: Resolver | None = None) -> tuple[SiteLibrary, ObjectVerifier]:
+        blocks = self.blocks
+        return site_library(self.site, blocks.home, blocks.grants, fetcher=blocks.fetcher, resolver=resolver)
+
+    async def read(
+        self, index: int, *, urgent: bool = False, locator: Locator = LOCATOR, background: bool = False
+    ) -> Obtained:
+        ticket = self.fetcher.begin(BlockAddress(locator, REF, index, background=background), urgent)
+        try:
+            return await ticket.wait()
+        finally:
+            ticket.release()
+
+    async def read_all(self, locator: Locator = LOCATOR) -> list[Obtained]:
+        blocks = [await self.read(index, locator=locator) for index in range(REF.block_count)]
+        assert b"".join(bytes(block.held.data) for block in blocks) == BODY
+        return blocks
+
+    async def read_granted(self) -> list[Obtained]:
+        """Read all blocks for a client of this node that has a grant of the registry."""
+        locator = replace(LOCATOR, grant=Grant(f"Bearer of a client of {self.own}"))
+        with self.blocks.grants.granted(locator, REF.digest):
+            return await self.read_all(locator)
+
+    async def forget(self, index: int) -> None:
+        await self.tiers.discard(Piece(REF.block(index)))
+
+
+AnyNode = TypeVar("AnyNode", bound=Node)
+Scenario = Callable[[list[AnyNode], Any, MemoryNetwork], Awaitable[None]]
+
+
+def site_of(count: int) -> tuple[list[Identity], list[Member]]:
+    keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
+    identities = [Identity.of(key) for key in keys]
+    return identities, [
+        Member(identity.peer_id, f"n{number}", "site", ("192.0.2.1:1",)) for number, identity in enumerate(identities)
+    ]
+
+
+def play(
+    count: int, scenario: Scenario, *, make: Callable[..., Node] = Node, registry: Any = None, limit_s: float = 60.0
+) -> None:
+    """Run a scenario on `count` nodes. It may break their registry and their network."""
+
+    async def main() -> None:
+        identities, members = site_of(count)
+        network, source = MemoryNetwork(0.001), registry or Registry()
+        async with trio.open_nursery() as nursery:
+            nodes = [make(identity, members, network, source, nursery=nursery) for identity in identities]
+            for node in nodes:
+                await nursery.start(node.exchange.run)
+            with trio.fail_after(limit_s):
+                await scenario(nodes, source, network)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def all_read(nodes: list[Node]) -> None:
+    async with trio.open_nursery() as nursery:
+        for node in nodes:
+            nursery.start_soon(node.read_all)
+
+
+async def read_whole(library: SiteLibrary) -> bytes:
+    async with aclosing(library.read(LOCATOR, REF, 0, REF.size)) as chunks:
+        return b"".join([bytes(chunk) async for chunk in chunks])
+
+
+def home_of(nodes: list[AnyNode], index: int) -> AnyNode:
+    _, keepers = nodes[0].site.placement().keepers(REF.block(index), REF.block_length(index))
+    return next(node for node in nodes if node.own == keepers[0])
+
+
+def not_keeping(nodes: list[AnyNode], index: int) -> AnyNode:
+    _, keepers = nodes[0].site.placement().keepers(REF.block(index), BLOCK_SIZE)
+    return next(node for node in nodes if node.own not in keepers)
+
+
+def flipped(answer: Answer) -> Answer:
+    """The answer with one wrong bit in its last byte."""
+    if answer.body is None:
+        return answer
+    wrong = bytearray(answer.body)
+    wrong[-1] ^= 128
+    return Answer(answer.message, wrong)
