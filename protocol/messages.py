@@ -22,7 +22,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False)
 class GetShard(_Message, frozen=True, tag=1):
     """Shard `want` of the code (k, m) of a block; another shard of that code will do unless `exact`.
 
-    `reach` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the block's
+    `hops` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the block's
     home, 3 and more also keepers nearer to the home. `source` is an opaque hint for the upstream.
     `reader` is a peer id where the upstream restricts access: that member reads the block for members that lack it. It
     is "" where access is public. A `background` request has no waiting client and yields on the uplink.
@@ -34,7 +34,7 @@ class GetShard(_Message, frozen=True, tag=1):
     k: int
     m: int
     want: int
-    reach: int
+    hops: int
     source: str
     exact: bool = False
     reader: str = ""
@@ -66,11 +66,11 @@ class Announce(_Message, frozen=True, tag=5):
 
 
 class Resolve(_Message, frozen=True, tag=6):
-    """The descriptor of a reference. `reach` 1: the receiver may ask the upstream; 0: it answers from memory."""
+    """The descriptor of a reference. `hops` 1: the receiver may ask the upstream; 0: it answers from memory."""
 
     source: str
     reference: str
-    reach: int
+    hops: int
 
 
 class Ping(_Message, frozen=True, tag=7):

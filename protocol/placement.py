@@ -29,8 +29,8 @@ from protocol.ids import BlockId, Digest, PeerId
 from protocol.members import Member
 
 DIRECTORY_MEMBERS = 3
-HOME_REACH = 2
-"""`reach` of a request that may use the block's home and no other cell: see GetShard."""
+HOME_HOPS = 2
+"""`hops` of a request that may use the block's home and no other cell: see GetShard."""
 SMALL_BLOCK = 64 * 1024
 """Blocks up to this size are copied to two keepers: coding them would cost requests and save nothing."""
 _REMEMBERED_BLOCKS = 4096
@@ -84,18 +84,18 @@ class Route:
         """Cells between the member's own and the home."""
         return len(self.cells) - 1
 
-    def sources(self, index: int, reach: int) -> dict[PeerId, int]:
-        """The members that a keeper asks in turn for shard `index`, each with its `reach`, below the keeper's own. It
+    def sources(self, index: int, hops: int) -> dict[PeerId, int]:
+        """The members that a keeper asks in turn for shard `index`, each with its `hops`, below the keeper's own. It
         shrinks at each step, so that waits never form a circle, not even where views differ."""
-        if self.depth == 0 or reach <= HOME_REACH:
-            return dict.fromkeys(self.cells[-1], HOME_REACH - 1)
-        further = min(reach, self.reach) - 1
-        return {**dict.fromkeys(_pair(self.cells[1], index), further), self.home: HOME_REACH - 1}
+        if self.depth == 0 or hops <= HOME_HOPS:
+            return dict.fromkeys(self.cells[-1], HOME_HOPS - 1)
+        further = min(hops, self.hops) - 1
+        return {**dict.fromkeys(_pair(self.cells[1], index), further), self.home: HOME_HOPS - 1}
 
     @property
-    def reach(self) -> int:
-        """The `reach` that a keeper of the member's own cell needs for a block that no member has."""
-        return HOME_REACH + self.depth
+    def hops(self) -> int:
+        """The `hops` that a keeper of the member's own cell needs for a block that no member has."""
+        return HOME_HOPS + self.depth
 
     def makers(self, sender: PeerId, index: int) -> frozenset[PeerId]:
         """The members that may have corrupted a shard that `sender` sent: itself, its sources, and the home."""

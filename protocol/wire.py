@@ -35,7 +35,7 @@ blocks and 14 shards of each, fit too."""
 MAX_HELLO = 64
 MAX_K = 32
 MAX_M = 8
-MAX_REACH = 16
+MAX_HOPS = 16
 """Hops from a keeper to the home: more cells in a row than the largest site has."""
 MAX_ANNOUNCED = 1024
 """Digests in one Announce: a node with more of them sends several."""
@@ -301,7 +301,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 def _get_shard(message: msg.GetShard) -> None:
     _block(message)
     _code(message.k, message.m, message.want)
-    _need(0 <= message.reach <= MAX_REACH, "reach")
+    _need(0 <= message.hops <= MAX_HOPS, "hops")
 
 
 def _piggyback(message: msg.Ping | msg.PingRequest | msg.Pong) -> None:
@@ -313,7 +313,7 @@ _MORE: dict[type[Any], Callable[[Any], object]] = {
     msg.GetBlock: _block,
     msg.GetHoldings: lambda message: Digest.parse(message.digest),
     msg.FindHolders: lambda message: Digest.parse(message.digest),
-    msg.Resolve: lambda message: _need(0 <= message.reach <= 1, "reach"),
+    msg.Resolve: lambda message: _need(0 <= message.hops <= 1, "hops"),
     msg.Ping: _piggyback,
     msg.PingRequest: _piggyback,
     msg.Pong: _piggyback,

@@ -55,7 +55,7 @@ class Reader:
 
     async def shard(self, peer: PeerId, want: int, address: BlockAddress) -> tuple[int, Buffer, Record]:
         """One shard of the code 4+1 from one peer. Raises ShoalError."""
-        hops = self.route(address).reach if self.far else 0
+        hops = self.route(address).hops if self.far else 0
         question = self.blocks.questions.get_shard(address, Shard(4, 1, want), hops=hops)
         answer = await self.blocks.questions.ask(peer, question, self.lane, SILENCE_S)
         assert isinstance(answer.message, ShardFound)

@@ -119,7 +119,7 @@ class CodedReads:
         return asks
 
     async def _ask(self, attempt: _Attempt, ask: Ask) -> Kept | None:
-        address, plan, shape, hops = attempt.address, attempt.plan, attempt.route.shape, attempt.route.reach
+        address, plan, shape, hops = attempt.address, attempt.plan, attempt.route.shape, attempt.route.hops
         shard = Shard(shape.k, shape.m, ask.want)
         try:
             if ask.peer == self._site.own:

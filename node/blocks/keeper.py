@@ -56,16 +56,16 @@ class Keeper:
         shard = Shard(request.k, request.m, request.want)
         answer = await self._held_shard(ref, request.index, shard, exact=request.exact)
         if answer is None:
-            if request.reach == 0:
+            if request.hops == 0:
                 return _NOT_HELD
             locator = Locator.parse(request.source)
             reader = "" if request.reader == self._site.own else request.reader
             asked = BlockAddress(locator, ref, request.index, reader=reader, background=request.background)
             address = self._grants.as_own_client(asked)
-            if request.reach == 1:
+            if request.hops == 1:
                 answer = _cut((await self._home.block(address)).held, shard)
             else:
-                answer = await self.keep(address, shard, request.reach, exact=request.exact)
+                answer = await self.keep(address, shard, request.hops, exact=request.exact)
         shard, body, record = answer
         return Answer(ShardFound(shard.k, shard.m, shard.index, record), body)
 

@@ -73,7 +73,7 @@ class Questions:
             k=shard.k,
             m=shard.m,
             want=shard.index,
-            reach=hops,
+            hops=hops,
             source=str(address.locator),
             exact=exact,
             reader=reader if hops else "",  # a peer that gives only what it holds need not know for whom

@@ -80,7 +80,7 @@ class Resolver:
         """Answer a member."""
         locator, reference = Locator.parse(request.source), request.reference
         resolved = self.known.fresh(locator, reference)
-        if resolved is None and request.reach == 0:
+        if resolved is None and request.hops == 0:
             resolved = self.known.usable(locator, reference)
             if resolved is None:
                 return Answer(messages.Failed("not-held", "not known here"))

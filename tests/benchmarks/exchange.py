@@ -48,7 +48,7 @@ REF = ObjectRef(Digest("sha256", "ab" * 32), BLOCK_SIZE)
 BLOCK = os.urandom(BLOCK_SIZE)
 RECORD = make_record(REF, 0, sha256(BLOCK).digest(), PeerId("12D3KooWSigner"), sign=lambda payload: bytes(64))
 GET_BLOCK = GetBlock(str(REF.digest), 0, BLOCK_SIZE)
-GET_SHARD = GetShard(str(REF.digest), 0, BLOCK_SIZE, k=K, m=1, want=0, reach=0, source="docker.io/library/alpine#blobs")
+GET_SHARD = GetShard(str(REF.digest), 0, BLOCK_SIZE, k=K, m=1, want=0, hops=0, source="docker.io/library/alpine#blobs")
 SLOTS = 256
 RAW, TLS, PLAIN = "raw", "TLS", "plain"
 WARM_S = 0.1

@@ -247,7 +247,7 @@ def test_shards_arrive(play: Play) -> None:
 
     async def scenario(site: Site) -> None:
         asker, peer = await site.add(answer_all), await site.add(shard)
-        request = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=2, reach=2, source="r.example/a#blobs")
+        request = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=2, hops=2, source="r.example/a#blobs")
         answer = await ask(site, asker, peer, request, lane=Lane.URGENT)
         assert answer == Answer(ShardFound(4, 1, 3, record_of(0)), b"s" * (BLOCK_SIZE // 4))
 
@@ -442,7 +442,7 @@ def test_a_bug_in_a_handler_is_logged_and_ends_nothing(play: Play, caplog: pytes
 
     async def scenario(site: Site) -> None:
         asker, peer = await site.add(answer_all), await site.add(broken)
-        shard = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=0, reach=0, source="")
+        shard = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=0, hops=0, source="")
         for request in (get_block(0), GetHoldings(str(REF.digest)), shard):
             assert await ask(site, asker, peer, request) == Answer(Failed("unavailable", "internal error"))
         assert await ask(site, asker, peer, PING) == Answer(PONG)
@@ -463,7 +463,7 @@ def test_an_answer_to_another_question_is_misbehaviour(play: Play) -> None:
 
     async def scenario(site: Site) -> None:
         asker, peer, good = await site.add(answer_all), await site.add(confused), await site.add(answer_all)
-        exact = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=0, reach=0, source="", exact=True)
+        exact = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=0, hops=0, source="", exact=True)
         for request in (get_block(0), exact, GetHoldings(str(REF.digest)), PING):
             with pytest.raises(PeerMisbehavedError):
                 await ask(site, asker, peer, request)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, PeerId
 from protocol.members import Member
-from protocol.placement import HOME_REACH, SMALL_BLOCK, Placement, Route, geometry
+from protocol.placement import HOME_HOPS, SMALL_BLOCK, Placement, Route, geometry
 
 DIGEST = Digest("sha256", "ab" * 32)
 
@@ -99,19 +99,19 @@ def test_the_keepers_of_a_cell_serve_few_and_those_of_a_small_site_are_those_of_
     assert max(len(route) for route in cells) <= 6
 
 
-@given(SITES, st.integers(HOME_REACH, 16), st.integers(0, 4), st.data())
+@given(SITES, st.integers(HOME_HOPS, 16), st.integers(0, 4), st.data())
 def test_waits_form_no_circle_whatever_each_member_believes_of_the_others(
-    site: tuple[int, int], reach: int, index: int, data: st.DataObject
+    site: tuple[int, int], hops: int, index: int, data: st.DataObject
 ) -> None:
     """Each asks by a view of its own."""
     path = 0
-    while reach >= HOME_REACH:
+    while hops >= HOME_HOPS:
         view = data.draw(st.integers(1, 200))
         route = data.draw(st.sampled_from(list(routes(view, site[1]).values())))
-        sources = route.sources(index, reach)
-        assert all(HOME_REACH - 1 <= further < reach for further in sources.values())
-        assert sources[route.home] == HOME_REACH - 1
-        reach = data.draw(st.sampled_from(list(sources.values())))
+        sources = route.sources(index, hops)
+        assert all(HOME_HOPS - 1 <= further < hops for further in sources.values())
+        assert sources[route.home] == HOME_HOPS - 1
+        hops = data.draw(st.sampled_from(list(sources.values())))
         path += 1
     assert path <= 15
 
@@ -123,7 +123,7 @@ def test_a_wrong_shards_makers_are_all_who_had_it_in_hand(site: tuple[int, int],
         sender = route.keepers[index % len(route.keepers)]
         makers, hands = route.makers(sender, index), {sender}
         while route.depth and hands:
-            sources = route.sources(index, route.reach)
+            sources = route.sources(index, route.hops)
             assert set(sources) <= makers
             route = ways[next(iter(sources))]
 

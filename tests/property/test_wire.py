@@ -276,7 +276,7 @@ EVIDENCE = Evidence(RECORD, "", PEER, bytes(64))
 
 
 def get_shard(**changes: Any) -> GetShard:
-    good = GetShard(DIGEST, 0, 10, 4, m=1, want=0, reach=0, source="")
+    good = GetShard(DIGEST, 0, 10, 4, m=1, want=0, hops=0, source="")
     return msgspec.structs.replace(good, **changes)
 
 
@@ -297,7 +297,7 @@ def with_member(**changes: Any) -> Update:
         get_shard(m=-1),
         get_shard(want=5),
         get_shard(want=-1),
-        get_shard(reach=17),
+        get_shard(hops=17),
         get_shard(source="x" * 601),
         get_shard(index=1),
         GetBlock(DIGEST, -1, 10),

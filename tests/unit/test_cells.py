@@ -17,7 +17,7 @@ from node.telemetry.sources import Source
 from protocol.ids import BLOCK_SIZE, BlockId, PeerId
 from protocol.members import Member
 from protocol.messages import GetShard, Request
-from protocol.placement import HOME_REACH, Placement, Route
+from protocol.placement import HOME_HOPS, Placement, Route
 from tests.support.site_in_memory import REF, Node, Registry, all_read, flipped, play
 
 MANY = 60
@@ -173,7 +173,7 @@ def test_a_request_never_goes_further_than_the_one_before_it() -> None:
         def watched(node: Node) -> None:
             async def handle(peer: PeerId, request: Request) -> Answer:
                 if isinstance(request, GetShard):
-                    told.append(request.reach)
+                    told.append(request.hops)
                 return await node.handle(peer, request)
 
             node.handler = handle
@@ -183,6 +183,6 @@ def test_a_request_never_goes_further_than_the_one_before_it() -> None:
         reader = deep(nodes, 0)
         await reader.read(0)
         depth = route_of(reader, 0).depth
-        assert set(told) == set(range(HOME_REACH - 1, HOME_REACH + depth + 1))
+        assert set(told) == set(range(HOME_HOPS - 1, HOME_HOPS + depth + 1))
 
     play(MANY, scenario)
