@@ -1,6 +1,6 @@
 """The only place that constructs a node. Everything is built once, in stages, and passed as arguments.
 
-The stages, each a function that returns a frozen dataclass, in the order of need:
+The stages, each a function that returns a frozen dataclass of node/stages.py, in the order of need:
 
 1. `admitted`: the node's identity, its right to be a member, and its judge of other members' certificates;
 2. `storage`: the tiers of the cache, pins, and the tables that survive a restart;
@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -44,19 +44,19 @@ from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.content.resolver import Resolver
 from node.content.verification import ObjectVerifier
-from node.control.api import NodeControl, Parts, upstream_row
-from node.control.cluster_routes import cluster_routes, cluster_row
-from node.control.doctor import certificate_shown
+from node.control.api import NodeControl, upstream_row
+from node.control.cluster_routes import cluster_routes
 from node.control.image_routes import image_routes
-from node.control.reload import LiveParts, Reloader
+from node.control.reload import Reloader, prepared
 from node.control.routes import Route, control_routes
 from node.evidence.judge import Judge
+from node.evidence.judge_file import EvidenceFile
 from node.exchange.connection import Endpoint
 from node.exchange.contract import Exchange
 from node.exchange.dispatcher import Dispatcher
 from node.exchange.tls import TlsExchange
 from node.identity import registrar, revocations
-from node.identity.credentials import Enrollment, enroll
+from node.identity.credentials import enroll, save_joined
 from node.identity.identity import Identity, load_or_create
 from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import Revocations
@@ -68,39 +68,24 @@ from node.membership.addresses import bulk_addresses
 from node.membership.gossip import Gossiper
 from node.membership.libp2p import LibP2PIntroducer
 from node.membership.membership import Membership
+from node.membership.peers_file import PeersFile
+from node.membership.renewal import Renewal
 from node.membership.view import View
 from node.mirror.access import Access, PublicTable
 from node.mirror.mirror import Mirror
 from node.oci.references import Locator
 from node.registry import batching
 from node.registry.batching import BatchedReads
-from node.registry.uplink import Uplink
+from node.registry.uplink import Uplink, UplinkFile
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
 from node.runtime.systemd import Notifier
+from node.stages import Admitted, Blocks, Clients, Network, Node, Participant, Registry, Storage
 from node.telemetry.metrics import Metrics, cache_metrics, upstream_metrics
 from node.telemetry.provenance import Provenance
-from protocol import messages
 from protocol.directory import Directory
 from protocol.health import Health
-from protocol.ids import ObjectRef
 from protocol.members import Member
-from protocol.records import Record, make_record
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """Stage 1: who this node is, and whom it admits."""
-
-    identity: Identity
-    place: Enrollment
-    revocations: Revocations
-    verifier: Verifier
-    registrar: Registrar
-
-    def record_for(self, ref: ObjectRef, index: int, sha: bytes) -> Record:
-        """Sign the record of a block whose sha256 is `sha`."""
-        return make_record(ref, index, sha, signer=self.identity.peer_id, sign=self.identity.sign)
 
 
 def admitted(config: Config, folder: Path) -> Admitted:
@@ -109,18 +94,6 @@ def admitted(config: Config, folder: Path) -> Admitted:
     revoked = Revocations(folder / revocations.FILE_NAME, place.credentials.authority)
     issuing = Registrar(place.authority, revoked, Uses(folder / registrar.FILE_NAME))
     return Admitted(identity, place, revoked, Verifier(place.credentials, revoked), registrar=issuing)
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """Stage 2: what the node keeps."""
-
-    tiers: Tiers
-    memory: MemoryStore
-    disk: DiskStore
-    pins: Pins
-    public: PublicTable
-    table: NameTable
 
 
 async def storage(config: Config, folder: Path, admitted: Admitted, stack: AsyncExitStack) -> Storage:
@@ -139,25 +112,6 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
     stack.callback(public.close)
     stack.callback(table.close)
     return Storage(Tiers(memory, disk, content), memory, disk, pins=pins, public=public, table=table)
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """The lower half of stage 3: single blocks, for this node's clients (`fetcher`) and for other members."""
-
-    site: Site
-    directory: Directory
-    questions: Questions
-    grants: Grants
-    holders: Holders
-    home: Home
-    keeper: Keeper
-    fetcher: Fetcher
-
-    def route(self, dispatcher: Dispatcher) -> None:
-        """Have members' requests for blocks, and for where they are, answered."""
-        dispatcher.route(self.keeper.handle, messages.GetShard, messages.GetBlock)
-        dispatcher.route(self.holders.handle, messages.GetHoldings, messages.FindHolders, messages.Announce)
 
 
 def blocks(
@@ -181,17 +135,6 @@ def blocks(
     keeper = Keeper(site, home, questions, grants, nursery=nursery)
     fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """Stage 3: how this node and the other members reach each other."""
-
-    membership: Membership
-    exchange: TlsExchange
-    dispatcher: Dispatcher
-    introducer: LibP2PIntroducer
-    metrics: Metrics
 
 
 def network(config: Config, admitted: Admitted) -> Network:
@@ -219,35 +162,6 @@ def network(config: Config, admitted: Admitted) -> Network:
         current=membership.current,
     )
     return Network(membership, TlsExchange(endpoint), dispatcher, introducer, metrics=Metrics())
-
-
-@dataclass(frozen=True, slots=True)
-class Participant:
-    """Stage 3: the node as a member of its site."""
-
-    membership: Membership
-    exchange: Exchange
-    gossiper: Gossiper
-    blocks: Blocks
-    resolver: Resolver
-    verifier: ObjectVerifier
-    library: SiteLibrary
-    ledger: Provenance
-    judge: Judge
-    announcer: Announcer
-
-    @property
-    def services(self) -> tuple[Callable[..., Awaitable[None]], ...]:
-        """The tasks that run while the node is a member, for `nursery.start` in this order."""
-        return self.exchange.run, self.gossiper.run, self.judge.run, self.announcer.run
-
-    def route(self, dispatcher: Dispatcher, registrar: Registrar) -> None:
-        """Have each request of a member answered by the part that it is for."""
-        self.blocks.route(dispatcher)
-        dispatcher.route(self.gossiper.handle, messages.Ping, messages.PingRequest, messages.Sync)
-        dispatcher.route(self.resolver.handle, messages.Resolve)
-        dispatcher.route(self.judge.handle, messages.Accuse)
-        dispatcher.route(registrar.handle, messages.Renew)
 
 
 def site(
@@ -319,18 +233,6 @@ def site(
     return member
 
 
-@dataclass(frozen=True, slots=True)
-class Registry:
-    """The upstreams, and the uplink of each: one for its name, also where a reload takes it out and brings it back."""
-
-    upstreams: Upstreams
-    uplinks: dict[str, Uplink]
-    sharing: Callable[[], int]
-
-    def uplink(self, name: str) -> Uplink:
-        return self.uplinks.setdefault(name, Uplink(name, sharing=self.sharing))
-
-
 async def registry(config: Config, network: Network, storage: Storage, stack: AsyncExitStack) -> Registry:
     sharing = lambda: len(network.membership.site)  # noqa: E731
     uplinks = {part.name: Uplink(part.name, uplink_policy(part), sharing=sharing) for part in config.upstream}
@@ -364,17 +266,6 @@ def participant(
         public_age=storage.public.age,
         pinned=storage.pins.names,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Clients:
-    """Stage 4: what only a node with clients of its own needs."""
-
-    access: Access
-    listings: Listings
-    mirror: Mirror
-    prefetcher: Prefetcher
-    images: ImageOperations
 
 
 def clients(
@@ -422,89 +313,47 @@ def clients(
     return Clients(access, listings, mirror, prefetcher, images=images)
 
 
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """Stage 5: what operators see and change."""
-
-    reloader: Reloader
-    routes: list[Route]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the configuration came from, and the service manager that hears when it is read again."""
-
-    config: Config
-    path: Path | None
-    notifier: Notifier
-
-
-def operator(
-    source: Source,
-    admitted: Admitted,
-    storage: Storage,
-    network: Network,
-    *,
-    registry: Registry,
-    member: Participant,
-    clients: Clients,
-) -> Operator:
-    upstreams, place = registry.upstreams, admitted.place
-    live = LiveParts(
-        upstreams=upstreams,
-        uplink_of=registry.uplink,
-        names=member.resolver.known,
-        access=clients.access,
-        listings=clients.listings,
-        bootstrap=lambda seeds: network.introducer.bootstrap.prepared([*seeds, *place.bootstrap]),
-        pins=storage.pins,
-        memory=storage.memory,
-        disk=storage.disk,
-    )
-    reloader = Reloader(source.path, source.config, live.prepared, source.notifier)
-    control = NodeControl(
-        Parts(
-            config=lambda: reloader.config,
-            site=member.blocks.site,
-            membership=member.membership,
-            judge=member.judge,
-            swarm=network.introducer,
-            exchange=network.exchange,
-            names=member.resolver,
-            upstreams=upstreams,
-            library=member.library,
-            ledger=member.ledger,
-            metrics=network.metrics,
-            mirror_address=str(source.config.mirror.listen),
-            started_at=trio.current_time(),
-            cluster=lambda: cluster_row(admitted.verifier, admitted.revocations, place),
-            certificate=lambda: certificate_shown(reloader.config, admitted.verifier, admitted.revocations),
-            issuers=len(place.bootstrap),
-        )
-    )
-    _watch(network, storage, registry, member, reloader=reloader)
+def operator(node: Node, config: Config, path: Path | None, notifier: Notifier) -> tuple[Reloader, list[Route]]:
+    """The reloader of `config`, which was read from `path`, and the routes of the control socket."""
+    reloader = Reloader(path, config, partial(prepared, node), notifier)
+    _watch(node, reloader)
     routes = [
-        *control_routes(control),
-        *image_routes(clients.images),
-        *cluster_routes(member.gossiper, admitted.revocations),
+        *control_routes(NodeControl(reloader, node)),
+        *image_routes(node.clients.images),
+        *cluster_routes(node.member.gossiper, node.admitted.revocations),
         *reloader.routes(),
     ]
-    return Operator(reloader, routes)
+    return reloader, routes
 
 
-def _watch(network: Network, storage: Storage, registry: Registry, member: Participant, *, reloader: Reloader) -> None:
-    ledger, membership, exchange = member.ledger, member.membership, network.exchange
-    network.metrics.watch(
+def services(node: Node, folder: Path) -> list[Callable[..., Awaitable[None]]]:
+    """The tasks of a node, for `nursery.start` in this order: notes of earlier runs before the tasks that use them."""
+    admitted, member, joined = node.admitted, node.member, node.admitted.place.joined
+    membership, exchange, verifier = member.membership, member.exchange, admitted.verifier
+    save = partial(save_joined, folder)
+    return [
+        UplinkFile(folder / "uplink.msgpack", node.registry.uplinks.values()).run,
+        partial(PeersFile(folder / "peers.msgpack").run, membership),
+        partial(EvidenceFile(folder / "evidence.msgpack").run, membership, member.judge.cases),
+        *member.services,
+        partial(verifier.watch, exchange.disconnect),
+        *([Renewal(verifier, joined, membership, exchange, save=save, rng=Random()).run] if joined else []),
+        member.verifier.run,
+        node.network.introducer.run,
+        node.clients.prefetcher.run,
+    ]
+
+
+def _watch(node: Node, reloader: Reloader) -> None:
+    ledger, membership, exchange = node.member.ledger, node.member.membership, node.network.exchange
+    node.network.metrics.watch(
         bytes_served=lambda: ledger.bytes_served,
         requests=lambda: ledger.requests,
-        peer_bytes=lambda: {
-            "sent": exchange.statistics().bytes_sent,
-            "received": exchange.statistics().bytes_received,
-        },
+        peer_bytes=lambda: {"sent": exchange.statistics().bytes_sent, "received": exchange.statistics().bytes_received},
         disk_written_bytes=written_bytes,
         tasks=lambda: trio.lowlevel.current_statistics().tasks_living,
         peers_alive=lambda: len(membership.site) - 1,
         peers_quarantined=lambda: sum(bool(row.quarantine) for row in membership.table()),
-        **cache_metrics(storage.tiers.statistics),
-        **upstream_metrics(lambda: [upstream_row(part, registry.upstreams) for part in reloader.config.upstream]),
+        **cache_metrics(node.storage.tiers.statistics),
+        **upstream_metrics(lambda: [upstream_row(part, node.registry.upstreams) for part in reloader.config.upstream]),
     )

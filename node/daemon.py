@@ -12,27 +12,21 @@ import sys
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import click
 import trio
 
 from node import assembly
-from node.assembly import Admitted, Participant, Registry
 from node.config.quantities import HostPort
 from node.config.schema import Config, check, load
 from node.control.routes import METRICS_LIMITS, metrics_handler, serve_control
-from node.evidence.judge_file import EvidenceFile
-from node.identity.credentials import save_joined
 from node.identity.identity import load_or_create
-from node.membership.peers_file import PeersFile
-from node.membership.renewal import Renewal
 from node.mirror.mirror import LIMITS
-from node.registry.uplink import UplinkFile
 from node.runtime.allocator import tune_allocator
 from node.runtime.logs import configure
 from node.runtime.systemd import Notifier
 from node.runtime.version import version
+from node.stages import Node
 from node.web.server import serve_http
 from protocol.errors import BadInputError
 
@@ -60,19 +54,18 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
         member = assembly.participant(config, who, storage, network, registry=registry, nursery=work)
         clients = assembly.clients(config, folder, who, storage, member=member, registry=registry, nursery=work)
         stack.callback(clients.listings.close)
-        source = assembly.Source(config, path, notifier)
-        desk = assembly.operator(source, who, storage, network, registry=registry, member=member, clients=clients)
-        await _start_member(work, folder, who, member, registry=registry)
-        await work.start(network.introducer.run)
-        await work.start(clients.prefetcher.run)
-        await work.start(partial(serve_control, Path(config.control.socket), desk.routes))
+        node = Node(admitted=who, storage=storage, network=network, registry=registry, member=member, clients=clients)
+        reloader, routes = assembly.operator(node, config, path, notifier)
+        for service in assembly.services(node, folder):
+            await work.start(service)
+        await work.start(partial(serve_control, Path(config.control.socket), routes))
         if address := config.control.metrics.address:
             shown = await _listeners(address, "control.metrics")
             await work.start(partial(serve_http, shown, metrics_handler(network.metrics), limits=METRICS_LIMITS))
         async with trio.open_nursery() as serving:
             await serving.start(partial(serve_http, listeners, clients.mirror.handle, limits=LIMITS, stop=stop))
             await work.start(notifier.watchdog)
-            work.start_soon(desk.reloader.on_signals, hang_ups)
+            work.start_soon(reloader.on_signals, hang_ups)
             notifier.ready(f"mirror on {config.mirror.listen}")
             log.info("ready", extra={"mirror": config.mirror.listen, "peer_id": who.identity.peer_id})
             await stop.wait()
@@ -82,23 +75,6 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             await member.gossiper.leave()
         work.cancel_scope.cancel()
     log.info("stopped")
-
-
-async def _start_member(
-    nursery: trio.Nursery, folder: Path, who: Admitted, member: Participant, *, registry: Registry
-) -> None:
-    """Start the tasks of a member, in the order of need: notes of earlier runs before the tasks that use them."""
-    membership, exchange, joined = member.membership, member.exchange, who.place.joined
-    await nursery.start(UplinkFile(folder / "uplink.msgpack", registry.uplinks.values()).run)
-    await nursery.start(PeersFile(folder / "peers.msgpack").run, membership)
-    await nursery.start(EvidenceFile(folder / "evidence.msgpack").run, membership, member.judge.cases)
-    for service in member.services:
-        await nursery.start(service)
-    await nursery.start(who.verifier.watch, exchange.disconnect)
-    if joined is not None:
-        renewal = Renewal(who.verifier, joined, membership, exchange, save=partial(save_joined, folder), rng=Random())
-        await nursery.start(renewal.run)
-    await nursery.start(member.verifier.run)
 
 
 def data_dir(config: Config) -> Path:

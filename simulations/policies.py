@@ -13,9 +13,9 @@ from random import Random
 
 import trio
 
-from node.assembly import Blocks
 from node.blocks.values import SILENCE_S, BlockAddress
 from node.exchange.contract import Lane
+from node.stages import Blocks
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
 from protocol.fetch_plan import ShardPlan

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 import httpx
@@ -14,28 +13,23 @@ import trio
 from cache.store import Holdings, StoreStatistics
 from node.api import documents as doc
 from node.blocks.held_objects import bytes_held, held_body
-from node.blocks.values import Site
-from node.config.schema import Config, UpstreamPart
+from node.config.schema import UpstreamPart
 from node.config.tag_policy import TagPolicy
 from node.content.image_walk import walk
-from node.content.library import SiteLibrary
 from node.content.name_table import REGISTRY, KnownTag
-from node.content.resolver import Resolver
-from node.control.doctor import Facts, Shown, disk_space, examine, probe_upstreams, writable_error
+from node.control.cluster_routes import cluster_row
+from node.control.doctor import Facts, certificate_shown, disk_space, examine, probe_upstreams, writable_error
+from node.control.reload import Reloader
 from node.evidence.cases import Case
-from node.evidence.judge import Judge
-from node.exchange.tls import TlsExchange
 from node.images.pull import Pull, by_name
-from node.membership.introduction import Introducer
-from node.membership.membership import Membership, Row
+from node.membership.membership import Row
 from node.oci.layout import Packed
 from node.oci.manifests import MAX_MANIFEST, Resolved, parse_manifest
 from node.oci.references import ImageName, Locator
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
 from node.runtime.version import version
-from node.telemetry.metrics import Metrics
-from node.telemetry.provenance import Provenance
+from node.stages import Node
 from protocol.errors import NotFoundError
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.members import State
@@ -44,72 +38,56 @@ MAX_CACHE_ROWS = 1000
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """The components that an operator may ask about. `issuers` counts the members through which this node joined."""
-
-    config: Callable[[], Config]
-    site: Site
-    membership: Membership
-    judge: Judge
-    swarm: Introducer
-    exchange: TlsExchange
-    names: Resolver
-    upstreams: Upstreams
-    library: SiteLibrary
-    ledger: Provenance
-    metrics: Metrics
-    mirror_address: str
-    started_at: float
-    cluster: Callable[[], doc.ClusterRow]
-    certificate: Callable[[], Shown]
-    issuers: int
-
-
 def rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * _PAGE
 
 
 class NodeControl:
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, reloader: Reloader, node: Node) -> None:
+        self._reloader, self._admitted, self._network, self._registry = (
+            reloader,
+            node.admitted,
+            node.network,
+            node.registry,
+        )
+        self._member, self._site, self._membership = node.member, node.member.blocks.site, node.member.membership
+        self._started_at = trio.current_time()
 
     async def status(self) -> doc.Status:
-        parts = self._parts
-        traffic = parts.exchange.statistics()
+        config, traffic = self._reloader.config, self._network.exchange.statistics()
         return doc.Status(
-            name=parts.membership.own.name,
-            site=parts.membership.own.site,
-            peer_id=parts.site.own,
-            addresses=parts.swarm.addresses,
-            uptime_s=trio.current_time() - parts.started_at,
+            name=self._membership.own.name,
+            site=self._membership.own.site,
+            peer_id=self._site.own,
+            addresses=self._network.introducer.addresses,
+            uptime_s=trio.current_time() - self._started_at,
             version=version(),
             ready=True,
-            peers_alive=len(parts.membership.site) - 1,
-            bytes_served=by_name(parts.ledger.bytes_served),
-            requests=by_name(parts.ledger.requests),
-            cache=_tier_rows(parts.site.tiers.statistics()),
-            origin_bytes=parts.metrics.origin_bytes(),
+            peers_alive=len(self._membership.site) - 1,
+            bytes_served=by_name(self._member.ledger.bytes_served),
+            requests=by_name(self._member.ledger.requests),
+            cache=_tier_rows(self._site.tiers.statistics()),
+            origin_bytes=self._network.metrics.origin_bytes(),
             rss_bytes=rss_bytes(),
             bulk=doc.BulkTotals(bytes_sent=traffic.bytes_sent, bytes_received=traffic.bytes_received),
-            mirror=parts.mirror_address,
+            mirror=str(config.mirror.listen),
             wear=self._wear(),
-            upstreams=tuple(upstream_row(part, parts.upstreams) for part in parts.config().upstream),
-            cluster=parts.cluster(),
+            upstreams=tuple(upstream_row(part, self._registry.upstreams) for part in config.upstream),
+            cluster=cluster_row(self._admitted),
         )
 
     def _wear(self) -> doc.Wear:
-        served = sum(self._parts.ledger.bytes_served.values()) + self._parts.exchange.statistics().bytes_sent
+        served = sum(self._member.ledger.bytes_served.values()) + self._network.exchange.statistics().bytes_sent
         return doc.Wear(written_bytes=written_bytes(), served_bytes=served)
 
     async def peers(self) -> doc.PeersReport:
-        rows = (row for row in self._parts.membership.table() if row.member.peer_id != self._parts.site.own)
+        rows = (row for row in self._membership.table() if row.member.peer_id != self._site.own)
         return doc.PeersReport(peers=tuple(self._peer_row(row) for row in rows))
 
     def _peer_row(self, row: Row) -> doc.PeerRow:
         peer = row.member.peer_id
-        health = self._parts.site.health.report(peer, trio.current_time())
-        traffic = self._parts.exchange.statistics().traffic.get(peer)
+        health = self._site.health.report(peer, trio.current_time())
+        traffic = self._network.exchange.statistics().traffic.get(peer)
         state = {State.ALIVE: "alive", State.SUSPECT: "suspect", State.DEAD: "dead", State.LEFT: "left"}[row.state]
         return doc.PeerRow(
             peer_id=peer,
@@ -123,12 +101,12 @@ class NodeControl:
             bytes_received=traffic.received if traffic else 0,
             bytes_sent=traffic.sent if traffic else 0,
             quarantine=row.quarantine,
-            evidence=tuple(self._evidence_row(case) for case in self._parts.judge.cases.about(peer)),
+            evidence=tuple(self._evidence_row(case) for case in self._member.judge.cases.about(peer)),
         )
 
     def _evidence_row(self, case: Case) -> doc.EvidenceRow:
         evidence = case.evidence
-        finder = self._parts.membership.find(evidence.finder)
+        finder = self._membership.find(evidence.finder)
         return doc.EvidenceRow(
             block=f"{evidence.record.digest}#{evidence.record.index}",
             source=evidence.source,
@@ -142,7 +120,7 @@ class NodeControl:
     async def images(self) -> doc.ImagesReport:
         rows = []
         seen: set[str] = set()
-        for source, reference, resolved in self._parts.names.known.images():
+        for source, reference, resolved in self._member.resolver.known.images():
             locator = Locator.parse(source)
             image = str(ImageName(locator.upstream, locator.repository, reference))
             # A platform's manifest is shown with the tag that leads to it, unless it was requested by its digest alone.
@@ -154,7 +132,7 @@ class NodeControl:
     async def _image_row(
         self, image: str, reference: str, resolved: Resolved, objects: Mapping[Digest, Packed]
     ) -> doc.ImageRow:
-        tiers = self._parts.site.tiers
+        tiers = self._site.tiers
         held = sum(bytes_held(tiers.holdings(digest), packed.ref) for digest, packed in objects.items())
         size = sum(packed.ref.size for packed in objects.values())
         return doc.ImageRow(
@@ -173,13 +151,13 @@ class NodeControl:
         return {packed.ref.digest: packed for packed in await walk(resolved, self._held_manifest)}
 
     async def _held_manifest(self, resolved: Resolved) -> bytes | None:
-        return await held_body(self._parts.site.tiers, resolved.ref) if resolved.ref.size <= MAX_MANIFEST else None
+        return await held_body(self._site.tiers, resolved.ref) if resolved.ref.size <= MAX_MANIFEST else None
 
     async def tags(self, pattern: str) -> doc.TagsReport:
-        return doc.TagsReport(tags=tuple(self._tag_row(*row) for row in self._parts.names.known.tags(pattern)))
+        return doc.TagsReport(tags=tuple(self._tag_row(*row) for row in self._member.resolver.known.tags(pattern)))
 
     def _tag_row(self, tag: KnownTag, policy: TagPolicy, state: doc.TagState) -> doc.TagRow:
-        member = self._parts.membership.find(PeerId(tag.told_by)) if tag.told_by not in ("", REGISTRY) else None
+        member = self._membership.find(PeerId(tag.told_by)) if tag.told_by not in ("", REGISTRY) else None
         return doc.TagRow(
             tag=str(ImageName(tag.locator.upstream, tag.locator.repository, tag.tag)),
             digest=str(tag.resolved.ref.digest),
@@ -194,7 +172,7 @@ class NodeControl:
         )
 
     async def cache(self) -> doc.CacheReport:
-        tiers = self._parts.site.tiers
+        tiers = self._site.tiers
         rows: list[doc.CachedObject] = []
         for tier, store in tiers.stores.items():
             for digest in store.objects():
@@ -206,7 +184,7 @@ class NodeControl:
 
     async def why(self, image: ImageName) -> doc.WhyReport:
         locator = image.manifests
-        resolved = self._parts.names.known.get(locator, image.reference)
+        resolved = self._member.resolver.known.get(locator, image.reference)
         objects = await self._held_image(resolved) if resolved else {}
         if resolved is None or not objects:
             raise NotFoundError(f"{image} was not pulled through this node")
@@ -224,16 +202,15 @@ class NodeControl:
                 retries=read.retries,
                 when=read.at,
             )
-            for index, read in self._parts.ledger.reads(ref.digest).items()
+            for index, read in self._member.ledger.reads(ref.digest).items()
             if index < ref.block_count
         }
 
     def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[doc.PullEvent, None]:
-        return Pull(self._parts.library, self._parts.ledger, image, all_platforms=all_platforms).events()
+        return Pull(self._member.library, self._member.ledger, image, all_platforms=all_platforms).events()
 
     async def doctor(self) -> doc.DoctorReport:
-        parts = self._parts
-        config = parts.config()
+        config = self._reloader.config
         data_dir = Path(config.node.data_dir)
         async with httpx.AsyncClient(verify=True) as client:
             themselves = {part.name: part.urls[-1] for part in config.upstream}
@@ -242,22 +219,22 @@ class NodeControl:
         error = await trio.to_thread.run_sync(writable_error, data_dir)
         free, total = disk_space(data_dir)
         now = trio.current_time()
-        others = [member for member in parts.membership.site if member.peer_id != parts.site.own]
+        others = [member for member in self._membership.site if member.peer_id != self._site.own]
         facts = Facts(
             upstreams={name: probes[name] for name in themselves},
             mirrors={name: probes[name] for name in mirrors},
-            spent=[part.name for part in config.upstream if parts.upstreams.uplink(part.name).spent],
+            spent=[part.name for part in config.upstream if self._registry.upstreams.uplink(part.name).spent],
             alive=len(others),
-            bootstrap=len(config.peers.bootstrap) + parts.issuers,
+            bootstrap=len(config.peers.bootstrap) + len(self._admitted.place.bootstrap),
             mdns=config.peers.mdns,
-            quarantined={row.member.name: row.quarantine for row in parts.membership.table() if row.quarantine},
-            bulk_unreachable=[member.name for member in others if parts.site.health.avoided(member.peer_id, now)],
+            quarantined={row.member.name: row.quarantine for row in self._membership.table() if row.quarantine},
+            bulk_unreachable=[member.name for member in others if self._site.health.avoided(member.peer_id, now)],
             data_dir=data_dir,
             data_dir_error=error,
             free_bytes=free,
             total_bytes=total,
             floor=config.cache.min_free,
-            certificate=await trio.to_thread.run_sync(parts.certificate),
+            certificate=await trio.to_thread.run_sync(certificate_shown, config, self._admitted),
             now=time.time(),
         )
         return examine(facts)

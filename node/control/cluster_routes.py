@@ -12,21 +12,21 @@ import trio
 from node.api.documents import ClusterRow, RevokeReport
 from node.control.routes import Route, document_of
 from node.identity.certificates import validity_of
-from node.identity.credentials import Enrollment
 from node.identity.revocations import Revocations
-from node.identity.verifier import Verifier
 from node.membership.gossip import Gossiper
+from node.stages import Admitted
 from node.web.server import Request
 from protocol.admission import cluster_id, read_revocation
 from protocol.errors import BadInputError, PeerMisbehavedError, UnavailableError
 
 
-def cluster_row(admission: Verifier, revocations: Revocations, place: Enrollment) -> ClusterRow:
+def cluster_row(admitted: Admitted) -> ClusterRow:
+    verifier = admitted.verifier
     return ClusterRow(
-        id=cluster_id(admission.authority).hex(),
-        admits=place.authority is not None,
-        certificate_ends=validity_of(admission.certificate).end,
-        revocations=len(revocations.all),
+        id=cluster_id(verifier.authority).hex(),
+        admits=admitted.place.authority is not None,
+        certificate_ends=validity_of(verifier.certificate).end,
+        revocations=len(admitted.revocations.all),
     )
 
 

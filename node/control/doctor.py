@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -25,8 +25,9 @@ from node.identity.certificates import ENDLESS, Validity, validity_of
 from node.identity.credentials import authority_and_join
 from node.identity.revocations import FILE_NAME as REVOCATIONS
 from node.identity.revocations import Revocations
-from node.identity.verifier import LEEWAY_S, Verifier
+from node.identity.verifier import LEEWAY_S
 from node.membership.renewal import LOOK_EVERY_S, due_at
+from node.stages import Admitted
 from protocol.admission import date
 from protocol.errors import BadInputError
 
@@ -230,16 +231,17 @@ def certificate_in_files(config: Config) -> Shown:
     return Shown(validity_of(joined.certificate), own.peer_id in revocations, runs=False)
 
 
-def certificate_shown(config: Config, admission: Verifier, revoked: Container[str]) -> Shown:
+def certificate_shown(config: Config, admitted: Admitted) -> Shown:
     """The certificate that p2pd shows now, and the problem that its next start would have. Blocks."""
-    problem = ""
+    problem, verifier = "", admitted.verifier
     try:
-        _, joined = authority_and_join(config, Path(config.node.data_dir), admission.identity)
-        if joined is not None and joined.authority != admission.authority:
+        _, joined = authority_and_join(config, Path(config.node.data_dir), admitted.identity)
+        if joined is not None and joined.authority != verifier.authority:
             problem = "joined another cluster since p2pd started: restart p2pd"
     except BadInputError as error:
         problem = str(error)
-    return Shown(validity_of(admission.certificate), admission.identity.peer_id in revoked, problem)
+    revoked = admitted.identity.peer_id in admitted.revocations
+    return Shown(validity_of(verifier.certificate), revoked, problem)
 
 
 def http_status(address: str) -> tuple[int | None, str]:

@@ -9,28 +9,20 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import trio
 
-from cache.disk import DiskStore
-from cache.memory import MemoryStore
 from node.api.documents import ReloadReport
 from node.config.schema import Config, UpstreamPart, access_grace_s, load, tag_policies, uplink_policy
-from node.content.known_names import KnownNames
-from node.content.listings import Listings
 from node.control.routes import Route, document_of
-from node.images.pins import Pins
 from node.membership.addresses import parse_listen
-from node.mirror.access import Access
-from node.registry.uplink import Uplink
-from node.registry.upstreams import Upstreams
 from node.runtime.logs import set_level
 from node.runtime.systemd import Notifier
+from node.stages import Node
 from node.web.server import Request
 from protocol.errors import BadInputError
 
@@ -44,54 +36,37 @@ LIVE = frozenset(
 Change = Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveParts:
-    """The components that a reload changes.
+def prepared(node: Node, config: Config) -> Change:
+    """The function that applies a checked configuration; it cannot fail. Raises BadInputError."""
+    storage, clients, cache = node.storage, node.clients, config.cache
+    storage.pins.check_fits(cache.disk.bytes)
+    uplinks = [node.registry.uplink(part.name) for part in config.upstream]
+    registries = node.registry.upstreams.prepared(config.upstream, uplinks)
+    addresses = [*config.peers.bootstrap, *node.admitted.place.bootstrap]
+    bootstrap = node.network.introducer.bootstrap.prepared(addresses)
 
-    `uplink_of` returns the only uplink of an upstream, by its name; `bootstrap` prepares a change to the configured
-    addresses.
-    """
+    def change() -> None:
+        registries()
+        bootstrap()
+        for uplink, part in zip(uplinks, config.upstream, strict=True):
+            uplink.change(uplink_policy(part))
+        set_level(config.node.log)
+        node.member.resolver.known.policies = tag_policies(config)
+        clients.access.change(access_grace_s(config), config.mirror.tag_max_age.seconds)
+        clients.listings.max_age_s = config.mirror.tag_max_age.seconds
+        storage.memory.resize(cache.memory.bytes)
+        storage.disk.resize(cache.disk.bytes, free_share=cache.min_free.share, free_bytes=cache.min_free.bytes)
 
-    upstreams: Upstreams
-    uplink_of: Callable[[str], Uplink]
-    names: KnownNames
-    access: Access
-    listings: Listings
-    bootstrap: Callable[[Sequence[str]], Change]
-    pins: Pins
-    memory: MemoryStore
-    disk: DiskStore
-
-    def prepared(self, config: Config) -> Change:
-        """The function that applies a checked configuration; it cannot fail. Raises BadInputError."""
-        self.pins.check_fits(config.cache.disk.bytes)
-        uplinks = [self.uplink_of(part.name) for part in config.upstream]
-        registries = self.upstreams.prepared(config.upstream, uplinks)
-        seeds = self.bootstrap(config.peers.bootstrap)
-
-        def change() -> None:
-            registries()
-            seeds()
-            for uplink, part in zip(uplinks, config.upstream, strict=True):
-                uplink.change(uplink_policy(part))
-            set_level(config.node.log)
-            self.names.policies = tag_policies(config)
-            self.access.change(access_grace_s(config), config.mirror.tag_max_age.seconds)
-            self.listings.max_age_s = config.mirror.tag_max_age.seconds
-            self.memory.resize(config.cache.memory.bytes)
-            floor = config.cache.min_free
-            self.disk.resize(config.cache.disk.bytes, free_share=floor.share, free_bytes=floor.bytes)
-
-        return change
+    return change
 
 
 class Reloader:
     """`config` is the configuration in force."""
 
     def __init__(
-        self, path: Path | None, config: Config, prepared: Callable[[Config], Change], notifier: Notifier
+        self, path: Path | None, config: Config, prepare: Callable[[Config], Change], notifier: Notifier
     ) -> None:
-        self._path, self.config, self._prepared, self._notifier = path, config, prepared, notifier
+        self._path, self.config, self._prepare, self._notifier = path, config, prepare, notifier
 
     def reload(self) -> ReloadReport:
         """Raises BadInputError; then nothing has changed."""
@@ -112,7 +87,7 @@ class Reloader:
         wanted = load(self._path)
         parse_listen(wanted.peers.listen)
         config = _with_live(self.config, wanted)
-        change = self._prepared(config)
+        change = self._prepare(config)
         report = ReloadReport(
             changed=tuple(differences(self.config, config)), needs_restart=tuple(differences(config, wanted))
         )

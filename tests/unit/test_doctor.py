@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -164,14 +166,18 @@ def test_the_certificate_of_a_node_that_does_not_run(tmp_path: Path, authority: 
 
 def test_the_certificate_of_a_node_that_runs(tmp_path: Path, authority: Authority) -> None:
     config = Config(node=NodePart(data_dir=str(tmp_path / "data")))
-    admission = join(config, authority, Validity(0, DAY))
-    assert certificate_shown(config, admission, ()) == Shown(Validity(0, DAY))
-    assert certificate_shown(config, admission, {admission.identity.peer_id}).revoked
+    verifier = join(config, authority, Validity(0, DAY))
+    admitted: Any = SimpleNamespace(identity=verifier.identity, verifier=verifier, revocations=())
+    assert certificate_shown(config, admitted) == Shown(Validity(0, DAY))
+    revoked: Any = SimpleNamespace(
+        identity=verifier.identity, verifier=verifier, revocations={verifier.identity.peer_id}
+    )
+    assert certificate_shown(config, revoked).revoked
     create_authority(tmp_path / "other.key")
     join(config, load_authority(tmp_path / "other.key"), ENDLESS)
-    assert "restart" in certificate_shown(config, admission, ()).problem
+    assert "restart" in certificate_shown(config, admitted).problem
     (tmp_path / "data" / "joined.json").write_text("{")
-    assert "remove it and join again" in certificate_shown(config, admission, ()).problem
+    assert "remove it and join again" in certificate_shown(config, admitted).problem
 
 
 def test_clock_skew() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,10 +17,11 @@ from cache.disk import DiskStore
 from cache.memory import ENTRY_BYTES, MemoryStore
 from cache.store import BlockStore
 from node.config.schema import Config, config_of, load, uplink_policy
-from node.control.reload import LIVE, LiveParts, Reloader
+from node.control.reload import LIVE, Reloader, prepared
 from node.registry.uplink import Uplink
 from node.registry.upstreams import Upstreams
 from node.runtime.systemd import Notifier
+from node.stages import Registry
 from protocol.errors import BadInputError
 from protocol.ids import BLOCK_SIZE
 from tests.support.blobs import Blob
@@ -159,19 +162,17 @@ def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_righ
             Upstreams(old.upstream, count=lambda name, size: None, rng=Random(1), uplinks=[link]) as upstreams,
         ):
             some = Accepting()
-            parts = LiveParts(
-                upstreams=upstreams,
-                uplink_of={"r.test": link}.__getitem__,
-                names=some,
-                access=some,
-                listings=some,
-                bootstrap=lambda seeds: lambda: None,
-                pins=some,
-                memory=memory,
-                disk=disk,
+            introducer = SimpleNamespace(bootstrap=SimpleNamespace(prepared=lambda addresses: lambda: None))
+            node: Any = SimpleNamespace(
+                admitted=SimpleNamespace(place=SimpleNamespace(bootstrap=())),
+                storage=SimpleNamespace(pins=some, memory=memory, disk=disk),
+                network=SimpleNamespace(introducer=introducer),
+                registry=Registry(upstreams, {"r.test": link}, lambda: 1),
+                member=SimpleNamespace(resolver=SimpleNamespace(known=some)),
+                clients=SimpleNamespace(access=some, listings=some),
             )
             await put(memory, disk)
-            change = parts.prepared(config(room // 2, room // 2, rate="8MiB", daily="1GiB"))
+            change = prepared(node, config(room // 2, room // 2, rate="8MiB", daily="1GiB"))
             assert (memory.statistics().entries, disk.statistics().budget_bytes, link.use().rate) == (4, room, 1 << 20)
             change()
             assert memory.statistics().bytes <= memory.statistics().budget_bytes == room // 2
@@ -182,7 +183,7 @@ def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_righ
             assert disk.statistics().bytes <= disk.statistics().budget_bytes == room // 2
             assert (await held(disk))[3]
 
-            parts.prepared(config(room, room))()
+            prepared(node, config(room, room))()
             assert not link.use().rate
             await put(memory, disk)
             assert await held(memory) == await held(disk) == [True] * 4
