@@ -60,7 +60,8 @@ codes = st.tuples(st.integers(1, wire.MAX_K), st.integers(0, wire.MAX_M)).flatma
 texts = st.text(st.characters(codec="utf-8"), max_size=60)
 printable = texts.filter(str.isprintable)
 bitmaps = st.binary(max_size=40)
-members = st.builds(Member, peers, printable, printable, st.lists(printable, max_size=8).map(tuple), st.floats(0, 1e6))
+addresses = st.lists(printable, max_size=8).map(tuple)
+members = st.builds(Member, peers, printable, printable, addresses=addresses, weight=st.floats(0, 1e6))
 updates = st.lists(
     st.builds(Update, members, st.sampled_from(State), st.integers(0, wire.MAX_INCARNATION)), max_size=4
 ).map(tuple)
@@ -77,23 +78,30 @@ def records(draw: st.DrawFn) -> Record:
 
 accusations = st.lists(
     st.tuples(
-        st.builds(Evidence, records(), texts, peers, st.binary(min_size=64, max_size=64), st.none() | records()),
+        st.builds(
+            Evidence,
+            records(),
+            texts,
+            peers,
+            signature=st.binary(min_size=64, max_size=64),
+            other=st.none() | records(),
+        ),
         st.floats(0, 1e9),
     ),
     max_size=3,
 ).map(tuple)
 
 
-requests: st.SearchStrategy[Request] = st.one_of(
+REQUESTS: list[st.SearchStrategy[Request]] = [
     st.builds(
-        lambda digest, block, code, *rest: GetShard(digest, *block, *code, *rest),
+        lambda digest, block, code, **rest: GetShard(digest, *block, *code, **rest),
         digests,
         blocks,
         codes,
-        st.integers(0, 2),
-        texts,
-        st.booleans(),
-        st.just("") | peers,
+        reach=st.integers(0, 2),
+        source=texts,
+        exact=st.booleans(),
+        reader=st.just("") | peers,
     ),
     st.builds(lambda digest, block: GetBlock(digest, *block), digests, blocks),
     st.builds(GetHoldings, digests),
@@ -104,8 +112,8 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(PingRequest, peers, updates),
     st.builds(Sync, updates),
     st.builds(Accuse, accusations),
-)
-replies: st.SearchStrategy[Reply] = st.one_of(
+]
+REPLIES: list[st.SearchStrategy[Reply]] = [
     st.builds(lambda code, record: ShardFound(*code, record), codes, records()),
     st.builds(BlockFound, records()),
     st.builds(
@@ -116,14 +124,20 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(Holders, st.lists(peers, max_size=5).map(tuple)),
     st.just(Done()),
     st.builds(
-        Resolved, digests, st.integers(0, MAX_OBJECT_SIZE), texts, st.floats(0, 1e9), st.just(-1.0) | st.floats(0, 1e9)
+        Resolved,
+        digests,
+        st.integers(0, MAX_OBJECT_SIZE),
+        texts,
+        age_s=st.floats(0, 1e9),
+        public_age_s=st.just(-1.0) | st.floats(0, 1e9),
     ),
     st.builds(Pong, updates),
     st.builds(SyncReply, updates),
     st.builds(Waiting, st.booleans()),
     st.builds(Failed, st.sampled_from(FAILURES), texts),
     st.builds(Accusations, accusations),
-)
+]
+requests, replies = st.one_of(REQUESTS), st.one_of(REPLIES)
 ids = st.integers(0, 2**32 - 1)
 
 

@@ -65,8 +65,8 @@ class Crash:
     how: str
     ordered: bool
     marks: list[Mark]
-    names: dict[str, int | None]
-    contents: dict[int, _Content]
+    names: dict[str, int | None] = field(default_factory=dict)
+    contents: dict[int, _Content] = field(default_factory=dict)
 
     def store(self, folder: str, target: Path) -> None:
         """Makes it, as `target`."""
@@ -109,7 +109,7 @@ class Crashes:
 
     def _crash(self, count: int, how: str, rng: Random | None, *, keep: float, ordered: bool) -> Crash:
         done = self._operations[:count]
-        crash = Crash(count, how, ordered, [operation for operation in done if isinstance(operation, Mark)], {}, {})
+        crash = Crash(count, how, ordered, [operation for operation in done if isinstance(operation, Mark)])
         safe = self._safe(done, ordered=ordered)
         in_order = True
         for number, operation in enumerate(done):
