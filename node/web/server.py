@@ -147,7 +147,7 @@ class _FilePart:
         return self.length
 
 
-class Server:
+class _Server:
     """What the connections of one `serve_http` share."""
 
     def __init__(self, handler: Handler, limits: Limits) -> None:
@@ -205,7 +205,7 @@ async def serve_http(
 
     After `stop` nothing is accepted, requests on open connections get 503, and running bodies may end.
     """
-    server = Server(handler, limits)
+    server = _Server(handler, limits)
     async with trio.open_nursery() as connections:
         async with trio.open_nursery() as accepting:
             await accepting.start(
@@ -219,7 +219,7 @@ async def serve_http(
 
 
 class _Connection:
-    def __init__(self, server: Server, stream: trio.SocketStream, *, refuse: bool) -> None:
+    def __init__(self, server: _Server, stream: trio.SocketStream, *, refuse: bool) -> None:
         self._server = server
         self._limits = server.limits
         self._stream = stream

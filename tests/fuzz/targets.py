@@ -41,7 +41,7 @@ from node.registry.bodies import body_start
 from node.registry.calls import Passed
 from node.registry.docker_config import parse_docker_config
 from node.registry.transport import DirectTransport, Wire, origin_of
-from node.web.server import Handler, Limits, Request, Server
+from node.web.server import Handler, Limits, Request, _Server
 from protocol import introduction, wire
 from protocol.errors import BadInputError, NotFoundError, PeerMisbehavedError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
@@ -270,7 +270,7 @@ async def _exchanged(handler: Handler, limits: Limits, data: bytes) -> bytes:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
-        await Server(handler, limits).serve(trio.SocketStream(theirs))
+        await _Server(handler, limits).serve(trio.SocketStream(theirs))
     ours.close()
     return bytes(answer)
 
