@@ -1,4 +1,4 @@
-"""A power cut at any moment: no wrong byte, no error, what was safe is still there, and all works from there on."""
+"""A power cut at any moment: no wrong byte and no error, everything that was safe is still there, and the store works."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Ch
 
 
 def test_a_store_that_would_not_sync_is_caught(traces: Traces, quick: Path) -> None:
-    """The check is worth something."""
+    """Tests the check itself."""
     folder, operations = traces("store")
     lazy = [
         Mark("", "") if isinstance(operation, Sync) and "/objects/" in operation.folder else operation

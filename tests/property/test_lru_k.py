@@ -214,7 +214,7 @@ def test_zero_horizon_is_lru() -> None:
 
 
 class Ticks:
-    """A timer that counts its readings, which is to count references."""
+    """A timer that counts its readings: there is one for each reference."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Framing of the bulk channel: everything that can be said comes through, and nothing hostile does."""
+"""Framing of the bulk channel: every valid message comes through, and hostile bytes are refused."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ codes = st.tuples(st.integers(1, wire.MAX_K), st.integers(0, wire.MAX_M)).flatma
 texts = st.text(st.characters(codec="utf-8"), max_size=60)
 printable = texts.filter(str.isprintable)
 bitmaps = st.binary(max_size=40)
+signatures = st.binary(min_size=64, max_size=64)
+ages, object_sizes = st.floats(0, 1e9), st.integers(0, MAX_OBJECT_SIZE)
 addresses = st.lists(printable, max_size=8).map(tuple)
 members = st.builds(Member, peers, printable, printable, addresses=addresses, weight=st.floats(0, 1e6))
 updates = st.lists(
@@ -72,21 +74,14 @@ def records(draw: st.DrawFn) -> Record:
     index, size = draw(blocks)
     digest = draw(digests)
     length = ObjectRef(Digest.parse(digest), size).block_length(index)
-    sha, signature = draw(st.binary(min_size=32, max_size=32)), draw(st.binary(min_size=64, max_size=64))
-    return Record(digest, index, length, size, sha256=sha, signer=draw(peers), signature=signature)
+    sha = draw(st.binary(min_size=32, max_size=32))
+    return Record(digest, index, length, size, sha256=sha, signer=draw(peers), signature=draw(signatures))
 
 
 accusations = st.lists(
     st.tuples(
-        st.builds(
-            Evidence,
-            records(),
-            texts,
-            peers,
-            signature=st.binary(min_size=64, max_size=64),
-            other=st.none() | records(),
-        ),
-        st.floats(0, 1e9),
+        st.builds(Evidence, records(), texts, peers, signature=signatures, other=st.none() | records()),
+        ages,
     ),
     max_size=3,
 ).map(tuple)
@@ -123,14 +118,7 @@ REPLIES: list[st.SearchStrategy[Reply]] = [
     ),
     st.builds(Holders, st.lists(peers, max_size=5).map(tuple)),
     st.just(Done()),
-    st.builds(
-        Resolved,
-        digests,
-        st.integers(0, MAX_OBJECT_SIZE),
-        texts,
-        age_s=st.floats(0, 1e9),
-        public_age_s=st.just(-1.0) | st.floats(0, 1e9),
-    ),
+    st.builds(Resolved, digests, object_sizes, texts, age_s=ages, public_age_s=st.just(-1.0) | ages),
     st.builds(Pong, updates),
     st.builds(SyncReply, updates),
     st.builds(Waiting, st.booleans()),
@@ -155,7 +143,7 @@ def encoded(request_id: int, message: Request | Reply) -> bytes:
 
 
 def read_all(kind: Any, data: bytes, chunk: int) -> list[tuple[wire.Head[Any], bytes]]:
-    """As a connection reads: heads from what was fed, the rest of a body past the decoder."""
+    """Read like a connection: heads from the bytes fed so far, the rest of a body past the decoder."""
     heads, position, read = wire.Heads(kind), 0, []
     while True:
         while (head := heads.next()) is None:

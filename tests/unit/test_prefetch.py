@@ -117,7 +117,7 @@ def path(tmp_path: Path) -> Path:
 
 
 async def until(prefetcher: Prefetcher, state: str) -> float:
-    """Wait until the first image is in this state; the time that it took in seconds."""
+    """Wait until the first image is in this state. Returns the seconds that it took."""
     began = trio.current_time()
     while prefetcher.report().rows[0].state != state:  # noqa: ASYNC110 - virtual time
         await trio.sleep(0.01)
