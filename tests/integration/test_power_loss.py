@@ -1,4 +1,4 @@
-"""A power cut at any moment: no wrong byte and no error, everything that was safe is still there, and the store works."""
+"""A power cut at any moment: no wrong byte and no error, safe data is still there, and the store works."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Crashes:
         return len(self._operations) + 1
 
     def at(self, count: int, seeds: Sequence[int]) -> Iterator[Crash]:
-        """States with no unsynced change, with all of them, and two random ones for each seed: names in order, and not."""
+        """States with no unsynced change, with all, and two random ones for each seed: names in order, and not."""
         yield self._crash(count, "nothing kept", None, keep=0.0, ordered=True)
         yield self._crash(count, "all kept", None, keep=1.0, ordered=True)
         for seed in seeds:
