@@ -61,7 +61,7 @@ class _Verdict:
         return 16 + len(self.hashes) // 32
 
 
-def _examine(fd: int, digest: Digest) -> Iterator[_Verdict | None]:
+def examine(fd: int, digest: Digest) -> Iterator[_Verdict | None]:
     """Hash the open file in bounded memory: None after each CHECK_BYTES, the verdict at the end. Raises OSError."""
     before = identity_of(os.fstat(fd))
     whole, hashes, buffer, offset = hashlib.new(digest.algorithm), bytearray(), bytearray(BLOCK_SIZE), 0
@@ -204,7 +204,7 @@ class ContentStore:
     async def _check(self, path: Path, digest: Digest) -> None:
         try:
             with opened(path, READ) as fd:
-                examination, verdict = _examine(fd, digest), None
+                examination, verdict = examine(fd, digest), None
                 while verdict is None:
                     verdict = await trio.to_thread.run_sync(next, examination)
         except OSError as error:

@@ -33,10 +33,11 @@ def fix_hashes() -> None:
 
 def play(seed: int, main: Callable[[], Awaitable[T]]) -> T:
     """Run `main` in virtual time. trio draws the order of ready tasks at random; here the seed decides it."""
-    from trio._core import _run  # trio has no public switch; Hypothesis sets the same two
+    from trio._core import _run
 
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    _run._r.seed(seed)
+    # Hypothesis sets the same two.
+    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]  # noqa: SLF001 - trio has no public switch for a deterministic order
+    _run._r.seed(seed)  # noqa: SLF001 - trio has no public switch for a deterministic order
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 1000)  # few objects are in cycles; looking for them took a quarter of the time

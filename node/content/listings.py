@@ -92,8 +92,8 @@ class Listings:
             whole = self._remembered(_key(locator, "tags/list", {}), self.max_age_s)
             if whole is None or whole.link:
                 raise
-            return _page(whole, query, whole=True)
-        return _page(passed, query, whole=False)
+            return page_of_tags(whole, query, whole=True)
+        return page_of_tags(passed, query, whole=False)
 
     async def referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
         """An index of the manifests that refer to `digest`, empty if there are none.
@@ -103,7 +103,7 @@ class Listings:
         rest = {name: value for name, value in query.items() if name != "artifactType"}
         key = _key(locator, f"referrers/{digest}", rest)
         passed = await self._listed(key, lambda: self._ask_referrers(locator, digest, rest))
-        return _of_type(passed, query["artifactType"]) if query.get("artifactType") else passed
+        return referrers_of_type(passed, query["artifactType"]) if query.get("artifactType") else passed
 
     async def _from_registry(self, locator: Locator, tail: str, query: Mapping[str, str]) -> Passed:
         return await self._passthrough(locator.upstream, locator.repository, tail, query, grant=locator.grant)
@@ -166,7 +166,7 @@ def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:
     return f"{locator.upstream}/{locator.repository}/{tail}?{urlencode(sorted(query.items()))}"
 
 
-def _page(passed: Passed, query: Mapping[str, str], *, whole: bool) -> Passed:
+def page_of_tags(passed: Passed, query: Mapping[str, str], *, whole: bool) -> Passed:
     """The requested page, sorted, if the answer holds all tags; else the answer as it is.
 
     It holds all if `whole`, if it is a first page without a next one, or if its content shows that the query was
@@ -190,7 +190,7 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _of_type(passed: Passed, artifact_type: str) -> Passed:
+def referrers_of_type(passed: Passed, artifact_type: str) -> Passed:
     index = _decoded(passed.body, _Index)
     if index is None:
         return passed

@@ -24,7 +24,7 @@ SAVE_EVERY_S = 60.0
 """Changes come in bursts, and writes wear flash memory."""
 
 
-class _File(msgspec.Struct, frozen=True, array_like=True):
+class RememberedPeers(msgspec.Struct, frozen=True, array_like=True):
     version: Literal[1]
     members: tuple[Member, ...]
 
@@ -36,7 +36,7 @@ class PeersFile:
 
     def load(self) -> tuple[Member, ...]:
         """Empty where the file is missing or damaged."""
-        file = load(self._path, _File, MAX_FILE, "remembered peers")
+        file = load(self._path, RememberedPeers, MAX_FILE, "remembered peers")
         return file.members[:MAX_REMEMBERED] if file else ()
 
     def save(self, membership: Membership) -> None:
@@ -44,7 +44,7 @@ class PeersFile:
         rows = [row for row in membership.table() if row.member.site == membership.own.site]
         rows.sort(key=lambda row: (row.state >= State.DEAD, row.since_s))
         members = tuple(row.member for row in rows[:MAX_REMEMBERED])
-        data = msgspec.msgpack.encode(_File(1, members))
+        data = msgspec.msgpack.encode(RememberedPeers(1, members))
         if not members or data == self._written:
             return
         if save(self._path, data, "remembered peers"):

@@ -191,7 +191,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
             await self._slots.acquire()
         wire: Wire | None = None
         try:
-            wire = self._reused(origin_of(request.url)) or await self._connected(request.url, timeout["connect"])
+            wire = self._reused(origin_of(request.url)) or await self.connect(request.url, timeout["connect"])
             wire.read_s = timeout["read"]
             return await self._asked(wire, request, timeout["write"])
         except BaseException:
@@ -219,7 +219,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
             wire.close()
         return None
 
-    async def _connected(self, url: httpx.URL, connect_s: float | None) -> Wire:
+    async def connect(self, url: httpx.URL, connect_s: float | None) -> Wire:
         while len(self._idle) > self._slots.value:
             self._idle.popleft().close()
         scheme, host, port = origin = origin_of(url)

@@ -85,7 +85,7 @@ def main(seconds: float, keeping: bool, single: str | None, names: tuple[str, ..
     for target in chosen:
         folder, seeds = BUILD / target, seed(target)
         folder.mkdir(parents=True, exist_ok=True)
-        limits = [f"-max_total_time={max(1, int(seconds / len(chosen)))}", f"-max_len={MAX_LENGTH}", "-timeout=20"]
+        limits = [f"-max_total_time={max(1, int(seconds / len(chosen)))}", f"-max_len={MAX_LENGTH}", "-timeout=60"]
         output = ["-rss_limit_mb=2048", "-print_final_stats=1", f"-artifact_prefix={BUILD}/{target}-"]
         status, text = run_one(target, [*limits, *output, str(folder), str(seeds)])
         failed |= status != 0

@@ -24,12 +24,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cache.disk_index import parse_row
 from node.config.schema import load
-from node.content.listings import Listings, _of_type, _page
+from node.content.listings import Listings, page_of_tags, referrers_of_type
 from node.control.image_routes import image_routes
 from node.control.routes import Route, control_handler, control_routes
 from node.identity.certificates import Authority, Credentials, issued_by, new_authority, peer_of
 from node.identity.identity import Identity, from_pem
-from node.membership.peers_file import _File as RememberedFile
+from node.membership.peers_file import RememberedPeers
 from node.mirror.mirror import LIMITS, Mirror, own_link
 from node.oci.byte_ranges import parse_range
 from node.oci.challenges import parse_challenges, parse_token, relayed, token_request
@@ -104,7 +104,7 @@ def record(data: bytes) -> None:
 
 def remembered_peers(data: bytes) -> None:
     with suppress(msgspec.MsgspecError, UnicodeDecodeError):
-        msgspec.msgpack.decode(data, type=RememberedFile)
+        msgspec.msgpack.decode(data, type=RememberedPeers)
 
 
 # Certificates
@@ -166,9 +166,9 @@ def listing(data: bytes) -> None:
     passed = Passed(data, "application/json")
     for whole in (True, False):
         for query in ({}, {"n": "2"}, {"n": "2", "last": "b"}):
-            page = _page(passed, query, whole=whole)
+            page = page_of_tags(passed, query, whole=whole)
             assert isinstance(page.body, bytes)
-    _of_type(passed, "sig/a")
+    referrers_of_type(passed, "sig/a")
 
 
 def link(data: bytes) -> None:
@@ -197,15 +197,14 @@ def http_answer(data: bytes) -> None:
             theirs.setblocking(False)
             sent = theirs.send(data)
             theirs.shutdown(socket.SHUT_WR)
-            transport = DirectTransport(cast(Any, None), 1)
 
-            async def connected(url: httpx.URL, connect_s: float | None) -> Wire:
-                return Wire(ours, origin_of(url))
+            class Joined(DirectTransport):
+                async def connect(self, url: httpx.URL, connect_s: float | None) -> Wire:
+                    return Wire(ours, origin_of(url))
 
-            cast(Any, transport)._connected = connected
             timeout = dict.fromkeys(("connect", "read", "write", "pool"), 1.0)
             with suppress(httpx.TransportError):
-                response = await transport.handle_async_request(
+                response = await Joined(cast(Any, None), 1).handle_async_request(
                     httpx.Request("GET", URL, extensions={"timeout": timeout})
                 )
                 got, buffer = 0, memoryview(bytearray(4096))

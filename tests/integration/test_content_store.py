@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from cache import content_store
 from cache.content_store import ContentStore
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, ObjectRef, Piece
 from protocol.records import Record, make_record
@@ -20,7 +21,7 @@ SMALL = Blob.random(2, 700)
 
 
 class World:
-    """A store, its clock, and what it had signed."""
+    """A store, its clock, and the blocks whose records it asked for."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -55,13 +56,13 @@ def world(tmp_path: Path) -> World:
 
 def count_hashed(monkeypatch) -> list[Digest]:
     checked: list[Digest] = []
-    real = ContentStore._check
+    examine = content_store.examine
 
-    async def spy(self: ContentStore, path: Path, digest: Digest) -> None:
+    def spy(fd: int, digest: Digest) -> object:
         checked.append(digest)
-        await real(self, path, digest)
+        return examine(fd, digest)
 
-    monkeypatch.setattr(ContentStore, "_check", spy)
+    monkeypatch.setattr(content_store, "examine", spy)
     return checked
 
 

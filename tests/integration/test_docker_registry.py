@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AbstractContextManager, aclosing
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import BinaryIO
@@ -22,10 +21,10 @@ from node.mirror.mirror import Mirror
 from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from node.registry.upstreams import Upstreams
-from node.web.server import serve_http
 from protocol.errors import NotFoundError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 from tests.support.access import Everybody
+from tests.support.fake_registry import serve
 from tests.support.proxy import CountingProxy
 from tests.support.registry import docker_registry, installed
 
@@ -131,12 +130,10 @@ def test_skopeo_pulls_through_the_mirror(registry: str, tmp_path: Path, prefix: 
             library = PassingLibrary(upstreams)
             listings = Listings(upstreams.passthrough, library, tmp_path / "listings.sqlite", 60.0)
             mirror = Mirror(library, upstreams.names, listings, Everybody())  # type: ignore[arg-type]
-            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            await nursery.start(partial(serve_http, listeners, mirror.handle))
-            port = listeners[0].socket.getsockname()[1]
-            source = f"docker://127.0.0.1:{port}/{prefix}library/app:v1"
+            url = await serve(nursery, mirror.handle)
+            source = f"docker:{url.removeprefix('http:')}/{prefix}library/app:v1"
             command = ["skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", source, f"dir:{tmp_path}/out"]
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await trio.run_process(command, capture_stdout=True, capture_stderr=True)
             nursery.cancel_scope.cancel()
 

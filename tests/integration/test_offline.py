@@ -101,7 +101,7 @@ def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
 
 def tag_of(node: Node) -> str:
     """The digest that the mirror gives for the tag; "" if it does not answer."""
-    connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=30)
+    connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=60)
     with closing(connection):
         connection.request("HEAD", f"/v2/{REPOSITORY}/manifests/{TAG}")
         response = connection.getresponse()
@@ -319,7 +319,7 @@ def test_prefetch_goes_on_after_p2pctl_and_a_restart(folder: Path, image: Image,
         node.stop()
         node.start()
         assert [row["state"] for row in rows(node) if row["image"] == IMAGE] != ["done"]
-        wait_for("both are over", lambda: {row["state"] for row in rows(node)} == {"done", "failed"}, seconds=30)
+        wait_for("both are over", lambda: {row["state"] for row in rows(node)} == {"done", "failed"})
         assert next(row for row in rows(node) if row["state"] == "failed")["image"].endswith("no-such")
         proxy.cut()
         pull_through([node], folder / "out", image)

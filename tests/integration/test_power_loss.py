@@ -1,4 +1,4 @@
-"""A power cut at any moment: no wrong byte, no error, what was safe is still there, and all works from there on."""
+"""A power cut at any moment: no wrong byte and no error, safe data is still there, and the store works."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from tests.support.remembered import Remembered
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (1,)
-Traces = Callable[[str], tuple[str, list[Operation]]]
+Trace = tuple[str, list[Operation]]
+"""The folder in which a program worked, and what it did there."""
+Traces = Callable[[str], Trace]
 Check = Callable[[Path, Crash], Awaitable[None]]
 
 
@@ -28,7 +30,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
     return cache(lambda work: trace(work, tmp_path_factory.mktemp(work)))
 
 
-def trace(work: str, tmp_path: Path) -> tuple[str, list[Operation]]:
+def trace(work: str, tmp_path: Path) -> Trace:
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed: run .ci/packages as root")
     folder = tmp_path / "work"
@@ -36,19 +38,20 @@ def trace(work: str, tmp_path: Path) -> tuple[str, list[Operation]]:
     return str(folder), traced(command, folder, tmp_path / "log", ROOT)
 
 
-def check_all(folder: str, operations: list[Operation], quick: Path, check: Check) -> int:
-    """Each state that may be found; their number."""
-    crashes, seen = Crashes(operations), set[int]()
+def check_all(trace: Trace, quick: Path, check: Check) -> int:
+    """Check each state that a power cut may leave. Returns their number."""
+    crashes, seen = Crashes(trace[1]), set[int]()
     for count in range(len(crashes)):
         for crash in crashes.at(count, SEEDS):
             if (state := crash.fingerprint()) not in seen:
                 seen.add(state)
-                check_one(folder, operations, crash, quick, check)
+                check_one(trace, crash, quick, check)
     return len(seen)
 
 
-def check_one(folder: str, operations: list[Operation], crash: Crash, quick: Path, check: Check) -> None:
-    target = quick / "found"
+def check_one(trace: Trace, crash: Crash, quick: Path, check: Check) -> None:
+    folder, operations = trace
+    target = quick / "state"
     target.mkdir()
     crash.store(folder, target)
     try:
@@ -86,17 +89,18 @@ async def check_data(folder: Path, crash: Crash) -> None:
 
 @pytest.mark.parametrize(("work", "check"), [("store", check_store), ("data", check_data)])
 def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Check) -> None:
-    folder, operations = traces(work)
+    trace = traces(work)
+    operations = trace[1]
     written = {type(operation).__name__ for operation in operations}
     assert written >= {"Write", "Sync", "Name", "Unname", "Rename", "Resize", "Mark"}
     assert work != "store" or "Punch" in written
-    states = check_all(folder, operations, quick, check)
+    states = check_all(trace, quick, check)
     writes = sum(isinstance(operation, Write) for operation in operations)
     print(f"{states} states of {len(operations)} operations, {writes} writes")
 
 
 def test_a_store_that_would_not_sync_is_caught(traces: Traces, quick: Path) -> None:
-    """The check is worth something."""
+    """Tests the check itself."""
     folder, operations = traces("store")
     lazy = [
         Mark("", "") if isinstance(operation, Sync) and "/objects/" in operation.folder else operation
@@ -104,5 +108,5 @@ def test_a_store_that_would_not_sync_is_caught(traces: Traces, quick: Path) -> N
     ]
     (nothing_kept, *_) = Crashes(lazy).at(len(lazy), ())
     with pytest.raises(ExceptionGroup) as caught:
-        check_one(folder, lazy, nothing_kept, quick, check_store)
+        check_one((folder, lazy), nothing_kept, quick, check_store)
     assert caught.group_contains(AssertionError, match="lost")

@@ -85,7 +85,7 @@ class Definition:
 
 
 keys = st.integers(0, 14).map(str) | st.integers(0, 150).map(str)
-steps = st.one_of(
+STEPS = [
     st.tuples(st.just("get"), keys),
     st.tuples(st.just("put"), keys, st.integers(0, 12)),
     st.tuples(st.just("put"), keys, st.just(1)),
@@ -95,26 +95,24 @@ steps = st.one_of(
     st.tuples(st.just("victims"), st.integers(0, 12)),
     st.tuples(st.just("wait"), st.sampled_from([0.5, 1.0, 3.0, 20.0])),
     st.tuples(st.just("scan"), st.integers(200, 400), st.integers(1, 120)),
+]
+times = st.fixed_dictionaries(
+    {
+        "correlated": st.sampled_from([0.0, 1.0, 2.5]),
+        "burst": st.sampled_from([math.inf, 0.0, 3.0]),
+        "history": st.sampled_from([0.0, 1.0, 8.0]),
+        "horizon": st.sampled_from([math.inf, 0.0, 4.0, 30.0]),
+    }
 )
+"""Parameters of the cache; `history` is a factor, and the others are seconds."""
 
 
 @settings(max_examples=300)
-@given(
-    st.lists(steps, max_size=60),
-    st.integers(1, 3),
-    st.sampled_from([0.0, 1.0, 2.5]),
-    st.sampled_from([math.inf, 0.0, 3.0]),
-    st.sampled_from([0.0, 1.0, 8.0]),
-    st.sampled_from([math.inf, 0.0, 4.0, 30.0]),
-)
-def test_it_evicts_what_the_definition_says(
-    script: list[tuple[object, ...]], k: int, correlated: float, burst: float, history: float, horizon: float
-) -> None:
+@given(st.lists(st.one_of(STEPS), max_size=60), st.integers(1, 3), times)
+def test_it_evicts_what_the_definition_says(script: list[tuple[object, ...]], k: int, times: dict[str, float]) -> None:
     clock = Clock()
-    cache = LRUKCache[str, int](
-        12, lambda size: size, k=k, correlated=correlated, burst=burst, history=history, horizon=horizon, timer=clock
-    )
-    model = Definition(12, k, correlated, burst, history, horizon, clock)
+    cache = LRUKCache[str, int](12, lambda size: size, k=k, timer=clock, **times)
+    model = Definition(12, k, clock=clock, **times)
     for step in script:
         apply(step, cache, model, clock)
         assert {key: Cache.__getitem__(cache, key) for key in cache} == model.sizes  # by no reference
@@ -216,7 +214,7 @@ def test_zero_horizon_is_lru() -> None:
 
 
 class Ticks:
-    """A timer that counts its readings, which is to count references."""
+    """A timer that counts its readings: there is one for each reference."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Framing of the bulk channel: everything that can be said comes through, and nothing hostile does."""
+"""Framing of the bulk channel: every valid message comes through, and hostile bytes are refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ codes = st.tuples(st.integers(1, wire.MAX_K), st.integers(0, wire.MAX_M)).flatma
 texts = st.text(st.characters(codec="utf-8"), max_size=60)
 printable = texts.filter(str.isprintable)
 bitmaps = st.binary(max_size=40)
-members = st.builds(Member, peers, printable, printable, st.lists(printable, max_size=8).map(tuple), st.floats(0, 1e6))
+signatures = st.binary(min_size=64, max_size=64)
+ages, object_sizes = st.floats(0, 1e9), st.integers(0, MAX_OBJECT_SIZE)
+addresses = st.lists(printable, max_size=8).map(tuple)
+members = st.builds(Member, peers, printable, printable, addresses=addresses, weight=st.floats(0, 1e6))
 updates = st.lists(
     st.builds(Update, members, st.sampled_from(State), st.integers(0, wire.MAX_INCARNATION)), max_size=4
 ).map(tuple)
@@ -71,29 +74,29 @@ def records(draw: st.DrawFn) -> Record:
     index, size = draw(blocks)
     digest = draw(digests)
     length = ObjectRef(Digest.parse(digest), size).block_length(index)
-    sha, signature = draw(st.binary(min_size=32, max_size=32)), draw(st.binary(min_size=64, max_size=64))
-    return Record(digest, index, length, size, sha256=sha, signer=draw(peers), signature=signature)
+    sha = draw(st.binary(min_size=32, max_size=32))
+    return Record(digest, index, length, size, sha256=sha, signer=draw(peers), signature=draw(signatures))
 
 
 accusations = st.lists(
     st.tuples(
-        st.builds(Evidence, records(), texts, peers, st.binary(min_size=64, max_size=64), st.none() | records()),
-        st.floats(0, 1e9),
+        st.builds(Evidence, records(), texts, peers, signature=signatures, other=st.none() | records()),
+        ages,
     ),
     max_size=3,
 ).map(tuple)
 
 
-requests: st.SearchStrategy[Request] = st.one_of(
+REQUESTS: list[st.SearchStrategy[Request]] = [
     st.builds(
-        lambda digest, block, code, *rest: GetShard(digest, *block, *code, *rest),
+        lambda digest, block, code, **rest: GetShard(digest, *block, *code, **rest),
         digests,
         blocks,
         codes,
-        st.integers(0, 2),
-        texts,
-        st.booleans(),
-        st.just("") | peers,
+        reach=st.integers(0, 2),
+        source=texts,
+        exact=st.booleans(),
+        reader=st.just("") | peers,
     ),
     st.builds(lambda digest, block: GetBlock(digest, *block), digests, blocks),
     st.builds(GetHoldings, digests),
@@ -104,8 +107,8 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(PingRequest, peers, updates),
     st.builds(Sync, updates),
     st.builds(Accuse, accusations),
-)
-replies: st.SearchStrategy[Reply] = st.one_of(
+]
+REPLIES: list[st.SearchStrategy[Reply]] = [
     st.builds(lambda code, record: ShardFound(*code, record), codes, records()),
     st.builds(BlockFound, records()),
     st.builds(
@@ -115,15 +118,14 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     ),
     st.builds(Holders, st.lists(peers, max_size=5).map(tuple)),
     st.just(Done()),
-    st.builds(
-        Resolved, digests, st.integers(0, MAX_OBJECT_SIZE), texts, st.floats(0, 1e9), st.just(-1.0) | st.floats(0, 1e9)
-    ),
+    st.builds(Resolved, digests, object_sizes, texts, age_s=ages, public_age_s=st.just(-1.0) | ages),
     st.builds(Pong, updates),
     st.builds(SyncReply, updates),
     st.builds(Waiting, st.booleans()),
     st.builds(Failed, st.sampled_from(FAILURES), texts),
     st.builds(Accusations, accusations),
-)
+]
+requests, replies = st.one_of(REQUESTS), st.one_of(REPLIES)
 ids = st.integers(0, 2**32 - 1)
 
 
@@ -141,7 +143,7 @@ def encoded(request_id: int, message: Request | Reply) -> bytes:
 
 
 def read_all(kind: Any, data: bytes, chunk: int) -> list[tuple[wire.Head[Any], bytes]]:
-    """As a connection reads: heads from what was fed, the rest of a body past the decoder."""
+    """Read like a connection: heads from the bytes fed so far, the rest of a body past the decoder."""
     heads, position, read = wire.Heads(kind), 0, []
     while True:
         while (head := heads.next()) is None:

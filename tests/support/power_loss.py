@@ -59,17 +59,17 @@ class _Content:
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """The folder behind the first `count` operations. `marks` are what the program had said by then."""
+    """The folder after the first `count` operations. `marks` has the program's statements until then."""
 
     count: int
     how: str
     ordered: bool
     marks: list[Mark]
-    names: dict[str, int | None]
-    contents: dict[int, _Content]
+    names: dict[str, int | None] = field(default_factory=dict)
+    contents: dict[int, _Content] = field(default_factory=dict)
 
     def store(self, folder: str, target: Path) -> None:
-        """Makes it, as `target`."""
+        """Write this state to the folder `target`."""
         for path in sorted(self.names):
             inode, place = self.names[path], str(target) + path.removeprefix(folder)
             if not os.path.isdir(os.path.dirname(place)):
@@ -89,17 +89,17 @@ class Crash:
 
 
 class Crashes:
-    """`folder` is what the program wrote; nothing was in it."""
+    """The states that `operations` may leave of a folder that was empty before them."""
 
     def __init__(self, operations: Sequence[Operation]) -> None:
         self._operations = operations
 
     def __len__(self) -> int:
-        """Moments: before the first operation, and behind each."""
+        """Number of moments: before the first operation, and after each."""
         return len(self._operations) + 1
 
     def at(self, count: int, seeds: Sequence[int]) -> Iterator[Crash]:
-        """Nothing unsynced kept, all of it kept, and for each seed two chances, with names in order and without."""
+        """States with no unsynced change, with all, and two random ones for each seed: names in order, and not."""
         yield self._crash(count, "nothing kept", None, keep=0.0, ordered=True)
         yield self._crash(count, "all kept", None, keep=1.0, ordered=True)
         for seed in seeds:
@@ -109,7 +109,7 @@ class Crashes:
 
     def _crash(self, count: int, how: str, rng: Random | None, *, keep: float, ordered: bool) -> Crash:
         done = self._operations[:count]
-        crash = Crash(count, how, ordered, [operation for operation in done if isinstance(operation, Mark)], {}, {})
+        crash = Crash(count, how, ordered, [operation for operation in done if isinstance(operation, Mark)])
         safe = self._safe(done, ordered=ordered)
         in_order = True
         for number, operation in enumerate(done):

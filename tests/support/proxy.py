@@ -77,7 +77,7 @@ class CountingProxy:
 
     def __exit__(self, *_: object) -> None:
         self._run(self._scope.cancel)
-        self._thread.join(10)
+        self._thread.join(60)
 
     def reset(self) -> None:
         """Set all counts to 0."""

@@ -14,10 +14,11 @@ from click.testing import CliRunner, Result
 
 from node.api.documents import Check
 from node.cli.main import main
-from node.web.server import Request, Response, serve_http
+from node.web.server import Request, Response
 from protocol.admission import read_revocation, read_token
 from protocol.records import peer_id_of
 from tests.support.fake_control import DIGEST, PEER, FakeControl, served
+from tests.support.fake_registry import serve
 
 PEER_ID = peer_id_of(bytes(32))
 DOCUMENTS = {name: name for name in ("peers", "images", "tags")} | {
@@ -282,12 +283,9 @@ def test_doctor_from_outside_and_inside(tmp_path: Path) -> None:
         return Response(200)
 
     async def scenario() -> None:
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        host, port = listener.socket.getsockname()
-        api = FakeControl(f"{host}:{port}")
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_http, [listener], answers)
-            await trio.to_thread.run_sync(check, api)
+            url = await serve(nursery, answers)
+            await trio.to_thread.run_sync(check, FakeControl(url.removeprefix("http://")))
             nursery.cancel_scope.cancel()
 
     def check(api: FakeControl) -> None:

@@ -75,13 +75,12 @@ async def listening(server: Scripted, tls: ssl.SSLContext | None = None) -> Asyn
 
 
 def client_of(transport: DirectTransport, **timeouts: float) -> httpx.AsyncClient:
-    timeout = httpx.Timeout(**({"connect": 5, "read": 5, "write": 5, "pool": 5} | timeouts))
-    return httpx.AsyncClient(transport=transport, timeout=timeout)
+    return httpx.AsyncClient(transport=transport, timeout=httpx.Timeout(60, **timeouts))
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        with trio.fail_after(15):
+        with trio.fail_after(60):
             await main()
 
     trio.run(bounded)
@@ -195,7 +194,7 @@ def test_answers_that_are_cut_or_not_http_raise_their_error(raw: bytes, error: t
 def test_a_silent_server_and_a_full_house_are_bounded_in_time() -> None:
     async def main() -> None:
         server = Scripted(answer(BIG)[:-1], answer(b""))
-        async with listening(server) as url, client_of(DirectTransport(PLAIN, 1), read=0.1, pool=0.1) as client:
+        async with listening(server) as url, client_of(DirectTransport(PLAIN, 1), read=1, pool=1) as client:
             async with client.stream("GET", url):
                 with pytest.raises(httpx.PoolTimeout):
                     await client.get(url)
@@ -216,14 +215,12 @@ def test_idle_connections_count_and_a_dead_one_is_not_used() -> None:
             client = await stack.enter_async_context(client_of(DirectTransport(PLAIN, 2)))
             for url in (first, second, third, second):
                 assert (await client.get(url)).content == b"x"
-            with trio.fail_after(5):
-                while servers[0].open:
-                    await trio.lowlevel.checkpoint()
+            while servers[0].open:
+                await trio.lowlevel.checkpoint()
             servers[2].closes = True
             assert (await client.get(third)).content == b"x"
-            with trio.fail_after(5):
-                while servers[2].open:
-                    await trio.lowlevel.checkpoint()
+            while servers[2].open:
+                await trio.lowlevel.checkpoint()
             assert (await client.get(third)).content == b"x"
 
     run(main)

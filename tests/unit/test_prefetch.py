@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -20,20 +19,17 @@ from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from node.telemetry.sources import Source
 from protocol.errors import BadInputError, NotFoundError, ShoalError, UnavailableError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece
+from protocol.ids import BLOCK_SIZE, ObjectRef, Piece
 from protocol.records import Record
+from tests.support.blobs import Blob
 
 LAYER = b"layer" * (BLOCK_SIZE // 2)
 IMAGE = "origin.test/app:v1"
 BLOCK_S = 0.1
 
 
-def ref_of(data: bytes) -> ObjectRef:
-    return ObjectRef(Digest("sha256", hashlib.sha256(data).hexdigest()), len(data))
-
-
 def described(data: bytes) -> dict[str, object]:
-    return {"mediaType": "a/b", "digest": str(ref_of(data).digest), "size": len(data)}
+    return {"mediaType": "a/b", "digest": str(Blob(data).digest), "size": len(data)}
 
 
 MANIFEST = msgspec.json.encode({"config": described(b"{}"), "layers": [described(LAYER)]})
@@ -44,7 +40,7 @@ class Shelf:
     """Library, verifier, fetcher and store in one. `resolve` raises the `failures`, one after the other."""
 
     def __init__(self) -> None:
-        self.content = {ref_of(data): data for data in (MANIFEST, b"{}", LAYER)}
+        self.content = {Blob(data).ref: data for data in (MANIFEST, b"{}", LAYER)}
         self.held: set[Piece] = set()
         self.failures: list[ShoalError] = []
         self.checked: list[ObjectRef] = []
@@ -63,7 +59,7 @@ class Shelf:
         await trio.lowlevel.checkpoint()
         if self.failures:
             raise self.failures.pop(0)
-        return Resolved(ref_of(MANIFEST), "a/b")
+        return Resolved(Blob(MANIFEST).ref, "a/b")
 
     async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         await trio.lowlevel.checkpoint()
@@ -121,7 +117,7 @@ def path(tmp_path: Path) -> Path:
 
 
 async def until(prefetcher: Prefetcher, state: str) -> float:
-    """Wait until the first image is in this state; the time that it took in seconds."""
+    """Wait until the first image is in this state. Returns the seconds that it took."""
     began = trio.current_time()
     while prefetcher.report().rows[0].state != state:  # noqa: ASYNC110 - virtual time
         await trio.sleep(0.01)
@@ -194,7 +190,7 @@ def test_one_that_waits_for_another_try_does_not_hold_up_the_next(path: Path) ->
 
 def test_wrong_bytes_are_read_again_by_the_way_that_finds_out_who_was_wrong(path: Path) -> None:
     async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
-        shelf.wrong = {ref_of(LAYER)}
+        shelf.wrong = {Blob(LAYER).ref}
         prefetcher.order(PrefetchOrder(images=(IMAGE,)))
         await until(prefetcher, "done")
         assert not shelf.wrong

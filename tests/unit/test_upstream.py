@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import logging
 import os
-import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from random import Random
-from urllib.parse import parse_qsl
 
 import httpx
 import pytest
@@ -23,117 +19,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.config.schema import UpstreamPart
-from node.oci.challenges import Credentials
 from node.oci.manifests import Resolved
 from node.oci.references import Grant, Locator
 from node.registry import credential_helper, transport
 from node.registry.bodies import BlockCutter
 from node.registry.upstreams import Upstreams
-from node.web.server import Buffer, Request, Response, serve_http
+from node.web.server import Request, Response
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
-
-BLOB = Random(7).randbytes(3 * BLOCK_SIZE + 77)
-MANIFEST = b'{"schemaVersion": 2}'
-SCOPE = "repository:org/app:pull"
-MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
-BLOBS = Locator("fake", "org/app", "blobs")
-MANIFESTS = Locator("fake", "org/app", "manifests")
-
-
-def ref_of(data: bytes) -> ObjectRef:
-    return ObjectRef(Digest("sha256", hashlib.sha256(data).hexdigest()), len(data))
-
-
-BLOB_REF, MANIFEST_REF = ref_of(BLOB), ref_of(MANIFEST)
-
-
-class FakeRegistry:
-    """A registry of one repository. Each request to /v2/ takes the next of `faults`; None is a good answer."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-        self.faults: list[int | str | None] = []
-        self.scheme = ""
-        self.password = ""
-        self.identity = ""
-        self.tokens = 0
-        self.valid_token = ""
-        self.elsewhere = ""
-        self.retry_after = "0"
-        self.manifest = MANIFEST
-
-    async def handle(self, request: Request) -> Response:
-        self.requests.append(request)
-        if request.path == "/token":
-            return self._token(request)
-        fault = self.faults.pop(0) if self.faults else None
-        if isinstance(fault, int):
-            return Response(fault, {"Retry-After": self.retry_after} if fault == 429 else {})
-        if not self._allowed(request):
-            realm = f'realm="http://{request.headers["host"]}/token?x=1",service="fake"'
-            return Response(401, {"WWW-Authenticate": f"{self.scheme} {realm}"})
-        if "/manifests/" in request.path:
-            return self.answer_manifest(request)
-        if request.path.endswith("/tags/list"):
-            return Response(
-                200, {"Content-Type": "application/json", "Link": "<x>"}, json.dumps(request.query).encode()
-            )
-        if self.elsewhere:
-            return Response(307, {"Location": f"{self.elsewhere}/data?signature=hush"})
-        return blob(request, fault)
-
-    def _token(self, request: Request) -> Response:
-        if self.identity:
-            grant = {"grant_type": "refresh_token", "client_id": "shoal", "refresh_token": self.identity}
-            assert dict(parse_qsl(request.body.decode())) == grant | {"service": "fake", "scope": SCOPE}
-            self.tokens, self.valid_token = 1, "t1"
-            return Response(200, {}, b'{"access_token": "t1"}')
-        if self.password and request.headers.get("authorization") != Credentials("u", self.password).header:
-            return Response(401)
-        self.tokens += 1
-        self.valid_token = f"t{self.tokens}"
-        assert request.query == {"x": "1", "service": "fake", "scope": SCOPE}
-        return Response(200, {}, json.dumps({"token": self.valid_token, "expires_in": 100}).encode())
-
-    def _allowed(self, request: Request) -> bool:
-        sent = request.headers.get("authorization", "")
-        basic = Credentials("u", self.password).header
-        return {
-            "": True,
-            "Basic": sent == basic,
-            "Bearer": bool(self.valid_token) and sent == f"Bearer {self.valid_token}",
-        }[self.scheme]
-
-    def answer_manifest(self, request: Request) -> Response:
-        if request.path.rpartition("/")[2] not in ("latest", str(MANIFEST_REF.digest)):
-            return Response(404)
-        digest = ref_of(self.manifest).digest if self.manifest != b"forged" else MANIFEST_REF.digest
-        headers = {"Docker-Content-Digest": str(digest), "Content-Type": f"{MEDIA_TYPE}; charset=utf-8"}
-        return Response(200, headers, self.manifest)
-
-
-def blob(request: Request, fault: int | str | None) -> Response:
-    if not request.path.endswith((str(BLOB_REF.digest), "/data")):
-        return Response(404)
-    if request.method == "HEAD":
-        return Response(403) if fault == "no head" else Response(200, {"Content-Length": str(len(BLOB))})
-    match = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
-    if fault == "no ranges" or not match:
-        return Response(200, {"Content-Length": str(len(BLOB))}, pieces(BLOB, fault))
-    start, stop = int(match[1]), int(match[2]) + 1
-    shown = start + 1 if fault == "other range" else start
-    headers = {"Content-Range": f"bytes {shown}-{stop - 1}/{len(BLOB)}", "Content-Length": str(stop - start)}
-    return Response(206, headers, pieces(BLOB[start:stop], fault))
-
-
-async def pieces(data: bytes, fault: int | str | None) -> AsyncGenerator[Buffer, None]:
-    for start in range(0, len(data), 300_000):
-        if fault == "breaks" and start:
-            raise UnavailableError("fault on purpose")
-        if fault == "stalls" and start:
-            await trio.sleep_forever()
-        yield data[start : start + 300_000]
+from protocol.ids import BLOCK_SIZE
+from tests.support.blobs import Blob
+from tests.support.fake_registry import (
+    BLOB,
+    BLOB_REF,
+    BLOBS,
+    MANIFEST,
+    MANIFEST_REF,
+    MANIFESTS,
+    MEDIA_TYPE,
+    FakeRegistry,
+    blob_answer,
+    cut,
+    serve,
+)
 
 
 class Fixture:
@@ -161,11 +68,9 @@ def run(check: Callable[[Fixture, Upstreams], Awaitable[None]], **part: object) 
     fixture.part = part
 
     async def main() -> None:
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        fixture.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve_http, listeners, fixture.registry.handle))
-            with trio.fail_after(20):
+            fixture.url = await serve(nursery, fixture.registry.handle)
+            with trio.fail_after(60):
                 async with fixture.upstreams() as upstreams:
                     await check(fixture, upstreams)
             nursery.cancel_scope.cancel()
@@ -174,15 +79,11 @@ def run(check: Callable[[Fixture, Upstreams], Awaitable[None]], **part: object) 
     return fixture
 
 
-def cut(first: int, count: int) -> list[bytes]:
-    return [BLOB[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] for i in range(first, first + count)]
-
-
 @settings(max_examples=40)
 @given(size=st.integers(1, 3 * BLOCK_SIZE), data=st.data())
 def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
     content = (BLOB * 2)[:size]
-    ref = ref_of(content)
+    ref = Blob(content).ref
     first = data.draw(st.integers(0, ref.block_count - 1))
     count = data.draw(st.integers(1, ref.block_count - first))
     cutter = BlockCutter(ref, first, count)
@@ -203,7 +104,7 @@ def test_a_manifest_is_resolved_and_revalidated() -> None:
         assert (resolved, body) == (Resolved(MANIFEST_REF, MEDIA_TYPE), MANIFEST)
         assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (resolved, None)
         fixture.registry.manifest = b"{}"
-        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(ref_of(b"{}"), MEDIA_TYPE), b"{}")
+        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(Blob(b"{}").ref, MEDIA_TYPE), b"{}")
         with pytest.raises(CorruptObjectError):
             await upstreams.resolve(MANIFESTS, str(MANIFEST_REF.digest))
         fixture.registry.manifest = b"forged"
@@ -222,7 +123,7 @@ def test_what_comes_compressed_is_not_decompressed() -> None:
         headers = {"Content-Type": MEDIA_TYPE, "Content-Encoding": "gzip"}
         fixture.registry.answer_manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
         resolved, body = await upstreams.resolve(MANIFESTS, "latest")
-        assert (resolved.ref, body) == (ref_of(bomb), bomb)
+        assert (resolved.ref, body) == (Blob(bomb).ref, bomb)
 
     run(check)
 
@@ -299,7 +200,7 @@ def test_an_answer_with_another_range_is_refused() -> None:
 
 
 def test_a_silent_body_is_resumed_and_a_long_retry_after_is_not_waited_for(monkeypatch) -> None:
-    monkeypatch.setattr(transport, "TIMEOUT", httpx.Timeout(0.2))
+    monkeypatch.setattr(transport, "TIMEOUT", httpx.Timeout(60, read=1))
 
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = ["stalls", None]
@@ -392,14 +293,13 @@ def test_a_redirect_to_another_host_takes_no_authorization_along(caplog) -> None
 
     async def handle(request: Request) -> Response:
         other.requests.append(request)
-        return blob(request, "no head")
+        return blob_answer(request, "no head")
 
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.scheme = "Bearer"
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        fixture.registry.elsewhere = f"http://localhost:{listeners[0].socket.getsockname()[1]}"
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve_http, listeners, handle))
+            url = await serve(nursery, handle)
+            fixture.registry.elsewhere = url.replace("127.0.0.1", "localhost")
             assert await fixture.read(upstreams, 1, 2) == cut(1, 2)
             assert (await upstreams.resolve(BLOBS, str(BLOB_REF.digest)))[0].ref == BLOB_REF
             nursery.cancel_scope.cancel()

@@ -16,8 +16,7 @@ from node.registry.uplink import Uplink
 from node.registry.upstreams import Upstreams
 from protocol.errors import UnavailableError
 from protocol.ids import BLOCK_SIZE
-from tests.unit.test_upstream import BLOB_REF, BLOBS, MANIFEST, MANIFESTS, FakeRegistry, cut
-from tests.unit.test_upstream_order import serve
+from tests.support.fake_registry import BLOB_REF, BLOBS, MANIFEST, MANIFESTS, FakeRegistry, cut, serve
 
 Check = Callable[[FakeRegistry, Upstreams, Uplink], Awaitable[None]]
 
@@ -33,9 +32,9 @@ def run(check: Check, policy: UplinkPolicy, connections: int = 2) -> int:
     async def main() -> None:
         registry, link = FakeRegistry(), Uplink("fake", policy)
         async with trio.open_nursery() as nursery:
-            part = UpstreamPart(name="fake", url=await serve(nursery, registry), connections=connections)
+            part = UpstreamPart(name="fake", url=await serve(nursery, registry.handle), connections=connections)
             async with Upstreams([part], count=count, rng=Random(1), uplinks=[link]) as upstreams:
-                with trio.fail_after(20):
+                with trio.fail_after(60):
                     await check(registry, upstreams, link)
             nursery.cancel_scope.cancel()
 
