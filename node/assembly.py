@@ -37,7 +37,7 @@ from node.blocks.keeper import Keeper
 from node.blocks.questions import Questions
 from node.blocks.trust import Trust
 from node.blocks.values import CurrentPlacement, Site
-from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
+from node.config.schema import Config, PeersPart, access_grace_s, tag_policies, uplink_policy
 from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
@@ -122,12 +122,12 @@ def blocks(
     *,
     upstream: batching.BlockRanges,
     nursery: trio.Nursery,
-    code: tuple[int, int] = (4, 1),
+    peers: PeersPart = PeersPart(),
 ) -> Blocks:
-    """Tasks that outlive a request run in `nursery`. `code` is k data and m parity shards in a site of full size."""
+    """Tasks that outlive a request run in `nursery`. `peers` gives the k data and m parity shards of the code in a site of full size."""
     own, directory = identity.peer_id, Directory()
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
-    placement, trust = CurrentPlacement(view, *code), Trust(own, view)
+    placement, trust = CurrentPlacement(view, peers.k, peers.m), Trust(own, view)
     site = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
     questions, grants = Questions(site), Grants()
     holders = Holders(site, questions, directory)
@@ -170,23 +170,18 @@ def site(
     membership: Membership,
     exchange: Exchange,
     *,
-    dispatcher: Dispatcher,
     tiers: Tiers,
     upstreams: Upstreams,
-    table: NameTable,
+    names: KnownNames,
     revocations: Revocations,
-    registrar: Registrar,
     metrics: Metrics,
     nursery: trio.Nursery,
     rng: Random,
     public_age: Callable[[Locator], float | None] = lambda locator: None,
-    pinned: Callable[[str, str], bool] = lambda source, reference: False,
 ) -> Participant:
-    """Wire a member over `exchange`, whose handler is `dispatcher`. Nothing runs yet: see `Participant.services`."""
-    code = config.peers.k, config.peers.m
-    parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, code=code)
+    """Wire a member over `exchange`. `Participant.route` has it answer, and `Participant.services` are its tasks."""
+    parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, peers=config.peers)
     near, home, questions = parts.site, parts.home, parts.questions
-    names = KnownNames(table, tag_policies(config), pinned=pinned)
     resolver = Resolver(
         near,
         names,
@@ -206,7 +201,7 @@ def site(
         nursery=nursery,
         rng=rng,
     )
-    announcer, ledger = Announcer(near, questions, parts.directory, membership, trim=table.trim), Provenance()
+    announcer, ledger = Announcer(near, questions, parts.directory, membership, trim=names.trim), Provenance()
     verifier = ObjectVerifier(near, home, parts.fetcher, announcer.finished)
     library = SiteLibrary(
         site=near,
@@ -217,7 +212,7 @@ def site(
         ledger=ledger,
         metrics=metrics,
     )
-    member = Participant(
+    return Participant(
         membership,
         exchange,
         Gossiper(membership, exchange, revocations),
@@ -229,8 +224,6 @@ def site(
         judge=judge,
         announcer=announcer,
     )
-    member.route(dispatcher, registrar)
-    return member
 
 
 async def registry(config: Config, network: Network, storage: Storage, stack: AsyncExitStack) -> Registry:
@@ -249,23 +242,22 @@ async def registry(config: Config, network: Network, storage: Storage, stack: As
 def participant(
     config: Config, admitted: Admitted, storage: Storage, network: Network, *, registry: Registry, nursery: trio.Nursery
 ) -> Participant:
-    return site(
+    member = site(
         config,
         admitted.identity,
         network.membership,
         network.exchange,
-        dispatcher=network.dispatcher,
         tiers=storage.tiers,
         upstreams=registry.upstreams,
-        table=storage.table,
+        names=KnownNames(storage.table, tag_policies(config), pinned=storage.pins.names),
         revocations=admitted.revocations,
-        registrar=admitted.registrar,
         metrics=network.metrics,
         nursery=nursery,
         rng=Random(),
         public_age=storage.public.age,
-        pinned=storage.pins.names,
     )
+    member.route(network.dispatcher, admitted.registrar)
+    return member
 
 
 def clients(

@@ -18,7 +18,8 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node import assembly
-from node.config.schema import Config
+from node.config.schema import Config, tag_policies
+from node.content.known_names import KnownNames
 from node.content.name_table import NameTable
 from node.exchange.contract import Answer
 from node.exchange.dispatcher import Dispatcher
@@ -100,22 +101,21 @@ class Node:
         )
 
     def _assemble(self, work: trio.Nursery) -> None:
-        cluster = self._cluster
+        cluster, config = self._cluster, Config()
         self.member = assembly.site(
-            Config(),
+            config,
             self._identity,
             self.membership,
             self.exchange,
-            dispatcher=self.dispatcher,
             tiers=self.tiers,
             upstreams=self.upstreams(),
-            table=NameTable(IN_MEMORY, trio.current_time),
+            names=KnownNames(NameTable(IN_MEMORY, trio.current_time), tag_policies(config)),
             revocations=cluster.revocations,
-            registrar=Registrar(None, cluster.revocations, Uses(NOWHERE)),
             metrics=cluster.metrics,
             nursery=work,
             rng=Random(cluster.seed),
         )
+        self.member.route(self.dispatcher, Registrar(None, cluster.revocations, Uses(NOWHERE)))
         self.library, self.blocks = self.member.library, self.member.blocks
 
     def stop(self) -> None:

@@ -33,7 +33,7 @@ class KnownNames:
     def __init__(
         self, table: NameTable, policies: TagPolicies, pinned: Callable[[str, str], bool] = lambda source, ref: False
     ) -> None:
-        self._table, self.policies, self._pinned = table, policies, pinned
+        self._table, self.policies, self._pinned, self.trim = table, policies, pinned, table.trim
         self._site_asked: LRUCache[Key, float] = LRUCache(MAX_RECENT)
         """When the members were last asked for a tag, since the registry last answered for it."""
         self._types: LRUCache[Digest, str] = LRUCache(MAX_RECENT)
