@@ -122,10 +122,10 @@ def blocks(
     *,
     upstream: batching.BlockRanges,
     nursery: trio.Nursery,
-    peers: PeersPart = PeersPart(),
+    peers: PeersPart | None = None,
 ) -> Blocks:
-    """Tasks that outlive a request run in `nursery`. `peers` gives the k data and m parity shards of the code in a site of full size."""
-    own, directory = identity.peer_id, Directory()
+    """Tasks that outlive a request run in `nursery`. `peers` has the shards k and m of a site of full size."""
+    own, directory, peers = identity.peer_id, Directory(), peers or PeersPart()
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
     placement, trust = CurrentPlacement(view, peers.k, peers.m), Trust(own, view)
     site = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
