@@ -1,4 +1,4 @@
-"""Image archives as tests need them: well-formed ones from a description, and ones with a fault of each kind."""
+"""Image archives for tests, built from a description; their files can be changed before they are packed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blob_path(name: str) -> str:
 
 @dataclass
 class Layout:
-    """Files of an OCI layout, to be packed in any way."""
+    """The files of an OCI layout, to pack in any form."""
 
     files: Files = field(default_factory=lambda: {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}'})
     roots: list[dict[str, object]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Layout:
         self.files["index.json"] = json.dumps({"schemaVersion": 2, "manifests": self.roots}).encode()
 
     def pack(self, form: int = tarfile.PAX_FORMAT, before: str = "", folders: bool = False) -> bytes:
-        """By Python's writer, which is not the one under test."""
+        """A tar file by Python's writer, not by the writer under test."""
         target = io.BytesIO()
         with tarfile.open(fileobj=target, mode="w", format=form) as tar:
             if folders:
@@ -68,7 +68,7 @@ class Layout:
 
 
 def small(name: str = "origin.test/demo/app:v1") -> Layout:
-    """Two platforms, one layer of which both have."""
+    """Two platforms that share a layer."""
     layout = Layout()
     manifests = [layout.manifest([b"shared", machine.encode() * 500], machine) for machine in ("amd64", "arm64")]
     layout.name(layout.index(manifests), name)

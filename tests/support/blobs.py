@@ -15,7 +15,7 @@ SIGNER = PeerId("12D3KooWtest")
 
 @dataclass(frozen=True)
 class Blob:
-    """The stores check no signature, so that these records carry none that is right."""
+    """Its records carry false signatures: the stores do not check them."""
 
     content: bytes
 
@@ -40,7 +40,7 @@ class Blob:
         return Piece(self.ref.block(index), shard)
 
     def bytes_of(self, piece: Piece) -> bytes:
-        """Data shards are the slices of the block; what stands for parity are its bytes in reverse."""
+        """Data shards are slices of the block; parity shards are its bytes in reverse."""
         start = piece.block.index * BLOCK_SIZE
         block = self.content[start : start + BLOCK_SIZE]
         if piece.shard is None:
@@ -53,4 +53,4 @@ class Blob:
     def record(self, piece: Piece) -> Record:
         index = piece.block.index
         sha = sha256(self.content[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]).digest()
-        return make_record(self.ref, index, sha, SIGNER, lambda payload: sha256(payload).digest() * 2)
+        return make_record(self.ref, index, sha, SIGNER, sign=lambda payload: sha256(payload).digest() * 2)

@@ -14,7 +14,7 @@ from protocol.ids import Digest, ObjectRef
 
 
 class MemoryLibrary:
-    """Of one repository; `error` is raised instead of any answer."""
+    """The library of one repository. `resolve` raises `error` if it is set."""
 
     def __init__(self, repository: str) -> None:
         self._repository = repository
