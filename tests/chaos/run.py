@@ -148,7 +148,7 @@ def tag_of(number: int) -> str:
     return f"v{number}"
 
 
-# The play
+# The run
 
 
 async def _play(settings: Settings, struck: Site, seen: Seen) -> None:

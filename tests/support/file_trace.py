@@ -64,7 +64,7 @@ class Unname:
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """A sync of a file, or of a folder. It covers the operations with numbers below `before`, its own at its begin."""
+    """A sync of a file, or of a folder. It covers the first `before` operations: those before it began."""
 
     inode: int | None
     folder: str

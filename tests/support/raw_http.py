@@ -1,6 +1,7 @@
-"""A client and the servers that it reads from, both cheap and exact, so that a benchmark measures the server alone.
+"""A cheap HTTP client for benchmarks, and the processor time of the server that it reads from.
 
-The client sends prepared bytes, and receives into one buffer over a blocking socket that it keeps open.
+The client sends prepared bytes, and receives into one buffer over a blocking socket, so that it costs far less than the
+servers that are measured.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class Node:
     def _answers(self) -> bool:
         if self.process.poll() is not None:
             raise AssertionError(f"{self.name} ended with {self.process.returncode}:\n{tail(self.log)}")
-        connection = http.client.HTTPConnection(self.host, self.mirror_port, timeout=1)
+        connection = http.client.HTTPConnection(self.host, self.mirror_port, timeout=PATIENCE_S)
         inside = self._namespace.entered() if self._namespace else contextlib.nullcontext()
         with inside, contextlib.closing(connection):
             try:
