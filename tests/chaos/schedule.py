@@ -27,7 +27,7 @@ EVERY_S = 4.0
 """Mean time between faults of nodes; faults of the uplink are half as frequent."""
 SHORTEST_S, LONGEST_S = 2.0, 15.0
 AT_ONCE = 3
-"""Most nodes with a fault at the same time: more than the shards that a block may lose. Of 8 nodes five are left."""
+"""Most nodes with a fault at the same time: more than the shards that a block may lose. Five of 8 nodes are left."""
 PARTITIONS = 0.3
 """Share of partitions in the faults that strike no single node."""
 THINKING_S = 2.0
