@@ -1,5 +1,6 @@
-"""Where CI=true nothing may be skipped: a check that did not run has not passed. No example is held to a time: the
-machine may be at other work."""
+"""Rules for all tests. With CI=true a skipped test fails: a check that did not run has not passed.
+
+Examples of hypothesis have no deadline: the machine may have other load."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 def _no_skip(report: Report) -> Report:
     if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"skipped, which CI does not allow: {report.longrepr}"
+        report.longrepr = f"skipped, which CI forbids: {report.longrepr}"
     return report
 
 

@@ -115,7 +115,7 @@ class Prefetcher:
             self._working.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        self._items = self._load()
+        self._items = self.load()
         task_status.started()
         while True:
             self._news = trio.Event()
@@ -208,7 +208,7 @@ class Prefetcher:
 
     # The file
 
-    def _load(self) -> list[_Item]:
+    def load(self) -> list[_Item]:
         try:
             with self.path.open("rb") as file:
                 orders = msgspec.json.decode(file.read(MAX_FILE), type=_File).orders

@@ -1,7 +1,7 @@
-"""What it costs to give nothing of an object before all of it is right: `python -m tests.benchmarks.check_first`.
+"""The cost of verifying a whole object before its first byte is sent: `python -m tests.benchmarks.check_first`.
 
-Two sites of five that differ in this alone read the same blobs in turns: one node from the registry (cold), and then
-another from the site (warm). Medians; the third read is from the node's own checked file, and the same in both.
+Two sites of five that differ only in this read the same blobs in turns: a node reads from the registry (cold), then
+another one from the site (warm), and then again from its own verified file, which is the same in both. Medians.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections import defaultdict
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.hot_paths import Client, Server
 from tests.support import image as images
 from tests.support import registry as registries
 from tests.support.processes import scratch
+from tests.support.raw_http import Client, Server
 from tests.support.site import UPSTREAM, Node, site, start_all
 
 REPOSITORY, TAG = "demo/app", "v1"
@@ -28,8 +28,8 @@ PROGRAM = "import node.content.library; node.content.library.CHECKED_FIRST = {};
 
 
 def timed(node: Node, digest: str) -> tuple[float, float]:
-    """Seconds to the first byte and to the last."""
-    server = Server(node.name, node.mirror_port, f"/v2/{UPSTREAM}/{REPOSITORY}", 0, node.host)
+    """Returns the seconds to the first byte of a blob, and to the last."""
+    server = Server(node.name, node.mirror_port, base=f"/v2/{UPSTREAM}/{REPOSITORY}", host=node.host)
     with contextlib.closing(Client(server)) as client:
         start = time.perf_counter()
         _, length = client.ask(server.request(f"blobs/{digest}"))
@@ -57,15 +57,14 @@ def main() -> None:
                 sites[name] = nodes
             for number, (size, blob) in enumerate(zip(sizes, image.layers, strict=True)):
                 for name in sorted(sites, reverse=bool(number % 2)):
-                    one, other = sites[name][number % COUNT], sites[name][(number + 1) % COUNT]
-                    for what, node in (("cold", one), ("warm", other), ("again", other)):
-                        times[size, what, name].append(timed(node, blob.digest))
-    table = Table("MiB", "from", *(f"{name}: {what}" for what in ("first byte", "last byte") for name in BOUNDS), "÷")
+                    first, second = (sites[name][(number + offset) % COUNT] for offset in (0, 1))
+                    for read, node in (("cold", first), ("warm", second), ("again", second)):
+                        times[size, read, name].append(timed(node, blob.digest))
+    table = Table("MiB", "from", *(f"{name}: {byte}" for byte in ("first byte", "last byte") for name in BOUNDS), "÷")
     for size in SIZES_MIB:
-        for what, place in (("cold", "registry"), ("warm", "site"), ("again", "own file")):
-            medians = [
-                statistics.median(one[index] for one in times[size, what, name]) for index in (0, 1) for name in BOUNDS
-            ]
+        for read, place in (("cold", "registry"), ("warm", "site"), ("again", "own file")):
+            columns = [zip(*times[size, read, name], strict=True) for name in BOUNDS]
+            medians = [statistics.median(column) for pair in zip(*columns, strict=True) for column in pair]
             table.add_row(str(size), place, *(f"{1000 * s:.1f} ms" for s in medians), f"{medians[3] / medians[2]:.2f}")
     Console(width=140).print(table)
 

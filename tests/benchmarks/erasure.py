@@ -1,6 +1,6 @@
-"""MB of block per second and core that the code does, beside reedsolo's own loop: `python -m tests.benchmarks.erasure`.
+"""Speed of the erasure code on a core, in MB of block/s, and of reedsolo's loop: `python -m tests.benchmarks.erasure`.
 
-Each figure is the median of runs that alternate between all the cases, so that a busy machine hits them alike.
+Each figure is a median. The cases run in turns, so that other load on the machine slows all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from protocol.ids import BLOCK_SIZE
 ROUNDS = 15
 REPEATS = 8
 ORACLE_BYTES = 16384
-"""reedsolo's loop gets a smaller block, so that the whole takes seconds."""
+"""Bytes for reedsolo's slow loop, so that all cases take seconds."""
 
 GEOMETRIES = ((3, 1), (4, 1), (4, 2))
 
@@ -42,7 +42,7 @@ def shoal_cases(block: bytes, k: int, m: int) -> list[Case]:
     ]
     for losses in range(m + 1):
         kept = {i: shards[i] for i in range(losses, k + losses)}
-        work = partial(decode_block, kept, k, m, len(block), out)
+        work = partial(decode_block, kept, k, m, length=len(block), out=out)
         cases.append((code, f"decode, {losses} lost", len(block), work))
     return cases
 
@@ -76,16 +76,16 @@ def main() -> None:
     slow = [case for k, m in GEOMETRIES for case in reedsolo_cases(block, k, m)]
     times: dict[tuple[str, str], list[float]] = {}
     for turn in range(ROUNDS):
-        for code, what, _, work in fast:
-            times.setdefault((code, what), []).append(seconds(work, REPEATS))
+        for code, case, _, work in fast:
+            times.setdefault((code, case), []).append(seconds(work, REPEATS))
         if turn % 5 == 0:
-            for code, what, _, work in slow:
-                times.setdefault((code, what), []).append(seconds(work, 1))
+            for code, case, _, work in slow:
+                times.setdefault((code, case), []).append(seconds(work, 1))
     table = Table(title=f"Erasure code, blocks of {BLOCK_SIZE >> 10} KiB, one core")
     for heading in ("code", "work", "MB/s of block"):
         table.add_column(heading, justify="right" if heading.startswith("MB") else "left")
-    for code, what, size, _ in sorted(fast + slow, key=lambda case: case[0]):
-        table.add_row(code, what, f"{size / median(times[code, what]) / 1e6:,.2f}")
+    for code, case, size, _ in sorted(fast + slow, key=lambda row: row[0]):
+        table.add_row(code, case, f"{size / median(times[code, case]) / 1e6:,.2f}")
     Console().print(table)
 
 

@@ -1,8 +1,8 @@
 """Resident memory while 8 clients of a node pull 8 different 1 GiB layers at once.
 
-`python -m tests.benchmarks.memory [one|alone|site|slow ...]`; about 2 minutes for all but `one`. The registry makes its
-bytes while it sends them (tests/support/generated_origin.py); everything else is real: p2pd with the default budget in
-memory, its disk store, TLS between the nodes. Pulls are cut after a time, since five nodes share one machine.
+`python -m tests.benchmarks.memory [one|alone|site|slow ...]`; about 2 minutes without `one`. The registry generates its
+bytes while it sends them (tests/support/generated_origin.py). Everything else is real: p2pd with the default memory
+budget, its disk store, TLS between the nodes. Pulls are cut after a time, since five nodes share a machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SLOW_BYTES_PER_S = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`seconds`: when the pulls are cut. `rate`: bytes a second that each client reads, 0 for all it gets."""
+    """`seconds`: when the pulls are cut. `rate`: bytes per second that each client reads, 0 for no limit."""
 
     title: str
     nodes: int
@@ -45,13 +45,13 @@ SCENARIOS = {
     "one": Scenario("alone, 1 client", 1, 1, 20),
     "alone": Scenario("alone, 8 clients", 1, 8, 70),
     "site": Scenario("site of five, 8 clients at each", 5, 8, 30),
-    "slow": Scenario("alone, 8 clients at 1 MB/s", 1, 8, 8, SLOW_BYTES_PER_S),
+    "slow": Scenario("alone, 8 clients at 1 MB/s", 1, 8, 8, rate=SLOW_BYTES_PER_S),
 }
 
 
 @dataclass(slots=True)
 class Memory:
-    """The largest values seen of one process, in MiB."""
+    """The memory of a process in MiB: when it was idle, and the largest values of the other fields."""
 
     idle: float = 0
     rss: float = 0
@@ -135,12 +135,11 @@ class Result:
 
     def row(self) -> tuple[str, ...]:
         worst = max(self.memories, key=lambda memory: memory.high_water)
-        return (
-            self.scenario.title,
-            f"{worst.idle:.0f}", f"{worst.rss:.0f}", f"{worst.anon:.0f}", f"{worst.high_water:.0f}", str(BOUND_MIB),
-            f"{self.read / 2**30:.2f}", f"{self.read / self.seconds / 1e6:.0f}", f"{self.asked / 2**30:.2f}",
-            f"{(self.asked - self.read) / 2**20:.0f}" if self.scenario.nodes == 1 else "",
-        )  # fmt: skip
+        memory = (f"{mib:.0f}" for mib in (worst.idle, worst.rss, worst.anon, worst.high_water))
+        read, asked = f"{self.read / 2**30:.2f}", f"{self.asked / 2**30:.2f}"
+        ahead = f"{(self.asked - self.read) / 2**20:.0f}" if self.scenario.nodes == 1 else ""
+        speed = f"{self.read / self.seconds / 1e6:.0f}"
+        return (self.scenario.title, *memory, str(BOUND_MIB), read, speed, asked, ahead)
 
 
 def measure(scenario: Scenario, origin: Origin, folder: Path) -> Result:
@@ -153,14 +152,12 @@ def measure(scenario: Scenario, origin: Origin, folder: Path) -> Result:
             time.sleep(SAMPLE_S)
         seconds, asked = time.monotonic() - start, origin.asked() - before
         read = sum(map(read_by, clients))
-    return Result(scenario, seconds, read, asked, list(memories.values()))
+    return Result(scenario, seconds, read, asked=asked, memories=list(memories.values()))
 
 
 def main() -> int:
-    table = Table(
-        "", "idle", "peak RSS", "anon", "VmHWM", "bound", "GiB read", "MB/s", "GiB asked of registry", "MiB ahead",
-        title="MiB of the node that used most",
-    )  # fmt: skip
+    columns = ["", "idle", "peak RSS", "anon", "VmHWM", "bound", "GiB read", "MB/s", "GiB from registry", "MiB ahead"]
+    table = Table(*columns, title="MiB of the node that used most")
     worst = 0.0
     with generated_origin() as origin:
         for name in sys.argv[1:] or ["alone", "site", "slow"]:

@@ -1,8 +1,8 @@
-"""A whole site under load, against the limit that its links set: `python -m tests.benchmarks.site [SCENARIO...]`.
+"""A site under load, compared with the limit that its links set: `python -m tests.benchmarks.site [SCENARIO...]`.
 
-Each node is a p2pd in a network namespace of its own, with links shaped by the kernel; a docker-registry stands behind
-the uplink. No pull can end before the fluid limit T_min = max(F/u_origin, F/d_min, N*F/(u_origin + sum of u_i)) of an
-image of F bytes, which counts no headers: Ethernet, IP and TCP take 4.6 % of a link, so 1.05 is what can be reached.
+Each node is a p2pd in a network namespace of its own, with links shaped by the kernel; a docker-registry is behind the
+uplink. N nodes cannot pull an image of F bytes in less than the fluid limit T_min = max(F/u_origin, F/d_min,
+N*F/(u_origin + sum of u_i)). It counts no headers. Ethernet, IP and TCP take 4.6 % of a link: 1.05 T_min is reachable.
 
 Needs root (namespaces), iproute2 and docker-registry.
 """
@@ -15,56 +15,27 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
+from operator import sub
 from pathlib import Path
-from typing import Any
 
 import click
 import trio
-from rich.console import Console
 from rich.table import Table
 
 from tests.support import image as images
 from tests.support import processes
 from tests.support import registry as registries
-from tests.support.lab import WAN, Lab, NoLabError, Rates, check_lab, lab
+from tests.support.bench_site import MB, MBIT, REPOSITORY, Bench, bench_site, console, noise_image
+from tests.support.lab import NoLabError, Rates, check_lab
 from tests.support.lab_client import Client
-from tests.support.proxy import CountingProxy
 from tests.support.pull import PullFailedError
-from tests.support.site import UPSTREAM, Node, site, start_all, wait_joined
-
-REPOSITORY = "bench/app"
-MBIT = 1e6
-MB = 1e6
-DELAY_S = 0.005
-"""Each way between the site and the registry."""
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
-
-
-def noise_image(folder: Path, *layers: tuple[int, int]) -> images.Image:
-    """Incompressible layers of (seed, bytes)."""
-    return images.build(folder, [[(f"noise-{seed}", images.noise(seed, size))] for seed, size in layers])
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    lab: Lab
-    proxy: CountingProxy
-    nodes: list[Node]
-
-    def through_mirror(self, index: int, tag: str) -> Client:
-        namespace, node = self.lab.nodes[index], self.nodes[index]
-        return Client(lambda: namespace.connect(node.host, node.mirror_port), f"{UPSTREAM}/{REPOSITORY}", tag)
-
-    def straight(self, index: int, tag: str) -> Client:
-        namespace = self.lab.nodes[index]
-        return Client(lambda: namespace.connect(WAN, self.proxy.port), REPOSITORY, tag)
+from tests.support.site import start_all, wait_joined
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of one node."""
+    """Processor time and bytes of a node. `origin` is read from the registry; `wire` arrived on its link."""
 
     cpu_s: float
     received: int
@@ -73,30 +44,31 @@ class Counters:
     wire: int
 
     def __sub__(self, other: Counters) -> Counters:
-        return Counters(
-            self.cpu_s - other.cpu_s, self.received - other.received, self.sent - other.sent,
-            self.origin - other.origin, self.wire - other.wire,
-        )  # fmt: skip
+        return Counters(*map(sub, astuple(self), astuple(other)))
 
 
 def read_counters(bench: Bench, index: int) -> Counters:
     node = bench.nodes[index]
     status = node.status()
     return Counters(
-        node.cpu_s(), status["bulk"]["bytes_received"], status["bulk"]["bytes_sent"], status["origin_bytes"],
-        bench.lab.received(index),
-    )  # fmt: skip
+        cpu_s=node.cpu_s(),
+        received=status["bulk"]["bytes_received"],
+        sent=status["bulk"]["bytes_sent"],
+        origin=status["origin_bytes"],
+        wire=bench.lab.received(index),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one crowd of pulls took. `size` is the image's, `limit_s` the fluid limit, `resumed` how many bodies were
-    cut and asked for again from there."""
+    """The result of a crowd of pulls. `size` is the image's, `limit_s` the fluid limit, `seconds` those of each pull.
+
+    `used` has the resources of each node, and `resumed` counts the bodies that were cut and requested again."""
 
     name: str
     size: int
     limit_s: float
-    seconds: list[float]
+    seconds: Sequence[float]
     origin_bytes: int
     used: list[Counters] = field(default_factory=list)
     resumed: int = 0
@@ -111,83 +83,76 @@ class Outcome:
 
     @property
     def cpu_s_per_gb(self) -> float:
-        """Processor time for each GB that a client got, of all daemons together."""
-        return sum(one.cpu_s for one in self.used) / (self.size * len(self.seconds) / 1e9)
+        """Processor time of all daemons for each GB that the clients received."""
+        return sum(node.cpu_s for node in self.used) / (self.size * len(self.seconds) / 1e9)
 
     def row(self) -> list[str]:
         size, count = self.size, len(self.seconds)
-        row = [
-            self.name, str(count), f"{size / MB:.0f}", f"{self.limit_s:.1f}", f"{self.last:.1f}",
-            f"{self.last / self.limit_s:.3f}", f"{self.median / self.limit_s:.3f}", f"{self.origin_bytes / size:.3f}",
-            str(self.resumed),
-        ]  # fmt: skip
+        row = [self.name, str(count), f"{size / MB:.0f}", f"{self.limit_s:.1f}", f"{self.last:.1f}"]
+        row += [f"{part:.3f}" for part in (self.last / self.limit_s, self.median / self.limit_s)]
+        row += [f"{self.origin_bytes / size:.3f}", str(self.resumed)]
         if not self.used:
-            return [*row, "", "", "", ""]
-        received = [one.received + one.origin for one in self.used]
-        sent = sum(one.sent + one.origin for one in self.used)
-        return [
-            *row, f"{max(received) / size:.3f}", f"{max(one.wire for one in self.used) / size:.3f}",
-            f"{sent / size / count:.3f}", f"{self.cpu_s_per_gb:.1f}",
-        ]  # fmt: skip
+            return row
+        received = max(node.received + node.origin for node in self.used)
+        sent = sum(node.sent + node.origin for node in self.used)
+        shares = (received / size, max(node.wire for node in self.used) / size, sent / size / count)
+        return [*row, *(f"{share:.3f}" for share in shares), f"{self.cpu_s_per_gb:.1f}"]
 
 
-COLUMNS = (
-    "scenario", "N", "MB", "T_min s", "last s", "last/T_min", "median/T_min", "copies", "cut", "received\nmax/image",
-    "on the wire\nmax/image", "sent/needed", "CPU s/GB",
-)  # fmt: skip
+COLUMNS = ["N", "MB", "T_min s", "last s", "last/T_min", "median/T_min", "copies", "cut"]
+USED = ["received\nmax/image", "on the wire\nmax/image", "sent/needed", "CPU s/GB"]
+"""Columns that are empty where no node's use was counted."""
 
 
 def table_of(outcomes: Sequence[Outcome], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "scenario" else "right")
+    table = Table("scenario", title=title, title_justify="left")
+    for column in (*COLUMNS, *USED):
+        table.add_column(column, justify="right")
     for outcome in outcomes:
         table.add_row(*outcome.row())
     return table
 
 
 def fluid_limit(size: int, count: int, rates: Rates) -> float:
-    """Seconds below which `count` nodes cannot all have `size` bytes that only the uplink brings."""
+    """T_min in seconds, for `count` nodes that all pull `size` bytes which only the registry has."""
     bits = size * 8
     return max(bits / rates.uplink, bits / rates.node, count * bits / (rates.uplink + count * rates.node))
 
 
-@contextlib.contextmanager
-def bench_site(
-    folder: Path, stored: Path, count: int, rates: Rates, *, running: int | None = None, **keys: Any
-) -> Iterator[Bench]:
-    """`count` nodes of which the first `running` are started; the registry serves what lies in `stored`."""
-    with contextlib.ExitStack() as stack:
-        made = stack.enter_context(lab(count, rates))
-        registry = stack.enter_context(registries.docker_registry(stored, made.wan))
-        proxy = stack.enter_context(
-            CountingProxy(registry.host, registry.port, delay_s=DELAY_S, namespace=made.wan, listen=WAN)
-        )
-        nodes = stack.enter_context(site(folder, proxy.url, running or count, lab=made, **keys))
-        yield Bench(made, proxy, nodes)
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """Nodes `indices`, whose clients pull an image of `size` bytes by `tag` at the same time."""
 
+    name: str
+    tag: str
+    size: int
+    indices: Sequence[int]
+    limit_s: float
 
-def run_crowd(
-    bench: Bench, name: str, size: int, clients: Sequence[Client], indices: Sequence[int], limit_s: float,
-    *, meanwhile: Callable[[trio.Nursery], None] | None = None,
-) -> Outcome:  # fmt: skip
-    """All clients at once. `indices` are the nodes whose use is told."""
-    bench.proxy.reset()
-    before = [read_counters(bench, index) for index in indices]
+    def pull(self, bench: Bench, meanwhile: Callable[[trio.Nursery], None] | None = None) -> Outcome:
+        clients = [bench.through_mirror(index, self.tag) for index in self.indices]
+        before = [read_counters(bench, index) for index in self.indices]
+        outcome = self.pull_by(clients, bench, meanwhile)
+        used = [read_counters(bench, index) - own for index, own in zip(self.indices, before, strict=True)]
+        return replace(outcome, used=used)
 
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            for client in clients:
-                nursery.start_soon(client.pull)
-            if meanwhile is not None:
-                meanwhile(nursery)
+    def pull_by(
+        self, clients: Sequence[Client], bench: Bench, meanwhile: Callable[[trio.Nursery], None] | None = None
+    ) -> Outcome:
+        """Pull by these clients, and count no node's use."""
+        bench.proxy.reset()
 
-    trio.run(main)
-    used = [read_counters(bench, index) - one for index, one in zip(indices, before, strict=True)]
-    return Outcome(
-        name, size, limit_s, [client.seconds for client in clients], bench.proxy.count.received,
-        used, sum(client.resumed for client in clients),
-    )  # fmt: skip
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                for client in clients:
+                    nursery.start_soon(client.pull)
+                if meanwhile is not None:
+                    meanwhile(nursery)
+
+        trio.run(main)
+        seconds, resumed = [client.seconds for client in clients], sum(client.resumed for client in clients)
+        copies = bench.proxy.count.received
+        return Outcome(self.name, self.size, self.limit_s, seconds=seconds, origin_bytes=copies, resumed=resumed)
 
 
 # Scenarios
@@ -195,7 +160,7 @@ def run_crowd(
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A registry's folder with the images of all scenarios, by tag; all of one repository."""
+    """A registry's folder with the images of all scenarios, by tag, in one repository."""
 
     folder: Path
     images: dict[str, images.Image]
@@ -203,14 +168,17 @@ class Store:
     def size(self, tag: str) -> int:
         return self.images[tag].size
 
+    def crowd(self, name: str, tag: str, indices: Sequence[int], limit_s: float) -> Crowd:
+        return Crowd(name, tag, self.size(tag), indices=indices, limit_s=limit_s)
+
 
 STRAGGLERS = ("healthy", "slow", "stopped", "killed", "garbage")
 
 
 def make_store(scratch: Path, scale: float, wanted: Sequence[str]) -> Store:
-    """v2 shares all but one layer with v1."""
+    """Make the images of the tags `wanted`. All layers of v2 except one are those of v1."""
     parts = {"v1": (1, 2, 3, 4), "v2": (5, 2, 3, 4), "straight": (1,), "wave": (7, 8)}
-    parts |= {one: (20 + n, 30 + n) for n, one in enumerate(STRAGGLERS)}
+    parts |= {trouble: (20 + n, 30 + n) for n, trouble in enumerate(STRAGGLERS)}
     parts |= {tag: (40 + n,) for n, tag in enumerate(tag for tag in wanted if tag.startswith("crowd-"))}
     sizes = {1: 10, 2: 20, 3: 30, 4: 40, 5: 10, 7: 10, 8: 10} | dict.fromkeys(range(20, 40), 20)
     sizes |= dict.fromkeys(range(40, 60), 8)
@@ -226,44 +194,39 @@ def make_store(scratch: Path, scale: float, wanted: Sequence[str]) -> Store:
     return Store(scratch / "registry", built)
 
 
-def crowd(bench: Bench, store: Store, tag: str, name: str, indices: Sequence[int], limit_s: float) -> Outcome:
-    clients = [bench.through_mirror(index, tag) for index in indices]
-    return run_crowd(bench, name, store.size(tag), clients, indices, limit_s)
-
-
 def flash(scratch: Path, store: Store) -> list[Outcome]:
-    """Ten cold nodes at once, on equal links and behind a slow uplink; the next version, one node after the other."""
-    rates, everyone, outcomes = Rates(40 * MBIT, 40 * MBIT), range(10), []
+    """Ten cold nodes at once, with equal links and with a slow uplink; the next version, one node after the other."""
+    rates, everyone = Rates(40 * MBIT, 40 * MBIT), range(10)
     with bench_site(scratch / "flash", store.folder, 10, rates) as bench:
         limit_s = fluid_limit(store.size("v1"), 10, rates)
-        outcomes.append(crowd(bench, store, "v1", "flash crowd", everyone, limit_s))
-        outcomes.append(rolling_update(bench, store))
-        clients = [bench.straight(index, "straight") for index in everyone]
-        small = store.size("straight")
-        limit_s = 10 * small * 8 / rates.uplink
-        outcomes.append(run_crowd(bench, "straight from the registry (limit 10 F/u)", small, clients, (), limit_s))
+        outcomes = [store.crowd("flash crowd", "v1", everyone, limit_s).pull(bench), rolling_update(bench, store)]
+        limit_s = 10 * store.size("straight") * 8 / rates.uplink
+        straight = store.crowd("straight from the registry (limit 10 F/u)", "straight", everyone, limit_s)
+        outcomes.append(straight.pull_by([bench.straight(index, "straight") for index in everyone], bench))
     rates = Rates(40 * MBIT, 10 * MBIT)
     with bench_site(scratch / "edge", store.folder, 10, rates) as bench:
         limit_s = fluid_limit(store.size("v1"), 10, rates)
-        outcomes.append(crowd(bench, store, "v1", "flash crowd, uplink 10 Mbit/s", everyone, limit_s))
+        outcomes.append(store.crowd("flash crowd, uplink 10 Mbit/s", "v1", everyone, limit_s).pull(bench))
     return outcomes
 
 
 def rolling_update(bench: Bench, store: Store) -> Outcome:
-    """Told as one: each node's seconds, bytes and processor time of all together. The limit is that of the first."""
+    """The pulls of all nodes as a single outcome. The limit is the one of the first node."""
     changed = store.images["v2"].layers[0].size
-    outcomes = [
-        crowd(bench, store, "v2", "", (index,), changed * 8 / bench.lab.rates.uplink)
-        for index in range(len(bench.nodes))
-    ]
-    seconds = [outcome.last for outcome in outcomes]
-    copies = sum(outcome.origin_bytes for outcome in outcomes)
-    used = [outcome.used[0] for outcome in outcomes]
-    return Outcome("rolling update, 10 % changed", changed, outcomes[0].limit_s, seconds, copies, used)
+    limit_s = changed * 8 / bench.lab.rates.uplink
+    outcomes = [store.crowd("", "v2", (index,), limit_s).pull(bench) for index in range(len(bench.nodes))]
+    return Outcome(
+        "rolling update, 10 % changed",
+        changed,
+        limit_s,
+        seconds=[outcome.last for outcome in outcomes],
+        origin_bytes=sum(outcome.origin_bytes for outcome in outcomes),
+        used=[outcome.used[0] for outcome in outcomes],
+    )
 
 
 class Results:
-    """What the crowds of a scenario took, and what the pulls that failed said."""
+    """The outcomes of a scenario's crowds, and the messages of failed pulls."""
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
@@ -282,17 +245,16 @@ class Results:
 
 
 def stragglers(scratch: Path, store: Store) -> Results:
-    """Five keepers, of which the last one limps, stands still, dies or lies while the other four pull."""
+    """Five keepers: the last one is slow, stops, dies or lies while the other four pull."""
     rates, results = Rates(40 * MBIT, 40 * MBIT), Results()
     with bench_site(scratch / "straggler", store.folder, 5, rates) as bench:
         for trouble in STRAGGLERS:
             name = f"one of five keepers {trouble}"
 
             def pull(trouble: str = trouble, name: str = name) -> Outcome:
-                size, limit_s = store.size(trouble), fluid_limit(store.size(trouble), 4, rates)
-                clients = [bench.through_mirror(index, trouble) for index in range(4)]
+                limit_s = fluid_limit(store.size(trouble), 4, rates)
                 with troubled(bench, trouble) as later:
-                    return run_crowd(bench, name, size, clients, range(4), limit_s, meanwhile=later)
+                    return store.crowd(name, trouble, range(4), limit_s).pull(bench, later)
 
             results.note(name, pull)
     return results
@@ -306,12 +268,12 @@ def _first(group: BaseExceptionGroup[PullFailedError]) -> str:
 
 
 AFTER_S = 2.0
-"""What befalls a node befalls it in the middle of the pull."""
+"""From the start of the pull to the fault, which then falls in its middle."""
 
 
 @contextlib.contextmanager
 def troubled(bench: Bench, trouble: str) -> Iterator[Callable[[trio.Nursery], None] | None]:
-    """Yields what is to be started with the pull. Afterwards, also if that failed, the node is as it was."""
+    """Yields a function that starts the fault, to call at the start of the pull. At the end the node is repaired."""
     node, index = bench.nodes[-1], len(bench.nodes) - 1
 
     async def befall() -> None:
@@ -331,29 +293,28 @@ def troubled(bench: Bench, trouble: str) -> Iterator[Callable[[trio.Nursery], No
             bench.lab.set_node_rate(index, bench.lab.rates.node)
         elif trouble == "stopped":
             node.resume()
-            wait_joined(bench.nodes, len(bench.nodes), 60.0)
+            wait_joined(bench.nodes, len(bench.nodes))
         elif trouble == "killed":
             node.start()
-            wait_joined(bench.nodes, len(bench.nodes), 60.0)
+            wait_joined(bench.nodes, len(bench.nodes))
 
 
 def second_wave(scratch: Path, store: Store) -> list[Outcome]:
-    """Five nodes have the image; then the registry is cut off, and five more come."""
+    """Five nodes pull the image; then the registry is cut off, and five more nodes join and pull."""
     rates = Rates(40 * MBIT, 40 * MBIT)
     with bench_site(scratch / "wave", store.folder, 10, rates, start=False) as bench:
         start_all(bench.nodes[:5])
         limit_s = fluid_limit(store.size("wave"), 5, rates)
-        first = crowd(bench, store, "wave", "first wave", range(5), limit_s)
+        first = store.crowd("first wave", "wave", range(5), limit_s).pull(bench)
         start_all(bench.nodes[5:], 10)
         bench.proxy.cut()
-        # Five that have it all feed five that have none of it.
+        # Five nodes that hold all of it send it to five that hold nothing.
         limit_s = store.size("wave") * 8 / rates.node
-        return [first, crowd(bench, store, "wave", "second wave, no registry", range(5, 10), limit_s)]
+        return [first, store.crowd("second wave, no registry", "wave", range(5, 10), limit_s).pull(bench)]
 
 
 def growth(scratch: Path, store: Store, counts: Sequence[int]) -> Results:
-    """One site that grows, and in it a crowd on an image of its own at each size, with links so slow that this machine
-    is not the limit."""
+    """A growing site. At each size all its nodes pull a new image, over links so slow that this machine is no limit."""
     rates, results = Rates(240 / max(counts) * MBIT, 240 / max(counts) * MBIT), Results()
     with bench_site(scratch / "growth", store.folder, max(counts), rates, start=False) as bench:
         for before, count in itertools.pairwise([0, *counts]):
@@ -361,7 +322,7 @@ def growth(scratch: Path, store: Store, counts: Sequence[int]) -> Results:
 
             def pull(count: int = count) -> Outcome:
                 limit_s = fluid_limit(store.size(f"crowd-{count}"), count, rates)
-                return crowd(bench, store, f"crowd-{count}", "growth", range(count), limit_s)
+                return store.crowd("growth", f"crowd-{count}", range(count), limit_s).pull(bench)
 
             results.note(f"growth, {count} nodes at {rates.node / MBIT:g} Mbit/s", pull)
     return results
@@ -388,18 +349,17 @@ def plot_growth(outcomes: Sequence[Outcome], target: Path) -> None:
     figure.savefig(target)
 
 
-SCENARIOS = {
-    "flash": ("v1", "v2", "straight"), "stragglers": STRAGGLERS, "wave": ("wave",), "growth": (),
-}  # fmt: skip
+SCENARIOS = {"flash": ("v1", "v2", "straight"), "stragglers": STRAGGLERS, "wave": ("wave",), "growth": ()}
+"""The tags that each scenario pulls; `growth` has a tag for each size."""
 
 
 @click.command()
 @click.argument("scenarios", nargs=-1, type=click.Choice(list(SCENARIOS)))
-@click.option("--scale", default=1.0, show_default=True, help="Of all image sizes.")
+@click.option("--scale", default=1.0, show_default=True, help="Factor of all image sizes.")
 @click.option("--counts", default="5,10,20,40", show_default=True, help="Nodes in `growth`.")
-@click.option("--plot", type=click.Path(path_type=Path), help="A file for the plot of `growth`, SVG or PNG.")
+@click.option("--plot", type=click.Path(path_type=Path), help="File for the plot of `growth`, SVG or PNG.")
 def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | None) -> None:
-    """Without a SCENARIO: all of them. Exit status 1 where a pull failed."""
+    """Without a SCENARIO: all of them. The exit status is 1 if a pull failed."""
     try:
         check_lab()
     except NoLabError as error:

@@ -38,9 +38,9 @@ from protocol.errors import UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import Member
 from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped
-from tests.benchmarks.site import MB, MBIT, REPOSITORY, Bench, bench_site, console, noise_image
 from tests.support import processes
 from tests.support import registry as registries
+from tests.support.bench_site import MB, MBIT, REPOSITORY, Bench, bench_site, console, noise_image
 from tests.support.disk_like import DiskLike
 from tests.support.lab import NoLabError, Rates, check_lab
 from tests.support.site import UPSTREAM

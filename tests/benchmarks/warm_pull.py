@@ -1,4 +1,4 @@
-"""A pull from a warm mirror beside the same pull from docker-registry: the same client, in turns, medians.
+"""A pull from a warm mirror, compared with the same pull from docker-registry: one client, in turns, medians.
 
 `python -m tests.benchmarks.warm_pull [ROUNDS]`
 """
@@ -18,7 +18,7 @@ from rich.table import Table
 from tests.support import image as images
 from tests.support import registry as registries
 from tests.support.processes import scratch
-from tests.support.pull import Pull, best_tool, pull_with, verify
+from tests.support.pull import TOOLS, Pull, best_tool, verify
 from tests.support.site import UPSTREAM, site
 
 REPOSITORY, TAG = "demo/app", "v1"
@@ -48,10 +48,10 @@ def main() -> int:
             for tool in tools:
 
                 def straight(into: Path, tool: str = tool) -> Pull:
-                    return pull_with(tool, registry.url, REPOSITORY, TAG, into)
+                    return TOOLS[tool](registry.url, REPOSITORY, TAG, into)
 
                 def mirror(into: Path, tool: str = tool) -> Pull:
-                    return pull_with(tool, node.mirror, f"{UPSTREAM}/{REPOSITORY}", TAG, into)
+                    return TOOLS[tool](node.mirror, f"{UPSTREAM}/{REPOSITORY}", TAG, into)
 
                 timed(mirror, folder / "out", image)
                 timed(straight, folder / "out", image)

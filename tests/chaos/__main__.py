@@ -1,9 +1,9 @@
-"""A site that is pulled from all the time while one thing after the other breaks: `python -m tests.chaos --seed N`.
+"""Faults on a site whose clients pull images without a pause: `python -m tests.chaos --seed N`.
 
-Daemons in network namespaces behind one uplink, each with a disk of its own; faults and pulls follow from the seed.
-What must hold: every pull that ends well is byte-exact, and none takes longer than its deadline; a pull fails only
-where its own node was gone or nobody could reach the registry; no daemon dies; memory and open files stay flat; at the
-end all see each other again, and every node pulls every image. Needs root, iproute2 and docker-registry.
+The daemons run in network namespaces behind one uplink, each with a disk of its own. The seed determines all faults and
+pulls. A run passes if: every pull that succeeds is byte-exact; no pull exceeds its deadline; a pull fails only while
+its own node is down or no node can reach the registry; no daemon dies; memory and open files stay flat; at the end all
+members see each other again, and every node pulls every image. Needs root, iproute2 and docker-registry.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from tests.support.lab import NoLabError, check_lab
 
 
 @click.command()
-@click.option("--seed", type=int, default=1, show_default=True, help="Decides all faults and pulls.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Determines all faults and pulls.")
 @click.option("--minutes", type=float, default=10.0, show_default=True)
 @click.option("--nodes", type=click.IntRange(4, 50), default=8, show_default=True)
-@click.option(
-    "--churn", "churns", is_flag=True, help="No faults, but members and clients that come and go all the time."
-)
+@click.option("--churn", "churns", is_flag=True, help="No faults, but members and clients that join and leave.")
 def main(seed: int, minutes: float, nodes: int, churns: bool) -> None:
     try:
         check_lab()

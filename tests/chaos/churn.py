@@ -1,9 +1,9 @@
-"""A site whose members and clients come and go without a pause: what stays must not grow. `make churn`.
+"""A site whose members and clients join and leave without a pause, while the resources of two daemons must not grow.
 
-Two daemons stay. Of the others one after the other is stopped or killed, and comes back, now and then with nothing but
-its key. Clients pull, leave in mid-pull, connect and say nothing, say half of a request or rubbish; operators ask and
-do not wait; configurations are read again. In between there are rests, with all members up and no client: there the
-staying daemons are measured, and what they have of tasks, files, sockets and memory must be what it was at the first.
+`make churn`. Two daemons stay. The others are stopped or killed in turn and return, sometimes with nothing but their
+keys. Clients pull, leave in mid-pull, connect and send nothing, half a request, or rubbish; operators send requests and
+do not wait for the answers; configurations are reloaded. Between these rounds are rests, with all members up and no
+client. There the staying daemons' tasks, files, sockets and memory are counted, and must be as at the first rest.
 """
 
 from __future__ import annotations
@@ -24,30 +24,28 @@ from random import Random
 import trio
 from rich.table import Table
 
-from tests.chaos.faults import Site, forget
+from tests.chaos.faults import Site
 from tests.chaos.run import REPOSITORY, console, made, pull, read_log, tag_of
 from tests.support.lab_client import Client
-from tests.support.processes import wait_for
-from tests.support.site import UPSTREAM
+from tests.support.site import UPSTREAM, wait_joined
 
 STAY = 2
 LARGE = 4
 SMALL = (0, 2, 3)
-"""The images that are pulled, of those that there are: much is to happen, and few bytes to travel."""
+"""Indices of the images that clients pull whole: many pulls of few bytes."""
 METRICS = ("127.0.0.1", 5051)
 PAUSE_S = 1.0
-"""Between what one client does, on the average; each daemon that stays has CLIENTS of them."""
+"""Mean pause between the acts of a client. Each daemon that stays has CLIENTS clients."""
 CLIENTS = 2
 AWAY_S = 4.0
 MEMBER_PAUSE_S = 8.0
 RELOAD_PAUSE_S = 15.0
 REST_S = 75.0
-"""Longer than a connection between members may be idle, and than the mirror's last words to clients take."""
+"""Longer than the idle timeout of a connection between members, and than the mirror's last answers to clients."""
 ROUNDS = 6
-BACK_S = 60.0
 MORE = {"tasks": 12, "files": 12, "sockets": 12, "rss_mib": 12}
-"""What a rest may have more of than the first had: a connection for a lane to each of the others, or the allocator's
-mood. Each round does hundreds of things to each daemon: what leaks with any of them is far above."""
+"""The growth from the first rest to the last that is no leak: a connection for a lane to each other member, or memory
+that the allocator keeps. A round has hundreds of acts on each daemon, so that a leak in any of them grows far more."""
 
 Act = Callable[["Churn", int, Random], Awaitable[None]]
 
@@ -68,13 +66,13 @@ class Churn:
     rests: dict[int, list[Sample]] = field(default_factory=dict)
     most: dict[int, Sample] = field(default_factory=dict)
     plain: dict[int, str] = field(default_factory=dict)
-    """Configurations as they were written first."""
+    """The original configurations."""
 
 
 def run(seed: int, seconds: float, nodes: int) -> list[str]:
-    """What was wrong. Prints what happened."""
+    """Run, print the results, and return the failures."""
     scratch = Path(tempfile.mkdtemp(prefix="shoal-"))
-    wrong = ["it did not come to an end"]
+    wrong = ["the run did not end"]
     try:
         with made(scratch, nodes, metrics=f"{METRICS[0]}:{METRICS[1]}") as site:
             churn = Churn(site)
@@ -106,7 +104,7 @@ async def _play(churn: Churn, seed: int, seconds: float) -> None:
 
 
 async def _turmoil(churn: Churn, rng: Random) -> None:
-    """Until cancelled: whoever is in the middle of something vanishes then."""
+    """Runs until cancelled; clients and members then vanish in the middle of their acts."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_members, churn, Random(rng.random()))
         for index in range(STAY):
@@ -117,19 +115,11 @@ async def _turmoil(churn: Churn, rng: Random) -> None:
 
 
 async def _rest(churn: Churn, seconds: float) -> None:
-    """All members are up, and see each other; then nothing happens."""
+    """Wait until all members are up and see each other, then leave the site idle."""
     nodes = churn.site.nodes
     for index in list(churn.site.down):
         await _start(churn, index)
-    for node in nodes[:STAY]:
-        await trio.to_thread.run_sync(
-            lambda node=node: wait_for(
-                f"{node.name} sees all",
-                lambda: node.status()["peers_alive"] == len(nodes) - 1,
-                seconds=BACK_S,
-                every=0.5,
-            )
-        )
+    await trio.to_thread.run_sync(wait_joined, nodes[:STAY], len(nodes))
     await trio.sleep(seconds)
 
 
@@ -149,7 +139,7 @@ async def _members(churn: Churn, rng: Random) -> None:
         else:
             node.kill()
         if how.endswith("lost"):
-            forget(node.data)
+            node.forget()
         churn.done[f"members {how}"] += 1
         await trio.sleep(rng.expovariate(1 / AWAY_S))
         await _start(churn, index)
@@ -159,7 +149,7 @@ async def _start(churn: Churn, index: int) -> None:
     node = churn.site.nodes[index]
     if node.process.poll() is not None:
         node.launch()
-    await trio.to_thread.run_sync(node.wait_ready, BACK_S)
+    await trio.to_thread.run_sync(node.wait_ready)
     churn.site.down.discard(index)
 
 
@@ -175,7 +165,7 @@ async def _reloads(churn: Churn, index: int, rng: Random) -> None:
             churn.done["reloads"] += 1
 
 
-# Clients, and others who come
+# Clients
 
 
 async def _client(churn: Churn, index: int, rng: Random) -> None:
@@ -200,7 +190,7 @@ async def _pulls_broken_off(churn: Churn, index: int, rng: Random) -> None:
 
 @contextlib.asynccontextmanager
 async def _connected(churn: Churn, index: int, port: int, rng: Random) -> AsyncIterator[trio.SocketStream]:
-    """A connection that ends with FIN, or with a reset."""
+    """A connection that ends with FIN or with RST."""
     stream = await churn.site.lab.nodes[index].connect(churn.site.nodes[index].host, port)
     async with stream:
         yield stream
@@ -224,7 +214,7 @@ async def _names_that_are_not_there(churn: Churn, index: int, rng: Random) -> No
 
 
 async def _strangers(churn: Churn, index: int, rng: Random) -> None:
-    """On the members' ports, with rubbish."""
+    """Connect to a port for members, and send rubbish."""
     node = churn.site.nodes[index]
     async with _connected(churn, index, rng.choice((node.bulk_port, node.libp2p_port)), rng) as stream:
         await stream.send_all(rng.randbytes(rng.choice((1, 64, 4096))))
@@ -232,7 +222,7 @@ async def _strangers(churn: Churn, index: int, rng: Random) -> None:
 
 
 async def _slow_clients(churn: Churn, index: int, rng: Random) -> None:
-    """Who asks for all of a large object and takes little of it."""
+    """Request a whole large object, and read little of it."""
     site, node = churn.site, churn.site.nodes[index]
     connect = partial(site.lab.nodes[index].connect, node.host, node.mirror_port, receive_buffer=4096)
     client = Client(connect, f"{UPSTREAM}/{REPOSITORY}", tag_of(LARGE))
@@ -254,13 +244,12 @@ async def _operators(churn: Churn, index: int, rng: Random) -> None:
             await stream.receive_some(4096)
 
 
-ACTS: dict[Act, int] = {
-    _whole_pulls: 4, _pulls_broken_off: 4, _half_requests: 3, _names_that_are_not_there: 2, _strangers: 2,
-    _slow_clients: 1, _operators: 2,
-}  # fmt: skip
+ACTS: dict[Act, int] = {_whole_pulls: 4, _pulls_broken_off: 4, _half_requests: 3, _slow_clients: 1}
+ACTS |= dict.fromkeys((_names_that_are_not_there, _strangers, _operators), 2)
+"""The acts of clients, with their weights."""
 
 
-# What there is of it
+# Measuring
 
 
 async def _watch(churn: Churn, index: int) -> None:
@@ -285,7 +274,7 @@ async def _sample(site: Site, index: int) -> Sample:
 
 
 async def _tasks(site: Site, index: int) -> int:
-    """By the daemon's own metrics; the connection that asks is ended at once."""
+    """The number of tasks by the daemon's own metrics. The connection of this request ends at once."""
     answer = b""
     async with await site.lab.nodes[index].connect(*METRICS) as stream:
         await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -297,17 +286,17 @@ async def _tasks(site: Site, index: int) -> int:
 def _compare(churn: Churn) -> None:
     for index, (first, *later) in churn.rests.items():
         name = churn.site.nodes[index].name
-        for what, more in MORE.items():
-            found = [getattr(sample, what) for sample in later]
-            if found[-1] > getattr(first, what) + more:
-                churn.wrong.append(f"{name}: {what} grew from {getattr(first, what)} over {found}")
+        for resource, more in MORE.items():
+            counts = [getattr(sample, resource) for sample in later]
+            if counts[-1] > getattr(first, resource) + more:
+                churn.wrong.append(f"{name}: {resource} grew from {getattr(first, resource)} over {counts}")
 
 
 def _table(churn: Churn, seconds: float) -> Table:
-    what = ", ".join(f"{count} {name}" for name, count in sorted(churn.done.items()))
-    table = Table(title=f"{seconds / 60:.0f} min of churn: {what}", title_justify="left")
-    table.add_column("what stays")
-    for column in ("at the rests", "at most meanwhile"):
+    acts = ", ".join(f"{count} {name}" for name, count in sorted(churn.done.items()))
+    table = Table(title=f"{seconds / 60:.0f} min of churn: {acts}", title_justify="left")
+    table.add_column("resource")
+    for column in ("at the rests", "most between them"):
         table.add_column(column, justify="right")
     for index, rests in churn.rests.items():
         for name in MORE:

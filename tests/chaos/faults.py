@@ -1,4 +1,4 @@
-"""How each fault of a schedule is brought about, and ended, on a running site."""
+"""The faults of a schedule: each is a context that begins the fault on a running site, and ends it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ LOSS = 0.05
 SLOW_BITS = 5e6
 SLOW_UPLINK_BITS = 10e6
 BLOCK = 4096
-READY_S = 60.0
-"""A start on a machine that the other daemons and the clients keep busy."""
 LIAR = [sys.executable, "-m", "tests.support.liar"]
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What faults strike. `down` are the nodes whose process is not expected to run."""
+    """The site that faults strike. `down` has the nodes whose processes are meant not to run."""
 
     lab: Lab
     proxy: CountingProxy
@@ -41,19 +39,19 @@ class Site:
 
     @asynccontextmanager
     async def struck_by(self, fault: Fault) -> AsyncIterator[None]:
-        """While the context lasts."""
-        strike: Callable[[Fault], contextlib.AbstractAsyncContextManager[None]] = {
-            "kill": self._gone, "stop": self._gone, "torn": self._gone, "liar": self._lying, "all cold": self._cold,
-            "pause": self._paused, "full disk": self._full, "partition": self._parted,
-        }.get(fault.kind, self._network)  # fmt: skip
-        async with strike(fault):
+        """The site has the fault while the context lasts."""
+        strikes: dict[str, Callable[[Fault], contextlib.AbstractAsyncContextManager[None]]]
+        strikes = dict.fromkeys(("kill", "stop", "torn"), self._gone)
+        strikes |= {"liar": self._lying, "all cold": self._cold, "pause": self._paused}
+        strikes |= {"full disk": self._full, "partition": self._parted}
+        async with strikes.get(fault.kind, self._network)(fault):
             yield
 
     async def _restart(self, *indices: int) -> None:
         for index in indices:
             self.nodes[index].launch()
         for index in indices:
-            await trio.to_thread.run_sync(self.nodes[index].wait_ready, READY_S)
+            await trio.to_thread.run_sync(self.nodes[index].wait_ready)
             self.down.discard(index)
 
     async def _end(self, fault: Fault) -> None:
@@ -80,16 +78,16 @@ class Site:
 
     @asynccontextmanager
     async def _cold(self, fault: Fault) -> AsyncIterator[None]:
-        """Everything is off at once, and nothing of the caches is left."""
+        """All nodes are off at once, and start again with empty caches."""
         await self._end(fault)
         for index in fault.nodes:
-            forget(self.nodes[index].data)
+            self.nodes[index].forget()
         await self._restart(*fault.nodes)
         yield
 
     @asynccontextmanager
     async def _lying(self, fault: Fault) -> AsyncIterator[None]:
-        """The same node, with the same key, but every shard that it gives has a wrong bit."""
+        """The node keeps its key, and every shard that it serves has a wrong bit."""
         await self._end(fault)
         (index,) = fault.nodes
         self.nodes[index].program = LIAR
@@ -113,10 +111,10 @@ class Site:
     @asynccontextmanager
     async def _full(self, fault: Fault) -> AsyncIterator[None]:
         ballast = self.nodes[fault.nodes[0]].data / "ballast"
-        assert ballast.parent.is_mount(), "only a disk of the test's own is filled"
+        assert ballast.parent.is_mount(), "fills only a disk that this run mounted"
         free = shutil.disk_usage(ballast.parent).free
         with ballast.open("wb") as file:
-            for size in (free, free * 9 // 10, free // 2):  # the daemon takes of it meanwhile
+            for size in (free, free * 9 // 10, free // 2):  # the daemon may take some of the free space meanwhile
                 with contextlib.suppress(OSError):
                     os.posix_fallocate(file.fileno(), 0, size)
                     break
@@ -127,9 +125,9 @@ class Site:
 
     @asynccontextmanager
     async def _parted(self, fault: Fault) -> AsyncIterator[None]:
-        """Neither side reaches the other; both reach the registry."""
+        """The two sides cannot reach each other; both reach the registry."""
         here, there = set(fault.nodes), set(range(len(self.nodes))) - set(fault.nodes)
-        walls = [(a, b) for one, other in ((here, there), (there, here)) for a in one for b in other]
+        walls = [(a, b) for a in here for b in there] + [(b, a) for a in here for b in there]
 
         def route(verb: str) -> None:
             for a, b in walls:
@@ -155,7 +153,7 @@ class Site:
 
     @contextlib.contextmanager
     def _broken(self, fault: Fault) -> Iterator[None]:
-        """What blocks for a moment: other programs, and the proxy's thread."""
+        """A fault of the network. To begin and to end it blocks this thread for a moment."""
         lab, proxy, rates = self.lab, self.proxy, self.lab.rates
         with contextlib.ExitStack() as stack:
             match fault.kind:
@@ -184,17 +182,8 @@ class Site:
             yield
 
 
-def forget(data: Path) -> None:
-    """All but who the node is."""
-    for path in data.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.suffix in (".sqlite", ".msgpack", ".json") or path.name.endswith(("-wal", "-shm")):
-            path.unlink()
-
-
 def tear(data: Path, rng: Random) -> None:
-    """What a power cut leaves of files that were not synced: cut off, or blocks of zeros in them."""
+    """Damage files as a power cut damages unsynced ones: cut them off, or write blocks of zeros into them."""
     for path in sorted(data.rglob("*")):
         if not path.is_file() or path.suffix in (".key", ".pem", ".lock") or rng.random() < 0.5:
             continue

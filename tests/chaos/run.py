@@ -1,4 +1,4 @@
-"""One run of a schedule: the site, its clients, its faults, and what is watched meanwhile."""
+"""A run of a schedule: the site, its clients and faults, and a watch over its processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import h11
 import trio
@@ -27,31 +26,30 @@ from tests.support import registry as registries
 from tests.support.lab import WAN, Rates, lab
 from tests.support.lab_client import Client
 from tests.support.leftovers import undone_by
-from tests.support.processes import wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.pull import PullFailedError
-from tests.support.site import UPSTREAM, Node, site, start_all
+from tests.support.site import UPSTREAM, Node, site, start_all, wait_joined
 
 REPOSITORY = "chaos/app"
 MB = 1_000_000
 IMAGES_MB = (4, 12, 8, 3, 20, 6)
-"""The first is wanted most."""
-RATES = Rates(100e6, 50e6)
+"""Sizes. The first image is pulled most often."""
+RATES = Rates(node=100e6, uplink=50e6)
 DISK = "64m"
-"""Of each node: the images and the shards of others do not all have room."""
+"""Each node's disk. It is too small for all images and the shards kept for others."""
 MEMORY = "8MiB"
 DEADLINE_S = 90.0
-"""Of a pull: a client gives up on a body that stands still long before that."""
+"""Longest time of a pull. A client gives up on a stalled body long before that."""
 GRACE_S = 10.0
-"""After a fault that excuses a failure: until members are seen again and breakers have closed."""
+"""After a fault, failures are excused for this long: members must be seen again, and breakers close."""
 HEALED_S = 90.0
-"""At the end, until all see all again. A node that lied stays out."""
+"""Longest time at the end until all members see each other again. A node that lied stays excluded."""
 WATCH_S = 2.0
 MAX_RSS = 256 << 20
 MAX_FILES = 700
-"""Open at once; each of 7 others has a few connections, and the clients' are some ten."""
+"""Open files of a daemon: each of 7 other members has a few connections, and the clients have some ten."""
 FLAT = 1.5
-"""Memory of a daemon at the end against what it had once it had served for a while."""
+"""Largest ratio of a daemon's memory at the end to its memory after it has served for a while."""
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
@@ -69,7 +67,7 @@ class Settings:
 
 @dataclass(slots=True)
 class Seen:
-    """What came of it. `wrong` are the sentences that make a run fail."""
+    """The results of a run. It passes if `wrong` is empty."""
 
     done: list[float] = field(default_factory=list)
     excused: Counter[str] = field(default_factory=Counter)
@@ -78,8 +76,23 @@ class Seen:
     files: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that has begun on `site`, at `began` seconds of trio's clock."""
+
+    settings: Settings
+    site: Site
+    seen: Seen
+    schedule: list[Fault]
+    began: float
+
+    @property
+    def now(self) -> float:
+        return trio.current_time() - self.began
+
+
 def run(settings: Settings) -> list[str]:
-    """What was wrong. Prints what happened."""
+    """Run, print the results, and return the failures."""
     console.print(f"chaos, seed {settings.seed}: {settings.again}")
     scratch, seen = Path(tempfile.mkdtemp(prefix="shoal-")), Seen()
     try:
@@ -101,8 +114,8 @@ def run(settings: Settings) -> list[str]:
 
 
 @contextlib.contextmanager
-def made(scratch: Path, count: int, **keys: Any) -> Iterator[Site]:
-    """A lab of so many nodes, all running; `keys` are for their configurations."""
+def made(scratch: Path, count: int, **values: object) -> Iterator[Site]:
+    """A lab of `count` running nodes; `values` are for their configurations."""
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(lab(count, RATES))
         registry = stack.enter_context(registries.docker_registry(scratch / "registry", network.wan))
@@ -118,7 +131,7 @@ def made(scratch: Path, count: int, **keys: Any) -> Iterator[Site]:
         folder = scratch / "s"
         for index in range(count):
             stack.enter_context(_disk(folder / f"node-{index + 1}" / "data"))
-        nodes = stack.enter_context(site(folder, proxy.url, count, start=False, lab=network, memory=MEMORY, **keys))
+        nodes = stack.enter_context(site(folder, proxy.url, count, start=False, lab=network, memory=MEMORY, **values))
         start_all(nodes)
         yield Site(network, proxy, nodes, set())
 
@@ -135,59 +148,57 @@ def tag_of(number: int) -> str:
     return f"v{number}"
 
 
-# The play
+# The run
 
 
 async def _play(settings: Settings, struck: Site, seen: Seen) -> None:
     schedule = faults(settings.seed, settings.nodes, settings.seconds)
-    began = trio.current_time()
+    this = Run(settings, struck, seen, schedule, began=trio.current_time())
     async with trio.open_nursery() as watching:
         watching.start_soon(_watch, struck, seen)
         async with trio.open_nursery() as nursery:
             for fault in schedule:
-                nursery.start_soon(_strike, struck, fault, began, seen)
+                nursery.start_soon(_strike, this, fault)
             for index in range(settings.nodes):
-                nursery.start_soon(_client, settings, struck, index, schedule, began, seen)
+                nursery.start_soon(_client, this, index)
         ended = trio.current_time()
         await _heal(struck, seen)
         console.print(f"all well again after {trio.current_time() - ended:.1f} s")
         watching.cancel_scope.cancel()
 
 
-async def _strike(struck: Site, fault: Fault, began: float, seen: Seen) -> None:
-    await trio.sleep_until(began + fault.start)
-    where = ",".join(struck.nodes[index].name for index in fault.nodes)
+async def _strike(this: Run, fault: Fault) -> None:
+    await trio.sleep_until(this.began + fault.start)
+    where = ",".join(this.site.nodes[index].name for index in fault.nodes)
     console.print(f"{fault.start:6.1f} s  {fault.kind} {where} for {fault.end - fault.start:.1f} s")
     try:
-        async with struck.struck_by(fault):
-            await trio.sleep_until(began + fault.end)
+        async with this.site.struck_by(fault):
+            await trio.sleep_until(this.began + fault.end)
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
-        seen.wrong.append(f"{fault.start:.1f} s: {fault.kind} {where}: {error}")
+        this.seen.wrong.append(f"{fault.start:.1f} s: {fault.kind} {where}: {error}")
 
 
-async def _client(
-    settings: Settings, struck: Site, index: int, schedule: list[Fault], began: float, seen: Seen
-) -> None:
+async def _client(this: Run, index: int) -> None:
     tags = [tag_of(number) for number in range(len(IMAGES_MB))]
-    for pause_s, tag in pulls(settings.seed, index, tags):
+    for pause_s, tag in pulls(this.settings.seed, index, tags):
         await trio.sleep(pause_s)
-        start = trio.current_time() - began
-        if start > settings.seconds:
+        start = this.now
+        if start > this.settings.seconds:
             return
-        problem = await pull(struck, index, tag)
-        end = trio.current_time() - began
-        excuse = next((one for one in schedule if one.excuses(index, start, end, GRACE_S)), None)
+        problem = await pull(this.site, index, tag)
+        end = this.now
+        excuse = next((fault for fault in this.schedule if fault.excuses(index, start, end, GRACE_S)), None)
         if not problem:
-            seen.done.append(end - start)
+            this.seen.done.append(end - start)
         elif excuse is not None and not problem.startswith("WRONG"):
-            seen.excused[excuse.kind] += 1
+            this.seen.excused[excuse.kind] += 1
         else:
-            name = struck.nodes[index].name
-            seen.wrong.append(f"{start:.1f} to {end:.1f} s: {tag} through {name}: {problem[:300]}")
+            name = this.site.nodes[index].name
+            this.seen.wrong.append(f"{start:.1f} to {end:.1f} s: {tag} through {name}: {problem[:300]}")
 
 
 async def pull(struck: Site, index: int, tag: str) -> str:
-    """What went wrong; "" where nothing did. WRONG is what nothing excuses."""
+    """Returns the problem, "" if there was none. A problem that begins with WRONG has no excuse."""
     namespace, node = struck.lab.nodes[index], struck.nodes[index]
     client = Client(lambda: namespace.connect(node.host, node.mirror_port), f"{UPSTREAM}/{REPOSITORY}", tag)
     problem = ""
@@ -210,7 +221,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 async def _watch(struck: Site, seen: Seen) -> None:
-    """Who has died, and what each process has of memory and files."""
+    """Note the deaths, and each process's memory and open files."""
     reported: set[int] = set()
     while True:
         await trio.sleep(WATCH_S)
@@ -228,16 +239,11 @@ async def _watch(struck: Site, seen: Seen) -> None:
 
 
 async def _heal(struck: Site, seen: Seen) -> None:
-    """When all is over, all must be well again."""
+    """After all faults: members see each other, and every node pulls every image."""
     honest = len(struck.nodes) - 1
     for node in struck.nodes[:honest]:
         try:
-            await trio.to_thread.run_sync(
-                lambda node=node: wait_for(
-                    f"{node.name} sees {honest - 1} others", lambda: node.status()["peers_alive"] >= honest - 1,
-                    seconds=HEALED_S, every=0.5,
-                )
-            )  # fmt: skip
+            await trio.to_thread.run_sync(wait_joined, [node], honest, HEALED_S)
         except AssertionError as error:
             seen.wrong.append(str(error))
     for number in range(len(IMAGES_MB)):
@@ -267,12 +273,18 @@ def read_log(node: Node, wrong: list[str]) -> None:
 
 def _table(settings: Settings, seen: Seen, copies: float) -> Table:
     table = Table(title=f"{settings.nodes} nodes, {settings.seconds:.0f} s, seed {settings.seed}", title_justify="left")
-    for column in ("pulls", "median s", "p99 s", "slowest s", "excused", "copies of all images", "memory MiB", "files"):
-        table.add_column(column, justify="right")
     took = sorted(seen.done) or [0.0]
-    table.add_row(
-        str(len(seen.done)), f"{statistics.median(took):.2f}", f"{took[int(0.99 * (len(took) - 1))]:.2f}",
-        f"{took[-1]:.2f}", ", ".join(f"{count} {kind}" for kind, count in seen.excused.most_common()) or "0",
-        f"{copies:.2f}", str(max(map(max, seen.rss.values())) >> 20), str(max(map(max, seen.files.values()))),
-    )  # fmt: skip
+    cells = {
+        "pulls": str(len(seen.done)),
+        "median s": f"{statistics.median(took):.2f}",
+        "p99 s": f"{took[int(0.99 * (len(took) - 1))]:.2f}",
+        "slowest s": f"{took[-1]:.2f}",
+        "excused": ", ".join(f"{count} {kind}" for kind, count in seen.excused.most_common()) or "0",
+        "copies of all images": f"{copies:.2f}",
+        "memory MiB": str(max(map(max, seen.rss.values())) >> 20),
+        "files": str(max(map(max, seen.files.values()))),
+    }
+    for column in cells:
+        table.add_column(column, justify="right")
+    table.add_row(*cells.values())
     return table

@@ -20,7 +20,7 @@ from tests.support import image as images
 from tests.support import registry as registries
 from tests.support.processes import scratch, wait_for
 from tests.support.proxy import CountingProxy
-from tests.support.pull import Pull, best_tool, pull_with, verify, wait_all
+from tests.support.pull import TOOLS, Pull, best_tool, verify, wait_all
 from tests.support.site import UPSTREAM, Node, site
 
 REPOSITORY = "demo/app"
@@ -28,10 +28,10 @@ TAG = "v1"
 UPLINK = 50_000_000
 """Bytes per second between the site and the registry, for all connections together: 400 Mbit/s, a good edge uplink.
 
-Without it the registry would be as near as a peer, and nothing could be seen of what a site gains."""
+Without this limit the registry would be as near as a peer, and a site would gain nothing."""
 MAX_COPIES = 1.05
 KILL_AT = 0.05
-"""The part of the image that the clients have written when the node is killed."""
+"""The node is killed when both clients have written this share of the image."""
 MB = 1e6
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -39,12 +39,12 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 @dataclass(slots=True)
 class Report:
-    """What was seen, one claim after the other."""
+    """The claims that were checked, each with the measured value and whether it held."""
 
     claims: list[tuple[str, str, bool]] = field(default_factory=list)
 
-    def claim(self, what: str, seen: str, held: bool) -> None:
-        self.claims.append((what, seen, held))
+    def claim(self, text: str, seen: str, held: bool) -> None:
+        self.claims.append((text, seen, held))
 
     @property
     def holds(self) -> bool:
@@ -53,8 +53,8 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    who: str
     phase: str
+    through: str
     seconds: float
     verified: int
     digests: int
@@ -77,23 +77,24 @@ def build_image(folder: Path) -> images.Image:
         images.tree(library, "usr/local/lib/python3", source),
         images.tree(wheels, "opt/app", lambda path: path.suffix != ".pyc"),
     ]
-    return images.build(folder, layers, command=["/bin/sh", "-c", "echo hello"])
+    return images.build(folder, layers)
 
 
 def start_pulls(phase: str, bases: dict[str, str], repository: str, folder: Path) -> dict[str, Pull]:
-    """One client for each of `bases`, which are URLs by name; all at once."""
+    """Start a client for each of `bases` (URLs by name), all at once."""
     return {
-        name: pull_with(best_tool(), base, repository, TAG, folder / f"{phase}-{name}".replace(" ", "-"))
+        name: TOOLS[best_tool()](base, repository, TAG, folder / f"{phase}-{name}".replace(" ", "-"))
         for name, base in bases.items()
     }
 
 
 def finish(phase: str, pulls: dict[str, Pull], image: images.Image) -> list[Pulled]:
-    """Wait, hash everything that was written, and remove it."""
+    """Wait, hash all files that were written, and remove them."""
     wait_all(list(pulls.values()))
     done = []
     for name, pull in pulls.items():
-        done.append(Pulled(name, phase, pull.seconds, verify(pull.folder, image), len(image.blobs) + 1))
+        verified, digests = verify(pull.folder, image), len(image.blobs) + 1
+        done.append(Pulled(phase, name, seconds=pull.seconds, verified=verified, digests=digests))
         shutil.rmtree(pull.folder)
     return done
 
@@ -111,11 +112,11 @@ def run_demo(folder: Path, stack: ExitStack) -> bool:
         origin = stack.enter_context(registries.docker_registry(folder / "registry"))
         registries.push(origin, image, REPOSITORY, TAG)
     else:
-        step("docker-registry can't be had here: a small embedded read-only origin takes its place")
+        step("docker-registry is not installed: a small embedded read-only registry takes its place")
         origin = stack.enter_context(registries.embedded_origin(image, REPOSITORY, TAG, folder / "registry"))
     client = "skopeo" if best_tool() == "skopeo" else "the built-in client (skopeo is not installed)"
     proxy = stack.enter_context(CountingProxy(origin.host, origin.port, rate=UPLINK))
-    step(f"{origin.kind} at {origin.url}, behind a counting proxy that lets {UPLINK * 8 / 1e6:.0f} Mbit/s through")
+    step(f"{origin.kind} at {origin.url}, behind a counting proxy with a limit of {UPLINK * 8 / 1e6:.0f} Mbit/s")
 
     nodes = stack.enter_context(site(folder / "site", proxy.url))
     ready = max(node.ready_s for node in nodes)
@@ -128,39 +129,35 @@ def run_demo(folder: Path, stack: ExitStack) -> bool:
     total = proxy.count.received
     after = {node.name: node.status() for node in nodes if node is not nodes[2]}
 
-    step("for comparison, the same three clients straight from the registry over the same uplink")
+    step("for comparison: three clients pull straight from the registry, over the same uplink")
     straight = _straight(folder, origin, image, stack)
 
     console.print(pulls_table([*straight, *pulled, *second]))
     console.print(bytes_table(nodes, before, after, killed=nodes[2]))
     copies = total / image.size
-    report.claim(
-        "copies asked of the registry, both pulls", f"{copies:.3f} (at most {MAX_COPIES})", copies <= MAX_COPIES
-    )
-    report.claim(
-        "  of these in the first pull, three nodes", f"{cold / image.size:.3f}", cold / image.size <= MAX_COPIES
-    )
-    verified = sum(one.digests for one in [*pulled, *second])
-    report.claim("digests checked of what the clients wrote", f"{verified} of {verified} right", verified == 5 * 5)
+    report.claim("copies read from the registry, both pulls", f"{copies:.3f} (max. {MAX_COPIES})", copies <= MAX_COPIES)
+    copies = cold / image.size
+    report.claim("copies in the first pull, by three nodes", f"{copies:.3f}", copies <= MAX_COPIES)
+    verified = sum(pull.digests for pull in [*pulled, *second])
+    report.claim("digests verified in the clients' files", f"{verified} of {verified} right", verified == 5 * 5)
     report.claim("node-3 was killed while both clients were reading", "yes" if in_the_middle else "no", in_the_middle)
     console.print(claims_table(report))
     return report.holds
 
 
 def _first_phase(folder: Path, nodes: Sequence[Node], image: images.Image, client: str) -> list[Pulled]:
-    step(f"first pull: {client} reads the image through node-1, node-2 and node-3 at once; nobody has any of it")
+    step(f"first pull: {client} reads the image through node-1, node-2 and node-3 at once; no node holds any of it")
     pulls = start_pulls("cold", {node.name: node.mirror for node in nodes[:3]}, f"{UPSTREAM}/{REPOSITORY}", folder)
     return finish("cold", pulls, image)
 
 
 def _second_phase(folder: Path, nodes: Sequence[Node], image: images.Image) -> tuple[list[Pulled], bool]:
-    """Whether both clients were still reading when the node died is the second value."""
+    """The second value: whether both clients were still reading when the node died."""
     step("second pull: through node-4 and node-5; node-3 is killed (SIGKILL) in the middle of it")
     pulls = start_pulls("kill", {node.name: node.mirror for node in nodes[3:]}, f"{UPSTREAM}/{REPOSITORY}", folder)
     wait_for(
         "both clients read",
         lambda: all(pull.written() > KILL_AT * image.size or not pull.running for pull in pulls.values()),
-        seconds=60,
     )
     nodes[2].kill()
     in_the_middle = all(pull.running for pull in pulls.values())
@@ -180,21 +177,22 @@ def pulls_table(pulled: Sequence[Pulled]) -> Table:
     table.add_column("through")
     for name in ("seconds", "MB verified", "digests right"):
         table.add_column(name, justify="right")
-    for one in pulled:
-        table.add_row(one.phase, one.who, f"{one.seconds:.1f}", f"{one.verified / MB:.1f}", str(one.digests))
+    for pull in pulled:
+        numbers = (f"{pull.seconds:.1f}", f"{pull.verified / MB:.1f}", str(pull.digests))
+        table.add_row(pull.phase, pull.through, *numbers)
     return table
 
 
 def bytes_table(
     nodes: Sequence[Node], before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], *, killed: Node
 ) -> Table:
-    """MB, as the daemons counted them; a killed daemon's counts are those of just before its last pull."""
+    """MB, by the daemons' counters. A killed daemon's values are those before its last pull."""
     sources = ("memory", "disk", "peer", "origin")
     table = Table(
-        title="Who served which bytes, MB (p2pctl status --json)",
+        title="Bytes by source, MB (p2pctl status --json)",
         title_justify="left",
-        caption="to the client: where the bytes of the node's own answers came from; "
-        "from the registry and to peers: what the node read and gave for the whole site",
+        caption="to the client: the sources of the bytes in the node's own answers; "
+        "from the registry, to peers: bytes that the node read and sent for the whole site",
     )
     table.add_column("node")
     for source in sources:
@@ -215,8 +213,8 @@ def claims_table(report: Report) -> Table:
     table.add_column("claim")
     table.add_column("seen")
     table.add_column("held")
-    for what, seen, held in report.claims:
-        table.add_row(what, seen, "[green]yes[/]" if held else "[bold red]NO[/]")
+    for text, seen, held in report.claims:
+        table.add_row(text, seen, "[green]yes[/]" if held else "[bold red]NO[/]")
     return table
 
 
@@ -230,10 +228,10 @@ def main() -> int:
     try:
         with scratch("shoal-demo-") as folder, ExitStack() as stack:
             held = run_demo(folder, stack)
-    except AssertionError as error:  # a pull or a start that failed: what it said is the report
+    except AssertionError as error:  # a failed pull or start: its message is the report
         console.print(f"[bold red]FAILED[/] {type(error).__name__}: {error}", soft_wrap=True)
         held = False
-    console.print(f"{'Everything held' if held else 'NOT everything held'}; {time.monotonic() - started:.0f} s.")
+    console.print(f"{'All claims held' if held else 'NOT all claims held'}; {time.monotonic() - started:.0f} s.")
     return 0 if held else 1
 
 

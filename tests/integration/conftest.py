@@ -1,4 +1,4 @@
-"""One small real image in one real registry for all integration tests; sites and proxies are each test's own."""
+"""A small real image in a real registry, shared by all integration tests. Each test makes its own site and proxy."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.support.proxy import CountingProxy
 REPOSITORY = "demo/app"
 TAG = "v1"
 NOISE_BYTES = 17_000_001
-"""Incompressible, and no whole number of blocks."""
+"""Incompressible bytes, not a whole number of blocks."""
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder with a path short enough for unix sockets, which pytest's are not."""
+    """A folder with a path short enough for unix sockets; the paths of pytest's folders are too long."""
     with scratch() as path:
         yield path
 
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> images.Image:
-    """Three layers: a root file system that runs, bytes that nothing compresses, and Python's library."""
+    """Three layers: a root file system that runs, incompressible bytes, and Python's library."""
     library = Path(sysconfig.get_path("stdlib"))
 
     def source(path: Path) -> bool:
@@ -61,7 +61,7 @@ def proxy(registry: registries.Registry) -> Iterator[CountingProxy]:
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, if there is one: what is made there is opened a thousand times."""
+    """A folder in memory, if the machine has one: tests open their files there thousands of times."""
     memory = Path("/dev/shm")
     with scratch(parent=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
         yield folder

@@ -1,4 +1,4 @@
-"""A short chaos run with a fixed seed; `make chaos` is the long one."""
+"""A short chaos run with a fixed seed; `make chaos` runs a long one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tests.support import registry as registries
 from tests.support.lab import NoLabError, check_lab
 
 
-def test_a_site_survives_what_breaks_it() -> None:
-    """A liar, a partition, a daemon that stands still, and all restarted at once with empty caches."""
+def test_a_site_survives_faults() -> None:
+    """The seed has a liar, a partition, a paused daemon, and a restart of all daemons at once with empty caches."""
     try:
         check_lab()
     except NoLabError as error:

@@ -1,7 +1,7 @@
-"""Every client that operators have pulls one image of two platforms, by the mirror and configured as deploy/ says.
+"""Every supported client pulls an image of two platforms through the mirror, configured with its file from deploy/.
 
-Whatever comes of the mirror, the client ends with the image as its registry has it. They differ in how they come to
-that, and in whether they tell a mirror who they are: RESUMES, GIVES_UP and SHOWS.
+Whether the mirror works or fails, the client ends with the image as the registry has it. Clients differ in how they
+recover from a failure, and in whether they show a mirror their credentials: RESUMES, GIVES_UP and SHOWS.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ALICE, BOB = "alice", "bob"
 PASSWORDS = {ALICE: "correct-horse-battery", BOB: "bobs-own-password"}
 MAX_COPIES = 1.05
 UPLINK = 4 << 20
-"""Bytes per second: slow enough for a node to die in the middle of a layer."""
+"""Bytes per second: slow enough to kill a node in the middle of a layer."""
 
 RESUMES = {"containerd", "buildkit"}
-"""Who asks the registry itself for the rest of a layer that broke off at the mirror."""
+"""Clients that request the rest of a layer from the registry, after the mirror broke off."""
 GIVES_UP = {"skopeo", "podman", "buildah"}
-"""Whose pull fails then: the next one goes to the registry."""
+"""Clients whose pull fails then. The next pull goes to the registry."""
 SHOWS = {"containerd", "buildkit"}
-"""Who gets private images through the mirror, by the token for them. The others go past it."""
+"""Clients that pull private images through the mirror, with a token. The others pull them from the registry."""
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mount namespaces and these clients' stores need root"),
@@ -64,7 +64,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """`image` in the stored registry; `truth` is what umoci unpacks of it without any mirror, `size` all platforms'."""
+    """`image` in the stored registry. `truth` is the image unpacked without a mirror; `size` counts all platforms."""
 
     stored: Path
     image: Image
@@ -72,9 +72,12 @@ class Published:
     truth: Held
 
     def check(self, held: Held) -> None:
-        told = {one.digest for one in (self.image.index, self.image.config)}
-        true = {one.digest for one in (self.image.index, self.image.manifest, *self.image.blobs)}
-        assert told <= held.digests <= true
+        shown = {self.image.index.digest, self.image.config.digest}
+        assert (
+            shown
+            <= held.digests
+            <= {blob.digest for blob in (self.image.index, self.image.manifest, *self.image.blobs)}
+        )
         assert held.tree == self.truth.tree
 
 
@@ -106,7 +109,7 @@ def registry(published: Published) -> Iterator[Registry]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two nodes, and the proxy before their registry."""
+    """Two nodes, and the proxy in front of their registry."""
 
     nodes: list[Node]
     proxy: CountingProxy
@@ -124,7 +127,7 @@ def pair(registry: Registry) -> Iterator[Pair]:
 
 @pytest.fixture
 def direct(registry: Registry, folder: Path) -> Iterator[Hub]:
-    """What comes past the mirror."""
+    """docker.io for the clients: counts the bytes that do not go through the mirror."""
     with hub(folder / "hub", registry.host, registry.port) as running:
         yield running
 
@@ -136,7 +139,7 @@ def at(node: Node) -> str:
 def test_all_pull_by_tag_and_by_digest_from_two_nodes_and_the_registry_gives_one_copy(
     folder: Path, published: Published, pair: Pair, direct: Hub, name: str
 ) -> None:
-    """Of each blob, to all the clients together."""
+    """The registry gives one copy of each blob to all clients of this module together."""
     references = (REFERENCE, f"{NAME}/{REPOSITORY}@{published.image.index.digest}")
     for node, reference in zip(pair.nodes, references, strict=True):
         with ENGINES[name](folder / f"at-{node.name}", direct, at(node)) as engine:
@@ -146,11 +149,12 @@ def test_all_pull_by_tag_and_by_digest_from_two_nodes_and_the_registry_gives_one
     assert direct.proxy.count.connections == 0
 
 
-def test_a_mirror_that_is_dead_breaks_no_pull(folder: Path, published: Published, direct: Hub, name: str) -> None:
+def test_a_dead_mirror_breaks_no_pull(folder: Path, published: Published, direct: Hub, name: str) -> None:
     (port,) = free_ports("127.0.0.1", 1)
     with ENGINES[name](folder / "engine", direct, f"127.0.0.1:{port}") as engine:
-        assert engine.pull(REFERENCE).wait() < 10
+        engine.pull(REFERENCE).wait()
         published.check(engine.held(REFERENCE))
+    assert direct.proxy.count.received <= MAX_COPIES * published.size, direct.proxy.count.asked.most_common(5)
 
 
 def test_a_mirror_that_is_killed_in_the_middle_of_a_layer(
@@ -162,7 +166,7 @@ def test_a_mirror_that_is_killed_in_the_middle_of_a_layer(
         ENGINES[name](folder / "engine", direct, at(node)) as engine,
     ):
         pull = engine.pull(REFERENCE)
-        wait_for("half of it is there", lambda: slow.count.received > published.size / 2)
+        wait_for("half of the image is pulled", lambda: slow.count.received > published.size / 2)
         node.kill()
         try:
             pull.wait()
@@ -173,7 +177,9 @@ def test_a_mirror_that_is_killed_in_the_middle_of_a_layer(
         assert any(" bytes=" in asked for asked in direct.proxy.count.asked) == (name in RESUMES)
 
 
-def test_a_private_image_is_for_who_may_read_it(folder: Path, published: Published, tmp_path: Path, name: str) -> None:
+def test_only_a_permitted_user_gets_a_private_image(
+    folder: Path, published: Published, tmp_path: Path, name: str
+) -> None:
     with ExitStack() as stack:
         tokens = stack.enter_context(TokenServer(tmp_path, PASSWORDS, {ALICE: [REPOSITORY]}))
         registry = stack.enter_context(registries.docker_registry(published.stored, auth=tokens.registry_auth()))
@@ -186,7 +192,7 @@ def test_a_private_image_is_for_who_may_read_it(folder: Path, published: Publish
         engine.pull(REFERENCE, f"{ALICE}:{PASSWORDS[ALICE]}").wait()
         published.check(engine.held(REFERENCE))
         layers = sum(layer.size for layer in published.image.layers)
-        past, through = (one.count.received > layers for one in (direct.proxy, proxy))
+        past, through = (counting.count.received > layers for counting in (direct.proxy, proxy))
         assert (through, past) == (name in SHOWS, name not in SHOWS)
 
 

@@ -1,4 +1,4 @@
-"""A real containerd pulls through its node's mirror, as hosts.toml tells it to, and the container runs."""
+"""A real containerd pulls through its node's mirror, as its hosts.toml says, and the container runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.site import UPSTREAM, site
 
 REFERENCE = f"{REPOSITORY}:{TAG}"
 DEAD_SERVER = "http://127.0.0.1:9"
-"""The discard port: where nothing answers, the image can only have come through the mirror."""
+"""The discard port does not answer: an image pulled with this server came through the mirror."""
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("containerd") or not shutil.which("ctr"),
@@ -44,7 +44,7 @@ def test_containerd_pulls_through_the_mirror_and_the_container_runs(
         assert "it runs" in ran.stdout
 
 
-def test_what_containerd_holds_is_neither_fetched_nor_stored(
+def test_an_image_that_containerd_holds_is_neither_fetched_nor_stored(
     folder: Path, image: Image, proxy: CountingProxy, registry: Registry
 ) -> None:
     with containerd(folder / "engine") as engine:

@@ -1,4 +1,4 @@
-"""containerd pulls as Kubernetes has it do: through CRI, with the registry configuration of its config_path."""
+"""containerd pulls as in Kubernetes: through CRI, with the registry configuration of its config_path."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ REPOSITORY, TAG = "cri/app", "v1"
 NAME = f"{UPSTREAM}/{REPOSITORY}"
 FOREIGN = "s390x" if images.ARCHITECTURE != "s390x" else "amd64"
 NOWHERE = "http://127.0.0.1:9"
-"""The discard port: what is pulled with it as the registry came through the mirror."""
+"""The discard port does not answer: an image pulled with this registry came through the mirror."""
 UPLINK = 10_000_000
-"""Bytes per second, so that a pull lasts long enough to have a middle."""
+"""Bytes per second, so that a pull lasts long enough to be interrupted."""
 PRIVATE_BYTES = 5_000_000
 MAX_COPIES = 1.05
 ALICE, BOB = "alice", "bob"
@@ -70,19 +70,17 @@ def cri(folder: Path, mirror: str, server: str = NOWHERE) -> Iterator[tuple[Cont
 
 
 def digests_of(engine: Containerd) -> set[str]:
-    """What the content store holds, each checked."""
-    found = set()
-    for path in (engine.content_store / "blobs" / "sha256").iterdir():
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
-        found.add(f"sha256:{path.name}")
-    return found
+    """The digests in the content store, after every blob was hashed."""
+    paths = list((engine.content_store / "blobs" / "sha256").iterdir())
+    assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in paths)
+    return {f"sha256:{path.name}" for path in paths}
 
 
 def ingested(engine: Containerd) -> int:
-    """The bytes of all blobs under way."""
+    """Bytes of all blobs under way."""
     total = 0
     for path in (engine.content_store / "ingest").glob("*/data"):
-        with suppress(FileNotFoundError):  # it is whole just now
+        with suppress(FileNotFoundError):  # the blob has just become complete
             total += path.stat().st_size
     return total
 
@@ -114,7 +112,7 @@ def test_kubelets_pull_by_tag_and_by_digest_reads_one_copy_for_two_nodes(
             assert (service.status(reference), service.images()) == (None, [])
 
 
-def test_a_pull_goes_on_at_the_registry_when_p2pd_is_killed_and_never_needs_it(
+def test_a_pull_continues_from_the_registry_when_p2pd_is_killed_and_needs_no_p2pd(
     folder: Path, both: Image, stored: Registry
 ) -> None:
     with ExitStack() as stack:
@@ -125,17 +123,17 @@ def test_a_pull_goes_on_at_the_registry_when_p2pd_is_killed_and_never_needs_it(
         pool = stack.enter_context(ThreadPoolExecutor(1))
         quarter = both.size // 4
         pull = pool.submit(service.pull, f"{NAME}:{TAG}")
-        there = wait_for("a part of the image is there", lambda: max(0, ingested(engine) - quarter)) + quarter
+        held = wait_for("a part of the image is pulled", lambda: max(0, ingested(engine) - quarter)) + quarter
         node.kill()
         assert pull.result() == both.config.digest
         assert digests_of(engine) == all_of(both)
-        assert 0 < registry.count.received < 1.01 * both.size - there, "what was there already is not read again"
+        assert 0 < registry.count.received < 1.01 * both.size - held, "the bytes it holds are not read again"
         service.remove(f"{NAME}:{TAG}")
         assert service.pull(f"{NAME}:{TAG}") == both.config.digest
 
 
-def test_a_private_image_is_for_the_pods_whose_secret_opens_it(folder: Path, tmp_path: Path) -> None:
-    """Also where the node has it cached: kubelet gives each pod's imagePullSecret with the pull."""
+def test_only_pods_with_the_right_secret_get_a_private_image(folder: Path, tmp_path: Path) -> None:
+    """This also holds when the node has the image cached. kubelet passes each pod's imagePullSecret with the pull."""
     secret = images.build(folder / "layout", [[("opt/secret", images.noise(3, PRIVATE_BYTES))]])
     with ExitStack() as stack:
         tokens = stack.enter_context(TokenServer(tmp_path, PASSWORDS, {ALICE: [REPOSITORY]}))
@@ -160,7 +158,7 @@ def test_a_private_image_is_for_the_pods_whose_secret_opens_it(folder: Path, tmp
 
 
 def useless(tokens: TokenServer) -> list[dict[str, str]]:
-    """Nothing, a wrong password, and what is right but of somebody who may not read this."""
+    """No credentials, a wrong password, and right credentials of a user without permission."""
     return [
         {},
         {"username": ALICE, "password": "guess-of-mallory"},

@@ -1,9 +1,10 @@
-"""One daemon as its operator meets it: start, stop, mistakes in the configuration, restarts, what p2pctl says."""
+"""A daemon as its operator sees it: start, stop, mistakes in the configuration, restarts, and p2pctl's answers."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from tests.support.processes import tail, wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.site import P2PCTL, P2PD, Node, run, site
 
-READY_S = 3.0
+READY = 4
+"""Longest start, as a multiple of the time in which `p2pd --print-peer-id` runs."""
 IDLE_RSS = 128 * 2**20
 NOWHERE = "http://127.0.0.1:9"
 
@@ -28,12 +30,15 @@ def node(folder: Path) -> Node:
     return Node("node-1", "127.0.0.1", folder / "node", NOWHERE)
 
 
-def test_it_is_ready_at_once_and_small(node: Node) -> None:
+def test_it_is_ready_soon_and_small(node: Node) -> None:
+    began = time.monotonic()
+    node.peer_id()
+    calibration_s = time.monotonic() - began
     node.start()
     try:
-        assert node.ready_s <= READY_S
+        assert node.ready_s <= READY * calibration_s
         assert node.rss_bytes() <= IDLE_RSS
-        wait_for("the log says ready", lambda: "msg=ready" in tail(node.log, 100), seconds=2)
+        wait_for("the log says ready", lambda: "msg=ready" in tail(node.log, 100))
         status = node.status()
         assert (status["name"], status["site"], status["peers_alive"]) == ("node-1", "loopback", 0)
         assert status["peer_id"] == node.peer_id()
@@ -43,7 +48,7 @@ def test_it_is_ready_at_once_and_small(node: Node) -> None:
         assert node.stop() == 0, tail(node.log)
 
 
-def test_the_peer_id_is_told_without_a_start_and_stays(node: Node) -> None:
+def test_the_peer_id_is_printed_without_a_start_and_never_changes(node: Node) -> None:
     first = node.peer_id()
     assert first.startswith("12D3KooW")
     assert node.peer_id() == first
@@ -101,7 +106,7 @@ def test_p2pctl_says_plainly_that_the_daemon_is_down(folder: Path) -> None:
 def test_the_cache_outlives_the_daemon(folder: Path, image: Image, proxy: CountingProxy, end: object) -> None:
     with site(folder / "site", proxy.url, 1) as (node,):
         pull_through([node], folder / "first", image)
-        wait_for("the cache is durable", lambda: _durable_bytes(node) >= 0.99 * image.size, seconds=10)
+        wait_for("the cache is durable", lambda: _durable_bytes(node) >= 0.99 * image.size)
         end(node)  # type: ignore[operator]
         proxy.reset()
         node.start()
@@ -110,7 +115,7 @@ def test_the_cache_outlives_the_daemon(folder: Path, image: Image, proxy: Counti
 
 
 def _durable_bytes(node: Node) -> int:
-    """Of the blocks that the index on disk names; it names a block once its bytes are on the disk."""
+    """Bytes of the blocks in the disk's index, which names a block after its bytes were synced."""
     with closing(sqlite3.connect(f"file:{node.data}/cache/index.sqlite?mode=ro", uri=True)) as index:
         rows = index.execute("SELECT record FROM piece WHERE k = 0").fetchall()
     return sum(msgspec.msgpack.decode(record, type=Record).length for (record,) in rows)
@@ -123,18 +128,18 @@ def test_why_accounts_for_every_block(folder: Path, image: Image, proxy: Countin
             answer = node.ctl("why", f"{REPOSITORY}:{TAG}", "--json")
             assert answer.returncode == 0, answer.stderr
             why = json.loads(answer.stdout)
-            listed = {one["digest"]: one for one in why["objects"]}
+            listed = {row["digest"]: row for row in why["objects"]}
             assert {blob.digest for blob in (image.manifest, *image.blobs)} <= listed.keys()
             for blob in image.blobs:
                 blocks = listed[blob.digest]["blocks"]
                 assert [block["index"] for block in blocks] == list(range(len(blocks)))
                 assert sum(block["length"] for block in blocks) == blob.size
                 assert all(block["source"] != "not read" for block in blocks)
-            counted = sum(len(one["blocks"]) for one in why["objects"])
+            counted = sum(len(row["blocks"]) for row in why["objects"])
             assert sum(total["blocks"] for total in why["totals"].values()) == counted
 
 
-def test_p2pctl_pulls_and_tells_by_source(folder: Path, image: Image, proxy: CountingProxy) -> None:
+def test_p2pctl_pulls_and_shows_the_bytes_by_source(folder: Path, image: Image, proxy: CountingProxy) -> None:
     with site(folder / "site", proxy.url, 1) as (node,):
         answer = node.ctl("pull", f"{REPOSITORY}:{TAG}", "--json")
         assert answer.returncode == 0, answer.stderr

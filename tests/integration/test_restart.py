@@ -1,4 +1,4 @@
-"""p2pd restarted as systemd does it, again and again, while containerd pulls through it all the time."""
+"""p2pd is restarted repeatedly, as by systemd, while containerd pulls through it without a pause."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.faults import forget
 from tests.support.clients import REPOSITORY, TAG
 from tests.support.containerd import Containerd, containerd
 from tests.support.image import Image
@@ -24,7 +23,7 @@ from tests.support.site import UPSTREAM, Node, site
 REFERENCE = f"{REPOSITORY}:{TAG}"
 RESTARTS = 3
 RATE = 'rate = "24MiB"\n'
-"""With an empty cache a pull takes a second at least, so that each restart meets one."""
+"""With an empty cache a pull takes at least a second, so that each restart interrupts one."""
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("containerd") or not shutil.which("ctr"),
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def pull_until(over: threading.Event, engine: Containerd) -> int:
-    """How often the image was pulled, from nothing each time; the last one is there still."""
+    """Pull and remove the image until `over`. Returns the number of pulls; the last image is kept."""
     count = 0
     while True:
         pulled = engine.pull(REFERENCE)
@@ -44,12 +43,12 @@ def pull_until(over: threading.Event, engine: Containerd) -> int:
         assert engine.ctr("images", "remove", "--sync", REFERENCE).returncode == 0
 
 
-def restart_in_mid_pull(node: Node, image: Image) -> int:
-    """What its clients got of it before, in bytes."""
-    wait_for("a pull is under way", lambda: served(node) > 1 << 20, seconds=30)
+def restart_in_mid_pull(node: Node) -> int:
+    """Restart the node with an empty cache. Returns the bytes that it had served before."""
+    wait_for("a pull is under way", lambda: served(node) > 1 << 20)
     before = served(node)
     assert node.stop() == 0, tail(node.log)
-    forget(node.data)
+    node.forget()
     node.start()
     return before
 
@@ -71,10 +70,10 @@ def test_no_pull_fails_while_the_daemon_is_restarted(
         pool, over = stack.enter_context(ThreadPoolExecutor(len(engines))), threading.Event()
         stack.callback(over.set)
         pulling = [pool.submit(pull_until, over, engine) for engine in engines]
-        before = [restart_in_mid_pull(node, image) for _ in range(RESTARTS)]
+        before = [restart_in_mid_pull(node) for _ in range(RESTARTS)]
         over.set()
-        counts = [one.result() for one in pulling]
-        assert max(before) < image.size, "each restart met a pull from an empty cache"
+        counts = [pull.result() for pull in pulling]
+        assert max(before) < image.size, "each restart interrupted a pull from an empty cache"
         assert min(counts) > 1
         for engine in engines:
             blobs = engine.content_store / "blobs" / "sha256"

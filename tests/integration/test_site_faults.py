@@ -1,4 +1,4 @@
-"""What a site survives: a node that dies or hangs in the middle of pulls, a registry that is gone, altered disks."""
+"""Faults that a site survives: a node that dies or hangs in the middle of pulls, a dead registry, altered disks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from tests.support.registry import Registry
 from tests.support.site import Node, site
 
 UPLINK = 10_000_000
-"""Bytes per second from the registry, so that a pull lasts long enough to have a middle."""
+"""Bytes per second from the registry, so that a pull lasts long enough to be disturbed."""
 FAULT_AT = 0.2
-"""The part of the image that every client has written when the fault strikes."""
-SLOWER, GRACE_S = 1.5, 3.0
+"""The fault strikes when every client has written this share of the image."""
+SLOWER = 3.0
+"""Longest disturbed pull, as a multiple of the longest undisturbed one."""
 PIECE_BYTES = 64 * 1024
 """One byte is altered in each piece of this size, so in every shard and block."""
 KEPT = ("key", "pem", "crt", "toml", "lock", "sock")
@@ -32,7 +33,7 @@ def slow_proxy(registry: Registry) -> Iterator[CountingProxy]:
 
 
 @pytest.mark.parametrize("fault", [Node.kill, Node.pause], ids=["SIGKILL", "SIGSTOP"])
-def test_pulls_go_on_when_a_node_falls_out(
+def test_pulls_succeed_when_a_node_dies_or_hangs(
     folder: Path, image: Image, slow_proxy: CountingProxy, fault: Callable[[Node], None]
 ) -> None:
     with site(folder / "calm", slow_proxy.url) as nodes:
@@ -42,7 +43,7 @@ def test_pulls_go_on_when_a_node_falls_out(
         wait_for("every client reads", lambda: all(pull.written() > FAULT_AT * image.size for pull in pulls))
         fault(nodes[4])
         assert all(pull.running for pull in pulls)
-        assert max(finish_pulls(pulls, image)) <= SLOWER * undisturbed + GRACE_S
+        assert max(finish_pulls(pulls, image)) <= SLOWER * undisturbed
 
 
 @pytest.mark.parametrize("by", ["tag", "digest"])
@@ -67,14 +68,14 @@ def test_altered_bytes_on_a_nodes_disk_reach_no_client(
         pull_through(nodes, folder / "first", image)
         if restarted:
             nodes[1].stop()
-        assert alter(nodes[1].data) > image.size / PIECE_BYTES / 10, "hardly anything lay on the disk"
+        assert alter(nodes[1].data) > image.size / PIECE_BYTES / 10, "the disk held too little for this test"
         if restarted:
             nodes[1].start()
         pull_through(nodes[1:], folder / "altered", image)
 
 
 def alter(data: Path) -> int:
-    """Flip one bit in every piece of every file that holds cached bytes; the number of pieces."""
+    """Flip a bit in every piece of every file that holds cached bytes. Returns the number of flipped bits."""
     flipped = 0
     for path in data.rglob("*"):
         if path.is_file() and path.stat().st_size > PIECE_BYTES and not path.suffix.lstrip(".").startswith(KEPT):
@@ -86,11 +87,11 @@ def _flip(path: Path) -> int:
     file = os.open(path, os.O_RDWR)
     try:
         if os.pread(file, 6, 0) == b"SQLite":
-            return 0  # the index is not what was pulled
+            return 0  # the index holds no bytes of the image
         size, offset, flipped = os.fstat(file).st_size, PIECE_BYTES // 2, 0
         while offset < size:
             (byte,) = os.pread(file, 1, offset)
-            if byte:  # a hole of a sparse file stays one
+            if byte:  # a hole of a sparse file stays a hole
                 os.pwrite(file, bytes([byte ^ 1]), offset)
                 flipped += 1
             offset += PIECE_BYTES

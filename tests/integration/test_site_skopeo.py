@@ -1,4 +1,4 @@
-"""The main job: however many nodes pull an image at once, the registry gives each byte about once."""
+"""The main job: for any number of nodes that pull an image at once, the registry gives each byte about once."""
 
 from __future__ import annotations
 

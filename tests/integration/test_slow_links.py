@@ -1,4 +1,4 @@
-"""Four of five nodes on links of 20 Mbit/s pull a cold image at once, in one case while the fifth limps."""
+"""Four of five nodes on links of 20 Mbit/s pull a cold image at once, in one case while the fifth is slow."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def slow_site() -> Iterator[Lab]:
         yield made
 
 
-@pytest.mark.parametrize("limps", [False, True], ids=["all alike", "one limps"])
+@pytest.mark.parametrize("is_slow", [False, True], ids=["all equal", "one slow"])
 def test_a_crowd_on_slow_links_gets_its_image_and_asks_the_registry_for_it_once(
-    folder: Path, slow_site: Lab, limps: bool
+    folder: Path, slow_site: Lab, is_slow: bool
 ) -> None:
     image = images.build(
         folder / "image", [[(f"noise-{size}", images.noise(number, size))] for number, size in enumerate(LAYERS)]
@@ -46,7 +46,7 @@ def test_a_crowd_on_slow_links_gets_its_image_and_asks_the_registry_for_it_once(
         CountingProxy(registry.host, registry.port, namespace=slow_site.wan, listen=WAN) as proxy,
         site(folder / "site", proxy.url, NODES, lab=slow_site) as nodes,
     ):
-        if limps:
+        if is_slow:
             slow_site.set_node_rate(NODES - 1, RATE / SLOWER)
 
         async def crowd() -> None:
@@ -55,5 +55,5 @@ def test_a_crowd_on_slow_links_gets_its_image_and_asks_the_registry_for_it_once(
                     connect = partial(namespace.connect, node.host, node.mirror_port)
                     nursery.start_soon(Client(connect, f"{UPSTREAM}/{REPOSITORY}", "v1").pull)
 
-        trio.run(crowd)  # raises where a body stands still for so long that it is cut
-        assert proxy.count.received < (1.6 if limps else 1.05) * image.size
+        trio.run(crowd)  # raises if a body stalls until the server cuts it
+        assert proxy.count.received < (1.6 if is_slow else 1.05) * image.size

@@ -1,4 +1,4 @@
-"""What is installed: three packages, and nothing of the tests."""
+"""The wheel installs three packages, and no tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulls of the test image through nodes, as the integration tests need them."""
+"""Pulls of the test image through several nodes at once, by skopeo; every byte that arrives is hashed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TAG = "v1"
 
 
 def start_pulls(nodes: Sequence[Node], folder: Path, reference: str = TAG) -> list[Pull]:
-    """One skopeo for each node, all at once; `folder` is new for each call."""
+    """Start a skopeo for each node, all at once. `folder` must not exist yet."""
     folder.mkdir(parents=True)
     return [pull_with_skopeo(node.mirror, REPOSITORY, reference, folder / node.name) for node in nodes]
 
 
 def finish_pulls(pulls: Sequence[Pull], image: Image) -> list[float]:
-    """The seconds of each, after every byte was hashed."""
+    """Wait for all, and verify every byte. Returns the seconds that each pull took."""
     seconds = wait_all(list(pulls))
     for pull in pulls:
         verify(pull.folder, image)

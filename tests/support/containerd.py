@@ -1,4 +1,4 @@
-"""A containerd of the test's own: its folders, socket and configuration have nothing to do with the machine's."""
+"""A private containerd for a test. It shares no folder, socket or configuration with the machine's containerd."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Containerd:
         return self.folder / "root" / "io.containerd.content.v1.content"
 
     def use_mirror(self, registry: str, server: str, mirror: str) -> None:
-        """Images of `registry` come through `mirror`, and from `server` where that does not answer."""
+        """Images of `registry` come through `mirror`, and from `server` if the mirror does not answer."""
         (self.hosts / registry).mkdir(parents=True, exist_ok=True)
         (self.hosts / registry / "hosts.toml").write_text(HOSTS.format(server=server, mirror=mirror))
 
@@ -65,16 +65,18 @@ class Containerd:
     def pull(self, reference: str, *, user: str = "") -> subprocess.CompletedProcess[str]:
         """`user` is `name:password`."""
         options = ["--hosts-dir", str(self.hosts), "--platform", f"linux/{ARCHITECTURE}"]
-        return self.ctr("images", "pull", *options, *(["--user", user] if user else []), reference)
+        command = ["images", "pull", *options, *(["--user", user] if user else []), reference]
+        return self.ctr(*command)
 
     def run(self, reference: str, *command: str) -> subprocess.CompletedProcess[str]:
-        """A container of its own network-less namespaces, removed when it ends; no cgroup is asked for."""
-        return self.ctr("run", "--rm", "--cgroup", "", reference, "shoal-test", *command)
+        """Run a container without network and without a cgroup; it is removed when it ends."""
+        options = ["--rm", "--cgroup", "", reference, "shoal-test"]
+        return self.ctr("run", *options, *command)
 
 
 @contextlib.contextmanager
 def containerd(folder: Path) -> Iterator[Containerd]:
-    """`folder` must have a short path (sockets), and is root's alone."""
+    """Needs root. `folder` must be new, and have a short path (sockets)."""
     folder.mkdir(parents=True)
     config, log = folder / "config.toml", folder / "log"
     config.write_text(CONFIG.format(folder=folder))

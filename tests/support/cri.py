@@ -1,6 +1,6 @@
-"""The way in which kubelet pulls: CRI's image service, on the socket of a containerd.
+"""A client of CRI's image service on the socket of a containerd: kubelet pulls images in this way.
 
-The messages are those of k8s.io/cri-api (pkg/apis/runtime/v1/api.proto), with the fields that tests use.
+The messages are those of k8s.io/cri-api (pkg/apis/runtime/v1/api.proto), reduced to the fields that tests use.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ message RemoveImageResponse { }
 
 
 def _messages() -> dict[str, Any]:
-    """The classes of PROTO, by name."""
+    """The message classes that PROTO describes, by name."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="cri.proto", package=PACKAGE, syntax="proto3")
     for name, body in re.findall(r"message (\w+) \{(.*?)\}", PROTO, re.DOTALL):
@@ -59,7 +59,7 @@ _MESSAGES = _messages()
 
 @dataclass(frozen=True, slots=True)
 class CriImage:
-    """`id` is the digest of its config."""
+    """`id` is the digest of the image's config."""
 
     id: str
     tags: tuple[str, ...]
@@ -67,13 +67,13 @@ class CriImage:
 
 
 class ImageService:
-    """Of one containerd. What it refuses is a grpc.RpcError, whose text has the reason."""
+    """The image service of one containerd. A refused call raises grpc.RpcError, whose text has the reason."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._channel = channel
 
     def pull(self, reference: str, auth: Mapping[str, str] | None = None) -> str:
-        """The id of the image. `auth` has the fields of AuthConfig: what kubelet makes of an imagePullSecret."""
+        """Returns the image's id. `auth` has fields of AuthConfig, as kubelet makes them from an imagePullSecret."""
         answer = self._call("PullImage", image={"image": reference}, **({"auth": dict(auth)} if auth else {}))
         return str(answer.image_ref)
 
@@ -85,7 +85,7 @@ class ImageService:
         return [_image(image) for image in self._call("ListImages").images]
 
     def remove(self, reference: str) -> None:
-        """It is gone from the content store too when this returns."""
+        """When this returns, the image is also gone from the content store."""
         self._call("RemoveImage", image={"image": reference})
 
     def answers(self) -> bool:

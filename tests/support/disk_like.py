@@ -1,4 +1,4 @@
-"""A stand-in for the disk tier where there are no files."""
+"""A memory store in the place of the disk, for nodes without files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from protocol.ids import Digest, ObjectRef
 
 
 class DiskLike(MemoryStore):
-    """A second memory store in the place of the disk: simulations have no files."""
-
     def open_sealed(self, digest: Digest) -> None:
         return None
 

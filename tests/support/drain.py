@@ -1,7 +1,7 @@
-"""A client that reads a blob and throws it away: `python -m tests.support.drain HOST PORT PATH [BYTES_PER_SECOND]`.
+"""A client that reads a blob and discards it: `python -m tests.support.drain HOST PORT PATH [BYTES_PER_SECOND]`.
 
-At its end, or at SIGTERM, it writes how many bytes of the body it has read. With a rate it also asks for the smallest
-receive buffer, so that what it has not read stays with the server.
+When the body ends, or at SIGTERM, it prints the number of body bytes that it has read. With a rate it also asks the
+kernel for the smallest receive buffer, so that unread bytes stay in the server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _drain(sock: socket.socket, rate: int, count: list[int]) -> None:
     buffer = bytearray(rate // 10 or 1 << 18)
     head = b""
     while b"\r\n\r\n" not in head:
-        head += sock.recv(4096) or sys.exit("no answer")
+        head += sock.recv(4096) or sys.exit("the server sent no answer")
     if b" 200 " not in head.partition(b"\r\n")[0]:
         sys.exit(head.decode("latin-1"))
     count[0] = len(head.partition(b"\r\n\r\n")[2])

@@ -1,6 +1,6 @@
-"""The clients that operators have, each in a folder of its own and with the configuration that deploy/ gives it.
+"""The container clients that operators use, each in a folder of its own, with its configuration file from deploy/.
 
-Of deploy/ only the mirror's address is changed. They all know the registry as docker.io, which is tests/support/hub.py.
+Only the mirror's address in that file is changed. Their registry is docker.io, for which tests/support/hub.py stands.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,18 +26,18 @@ from tests.support.pull import Pull
 from tests.support.site import ROOT
 
 MIRROR = "127.0.0.1:5050"
-"""Its address in deploy/."""
+"""The mirror's address in deploy/."""
 TIMEOUT_S = 60.0
 DEBIAN = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where Debian's programs are: its docker has BuildKit's client, and one from elsewhere may need a plugin for that."""
+"""The folders of Debian's programs: its docker includes BuildKit's client, other builds may need a plugin for that."""
 DOCKERS_OWN = {".dockerenv", "dev", "proc", "sys", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf"}
-"""What is put into every container."""
+"""Paths that Docker puts into every container."""
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a client has of an image: the digests that it tells, and what is in the root file system by path."""
+    """A pulled image: the digests that the client shows, and the content of the root file system by path."""
 
     digests: frozenset[str]
     tree: Mapping[str, str]
@@ -44,18 +45,18 @@ class Held:
 
 class Engine(Protocol):
     def pull(self, reference: str, user: str = "") -> Pull:
-        """Begin to, as `user` (`name:password`) at docker.io."""
+        """Start to pull, with the credentials `user` (`name:password`) for docker.io."""
 
     def held(self, reference: str) -> Held:
-        """Of what was pulled by that reference."""
+        """The image that was pulled by this reference."""
 
 
 Start = Callable[[Path, Hub, str], AbstractContextManager[Engine]]
-"""In a folder that is not there yet, for docker.io by the mirror at `host:port`; "" for none."""
+"""Arguments: a new folder, docker.io, and the mirror's `host:port`, or "" for no mirror."""
 
 
 def tree_of(root: Path, without: Collection[str] = ()) -> Mapping[str, str]:
-    """Files by mode and content, links by target, folders by mode."""
+    """A description of each path: mode and hash of a file, target of a link, mode of a folder."""
     paths = {str(path.relative_to(root)): path for path in root.rglob("*")}
     return {
         name: _described(path)
@@ -86,20 +87,19 @@ def _deployed(name: str, mirror: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Shell:
-    """Runs a client's commands where docker.io is the hub, in its own folder."""
+    """Runs a client's commands in its folder, where `hub` stands for docker.io. Commands are split as a shell does."""
 
     folder: Path
     hub: Hub
     mirror: str
     env: Mapping[str, str]
 
-    def start(self, name: str, *command: str, **env: str) -> Pull:
-        return Pull([*self.hub.prefix, *command], self.folder / name, {**self.env, **env})
+    def start(self, name: str, command: str, **env: str) -> Pull:
+        return Pull([*self.hub.prefix, *shlex.split(command)], self.folder / name, {**self.env, **env})
 
-    def run(self, *command: str) -> str:
-        done = subprocess.run(
-            [*self.hub.prefix, *command], env=self.env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+    def run(self, command: str) -> str:
+        words = [*self.hub.prefix, *shlex.split(command)]
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
@@ -108,7 +108,7 @@ class _Shell:
 
 
 def _containers(folder: Path, hub: Hub, mirror: str) -> _Shell:
-    """What github.com/containers' libraries read, and nothing of the machine's."""
+    """Write every configuration file that github.com/containers' libraries read: they use none of the machine's."""
     folder.mkdir(parents=True)
     files = {
         "registries.conf": _deployed("registries.conf", mirror) if mirror else "",
@@ -119,37 +119,34 @@ def _containers(folder: Path, hub: Hub, mirror: str) -> _Shell:
     }
     for name, text in files.items():
         (folder / name).write_text(text)
-    places = {
-        "CONTAINERS_REGISTRIES_CONF": "registries.conf", "CONTAINERS_STORAGE_CONF": "storage.conf",
-        "CONTAINERS_CONF": "containers.conf", "HOME": "home", "XDG_RUNTIME_DIR": "home", "TMPDIR": "home",
-    }  # fmt: skip
     (folder / "home").mkdir()
-    return _Shell(folder, hub, mirror, {**hub.env, **{name: str(folder / place) for name, place in places.items()}})
+    env = dict.fromkeys(("HOME", "XDG_RUNTIME_DIR", "TMPDIR"), f"{folder}/home")
+    env |= {f"CONTAINERS_{name.upper()}_CONF": f"{folder}/{name}.conf" for name in ("registries", "storage")}
+    return _Shell(folder, hub, mirror, {**hub.env, **env, "CONTAINERS_CONF": f"{folder}/containers.conf"})
 
 
 @dataclass(frozen=True, slots=True)
 class Skopeo:
-    """It copies all platforms to an OCI layout, from which umoci unpacks this one."""
+    """skopeo copies all platforms to an OCI layout, and umoci unpacks this machine's platform from it."""
 
     shell: _Shell
 
     def pull(self, reference: str, user: str = "") -> Pull:
-        creds = ["--src-creds", user] if user else []
-        return self.shell.start("copy", *self._skopeo, *creds, "--all", f"docker://{reference}", self._layout("all"))
+        creds = f"--src-creds {user}" if user else ""
+        return self.shell.start("copy", f"{self._copy} {creds} --all docker://{reference} {self._layout('all')}")
 
     def held(self, reference: str) -> Held:
-        self.shell.run(*self._skopeo, self._layout("all"), self._layout("one"))
+        self.shell.run(f"{self._copy} {self._layout('all')} {self._layout('one')}")
         folder = self.shell.folder
-        self.shell.run("umoci", "unpack", "--image", f"{folder}/one:held", str(folder / "bundle"))
+        self.shell.run(f"umoci unpack --image {folder}/one:held {folder}/bundle")
         index, manifest = (_named(folder / name) for name in ("all", "one"))
         config = json.loads(blob_path(folder / "one", manifest).read_bytes())["config"]["digest"]
         return Held(frozenset((index, manifest, config)), tree_of(folder / "bundle" / "rootfs"))
 
     @property
-    def _skopeo(self) -> list[str]:
+    def _copy(self) -> str:
         folder = self.shell.folder
-        options = [f"--policy={folder}/policy.json", f"--registries-conf={folder}/registries.conf"]
-        return ["skopeo", *options, "copy", "--quiet"]
+        return f"skopeo --policy={folder}/policy.json --registries-conf={folder}/registries.conf copy --quiet"
 
     def _layout(self, name: str) -> str:
         return f"oci:{self.shell.folder / name}:held"
@@ -169,9 +166,9 @@ class Podman:
         return _pull(self.shell, "podman", reference, user)
 
     def held(self, reference: str) -> Held:
-        (image,) = json.loads(self.shell.run("podman", "image", "inspect", reference))
+        (image,) = json.loads(self.shell.run(f"podman image inspect {reference}"))
         digests = _DIGEST.findall(f"sha256:{image['Id']} {image['Digest']} {image['RepoDigests']}")
-        root = self.shell.run("podman", "image", "mount", reference).strip()
+        root = self.shell.run(f"podman image mount {reference}").strip()
         return Held(frozenset(digests), tree_of(Path(root)))
 
 
@@ -183,20 +180,20 @@ class Buildah:
         return _pull(self.shell, "buildah", reference, user)
 
     def held(self, reference: str) -> Held:
-        container = self.shell.run("buildah", "from", "--pull-never", reference).strip()
-        (image,) = json.loads(self.shell.run("buildah", "images", "--json"))
-        origin = json.loads(self.shell.run("buildah", "inspect", container))
+        container = self.shell.run(f"buildah from --pull-never {reference}").strip()
+        (image,) = json.loads(self.shell.run("buildah images --json"))
+        origin = json.loads(self.shell.run(f"buildah inspect {container}"))
         digests = (image["digest"], origin["FromImageDigest"], f"sha256:{origin['FromImageID']}")
-        return Held(frozenset(digests), tree_of(Path(self.shell.run("buildah", "mount", container).strip())))
+        return Held(frozenset(digests), tree_of(Path(self.shell.run(f"buildah mount {container}").strip())))
 
 
 def _pull(shell: _Shell, program: str, reference: str, user: str) -> Pull:
-    creds = ["--creds", user] if user else []
-    return shell.start("pull", program, "pull", "--signature-policy", f"{shell.folder}/policy.json", *creds, reference)
+    creds = f"--creds {user}" if user else ""
+    return shell.start("pull", f"{program} pull --signature-policy {shell.folder}/policy.json {creds} {reference}")
 
 
 def _started(kind: Callable[[_Shell], Engine]) -> Start:
-    """Of programs that need no daemon."""
+    """How to start a client that needs no daemon."""
 
     @contextlib.contextmanager
     def start(folder: Path, hub: Hub, mirror: str) -> Iterator[Engine]:
@@ -214,22 +211,22 @@ class Docker:
 
     def pull(self, reference: str, user: str = "") -> Pull:
         _log_in(self.shell, user, NAME)
-        return self.shell.start("pull", "docker", "pull", reference)
+        return self.shell.start("pull", f"docker pull {reference}")
 
     def held(self, reference: str) -> Held:
-        (image,) = json.loads(self.shell.run("docker", "image", "inspect", reference))
+        (image,) = json.loads(self.shell.run(f"docker image inspect {reference}"))
         digests = _DIGEST.findall(f"{image['Id']} {image['RepoDigests']}")
-        container = self.shell.run("docker", "create", reference).strip()
+        container = self.shell.run(f"docker create {reference}").strip()
         archive = self.shell.folder / "export.tar"
-        self.shell.run("docker", "export", "--output", str(archive), container)
+        self.shell.run(f"docker export --output {archive} {container}")
         return Held(frozenset(digests), _tree_in(archive, DOCKERS_OWN))
 
 
 @dataclass(frozen=True, slots=True)
 class BuildKit:
-    """A build that adds nothing to the image that it is from, and writes the result into a folder.
+    """A build that adds nothing to its base image, and writes the result into a folder.
 
-    BuildKit looks for credentials by the name of the host that asks for them, be it a mirror.
+    BuildKit looks up credentials by the host name of the server that asks for them, also if that is a mirror.
     """
 
     shell: _Shell
@@ -240,8 +237,8 @@ class BuildKit:
         context.mkdir(exist_ok=True)
         (context / "Dockerfile").write_text(f"FROM {reference}\n")
         output = f"type=local,dest={self.shell.folder / 'export'}"
-        command = ["docker", "build", "--progress", "plain", "--output", output, str(context)]
-        return self.shell.start("build", *command, DOCKER_BUILDKIT="1")
+        command = f"docker build --progress plain --output {output} {context}"
+        return self.shell.start("build", command, DOCKER_BUILDKIT="1")
 
     def held(self, reference: str) -> Held:
         log = (self.shell.folder / "build.log").read_text()
@@ -252,7 +249,7 @@ class BuildKit:
 def _log_in(shell: _Shell, user: str, *servers: str) -> None:
     name, _, password = user.partition(":")
     for server in servers if user else ():
-        shell.run("docker", "login", "--username", name, "--password", password, server)
+        shell.run(f"docker login --username {name} --password {password} {server}")
 
 
 def _docker(kind: Callable[[_Shell], Engine]) -> Start:
@@ -263,13 +260,13 @@ def _docker(kind: Callable[[_Shell], Engine]) -> Start:
         config.write_text(_deployed("daemon.json", mirror) if mirror else "{}")
         env = {**hub.env, "PATH": DEBIAN, "DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(folder)}
         shell = _Shell(folder, hub, mirror, env)
-        command = [
-            "dockerd", f"--config-file={config}", f"--data-root={folder}/root", f"--exec-root={folder}/exec",
-            f"--pidfile={folder}/pid", f"--host=unix://{socket}", "--bridge=none", "--iptables=false",
-            "--ip6tables=false", "--ip-forward=false", "--storage-driver=vfs",
-            "--max-download-attempts=1",  # of a layer; by default five, and 75 s with a dead mirror
-        ]  # fmt: skip
-        with running([*hub.prefix, *command], log, dict(env)) as process:
+        # One download attempt for a layer: the default of five takes 75 s with a dead mirror.
+        command = (
+            f"dockerd --config-file={config} --data-root={folder}/root --exec-root={folder}/exec --storage-driver=vfs"
+            f" --pidfile={folder}/pid --host=unix://{socket} --bridge=none --iptables=false --ip6tables=false"
+            " --ip-forward=false --max-download-attempts=1"
+        )
+        with running([*hub.prefix, *command.split()], log, dict(env)) as process:
 
             def ready() -> bool:
                 assert process.poll() is None, f"dockerd ended with {process.returncode}:\n{tail(log)}"
@@ -289,24 +286,25 @@ class Ctr:
     shell: _Shell
 
     def pull(self, reference: str, user: str = "") -> Pull:
-        options = ["--hosts-dir", f"{self.shell.folder}/certs.d", "--platform", f"linux/{ARCHITECTURE}"]
-        creds = ["--user", user] if user else []
-        return self.shell.start("pull", *self._ctr, "images", "pull", *options, *creds, reference)
+        options = f"--hosts-dir {self.shell.folder}/certs.d --platform linux/{ARCHITECTURE}"
+        creds = f"--user {user}" if user else ""
+        return self.shell.start("pull", f"{self._ctr} images pull {options} {creds} {reference}")
 
     def held(self, reference: str) -> Held:
-        digests = self.shell.run(*self._ctr, "content", "list", "--quiet").split()
+        digests = self.shell.run(f"{self._ctr} content list --quiet").split()
         place = self.shell.folder / "mounted"
         place.mkdir()
-        # The mount is gone with the command, so that it takes along what is there.
-        script = '"$@" >&2 && exec tar --create --directory="$0" .'
-        mount = [*self._ctr, "images", "mount", reference, str(place)]
         archive = self.shell.folder / "mounted.tar"
-        self.shell.run("sh", "-c", f'{script} --file="{archive}"', str(place), *mount)
+        # Every command runs in a mount namespace of its own, so that the same command must mount and read.
+        script = (
+            f"{self._ctr} images mount {reference} {place} >&2 && tar --create --file={archive} --directory={place} ."
+        )
+        self.shell.run(f"sh -c '{script}'")
         return Held(frozenset(digests), _tree_in(archive))
 
     @property
-    def _ctr(self) -> list[str]:
-        return ["ctr", "--address", f"{self.shell.folder}/containerd.sock"]
+    def _ctr(self) -> str:
+        return f"ctr --address {self.shell.folder}/containerd.sock"
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""SQLite on a disk that fails: the system calls that it makes on its files, counted, and failed with EIO at will.
+"""SQLite on a failing disk: counts the system calls that SQLite makes on its files, and fails chosen ones with EIO.
 
-SQLite lets its calls be replaced (sqlite3_vfs.xSetSystemCall). So what fails is the call, and SQLite does what it does
-on such a disk: it rolls back, or leaves that to whoever reads next. Its syncs and memory maps are not among them.
+SQLite allows its system calls to be replaced (sqlite3_vfs.xSetSystemCall). The call itself fails, so that SQLite reacts
+as on a real failing disk: it rolls back, or leaves that to the next reader. Syncs and memory maps never fail here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _CALLS = {
     "write": (_SIZE, _INT, _AT, _SIZE),
     "pwrite64": (_SIZE, _INT, _AT, _SIZE, ctypes.c_int64),
 }
-"""Result and arguments of each."""
+"""The types of each call's result and arguments."""
 
 
 class _Vfs(ctypes.Structure):
-    """struct sqlite3_vfs, https://www.sqlite.org/c3ref/vfs.html; what is not used has no type."""
+    """struct sqlite3_vfs, https://www.sqlite.org/c3ref/vfs.html. Unused members have no exact type."""
 
     _fields_ = [
         ("version", _INT),
@@ -41,7 +41,7 @@ class _Vfs(ctypes.Structure):
 
 @dataclass(slots=True)
 class Calls:
-    """`made` so far. The call of number `first` fails, and with `on` all after it."""
+    """`made` calls so far. Call number `first` fails; if `on` is set, all later calls fail too."""
 
     first: int = -1
     on: bool = False
@@ -57,7 +57,7 @@ class Calls:
 
 @contextmanager
 def failing(calls: Calls) -> Iterator[None]:
-    """All of SQLite in this process."""
+    """Applies to every use of SQLite in this process."""
     library = ctypes.CDLL("libsqlite3.so.0")
     library.sqlite3_vfs_find.restype = ctypes.POINTER(_Vfs)
     vfs = library.sqlite3_vfs_find(b"unix")
@@ -70,7 +70,7 @@ def failing(calls: Calls) -> Iterator[None]:
 
 
 def _replace(vfs: Any, name: str, types: tuple[Any, ...], calls: Calls) -> object:
-    """Returns the callback, which the caller must keep alive while it is in use."""
+    """Returns the C callback, which must live as long as SQLite may call it."""
     kind = ctypes.CFUNCTYPE(*types, use_errno=True)
     real: Callable[..., int] = kind(vfs.contents.get_call(vfs, name.encode()))
 

@@ -1,4 +1,7 @@
-"""File operations of a real process in a folder, traced as system calls by strace, SQLite's included."""
+"""The operations of a real process on the files of a folder, from its system calls as strace shows them.
+
+This includes the calls that SQLite makes.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class Punch:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """`path` becomes `inode`'s name, or a folder's for None."""
+    """`path` becomes a name of `inode`; None stands for a folder."""
 
     path: str
     inode: int | None
@@ -61,7 +64,7 @@ class Unname:
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """A sync of a file or a folder. It covers the operations whose number is below `before`, that of its begin."""
+    """A sync of a file, or of a folder. It covers the first `before` operations: those before it began."""
 
     inode: int | None
     folder: str
@@ -70,7 +73,7 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A message of the program, written by `say`."""
+    """A message from the traced program, written by `say`."""
 
     word: str
     value: object
@@ -85,16 +88,36 @@ _SAID = "## "
 
 
 def say(word: str, value: object) -> None:
-    """For the traced program: puts a Mark into the trace."""
+    """Called in the traced program: puts a Mark into the trace."""
     os.write(1, f"{_SAID}{word} {value!r}\n".encode())
 
 
 def traced(command: Sequence[str], folder: Path, log: Path, cwd: Path) -> list[Operation]:
-    """Runs the program to its end; returns its operations below `folder`."""
+    """Run the program to its end, and return its operations below `folder`, in order."""
     strace = ["strace", "-f", "-y", "-xx", "-s", str(1 << 21), "-e", f"trace={_CALLS}", "-o", str(log)]
     done = subprocess.run([*strace, *command], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return _Trace(str(folder)).read(log)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A system call that succeeded. `end` is the text after its result; `before` counts the operations at its begin."""
+
+    before: int
+    name: str
+    arguments: str
+    result: str
+    end: str
+
+    @property
+    def texts(self) -> list[bytes]:
+        return [_unhex(text[1]) for text in _TEXT.finditer(self.arguments)]
+
+    @property
+    def handles(self) -> list[tuple[str, str]]:
+        """Number and path of each file handle."""
+        return [(fd[1], os.fsdecode(_unhex(fd[2]))) for fd in _FD.finditer(self.arguments)]
 
 
 class _Trace:
@@ -120,24 +143,22 @@ class _Trace:
                     text = first + text.partition(" resumed>")[2]
                 call = _CALL.match(text)
                 if call and int(call[3]) >= 0:
-                    self._called(call[1], call[2], int(call[3]), call[4], before)
+                    self._called(_Call(before, *call.groups()))
         return self._operations
 
-    def _called(self, name: str, arguments: str, result: int, behind: str, before: int) -> None:
-        texts = [_unhex(text[1]) for text in _TEXT.finditer(arguments)]
-        handles = [(fd[1], os.fsdecode(_unhex(fd[2]))) for fd in _FD.finditer(arguments)]
-        if name in ("open", "openat", "creat"):
-            self._opened(_FD.search(f"{result}{behind}"), arguments, str(result))
-        elif name in ("write", "pwrite64", "fsync", "fdatasync", "ftruncate", "fallocate"):
-            handle, path = handles[0]
-            if name == "write" and handle == "1":
-                self._said(texts[0].decode(errors="replace"))
+    def _called(self, call: _Call) -> None:
+        if call.name in ("open", "openat", "creat"):
+            self._opened(call)
+        elif call.name in ("write", "pwrite64", "fsync", "fdatasync", "ftruncate", "fallocate"):
+            handle, path = call.handles[0]
+            if call.name == "write" and handle == "1":
+                self._said(call.texts[0].decode(errors="replace"))
             elif self._ours(path):
-                self._changed(name, handle, path, texts, arguments, result, before)
-        elif texts or handles:
-            paths = self._paths(handles, texts)
+                self._changed(call, handle, path)
+        elif call.texts or call.handles:
+            paths = self._paths(call)
             if any(map(self._ours, paths)):
-                self._named(name, paths, arguments)
+                self._named(call, paths)
 
     def _said(self, line: str) -> None:
         if line.startswith(_SAID):
@@ -147,47 +168,46 @@ class _Trace:
     def _ours(self, path: str) -> bool:
         return path == self._folder or path.startswith(self._folder + "/")
 
-    def _paths(self, handles: list[tuple[str, str]], texts: list[bytes]) -> list[str]:
-        """Absolute ones, of calls with and without a folder's handle before each name."""
-        bases = [path for _, path in handles] or [""] * len(texts)
-        return [
-            os.path.normpath(os.path.join(base, os.fsdecode(text))) for base, text in zip(bases, texts, strict=False)
-        ]
+    def _paths(self, call: _Call) -> list[str]:
+        """The absolute paths that a call names. In the calls ...at, each name follows the handle of its folder."""
+        bases = [path for _, path in call.handles] or [""] * len(call.texts)
+        pairs = zip(bases, map(os.fsdecode, call.texts), strict=False)
+        return [os.path.normpath(os.path.join(base, name)) for base, name in pairs]
 
-    def _opened(self, opened: re.Match[str] | None, arguments: str, handle: str) -> None:
+    def _opened(self, call: _Call) -> None:
+        opened = _FD.search(call.result + call.end)
         path = os.fsdecode(_unhex(opened[2])) if opened else ""
-        if not self._ours(path) or "O_DIRECTORY" in arguments:
+        if not self._ours(path) or "O_DIRECTORY" in call.arguments:
             return
-        self._positions[handle] = 0
-        if path not in self._inodes and "O_CREAT" in arguments:
+        self._positions[call.result] = 0
+        if path not in self._inodes and "O_CREAT" in call.arguments:
             self._count += 1
             self._inodes[path] = self._count
             self._operations.append(Name(path, self._count))
-        elif "O_TRUNC" in arguments:
+        elif "O_TRUNC" in call.arguments:
             self._operations.append(Resize(self._inodes[path], 0))
 
-    def _changed(
-        self, name: str, handle: str, path: str, texts: list[bytes], arguments: str, result: int, before: int
-    ) -> None:
-        inode = self._inodes.get(path)
-        if name in ("fsync", "fdatasync"):
-            self._operations.append(Sync(inode, path, before))
+    def _changed(self, call: _Call, handle: str, path: str) -> None:
+        inode, size = self._inodes.get(path), int(call.result)
+        if call.name in ("fsync", "fdatasync"):
+            self._operations.append(Sync(inode, path, call.before))
         elif inode is None:
-            return  # it has no name any more
-        elif name == "write":
+            return  # the file was removed while it is open
+        elif call.name == "write":
             offset = self._positions[handle]
-            self._positions[handle] += result
-            self._operations.append(Write(inode, offset, texts[0][:result]))
+            self._positions[handle] += size
+            self._operations.append(Write(inode, offset, call.texts[0][:size]))
         else:
-            numbers = [int(part) for part in re.findall(r"(?<=, )\d+(?=$|, )", _TEXT.sub("", arguments))]
-            if name == "pwrite64":
-                self._operations.append(Write(inode, numbers[-1], texts[0][:result]))
-            elif name == "ftruncate":
+            numbers = [int(part) for part in re.findall(r"(?<=, )\d+(?=$|, )", _TEXT.sub("", call.arguments))]
+            if call.name == "pwrite64":
+                self._operations.append(Write(inode, numbers[-1], call.texts[0][:size]))
+            elif call.name == "ftruncate":
                 self._operations.append(Resize(inode, numbers[-1]))
-            elif "FALLOC_FL_PUNCH_HOLE" in arguments:
+            elif "FALLOC_FL_PUNCH_HOLE" in call.arguments:
                 self._operations.append(Punch(inode, *numbers[-2:]))
 
-    def _named(self, name: str, paths: list[str], arguments: str) -> None:
+    def _named(self, call: _Call, paths: list[str]) -> None:
+        name = call.name
         if name.startswith("mkdir"):
             self._operations.append(Name(paths[0], None))
         elif name.startswith(("unlink", "rmdir")):
@@ -200,11 +220,11 @@ class _Trace:
             self._inodes[paths[1]] = self._inodes[paths[0]]
             self._operations.append(Name(paths[1], self._inodes[paths[1]]))
         else:
-            raise AssertionError(f"{name}({arguments[:200]}) is not known here")
+            raise AssertionError(f"this file does not handle {name}({call.arguments[:200]})")
 
 
 def _unhex(text: str) -> bytes:
-    """Decodes `\\x61\\x62`, and text without escapes."""
+    """The bytes of `\\x61\\x62`; a text without escapes stands for itself."""
     if text.startswith("\\x"):
         return bytes.fromhex(text.replace("\\x", ""))
     return text.encode()

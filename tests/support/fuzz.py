@@ -1,13 +1,11 @@
-"""Odd and malformed requests to a mirror, made from the grammar of what clients send, and a strict look at its answers.
+"""Odd and malformed requests to a mirror, generated from the grammar of clients' requests, and a check of its answers.
 
-A connection carries some whole requests and perhaps one that is mangled, which is the last. What the mirror owes it:
-well-formed answers in order, none with a 5xx but 501 and 505, errors in the specification's form, and the bytes of what
-it holds exactly.
+A connection carries a few whole requests; the last one may be mangled. The mirror must answer well-formed and in order,
+with no 5xx except 501 and 505, with errors in the specification's form, and with exactly the bytes that it holds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -18,8 +16,10 @@ from random import Random
 import trio
 
 WORKERS = 8
-ANSWER_S = 30.0
-MAX_TOLD = 20
+ANSWER_S = 60.0
+"""Bounds the wait for answers. A later one counts as a hang."""
+MAX_WRONG = 20
+"""Problems kept for the report."""
 _HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]*\r\n((?:[!-9;-~]+: [ -~]*\r\n)*)\r\n")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _CODE = re.compile(r"[A-Z_]+")
@@ -28,7 +28,7 @@ CLIENTS_FAULT = (501, 505)
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What the registry behind the mirror holds: `namespace` is its name, and the bytes by digest."""
+    """The content of the registry behind the mirror: `namespace` is its name; objects are by digest."""
 
     namespace: str
     repository: str
@@ -43,33 +43,33 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """What goes over one connection: whole requests by method, and then perhaps bytes that are none."""
+    """The bytes sent on a connection: whole requests, whose methods are `methods`, and mangled bytes at the end."""
 
     methods: tuple[str, ...]
     data: bytes
     mangled: bool
-    """What comes at the end may pass for any number of requests."""
+    """Whether there are mangled bytes. They may count as any number of requests."""
 
 
 @dataclass(slots=True)
 class Findings:
-    """`wrong` has what no mirror should do, with the bytes that made it; no more of them than can be told."""
+    """The answers by status. `wrong` has the first MAX_WRONG faults of the mirror, with the bytes that caused them."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
     @property
     def answers(self) -> int:
-        """Fewer than requests: behind one that ends the connection nothing is answered."""
+        """Fewer than requests: after an answer that ends the connection, the mirror answers no more."""
         return self.statuses.total()
 
     def add(self, shot: Shot, problem: str) -> None:
-        if len(self.wrong) < MAX_TOLD:
+        if len(self.wrong) < MAX_WRONG:
             self.wrong.append(f"{problem}\n  for {shot.data[:1500]!r}")
 
 
 class Grammar:
-    """Requests by the drawing of lots; the same for the same seed."""
+    """Random requests, the same for the same seed."""
 
     def __init__(self, seed: int, content: Content) -> None:
         self._rng = Random(seed)
@@ -112,28 +112,16 @@ class Grammar:
         return self._twist(path) if rng.random() < 0.2 else path
 
     def _name(self) -> str:
-        rng, known = self._rng, self._content.repository
-        odd = [
-            "",
-            "a" * 256,
-            "a/" * 130 + "a",
-            "A/b",
-            "..",
-            "a/../b",
-            "a//b",
-            "a%2Fb",
-            "%2e%2e/a",
-            "_a",
-            "a___b",
-            "a%00b",
-        ]
-        return rng.choice([*[known] * 20, f"{self._content.namespace}/{known}", "no/such", self._word(), *odd])
+        rng, name = self._rng, self._content.repository
+        odd = ["", "a" * 256, "a/" * 130 + "a", "A/b", "..", "a/../b", "a//b", "a%2Fb", "%2e%2e/a"]
+        odd += ["_a", "a___b", "a%00b"]
+        return rng.choice([*[name] * 20, f"{self._content.namespace}/{name}", "no/such", self._word(), *odd])
 
     def _tails(self) -> list[Callable[[], str]]:
         rng, tags = self._rng, self._content.tags
         odd = ["missing", ".x", "-", "a" * 129, "sha256:", "sha256:zz", "md5:00", self._word()]
         missing = ["sha256:" + "0" * 64, "sha512:" + "0" * 128]
-        # docker-registry answers 500 where a layer is asked for as a manifest, which is no fault of the mirror's.
+        # Layers are not requested as manifests: docker-registry answers that with 500, which is not the mirror's fault.
         manifests = [*[*tags, *self._content.manifests] * 3, *missing, *odd]
         blobs = [*[*self._content.objects] * 3, *missing, *odd]
         return [
@@ -159,19 +147,8 @@ class Grammar:
         tag = f'"{rng.choice([*self._content.objects])}"'
         size = len(rng.choice([*self._content.objects.values()]))
         first, last = rng.randrange(size + 9), rng.randrange(size + 9)
-        ranges = [
-            f"{first}-{last}",
-            f"{first}-",
-            f"-{last}",
-            "-0",
-            "-",
-            "9-1",
-            "a-b",
-            "0-0,-1",
-            f"0-1,{first}-",
-            ",",
-            "1-2,x",
-        ]
+        ranges = [f"{first}-{last}", f"{first}-", f"-{last}", "-0", "-", "9-1", "a-b", "0-0,-1", f"0-1,{first}-"]
+        ranges += [",", "1-2,x"]
         ranges += [",".join(f"{start}-{start}" for start in range(rng.randrange(2, 400))), "9" * 30 + "-"]
         return rng.choice(
             [
@@ -193,24 +170,14 @@ class Grammar:
         return "".join(self._rng.choice(alphabet) for _ in range(self._rng.randrange(1, 30)))
 
     def _twist(self, text: str) -> str:
-        """One character of a target made into something else, or written in another way."""
+        """Replace a character of a target, or write it in another way."""
         rng = self._rng
         at = rng.randrange(len(text))
-        other = [
-            f"%{ord(text[at]) & 255:02x}",
-            f"%25{ord(text[at]) & 255:02x}",
-            "/",
-            "//",
-            "/./",
-            "/../",
-            "%",
-            "%00",
-            "?",
-            ";",
-        ]
+        code = f"{ord(text[at]) & 255:02x}"
+        other = [f"%{code}", f"%25{code}", "/", "//", "/./", "/../", "%", "%00", "?", ";"]
         return text[:at] + rng.choice(other) + text[at + 1 :]
 
-    # Others
+    # Mangled requests
 
     def _mangle(self, data: bytes) -> bytes:
         rng = self._rng
@@ -227,33 +194,17 @@ class Grammar:
         if kind == 4:
             version = rng.choice([b"HTTP/1.0", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/1.2", b"HTTP/11", b"ICAP/1.0", b""])
             return data.replace(b"HTTP/1.1", version, 1)
-        line = rng.choice(
-            [
-                *(b"Host: y", b"Content-Length: -1", b"Content-Length: 5, 6", b"Content-Length: 99999999999999999999"),
-                *(
-                    b"Content-Length: 7",
-                    b"Transfer-Encoding: gzip",
-                    b"Transfer-Encoding: chunked",
-                    b"Expect: 100-continue",
-                ),
-                *(
-                    b"Connection: upgrade\r\nUpgrade: h2c",
-                    b" folded",
-                    b"a b: c",
-                    b": x",
-                    b"no colon",
-                    b"X: \0",
-                    b"X: " + b"y" * 40000,
-                ),
-            ]
-        )
+        lines = [b"Host: y", *(b"Content-Length: " + value for value in (b"-1", b"5, 6", b"9" * 20, b"7"))]
+        lines += [b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked", b"Expect: 100-continue"]
+        lines += [b"Connection: upgrade\r\nUpgrade: h2c", b" folded", b"a b: c", b": x", b"no colon", b"X: \0"]
+        line = rng.choice([*lines, b"X: " + b"y" * 40000])
         first, _, rest = data.partition(b"\r\n")
         chunks = rng.choice([b"", b"3\r\nabc\r\n0\r\n\r\n", b"zz\r\n", b"ffffffffffffffffff\r\n", b"0\r\n\r\n"])
         return first + b"\r\n" + line + b"\r\n" + rest + chunks
 
 
 async def fire(host: str, port: int, grammar: Grammar, content: Content, answers: int) -> Findings:
-    """Requests over WORKERS connections at a time until there are so many answers, and what came of them."""
+    """Send requests on WORKERS connections at a time until `answers` have arrived, and return the findings."""
     findings = Findings()
 
     async def work() -> None:
@@ -274,7 +225,7 @@ async def fire(host: str, port: int, grammar: Grammar, content: Content, answers
 
 
 async def _exchange(host: str, port: int, data: bytes) -> bytes:
-    """What comes back up to the server's FIN; ours follows the request at once."""
+    """Send `data` and then FIN. Returns all bytes up to the server's FIN."""
     answer = bytearray()
 
     async def receive() -> None:
@@ -289,12 +240,12 @@ async def _exchange(host: str, port: int, data: bytes) -> bytes:
 
 
 def check(shot: Shot, data: bytes, content: Content, findings: Findings) -> None:
-    """Counts the answers by status, and notes what is wrong with them."""
+    """Check all answers on a connection, and add them to `findings`."""
     answered, closed = 0, False
     while data:
         match = _HEAD.match(data)
         if not match or closed or (answered == len(shot.methods) and not shot.mangled):
-            return findings.add(shot, f"no answer, or one too many: {data[:300]!r}")
+            return findings.add(shot, f"not an answer, or an answer to no request: {data[:300]!r}")
         status, data = int(match[1]), data[match.end() :]
         findings.statuses[match[1].decode()] += 1
         if status == 100:
@@ -306,7 +257,9 @@ def check(shot: Shot, data: bytes, content: Content, findings: Findings) -> None
         bodiless = method == "HEAD" or status == 304 or (not method and data[:5] in (b"", b"HTTP/"))
         length = 0 if bodiless else int(headers["content-length"])
         body, data = data[:length], data[length:]
-        problem = _wrong(status, headers, body, length, content, bodiless)
+        problem = _wrong(status, headers, body, None if bodiless else content.objects)
+        if len(body) != length:
+            problem = f"the header promises {length} bytes"
         if problem:
             findings.add(shot, f"{status} {headers} {body[:300]!r}: {problem}")
         answered += 1
@@ -316,21 +269,20 @@ def check(shot: Shot, data: bytes, content: Content, findings: Findings) -> None
     return None
 
 
-def _wrong(status: int, headers: Mapping[str, str], body: bytes, length: int, content: Content, bodiless: bool) -> str:
+def _wrong(status: int, headers: Mapping[str, str], body: bytes, objects: Mapping[str, bytes] | None) -> str:
+    """The fault of an answer, "" for none. `objects` is None for an answer without a body."""
     if status >= 500 and status not in CLIENTS_FAULT:
-        return "a failure of the mirror's own"
-    if len(body) != length:
-        return f"{length} bytes were promised"
-    if bodiless:
+        return "a failure of the mirror itself"
+    if objects is None:
         return ""
     if status >= 400:
-        return "" if _is_error(body) else "no error of the specification's form"
-    return _wrong_bytes(status, headers, body, content.objects)
+        return "" if _is_error(body) else "not an error in the specification's form"
+    return _wrong_bytes(status, headers, body, objects)
 
 
 def _is_error(body: bytes) -> bool:
     try:
-        return all(_CODE.fullmatch(one["code"]) and one["message"] for one in json.loads(body)["errors"])
+        return all(_CODE.fullmatch(error["code"]) and error["message"] for error in json.loads(body)["errors"])
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -349,9 +301,5 @@ def _wrong_bytes(status: int, headers: Mapping[str, str], body: bytes, objects: 
     boundary = headers["content-type"].partition("boundary=")[2].encode()
     parts = body.split(b"\r\n--" + boundary)
     ranges = [re.search(rb"Content-Range: bytes (\d+)-(\d+)/", part) for part in parts[1:-1]]
-    expected = [whole[int(found[1]) : int(found[2]) + 1] for found in ranges if found]
+    expected = [whole[int(span[1]) : int(span[2]) + 1] for span in ranges if span]
     return "" if [part.partition(b"\r\n\r\n")[2] for part in parts[1:-1]] == expected else f"not these parts of {name}"
-
-
-def digest(data: bytes, algorithm: str = "sha256") -> str:
-    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"

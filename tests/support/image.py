@@ -1,7 +1,7 @@
-"""Real images made from file trees of this machine: an OCI layout, the same bytes for the same files.
+"""Real images built from file trees of this machine, as OCI layouts. The same files give the same bytes.
 
-Format: OCI image specification 1.1 (image layout, index, manifest, config). Layers are tar+gzip in sorted order with
-owner, time and gzip header fixed.
+Format: OCI image specification 1.1 (image layout, index, manifest, config). Layers are tar+gzip, sorted by path, with
+fixed owner, time and gzip header.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 GZIP_LEVEL = 1
-"""The layers only have to be real, not small: level 1 builds 100 MB in seconds."""
+"""The layers need not be small, and level 1 packs 100 MB in seconds."""
 
 Entry = tuple[str, Path | bytes]
-"""A path inside the layer, and the file on this machine or the bytes that it gets."""
+"""A path inside the layer, and its content: a file of this machine, or bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An OCI layout in `folder`. `index` is what the tag names; it lists `manifest`, which lists config and layers."""
+    """An OCI layout in `folder`. The tag names `index`, which lists `manifest`, which lists config and layers."""
 
     folder: Path
     index: Blob
@@ -63,7 +63,7 @@ class Image:
 
     @property
     def size(self) -> int:
-        """Bytes that a client of this platform must read, manifests included."""
+        """Bytes that a client of this platform reads, manifests included."""
         return sum(blob.size for blob in (self.index, self.manifest, *self.blobs))
 
     def path(self, blob: Blob) -> Path:
@@ -75,7 +75,7 @@ def blob_path(layout: Path, digest: str) -> Path:
 
 
 class _Hashing(io.RawIOBase):
-    """A writable file that hashes what passes."""
+    """A writable file that hashes the bytes written through it."""
 
     def __init__(self, target: IO[bytes] | gzip.GzipFile) -> None:
         self.sha256 = hashlib.sha256()
@@ -96,11 +96,8 @@ class _Hashing(io.RawIOBase):
         return f"sha256:{self.sha256.hexdigest()}"
 
 
-def build(
-    folder: Path, layers: Sequence[Iterable[Entry]], *, command: Sequence[str] = ("/bin/sh",),
-    architecture: str = ARCHITECTURE,
-) -> Image:  # fmt: skip
-    """Write an image with one layer for each of `layers`."""
+def build(folder: Path, layers: Sequence[Iterable[Entry]], *, architecture: str = ARCHITECTURE) -> Image:
+    """Write an image to the new `folder`. Each of `layers` lists the files of a layer."""
     (folder / "blobs" / "sha256").mkdir(parents=True)
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda numbered: _write_layer(folder, *numbered), enumerate(layers)))
@@ -111,7 +108,7 @@ def build(
         {
             "architecture": architecture,
             "os": "linux",
-            "config": {"Cmd": list(command), "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]},
+            "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]},
             "rootfs": {"type": "layers", "diff_ids": [diff_id for _, diff_id in made]},
         },
     )
@@ -129,13 +126,13 @@ def build(
     index = _write_index(folder, [listed])
     shutil.copyfile(blob_path(folder, index.digest), folder / "index.json")
     (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    return Image(folder, index, manifest, config, blobs)
+    return Image(folder, index, manifest, config=config, layers=blobs)
 
 
 def with_platforms_of(image: Image, *others: Image) -> Image:
-    """The image under an index that lists the others' platforms too, after its own."""
-    listed = [entry for one in (image, *others) for entry in json.loads(one.path(one.index).read_bytes())["manifests"]]
-    return replace(image, index=_write_index(image.folder, listed))
+    """The image with an index that also lists the platforms of the others, after its own."""
+    indexes = [json.loads(listing.path(listing.index).read_bytes()) for listing in (image, *others)]
+    return replace(image, index=_write_index(image.folder, [row for index in indexes for row in index["manifests"]]))
 
 
 def _write_index(folder: Path, listed: Sequence[dict[str, object]]) -> Blob:
@@ -150,7 +147,7 @@ def _write_json(folder: Path, media_type: str, document: dict[str, object]) -> B
 
 
 def _write_layer(folder: Path, number: int, entries: Iterable[Entry]) -> tuple[Blob, str]:
-    """The layer's descriptor and the digest of its tar."""
+    """Returns the layer's descriptor, and the digest of its tar."""
     unnamed = folder / f"layer-{number}"
     with unnamed.open("wb") as file:
         packed = _Hashing(file)
@@ -190,11 +187,11 @@ def _add_file(tar: tarfile.TarFile, name: str, source: Path | bytes) -> None:
             info.size, info.mode = status.st_size, stat.S_IMODE(status.st_mode)
             tar.addfile(info, file)
     except FileNotFoundError:
-        return  # the tree is a live one: a file may go while it is read
+        return  # a file of the running machine may disappear while the tree is read
 
 
 def tree(root: Path, inside: str, keep: Callable[[Path], bool] = lambda _: True) -> Iterator[Entry]:
-    """Every file and symbolic link under `root`, as `inside/...`."""
+    """Every file and symbolic link under `root`, with the path `inside/...`."""
     for folder, _, names in os.walk(root):
         for name in names:
             path = Path(folder, name)
@@ -203,7 +200,7 @@ def tree(root: Path, inside: str, keep: Callable[[Path], bool] = lambda _: True)
 
 
 def noise(seed: int, size: int) -> bytes:
-    """Bytes that no compressor shrinks, the same for the same seed."""
+    """Incompressible bytes, the same for the same seed."""
     return random.Random(seed).randbytes(size)
 
 
@@ -212,7 +209,7 @@ def _dpkg(*arguments: str) -> str:
 
 
 def debian_root() -> Iterator[Entry]:
-    """The minimal Debian system that this machine runs: its required packages and all that they depend on."""
+    """The minimal Debian system of this machine: the required packages and all their dependencies."""
     depends: dict[str, set[str]] = {}
     wanted: list[str] = []
     for line in _dpkg("-W", "-f", "${Package}\t${Priority}\t${Pre-Depends}, ${Depends}\n").splitlines():
@@ -230,7 +227,7 @@ def debian_root() -> Iterator[Entry]:
 
 
 def shell_root() -> Iterator[Entry]:
-    """The least root file system that runs a shell: this machine's sh, cat and uname with the libraries they load."""
+    """A minimal root file system that runs a shell: this machine's sh, cat and uname, and the libraries they load."""
     programs = ["/bin/sh", "/bin/cat", "/bin/uname"]
     listing = subprocess.run(["ldd", *programs], check=True, capture_output=True, text=True).stdout
     for path in {*programs, *re.findall(r"(/\S+\.so\S*) \(", listing)}:
@@ -251,7 +248,7 @@ def _root_of(paths: Iterable[str]) -> Iterator[Entry]:
 
 
 def _links() -> Iterator[Entry]:
-    """Debian's merged /usr: /bin and the like are links into it."""
+    """Debian's merged /usr: /bin, /lib and /sbin are links into it."""
     for name in ("bin", "sbin", "lib", "lib64"):
         if Path("/", name).is_symlink():
             yield name, Path("/", name)

@@ -3,8 +3,8 @@
     wan (registry, proxy) ==uplink==> switch ==down==> node-i
                                       switch <==up==== node-i
 
-Each link is a veth pair, shaped by tbf where it is entered. Nothing of it is visible outside of the namespaces, and
-leaving the context removes them. Sockets may be made in any namespace from this process (`Namespace.entered`).
+Each link is a veth pair, and tbf shapes each direction at its sender. Nothing is visible outside of the namespaces,
+and the end of the context removes them. This process may make sockets in any of them (`Namespace.entered`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -27,19 +28,19 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET = 0x40000000
 
 NETWORK = "198.18"
-"""RFC 2544 keeps these addresses for measurements of networks."""
+"""RFC 2544 reserves these addresses for network benchmarks."""
 WAN = f"{NETWORK}.255.1"
 CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 CONGESTION_CONTROL = "reno"
-"""At these rates cubic, which registries mostly use and which a namespace may often not choose, does the same."""
+"""Most registries use cubic, which a namespace often may not choose. At these rates both give the same speed."""
 BURST_BYTES = 64 << 10
 """One GSO packet."""
 QUEUE_MS = 50
-"""What a switch or a modem holds before it drops: tbf's limit."""
+"""The queue of a switch or a modem, at the link's rate; tbf drops the packets beyond it."""
 
 
 class NoLabError(Exception):
-    """Network namespaces can't be had here; the text says why and what to do."""
+    """This machine or user cannot make network namespaces. The text says why, and how to change that."""
 
 
 def check_lab() -> None:
@@ -51,10 +52,11 @@ def check_lab() -> None:
         raise NoLabError("network namespaces need root: run this as root")
 
 
-def _run(*command: str, lines: str = "") -> None:
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+def _run(command: str, lines: str = "") -> None:
+    """Run a command of words without spaces."""
+    done = subprocess.run(command.split(), input=lines, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NoLabError(f"{' '.join(command)}: {done.stderr.strip()}")
+        raise NoLabError(f"{command}: {done.stderr.strip()}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +65,12 @@ class Namespace:
 
     @property
     def prefix(self) -> list[str]:
-        """Put before a command, it runs here."""
+        """Put it before a command to run the command in this namespace."""
         return ["ip", "netns", "exec", self.name]
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Sockets that this thread makes meanwhile belong here for their life: setns(2). No await may stand inside."""
+        """Sockets that this thread makes in the context belong to this namespace (setns(2)). Do not await inside."""
         with (
             contextlib.closing(_File(f"/proc/self/task/{threading.get_native_id()}/ns/net")) as own,
             contextlib.closing(_File(f"/run/netns/{self.name}")) as there,
@@ -80,7 +82,7 @@ class Namespace:
                 _setns(own.fd)
 
     async def connect(self, host: str, port: int, *, receive_buffer: int = 0) -> trio.SocketStream:
-        """A connection from here. `receive_buffer` in bytes: small ones make a client slow to take."""
+        """Connect from this namespace. A small `receive_buffer` (bytes) leaves unread data with the sender."""
         with self.entered():
             sock = trio.socket.socket()
         if receive_buffer:
@@ -90,11 +92,9 @@ class Namespace:
 
     def listener(self, host: str, port: int) -> trio.SocketListener:
         with self.entered():
-            sock = trio.socket.socket()
-        sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
-        sock._sock.bind((host, port))  # at once, as the address is one
-        sock.listen(128)
-        return trio.SocketListener(sock)
+            sock = socket.create_server((host, port), backlog=128)
+        sock.setblocking(False)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
 
 class _File:
@@ -113,14 +113,14 @@ def _setns(fd: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bits per second: of each node's link, both ways, and of the site's uplink towards the site."""
+    """Bits per second in each direction: of every node's link, and of the site's uplink."""
 
     node: float
     uplink: float
 
 
 class Lab:
-    """Made by `lab`. `nodes[i]` has the address `address(i)`."""
+    """The namespaces of a site, made by `lab`. `nodes[i]` has the address `address(i)`."""
 
     def __init__(self, name: str, count: int, rates: Rates) -> None:
         self.rates = rates
@@ -133,38 +133,35 @@ class Lab:
         return f"{NETWORK}.{index // 200}.{index % 200 + 10}"
 
     def build(self) -> None:
-        for one in (self.switch, self.wan, *self.nodes):
-            self._forget.append(taken_away_by("ip", "netns", "delete", one.name))
-            _run("ip", "netns", "add", one.name)
-            _run("ip", "-n", one.name, "link", "set", "lo", "up")
-            with one.entered(), contextlib.suppress(OSError):
+        for namespace in (self.switch, self.wan, *self.nodes):
+            self._forget.append(taken_away_by("ip", "netns", "delete", namespace.name))
+            _run(f"ip netns add {namespace.name}")
+            _run(f"ip -n {namespace.name} link set lo up")
+            with namespace.entered(), contextlib.suppress(OSError):
                 CONGESTION.write_text(CONGESTION_CONTROL)  # not every kernel lets a namespace choose
-        _run("ip", "-n", self.switch.name, "link", "add", "switch", "type", "bridge")
-        _run("ip", "-n", self.switch.name, "link", "set", "switch", "up")
+        _run(f"ip -n {self.switch.name} link add switch type bridge")
+        _run(f"ip -n {self.switch.name} link set switch up")
         self._plug(self.wan, "wan", WAN)
         for index, node in enumerate(self.nodes):
             self._plug(node, f"node{index}", self.address(index))
             self.set_node_rate(index, self.rates.node)
         self.set_uplink(self.rates.uplink)
-        self._introduce()
+        self._write_neighbours()
 
-    def _plug(self, one: Namespace, port: str, address: str) -> None:
-        switch, mac = self.switch.name, _mac(address)
-        _run(
-            "ip", "-n", switch, "link", "add", port, "type", "veth",
-            "peer", "name", "eth0", "address", mac, "netns", one.name,
-        )  # fmt: skip
-        _run("ip", "-n", switch, "link", "set", port, "master", "switch", "up")
-        _run("ip", "-n", one.name, "address", "add", f"{address}/16", "dev", "eth0")
-        _run("ip", "-n", one.name, "link", "set", "eth0", "up")
+    def _plug(self, namespace: Namespace, port: str, address: str) -> None:
+        name, switch = namespace.name, self.switch.name
+        _run(f"ip -n {switch} link add {port} type veth peer name eth0 address {_mac(address)} netns {name}")
+        _run(f"ip -n {switch} link set {port} master switch up")
+        _run(f"ip -n {name} address add {address}/16 dev eth0")
+        _run(f"ip -n {name} link set eth0 up")
 
-    def _introduce(self) -> None:
-        """Nobody asks for hardware addresses: the kernel finds room for 1024 that it was told, over all namespaces,
-        and with 33 nodes some would not reach each other. What is written down does not count."""
+    def _write_neighbours(self) -> None:
+        """Write all hardware addresses into each namespace. The kernel keeps at most 1024 that it learned by ARP, over
+        all namespaces, so that some of 33 nodes would not reach each other. Permanent entries do not count."""
         addresses = [WAN, *map(self.address, range(len(self.nodes)))]
         lines = "".join(f"neigh replace {ip} lladdr {_mac(ip)} dev eth0 nud permanent\n" for ip in addresses)
-        for one in (self.wan, *self.nodes):
-            _run("ip", "-n", one.name, "-batch", "-", lines=lines)
+        for namespace in (self.wan, *self.nodes):
+            _run(f"ip -n {namespace.name} -batch -", lines)
 
     def set_node_rate(self, index: int, bits: float) -> None:
         _shape(self.nodes[index], "eth0", bits)
@@ -175,34 +172,31 @@ class Lab:
         _shape(self.switch, "wan", bits)
 
     def received(self, index: int) -> int:
-        """Bytes that the node's link carried to it, Ethernet and TCP headers included."""
+        """Bytes that arrived on the node's link, Ethernet and TCP headers included."""
         with self.nodes[index].entered():
             lines = Path(f"/proc/self/task/{threading.get_native_id()}/net/dev").read_text().splitlines()
         return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("eth0:"))
 
     def remove(self) -> None:
-        for one in (*self.nodes, self.wan, self.switch):
-            subprocess.run(["ip", "netns", "delete", one.name], capture_output=True, check=False)
+        for namespace in (*self.nodes, self.wan, self.switch):
+            subprocess.run(["ip", "netns", "delete", namespace.name], capture_output=True, check=False)
         for forget in self._forget:
             forget()
 
 
 def _mac(address: str) -> str:
-    """Locally administered, and different for each address."""
+    """A locally administered hardware address, different for each address."""
     return "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
 
 
-def _shape(one: Namespace, device: str, bits: float) -> None:
-    burst = max(BURST_BYTES, int(bits / 8 / 1000))
-    _run(
-        "tc", "-n", one.name, "qdisc", "replace", "dev", device, "root", "tbf",
-        "rate", f"{int(bits)}bit", "burst", str(burst), "latency", f"{QUEUE_MS}ms",
-    )  # fmt: skip
+def _shape(namespace: Namespace, device: str, bits: float) -> None:
+    queue = f"rate {int(bits)}bit burst {max(BURST_BYTES, int(bits / 8 / 1000))} latency {QUEUE_MS}ms"
+    _run(f"tc -n {namespace.name} qdisc replace dev {device} root tbf {queue}")
 
 
 @contextlib.contextmanager
 def lab(count: int, rates: Rates) -> Iterator[Lab]:
-    """Raises NoLabError where the machine or the user does not allow it."""
+    """Build the lab, and remove it afterwards. Raises NoLabError."""
     check_lab()
     made = Lab(f"shoal{os.getpid()}", count, rates)
     try:

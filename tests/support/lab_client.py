@@ -1,6 +1,6 @@
-"""A client that costs little: pulls an image as containerd does, checks every digest and keeps nothing.
+"""A cheap client: it pulls an image as containerd does, verifies every digest, and keeps nothing.
 
-Many of them run in one trio program, each with connections of its own namespace, so that the processor is left to the
+Many of them run in one trio program, each with connections from its own namespace. This leaves the processor to the
 daemons that are measured.
 """
 
@@ -21,7 +21,7 @@ from tests.support.pull import PullFailedError
 LAYERS_AT_ONCE = 3
 """containerd's max_concurrent_downloads."""
 IDLE_TRIES = 3
-"""containerd's, for a body of which nothing more comes."""
+"""Requests in a row that bring no byte of a body before the pull fails; as in containerd."""
 RECEIVE = 1 << 18
 MAX_MANIFEST = 4 << 20
 
@@ -30,8 +30,8 @@ Connect = Callable[[], Awaitable[trio.SocketStream]]
 
 @dataclass(slots=True)
 class Client:
-    """`repository` is the path after /v2/. `received` counts body bytes as they come, `resumed` bodies that were cut
-    and asked for again from there; all of it is right at the end."""
+    """`repository` is the path after /v2/. `received` counts body bytes when they arrive, `resumed` the bodies
+    that were cut and requested again from that byte on. Both are final when `pull` has ended."""
 
     connect: Connect
     repository: str
@@ -49,7 +49,7 @@ class Client:
         """Raises PullFailedError."""
         self.started = trio.current_time()
         index = await self.manifest(self.reference)
-        entry = next(one for one in index["manifests"] if one["platform"]["architecture"] == ARCHITECTURE)
+        entry = next(row for row in index["manifests"] if row["platform"]["architecture"] == ARCHITECTURE)
         manifest = await self.manifest(entry["digest"])
         limit = trio.CapacityLimiter(LAYERS_AT_ONCE)
         async with trio.open_nursery() as nursery:
@@ -59,12 +59,12 @@ class Client:
         self.ended = trio.current_time()
 
     async def manifest(self, reference: str) -> dict[str, Any]:
-        """By a tag or a digest. Raises PullFailedError."""
+        """`reference` is a tag or a digest. Raises PullFailedError."""
         body = bytearray()
         await self._get(f"manifests/{reference}", body.extend)
-        found = f"sha256:{hashlib.sha256(body).hexdigest()}"
-        if ":" in reference and found != reference:
-            raise PullFailedError(f"{reference} has the bytes of {found}")
+        actual = f"sha256:{hashlib.sha256(body).hexdigest()}"
+        if ":" in reference and actual != reference:
+            raise PullFailedError(f"{reference} has the bytes of {actual}")
         document: dict[str, Any] = json.loads(body)
         return document
 
@@ -78,7 +78,7 @@ class Client:
             raise PullFailedError(f"{digest} has the bytes of sha256:{hasher.hexdigest()}")
 
     async def _get(self, tail: str, take: Callable[[memoryview], object]) -> None:
-        """All of it; where a body is cut it is asked for again from there."""
+        """Read a whole body. If it is cut, request the rest."""
         start = idle = 0
         while True:
             came, left = await self._get_from(start, tail, take)
@@ -91,7 +91,7 @@ class Client:
             start += came
 
     async def _get_from(self, start: int, tail: str, take: Callable[[memoryview], object]) -> tuple[int, int]:
-        """How many bytes came and how many did not."""
+        """Returns how many bytes arrived, and how many are missing."""
         async with await self.connect() as stream:
             connection = h11.Connection(h11.CLIENT)
             headers = [("Host", "bench"), ("Accept", f"{INDEX}, {MANIFEST}"), ("Connection", "close")]
@@ -114,7 +114,7 @@ class Client:
     async def _body(
         self, stream: trio.SocketStream, left: int, came: bytes, take: Callable[[memoryview], object]
     ) -> int:
-        """How many of `left` bytes did not come."""
+        """Returns how many of `left` bytes did not arrive. `came` is the beginning of the body."""
         buffer = memoryview(bytearray(RECEIVE))
         part = memoryview(came)
         while True:

@@ -1,11 +1,11 @@
-"""Takes away what a run made (namespaces, mounts, processes), however the run ends.
+"""Removes the namespaces, mounts and processes of a test run, however the run ends.
 
-The context managers of tests/support take away what they made when they are left. A run that is ended by SIGKILL, or by
-a second Ctrl-C while it cleans up, never leaves them. Therefore the first thing made starts a guard: this file as a
-process in a session of its own, which reads from a pipe what was made and what was taken away again. The pipe ends with
+The context managers of tests/support remove what they made when they exit. They do not exit in a run that is ended by
+SIGKILL, or by a second Ctrl-C while it cleans up. Therefore the first thing made starts a guard: this file as a process
+in a session of its own. It reads from a pipe which things were made and which were removed again. The pipe ends with
 the run. The guard then ends the processes and runs the commands that are still on its list, the newest first.
 
-SIGTERM is turned into SIGINT, so that Python unwinds its context managers as it does after Ctrl-C.
+SIGTERM is turned into SIGINT, so that Python exits its context managers as it does after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ COMMAND_S = 30.0
 POLL_S = 0.02
 
 Forget = Callable[[], None]
-"""Call it when the thing has been taken away."""
+"""Call it after the thing has been removed."""
 
 
 def taken_away_by(*command: str) -> Forget:
-    """Have the guard run `command` if this run ends before it calls what is returned."""
+    """Let the guard run `command`, if this run ends before it calls the returned function."""
     return _Guard.started().note({"command": list(command)})
 
 
 def ended_with_the_run(process: subprocess.Popen[Any]) -> Forget:
-    """Have the guard end this child if this run ends before it calls what is returned."""
+    """Let the guard end this child, if this run ends before it calls the returned function."""
     return _Guard.started().note({"pid": process.pid, "since": _started_at(process.pid)})
 
 
 @contextlib.contextmanager
 def undone_by(*command: str) -> Iterator[None]:
-    """Run `command` when the context is left, or by the guard."""
+    """Run `command` when the context exits; if it never exits, the guard runs it."""
     forget = taken_away_by(*command)
     try:
         yield
@@ -82,9 +82,9 @@ class _Guard:
 
 
 def _started_at(pid: int) -> int:
-    """Clock ticks after boot at which the process began (proc(5), stat, field 22); 0 for a process that is gone.
+    """Clock ticks from boot to the start of the process (proc(5), stat, field 22); 0 for a process that is gone.
 
-    A pid is used again; the pair of pid and start is not.
+    The kernel uses a pid again, but not the pair of pid and start.
     """
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

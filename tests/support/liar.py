@@ -1,7 +1,7 @@
-"""p2pd, but a member that lies: `LIE=shards python -m tests.support.liar --config FILE`.
+"""A p2pd that lies to other members: `LIE=shards python -m tests.support.liar --config FILE`.
 
-`shards`: every shard that it gives to others has one wrong bit. `records`: so has every block of the larger
-objects that it reads from the registry, and it signs what it made of it.
+`shards`: every shard that it serves has one wrong bit. `records`: every block that it reads from the registry for an
+object of several blocks has one wrong bit, and it signs records for these wrong blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small and read-only file systems for tests, mounted in this mount namespace and taken away after each test."""
+"""Small and read-only file systems for tests, mounted in this mount namespace and unmounted after each test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ZEROS = bytes(4096)
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A tmpfs of `size` bytes at the new folder. Skips the test where nothing can be mounted."""
+    """Mount a tmpfs of `size` bytes at the new folder. Skips the test if this process cannot mount."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
@@ -33,10 +33,10 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def make_read_only(folder: Path) -> None:
-    """For every open from now on, as after the kernel's `errors=remount-ro`; what is open for writing stays so.
+    """Make every later open read-only, as after the kernel's `errors=remount-ro`. Files open for writing stay so.
 
-    A remount needs that nobody writes: what is mounted over the folder is the folder itself, made read-only elsewhere.
-    `umount FOLDER` takes it back.
+    A remount fails while a file is open for writing. Therefore a read-only bind mount of the folder is mounted over
+    the folder; `umount FOLDER` undoes it.
     """
     elsewhere = folder.with_name(f"{folder.name}-read-only")
     elsewhere.mkdir()
@@ -51,8 +51,8 @@ def make_read_only(folder: Path) -> None:
 
 
 def fill(folder: Path, but: int) -> Path:
-    """A file that takes all that is free, but for so many pages."""
-    assert os.path.ismount(folder), "only what a test mounted is filled"
+    """Fill the file system with one file, except for `but` pages of 4096 bytes."""
+    assert os.path.ismount(folder), "fills only file systems that a test mounted"
     ballast = folder / "ballast"
     with ballast.open("ab", buffering=0) as file:
         try:

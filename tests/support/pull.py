@@ -1,7 +1,7 @@
-"""Pull an image with skopeo, or with the small verifying client below, and check every digest of what was written.
+"""Pull an image with skopeo or with the small verifying client below, and check the digest of every file it wrote.
 
-`python -m tests.support.pull http://HOST:PORT/REPOSITORY REFERENCE FOLDER` writes what `skopeo copy ... dir:FOLDER`
-does: manifest.json, and one file for each blob named by its hex digest.
+`python -m tests.support.pull http://HOST:PORT/REPOSITORY REFERENCE FOLDER` writes the same files as
+`skopeo copy ... dir:FOLDER`: manifest.json, and a file for each blob, named by its hex digest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,19 @@ from tests.support.processes import tail, terminate
 
 TIMEOUT_S = 120.0
 CONNECTIONS = 6
-"""As many blobs at once as skopeo and containerd fetch by default."""
+"""Blobs fetched at once, the default of skopeo."""
 CHUNK = 1 << 20
 
 
 class PullFailedError(AssertionError):
-    """The client said so, or what it wrote is not the image."""
+    """The client reported an error, or the files that it wrote are not the image."""
 
 
 class Pull:
-    """One running client. `wait` returns the seconds that it took."""
+    """A running client process."""
 
     def __init__(self, command: Sequence[str | Path], folder: Path, env: Mapping[str, str] | None = None) -> None:
-        """`command` writes the image to `folder`; what it says is beside it, in `folder`.log."""
+        """`command` writes the image to `folder`, and its messages to `folder`.log."""
         self.folder = folder
         self.seconds = 0.0
         self._log = folder.with_suffix(".log")
@@ -52,14 +52,14 @@ class Pull:
         return self._process.poll() is None
 
     def written(self) -> int:
-        """Bytes in the folder by now; skopeo's unfinished files lie there too."""
+        """Bytes in the folder now, skopeo's unfinished files included."""
         try:
             return sum(entry.stat().st_size for entry in os.scandir(self.folder))
         except FileNotFoundError:
             return 0
 
     def wait(self, timeout: float = TIMEOUT_S) -> float:
-        """Raises PullFailedError with what the client said."""
+        """Returns the seconds since the start. Raises PullFailedError with the client's last messages."""
         try:
             status = self._process.wait(timeout)
         except subprocess.TimeoutExpired as error:
@@ -72,7 +72,7 @@ class Pull:
 
 
 def wait_all(pulls: list[Pull]) -> list[float]:
-    """The seconds of each; the clients are waited for at the same time, so that no one's end is seen late."""
+    """Wait for all at the same time, so that no end is noticed late. Returns the seconds that each pull took."""
     with ThreadPoolExecutor(len(pulls)) as pool:
         return list(pool.map(Pull.wait, pulls))
 
@@ -80,7 +80,7 @@ def wait_all(pulls: list[Pull]) -> list[float]:
 def pull_with_skopeo(
     base: str, repository: str, reference: str, folder: Path, *, registries_conf: Path | None = None
 ) -> Pull:
-    """`base` is `http://host:port` of a mirror or a registry, or with `registries_conf` a registry's name."""
+    """`base` is `http://host:port` of a mirror or a registry; with `registries_conf` it is a registry's name."""
     separator = "@" if ":" in reference else ":"
     source = f"docker://{base.removeprefix('http://')}/{repository}{separator}{reference}"
     options = ["--insecure-policy", "--override-os=linux", f"--override-arch={ARCHITECTURE}"]
@@ -93,10 +93,7 @@ def pull_built_in(base: str, repository: str, reference: str, folder: Path) -> P
     return Pull([sys.executable, "-m", "tests.support.pull", f"{base}/{repository}", reference, folder], folder)
 
 
-def pull_with(tool: str, base: str, repository: str, reference: str, folder: Path) -> Pull:
-    """`tool` is "skopeo" or "built-in"."""
-    start = pull_with_skopeo if tool == "skopeo" else pull_built_in
-    return start(base, repository, reference, folder)
+TOOLS: Mapping[str, Callable[[str, str, str, Path], Pull]] = {"skopeo": pull_with_skopeo, "built-in": pull_built_in}
 
 
 def best_tool() -> str:
@@ -104,30 +101,30 @@ def best_tool() -> str:
 
 
 def verify(folder: Path, image: Image) -> int:
-    """Hash everything in a pulled folder, and compare it with the image; the number of bytes that were right."""
+    """Hash all files of a pulled folder, and compare them with the image. Returns the number of bytes verified."""
     manifest = (folder / "manifest.json").read_bytes()
-    _expect(manifest, image.manifest.digest, "the manifest")
+    _expect(manifest, image.manifest.digest)
     total = len(manifest)
     for blob in image.blobs:
         path = folder / blob.digest.removeprefix("sha256:")
         if not path.exists():
             raise PullFailedError(f"{folder}: {blob.digest} is missing")
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != blob.digest.removeprefix("sha256:") or path.stat().st_size != blob.size:
-            raise PullFailedError(f"{folder}: {blob.digest} has the bytes of sha256:{found}")
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != blob.digest.removeprefix("sha256:") or path.stat().st_size != blob.size:
+            raise PullFailedError(f"{folder}: {blob.digest} has the bytes of sha256:{actual}")
         total += blob.size
     return total
 
 
-def _expect(data: bytes, digest: str, what: str) -> None:
-    found = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    if found != digest:
-        raise PullFailedError(f"{what}: {found} instead of {digest}")
+def _expect(data: bytes, digest: str) -> None:
+    actual = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    if actual != digest:
+        raise PullFailedError(f"the manifest: {actual} instead of {digest}")
 
 
 def fetch(base: str, reference: str, folder: Path) -> None:
-    """The built-in client: follows an index to this platform's manifest, then reads all blobs, and checks each."""
+    """The built-in client: follows an index to this platform's manifest, then reads all blobs and verifies them."""
     folder.mkdir(parents=True, exist_ok=True)
     url = urlsplit(base)
     manifest = _manifest(url.netloc, url.path, reference)
@@ -150,7 +147,7 @@ def _manifest(host: str, repository: str, reference: str) -> bytes:
     if response.status != 200:
         raise PullFailedError(f"manifest {reference}: {response.status} {data[:300]!r}")
     if ":" in reference:
-        _expect(data, reference, "the manifest")
+        _expect(data, reference)
     return data
 
 

@@ -1,4 +1,4 @@
-"""Writes and checks every state file of a daemon's data folder, except the cache, without a daemon."""
+"""Writes and checks the state files of a daemon's data folder, except the cache, without a daemon."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Remembered:
         return pins, prefetcher, uplinks, uplink, PeersFile(self._folder / "peers.msgpack")
 
     async def work(self, life: int) -> None:
-        """Write each file several times, with numbers that grow."""
+        """Write every file several times, with growing numbers."""
         say("identity", str(load_or_create(self._folder).peer_id))
         own_authority(self._folder)
         say("authority", True)
@@ -103,7 +103,7 @@ class Remembered:
                 peers.save(membership)
 
     async def check(self, said: Mapping[str, list[object]]) -> None:
-        """Durable values are there, any others were written once; and all files can be written again."""
+        """The durable values `said` are there, and any others were written once. Every file can be written again."""
         peer_id = str(load_or_create(self._folder).peer_id)
         assert peer_id in (said["identity"] or [peer_id])
         own_authority(self._folder)
@@ -111,7 +111,7 @@ class Remembered:
         pinned = sorted(int(str(pin.image.name).rpartition(":v")[2]) for pin in pins)
         assert pinned[: len(said["pinned"])] == said["pinned"]
         assert pinned == list(range(len(pinned)))
-        assert all(item.order.images == (str(item.name),) for item in prefetcher._load())
+        assert all(item.order.images == (str(item.name),) for item in prefetcher.load())
         assert all(member.peer_id in PEERS for member in peers.load())
         uplinks.load()
         assert uplink.use().used % 100 == 0
@@ -129,4 +129,4 @@ class Remembered:
             assert again is not None and again.ref == ref(99)  # noqa: PT018
             assert public.age(Locator("docker.io", "org/other", "blobs")) is not None
         assert any(pin.image == image(99) for pin in load_pins(self._folder / "pins.json"))
-        assert len(prefetcher._load()) == 1
+        assert len(prefetcher.load()) == 1

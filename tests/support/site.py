@@ -1,4 +1,4 @@
-"""Several p2pd processes on this machine: each with its own loopback address, ports and folder."""
+"""A site of p2pd processes on this machine, each with its own folder, ports, and loopback address or namespace."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,13 @@ from node.cli.client import ControlClient
 from protocol.errors import ShoalError
 from tests.support.lab import Lab, Namespace
 from tests.support.leftovers import ended_with_the_run
-from tests.support.processes import free_ports, tail, terminate, wait_for
+from tests.support.processes import PATIENCE_S, free_ports, tail, terminate, wait_for
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = "origin.test"
-"""The registry's name where a test gives no other: what stands in the path and in `ns=`."""
+"""The default name of the registry, as in the mirror's paths and in `ns=`."""
 PORTS = (5050, 4501, 4502)
-"""Mirror, libp2p and bulk of a node that has a namespace of its own."""
+"""The ports of mirror, libp2p and bulk, for a node in a namespace of its own."""
 
 CONFIG = """\
 [node]
@@ -54,8 +55,12 @@ metrics = "{metrics}"
 """
 
 
+DEFAULTS = {"key": "", "memory": "64MiB", "containerd_store": "", "upstream": UPSTREAM, "metrics": ""}
+"""Configuration values that a test may change: `key` is the path of the cluster's key."""
+
+
 def program(name: str, module: str) -> list[str]:
-    """The installed program of this environment, or the module in a work tree that is not installed."""
+    """The installed program of this environment; if it is not installed, the module of this work tree."""
     installed = Path(sys.executable).with_name(name)
     return [str(installed)] if installed.exists() else [sys.executable, "-c", f"from {module} import main; main()"]
 
@@ -64,20 +69,20 @@ P2PD = program("p2pd", "node.daemon")
 P2PCTL = program("p2pctl", "node.cli.main")
 
 
-def run(command: Sequence[str], *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
-    """A short command; its output is text, its exit status is the caller's to judge."""
+def run(command: Sequence[str], *, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
+    """Run a short command, and capture its output as text. The caller checks the exit status."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, check=False)
 
 
 class Node:
-    """One daemon, running or not."""
+    """A daemon with its folder, running or not."""
 
     def __init__(
-        self, name: str, host: str, folder: Path, url: str, *, key: Path | None = None,
-        memory: str = "64MiB", containerd_store: str = "", namespace: Namespace | None = None, upstream: str = UPSTREAM,
-        metrics: str = "",
-    ) -> None:  # fmt: skip
+        self, name: str, host: str, folder: Path, url: str, *, namespace: Namespace | None = None, **values: object
+    ) -> None:
+        """`values` replace some of DEFAULTS."""
+        assert values.keys() <= DEFAULTS.keys(), values
         folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.host = host
@@ -90,16 +95,13 @@ class Node:
         self._process: subprocess.Popen[bytes] | None = None
         self._namespace = namespace
         self.mirror_port, self.libp2p_port, self.bulk_port = PORTS if namespace else free_ports(host, 3)
-        self._keys: dict[str, object] = {
-            "name": name, "host": host, "folder": folder, "mirror": self.mirror_port, "libp2p": self.libp2p_port,
-            "bulk": self.bulk_port, "upstream": upstream, "url": url, "key": key or "", "memory": memory,
-            "containerd_store": containerd_store, "metrics": metrics,
-        }  # fmt: skip
+        self._values = DEFAULTS | values | {"name": name, "host": host, "folder": folder, "url": url}
+        self._values |= {"mirror": self.mirror_port, "libp2p": self.libp2p_port, "bulk": self.bulk_port}
         self.bootstrap([])
 
     def bootstrap(self, addresses: Sequence[str]) -> None:
-        """Write the configuration with these seeds."""
-        self.config.write_text(CONFIG.format(**self._keys, bootstrap=json.dumps(list(addresses))))
+        """Write the configuration, with these seeds."""
+        self.config.write_text(CONFIG.format(**self._values, bootstrap=json.dumps(list(addresses))))
 
     @property
     def mirror(self) -> str:
@@ -115,7 +117,7 @@ class Node:
         return self._process
 
     def peer_id(self) -> str:
-        """Asked of `p2pd --print-peer-id`, which makes the key."""
+        """Calls `p2pd --print-peer-id`, which makes the node's key if it has none."""
         answer = run([*P2PD, "--print-peer-id", "--config", str(self.config)])
         assert answer.returncode == 0, answer.stderr
         return answer.stdout.strip()
@@ -128,17 +130,13 @@ class Node:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self._started = time.monotonic()
         with self.log.open("ab") as log:
-            command = [
-                *(self._namespace.prefix if self._namespace else ()),
-                *self.program,
-                "--config",
-                str(self.config),
-            ]
+            prefix = self._namespace.prefix if self._namespace else []
+            command = [*prefix, *self.program, "--config", str(self.config)]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         ended_with_the_run(self._process)
 
-    def wait_ready(self, seconds: float = 20.0) -> None:
-        """Until the mirror answers `GET /v2/`; `ready_s` is the time since `launch`."""
+    def wait_ready(self, seconds: float = PATIENCE_S) -> None:
+        """Wait until the mirror answers `GET /v2/`. `ready_s` is then the time since `launch`."""
         wait_for(f"{self.name} answers /v2/", self._answers, seconds=seconds)
         self.ready_s = time.monotonic() - self._started
 
@@ -149,7 +147,7 @@ class Node:
     def _answers(self) -> bool:
         if self.process.poll() is not None:
             raise AssertionError(f"{self.name} ended with {self.process.returncode}:\n{tail(self.log)}")
-        connection = http.client.HTTPConnection(self.host, self.mirror_port, timeout=1)
+        connection = http.client.HTTPConnection(self.host, self.mirror_port, timeout=PATIENCE_S)
         inside = self._namespace.entered() if self._namespace else contextlib.nullcontext()
         with inside, contextlib.closing(connection):
             try:
@@ -163,7 +161,7 @@ class Node:
         self.process.wait()
 
     def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """Send SIGTERM, and return the exit status."""
         return terminate(self.process)
 
     def pause(self) -> None:
@@ -173,7 +171,7 @@ class Node:
         self.process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """Whatever state it is in, it is gone afterwards."""
+        """Stop the process, if it runs or is paused."""
         if self._process is not None and self._process.poll() is None:
             self.resume()
             self.stop()
@@ -189,23 +187,34 @@ class Node:
         return document
 
     def cpu_s(self) -> float:
-        """Processor time that it has used, kernel included."""
+        """Processor time used so far, kernel included."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def rss_bytes(self) -> int:
-        """Resident memory as the kernel tells it."""
+        """Resident memory, as the kernel counts it."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
         raise AssertionError(f"{self.name}: no VmRSS")
 
+    def forget(self) -> None:
+        """Delete everything in the data folder of a stopped daemon, except its keys and certificates."""
+        for path in self.data.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix in (".sqlite", ".msgpack", ".json") or path.name.endswith(("-wal", "-shm")):
+                path.unlink()
+
 
 @contextlib.contextmanager
 def site(
-    folder: Path, url: str, count: int = 5, *, start: bool = True, lab: Lab | None = None, **keys: Any
+    folder: Path, url: str, count: int = 5, *, start: bool = True, lab: Lab | None = None, **values: Any
 ) -> Iterator[list[Node]]:
-    """`count` daemons of one cluster; the first two are the seeds of all. `folder` must have a short path (sockets)."""
+    """`count` daemons of one cluster; the first two are seeds for the others. `folder` needs a short path (sockets).
+
+    In a lab each daemon has a namespace. `values` replace some of DEFAULTS.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     key = folder / "cluster.key"
     answer = run([*P2PCTL, "cluster", "init", str(key)])
@@ -214,32 +223,32 @@ def site(
     def node(index: int) -> Node:
         name = f"node-{index + 1}"
         if lab is None:
-            return Node(name, f"127.0.0.{index + 1}", folder / name, url, key=key, **keys)
-        return Node(name, lab.address(index), folder / name, url, key=key, namespace=lab.nodes[index], **keys)
+            return Node(name, f"127.0.0.{index + 1}", folder / name, url, key=key, **values)
+        return Node(name, lab.address(index), folder / name, url, key=key, namespace=lab.nodes[index], **values)
 
     nodes = [node(index) for index in range(count)]
     try:
         seeds: Mapping[Node, str] = {node: node.address() for node in nodes[:2]} if count > 1 else {}
-        for one in nodes:
-            one.bootstrap([address for seed, address in seeds.items() if seed is not one])
+        for member in nodes:
+            member.bootstrap([address for seed, address in seeds.items() if seed is not member])
         if start:
             start_all(nodes)
         yield nodes
     finally:
-        for one in nodes:
-            one.end()
+        for member in nodes:
+            member.end()
 
 
 def start_all(nodes: Sequence[Node], joined: int | None = None) -> None:
-    """Start, and wait until every one sees all the others (`joined` members in all)."""
+    """Start `nodes`, and wait until each sees all other members; the site has `joined`, or just these."""
     for node in nodes:
         node.launch()
     for node in nodes:
-        node.wait_ready(20.0 + len(nodes))
+        node.wait_ready(PATIENCE_S + len(nodes))  # they all start at the same time
     wait_joined(nodes, joined if joined is not None else len(nodes))
 
 
-def wait_joined(nodes: Sequence[Node], joined: int, seconds: float = 30.0) -> None:
+def wait_joined(nodes: Sequence[Node], joined: int, seconds: float = PATIENCE_S) -> None:
     for node in nodes:
         wait_for(
             f"{node.name} sees {joined - 1} others",

@@ -1,4 +1,4 @@
-"""What the tiers' LRU-K finds beside other policies, and whether those are what they are called."""
+"""The hit ratio of the tiers' LRU-K compared with other policies, and whether those are what their names say."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def small(seed: int, length: int = 3000) -> Workload:
 
 
 def test_lru_k_finds_the_hot_pool() -> None:
-    pools = Workload("two pools", two_pools(Random(1993)), {}, INTERVAL_S, WARM_UP)
+    pools = Workload("two pools", two_pools(Random(1993)), {}, INTERVAL_S, warm_up=WARM_UP)
     assert hit_ratio(shipped, pools, HOT) >= 0.45
     assert hit_ratio(POLICIES[LRU], pools, HOT) < 0.23
 
 
 def test_small_caches_lose_at_most_a_point_to_the_best_policy_under_scans() -> None:
-    (scans,) = (each for each in workloads(1, (0.3, 3), INTERVAL_S, None) if each.name == "Zipf with scans")
+    (scans,) = (load for load in workloads(1, (0.3, 3), INTERVAL_S, None) if load.name == "Zipf with scans")
     (result,) = run([scans], silent)
     assert min(result.ahead()) >= -1
     for ours, lru, best in zip(*(result.percent[name] for name in (SHIPPED, LRU, OPTIMUM)), strict=True):
@@ -65,7 +65,7 @@ def test_lru_is_lru(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [SMALLEST, 50])
-def test_the_optimum_evicts_what_is_used_last(size: int) -> None:
+def test_the_optimum_evicts_the_entry_that_is_used_last(size: int) -> None:
     workload = small(3)
     held: dict[int, int] = {}
     expected = []
@@ -82,10 +82,11 @@ def test_every_policy_works_in_a_cache_of_few_entries(policy: str) -> None:
     assert hit_ratio(POLICIES[policy], small(4), SMALLEST) > 0.05
 
 
-@pytest.mark.parametrize("as_what", [[], ["--json"]])
-def test_a_seed_decides_all_that_is_printed(monkeypatch: pytest.MonkeyPatch, as_what: list[str]) -> None:
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_seed_decides_all_that_is_printed(monkeypatch: pytest.MonkeyPatch, form: list[str]) -> None:
     monkeypatch.setattr(cache_policies, "REFERENCES", 11_000)
-    first, second, other = (printed("--seed", seed, "--sizes", "3", *as_what).output for seed in ("1", "1", "2"))
+    command = ["--sizes", "3", *form, "--seed"]
+    first, second, other = (printed(*command, seed).output for seed in ("1", "1", "2"))
     assert first == second != other
 
 

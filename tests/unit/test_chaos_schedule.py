@@ -1,8 +1,8 @@
-"""A chaos run's seed decides all of it, and never asks for what cannot be."""
+"""The schedule of a chaos run: the seed determines it, and it never asks for impossible faults."""
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import combinations, islice
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,15 +27,14 @@ def test_no_node_has_two_faults_at_a_time_and_the_start_and_the_end_are_quiet(
 ) -> None:
     schedule = faults(seed, nodes, seconds)
     assert all(QUIET_S <= fault.start <= fault.end <= seconds - QUIET_S for fault in schedule)
-    for number, one in enumerate(schedule):
-        for other in schedule[number + 1 :]:
-            if "partition" not in (one.kind, other.kind) and set(one.nodes) & set(other.nodes):
-                assert one.end < other.start
+    for first, second in combinations(schedule, 2):
+        if "partition" not in (first.kind, second.kind) and set(first.nodes) & set(second.nodes):
+            assert first.end < second.start
 
 
-def test_only_what_a_client_cannot_get_round_excuses_a_failure() -> None:
+def test_only_faults_that_a_client_cannot_avoid_excuse_a_failure() -> None:
     def excused(kind: str, node: int, began: float, ended: float) -> bool:
-        return Fault(10, 20, kind, (1,), 0).excuses(node, began, ended, 5)  # type: ignore[arg-type]
+        return Fault(10, 20, kind, (1,)).excuses(node, began, ended, 5)  # type: ignore[arg-type]
 
     assert excused("kill", 1, 12, 13)
     assert not excused("kill", 2, 12, 13)

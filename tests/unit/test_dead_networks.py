@@ -1,4 +1,4 @@
-"""Partitions, cut uplinks, registries in trouble, lossy switches and cold restarts: shipped nodes in virtual time."""
+"""Partitions, cut uplinks, failing registries, lossy switches and cold restarts: the shipped nodes in virtual time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simulations.cluster import Cluster, Node
 from simulations.cold_restart import ColdRestart
 from simulations.network import SimulatedNetwork, constant
 from simulations.registry import PART, UPSTREAM, Image, Registry, Served, locator, wired
-from simulations.run import play
+from simulations.run import play, silent
 from simulations.scenario import SITE, Pulled, Setting, most_within, pull_all, pull_until_done, running
 from simulations.two_sites import TwoSites
 from simulations.uplink_cut import UplinkCut
@@ -30,7 +30,7 @@ NODES = 10
 IMAGE = 6_000_000
 CONNECT_S = TIMEOUT.connect or 0.0
 LONGEST_S = 2 * CONNECT_S + 2
-"""A pull that needs the registry is served from the site, or fails, within this: two timeouts of a connect."""
+"""Longest time of a pull without the registry: it is served by the site, or fails after two connect timeouts."""
 HEALED_S = 10.0
 BLOBS = locator("blobs")
 
@@ -43,7 +43,7 @@ class Site:
     images: tuple[Image, ...]
 
     async def pulled(self, nodes: Sequence[Node], image: Image) -> tuple[float, float]:
-        """By all of them at once. The time that the last one took, and the copies that were asked of the registry."""
+        """Pull by all nodes at once. Returns the seconds of the slowest pull, and the copies read from the registry."""
         before = self.registry.bytes_by_site[SITE]
         pulls = await pull_all(nodes, image)
         assert [pull.error for pull in pulls if pull.error] == []
@@ -51,21 +51,21 @@ class Site:
         return max(pull.ended - pull.began for pull in pulls), copies
 
     def seen(self) -> set[int]:
-        """How many members the nodes see."""
+        """The numbers of members that the nodes see."""
         return {len(node.membership.site) for node in self.cluster.nodes}
 
     @property
-    def nobody_is_quarantined(self) -> bool:
+    def none_is_quarantined(self) -> bool:
         return not any(row.quarantine for node in self.cluster.nodes for row in node.membership.table())
 
 
 def simulate(scenario: Callable[[Site], Awaitable[None]], nodes: int = NODES) -> None:
-    what = Setting(nodes=nodes, image=IMAGE)
+    setting = Setting(nodes=nodes, image=IMAGE)
 
     async def main() -> None:
-        registry = what.registry()
-        images = tuple(what.push(registry, f"v{number}") for number in range(3))
-        cluster = what.cluster(registry, lambda count: None)
+        registry = setting.registry()
+        images = tuple(setting.push(registry, f"v{number}") for number in range(3))
+        cluster = setting.cluster(registry, lambda count: None)
         async with running(cluster) as nursery:
             await scenario(Site(cluster, registry, nursery, images))
 
@@ -80,7 +80,7 @@ def test_both_halves_of_a_parted_site_pull_a_copy_each_and_are_one_again_when_it
         halves = nodes[:5], nodes[5:]
         network.part(*([node.peer for node in half] for half in halves))
         took_s, copies = await site.pulled(nodes, site.images[0])
-        assert took_s < 30  # the other half's members are still in the view, and are waited for
+        assert took_s < 30  # the members of the other half are still in the view, and reads wait for them
         assert copies <= 2 * 1.4
         await trio.sleep(60)
         assert site.seen() == {5}
@@ -90,7 +90,7 @@ def test_both_halves_of_a_parted_site_pull_a_copy_each_and_are_one_again_when_it
         await trio.sleep(HEALED_S)
         assert site.seen() == {NODES}
         assert (await site.pulled(nodes, site.images[2]))[1] <= 1.02
-        assert site.nobody_is_quarantined
+        assert site.none_is_quarantined
 
     simulate(scenario)
 
@@ -131,7 +131,7 @@ def test_without_its_uplink_a_site_serves_what_it_holds_and_hardly_asks_the_regi
 @pytest.mark.parametrize(
     ("status", "asked_s", "most"),
     [
-        # Attempts at a body and at a name, then a probe after each pause of the breaker: 2, 4, 8, 16, 16 s.
+        # Attempts for a body and for a name, then a probe after each pause of the breaker: 2, 4, 8, 16, 16 s.
         (429, None, RESOLVE.attempts + BODY.attempts + 6),
         (429, 2, RESOLVE.attempts + BODY.attempts + 6),
         (429, 60, 2),
@@ -198,7 +198,7 @@ def test_a_switch_that_drops_every_twentieth_packet_costs_time_and_nobody_his_pl
             assert (took_s < 10, copies <= 1.05) == (True, True)
             await trio.sleep(20)
         assert sum(lost) / len(lost) < 0.01 * NODES
-        assert site.nobody_is_quarantined
+        assert site.none_is_quarantined
 
     simulate(scenario)
 
@@ -221,39 +221,35 @@ def test_when_all_nodes_restart_cold_the_registry_sees_one_copy_and_no_storm() -
     simulate(scenario)
 
 
-# The scenarios, which are the same at size
+# The scenarios of simulations/, at a small size
 
 
-def told_nothing(share: float) -> None:
-    """Nobody looks."""
-
-
-def test_a_crowd_whose_uplink_is_cut_ends_when_it_is_mended() -> None:
-    what = UplinkCut(nodes=6, image=IMAGE, at_s=0.5, cut_s=60)
-    result = uplink_cut.run(what, told_nothing)
-    assert len(result.seconds) == what.nodes
-    assert min(result.seconds) > what.mended_s
-    assert max(result.seconds) < what.mended_s + 60
+def test_a_crowd_whose_uplink_is_cut_finishes_after_it_is_mended() -> None:
+    scenario = UplinkCut(nodes=6, image=IMAGE, at_s=0.5, cut_s=60)
+    result = uplink_cut.run(scenario, silent)
+    assert len(result.seconds) == scenario.nodes
+    assert min(result.seconds) > scenario.mended_s
+    assert max(result.seconds) < scenario.mended_s + 60
     assert result.copies <= 1.6
-    assert len(result.tried) <= 6 * what.nodes
+    assert len(result.tried) <= 6 * scenario.nodes
 
 
-def test_two_sites_read_a_copy_each_and_lend_each_other_nothing() -> None:
-    for site in two_sites.run(TwoSites(nodes=10, image=IMAGE, later_s=10), told_nothing).sites:
+def test_two_sites_read_a_copy_each_and_send_each_other_nothing() -> None:
+    for site in two_sites.run(TwoSites(nodes=10, image=IMAGE, later_s=10), silent).sites:
         assert (site.copies <= 1.02, site.sent) == (True, 0)
 
 
 def test_a_busy_site_that_restarts_cold_reads_each_image_once() -> None:
-    what = ColdRestart(nodes=6, image=IMAGE // 2, images=3, every_s=5, cold_s=30)
-    result = cold_restart.run(what, told_nothing)
-    warm, cold = result.begun(-cold_restart.WARM_S, 0), result.begun(0, what.cold_s)
-    assert (len(warm) > what.nodes, len(cold) > what.nodes) == (True, True)
+    scenario = ColdRestart(nodes=6, image=IMAGE // 2, images=3, every_s=5, cold_s=30)
+    result = cold_restart.run(scenario, silent)
+    warm, cold = result.begun(-cold_restart.WARM_S, 0), result.begun(0, scenario.cold_s)
+    assert (len(warm) > scenario.nodes, len(cold) > scenario.nodes) == (True, True)
     assert result.copies <= 1.05
     assert max(pull.ended - pull.began for pull in cold) < 5
-    assert most_within([at for at in result.requests if at >= 0], 1) <= 3 * what.nodes
+    assert most_within([at for at in result.requests if at >= 0], 1) <= 3 * scenario.nodes
 
 
-# The registry's client alone
+# The client of the registry, without a site
 
 
 def play_client(scenario: Callable[[Upstreams, Registry, Image], Awaitable[None]], *, reached: bool = True) -> None:
@@ -295,7 +291,7 @@ def test_whatever_is_asked_for_without_an_uplink_a_node_tries_once_in_a_pause_an
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_registry_that_asks_for_a_pause_gets_it_from_all_reads(status: int) -> None:
+def test_all_reads_observe_a_pause_that_the_registry_asks_for(status: int) -> None:
     async def scenario(upstreams: Upstreams, registry: Registry, image: Image) -> None:
         registry.fault = lambda: Served(status, headers={"Retry-After": "60"})
         for _ in range(59):
@@ -309,7 +305,7 @@ def test_a_registry_that_asks_for_a_pause_gets_it_from_all_reads(status: int) ->
     play_client(scenario)
 
 
-def test_a_pause_that_is_asked_for_is_bounded() -> None:
+def test_the_pause_that_a_registry_asks_for_is_bounded() -> None:
     async def scenario(upstreams: Upstreams, registry: Registry, image: Image) -> None:
         registry.fault = lambda: Served(429, headers={"Retry-After": "86400"})
         assert not await gives(upstreams, image.layers[0])
@@ -320,7 +316,7 @@ def test_a_pause_that_is_asked_for_is_bounded() -> None:
     play_client(scenario)
 
 
-def test_a_registry_that_has_too_much_to_do_is_probed_by_one_request_after_each_pause() -> None:
+def test_an_overloaded_registry_gets_one_probe_after_each_pause() -> None:
     async def scenario(upstreams: Upstreams, registry: Registry, image: Image) -> None:
         registry.fault = lambda: Served(429)
         assert not await gives(upstreams, image.layers[0])
@@ -333,7 +329,7 @@ def test_a_registry_that_has_too_much_to_do_is_probed_by_one_request_after_each_
     play_client(scenario)
 
 
-def test_calls_that_come_while_one_tries_a_registry_again_wait_for_what_comes_of_it() -> None:
+def test_calls_during_a_probe_of_the_registry_wait_for_its_result() -> None:
     async def scenario(upstreams: Upstreams, registry: Registry, image: Image) -> None:
         for well in (False, True):
             registry.fault = lambda: Served(503, headers={"Retry-After": "60"})
@@ -356,7 +352,7 @@ def test_calls_that_come_while_one_tries_a_registry_again_wait_for_what_comes_of
     play_client(scenario)
 
 
-def test_an_object_that_the_registry_fails_to_give_is_not_asked_for_at_once_again_and_holds_up_no_other() -> None:
+def test_an_object_that_the_registry_cannot_serve_is_not_retried_at_once_and_delays_no_other() -> None:
     async def scenario(upstreams: Upstreams, registry: Registry, image: Image) -> None:
         registry.fault = lambda: Served(500)
         for _ in range(10):

@@ -1,4 +1,4 @@
-"""A small flash crowd of the shipped nodes in virtual time: it finds out where balance or single flight is lost."""
+"""A small flash crowd of the shipped nodes in virtual time. It detects a loss of balance or of single flight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from node.runtime.single_flight import SingleFlight
-from protocol.placement import Placement
+from protocol.ids import BlockId, Digest, PeerId
+from protocol.placement import Placement, Route
 from simulations.flash_crowd import FlashCrowd, run
 from simulations.run import silent
 
@@ -22,25 +23,27 @@ def test_a_crowd_reads_each_byte_once_near_the_limit_and_shares_the_work() -> No
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
     assert result.copies <= 1.02
-    assert max(result.seconds) < 1.6 * result.limit_s  # 30 blocks only: their way over three links is a third of this
+    assert (
+        max(result.seconds) < 1.6 * result.limit_s
+    )  # with 30 blocks only, the latency of three links is a third of this
     assert result.imbalance < 1.35
 
 
-def test_what_is_asked_for_twice_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def each_for_himself(self: object, key: object, work: object) -> object:
+def test_double_reads_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_shared(self: object, key: object, work: object) -> object:
         return await work()  # type: ignore[operator]
 
-    monkeypatch.setattr(SingleFlight, "do", each_for_himself)
+    monkeypatch.setattr(SingleFlight, "do", not_shared)
     assert run(SMALL, silent).copies > 1.5
 
 
-def test_an_unfair_placement_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranked = Placement._ranked
+def test_an_unfair_placement_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    route = Placement.route
 
-    def the_same_for_all(self: Placement, key: str, *rest: object) -> object:
-        return ranked(self, "", *rest)  # type: ignore[arg-type]
+    def the_same_for_all(self: Placement, peer: PeerId, block: BlockId, length: int) -> Route:
+        return route(self, peer, BlockId(Digest("sha256", "0" * 64), 0), length)
 
-    monkeypatch.setattr(Placement, "_ranked", the_same_for_all)
+    monkeypatch.setattr(Placement, "route", the_same_for_all)
     assert run(SMALL, silent).imbalance > 1.35
 
 

@@ -1,4 +1,4 @@
-"""A small site whose nodes die and come back while all pull: nothing fails, and all views become right soon."""
+"""A small site whose nodes die and return while all pull: no pull fails, and all views soon become right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from simulations.run import silent
 SMALL = Churn(nodes=8, image=2_000_000, layers=2, images=3, change_s=15.0)
 
 
-def test_pulls_go_on_while_nodes_die_and_come_back_and_all_soon_agree_on_who_is_there() -> None:
+def test_pulls_succeed_while_nodes_die_and_return_and_all_views_soon_agree() -> None:
     result = run(SMALL, silent)
     assert result.failed == 0
     assert len(result.deaths) == len(result.returns) > 5

@@ -1,4 +1,4 @@
-"""A small crowd with a member that lies: every pull ends right, and who lies is shut out by all, and nobody else."""
+"""A small crowd with a lying member: every pull ends with right bytes, and all exclude the liar, and only the liar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from simulations.run import silent
 SMALL = Liar(nodes=12, image=8_000_000, layers=2)
 
 
-def test_who_lies_is_shut_out_by_all_and_nobody_else_is() -> None:
+def test_all_members_exclude_the_liar_and_no_other() -> None:
     crowds = run(SMALL, silent).crowds
     assert crowds[HONEST].copies <= 1.02
     for kind in (SHARDS, RECORDS):
@@ -19,11 +19,11 @@ def test_who_lies_is_shut_out_by_all_and_nobody_else_is() -> None:
         assert len(crowds[kind].quarantined) == SMALL.nodes - 1
         assert crowds[kind].wronged == 0
     assert crowds[SHARDS].failed == 0
-    assert crowds[RECORDS].failed == 0, "of layers up to 4 MiB nothing is given before it is right"
+    assert crowds[RECORDS].failed == 0, "a layer of at most 4 MiB is verified before it is sent"
 
 
-def test_a_false_record_in_a_large_layer_has_no_node_compare_all_of_it() -> None:
-    """Each did, which took ten copies here, and as many more as there are more nodes."""
+def test_a_false_record_in_a_large_layer_makes_no_node_compare_the_whole_layer() -> None:
+    """If every node compared it with the registry's, that would read ten copies here, and more in a larger site."""
     crowd = crowd_of(Liar(nodes=10, image=12_000_000, layers=2), RECORDS, silent)
-    assert crowd.failed <= 2 * 9, "each of two layers breaks off once"
+    assert crowd.failed <= 2 * 9, "two layers break off, each once at each of nine nodes"
     assert crowd.copies < 8

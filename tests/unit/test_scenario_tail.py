@@ -1,4 +1,4 @@
-"""Few reads of blocks with a large cache's latencies: what the fifth shard is worth, and what it costs."""
+"""Few block reads, with the latencies of a large cache: the gain of the fifth shard, and its cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_fifth_shard_cuts_the_tail_as_independent_shards_would_and_bulk_read
     assert result.runs[BULK].extra < 0.05
 
 
-def test_what_slows_all_keepers_together_leaves_nothing_of_it() -> None:
+def test_the_gain_vanishes_when_all_keepers_are_slow_together() -> None:
     result = run(Tail(reads=200, blocks=20, shared=(1.0,), modes=()), silent)
     p95 = result.p95_by_shared[1.0]
     assert p95[K_OF_ALL] > 0.9 * p95[K_OF_K]

@@ -1,4 +1,4 @@
-"""docs/SECURITY.md and the tests name each other, and the limits that it names are there."""
+"""docs/SECURITY.md and the tests name each other, and the limits that the document names exist."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ TEXT = (ROOT / "docs" / "SECURITY.md").read_text("utf-8")
 LIMITS = re.findall(r"^\|.*\| (`(?:node|protocol|cache)/.*) \|$", TEXT, re.MULTILINE)
 
 
-def said_by_the_document() -> set[tuple[str, str]]:
-    """Line and test, of each line of the table."""
+def pairs_in_the_document() -> set[tuple[str, str]]:
+    """The pairs of line and test in the document's table."""
     rows = re.findall(r"^\| (S-\d\d) \|.*\| ([^|]*) \|$", TEXT, re.MULTILINE)
     return {(line, test) for line, tests in rows for test in re.findall(r"`([^`]+::[^`]+)`", tests)}
 
 
-def said_by_the_tests() -> Iterator[tuple[str, str]]:
+def pairs_in_the_tests() -> Iterator[tuple[str, str]]:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
@@ -30,11 +31,11 @@ def said_by_the_tests() -> Iterator[tuple[str, str]]:
 
 
 def test_document_and_tests_name_each_other_line_by_line() -> None:
-    document = said_by_the_document()
-    assert document == set(said_by_the_tests())
+    document = pairs_in_the_document()
+    assert document == set(pairs_in_the_tests())
     lines = re.findall(r"^\| (S-\d\d) ", TEXT, re.MULTILINE)
     assert len(lines) == len(set(lines)) > 30
-    assert {line for line, _ in document} == set(lines), "each line has a test"
+    assert {line for line, _ in document} == set(lines), "every line has a test"
     mentioned = set(re.findall(r"S-\d\d", TEXT))
     assert mentioned == set(lines)
 
@@ -46,11 +47,8 @@ def test_every_limit_that_is_named_exists(limits: str) -> None:
         module = import_module(file.removesuffix(".py").replace("/", "."))
         assert constants
         for constant in constants:
-            found: object = module
-            for name in constant.split("."):
-                found = getattr(found, name)
-            assert found is not None
+            assert attrgetter(constant)(module) is not None
 
 
-def test_all_limits_were_found() -> None:
+def test_the_pattern_matches_all_limits() -> None:
     assert len(LIMITS) == TEXT.split("## Limits")[1].count("\n| ") - 1
