@@ -36,8 +36,8 @@ def play(seed: int, main: Callable[[], Awaitable[T]]) -> T:
     from trio._core import _run
 
     # Hypothesis sets the same two.
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    _run._r.seed(seed)
+    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc] # noqa: SLF001 - no public switch
+    _run._r.seed(seed)  # noqa: SLF001 - as above
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 1000)  # few objects are in cycles; looking for them took a quarter of the time
