@@ -1,1 +1,1 @@
-"""What Shoal does: sockets, files, processes. Everything is constructed once, in `node.daemon`."""
+"""The I/O of Shoal: sockets, files, processes. node/assembly.py constructs everything, once."""

@@ -155,7 +155,7 @@ def workloads(seed: int, percents: Sequence[float], interval_s: float, trace: Pa
     pools, skewed = two_pools(Random(f"two pools {seed}")), zipf(Random(f"zipf {seed}"))
     sizes = sized(len(set(skewed)), percents)  # also with scans: scanned objects are not worth keeping
     made = [
-        Workload("two pools", pools, {f"{HOT} entries": HOT}, interval_s, WARM_UP),
+        Workload("two pools", pools, {f"{HOT} entries": HOT}, interval_s, warm_up=WARM_UP),
         Workload("Zipf", skewed, sizes, interval_s),
         Workload("Zipf with scans", with_scans(skewed), sizes, interval_s),
     ]

@@ -183,7 +183,7 @@ def _play(setup: Churn, report: Report) -> Result:
         images = [setup.push(registry, f"v{number}") for number in range(setup.images)]
         cluster = setup.cluster(registry, lambda count: None)
         async with running(cluster) as nursery:
-            site = _Site(setup, cluster, images, nursery, report)
+            site = _Site(setup, cluster, images, nursery, report=report)
             await site.change()
         copies = registry.bytes_by_site[SITE] / sum(image.size for image in images)
         settled = site.views.settled

@@ -122,7 +122,7 @@ class Node:
         for scope in (self.scope, *self.clients):
             scope.cancel()
 
-    # What clients do
+    # Clients
 
     @contextmanager
     def client(self) -> Iterator[trio.CancelScope]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -116,7 +117,7 @@ def run(setup: FleetStart, report: Report) -> Result:
             before = sum(cluster.network.port(node.peer).down.carried for node in cluster.nodes)
             async with trio.open_nursery() as starting:
                 for node in cluster.nodes:
-                    starting.start_soon(_host, setup, node, image, seconds)
+                    starting.start_soon(partial(_host, setup, node, image, seconds))
             received = sum(cluster.network.port(node.peer).down.carried for node in cluster.nodes) - before
         blocks = {
             layer.block(index): layer.block_length(index)

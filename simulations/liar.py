@@ -127,7 +127,7 @@ KINDS: dict[str, type[_LyingNode]] = {HONEST: _LyingNode, SHARDS: _OfShards, REC
 
 
 class _Watched:
-    """What the honest nodes of a crowd go through."""
+    """The experiences of a crowd's honest nodes."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -171,9 +171,13 @@ def crowd_of(setup: Liar, kind: str, report: Report) -> Crowd:
                 watching.cancel_scope.deadline = trio.current_time() + (WAIT_S if liar.lies else 0.0)
         accused = {peer for node in honest for peer, _, _ in node.membership.quarantines()}
         return Crowd(
-            tuple(crowd.seconds), crowd.failed, registry.bytes_by_site[SITE] / image.size, len(liar.lies),
-            tuple(at - liar.lies[0] for at in crowd.quarantined_at), len(accused - {liar.peer}),
-        )  # fmt: skip
+            tuple(crowd.seconds),
+            crowd.failed,
+            copies=registry.bytes_by_site[SITE] / image.size,
+            lies=len(liar.lies),
+            quarantined=tuple(at - liar.lies[0] for at in crowd.quarantined_at),
+            wronged=len(accused - {liar.peer}),
+        )
 
     return play(setup.seed, main)
 

@@ -204,11 +204,11 @@ def _off_formula(seconds: Sequence[float], answers: Sequence[float]) -> float:
 
 
 def run(setup: Tail, report: Report) -> Result:
-    each = [(mode, 0.0) for mode in setup.modes]
-    each += [(mode, shared) for shared in setup.shared for mode in (K_OF_K, *COMPARED)]
+    reads = [(mode, 0.0) for mode in setup.modes]
+    reads += [(mode, shared) for shared in setup.shared for mode in (K_OF_K, *COMPARED)]
     runs = {
-        (mode, shared): _one(setup, mode, shared, lambda share, done=number: report((done + share) / len(each)))  # type: ignore[misc]
-        for number, (mode, shared) in enumerate(each)
+        (mode, shared): _one(setup, mode, shared, lambda share, done=number: report((done + share) / len(reads)))  # type: ignore[misc]
+        for number, (mode, shared) in enumerate(reads)
     }
     p95: dict[float, dict[str, float]] = {}
     for (mode, shared), result in runs.items():

@@ -56,7 +56,7 @@ class Day:
 
     @asynccontextmanager
     async def registry_away(self) -> AsyncIterator[None]:
-        self.registry.down, self.names.cut = True, {one.own for one in self.askers}
+        self.registry.down, self.names.cut = True, {node.own for node in self.askers}
         yield
         self.registry.down, self.names.cut = False, set()
 
@@ -82,10 +82,10 @@ class Day:
         async with trio.open_nursery() as nursery:
             while (at := trio.current_time() + self.rng.expovariate(1 / EVERY_S)) < until - QUIET_S:
                 await trio.sleep_until(at)
-                what = self.rng.random()
-                if what < 0.15:
+                chance = self.rng.random()
+                if chance < 0.15:
                     await self.leave_for_a_while(self.rng.choice([*self.readers, *self.askers]))
-                elif what < 0.25:
+                elif chance < 0.25:
                     async with self.registry_away():
                         await self.read()
                 else:
@@ -106,7 +106,7 @@ class Day:
 
 
 def test_after_a_day_a_site_has_no_more_tasks_and_objects_than_after_its_first_hours(tmp_path: Path) -> None:
-    found: list[tuple[int, int]] = []
+    rests: list[tuple[int, int]] = []
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -120,13 +120,13 @@ def test_after_a_day_a_site_has_no_more_tasks_and_objects_than_after_its_first_h
                         with suppress(ShoalError):
                             await reader.read(index)  # all hold the same then, whatever they had
                 await trio.sleep(60)
-                found.append(day.left())
+                rests.append(day.left())
             assert min(day.ended, day.failed, day.given_up) > 10, (day.ended, day.failed, day.given_up)
             nursery.cancel_scope.cancel()
         for asker in day.askers:
             asker.table.close()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
-    tasks, objects = zip(*found, strict=True)
+    tasks, objects = zip(*rests, strict=True)
     assert max(tasks[1:]) == tasks[0], tasks
     assert max(objects[-3:]) <= max(objects[:LEARNT]) + 500, objects

@@ -80,9 +80,9 @@ def test_who_finds_nothing_in_its_own_cell_asks_the_root_cell() -> None:
         reader = deep(nodes, 0)
         for peer in route_of(reader, 0).keepers[:2]:
             network.kill(peer)
-        found = await reader.read(0)
-        assert found.source is Source.PEER
-        assert set(found.peers) <= set(route_of(reader, 0).root.keepers)
+        obtained = await reader.read(0)
+        assert obtained.source is Source.PEER
+        assert set(obtained.peers) <= set(route_of(reader, 0).root.keepers)
         assert registry.asked == Counter([0])
 
     play(MANY, scenario)
@@ -153,27 +153,27 @@ def test_a_reader_knows_a_liar_between_the_cells_after_some_blocks(number: int) 
         members = [Member(PeerId(f"peer-{number}"), "n", "site", ()) for number in range(MANY)]
         placement, faults = Placement(members, 4, 1), Faults()
         liar, reader = members[number].peer_id, members[0].peer_id
-        found: list[PeerId | None] = []
+        blamed: list[PeerId | None] = []
         for index in range(120):
             route = placement.route(reader, BlockId(REF.digest, index), BLOCK_SIZE)
-            found += [
+            blamed += [
                 faults.wrong(route.makers(keeper, shard))
                 for shard, keeper in enumerate(route.keepers)
                 if liar in (keeper, *(cell[shard] for cell in route.cells[1:]), route.home)
             ]
-        assert set(found) == {None, liar}
+        assert set(blamed) == {None, liar}
 
     trio.run(main)
 
 
 def test_a_request_never_goes_further_than_the_one_before_it() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        told: list[int] = []
+        hops: list[int] = []
 
         def watched(node: Node) -> None:
             async def handle(peer: PeerId, request: Request) -> Answer:
                 if isinstance(request, GetShard):
-                    told.append(request.hops)
+                    hops.append(request.hops)
                 return await node.handle(peer, request)
 
             node.handler = handle
@@ -183,6 +183,6 @@ def test_a_request_never_goes_further_than_the_one_before_it() -> None:
         reader = deep(nodes, 0)
         await reader.read(0)
         depth = route_of(reader, 0).depth
-        assert set(told) == set(range(HOME_HOPS - 1, HOME_HOPS + depth + 1))
+        assert set(hops) == set(range(HOME_HOPS - 1, HOME_HOPS + depth + 1))
 
     play(MANY, scenario)
