@@ -45,11 +45,9 @@ from node.content.name_table import NameTable
 from node.content.resolver import Resolver
 from node.content.verification import ObjectVerifier
 from node.control.api import NodeControl, Parts, upstream_row
-from node.control.cluster_routes import cluster_routes, cluster_row
 from node.control.doctor import certificate_shown
-from node.control.image_routes import image_routes
 from node.control.reload import LiveParts, Reloader
-from node.control.routes import Route, control_routes
+from node.control.routes import Route, cluster_routes, cluster_row, control_routes, image_routes
 from node.evidence.judge import Judge
 from node.exchange.connection import Endpoint
 from node.exchange.contract import Exchange

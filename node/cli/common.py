@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from node.api.documents import PullResult
-from node.api.image_documents import WorkResult
+from node.api.documents import PullResult, WorkResult
 from node.cli.client import ControlClient, DaemonUnreachableError
 from node.config.schema import Config, load
 from node.oci.references import ImageName
@@ -51,7 +50,6 @@ class Session:
             self.print(document)
 
     def print(self, document: msgspec.Struct) -> None:
-        import node.cli.render_images  # noqa: F401 - registers its tables with `show`
         from node.cli.render import console, show
 
         show(document, console())

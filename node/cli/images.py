@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from node.api.image_documents import GcReport, PinsReport, PrefetchOrder, PrefetchReport, WorkEvent
+from node.api.documents import GcReport, PinsReport, PrefetchOrder, PrefetchReport, WorkEvent
 from node.cli.common import PATH, Command, ImageParam, Session, common
 from node.config.quantities import Duration, Size
 from node.oci.platforms import parse_platforms

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from cache.disk import DiskStore
-from node.api import image_documents as documents
+from node.api import documents
 from node.blocks.held_objects import bytes_held
 from node.blocks.values import Site
 from node.content.contract import Library

@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 import trio
 
-from node.api.image_documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
+from node.api.documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
 from node.blocks.fetcher import Fetcher
 from node.blocks.values import BlockAddress, Obtained, Work
 from node.content.contract import Library

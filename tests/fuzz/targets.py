@@ -25,8 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cache.disk_index import parse_row
 from node.config.schema import load
 from node.content.listings import Listings, _of_type, _page
-from node.control.image_routes import image_routes
-from node.control.routes import Route, control_handler, control_routes
+from node.control.routes import Route, control_handler, control_routes, image_routes
 from node.identity.certificates import Authority, Credentials, issued_by, new_authority, peer_of
 from node.identity.identity import Identity, from_pem
 from node.membership.peers_file import _File as RememberedFile

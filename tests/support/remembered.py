@@ -9,7 +9,7 @@ from random import Random
 from typing import Any, cast
 
 from cache.store import StoreStatistics
-from node.api.image_documents import PrefetchOrder
+from node.api.documents import PrefetchOrder
 from node.config.uplink_policy import UplinkPolicy
 from node.content.listings import Listings
 from node.content.name_table import NameTable
