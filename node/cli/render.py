@@ -412,8 +412,9 @@ def totals_line(report: documents.WhyReport) -> str:
 _MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 
 
-def show_checks(out: Console, checks: Iterable[documents.Check]) -> None:
-    for check in checks:
+@show.register
+def _checks(report: documents.DoctorReport, out: Console) -> None:
+    for check in report.checks:
         mark, colour = _MARKS[check.level]
         out.print(mark, style=colour, end=" ")
         out.print(plain(f"{check.name}: {check.text}"), soft_wrap=True)
