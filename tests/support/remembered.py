@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from cache.store import StoreStatistics
 from node.api.documents import PrefetchOrder
-from node.config.uplink_policy import UplinkPolicy
+from node.config.schema import UplinkPolicy
 from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.identity.certificates import own_authority
