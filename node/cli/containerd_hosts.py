@@ -99,9 +99,6 @@ def check_mirror(url: str) -> str:
     return url.rstrip("/")
 
 
-# Plans
-
-
 def plan_install(certs_dir: Path, mirror: str, registries: Sequence[Registry]) -> list[Change]:
     """Changes after which each registry is pulled through `mirror`. Writes nothing. Raises BadInputError."""
     changes: dict[Path, Change] = {}
@@ -171,9 +168,6 @@ def points_at(certs_dir: Path, mirror: str, name: str) -> bool:
     path = (folder if folder.is_dir() else certs_dir / "_default") / "hosts.toml"
     text = _read(path)
     return text is not None and mirror in _table(_parse(text, path), "host")
-
-
-# Text
 
 
 def _block(mirror: str, server: str, made: str, newline: str) -> str:
@@ -271,9 +265,6 @@ def _read(path: Path) -> str | None:
         raise BadInputError(f"{path}, line {line}: not UTF-8, nothing was changed") from error
 
 
-# Writing
-
-
 def apply(change: Change) -> None:
     """Make one planned change atomically. The first one keeps a backup of the operator's file. Raises BadInputError.
 
@@ -310,9 +301,6 @@ def _replace(path: Path, text: str, mode: int) -> None:
     secret_files.replace(path, text.encode("utf-8"), mode)
     if owner:
         os.chown(path, owner.st_uid, owner.st_gid)
-
-
-# containerd's own configuration
 
 
 def config_path_advice(certs_dir: Path, config: Path = DEFAULT_CONFIG) -> str:
