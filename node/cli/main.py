@@ -154,12 +154,12 @@ def _mirror_url(listen: str) -> str:
     return f"http://{anywhere.get(host, host)}:{port}"
 
 
-def _registries(running: documents.Status | None, wanted: Sequence[str]) -> list[containerd_hosts.Registry]:
+def _registries(running: documents.Status | None, wanted: Sequence[str]) -> dict[str, str]:
+    """The registries to configure, each with the URL that containerd falls back to."""
     urls = {part.name: part.urls[-1] for part in common.DEFAULTS.upstream}
     if running:
         urls = {row.name: row.url for row in running.upstreams}
-    servers = {name: urls.get(name) or containerd_hosts.default_server(name) for name in wanted or urls}
-    return [containerd_hosts.Registry(name, server) for name, server in servers.items()]
+    return {name: urls.get(name) or containerd_hosts.default_server(name) for name in wanted or urls}
 
 
 def _change(session: Session, changes: Sequence[containerd_hosts.Change], certs_dir: Path, *, dry_run: bool) -> None:
@@ -244,7 +244,7 @@ def _containerd(certs_dir: Path, mirror: str, running: documents.Status | None) 
 
     if not certs_dir.parent.is_dir():
         return documents.Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})")
-    names = [registry.name for registry in _registries(running, ())]
+    names = _registries(running, ())
     try:
         through = [name for name in names if containerd_hosts.points_at(certs_dir, mirror, name)]
     except BadInputError as error:
