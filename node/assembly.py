@@ -45,10 +45,8 @@ from node.content.name_table import NameTable
 from node.content.resolver import Resolver
 from node.content.verification import ObjectVerifier
 from node.control.api import NodeControl, upstream_row
-from node.control.cluster_routes import cluster_routes
-from node.control.image_routes import image_routes
 from node.control.reload import Reloader, prepared
-from node.control.routes import Route, control_routes
+from node.control.routes import Route, cluster_routes, control_routes, image_routes
 from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.connection import Endpoint

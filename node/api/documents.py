@@ -1,4 +1,4 @@
-"""The documents of the control API, and the interface that provides them.
+"""The documents of the control API.
 
 Each struct is one JSON document, or a row of one, as `curl --unix-socket` and `p2pctl --json` print it. Fields are
 added, never renamed. Sizes are bytes, digests `sha256:...`; a source is a `node.telemetry.sources.Source` or, for a
@@ -7,12 +7,11 @@ block that this node did not read, `NOT_READ`. A value that is not known is null
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from typing import Literal, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import msgspec
 
-from node.oci.references import ImageName
 from protocol.ids import ObjectRef
 
 NOT_READ = "not read"
@@ -307,28 +306,87 @@ class DoctorReport(Document, frozen=True):
     checks: tuple[Check, ...]
 
 
-class ControlApi(Protocol):
-    """Raises the errors of protocol.errors; NotFoundError for an unknown image.
+Phase = Literal["checking", "storing", "reading", "writing"]
+PrefetchState = Literal["waiting", "running", "done", "failed", "cancelled"]
 
-    `pull` yields progress at a rate suitable for a person, and a PullResult last. Closing the generator ends the pull.
-    `tags` takes a glob over `upstream/repository:tag`.
-    """
 
-    async def status(self) -> Status: ...
+class WorkProgress(Document, frozen=True, tag_field="event", tag="progress"):
+    """`object` is the digest that was processed last."""
 
-    async def peers(self) -> PeersReport: ...
+    phase: Phase
+    object: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
 
-    async def images(self) -> ImagesReport: ...
 
-    async def tags(self, pattern: str) -> TagsReport: ...
+class WorkResult(Document, frozen=True, tag_field="event", tag="result"):
+    """The last line of every export, import and pin. `images` are `NAME@DIGEST`."""
 
-    async def cache(self) -> CacheReport: ...
+    ok: bool
+    seconds: float
+    images: tuple[str, ...] = ()
+    objects: int = 0
+    bytes_total: int = 0
+    error: str = ""
 
-    def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[PullEvent, None]: ...
 
-    async def why(self, image: ImageName) -> WhyReport: ...
+WorkEvent = WorkProgress | WorkResult
 
-    async def doctor(self) -> DoctorReport: ...
+
+class PinRow(Document, frozen=True):
+    """`bytes_held` are on this node's disk; `since` is Unix time."""
+
+    image: str
+    digest: str
+    size: int
+    bytes_held: int
+    since: float
+
+
+class PinsReport(Document, frozen=True):
+    """`bytes` counts objects shared by several images once; at most `most_bytes` may be pinned."""
+
+    pins: tuple[PinRow, ...]
+    bytes: int
+    most_bytes: int
+
+
+class PrefetchOrder(Document, frozen=True, forbid_unknown_fields=True):
+    """Without `platforms`, this node's; `all_platforms` overrides them. `rate` is in bytes a second, 0 for no limit;
+    `window` is "22:00-06:00", or "" for any time."""
+
+    images: tuple[str, ...]
+    platforms: tuple[str, ...] = ()
+    all_platforms: bool = False
+    rate: int = 0
+    window: str = ""
+
+
+class PrefetchRow(Document, frozen=True):
+    image: str
+    state: PrefetchState
+    bytes_done: int = 0
+    bytes_total: int = 0
+    rate: int = 0
+    window: str = ""
+    error: str = ""
+
+
+class PrefetchReport(Document, frozen=True):
+    """`waits_for` is the reason why the current order waits; empty if it does not."""
+
+    rows: tuple[PrefetchRow, ...]
+    waits_for: str = ""
+
+
+class GcReport(Document, frozen=True):
+    """`bytes` of disk were freed, or with `dry_run` would be; `held_bytes` are left."""
+
+    dry_run: bool
+    pieces: int
+    bytes: int
+    held_bytes: int
+    pinned_bytes: int
 
 
 def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock]) -> WhyObject:

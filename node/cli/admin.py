@@ -17,7 +17,6 @@ from node.identity.credentials import joined_site, save_joined
 from node.identity.identity import load_or_create
 from node.membership.join import join
 from protocol import admission
-from protocol.admission import Token, cluster_id
 from protocol.errors import BadInputError
 
 FOR_EVER = "none"
@@ -27,7 +26,7 @@ def invite(key: Path, *, site: str, expires: str, uses: int, lifetime: str) -> d
     """A join token and its contents. Raises BadInputError naming the option."""
     authority = load_authority(key)
     now = int(time.time())
-    token = Token(
+    token = admission.Token(
         cluster=authority.cluster,
         site=site,
         made=now,
@@ -36,20 +35,16 @@ def invite(key: Path, *, site: str, expires: str, uses: int, lifetime: str) -> d
         lifetime=0 if lifetime == FOR_EVER else int(Duration.read("--lifetime", lifetime).seconds),
         id=secrets.token_bytes(admission.ID_BYTES),
     )
-    _check(token)
-    text = admission.make_token(token, authority.key.sign)
-    return {"token": text, "subject": token.subject, "site": site, "expires": token.expires}
-
-
-def _check(token: Token) -> None:
-    if not admission.is_site(token.site):
+    if not admission.is_site(site):
         raise BadInputError(f"--site: 1 to {admission.MAX_SITE} printable characters")
-    if not 0 <= token.uses <= admission.MAX_USES:
+    if not 0 <= uses <= admission.MAX_USES:
         raise BadInputError(f"--uses: from 1 to {admission.MAX_USES}, or 0 for any number")
     if token.lifetime and token.lifetime < admission.MIN_LIFETIME_S:
         raise BadInputError(f'--lifetime: at least 1d, because clocks may be wrong by hours; or "{FOR_EVER}"')
     if not token.made < token.expires <= admission.MAX_TIME:
         raise BadInputError("--expires: at least 1s")
+    text = admission.make_token(token, authority.key.sign)
+    return {"token": text, "subject": token.subject, "site": site, "expires": token.expires}
 
 
 def revocation(key: Path, text: str) -> str:
@@ -76,5 +71,5 @@ def join_cluster(config: Config, text: str, address: str) -> dict[str, str]:
     identity = load_or_create(data_dir)
     joined = trio.run(partial(join, identity, text, address, name=config.node.name))
     save_joined(data_dir, joined)
-    site, cluster = subject_of(joined.certificate).site, cluster_id(joined.authority).hex()
+    site, cluster = subject_of(joined.certificate).site, admission.cluster_id(joined.authority).hex()
     return {"peer_id": identity.peer_id, "cluster": cluster, "site": site, "member": joined.bootstrap[0]}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from node.api.documents import RevokeReport
-from node.cli.common import PATH, Group, Session, common, configuration, decode, read_configuration
+from node.cli.common import PATH, Group, Session, configuration, decode, options, read_configuration
 from protocol.errors import BadInputError
 
 
@@ -20,7 +19,7 @@ def cluster() -> None:
 
 @cluster.command()
 @click.argument("file", type=PATH)
-@common
+@options
 @click.pass_obj
 def init(session: Session, file: Path) -> None:
     """Make a new cluster's key in FILE.
@@ -30,10 +29,8 @@ def init(session: Session, file: Path) -> None:
     from node.identity.certificates import create_authority
 
     create_authority(file)
-    if session.json:
-        click.echo(json.dumps({"file": str(file)}))
-    else:
-        click.echo(f"made {file}: keep it secret, because with it anyone can add nodes to the cluster")
+    text = f"made {file}: keep it secret, because with it anyone can add nodes to the cluster"
+    session.say({"file": str(file)}, text)
 
 
 @cluster.command()
@@ -42,7 +39,7 @@ def init(session: Session, file: Path) -> None:
 @click.option("--expires", default="24h", show_default=True, help="How long the token can be used.")
 @click.option("--uses", default=0, help="How many nodes it admits.  [default: any number]")
 @click.option("--lifetime", default="none", show_default=True, help="How long its certificates are valid, at least 1d.")
-@common
+@options
 @click.pass_obj
 def token(session: Session, key: Path, site: str, expires: str, uses: int, lifetime: str) -> None:
     """Print a join token: a secret that lets nodes join the cluster until it expires.
@@ -54,18 +51,15 @@ def token(session: Session, key: Path, site: str, expires: str, uses: int, lifet
     from protocol.admission import date
 
     made = invite(key, site=site, expires=expires, uses=uses, lifetime=lifetime)
-    if session.json:
-        click.echo(json.dumps(made))
-    else:
-        click.echo(made["token"])
-        click.echo(f"for site {site}, until {date(int(made['expires']))}: p2pctl join TOKEN ADDRESS", err=True)
+    note = f"for site {site}, until {date(int(made['expires']))}: p2pctl join TOKEN ADDRESS"
+    session.say(made, str(made["token"]), note=note)
 
 
 @cluster.command()
 @click.argument("subject", metavar="WHAT")
 @click.option("--key", type=PATH, help="The cluster's key file. Without it, WHAT is the output of --print.")
 @click.option("--print", "only_print", is_flag=True, help="Only print the revocation, for use on another member.")
-@common
+@options
 @click.pass_obj
 def revoke(session: Session, subject: str, key: Path | None, only_print: bool) -> None:
     """Shut WHAT out permanently: a peer id, or a join token (itself, or its token:... name).
@@ -78,21 +72,19 @@ def revoke(session: Session, subject: str, key: Path | None, only_print: bool) -
         raise BadInputError("--print needs --key, to sign the revocation")
     text = subject if key is None else revocation(key, subject)
     if only_print:
-        click.echo(json.dumps({"revocation": text}) if session.json else text)
+        session.say({"revocation": text}, text)
         return
     data = session.client.post("/revoke", body=text.encode("utf-8"))
     report = decode(data, RevokeReport)
-    if session.json:
-        click.echo(data.rstrip())
-    else:
-        click.echo(f"{'revoked' if report.new else 'was revoked already:'} {report.subject} ({report.total} in total)")
+    verb = "revoked" if report.new else "was revoked already:"
+    session.say(data, f"{verb} {report.subject} ({report.total} in total)")
 
 
 @click.command()
 @click.argument("token")
 @click.argument("address")
 @configuration
-@common
+@options
 @click.pass_obj
 def join(session: Session, token: str, address: str, path: Path | None) -> None:
     """Make this node a member of the cluster that TOKEN is for ("-": read it from standard input).
@@ -104,11 +96,8 @@ def join(session: Session, token: str, address: str, path: Path | None) -> None:
 
     text = (sys.stdin.readline() if token == "-" else token).strip()
     joined = join_cluster(read_configuration(path), text, address)
-    if session.json:
-        click.echo(json.dumps(joined))
-    else:
-        click.echo(f"joined the cluster {joined['cluster'][:16]} as {joined['peer_id']}, site {joined['site']}")
-        click.echo("restart p2pd, if it runs", err=True)
+    line = f"joined the cluster {joined['cluster'][:16]} as {joined['peer_id']}, site {joined['site']}"
+    session.say(joined, line, note="restart p2pd, if it runs")
 
 
 CLUSTER_COMMANDS = (cluster, join)

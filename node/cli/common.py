@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,8 +13,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from node.api.documents import PullResult
-from node.api.image_documents import WorkResult
+from node.api.documents import PullResult, WorkResult
 from node.cli.client import ControlClient, DaemonUnreachableError
 from node.config.schema import Config, load
 from node.oci.references import ImageName
@@ -42,19 +42,31 @@ class Session:
     def client(self) -> ControlClient:
         return ControlClient(self.socket)
 
+    def get(self, path: str, kind: type[_Document]) -> _Document:
+        return decode(self.client.get(path), kind)
+
     def show(self, data: bytes, kind: type[msgspec.Struct]) -> None:
         """Print the daemon's answer: unchanged with --json, else as a table."""
-        document = decode(data, kind)
-        if self.json:
-            click.echo(data.rstrip())
-        else:
-            self.print(document)
+        self.print(decode(data, kind), data)
 
-    def print(self, document: msgspec.Struct) -> None:
-        import node.cli.render_images  # noqa: F401 - registers its tables with `show`
+    def print(self, document: msgspec.Struct, data: bytes = b"") -> None:
+        """`data` is the document's JSON, if it exists already."""
+        if self.json:
+            click.echo((data or msgspec.json.encode(document)).rstrip())
+            return
         from node.cli.render import console, show
 
         show(document, console())
+
+    def say(self, document: bytes | dict[str, Any], *lines: str, note: str = "") -> None:
+        """Print the document with --json, else the lines, and `note` on standard error."""
+        if self.json:
+            click.echo(document.rstrip() if isinstance(document, bytes) else json.dumps(document))
+            return
+        for line in lines:
+            click.echo(line)
+        if note:
+            click.echo(note, err=True)
 
     def follow(
         self, lines: Generator[bytes, None, None], kind: Any, *, work: str, failed: str, title: str = ""
@@ -131,7 +143,7 @@ def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         ctx.obj = replace(ctx.obj, **{param.name: value})
 
 
-def common(command: Command) -> Command:
+def options(command: Command) -> Command:
     """Accept --json and --socket after the command's name too."""
     command = click.option("--json", is_flag=True, expose_value=False, callback=_set, help="Print JSON.")(command)
     return click.option("--socket", type=PATH, expose_value=False, callback=_set, hidden=True)(command)

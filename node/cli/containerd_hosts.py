@@ -18,7 +18,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -47,14 +47,6 @@ _BLOCK = re.compile(
     re.MULTILINE,
 )
 _MARK = re.compile(rf"^(?:{re.escape(_BEGIN)}|{re.escape(_END)})", re.MULTILINE)
-
-
-@dataclass(frozen=True, slots=True)
-class Registry:
-    """`server` is the URL that containerd falls back to; it is used if the file has none."""
-
-    name: str
-    server: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +91,16 @@ def check_mirror(url: str) -> str:
     return url.rstrip("/")
 
 
-# Plans
+def plan_install(certs_dir: Path, mirror: str, servers: Mapping[str, str]) -> list[Change]:
+    """Changes after which each registry is pulled through `mirror`. Writes nothing. Raises BadInputError.
 
-
-def plan_install(certs_dir: Path, mirror: str, registries: Sequence[Registry]) -> list[Change]:
-    """Changes after which each registry is pulled through `mirror`. Writes nothing. Raises BadInputError."""
+    `servers`: the URL by a registry's name that containerd falls back to; it is used if the file has none.
+    """
     changes: dict[Path, Change] = {}
-    for registry in registries:
-        change = _plan_registry(certs_dir, check_mirror(mirror), registry)
+    for name, server in servers.items():
+        change = _plan_registry(certs_dir, check_mirror(mirror), name, server)
         if change.path in changes:
-            raise BadInputError(
-                f"{registry.name} shares {change.path} with another registry: give each a file of its own"
-            )
+            raise BadInputError(f"{name} shares {change.path} with another registry: give each a file of its own")
         changes[change.path] = change
     return list(changes.values())
 
@@ -125,20 +115,20 @@ def plan_uninstall(certs_dir: Path) -> list[Change]:
     return changes
 
 
-def _plan_registry(certs_dir: Path, mirror: str, registry: Registry) -> Change:
-    folder = _folder(certs_dir, check_upstream(registry.name))
+def _plan_registry(certs_dir: Path, mirror: str, name: str, server: str) -> Change:
+    folder = _folder(certs_dir, check_upstream(name))
     path = (folder / "hosts.toml").resolve()
     before = _read(path)
     if before is None:
         made = _MADE_FILE if folder.is_dir() else _MADE_FOLDER
-        after = _block(mirror, registry.server, made, "\n")
+        after = _block(mirror, server, made, "\n")
         return Change(path, None, after, _masked(certs_dir, folder), made_folder=made == _MADE_FOLDER)
     rest, made = _without_block(before, path)
     hosts = _parse(rest, path).get("host")
     if isinstance(hosts, dict) and mirror in hosts:
         place = "first" if next(iter(hosts)) == mirror else "not first: containerd asks the hosts before it first"
         return Change(path, before, before, (f"it already has [host.{json.dumps(mirror)}], {place}; left as it is",))
-    return Change(path, before, _with_block(rest, path, mirror=mirror, server=registry.server, made=made))
+    return Change(path, before, _with_block(rest, path, mirror=mirror, server=server, made=made))
 
 
 def _plan_removal(path: Path, before: str) -> Change:
@@ -171,9 +161,6 @@ def points_at(certs_dir: Path, mirror: str, name: str) -> bool:
     path = (folder if folder.is_dir() else certs_dir / "_default") / "hosts.toml"
     text = _read(path)
     return text is not None and mirror in _table(_parse(text, path), "host")
-
-
-# Text
 
 
 def _block(mirror: str, server: str, made: str, newline: str) -> str:
@@ -271,9 +258,6 @@ def _read(path: Path) -> str | None:
         raise BadInputError(f"{path}, line {line}: not UTF-8, nothing was changed") from error
 
 
-# Writing
-
-
 def apply(change: Change) -> None:
     """Make one planned change atomically. The first one keeps a backup of the operator's file. Raises BadInputError.
 
@@ -310,9 +294,6 @@ def _replace(path: Path, text: str, mode: int) -> None:
     secret_files.replace(path, text.encode("utf-8"), mode)
     if owner:
         os.chown(path, owner.st_uid, owner.st_gid)
-
-
-# containerd's own configuration
 
 
 def config_path_advice(certs_dir: Path, config: Path = DEFAULT_CONFIG) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from node.api.image_documents import GcReport, PinsReport, PrefetchOrder, PrefetchReport, WorkEvent
-from node.cli.common import PATH, Command, ImageParam, Session, common
+from node.api.documents import GcReport, PinsReport, PrefetchOrder, PrefetchReport, WorkEvent
+from node.cli.common import PATH, Command, ImageParam, Session, options
 from node.config.quantities import Duration, Size
 from node.oci.platforms import parse_platforms
 from protocol.errors import BadInputError
@@ -37,15 +37,12 @@ def _query(platforms: Sequence[str], all_platforms: bool = False) -> dict[str, s
     return {"platforms": text} if text else {}
 
 
-# Archives
-
-
 @click.command()
 @click.argument("image", type=ImageParam())
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @_platforms("all platforms of the image")
 @click.option("--force", is_flag=True, help="Replace FILE.")
-@common
+@options
 @click.pass_obj
 def export(session: Session, image: str, file: Path, platforms: tuple[str, ...], force: bool) -> None:
     """Write IMAGE to FILE, an OCI layout in a tar file. Missing blocks are read from the site and the registry."""
@@ -76,7 +73,7 @@ def _replacing(file: Path) -> Iterator[int]:
 @click.argument("file", type=PATH)
 @click.option("--name", type=ImageParam(), help="The name of the image, instead of the one in FILE.")
 @click.option("--pin", "pinned", is_flag=True, help="Pin the imported images.")
-@common
+@options
 @click.pass_obj
 def import_(session: Session, file: Path, name: str | None, pinned: bool) -> None:
     """Import the images of FILE, an OCI layout in a tar file, into this node, and so into the site.
@@ -88,14 +85,11 @@ def import_(session: Session, file: Path, name: str | None, pinned: bool) -> Non
         _work(session, "/import", str(file), descriptor=archive.fileno(), **query)
 
 
-# Pins
-
-
 @click.command()
 @click.argument("image", type=ImageParam())
 @_platforms("this machine's")
 @_everything
-@common
+@options
 @click.pass_obj
 def pin(session: Session, image: str, platforms: tuple[str, ...], all_platforms: bool) -> None:
     """Keep all of IMAGE on this node's disk until it is unpinned. Missing blocks are read now."""
@@ -105,7 +99,7 @@ def pin(session: Session, image: str, platforms: tuple[str, ...], all_platforms:
 
 @click.command()
 @click.argument("image", type=ImageParam())
-@common
+@options
 @click.pass_obj
 def unpin(session: Session, image: str) -> None:
     """Let the cache remove IMAGE again when it needs the space."""
@@ -113,14 +107,11 @@ def unpin(session: Session, image: str) -> None:
 
 
 @click.command()
-@common
+@options
 @click.pass_obj
 def pins(session: Session) -> None:
     """The pinned images, and how much of the disk's budget they take."""
     session.show(session.client.get("/pins"), PinsReport)
-
-
-# Prefetch
 
 
 @click.command()
@@ -131,7 +122,7 @@ def pins(session: Session) -> None:
 @click.option("--window", help="For example 22:00-06:00, by the node's clock: only during these hours.")
 @click.option("--status", "only_status", is_flag=True, help="Show the orders and their progress.")
 @click.option("--cancel", is_flag=True, help="Cancel every order that is not done.")
-@common
+@options
 @click.pass_obj
 def prefetch(
     session: Session,
@@ -179,14 +170,11 @@ def _images(names: Sequence[str]) -> Iterator[str]:
         yield from filter(None, lines)
 
 
-# gc
-
-
 @click.command()
 @click.option("--older-than", metavar="DURATION", help="For example 7d: blocks unused for this time.")
 @click.option("--to", "to", metavar="SIZE", help="For example 5GiB: the least useful blocks, until this much is left.")
 @click.option("--dry-run", is_flag=True, help="Only show how much would be removed.")
-@common
+@options
 @click.pass_obj
 def gc(session: Session, older_than: str | None, to: str | None, dry_run: bool) -> None:
     """Remove unpinned blocks from this node's disk: those unused for some time, or those beyond a total size."""

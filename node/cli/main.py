@@ -11,44 +11,27 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from node.api import documents
+from node.cli import common, containerd_hosts
 from node.cli.client import DaemonUnreachableError
 from node.cli.cluster import CLUSTER_COMMANDS
-from node.cli.common import (
-    DEFAULTS,
-    FAILED,
-    NEEDS_RESTART,
-    PATH,
-    UNREACHABLE,
-    Group,
-    ImageParam,
-    Session,
-    common,
-    configuration,
-    decode,
-    read_configuration,
-)
+from node.cli.common import PATH, ImageParam, Session, options
 from node.cli.images import IMAGE_COMMANDS
-from node.config.schema import DEFAULT_UPSTREAMS
 from node.runtime.version import version
 from protocol.errors import BadInputError, ShoalError
 
-if TYPE_CHECKING:
-    from node.cli.containerd_hosts import Change, Registry
 
-
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=common.Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--socket",
     type=PATH,
     envvar="P2PD_SOCKET",
     show_envvar=True,
-    default=Path(DEFAULTS.control.socket),
+    default=Path(common.DEFAULTS.control.socket),
     show_default=True,
     help="The daemon's control socket.",
 )
@@ -67,7 +50,7 @@ def _document(name: str, kind: type[msgspec.Struct], text: str) -> None:
     """Add a command that shows the document of the same name."""
 
     @main.command(name, help=text)
-    @common
+    @options
     @click.pass_obj
     def show(session: Session) -> None:
         session.show(session.client.get(f"/{name}"), kind)
@@ -81,7 +64,7 @@ _document("cache", documents.CacheReport, "The cache's tiers, and the blocks of 
 
 @main.command()
 @click.argument("pattern", default="*")
-@common
+@options
 @click.pass_obj
 def tags(session: Session, pattern: str) -> None:
     """The digest of each tag as known here, its age, its source, and the policy that applies.
@@ -92,13 +75,10 @@ def tags(session: Session, pattern: str) -> None:
     session.show(session.client.get("/tags", match=match), documents.TagsReport)
 
 
-# Pull
-
-
 @main.command()
 @click.argument("image", type=ImageParam())
 @click.option("--all-platforms", is_flag=True, help="Every platform of the image, not only this machine's.")
-@common
+@options
 @click.pass_obj
 def pull(session: Session, image: str, all_platforms: bool) -> None:
     """Read IMAGE into this node's cache, and so into the site's."""
@@ -106,35 +86,25 @@ def pull(session: Session, image: str, all_platforms: bool) -> None:
     session.follow(lines, documents.PullEvent, work="the pull", failed=f"{image} was not pulled", title=image)
 
 
-# Why
-
-
 @main.command()
 @click.argument("image", type=ImageParam())
-@click.option(
-    "--blocks",
-    is_flag=True,
-    help="One line for each block, not for each run of blocks from one source.",
-)
-@common
+@click.option("--blocks", is_flag=True, help="One line for each block, not for each run of blocks from one source.")
+@options
 @click.pass_obj
 def why(session: Session, image: str, blocks: bool) -> None:
     """The source of each block of IMAGE, the time that it took, and the retries."""
     data = session.client.get("/why", image=image)
-    report = decode(data, documents.WhyReport)
+    report = common.decode(data, documents.WhyReport)
     if session.json:
         click.echo(data.rstrip())
         return
     from node.cli.render import console, show_why
 
-    rows = decode(session.client.get("/peers"), documents.PeersReport).peers
+    rows = session.get("/peers", documents.PeersReport).peers
     show_why(console(), report, {row.peer_id: row.name for row in rows}, every_block=blocks)
 
 
-# containerd
-
-
-@main.group(cls=Group)
+@main.group(cls=common.Group)
 def containerd() -> None:
     """Configure containerd to pull through this node's mirror."""
 
@@ -149,33 +119,29 @@ _certs_dir = click.option(
 @click.option("--mirror", help="The mirror's address.  [default: the daemon's, else http://127.0.0.1:5050]")
 @click.option("--upstream", "upstreams", multiple=True, help="A registry; repeatable.  [default: the daemon's]")
 @click.option("--dry-run", is_flag=True, help="Print the changes as a diff, without making them.")
-@common
+@options
 @click.pass_obj
 def install(session: Session, certs_dir: Path, mirror: str | None, upstreams: tuple[str, ...], dry_run: bool) -> None:
     """Add the mirror to each registry's hosts.toml, before the hosts that are already in it."""
-    from node.cli.containerd_hosts import plan_install
-
     running = _running(session)
     address = mirror or _mirror_url(running.mirror if running else "")
-    changes = plan_install(certs_dir, address, _registries(running, upstreams))
+    changes = containerd_hosts.plan_install(certs_dir, address, _registries(running, upstreams))
     _change(session, changes, certs_dir, dry_run=dry_run)
 
 
 @containerd.command()
 @_certs_dir
 @click.option("--dry-run", is_flag=True, help="Print the changes as a diff, without making them.")
-@common
+@options
 @click.pass_obj
 def uninstall(session: Session, certs_dir: Path, dry_run: bool) -> None:
     """Remove from every hosts.toml exactly the lines that `install` added."""
-    from node.cli.containerd_hosts import plan_uninstall
-
-    _change(session, plan_uninstall(certs_dir), certs_dir, dry_run=dry_run)
+    _change(session, containerd_hosts.plan_uninstall(certs_dir), certs_dir, dry_run=dry_run)
 
 
 def _running(session: Session) -> documents.Status | None:
     try:
-        return decode(session.client.get("/status"), documents.Status)
+        return session.get("/status", documents.Status)
     except DaemonUnreachableError:
         click.echo(f"p2pd does not answer on {session.socket}: its default configuration is assumed", err=True)
         return None
@@ -183,27 +149,24 @@ def _running(session: Session) -> documents.Status | None:
 
 def _mirror_url(listen: str) -> str:
     """The URL at which a client on this machine reaches the mirror that listens on `listen`."""
-    host, _, port = (listen or DEFAULTS.mirror.listen).rpartition(":")
+    host, _, port = (listen or common.DEFAULTS.mirror.listen).rpartition(":")
     anywhere = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
     return f"http://{anywhere.get(host, host)}:{port}"
 
 
-def _registries(running: documents.Status | None, wanted: Sequence[str]) -> list[Registry]:
-    from node.cli.containerd_hosts import Registry, default_server
-
-    urls = {part.name: part.urls[-1] for part in DEFAULT_UPSTREAMS}
+def _registries(running: documents.Status | None, wanted: Sequence[str]) -> dict[str, str]:
+    """The registries to configure, each with the URL that containerd falls back to."""
+    urls = {part.name: part.urls[-1] for part in common.DEFAULTS.upstream}
     if running:
         urls = {row.name: row.url for row in running.upstreams}
-    return [Registry(name, urls.get(name) or default_server(name)) for name in dict.fromkeys(wanted or urls)]
+    return {name: urls.get(name) or containerd_hosts.default_server(name) for name in wanted or urls}
 
 
-def _change(session: Session, changes: Sequence[Change], certs_dir: Path, *, dry_run: bool) -> None:
-    from node.cli.containerd_hosts import apply, config_path_advice
-
-    advice = config_path_advice(certs_dir)
+def _change(session: Session, changes: Sequence[containerd_hosts.Change], certs_dir: Path, *, dry_run: bool) -> None:
+    advice = containerd_hosts.config_path_advice(certs_dir)
     for change in changes:
         if not dry_run:
-            apply(change)
+            containerd_hosts.apply(change)
     if session.json:
         rows = [
             {"path": str(change.path), "changed": change.is_needed, "diff": change.diff(), "notes": change.notes}
@@ -218,7 +181,7 @@ def _change(session: Session, changes: Sequence[Change], certs_dir: Path, *, dry
     click.echo(f"note: {advice}", err=True)
 
 
-def _print_change(change: Change, *, dry_run: bool) -> None:
+def _print_change(change: containerd_hosts.Change, *, dry_run: bool) -> None:
     if dry_run:
         click.echo(change.diff(), nl=False)
     elif change.is_needed:
@@ -229,11 +192,8 @@ def _print_change(change: Change, *, dry_run: bool) -> None:
         click.echo(f"note: {change.path}: {note}", err=True)
 
 
-# The rest
-
-
 @main.command()
-@common
+@options
 @click.pass_obj
 def reload(session: Session) -> None:
     """Have p2pd read its configuration again. Pulls continue.
@@ -241,47 +201,33 @@ def reload(session: Session) -> None:
     The whole file is applied, or nothing (exit status 1). Changes that need a restart are listed (exit status 4).
     """
     data = session.client.post("/reload")
-    report = decode(data, documents.ReloadReport)
-    if session.json:
-        click.echo(data.rstrip())
-    else:
-        for line in report.changed or ("nothing",):
-            click.echo(f"changed {line}")
-        for line in report.needs_restart:
-            click.echo(f"needs a restart: {line}")
+    report = common.decode(data, documents.ReloadReport)
+    changed = (f"changed {line}" for line in report.changed or ("nothing",))
+    session.say(data, *changed, *(f"needs a restart: {line}" for line in report.needs_restart))
     if report.needs_restart:
-        sys.exit(NEEDS_RESTART)
+        sys.exit(common.NEEDS_RESTART)
 
 
 @main.command()
 @_certs_dir
-@configuration
-@common
+@common.configuration
+@options
 @click.pass_obj
 def doctor(session: Session, certs_dir: Path, path: Path | None) -> None:
     """Check this node for faults, and give the remedy of each."""
     try:
-        running = decode(session.client.get("/status"), documents.Status)
-        inside = decode(session.client.get("/doctor"), documents.DoctorReport).checks
+        running = session.get("/status", documents.Status)
+        inside = session.get("/doctor", documents.DoctorReport).checks
     except DaemonUnreachableError as error:
         checks = [documents.Check(name="daemon", level="fail", text=str(error), hint="journalctl -u p2pd -n 50")]
         checks += [*_outside(certs_dir, None), _certificate(path)]
-        _show_checks(session, checks)
-        sys.exit(UNREACHABLE)
+        session.print(documents.DoctorReport(checks=tuple(checks)))
+        sys.exit(common.UNREACHABLE)
     socket = documents.Check(name="daemon", level="ok", text=f"p2pd {running.version} answers on {session.socket}")
     checks = [socket, *_outside(certs_dir, running), *inside]
-    _show_checks(session, checks)
+    session.print(documents.DoctorReport(checks=tuple(checks)))
     if any(check.level == "fail" for check in checks):
-        sys.exit(FAILED)
-
-
-def _show_checks(session: Session, checks: Sequence[documents.Check]) -> None:
-    if session.json:
-        click.echo(msgspec.json.encode(documents.DoctorReport(checks=tuple(checks))))
-        return
-    from node.cli.render import console, show_checks
-
-    show_checks(console(), checks)
+        sys.exit(common.FAILED)
 
 
 def _outside(certs_dir: Path, running: documents.Status | None) -> list[documents.Check]:
@@ -294,14 +240,13 @@ def _outside(certs_dir: Path, running: documents.Status | None) -> list[document
 
 
 def _containerd(certs_dir: Path, mirror: str, running: documents.Status | None) -> documents.Check:
-    from node.cli.containerd_hosts import points_at
     from node.control.doctor import check_hosts
 
     if not certs_dir.parent.is_dir():
         return documents.Check(name="containerd", level="ok", text=f"not set up here (no {certs_dir.parent})")
-    names = [registry.name for registry in _registries(running, ())]
+    names = _registries(running, ())
     try:
-        through = [name for name in names if points_at(certs_dir, mirror, name)]
+        through = [name for name in names if containerd_hosts.points_at(certs_dir, mirror, name)]
     except BadInputError as error:
         return check_hosts((), (), str(error))
     return check_hosts([name for name in names if name not in through], through)
@@ -312,21 +257,19 @@ def _certificate(path: Path | None) -> documents.Check:
     from node.control.doctor import certificate_in_files, check_certificate
 
     try:
-        return check_certificate(certificate_in_files(read_configuration(path)), time.time())
+        return check_certificate(certificate_in_files(common.read_configuration(path)), time.time())
     except BadInputError as error:
         return documents.Check(name="configuration", level="fail", text=str(error), hint="p2pd does not start with it")
 
 
 @main.command(name="version")
-@common
+@options
 @click.pass_obj
 def show_version(session: Session) -> None:
     """The versions of p2pctl and of the running daemon."""
     try:
-        daemon = decode(session.client.get("/status"), documents.Status).version
+        daemon = session.get("/status", documents.Status).version
     except ShoalError:
         daemon = None
-    if session.json:
-        click.echo(json.dumps({"p2pctl": version(), "p2pd": daemon}))
-    else:
-        click.echo(f"p2pctl {version()}\np2pd   {daemon or 'not reached'}")
+    lines = f"p2pctl {version()}", f"p2pd   {daemon or 'not reached'}"
+    session.say({"p2pctl": version(), "p2pd": daemon}, *lines)

@@ -17,18 +17,10 @@ from typing import Literal
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
 
 from node.api import documents
-from node.api.image_documents import WorkProgress
 
 PIPED_WIDTH = 200
 """Columns of output that is not a terminal: table rows stay on one line, for grep."""
@@ -73,7 +65,7 @@ def milliseconds(value: float | None) -> str:
 
 
 @contextmanager
-def transfer_bar(title: str) -> Iterator[Callable[[documents.PullProgress | WorkProgress], None]]:
+def transfer_bar(title: str) -> Iterator[Callable[[documents.PullProgress | documents.WorkProgress], None]]:
     """A bar on standard error, and only on a terminal. Without a title it shows the phase of each event."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     err = Console(stderr=True)
@@ -83,15 +75,18 @@ def transfer_bar(title: str) -> Iterator[Callable[[documents.PullProgress | Work
     with progress:
         task = progress.add_task(escape(title), total=None)
 
-        def update(event: documents.PullProgress | WorkProgress) -> None:
+        def update(event: documents.PullProgress | documents.WorkProgress) -> None:
             text = escape(title or event.phase)
             progress.update(task, completed=event.bytes_done, total=event.bytes_total or None, description=text)
 
         yield update
 
 
-def show_table(out: Console, rows: Sequence[Mapping[str, object]], *, header: bool = True) -> None:
-    """A row maps column names to cells, and the first row gives the columns; numbers stand under a name with `>`."""
+def show_table(out: Console, rows: Sequence[Mapping[str, object]], *, header: bool = True, empty: str = "") -> None:
+    """A row maps column names to cells; numbers stand under a name with `>`. `empty` is printed where no rows are."""
+    if empty and not rows:
+        out.print(empty)
+        return
     table = Table(show_header=header, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name in rows[0] if rows else ():
         justify: Literal["left", "right"] = "right" if name.startswith(">") else "left"
@@ -103,7 +98,7 @@ def show_table(out: Console, rows: Sequence[Mapping[str, object]], *, header: bo
 
 @singledispatch
 def show(document: msgspec.Struct, out: Console) -> None:
-    """Print a document. The types are registered below and in render_images.py."""
+    """Print a document. The types are registered below."""
     raise TypeError(f"no table for {type(document).__name__}")
 
 
@@ -197,9 +192,6 @@ def _wear(wear: documents.Wear) -> str:
 
 @show.register
 def _peers(report: documents.PeersReport, out: Console) -> None:
-    if not report.peers:
-        out.print("no other member is known")
-        return
     rows = [
         {
             "name": peer.name,
@@ -216,7 +208,7 @@ def _peers(report: documents.PeersReport, out: Console) -> None:
         }
         for peer in report.peers
     ]
-    show_table(out, rows)
+    show_table(out, rows, empty="no other member is known")
     if any(peer.evidence for peer in report.peers):
         out.print()
         show_table(out, [_evidence(peer, evidence) for peer in report.peers for evidence in peer.evidence])
@@ -239,9 +231,6 @@ def short_peer(peer_id: str) -> str:
 
 @show.register
 def _images(report: documents.ImagesReport, out: Console) -> None:
-    if not report.images:
-        out.print("no image was asked for yet")
-        return
     rows = [
         {
             "image": image.image,
@@ -254,14 +243,11 @@ def _images(report: documents.ImagesReport, out: Console) -> None:
         }
         for image in report.images
     ]
-    show_table(out, rows)
+    show_table(out, rows, empty="no image was asked for yet")
 
 
 @show.register
 def _tags(report: documents.TagsReport, out: Console) -> None:
-    if not report.tags:
-        out.print("no such tag was asked for yet")
-        return
     rows = [
         {
             "tag": row.tag,
@@ -275,7 +261,7 @@ def _tags(report: documents.TagsReport, out: Console) -> None:
         }
         for row in report.tags
     ]
-    show_table(out, rows)
+    show_table(out, rows, empty="no such tag was asked for yet")
 
 
 @show.register
@@ -307,7 +293,55 @@ def _pulled(result: documents.PullResult, out: Console) -> None:
     show_sources(out, result.by_source)
 
 
-# Why
+@show.register
+def _worked(result: documents.WorkResult, out: Console) -> None:
+    for image in result.images:
+        out.print(plain(image))
+    out.print(f"{result.objects} objects, {size(result.bytes_total)} in {duration(result.seconds)}")
+
+
+@show.register
+def _pins(report: documents.PinsReport, out: Console) -> None:
+    if report.pins:
+        rows = [
+            {
+                "image": pin.image,
+                "digest": pin.digest[:SHORT_DIGEST],
+                ">size": size(pin.size),
+                ">on disk": size(pin.bytes_held),
+                ">for": duration(max(0.0, time.time() - pin.since)),
+            }
+            for pin in report.pins
+        ]
+        show_table(out, rows)
+        out.print()
+    out.print(f"{size(report.bytes)} pinned of {size(report.most_bytes)} allowed")
+
+
+@show.register
+def _prefetched(report: documents.PrefetchReport, out: Console) -> None:
+    rows = [
+        {
+            "image": row.image,
+            "state": row.state,
+            ">done": size(row.bytes_done),
+            ">of": size(row.bytes_total) if row.bytes_total else "-",
+            ">rate": f"{size(row.rate)}/s" if row.rate else "-",
+            "hours": row.window or "-",
+            "error": row.error,
+        }
+        for row in report.rows
+    ]
+    show_table(out, rows, empty="nothing was ordered since p2pd started")
+    if report.rows and report.waits_for:
+        out.print(f"\nwaits for {plain(report.waits_for)}")
+
+
+@show.register
+def _gc(report: documents.GcReport, out: Console) -> None:
+    verb = "would be removed" if report.dry_run else "removed"
+    out.print(f"{size(report.bytes)} in {report.pieces} pieces {verb}")
+    out.print(f"{size(report.held_bytes)} left, of which {size(report.pinned_bytes)} pinned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,13 +409,12 @@ def totals_line(report: documents.WhyReport) -> str:
     return f"all {count} blocks, {size(whole)}: {', '.join(parts) or 'none'}"
 
 
-# Doctor
-
 _MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 
 
-def show_checks(out: Console, checks: Iterable[documents.Check]) -> None:
-    for check in checks:
+@show.register
+def _checks(report: documents.DoctorReport, out: Console) -> None:
+    for check in report.checks:
         mark, colour = _MARKS[check.level]
         out.print(mark, style=colour, end=" ")
         out.print(plain(f"{check.name}: {check.text}"), soft_wrap=True)

@@ -7,16 +7,18 @@ raises BadInputError without the key; `read` adds the key. msgspec encodes a qua
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from ipaddress import ip_address
 from typing import Self
 
-from node.runtime.time_windows import TimeWindow
 from protocol.errors import BadInputError
 
 _MEASURE = re.compile(r"(\d{1,15}(?:\.\d+)?)(\s*[A-Za-z]*)", re.ASCII)
 _BYTES = {"": 1} | {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _BYTES |= {unit: 1024**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DAY_S = 24 * 3600
+_HOURS = re.compile(r"(\d{1,2}):([0-5]\d)\s*-\s*(\d{1,2}):([0-5]\d)", re.ASCII)
 _PORT = re.compile(r"\d{1,5}", re.ASCII)
 
 
@@ -73,12 +75,25 @@ class OptionalDuration(Duration):
 
 
 class Window(Quantity):
-    """`22:00-06:00` of the local day; up to 24:00."""
-
-    hours: TimeWindow
+    """`22:00-06:00`: hours of the local day, at most `00:00-24:00`; over midnight where the end is before the start."""
 
     def __init__(self, text: str) -> None:
-        self.hours = TimeWindow.parse(text)
+        match = _HOURS.fullmatch(text.strip())
+        start, stop = (int(match[i]) * 3600 + int(match[i + 1]) * 60 for i in (1, 3)) if match else (0, 0)
+        if start == stop or start >= _DAY_S or stop > _DAY_S:
+            raise BadInputError(f'"{text[:40]}": not hours of the day; write for example "22:00-06:00"')
+        self._start, self._length = start, (stop - start) % _DAY_S or _DAY_S
+
+    def opens_in(self, when: datetime) -> int:
+        """Seconds until the window begins; 0 within it."""
+        second = when.hour * 3600 + when.minute * 60 + when.second
+        inside = (second - self._start) % _DAY_S < self._length
+        return 0 if inside else (self._start - second) % _DAY_S
+
+
+def local_time() -> datetime:
+    """The clock that decides hours and days."""
+    return datetime.now().astimezone()
 
 
 class Floor(Quantity):

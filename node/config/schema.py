@@ -9,25 +9,16 @@ import re
 import socket
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
-from node.config.quantities import (
-    Duration,
-    Floor,
-    HostPort,
-    OptionalDuration,
-    OptionalHostPort,
-    OptionalSize,
-    Quantity,
-    Size,
-    Window,
-)
+from node.config import quantities
 from node.config.tag_policy import TagPolicies, TagPolicy
-from node.config.uplink_policy import UplinkPolicy
 from node.oci.references import check_upstream
 from protocol.errors import BadInputError
 
@@ -50,21 +41,21 @@ class NodePart(_Part, frozen=True):
 
 
 class MirrorPart(_Part, frozen=True):
-    listen: HostPort = HostPort("127.0.0.1", 5050)
-    tag_ttl: Duration = Duration("60s")
-    tag_max_age: Duration = Duration("7d")
+    listen: quantities.HostPort = quantities.HostPort("127.0.0.1", 5050)
+    tag_ttl: quantities.Duration = quantities.Duration("60s")
+    tag_max_age: quantities.Duration = quantities.Duration("7d")
 
 
 class TagsPart(_Part, frozen=True):
     match: str
-    ttl: OptionalDuration = OptionalDuration()
-    max_age: OptionalDuration = OptionalDuration()
+    ttl: quantities.OptionalDuration = quantities.OptionalDuration()
+    max_age: quantities.OptionalDuration = quantities.OptionalDuration()
     cache: bool = True
 
 
 class PeersPart(_Part, frozen=True):
     listen: str = "/ip4/0.0.0.0/tcp/4501"
-    bulk: HostPort = HostPort("0.0.0.0", 4502)
+    bulk: quantities.HostPort = quantities.HostPort("0.0.0.0", 4502)
     bootstrap: tuple[str, ...] = ()
     mdns: bool = True
     plain: bool = False
@@ -77,13 +68,13 @@ class UpstreamPart(_Part, frozen=True):
     url: str | tuple[str, ...] = ""
     connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 6
     access: Literal["public", "relay", "node"] = "relay"
-    access_grace: Duration = Duration("1h")
+    access_grace: quantities.Duration = quantities.Duration("1h")
     docker_config: str = ""
     ca: str = ""
-    rate: OptionalSize = OptionalSize()
-    daily: OptionalSize = OptionalSize()
+    rate: quantities.OptionalSize = quantities.OptionalSize()
+    daily: quantities.OptionalSize = quantities.OptionalSize()
     daily_spent: Literal["refuse", "allow"] = "refuse"
-    hours: Annotated[tuple[Window, ...], msgspec.Meta(max_length=16)] = ()
+    hours: Annotated[tuple[quantities.Window, ...], msgspec.Meta(max_length=16)] = ()
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -97,15 +88,15 @@ class ClusterPart(_Part, frozen=True):
 
 
 class CachePart(_Part, frozen=True):
-    memory: Size = Size("64MiB")
-    disk: Size = Size("10GiB")
-    min_free: Floor = Floor("5%")
+    memory: quantities.Size = quantities.Size("64MiB")
+    disk: quantities.Size = quantities.Size("10GiB")
+    min_free: quantities.Floor = quantities.Floor("5%")
     containerd_store: str = ""
 
 
 class ControlPart(_Part, frozen=True):
     socket: str = "/run/p2pd/p2pd.sock"
-    metrics: OptionalHostPort = OptionalHostPort("127.0.0.1:5051")
+    metrics: quantities.OptionalHostPort = quantities.OptionalHostPort("127.0.0.1:5051")
 
 
 DEFAULT_UPSTREAMS = (
@@ -153,7 +144,7 @@ def config_of(document: Mapping[str, Any]) -> Config:
     return config
 
 
-def _quantity(kind: type[Quantity], text: object) -> Quantity:
+def _quantity(kind: type[quantities.Quantity], text: object) -> quantities.Quantity:
     if not isinstance(text, str):
         raise TypeError(f"Expected `str`, got `{type(text).__name__}`")
     try:
@@ -199,6 +190,27 @@ def check(config: Config) -> None:
         raise BadInputError(f'node.log = "{config.node.log}": one of debug, info, warning, error')
 
 
+@dataclass(frozen=True, slots=True)
+class UplinkPolicy:
+    """Limits of the whole site: `rate` in bytes a second, `daily` in bytes a day, 0 for no limit.
+
+    `refuse`: once the day's bytes are used up, foreground bodies are refused too. During `hours` neither limit holds
+    and no bytes are counted; if there are any hours, background reads are made only then.
+    """
+
+    rate: int = 0
+    daily: int = 0
+    hours: tuple[quantities.Window, ...] = ()
+    refuse: bool = True
+
+    @property
+    def limited(self) -> bool:
+        return bool(self.rate or self.daily)
+
+    def free(self, when: datetime) -> bool:
+        return any(not hours.opens_in(when) for hours in self.hours)
+
+
 def uplink_policy(part: UpstreamPart) -> UplinkPolicy:
     """Raises BadInputError naming the key."""
     key = f'upstream "{part.name}"'
@@ -206,8 +218,7 @@ def uplink_policy(part: UpstreamPart) -> UplinkPolicy:
         raise BadInputError(
             f"{key}: rate and daily: must not be 0; leave them empty for no limit, or omit the upstream"
         )
-    hours = tuple(window.hours for window in part.hours)
-    return UplinkPolicy(part.rate.bytes, part.daily.bytes, hours, refuse=part.daily_spent == "refuse")
+    return UplinkPolicy(part.rate.bytes, part.daily.bytes, part.hours, refuse=part.daily_spent == "refuse")
 
 
 def access_grace_s(config: Config) -> dict[str, float]:

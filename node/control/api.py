@@ -17,9 +17,9 @@ from node.config.schema import UpstreamPart
 from node.config.tag_policy import TagPolicy
 from node.content.image_walk import walk
 from node.content.name_table import REGISTRY, KnownTag
-from node.control.cluster_routes import cluster_row
 from node.control.doctor import Facts, certificate_shown, disk_space, examine, probe_upstreams, writable_error
 from node.control.reload import Reloader
+from node.control.routes import cluster_row
 from node.evidence.cases import Case
 from node.images.pull import Pull, by_name
 from node.membership.membership import Row

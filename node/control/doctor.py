@@ -84,7 +84,10 @@ class Facts:
 
 
 def examine(facts: Facts) -> DoctorReport:
-    mirrors, unreachable = facts.mirrors.items(), ", ".join(facts.bulk_unreachable)
+    mirrors, unreached = facts.mirrors.items(), ", ".join(facts.bulk_unreachable)
+    unreached = unreached and f"not reached: {unreached}"
+    quarantined = "; ".join(f"{name}: {reason}" for name, reason in facts.quarantined.items())
+    unwritable = facts.data_dir_error and f"{facts.data_dir}: {facts.data_dir_error}"
     checks = (
         *(_check(f"upstream {name}", probe.error, ok="answers", hint=_DOWN) for name, probe in facts.upstreams.items()),
         *(_check(f"upstream {n}", probe.error, ok="answers", level="warn", hint=_MIRROR) for n, probe in mirrors),
@@ -92,25 +95,9 @@ def examine(facts: Facts) -> DoctorReport:
         check_clock({**facts.upstreams, **facts.mirrors}),
         check_certificate(facts.certificate, facts.now),
         check_peers(facts.alive, facts.bootstrap, mdns=facts.mdns),
-        _check(
-            "quarantine",
-            "; ".join(f"{name}: {reason}" for name, reason in facts.quarantined.items()),
-            ok="no peer",
-            hint="check the disks and memory of these nodes: they sent wrong bytes",
-        ),
-        _check(
-            "bulk port",
-            unreachable and f"not reached: {unreachable}",
-            ok="every live peer is reached",
-            level="warn",
-            hint="open the port of peers.bulk in the firewall of these nodes",
-        ),
-        _check(
-            "data_dir",
-            facts.data_dir_error and f"{facts.data_dir}: {facts.data_dir_error}",
-            ok=f"{facts.data_dir} is writable",
-            hint="nothing is cached until p2pd can write there: check the folder's owner and its mount",
-        ),
+        _check("quarantine", quarantined, ok="no peer", hint=_QUARANTINED),
+        _check("bulk port", unreached, ok="every live peer is reached", level="warn", hint=_UNREACHED),
+        _check("data_dir", unwritable, ok=f"{facts.data_dir} is writable", hint=_UNWRITABLE),
         check_disk(facts.free_bytes, facts.floor.of(facts.total_bytes)),
     )
     return DoctorReport(checks=checks)
@@ -119,6 +106,9 @@ def examine(facts: Facts) -> DoctorReport:
 _DOWN = "blocks held by the site are still served; check the network, the proxy and [[upstream]] url"
 _MIRROR = "the next [[upstream]] url is asked instead; check this one"
 _SPENT = "blocks held by the site are still served; raise daily of the [[upstream]], or wait for tomorrow or its hours"
+_QUARANTINED = "check the disks and memory of these nodes: they sent wrong bytes"
+_UNREACHED = "open the port of peers.bulk in the firewall of these nodes"
+_UNWRITABLE = "nothing is cached until p2pd can write there: check the folder's owner and its mount"
 
 
 def _check(name: str, problem: str, *, ok: str = "", level: Level = "fail", hint: str) -> Check:
@@ -189,12 +179,8 @@ def check_peers(alive: int, bootstrap: int, *, mdns: bool) -> Check:
 def check_disk(free: int, keep: int) -> Check:
     text = f"{free / 2**30:.1f} GiB free, of which {keep / 2**30:.1f} GiB stay free (cache.min_free)"
     problem = "" if free > keep else text
-    return _check(
-        "disk space", problem, ok=text, level="warn", hint="the cache shrinks and takes nothing new: free space"
-    )
-
-
-# From outside
+    hint = "the cache shrinks and takes nothing new: free space"
+    return _check("disk space", problem, ok=text, level="warn", hint=hint)
 
 
 def check_mirror(address: str, status_code: int | None, error: str) -> Check:
@@ -210,9 +196,6 @@ def check_hosts(unconfigured: Sequence[str], configured: Sequence[str], problem:
         problem = f"does not pull {', '.join(unconfigured)} through the mirror"
     ok = f"pulls {', '.join(configured)} through the mirror"
     return _check("containerd", problem, ok=ok, level="warn", hint=hint)
-
-
-# Facts
 
 
 def certificate_in_files(config: Config) -> Shown:

@@ -33,14 +33,18 @@ def control_socket(path: Path) -> Iterator[trio.SocketListener]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             _clear_stale(path)
-            _listen(sock, path)
+            sock.bind(str(path))
+            path.chmod(SOCKET_MODE)  # before `listen`: until then no client can connect
+            sock.listen(_BACKLOG)
         except OSError as error:
             raise BadInputError(f"control.socket: cannot listen on {path}: {error.strerror or error}") from error
         made = path.stat()
         try:
             yield trio.SocketListener(trio.socket.from_stdlib_socket(sock))
         finally:
-            _remove(path, made)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.lstat(), made):  # otherwise another daemon has replaced the file
+                    path.unlink()
 
 
 def _clear_stale(path: Path) -> None:
@@ -66,18 +70,3 @@ def _answers(path: Path) -> bool:
         except BlockingIOError:
             return True  # its backlog is full, so a process listens
         return True
-
-
-def _listen(sock: socket.socket, path: Path) -> None:
-    """Set the mode before `listen`: until then no client can connect."""
-    sock.bind(str(path))
-    path.chmod(SOCKET_MODE)
-    sock.listen(_BACKLOG)
-
-
-def _remove(path: Path, made: os.stat_result) -> None:
-    """Remove the file if it is still ours: another daemon may have replaced it."""
-    with contextlib.suppress(FileNotFoundError):
-        now = path.lstat()
-        if (now.st_dev, now.st_ino) == (made.st_dev, made.st_ino):
-            path.unlink()

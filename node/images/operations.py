@@ -1,4 +1,4 @@
-"""Operations for a site that is cut off: export and import of archives, pins, prefetch, gc. Implements `OfflineApi`."""
+"""Operations for a site that is cut off: export and import of archives, pins, prefetch, gc. Implements `ImageApi`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from cache.disk import DiskStore
-from node.api import image_documents as documents
+from node.api import documents
 from node.blocks.held_objects import bytes_held
 from node.blocks.values import Site
 from node.content.contract import Library

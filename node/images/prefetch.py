@@ -18,9 +18,10 @@ from typing import Literal
 import msgspec
 import trio
 
-from node.api.image_documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
+from node.api.documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
 from node.blocks.fetcher import Fetcher
 from node.blocks.values import BlockAddress, Obtained, Work
+from node.config.quantities import Window
 from node.content.contract import Library
 from node.content.image_walk import locator_of, survey
 from node.content.verification import ObjectVerifier
@@ -30,7 +31,6 @@ from node.oci.platforms import own_platform, parse_platforms
 from node.oci.references import ImageName
 from node.runtime.single_flight import Ticket
 from node.runtime.state_files import save
-from node.runtime.time_windows import TimeWindow
 from protocol.errors import UNDECODABLE, BadInputError, ShoalError, UnavailableError
 from protocol.ids import Piece
 
@@ -160,7 +160,7 @@ class Prefetcher:
     # Reading
 
     async def _fetch(self, item: _Item) -> None:
-        hours = TimeWindow.parse(item.order.window) if item.order.window else None
+        hours = Window(item.order.window) if item.order.window else None
         self._pace = pace = Pace(item.order.rate, hours, self.fetcher.idle)
         await pace.wait(0)
         platforms = () if item.order.all_platforms else parse_platforms(item.order.platforms) or (own_platform(),)
@@ -229,7 +229,7 @@ def _items(order: PrefetchOrder) -> list[_Item]:
     if not order.images:
         raise BadInputError("no image is named")
     if order.window:
-        TimeWindow.parse(order.window)
+        Window(order.window)
     if order.rate < 0:
         raise BadInputError("the rate is below 0")
     parse_platforms(order.platforms)

@@ -7,7 +7,7 @@ from datetime import datetime
 
 import trio
 
-from node.runtime.time_windows import TimeWindow, local_time
+from node.config.quantities import Window, local_time
 
 GIVE_WAY_S = 10.0
 """Longest wait for clients before each block: a client that reads without end does not stop all other work."""
@@ -21,7 +21,7 @@ class Pace:
     def __init__(
         self,
         rate: int,
-        hours: TimeWindow | None,
+        hours: Window | None,
         idle: Callable[[], Awaitable[None]],
         clock: Callable[[], datetime] = local_time,
     ) -> None:

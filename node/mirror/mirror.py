@@ -48,7 +48,6 @@ MAX_CURSOR = 2048
 """Longest query, in characters, of the link to a next page."""
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
-_READING = ("GET", "HEAD")
 
 _T = TypeVar("_T")
 
@@ -105,7 +104,7 @@ class Mirror:
         return _problem(503, "UNAVAILABLE", f"no data within {HEAD_S:.0f} s")
 
     async def _route(self, request: Request) -> Response:
-        if request.method not in _READING:
+        if request.method not in LIMITS.methods:
             raise _read_only(request.path)
         if request.path in ("/v2/", "/v2"):
             return Response(200, {"Content-Type": "application/json", **_VERSION}, b"{}")
@@ -120,8 +119,7 @@ class Mirror:
             if target in self._missing:
                 raise _ProblemError(404, target.unknown, self._missing[target]) from None
             raise
-        if self._missing and target in self._missing:
-            del self._missing[target]
+        self._missing.pop(target, None)
         return answer
 
     async def _answer(self, request: Request, target: _Target) -> Response:
@@ -138,8 +136,6 @@ class Mirror:
             if locator.grant is None:
                 raise
             raise self._access.refused(locator) from error
-
-    # Targets
 
     def _target(self, request: Request) -> _Target:
         match = _PATH.fullmatch(request.path)
@@ -168,8 +164,6 @@ class Mirror:
             names = ", ".join(self._upstreams)
             raise _ProblemError(404, "NAME_UNKNOWN", f"{asked[:255]!r} is not configured here; configured: {names}")
         return configured, repository
-
-    # Objects
 
     async def _object(self, request: Request, locator: Locator, resolved: Resolved) -> Response:
         digest, size = str(resolved.ref.digest), resolved.ref.size
@@ -253,8 +247,6 @@ class Mirror:
                 left -= len(chunk)
                 yield chunk
 
-    # Lists
-
     async def _listed(self, request: Request, locator: Locator, target: _Target) -> Response:
         query = {name: value for name, value in request.query.items() if name != "ns"}
         if sum(map(len, (*query, *query.values()))) > MAX_CURSOR:
@@ -276,7 +268,7 @@ def _read_only(path: str) -> _ProblemError:
     match = _PATH.fullmatch(path)
     if match and match["kind"] == "manifests" and is_digest(match["reference"]):
         _valid("DIGEST_INVALID", Digest.parse, match["reference"])
-    return _ProblemError(405, "UNSUPPORTED", "this mirror is read-only", {"Allow": ", ".join(_READING)})
+    return _ProblemError(405, "UNSUPPORTED", "this mirror is read-only", {"Allow": ", ".join(LIMITS.methods)})
 
 
 async def _begun(status: int, headers: Mapping[str, str], body: AsyncGenerator[Buffer, None]) -> Response:

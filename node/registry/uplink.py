@@ -17,9 +17,9 @@ from typing import Literal
 import msgspec
 import trio
 
-from node.config.uplink_policy import UplinkPolicy
+from node.config.quantities import local_time
+from node.config.schema import UplinkPolicy
 from node.runtime.state_files import load, save
-from node.runtime.time_windows import local_time
 from protocol.errors import UnavailableError
 
 BURST_S = 0.25

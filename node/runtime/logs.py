@@ -15,8 +15,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-_DEBUG_PRIORITY = 7
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
 _PLAIN = re.compile(r"[\w.,:;/@+*#%&?!~()\[\]{}<>|^$-]+", re.ASCII)
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _MAX_VALUE = 4096
@@ -59,7 +58,8 @@ class LogfmtFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = " ".join(f"{key}={logfmt(value)}" for key, value in self._fields(record))
-        return f"<{_priority(record.levelno)}>{line}" if self._journal else line
+        priority = next(priority for least, priority in _PRIORITIES if record.levelno >= least)
+        return f"<{priority}>{line}" if self._journal else line
 
     def _fields(self, record: logging.LogRecord) -> Iterator[tuple[str, object]]:
         if not self._journal:
@@ -70,10 +70,6 @@ class LogfmtFormatter(logging.Formatter):
         yield from ((key, value) for key, value in vars(record).items() if key not in _STANDARD)
         if record.exc_info:
             yield "exception", self.formatException(record.exc_info)
-
-
-def _priority(level: int) -> int:
-    return next((priority for least, priority in _PRIORITIES if level >= least), _DEBUG_PRIORITY)
 
 
 def under_journald(environment: Mapping[str, str], stream: TextIO) -> bool:

@@ -7,6 +7,7 @@ and the work is cancelled when the last one gives up. Results go to the waiting 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import trio
@@ -17,15 +18,13 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
+@dataclass(slots=True, eq=False)
 class _Flight(Generic[V]):
-    __slots__ = ("done", "error", "scope", "value", "waiting")
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.scope = trio.CancelScope()
-        self.waiting = 0
-        self.value: V | None = None
-        self.error: Exception | None = None
+    done: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    waiting: int = 0
+    value: V | None = None
+    error: Exception | None = None
 
 
 class Ticket(Generic[K, V]):

@@ -30,13 +30,13 @@ class Provenance:
     def __init__(self) -> None:
         self._objects: OrderedDict[Digest, dict[int, Read]] = OrderedDict()
         self._blocks = 0
-        self._bytes = dict.fromkeys(Source, 0)
-        self._requests = dict.fromkeys(Source, 0)
+        self.bytes_served = dict.fromkeys(Source, 0)
+        self.requests = dict.fromkeys(Source, 0)
 
     def note(self, digest: Digest, index: int, read: Read, served: int) -> None:
         """`served`: bytes of this block that were sent to a client."""
-        self._bytes[read.source] += served
-        self._requests[read.source] += 1
+        self.bytes_served[read.source] += served
+        self.requests[read.source] += 1
         reads = self._objects.setdefault(digest, {})
         self._objects.move_to_end(digest)
         self._blocks += index not in reads
@@ -49,11 +49,3 @@ class Provenance:
 
     def reads(self, digest: Digest) -> Mapping[int, Read]:
         return self._objects.get(digest, {})
-
-    @property
-    def bytes_served(self) -> Mapping[Source, int]:
-        return self._bytes
-
-    @property
-    def requests(self) -> Mapping[Source, int]:
-        return self._requests

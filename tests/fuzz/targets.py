@@ -25,8 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cache.disk_index import parse_row
 from node.config.schema import load
 from node.content.listings import Listings, page_of_tags, referrers_of_type
-from node.control.image_routes import image_routes
-from node.control.routes import Route, control_handler, control_routes
+from node.control.routes import Route, control_handler, control_routes, image_routes
 from node.identity.certificates import Authority, Credentials, issued_by, new_authority, peer_of
 from node.identity.identity import Identity, from_pem
 from node.membership.peers_file import RememberedPeers

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.runtime.time_windows import TimeWindow
+from node.config.quantities import Window
 from protocol.errors import BadInputError
 
 MIDNIGHT = datetime(2026, 3, 4)
@@ -19,9 +19,9 @@ def test_a_window_begins_and_ends_at_its_times(start: int, stop: int, second: in
     text = "-".join(f"{minute // 60:02d}:{minute % 60:02d}" for minute in (start, stop))
     if start == stop:
         with pytest.raises(BadInputError):
-            TimeWindow.parse(text)
+            Window(text)
         return
-    window, when = TimeWindow.parse(text), MIDNIGHT + timedelta(seconds=second)
+    window, when = Window(text), MIDNIGHT + timedelta(seconds=second)
     wait = timedelta(seconds=window.opens_in(when))
     assert not window.opens_in(when + wait)
     assert not wait or (when + wait).time() == (MIDNIGHT + timedelta(minutes=start)).time()
@@ -32,4 +32,4 @@ def test_a_window_begins_and_ends_at_its_times(start: int, stop: int, second: in
 @pytest.mark.parametrize("text", ["", "22-06", "24:00-06:00", "22:00-06:60", "22:00-24:01", "22:00", "22:00-06:00x"])
 def test_malformed_texts_are_refused(text: str) -> None:
     with pytest.raises(BadInputError, match="22:00-06:00"):
-        TimeWindow.parse(text)
+        Window(text)

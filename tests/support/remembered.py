@@ -9,8 +9,8 @@ from random import Random
 from typing import Any, cast
 
 from cache.store import StoreStatistics
-from node.api.image_documents import PrefetchOrder
-from node.config.uplink_policy import UplinkPolicy
+from node.api.documents import PrefetchOrder
+from node.config.schema import UplinkPolicy
 from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.identity.certificates import own_authority

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from cache.disk import DiskStore
-from node.config.uplink_policy import UplinkPolicy
+from node.config.schema import UplinkPolicy
 from node.content.name_table import NameTable
 from node.mirror.access import PublicTable
 from node.oci.manifests import Resolved

@@ -11,22 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.cli import containerd_hosts
-from node.cli.containerd_hosts import (
-    Registry,
-    apply,
-    config_path_advice,
-    default_server,
-    plan_install,
-    plan_uninstall,
-)
+from node.cli.containerd_hosts import apply, config_path_advice, default_server, plan_install, plan_uninstall
 from protocol.errors import BadInputError
 
 MIRROR = "http://127.0.0.1:5050"
-DOCKER = Registry("docker.io", "https://registry-1.docker.io")
+DOCKER = ("docker.io", "https://registry-1.docker.io")
 
 
-def install(certs: Path, *registries: Registry, mirror: str = MIRROR) -> list[containerd_hosts.Change]:
-    changes = plan_install(certs, mirror, registries or (DOCKER,))
+def install(certs: Path, *registries: tuple[str, str], mirror: str = MIRROR) -> list[containerd_hosts.Change]:
+    changes = plan_install(certs, mirror, dict(registries or (DOCKER,)))
     for change in changes:
         apply(change)
     return changes
@@ -111,7 +104,7 @@ def test_install_adds_only_the_mirror_and_uninstall_is_its_inverse(text: str) ->
         after = tomllib.loads(once.decode())
         assert next(iter(after["host"])) == MIRROR
         assert after["host"].pop(MIRROR) == {"capabilities": ["pull", "resolve"]}
-        assert after["server"] == before.get("server", DOCKER.server)
+        assert after["server"] == before.get("server", DOCKER[1])
         assert {"server": after["server"], "host": {}, **before} == after
 
         install(certs)
@@ -143,7 +136,7 @@ def test_a_file_that_was_made_is_deleted_again(tmp_path: Path, folder_exists: bo
     if folder_exists:
         (tmp_path / "docker.io").mkdir()
     before = tree(tmp_path)
-    install(tmp_path, DOCKER, Registry("ghcr.io", "https://ghcr.io"))
+    install(tmp_path, DOCKER, ("ghcr.io", "https://ghcr.io"))
     assert tomllib.loads((tmp_path / "ghcr.io/hosts.toml").read_text()) == {
         "server": "https://ghcr.io",
         "host": {MIRROR: {"capabilities": ["pull", "resolve"]}},
@@ -193,7 +186,7 @@ def test_a_malformed_file_is_named_with_its_line_and_nothing_changes(tmp_path: P
     given_file(tmp_path, text, "ghcr.io")
     before = tree(tmp_path)
     with pytest.raises(BadInputError) as raised:
-        install(tmp_path, DOCKER, Registry("ghcr.io", "https://ghcr.io"))
+        install(tmp_path, DOCKER, ("ghcr.io", "https://ghcr.io"))
     assert "ghcr.io/hosts.toml" in str(raised.value)
     assert line in str(raised.value)
     assert tree(tmp_path) == before, "not even the registries before it"
@@ -238,7 +231,7 @@ def test_folders_as_containerd_finds_them(tmp_path: Path) -> None:
     (tmp_path / "_default").mkdir()
     (tmp_path / "_default/hosts.toml").write_text("")
     (tmp_path / "r.example_5000_/ca.crt").write_text("")
-    ported, plain = install(tmp_path, Registry("r.example:5000", ""), Registry("q.example:5000", ""))
+    ported, plain = install(tmp_path, ("r.example:5000", ""), ("q.example:5000", ""))
     assert ported.path == tmp_path / "r.example_5000_/hosts.toml"
     assert "ignores ca.crt" in ported.notes[0]
     assert plain.path == tmp_path / "q.example:5000/hosts.toml"
@@ -250,7 +243,7 @@ def test_two_registries_never_share_a_file(tmp_path: Path) -> None:
     given_file(tmp_path, "")
     (tmp_path / "ghcr.io").symlink_to(tmp_path / "docker.io")
     with pytest.raises(BadInputError, match="shares"):
-        install(tmp_path, DOCKER, Registry("ghcr.io", ""))
+        install(tmp_path, DOCKER, ("ghcr.io", ""))
 
 
 @pytest.mark.parametrize("mirror", ["127.0.0.1:5050", "ftp://x", "http://127.0.0.1:5050/path", "http://u:p@h:1"])

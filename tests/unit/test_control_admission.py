@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import trio
 
-from node.control.cluster_routes import cluster_routes
+from node.control.routes import cluster_routes
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.identity.certificates import open_authority
 from node.identity.revocations import Revocations

@@ -12,7 +12,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from node.api.image_documents import (
+from node.api.documents import (
     GcReport,
     PinRow,
     PinsReport,
@@ -25,7 +25,7 @@ from node.api.image_documents import (
 )
 from node.cli.client import ControlClient, DaemonRefusedError
 from node.cli.main import main
-from node.control.image_routes import image_routes
+from node.control.routes import image_routes
 from node.oci.platforms import Platform, own_platform
 from node.oci.references import ImageName
 from protocol.errors import BadInputError, NotFoundError

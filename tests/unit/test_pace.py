@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
+from node.config.quantities import Window
 from node.images.throttle import GIVE_WAY_S, Pace
-from node.runtime.time_windows import TimeWindow
 
 HOUR = 3600
 MIB = 1 << 20
@@ -66,7 +66,7 @@ def test_a_window_is_waited_for_by_the_clock_on_the_wall_which_may_be_set() -> N
         def clock() -> datetime:
             return wall[0] + timedelta(seconds=trio.current_time() - began)
 
-        pace = Pace(0, TimeWindow.parse("22:00-06:00"), idle, clock)
+        pace = Pace(0, Window("22:00-06:00"), idle, clock)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pace.wait, MIB)
             await trio.sleep(HOUR)

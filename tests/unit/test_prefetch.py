@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from cache.store import Held
-from node.api.image_documents import PrefetchOrder
+from node.api.documents import PrefetchOrder
 from node.blocks.values import BlockAddress, Obtained
 from node.images.prefetch import AGAIN_S, DEPTH, Prefetcher
 from node.oci.manifests import Resolved

@@ -12,15 +12,13 @@ import trio
 import trio.testing
 
 from node.config.quantities import OptionalSize, Window
-from node.config.schema import UpstreamPart, uplink_policy
-from node.config.uplink_policy import UplinkPolicy
+from node.config.schema import UplinkPolicy, UpstreamPart, uplink_policy
 from node.registry.uplink import BURST_S, PORTION_S, QUIET_S, SAVE_EVERY_S, MakeWayError, Taken, Uplink, UplinkFile
-from node.runtime.time_windows import TimeWindow
 from protocol.errors import UnavailableError
 
 NOON = datetime.fromisoformat("2026-03-04T12:00")
 RATE = 1 << 20
-NIGHT = TimeWindow.parse("22:00-06:00")
+NIGHT = Window("22:00-06:00")
 
 
 def clock() -> datetime:

@@ -9,8 +9,7 @@ from random import Random
 import pytest
 import trio
 
-from node.config.schema import UpstreamPart
-from node.config.uplink_policy import UplinkPolicy
+from node.config.schema import UplinkPolicy, UpstreamPart
 from node.registry import uplink as uplink_module
 from node.registry.uplink import Uplink
 from node.registry.upstreams import Upstreams
