@@ -30,11 +30,6 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
     signature: bytes
     other: Record | None = None
 
-    @property
-    def key(self) -> bytes:
-        """A record is judged once, regardless of the number of its accusers."""
-        return self.record.signature
-
 
 def _payload(record: Record, source: str, finder: PeerId, other: Record | None) -> bytes:
     pair = [msgspec.structs.astuple(part) for part in (record, other) if part is not None]

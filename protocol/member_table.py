@@ -118,10 +118,6 @@ class MemberTable:
         """The dead and departed members of all sites, and hints that did not answer yet."""
         return {peer: entry for peer, entry in self.entries.items() if not entry.is_live}
 
-    @property
-    def is_full(self) -> bool:
-        return len(self.entries) >= MAX_MEMBERS - 1
-
     def refute(self, update: Update) -> bool:
         """Answer a statement that would override this node's own with a later incarnation."""
         if self.own.state is State.LEFT or not supersedes(update, self.own):

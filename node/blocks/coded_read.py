@@ -13,12 +13,11 @@ from functools import partial
 from itertools import combinations, islice, takewhile
 
 import trio
+from cachetools import TTLCache
 
 from cache.store import Held
-from node.blocks.faults import Faults
 from node.blocks.keeper import Keeper, Kept
-from node.blocks.plan_runner import carry_out
-from node.blocks.questions import Questions
+from node.blocks.questions import Questions, carry_out
 from node.blocks.trust import Suspicion
 from node.blocks.values import SILENCE_S, BlockAddress, Miss, Obtained, Site
 from node.exchange.contract import Answer, Lane
@@ -37,6 +36,26 @@ log = logging.getLogger(__name__)
 
 MAX_UNTANGLED = 64
 """Choices of k shards that are tried to find a wrong one: 4 of 5 has 5, 10 of 12 has 66."""
+REMEMBERED_S = 3600.0
+MAX_EVENTS = 256
+
+
+class Faults:
+    """Finds the member that makes wrong shards. Shards are not signed: the keeper that sent a wrong shard may have made
+    it, or any member that passed it on between the block's home and that keeper.
+
+    One wrong shard does not show which of these members lies. Two do where exactly one member had both in its hands. So
+    a single liar cannot have an honest member quarantined.
+    """
+
+    def __init__(self) -> None:
+        self._events: TTLCache[frozenset[PeerId], None] = TTLCache(MAX_EVENTS, REMEMBERED_S, timer=trio.current_time)
+
+    def wrong(self, makers: frozenset[PeerId]) -> PeerId | None:
+        """Note that one of `makers` made a wrong shard. Returns the liar where that is certain now."""
+        self._events[makers] = None
+        common = (makers & others for others in self._events)
+        return next((liar for few in common if len(few) == 1 for liar in few), None)
 
 
 @dataclass(slots=True)
@@ -78,8 +97,6 @@ class CodedReads:
         if address.background:  # only its home reads it, and that cannot now
             raise attempt.failure or UnavailableError(f"{address.block} cannot be obtained now")
         return Miss(attempt.plan.retries + 1, partial(self._blame, attempt))
-
-    # Requests
 
     async def _attempt(self, address: BlockAddress, route: Route, urgent: bool, warmed: Callable[[], None]) -> _Attempt:
         """Ask keepers until k shards are there, or no keeper is left to ask."""
@@ -162,8 +179,6 @@ class CodedReads:
         attempt.shards.setdefault(shard.index, (peer, body))
         return attempt.plan.got(peer, shard.index, now)
 
-    # Checks
-
     async def _assemble(self, attempt: _Attempt) -> Held | None:
         record, shape = attempt.record, attempt.route.shape
         if record is None or not attempt.plan.done:
@@ -187,7 +202,7 @@ class CodedReads:
         return Held(data, record) if record.matches(data) else None
 
     async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
-        """Quarantine the maker of wrong shards where it is known (node/blocks/faults.py), and drop this node's own."""
+        """Quarantine the maker of wrong shards where it is known (`Faults`), and drop this node's own."""
         site, shape, claim, right = self._site, attempt.route.shape, attempt.record, truth.held
         if claim is not None and claim.sha256 != right.record.sha256:
             # Two records: the registry's own bytes decide (node/evidence/judge.py), not those of a mirror or a member.

@@ -14,8 +14,7 @@ import trio
 from cache.store import Held
 from node.blocks.grants import Grants
 from node.blocks.home import Home
-from node.blocks.plan_runner import carry_out
-from node.blocks.questions import Questions
+from node.blocks.questions import Questions, carry_out
 from node.blocks.values import SILENCE_S, BlockAddress, Site, Work, is_copy
 from node.exchange.contract import Answer, Lane
 from node.oci.references import Locator

@@ -1,15 +1,16 @@
-"""Questions to one member. Its health is updated by how it answers each.
+"""Questions to members. The health of each is updated by how it answers. `carry_out` asks what a plan says.
 
 Every GetShard is made here, and so are the checks of shards and blocks that this node passes on to others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
-from node.blocks.values import BlockAddress, Site, is_copy
+from node.blocks.values import LOOK_EVERY_S, BlockAddress, Site, is_copy
 from node.exchange.contract import Answer, Lane
 from protocol import errors
 from protocol.fetch_plan import Ask, ShardPlan
@@ -18,6 +19,7 @@ from protocol.messages import BlockFound, Failed, GetShard, Request, ShardFound
 from protocol.records import Record
 
 _ERRORS: dict[str, type[errors.ShoalError]] = {"not-found": errors.NotFoundError, "denied": errors.DeniedError}
+T = TypeVar("T")
 
 
 class Questions:
@@ -45,20 +47,19 @@ class Questions:
             if is_ready:
                 ready()
 
-        site, settled = self._site, False
+        site = self._site
         site.health.asked(peer)
         try:
             answer = await site.exchange.request(peer, question, lane=lane, silence_s=silence_s, heard=heard)
-            settled, now = True, trio.current_time()
-            site.health.answered(peer, plan.took_s(peer, now) if plan is not None else None, now)
         except errors.PeerUnavailableError:
-            settled = True
             site.health.failed(peer, trio.current_time())
             site.view.report_failure(peer)
             raise
-        finally:
-            if not settled:
-                site.health.dropped(peer)
+        except BaseException:
+            site.health.dropped(peer)
+            raise
+        now = trio.current_time()
+        site.health.answered(peer, plan.took_s(peer, now) if plan is not None else None, now)
         if isinstance(answer.message, Failed):
             raise _ERRORS.get(answer.message.code, errors.UnavailableError)(answer.message.text)
         return answer
@@ -109,3 +110,34 @@ class Questions:
         for peer in late:
             self._site.health.overdue(peer, plan.took_s(peer, now) or 0.0, now)
         return late, asks
+
+
+async def carry_out(
+    plan: ShardPlan,
+    asks: list[Ask],
+    ask: Callable[[Ask], Awaitable[T]],
+    *,
+    note: Callable[[Ask, T], list[Ask]],
+    overdue: Callable[[], list[Ask]],
+) -> None:
+    """Returns when the plan is done or stuck. Requests that are still under way are then cancelled.
+
+    `asks` are the first requests. `ask` makes one; an exception that it raises ends the plan. `note` takes its answer
+    and returns further requests. So does `overdue`, which is called when the plan's next check is due, and after
+    LOOK_EVERY_S without an answer.
+    """
+    send, receive = trio.open_memory_channel[tuple[Ask, T]](len(asks))
+
+    async def make(request: Ask) -> None:
+        await send.send((request, await ask(request)))
+
+    async with trio.open_nursery() as nursery:
+        for request in asks:
+            nursery.start_soon(make, request)
+        while not plan.done and not plan.stuck:
+            more: list[Ask] = []
+            with trio.move_on_at(min(plan.next_check(), trio.current_time() + LOOK_EVERY_S)) as waiting:
+                more = note(*await receive.receive())
+            for request in overdue() if waiting.cancelled_caught else more:
+                nursery.start_soon(make, request)
+        nursery.cancel_scope.cancel()
