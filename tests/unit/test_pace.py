@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.images.throttle import GIVE_WAY_S, Pace
+from node.images.prefetch import GIVE_WAY_S, Pace
 from node.runtime.time_windows import TimeWindow
 
 HOUR = 3600
