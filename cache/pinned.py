@@ -14,9 +14,7 @@ class PinnedPolicy:
     """
 
     def __init__(self, policy: LRUKCache[Piece, int], pinned: frozenset[Digest], budget_bytes: int) -> None:
-        self._policy = policy
-        self.budget_bytes = budget_bytes
-        self._pinned = set(pinned)
+        self._policy, self._pinned, self.budget_bytes = policy, set(pinned), budget_bytes
         self._kept: dict[Piece, int] = {}
         self.kept_bytes = 0
 
@@ -63,6 +61,5 @@ class PinnedPolicy:
         self._pinned.discard(digest)
         for piece in pieces:
             if piece in self._kept:
-                size = self._kept.pop(piece)
+                self._policy[piece] = size = self._kept.pop(piece)
                 self.kept_bytes -= size
-                self._policy[piece] = size

@@ -75,8 +75,6 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_TOKENS = msgspec.msgpack.Decoder(Token)
-_REVOCATIONS = msgspec.msgpack.Decoder(Revocation)
 _Value = TypeVar("_Value")
 
 
@@ -116,7 +114,7 @@ def check_token(text: str, authority: Ed25519PublicKey, cluster: bytes, now: flo
 
 
 def _token_of(data: bytes) -> Token:
-    token = _decoded(_TOKENS, data[:-SIGNATURE], "join token")
+    token = _decoded(Token, data[:-SIGNATURE], "join token")
     _check_token(token)
     return token
 
@@ -151,7 +149,7 @@ def revocation_text(revocation: Revocation) -> str:
 
 def read_revocation(text: str) -> Revocation:
     """A revocation's values, unproven. Raises BadInputError."""
-    return _decoded(_REVOCATIONS, _from_text(REVOCATION_PREFIX, text, "revocation"), "revocation")
+    return _decoded(Revocation, _from_text(REVOCATION_PREFIX, text, "revocation"), "revocation")
 
 
 def check_revocation(revocation: Revocation, authority: Ed25519PublicKey, cluster: bytes) -> None:
@@ -209,8 +207,8 @@ def _from_text(prefix: str, text: str, kind: str) -> bytes:
     return data
 
 
-def _decoded(decoder: msgspec.msgpack.Decoder[_Value], data: bytes, kind: str) -> _Value:
+def _decoded(value: type[_Value], data: bytes, kind: str) -> _Value:
     try:
-        return decoder.decode(data)
+        return msgspec.msgpack.decode(data, type=value)
     except UNDECODABLE as error:
         raise BadInputError(f"the {kind} cannot be decoded") from error

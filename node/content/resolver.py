@@ -94,8 +94,6 @@ class Resolver:
             messages.Resolved(str(ref.digest), ref.size, resolved.media_type, resolved.age_s, public_age_s=age_s)
         )
 
-    # Members
-
     async def _ask_site(self, locator: Locator, reference: str) -> Resolved:
         site, now = self._site, trio.current_time()
         # A client's grant stays on this node, and no member gets the answer to a question that was asked with one.
@@ -171,8 +169,6 @@ class Resolver:
         async with trio.open_nursery() as nursery:
             for peer in others[:LAST_RESORT_MEMBERS]:
                 nursery.start_soon(try_to_ask, peer)
-
-    # The registry
 
     async def ask_registry(self, locator: Locator, reference: str) -> Resolved:
         """The registry's answer, or the youngest one of the site while the registry is out of reach."""
