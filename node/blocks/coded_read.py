@@ -20,14 +20,14 @@ from node.blocks.keeper import Keeper, Kept
 from node.blocks.questions import Questions, carry_out
 from node.blocks.trust import Suspicion
 from node.blocks.values import SILENCE_S, BlockAddress, Miss, Obtained, Site
-from node.exchange.contract import Answer, Lane
+from node.exchange.contract import Lane
 from node.telemetry.sources import Source
 from protocol.erasure import decode_block, encode_shard
 from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.evidence import contradict
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
-from protocol.ids import Buffer, PeerId, Piece, Shard, shard_length
+from protocol.ids import Buffer, PeerId, Piece, Shard
 from protocol.messages import ShardFound
 from protocol.placement import Route
 from protocol.records import Record
@@ -145,7 +145,11 @@ class CodedReads:
             question = self._questions.get_shard(address, shard, hops=hops, exact=ask.exact)
             lane, ready = attempt.lane, attempt.warmed
             answer = await self._questions.ask(ask.peer, question, lane, SILENCE_S, plan=plan, ready=ready)
-            return self._check(attempt, answer)
+            message, body = answer.message, answer.body
+            if not isinstance(message, ShardFound) or body is None:
+                raise PeerMisbehavedError("an answer without a shard")
+            self._site.trust.check(message.record, address.ref, address.index)
+            return Shard(message.k, message.m, message.index), Held(body, message.record)
         except PeerMisbehavedError as error:
             self._site.view.quarantine(ask.peer, str(error))
         except ShoalError as error:
@@ -153,30 +157,20 @@ class CodedReads:
             attempt.failure = error
         return None
 
-    def _check(self, attempt: _Attempt, answer: Answer) -> Kept:
-        """Raises PeerMisbehavedError unless the answer can be a shard of the block in the code that was asked for."""
-        message, body, shape = answer.message, answer.body, attempt.route.shape
-        if not isinstance(message, ShardFound) or body is None or (message.k, message.m) != (shape.k, shape.m):
-            raise PeerMisbehavedError("a shard of another code than was asked for")
-        if message.index >= shape.width or len(body) != shard_length(attempt.address.length, shape.k):
-            raise PeerMisbehavedError(f"a shard {message.index} of {len(body)} bytes")
-        self._site.trust.check(message.record, attempt.address.ref, attempt.address.index)
-        return Shard(shape.k, shape.m, message.index), body, message.record
-
     def _note(self, attempt: _Attempt, ask: Ask, answer: Kept | None) -> list[Ask]:
         peer, now = ask.peer, trio.current_time()
         if answer is None:
             return attempt.plan.failed(peer, now)
-        shard, body, record = answer
+        shard, held = answer
         if attempt.record is None:
-            attempt.record = record
-        elif attempt.record.sha256 != record.sha256:
+            attempt.record = held.record
+        elif attempt.record.sha256 != held.record.sha256:
             log.warning("two records of %s disagree", attempt.address.block)
-            if contradict(attempt.record, record):
-                self._suspect(attempt, attempt.record, record)
+            if contradict(attempt.record, held.record):
+                self._suspect(attempt, attempt.record, held.record)
             return attempt.plan.failed(peer, now)
         attempt.warmed()
-        attempt.shards.setdefault(shard.index, (peer, body))
+        attempt.shards.setdefault(shard.index, (peer, held.data))
         return attempt.plan.got(peer, shard.index, now)
 
     async def _assemble(self, attempt: _Attempt) -> Held | None:
@@ -189,7 +183,7 @@ class CodedReads:
         log.warning("shards of %s do not make the block: looking for the wrong one", attempt.address.block)
         for ask in attempt.plan.spare(trio.current_time()):
             if (answer := await self._ask(attempt, ask)) is not None:
-                attempt.shards.setdefault(answer[0].index, (ask.peer, answer[1]))
+                attempt.shards.setdefault(answer[0].index, (ask.peer, answer[1].data))
         for chosen in islice(combinations(attempt.shards, shape.k), MAX_UNTANGLED):
             if (held := self._decode(attempt, record, chosen)) is not None:
                 await self._blame(attempt, Obtained(held, Source.PEER))

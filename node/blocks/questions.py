@@ -1,6 +1,8 @@
 """Questions to members. The health of each is updated by how it answers. `carry_out` asks what a plan says.
 
-Every GetShard is made here, and so are the checks of shards and blocks that this node passes on to others.
+Every GetShard is made here, and so is the check of shards and blocks that this node passes on to others. The exchange
+has checked that an answer fits its question: the block, the code, the length, and with `exact` the shard
+(`check_answer` of protocol/wire.py).
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from typing import TypeVar
 
 import trio
 
+from cache.store import Held
 from node.blocks.values import LOOK_EVERY_S, BlockAddress, Site, is_copy
 from node.exchange.contract import Answer, Lane
 from protocol import errors
 from protocol.fetch_plan import Ask, ShardPlan
-from protocol.ids import Buffer, PeerId, Shard, shard_length
+from protocol.ids import PeerId, Shard
 from protocol.messages import BlockFound, Failed, GetShard, Request, ShardFound
-from protocol.records import Record
 
 _ERRORS: dict[str, type[errors.ShoalError]] = {"not-found": errors.NotFoundError, "denied": errors.DeniedError}
 T = TypeVar("T")
@@ -81,27 +83,17 @@ class Questions:
             background=address.background and hops > 0,
         )
 
-    def check_shard(self, address: BlockAddress, shard: Shard, answer: Answer) -> tuple[Buffer, Record]:
-        """The answer's bytes. Raises PeerMisbehavedError where they cannot be this shard, and as Trust.check."""
+    def checked(self, address: BlockAddress, answer: Answer) -> Held:
+        """A shard or the whole block, as it may be passed on. Raises as Trust.check, and PeerMisbehavedError where the
+        bytes of a whole block are wrong."""
         message, body = answer.message, answer.body
-        if not isinstance(message, ShardFound) or body is None or (message.k, message.m) != (shard.k, shard.m):
-            raise errors.PeerMisbehavedError(f"an answer that is no shard {shard.k}+{shard.m}")
-        self._site.trust.check(message.record, address.ref, address.index)
-        if len(body) != shard_length(address.length, shard.k):
-            raise errors.PeerMisbehavedError(f"a shard of {len(body)} bytes")
-        if is_copy(shard) and not message.record.matches(body):
-            raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
-        return body, message.record
-
-    def check_block(self, address: BlockAddress, answer: Answer) -> tuple[Buffer, Record]:
-        """As `check_shard`, for the whole block. Raises UnavailableError where the answer has none."""
-        message, body = answer.message, answer.body
-        if not isinstance(message, BlockFound) or body is None:
+        if not isinstance(message, ShardFound | BlockFound) or body is None:
             raise errors.UnavailableError("an answer without a block")
         self._site.trust.check(message.record, address.ref, address.index)
-        if not message.record.matches(body):
+        whole = isinstance(message, BlockFound) or is_copy(Shard(message.k, message.m, message.index))
+        if whole and not message.record.matches(body):
             raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
-        return body, message.record
+        return Held(body, message.record)
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
         """The peers that became late by the plan, and the requests that replace those given up. Updates the health."""
