@@ -80,13 +80,10 @@ class DiskStore:
         pinned: frozenset[Digest] = frozenset(),
         timer: Callable[[], float] = time.monotonic,
     ) -> AsyncIterator[DiskStore]:
-        """Open or make the folder; leaving the context makes all of it durable.
-
-        At least `free_share` of the file system, and `free_bytes`, are left free; blocks of the `pinned` objects are
-        not evicted. A disk that is full, fails or is read-only gives a store without budget, which holds nothing.
-        Raises BadInputError naming the folder where it cannot be used, another process uses it, or another version's
-        index is in it.
-        """
+        """Open or make the folder; leaving the context makes all of it durable. At least `free_share` of the file
+        system, and `free_bytes`, are left free; blocks of the `pinned` objects are not evicted. A disk that is full,
+        fails or is read-only gives a store without budget, which holds nothing. Raises BadInputError naming the folder
+        where it cannot be used, another process uses it, or another version's index is in it."""
         folder, rows = await trio.to_thread.run_sync(open_folder, directory)
         try:
             store = cls(folder, PinnedPolicy(eviction_policy(int, timer), pinned, budget_bytes), timer)

@@ -7,11 +7,9 @@ from protocol.ids import Digest, Piece
 
 
 class PinnedPolicy:
-    """Sizes of pieces; victims are named among those that are not pinned.
-
-    A shard of a pinned object may be evicted: it can be derived from the whole block, which a pin has fetched.
-    `budget_bytes`, which may be changed, is for pinned and other pieces together; the `policy` has no bound itself.
-    """
+    """Sizes of pieces; victims are named among those that are not pinned. A shard of a pinned object may be evicted: it
+    can be derived from the whole block, which a pin has fetched. `budget_bytes`, which may be changed, is for pinned
+    and other pieces together; the `policy` has no bound itself."""
 
     def __init__(self, policy: LRUKCache[Piece, int], pinned: frozenset[Digest], budget_bytes: int) -> None:
         self._policy, self._pinned, self.budget_bytes = policy, set(pinned), budget_bytes

@@ -46,11 +46,8 @@ MAX_REVOCATIONS = 1024
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
-    """An invitation. `cluster` is the SHA-256 of the CA certificate; `made` and `expires` are Unix time.
-
-    `uses`: how many nodes it admits, 0 for any number. `lifetime`: seconds that a certificate issued for it is valid,
-    0 without end.
-    """
+    """An invitation. `cluster` is the SHA-256 of the CA certificate; `made` and `expires` are Unix time; `uses`: how
+    many nodes it admits, 0 for any number; `lifetime`: seconds for which its certificates are valid, 0 without end."""
 
     cluster: bytes
     site: str

@@ -19,10 +19,8 @@ _CONTEXT = b"shoal-evidence-1\x00"
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """`finder` states that `record` is false. `source` is where its object is read, as in requests for blocks.
-
-    `other`: a record of the same signer and block with another hash, so that one of the two is certainly false.
-    """
+    """`finder` states that `record` is false. `source` is where its object is read, as in requests for blocks. `other`:
+    a record of the same signer and block with another hash, so that one of the two is certainly false."""
 
     record: Record
     source: str

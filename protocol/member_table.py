@@ -62,11 +62,9 @@ def in_state(update: Update, state: State) -> Update:
 
 class MemberTable:
     """`own` is this node's statement about itself; `entries` are all other members. `excluded` are members taken out of
-    the site, each with the time until which.
-
-    `site` has the live members of this node's site, suspects too, without the excluded, sorted by peer id; it is the
-    same object until something changes. `neighbours` are their peer ids without this node.
-    """
+    the site, each with the time until which. `site` has the live members of this node's site, suspects too, without the
+    excluded, sorted by peer id; it is the same object until something changes. `neighbours` are their peer ids without
+    this node."""
 
     def __init__(self, own: Update, rng: Random) -> None:
         self.own = own

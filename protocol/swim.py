@@ -25,11 +25,9 @@ from protocol.wire import MAX_INCARNATION
 
 class Swim:
     """One node's view and its duties. `known`, `excluded` and `banished` are for reading only: see `MemberTable`.
-
     `incarnation` must exceed that of earlier lives of this peer id. Wall-clock milliseconds at start do: a restarted
     node then overrides all statements about its former life, its death too, without having to hear them first. Where
-    the clock went backwards it hears them, and refutes.
-    """
+    the clock went backwards it hears them, and refutes."""
 
     def __init__(self, own: Member, incarnation: int, config: SwimConfig, rng: Random, now: float) -> None:
         self._config = config

@@ -60,8 +60,6 @@ class Faults:
 
 @dataclass(slots=True)
 class _Attempt:
-    """The state of one coded read."""
-
     address: BlockAddress
     route: Route
     plan: ShardPlan

@@ -51,7 +51,6 @@ class Holders:
     async def handle(
         self, peer: PeerId, request: messages.GetHoldings | messages.FindHolders | messages.Announce
     ) -> Answer:
-        """Answers a member, as a holder and as a directory."""
         match request:
             case messages.GetHoldings():
                 return Answer(_pack(self._site.tiers.holdings(Digest.parse(request.digest))))

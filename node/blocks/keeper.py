@@ -43,7 +43,6 @@ class Keeper:
         self._keeping: SingleFlight[tuple[Shard, Work], Held] = SingleFlight(nursery)
 
     async def handle(self, peer: PeerId, request: GetShard | GetBlock) -> Answer:
-        """Answers a member."""
         ref = ObjectRef(Digest.parse(request.digest), request.size)
         if isinstance(request, GetShard):
             return await self._answer_shard(request, ref)
@@ -83,10 +82,8 @@ class Keeper:
         return (shard, kept[0]) if kept is not None else None
 
     async def keep(self, address: BlockAddress, shard: Shard, hops: int, *, exact: bool) -> Kept:
-        """This node's shard of a block. Where it is not held, it is obtained within `hops`, and held from then on.
-
-        Without `exact` it may be another shard of that code, which an earlier view had this node keep.
-        """
+        """This node's shard of a block, or without `exact` another as in `_held_shard`. Where none is held, the shard
+        is obtained within `hops`, and held from then on."""
         held = await self._held_shard(address.ref, address.index, shard, exact=exact)
         if held is not None:
             return held

@@ -39,9 +39,7 @@ class Questions:
         ready: Callable[[], None] = lambda: None,
     ) -> Answer:
         """Raises NotFoundError, DeniedError or UnavailableError where the answer is `Failed`, else as Exchange.request.
-
-        `plan` follows the peer's progress and measures its time. `ready` is called when the answer is on its way.
-        """
+        `plan` follows the peer's progress and measures its time. `ready` is called when the answer is on its way."""
 
         def heard(is_ready: bool) -> None:
             if plan is not None:
@@ -112,7 +110,8 @@ async def carry_out(
     note: Callable[[Ask, T], list[Ask]],
     overdue: Callable[[], list[Ask]],
 ) -> None:
-    """Returns when the plan is done or stuck. Requests that are still under way are then cancelled.
+    """Make a plan's requests in tasks, and report their answers to it. Returns when the plan is done or stuck; requests
+    that are still under way are then cancelled.
 
     `asks` are the first requests. `ask` makes one; an exception that it raises ends the plan. `note` takes its answer
     and returns further requests. So does `overdue`, which is called when the plan's next check is due, and after

@@ -89,10 +89,8 @@ class Listings:
         return _page(passed, query, whole=False)
 
     async def referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
-        """An index of the manifests that refer to `digest`, empty if there are none.
-
-        The registry is asked for all of them: one stored list then serves every `artifactType`.
-        """
+        """An index of the manifests that refer to `digest`, empty if there are none. The registry is asked for all of
+        them: one stored list then serves every `artifactType`."""
         rest = {name: value for name, value in query.items() if name != "artifactType"}
         key = _key(locator, f"referrers/{digest}", rest)
         passed = await self._listed(key, lambda: self._ask_referrers(locator, digest, rest))
@@ -155,11 +153,8 @@ def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:
 
 
 def _page(passed: Passed, query: Mapping[str, str], *, whole: bool) -> Passed:
-    """The requested page, sorted, if the answer holds all tags; else the answer as it is.
-
-    It holds all if `whole`, if it is a first page without a next one, or if its content shows that the query was
-    ignored.
-    """
+    """The requested page, sorted, if the answer holds all tags; else the answer as it is. It holds all if `whole`, if
+    it is a first page without a next one, or if its content shows that the query was ignored."""
     limit = int(query["n"]) if _is_count(query.get("n", "")) else None
     last = query.get("last", "")
     listed = _decoded(passed.body, _Tags)

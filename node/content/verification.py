@@ -69,11 +69,9 @@ class ObjectVerifier:
             await self._fetcher.idle()
 
     async def check(self, locator: Locator, ref: ObjectRef, computed: str, given: int = 0) -> Buffer | None:
-        """Accept or repair an object whose blocks were all read and hash to `computed` (hexadecimal).
-
-        A client has received the first `given` blocks. If only others were false, all are right now, and the last block
-        is returned. Raises CorruptObjectError.
-        """
+        """Accept or repair an object whose blocks were all read and hash to `computed` (hexadecimal). A client has
+        received the first `given` blocks. If only others were false, all are right now, and the last block is returned.
+        Raises CorruptObjectError."""
         last = None
         if computed != ref.digest.hex:
             log.error("%s came with wrong bytes: reading it again from the registry", ref.digest)
@@ -85,12 +83,10 @@ class ObjectVerifier:
         return last
 
     async def _repair(self, locator: Locator, ref: ObjectRef, given: int) -> Buffer | None:
-        """Compare blocks with the registry's and replace the false ones, until all of them make the object.
-
-        The signer of a false block is quarantined, and the other blocks that it signed are compared next. Returns the
-        last block if all blocks make the object now. If one of the first `given` blocks was false, the read fails in
-        any case: then the liar's blocks are dropped.
-        """
+        """Compare blocks with the registry's and replace the false ones, until all of them make the object. The signer
+        of a false block is quarantined, and the other blocks that it signed are compared next. Returns the last block
+        if all blocks make the object now. If one of the first `given` blocks was false, the read fails in any case:
+        then the liar's blocks are dropped."""
         claims = {
             index: block[0].record
             for index in range(ref.block_count)

@@ -58,10 +58,8 @@ class ArchiveReader:
         return await trio.to_thread.run_sync(read)
 
     async def hashes(self, packed: Packed) -> AsyncGenerator[bytes, None]:
-        """The sha256 of each block, concatenated, CHECK_BYTES at a time.
-
-        Raises BadInputError before the last ones if the object does not have its digest.
-        """
+        """The sha256 of each block, concatenated, CHECK_BYTES at a time. Raises BadInputError before the last ones if
+        the object does not have its digest."""
         whole = hashlib.new(packed.ref.digest.algorithm)
 
         def hash_some(first: int, stop: int) -> bytes:

@@ -51,33 +51,30 @@ CLOCK_S = 30.0
 """Time between two looks at the wall clock, which may be set."""
 
 
+@dataclass(slots=True)
 class Pace:
     """The pace of a reader, in bytes a second (0: no limit). `idle` returns once no client of this node reads."""
 
-    def __init__(
-        self,
-        rate: int,
-        hours: TimeWindow | None,
-        idle: Callable[[], Awaitable[None]],
-        clock: Callable[[], datetime] = local_time,
-    ) -> None:
-        self._rate, self._hours, self._idle, self._clock = rate, hours, idle, clock
-        self._next_at = trio.current_time()
-        self.waits_for = ""
+    rate: int
+    hours: TimeWindow | None
+    idle: Callable[[], Awaitable[None]]
+    clock: Callable[[], datetime] = local_time
+    waits_for: str = ""
+    _next_at: float = field(default_factory=trio.current_time)
 
     async def wait(self, count: int) -> None:
         """Wait until the next `count` bytes may be requested."""
         self.waits_for = "clients that read now"
         with trio.move_on_after(GIVE_WAY_S):
-            await self._idle()
+            await self.idle()
         self.waits_for = "its rate"
         await trio.sleep_until(self._next_at)
         self.waits_for = "its hours of the day"
-        while self._hours is not None and (seconds := self._hours.opens_in(self._clock())):  # noqa: ASYNC110 - setting a clock wakes no task
+        while self.hours is not None and (seconds := self.hours.opens_in(self.clock())):  # noqa: ASYNC110 - setting a clock wakes no task
             await trio.sleep(min(seconds, CLOCK_S))
         self.waits_for = ""
-        if self._rate:
-            self._next_at = max(self._next_at, trio.current_time()) + count / self._rate
+        if self.rate:
+            self._next_at = max(self._next_at, trio.current_time()) + count / self.rate
 
 
 class _File(msgspec.Struct, frozen=True):
