@@ -56,10 +56,6 @@ class _Verdict:
     right: bool
     hashes: bytes
 
-    @property
-    def weight(self) -> int:
-        return 16 + len(self.hashes) // 32
-
 
 def examine(fd: int, digest: Digest) -> Iterator[_Verdict | None]:
     """Hash the open file in bounded memory: None after each CHECK_BYTES, the verdict at the end. Raises OSError."""
@@ -85,7 +81,7 @@ class ContentStore:
     def __init__(self, root: Path, *, record_for: RecordFor, timer: Callable[[], float] = time.monotonic) -> None:
         self._roots = root, root / _PLUGIN
         self._record_for, self._timer = record_for, timer
-        self._verdicts: LRUCache[Digest, _Verdict] = LRUCache(MAX_TRUSTED_BLOCKS, lambda verdict: verdict.weight)
+        self._verdicts: LRUCache[Digest, _Verdict] = LRUCache(MAX_TRUSTED_BLOCKS, lambda v: 16 + len(v.hashes) // 32)
         self._records: LRUCache[tuple[Digest, int], Record] = LRUCache(MAX_RECORDS)
         self._statuses: TTLCache[Digest, Identity | None] = TTLCache(MAX_STATUSES, STATUS_AGE_S, timer)
         self._listing: TTLCache[None, dict[Digest, int]] = TTLCache(1, LISTING_AGE_S, timer)
@@ -128,8 +124,8 @@ class ContentStore:
             return self._statuses[digest]
         except KeyError:
             located = self._locate(digest)
-            self._statuses[digest] = located and located[1]
-            return self._statuses[digest]
+            self._statuses[digest] = identity = located and located[1]
+            return identity
 
     def _locate(self, digest: Digest) -> tuple[Path, Identity] | None:
         for folder in self._roots:
@@ -225,8 +221,7 @@ class ContentStore:
 
     def open_sealed(self, digest: Digest) -> BinaryIO | None:
         """The object's file, if it was checked in this process and is unchanged since."""
-        trusted = self._right(digest)
-        if trusted is None:
+        if (trusted := self._right(digest)) is None:
             return None
         path, verdict = trusted
         try:

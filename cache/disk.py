@@ -63,8 +63,7 @@ class DiskStore:
     """A BlockStore of sparse files, made by `open`; see the module's text."""
 
     def __init__(self, folder: Folder, policy: PinnedPolicy, timer: Callable[[], float]) -> None:
-        self._folder = folder
-        self._timer = timer
+        self._folder, self._timer = folder, timer
         self._table = PieceTable(folder, policy)
         self._room = Room(self._table, timer)
         self._write_back = WriteBack(self._table, self._room)
@@ -81,13 +80,10 @@ class DiskStore:
         pinned: frozenset[Digest] = frozenset(),
         timer: Callable[[], float] = time.monotonic,
     ) -> AsyncIterator[DiskStore]:
-        """Open or make the folder; leaving the context makes all of it durable.
-
-        At least `free_share` of the file system, and `free_bytes`, are left free; blocks of the `pinned` objects are
-        not evicted. A disk that is full, fails or is read-only gives a store without budget, which holds nothing.
-        Raises BadInputError naming the folder where it cannot be used, another process uses it, or another version's
-        index is in it.
-        """
+        """Open or make the folder; leaving the context makes all of it durable. At least `free_share` of the file
+        system, and `free_bytes`, are left free; blocks of the `pinned` objects are not evicted. A disk that is full,
+        fails or is read-only gives a store without budget, which holds nothing. Raises BadInputError naming the folder
+        where it cannot be used, another process uses it, or another version's index is in it."""
         folder, rows = await trio.to_thread.run_sync(open_folder, directory)
         try:
             store = cls(folder, PinnedPolicy(eviction_policy(int, timer), pinned, budget_bytes), timer)
@@ -118,8 +114,6 @@ class DiskStore:
         """Make durable what is held, and give back what was removed; with `references` also if that is all there is."""
         await self._write_back.flush(references=references)
 
-    # Reading and writing pieces
-
     async def get(self, piece: Piece) -> Held | None:
         await trio.lowlevel.checkpoint()
         entry = self._table.entries.get(piece)
@@ -136,7 +130,8 @@ class DiskStore:
         if self._table.entries.get(piece) is not entry:  # evicted meanwhile: the bytes read may be those of its hole
             return Held(data, entry.record) if problem is None else None
         if problem is not None:
-            logger.warning("disk: %s: %s: discarded", _name(piece), problem)
+            shard = f" {piece.shard}" if piece.shard else ""
+            logger.warning("disk: %s #%d%s: %s: discarded", piece.block.digest, piece.block.index, shard, problem)
             self._table.remove(entry)
             return None
         self._table.refer(entry)
@@ -228,8 +223,6 @@ class DiskStore:
         table, policy = self._table, self._table.policy
         return StoreStatistics(table.charged, policy.budget_bytes, len(table.entries), policy.kept_bytes)
 
-    # Bounds, pins and removal on request
-
     def resize(self, budget_bytes: int, *, free_share: float = 0.0, free_bytes: int = 0) -> None:
         """The bounds of `open`, from the next flush on: pieces beyond them are evicted then."""
         self._room.resize(budget_bytes, free_share, free_bytes)
@@ -271,8 +264,6 @@ class DiskStore:
         await self.flush()
         return count, freed
 
-    # Sealed objects
-
     def seal(self, ref: ObjectRef) -> bool:
         """The caller just checked the object's digest, over bytes read from or put to this store. True if from now on
         its file may be served as it is: all blocks are held, and the file has not changed since they were checked one
@@ -304,7 +295,3 @@ class DiskStore:
             return None
         self._table.refer_object(file, self._timer())
         return leased
-
-
-def _name(piece: Piece) -> str:
-    return f"{piece.block.digest} #{piece.block.index}" + (f" {piece.shard}" if piece.shard else "")

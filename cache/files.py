@@ -17,7 +17,8 @@ from protocol.ids import Buffer
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _KEEP_SIZE_AND_PUNCH_HOLE = 0x01 | 0x02
-_NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_NOT_CACHED = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""The page cache does not hold the bytes, or the file system cannot say so."""
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 WRITE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 CHANGE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -73,10 +74,8 @@ async def read_at(fd: int, buffer: bytearray, offset: int) -> bool:
 def _read_cached(fd: int, view: memoryview, offset: int) -> int:
     try:
         return os.preadv(fd, [view], offset, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return 0
     except OSError as error:
-        if error.errno not in _NO_NOWAIT:
+        if error.errno not in _NOT_CACHED:
             raise
         return 0
 

@@ -7,16 +7,12 @@ from protocol.ids import Digest, Piece
 
 
 class PinnedPolicy:
-    """Sizes of pieces; victims are named among those that are not pinned.
-
-    A shard of a pinned object may be evicted: it can be derived from the whole block, which a pin has fetched.
-    `budget_bytes`, which may be changed, is for pinned and other pieces together; the `policy` has no bound itself.
-    """
+    """Sizes of pieces; victims are named among those that are not pinned. A shard of a pinned object may be evicted: it
+    can be derived from the whole block, which a pin has fetched. `budget_bytes`, which may be changed, is for pinned
+    and other pieces together; the `policy` has no bound itself."""
 
     def __init__(self, policy: LRUKCache[Piece, int], pinned: frozenset[Digest], budget_bytes: int) -> None:
-        self._policy = policy
-        self.budget_bytes = budget_bytes
-        self._pinned = set(pinned)
+        self._policy, self._pinned, self.budget_bytes = policy, set(pinned), budget_bytes
         self._kept: dict[Piece, int] = {}
         self.kept_bytes = 0
 
@@ -63,6 +59,5 @@ class PinnedPolicy:
         self._pinned.discard(digest)
         for piece in pieces:
             if piece in self._kept:
-                size = self._kept.pop(piece)
+                self._policy[piece] = size = self._kept.pop(piece)
                 self.kept_bytes -= size
-                self._policy[piece] = size

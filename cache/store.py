@@ -9,6 +9,7 @@ keep these promises, which tests/conformance/test_store.py runs against each of 
 - `get` counts as a reference for the eviction policy; `holds` and `holdings` do not, and read no data.
 - `put` stores all or nothing and may decline (False): no space under the budget, no free disk, a read-only store.
   The caller still has the bytes. A full store evicts by its policy first. Putting a piece twice changes nothing.
+- `objects` gives those of which at least one piece is held, in any order.
 - The bytes held never exceed `budget_bytes`; space is reserved before it is written.
 - Every method may be cancelled at any await and leaves the store whole.
 - A store does not alter the bytes that it returned; the caller does not alter them either.
@@ -59,12 +60,8 @@ class BlockStore(Protocol):
 
     def holdings(self, digest: Digest) -> Holdings: ...
 
-    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
-        """The pieces whose record `signer` signed."""
-        ...
+    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]: ...
 
-    def objects(self) -> Iterable[Digest]:
-        """Objects of which at least one piece is held, in any order."""
-        ...
+    def objects(self) -> Iterable[Digest]: ...
 
     def statistics(self) -> StoreStatistics: ...

@@ -73,8 +73,7 @@ class Tiers:
         return any(store.holds(piece) for store in self.stores.values())
 
     def holdings(self, digest: Digest) -> Holdings:
-        blocks = 0
-        shards: dict[Shard, int] = {}
+        blocks, shards = 0, dict[Shard, int]()
         for store in self.stores.values():
             held = store.holdings(digest)
             blocks |= held.blocks
@@ -109,9 +108,7 @@ class Tiers:
         """Pinned objects are not: containerd removes an image when its own user wants that."""
         return self._containerd is not None and self._containerd.has_object(digest) and not self._disk.is_pinned(digest)
 
-    async def drop_doubles(self) -> int:
-        """Remove from disk the objects that containerd has meanwhile stored itself. Returns their number."""
-        doubles = [digest for digest in self._disk.objects() if self._left_to_containerd(digest)]
-        for digest in doubles:
+    async def drop_doubles(self) -> None:
+        """Remove from disk the objects that containerd has meanwhile stored itself."""
+        for digest in [digest for digest in self._disk.objects() if self._left_to_containerd(digest)]:
             await self._disk.drop_object(digest)
-        return len(doubles)

@@ -46,11 +46,8 @@ MAX_REVOCATIONS = 1024
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
-    """An invitation. `cluster` is the SHA-256 of the CA certificate; `made` and `expires` are Unix time.
-
-    `uses`: how many nodes it admits, 0 for any number. `lifetime`: seconds that a certificate issued for it is valid,
-    0 without end.
-    """
+    """An invitation. `cluster` is the SHA-256 of the CA certificate; `made` and `expires` are Unix time; `uses`: how
+    many nodes it admits, 0 for any number; `lifetime`: seconds for which its certificates are valid, 0 without end."""
 
     cluster: bytes
     site: str
@@ -75,8 +72,6 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_TOKENS = msgspec.msgpack.Decoder(Token)
-_REVOCATIONS = msgspec.msgpack.Decoder(Revocation)
 _Value = TypeVar("_Value")
 
 
@@ -116,7 +111,7 @@ def check_token(text: str, authority: Ed25519PublicKey, cluster: bytes, now: flo
 
 
 def _token_of(data: bytes) -> Token:
-    token = _decoded(_TOKENS, data[:-SIGNATURE], "join token")
+    token = _decoded(Token, data[:-SIGNATURE], "join token")
     _check_token(token)
     return token
 
@@ -151,7 +146,7 @@ def revocation_text(revocation: Revocation) -> str:
 
 def read_revocation(text: str) -> Revocation:
     """A revocation's values, unproven. Raises BadInputError."""
-    return _decoded(_REVOCATIONS, _from_text(REVOCATION_PREFIX, text, "revocation"), "revocation")
+    return _decoded(Revocation, _from_text(REVOCATION_PREFIX, text, "revocation"), "revocation")
 
 
 def check_revocation(revocation: Revocation, authority: Ed25519PublicKey, cluster: bytes) -> None:
@@ -209,8 +204,8 @@ def _from_text(prefix: str, text: str, kind: str) -> bytes:
     return data
 
 
-def _decoded(decoder: msgspec.msgpack.Decoder[_Value], data: bytes, kind: str) -> _Value:
+def _decoded(value: type[_Value], data: bytes, kind: str) -> _Value:
     try:
-        return decoder.decode(data)
+        return msgspec.msgpack.decode(data, type=value)
     except UNDECODABLE as error:
         raise BadInputError(f"the {kind} cannot be decoded") from error

@@ -19,21 +19,14 @@ _CONTEXT = b"shoal-evidence-1\x00"
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """`finder` states that `record` is false. `source` is where its object is read, as in requests for blocks.
-
-    `other`: a record of the same signer and block with another hash, so that one of the two is certainly false.
-    """
+    """`finder` states that `record` is false. `source` is where its object is read, as in requests for blocks. `other`:
+    a record of the same signer and block with another hash, so that one of the two is certainly false."""
 
     record: Record
     source: str
     finder: PeerId
     signature: bytes
     other: Record | None = None
-
-    @property
-    def key(self) -> bytes:
-        """A record is judged once, regardless of the number of its accusers."""
-        return self.record.signature
 
 
 def _payload(record: Record, source: str, finder: PeerId, other: Record | None) -> bytes:

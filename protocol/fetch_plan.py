@@ -56,11 +56,9 @@ class _Asked:
 
 @dataclass(eq=False)
 class ShardPlan:
-    """`order` is the keepers, the best to ask first; the rank of a keeper is the index of its shard.
-
-    `late_after_s`: the time after which a peer's answer is an outlier; `answered_at`: when a peer last answered any
-    request; `patience_s`: added to the time until a late peer is given up. `now` is monotonic seconds.
-    """
+    """`order` is the keepers, the best to ask first; the rank of a keeper is the index of its shard. `late_after_s`:
+    the time after which a peer's answer is an outlier; `answered_at`: when a peer last answered any request;
+    `patience_s`: added to the time until a late peer is given up. `now` is monotonic seconds."""
 
     keepers: Sequence[PeerId]
     order: Sequence[PeerId]

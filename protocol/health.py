@@ -57,9 +57,7 @@ class _Peer:
 @dataclass(frozen=True, slots=True)
 class PeerHealth:
     mean_s: float
-    outstanding: int
     failures: int
-    avoided: bool
 
 
 class Health:
@@ -173,7 +171,7 @@ class Health:
 
     def report(self, peer: PeerId, now: float) -> PeerHealth:
         state = self._peek(peer)
-        return PeerHealth(self._faded_s(state, now), state.outstanding, state.failures, now < state.avoid_until)
+        return PeerHealth(self._faded_s(state, now), state.failures)
 
     def _fade(self, state: _Peer, now: float) -> None:
         state.mean_s, state.seen_at = self._faded_s(state, now), now

@@ -33,10 +33,9 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     certificate: bytes
 
 
-_Members = tuple[Member, ...]
 _ENCODER = msgspec.msgpack.Encoder()
 _HELLOS = msgspec.msgpack.Decoder(Hello)
-_MEMBERS = msgspec.msgpack.Decoder(_Members)
+_MEMBERS = msgspec.msgpack.Decoder(tuple[Member, ...])
 
 
 def encode_hello(certificate: bytes) -> bytes:

@@ -5,6 +5,8 @@ The token goes only to a member that holds the authority's key: any other could 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from protocol.errors import PeerMisbehavedError
@@ -48,13 +50,8 @@ class Admittance(msgspec.Struct, frozen=True, array_like=True):
     refusal: str = ""
 
 
-Message = Knock | Offer | Application | Admittance
-
+Message = TypeVar("Message", Knock, Offer, Application, Admittance)
 _ENCODER = msgspec.msgpack.Encoder()
-_KNOCKS = msgspec.msgpack.Decoder(Knock)
-_OFFERS = msgspec.msgpack.Decoder(Offer)
-_APPLICATIONS = msgspec.msgpack.Decoder(Application)
-_ADMITTANCES = msgspec.msgpack.Decoder(Admittance)
 
 
 def proven(nonce: bytes, joiner: PeerId, member: PeerId) -> bytes:
@@ -62,35 +59,22 @@ def proven(nonce: bytes, joiner: PeerId, member: PeerId) -> bytes:
     return _CONTEXT + _ENCODER.encode((nonce, joiner, member))
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Knock | Offer | Application | Admittance) -> bytes:
     return frame(_ENCODER.encode(message))
 
 
-def decode_knock(body: bytes) -> Knock:
-    """Raises PeerMisbehavedError, as do the functions below."""
-    knock = decode(_KNOCKS, body)
-    _need(knock.version == VERSION, f"version {knock.version}")
-    _need(len(knock.nonce) == NONCE, "nonce")
-    return knock
-
-
-def decode_offer(body: bytes) -> Offer:
-    offer = decode(_OFFERS, body)
-    _need(offer.version == VERSION, f"version {offer.version}")
-    _need(is_text(offer.refusal, MAX_REFUSAL), "refusal")
-    return offer
-
-
-def decode_application(body: bytes) -> Application:
-    application = decode(_APPLICATIONS, body)
-    _need(is_text(application.name, MAX_NAME), "name")
-    return application
-
-
-def decode_admittance(body: bytes) -> Admittance:
-    admittance = decode(_ADMITTANCES, body)
-    _need(is_text(admittance.refusal, MAX_REFUSAL), "refusal")
-    return admittance
+def decode_as(kind: type[Message], body: bytes) -> Message:
+    """Raises PeerMisbehavedError."""
+    message = decode(msgspec.msgpack.Decoder(kind), body)
+    if isinstance(message, Knock | Offer):
+        _need(message.version == VERSION, f"version {message.version}")
+    if isinstance(message, Knock):
+        _need(len(message.nonce) == NONCE, "nonce")
+    elif isinstance(message, Application):
+        _need(is_text(message.name, MAX_NAME), "name")
+    else:
+        _need(is_text(message.refusal, MAX_REFUSAL), "refusal")
+    return message
 
 
 def _need(condition: bool, part: str) -> None:

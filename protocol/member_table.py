@@ -62,11 +62,9 @@ def in_state(update: Update, state: State) -> Update:
 
 class MemberTable:
     """`own` is this node's statement about itself; `entries` are all other members. `excluded` are members taken out of
-    the site, each with the time until which.
-
-    `site` has the live members of this node's site, suspects too, without the excluded, sorted by peer id; it is the
-    same object until something changes. `neighbours` are their peer ids without this node.
-    """
+    the site, each with the time until which. `site` has the live members of this node's site, suspects too, without the
+    excluded, sorted by peer id; it is the same object until something changes. `neighbours` are their peer ids without
+    this node."""
 
     def __init__(self, own: Update, rng: Random) -> None:
         self.own = own
@@ -117,10 +115,6 @@ class MemberTable:
     def lost(self) -> dict[PeerId, Entry]:
         """The dead and departed members of all sites, and hints that did not answer yet."""
         return {peer: entry for peer, entry in self.entries.items() if not entry.is_live}
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.entries) >= MAX_MEMBERS - 1
 
     def refute(self, update: Update) -> bool:
         """Answer a statement that would override this node's own with a later incarnation."""

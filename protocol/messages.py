@@ -162,10 +162,8 @@ class SyncReply(_Message, frozen=True, tag=39):
 
 
 class Waiting(_Message, frozen=True, tag=40):
-    """Interim: the work on the request makes progress. Repeated until the answer.
-
-    `ready`: the answer exists, and only waits for its turn on the connection.
-    """
+    """Interim: the work on the request makes progress. Repeated until the answer. `ready`: the answer exists, and only
+    waits for its turn on the connection."""
 
     ready: bool = False
 

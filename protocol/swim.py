@@ -11,25 +11,23 @@ gossip and by syncs. States, precedence and timings: docs/PROTOCOL.md, "Membersh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from random import Random
 
 from protocol.dissemination import GossipQueue, Syncs
 from protocol.failure_detector import FailureDetector
 from protocol.ids import PeerId
 from protocol.member_table import Entry, MemberTable, in_state
-from protocol.members import Member, State, Update
+from protocol.members import MAX_MEMBERS, Member, State, Update
 from protocol.swim_values import Action, Change, Disconnect, Event, Gossip, Probe, SwimConfig, Tell
 from protocol.wire import MAX_INCARNATION
 
 
 class Swim:
-    """One node's view and its duties. `known` and `excluded` are for reading only: see `MemberTable`.
-
+    """One node's view and its duties. `known`, `excluded` and `banished` are for reading only: see `MemberTable`.
     `incarnation` must exceed that of earlier lives of this peer id. Wall-clock milliseconds at start do: a restarted
     node then overrides all statements about its former life, its death too, without having to hear them first. Where
-    the clock went backwards it hears them, and refutes.
-    """
+    the clock went backwards it hears them, and refutes."""
 
     def __init__(self, own: Member, incarnation: int, config: SwimConfig, rng: Random, now: float) -> None:
         self._config = config
@@ -41,6 +39,7 @@ class Swim:
         self._tells: dict[PeerId, None] = {}
         self.known: Mapping[PeerId, Entry] = self._table.entries
         self.excluded: Mapping[PeerId, float] = self._table.excluded
+        self.banished: Container[PeerId] = self._table.banished
         self.view, self.updates_for = self._gossip.view, self._gossip.updates_for
         self.acked, self.doubt = self._detector.acked, self._detector.doubt
 
@@ -69,7 +68,7 @@ class Swim:
             if peer == self.own.member.peer_id:
                 if self._table.refute(update):
                     self._gossip.rumours.add(peer)
-            elif update.incarnation > 0 and peer not in self._table.banished:
+            elif update.incarnation > 0 and peer not in self.banished:
                 news = self._table.news_in(update, whole_view=whole_view)
                 if news is not None:
                     self._adopt(news, now)
@@ -80,7 +79,7 @@ class Swim:
         """`member` proved to be of the cluster, and to be at these addresses."""
         self._notice_pause(now)
         peer = member.peer_id
-        if peer == self.own.member.peer_id or peer in self._table.banished:
+        if peer == self.own.member.peer_id or peer in self.banished:
             return
         entry = self.known.get(peer)
         if entry is None or entry.is_hint:
@@ -92,7 +91,7 @@ class Swim:
     def hint(self, member: Member, now: float) -> None:
         """`member` may be there: it is asked, and not shown before it answers."""
         peer = member.peer_id
-        if peer not in self._table.banished and peer != self.own.member.peer_id and peer not in self.known:
+        if peer not in self.banished and peer != self.own.member.peer_id and peer not in self.known:
             self._adopt(Update(member, State.DEAD, 0), now)
             self._syncs.want(peer)
 
@@ -117,21 +116,15 @@ class Swim:
         self._table.exclude(peer, until)
         self._cuts.append(peer)
 
-    def is_excluded(self, peer: PeerId) -> bool:
-        return peer in self.excluded
-
     def banish(self, peer: PeerId) -> None:
         """Forget `peer`, and ignore every statement about it, for good. The caller bounds the number of these."""
-        if peer == self.own.member.peer_id or peer in self._table.banished:
+        if peer == self.own.member.peer_id or peer in self.banished:
             return
         self._table.banished.add(peer)
         self._cuts.append(peer)
         if peer in self.known:
             self._table.note(self.known[peer].update.member, Event.REVOKED)
             self._drop(peer)
-
-    def is_banished(self, peer: PeerId) -> bool:
-        return peer in self._table.banished
 
     def spread(self) -> None:
         """There is a new revocation: send it to some members of this site, and to a few of others."""
@@ -175,7 +168,7 @@ class Swim:
         """Hold `update` from now on, and pass it on. A full table gives up a dead member for it, but no live one."""
         peer = update.member.peer_id
         entry = self.known.get(peer)
-        if entry is None and self._table.is_full:
+        if entry is None and len(self.known) >= MAX_MEMBERS - 1:
             lost = self._table.lost()
             if not lost:
                 return

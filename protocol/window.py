@@ -30,28 +30,24 @@ class ReadWindow:
     def __init__(self) -> None:
         self._most = FIRST
         self._cold_most = COLD_FIRST
-        self._clients = 0
+        self.clients = 0
         self._under_way: dict[Hashable, float | None] = {}
         """With the time at which each reached the site."""
         self._cold: dict[Hashable, float] = {}
 
     def entered(self) -> None:
-        self._clients += 1
+        self.clients += 1
 
     def left(self) -> None:
-        self._clients -= 1
-
-    @property
-    def clients(self) -> int:
-        return self._clients
+        self.clients -= 1
 
     @property
     def share(self) -> int:
-        return -(-self._most // max(1, self._clients))
+        return -(-self._most // max(1, self.clients))
 
     def has_room(self, under_way: int, cold: int, warm: int) -> bool:
         """Whether a client with `under_way` blocks, `cold` of them cold, and `warm` received may ask for another."""
-        cold_share = -(-self._cold_most // max(1, self._clients))
+        cold_share = -(-self._cold_most // max(1, self.clients))
         return len(self._under_way) < self._most and under_way < self.share and cold < min(RAMP + warm, cold_share)
 
     def is_cold(self, key: Hashable) -> bool:

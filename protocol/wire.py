@@ -115,10 +115,8 @@ def body_length_of(message: msg.Request | msg.Reply) -> int:
 
 class Heads(Generic[Message]):
     """Parser of one direction of a connection: a hello, then heads of `kind` (REQUESTS or REPLIES), each with its body.
-
     After a head with a body the caller takes the part of it that arrived (`take`), reads the rest past this object, and
-    only then feeds again. Holds at most one header and the last bytes fed. Unusable after an error.
-    """
+    only then feeds again. Holds at most one header and the last bytes fed. Unusable after an error."""
 
     def __init__(self, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
         self._kind = kind

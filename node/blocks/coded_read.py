@@ -13,22 +13,21 @@ from functools import partial
 from itertools import combinations, islice, takewhile
 
 import trio
+from cachetools import TTLCache
 
 from cache.store import Held
-from node.blocks.faults import Faults
 from node.blocks.keeper import Keeper, Kept
-from node.blocks.plan_runner import carry_out
-from node.blocks.questions import Questions
+from node.blocks.questions import Questions, carry_out
 from node.blocks.trust import Suspicion
 from node.blocks.values import SILENCE_S, BlockAddress, Miss, Obtained, Site
-from node.exchange.contract import Answer, Lane
+from node.exchange.contract import Lane
 from node.telemetry.sources import Source
 from protocol.erasure import decode_block, encode_shard
 from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.evidence import contradict
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
-from protocol.ids import Buffer, PeerId, Piece, Shard, shard_length
+from protocol.ids import Buffer, PeerId, Piece, Shard
 from protocol.messages import ShardFound
 from protocol.placement import Route
 from protocol.records import Record
@@ -37,12 +36,30 @@ log = logging.getLogger(__name__)
 
 MAX_UNTANGLED = 64
 """Choices of k shards that are tried to find a wrong one: 4 of 5 has 5, 10 of 12 has 66."""
+REMEMBERED_S = 3600.0
+MAX_EVENTS = 256
+
+
+class Faults:
+    """Finds the member that makes wrong shards. Shards are not signed: the keeper that sent a wrong shard may have made
+    it, or any member that passed it on between the block's home and that keeper.
+
+    One wrong shard does not show which of these members lies. Two do where exactly one member had both in its hands. So
+    a single liar cannot have an honest member quarantined.
+    """
+
+    def __init__(self) -> None:
+        self._events: TTLCache[frozenset[PeerId], None] = TTLCache(MAX_EVENTS, REMEMBERED_S, timer=trio.current_time)
+
+    def wrong(self, makers: frozenset[PeerId]) -> PeerId | None:
+        """Note that one of `makers` made a wrong shard. Returns the liar where that is certain now."""
+        self._events[makers] = None
+        common = (makers & others for others in self._events)
+        return next((liar for few in common if len(few) == 1 for liar in few), None)
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """The state of one coded read."""
-
     address: BlockAddress
     route: Route
     plan: ShardPlan
@@ -78,8 +95,6 @@ class CodedReads:
         if address.background:  # only its home reads it, and that cannot now
             raise attempt.failure or UnavailableError(f"{address.block} cannot be obtained now")
         return Miss(attempt.plan.retries + 1, partial(self._blame, attempt))
-
-    # Requests
 
     async def _attempt(self, address: BlockAddress, route: Route, urgent: bool, warmed: Callable[[], None]) -> _Attempt:
         """Ask keepers until k shards are there, or no keeper is left to ask."""
@@ -128,7 +143,11 @@ class CodedReads:
             question = self._questions.get_shard(address, shard, hops=hops, exact=ask.exact)
             lane, ready = attempt.lane, attempt.warmed
             answer = await self._questions.ask(ask.peer, question, lane, SILENCE_S, plan=plan, ready=ready)
-            return self._check(attempt, answer)
+            message, body = answer.message, answer.body
+            if not isinstance(message, ShardFound) or body is None:
+                raise PeerMisbehavedError("an answer without a shard")
+            self._site.trust.check(message.record, address.ref, address.index)
+            return Shard(message.k, message.m, message.index), Held(body, message.record)
         except PeerMisbehavedError as error:
             self._site.view.quarantine(ask.peer, str(error))
         except ShoalError as error:
@@ -136,33 +155,21 @@ class CodedReads:
             attempt.failure = error
         return None
 
-    def _check(self, attempt: _Attempt, answer: Answer) -> Kept:
-        """Raises PeerMisbehavedError unless the answer can be a shard of the block in the code that was asked for."""
-        message, body, shape = answer.message, answer.body, attempt.route.shape
-        if not isinstance(message, ShardFound) or body is None or (message.k, message.m) != (shape.k, shape.m):
-            raise PeerMisbehavedError("a shard of another code than was asked for")
-        if message.index >= shape.width or len(body) != shard_length(attempt.address.length, shape.k):
-            raise PeerMisbehavedError(f"a shard {message.index} of {len(body)} bytes")
-        self._site.trust.check(message.record, attempt.address.ref, attempt.address.index)
-        return Shard(shape.k, shape.m, message.index), body, message.record
-
     def _note(self, attempt: _Attempt, ask: Ask, answer: Kept | None) -> list[Ask]:
         peer, now = ask.peer, trio.current_time()
         if answer is None:
             return attempt.plan.failed(peer, now)
-        shard, body, record = answer
+        shard, held = answer
         if attempt.record is None:
-            attempt.record = record
-        elif attempt.record.sha256 != record.sha256:
+            attempt.record = held.record
+        elif attempt.record.sha256 != held.record.sha256:
             log.warning("two records of %s disagree", attempt.address.block)
-            if contradict(attempt.record, record):
-                self._suspect(attempt, attempt.record, record)
+            if contradict(attempt.record, held.record):
+                self._suspect(attempt, attempt.record, held.record)
             return attempt.plan.failed(peer, now)
         attempt.warmed()
-        attempt.shards.setdefault(shard.index, (peer, body))
+        attempt.shards.setdefault(shard.index, (peer, held.data))
         return attempt.plan.got(peer, shard.index, now)
-
-    # Checks
 
     async def _assemble(self, attempt: _Attempt) -> Held | None:
         record, shape = attempt.record, attempt.route.shape
@@ -174,7 +181,7 @@ class CodedReads:
         log.warning("shards of %s do not make the block: looking for the wrong one", attempt.address.block)
         for ask in attempt.plan.spare(trio.current_time()):
             if (answer := await self._ask(attempt, ask)) is not None:
-                attempt.shards.setdefault(answer[0].index, (ask.peer, answer[1]))
+                attempt.shards.setdefault(answer[0].index, (ask.peer, answer[1].data))
         for chosen in islice(combinations(attempt.shards, shape.k), MAX_UNTANGLED):
             if (held := self._decode(attempt, record, chosen)) is not None:
                 await self._blame(attempt, Obtained(held, Source.PEER))
@@ -187,7 +194,7 @@ class CodedReads:
         return Held(data, record) if record.matches(data) else None
 
     async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
-        """Quarantine the maker of wrong shards where it is known (node/blocks/faults.py), and drop this node's own."""
+        """Quarantine the maker of wrong shards where it is known (`Faults`), and drop this node's own."""
         site, shape, claim, right = self._site, attempt.route.shape, attempt.record, truth.held
         if claim is not None and claim.sha256 != right.record.sha256:
             # Two records: the registry's own bytes decide (node/evidence/judge.py), not those of a mirror or a member.

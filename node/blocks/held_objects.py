@@ -33,10 +33,8 @@ async def held_body(tiers: Tiers, ref: ObjectRef) -> bytes | None:
 async def hash_held(
     tiers: Tiers, ref: ObjectRef, pause: Callable[[], Awaitable[None]] | None = None
 ) -> tuple[str, Buffer] | None:
-    """The digest of all blocks in hexadecimal, and the last block; None where a block is missing.
-
-    `pause` is awaited before each block of a background check, whose blocks do not displace others from memory.
-    """
+    """The digest of all blocks in hexadecimal, and the last block; None where a block is missing. `pause` is awaited
+    before each block of a background check, whose blocks do not displace others from memory."""
     hasher = hashlib.new(ref.digest.algorithm)
     data: Buffer = b""
     for index in range(ref.block_count):

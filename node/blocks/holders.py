@@ -8,9 +8,8 @@ has a grant reads the block from the upstream.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -52,7 +51,6 @@ class Holders:
     async def handle(
         self, peer: PeerId, request: messages.GetHoldings | messages.FindHolders | messages.Announce
     ) -> Answer:
-        """Answers a member, as a holder and as a directory."""
         match request:
             case messages.GetHoldings():
                 return Answer(_pack(self._site.tiers.holdings(Digest.parse(request.digest))))
@@ -66,15 +64,15 @@ class Holders:
 
     async def find(self, address: BlockAddress) -> Obtained | None:
         """The block from a member that holds it, else from k that hold a shard of it, else from its reader."""
-        ref, index, questions = address.ref, address.index, self._questions
+        ref, index = address.ref, address.index
         if candidates := await self._candidates(address):
             async with trio.open_nursery() as nursery:
                 for peer in candidates:
                     nursery.start_soon(self._learn_holdings, peer, ref.digest)
             holdings = {peer: self._holdings.get((peer, ref.digest), Holdings()) for peer in candidates}
-            whole, check = messages.GetBlock(str(ref.digest), index, ref.size), partial(questions.check_block, address)
+            whole = messages.GetBlock(str(ref.digest), index, ref.size)
             for peer, held in holdings.items():
-                if held.blocks >> index & 1 and (obtained := await self._block_from(peer, whole, Lane.BULK, check)):
+                if held.blocks >> index & 1 and (obtained := await self._block_from(peer, address, whole, Lane.BULK)):
                     return obtained
             if (obtained := await self._decoded_from(holdings, address)) is not None:
                 return obtained
@@ -82,8 +80,8 @@ class Holders:
             return None
         # The reader gives the block as the only shard of the code 1+0, and reads it from the upstream for that.
         shard, peer = Shard(1, 0, 0), PeerId(address.reader)
-        question = questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
-        return await self._block_from(peer, question, Lane.URGENT, partial(questions.check_shard, address, shard))
+        question = self._questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
+        return await self._block_from(peer, address, question, Lane.URGENT)
 
     async def _candidates(self, address: BlockAddress) -> list[PeerId]:
         site = self._site
@@ -130,11 +128,11 @@ class Holders:
         return answer.message if isinstance(answer.message, kind) else None
 
     async def _block_from(
-        self, peer: PeerId, question: messages.Request, lane: Lane, check: Callable[[Answer], tuple[Buffer, Record]]
+        self, peer: PeerId, address: BlockAddress, question: messages.Request, lane: Lane
     ) -> Obtained | None:
         try:
             answer = await self._questions.ask(peer, question, lane, SILENCE_S)
-            return Obtained(Held(*check(answer)), Source.PEER, (peer,))
+            return Obtained(self._questions.checked(address, answer), Source.PEER, (peer,))
         except PeerMisbehavedError as error:
             self._site.view.quarantine(peer, str(error))
         except ShoalError as error:
@@ -163,10 +161,9 @@ class Holders:
         async def take(shard: Shard, peer: PeerId) -> None:
             question = self._questions.get_shard(address, shard, hops=0)
             try:
-                answer = await self._questions.ask(peer, question, Lane.BULK, SILENCE_S)
-                if isinstance(answer.message, messages.ShardFound) and answer.message.index == shard.index:
-                    shards[shard.index], record = self._questions.check_shard(address, shard, answer)
-                    records.append(record)
+                held = self._questions.checked(address, await self._questions.ask(peer, question, Lane.BULK, SILENCE_S))
+                shards[shard.index] = held.data
+                records.append(held.record)
             except ShoalError as error:
                 log.debug("shard from %s: %s", peer, error)
 

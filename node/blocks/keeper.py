@@ -14,8 +14,7 @@ import trio
 from cache.store import Held
 from node.blocks.grants import Grants
 from node.blocks.home import Home
-from node.blocks.plan_runner import carry_out
-from node.blocks.questions import Questions
+from node.blocks.questions import Questions, carry_out
 from node.blocks.values import SILENCE_S, BlockAddress, Site, Work, is_copy
 from node.exchange.contract import Answer, Lane
 from node.oci.references import Locator
@@ -23,14 +22,13 @@ from node.runtime.single_flight import SingleFlight
 from protocol.erasure import encode_shard
 from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.fetch_plan import Ask, ShardPlan
-from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Piece, Shard
+from protocol.ids import Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.messages import BlockFound, Failed, GetBlock, GetShard, ShardFound
-from protocol.records import Record
 
 log = logging.getLogger(__name__)
 
-Kept = tuple[Shard, Buffer, Record]
-"""A shard's place in its code, its bytes, and the record of its block."""
+Kept = tuple[Shard, Held]
+"""A shard's place in its code; its bytes and the record of its block."""
 
 HOME_PATIENCE_S = 8.0
 """Extra wait for a late home before another member acts for it, which costs a second copy from the upstream."""
@@ -42,10 +40,9 @@ _NOT_HELD = Answer(Failed("not-held", "not held"))
 class Keeper:
     def __init__(self, site: Site, home: Home, questions: Questions, grants: Grants, *, nursery: trio.Nursery) -> None:
         self._site, self._home, self._questions, self._grants = site, home, questions, grants
-        self._keeping: SingleFlight[tuple[Shard, Work], tuple[Buffer, Record]] = SingleFlight(nursery)
+        self._keeping: SingleFlight[tuple[Shard, Work], Held] = SingleFlight(nursery)
 
     async def handle(self, peer: PeerId, request: GetShard | GetBlock) -> Answer:
-        """Answers a member."""
         ref = ObjectRef(Digest.parse(request.digest), request.size)
         if isinstance(request, GetShard):
             return await self._answer_shard(request, ref)
@@ -66,8 +63,8 @@ class Keeper:
                 answer = _cut((await self._home.block(address)).held, shard)
             else:
                 answer = await self.keep(address, shard, request.hops, exact=request.exact)
-        shard, body, record = answer
-        return Answer(ShardFound(shard.k, shard.m, shard.index, record), body)
+        shard, held = answer
+        return Answer(ShardFound(shard.k, shard.m, shard.index, held.record), held.data)
 
     async def _held_shard(self, ref: ObjectRef, index: int, shard: Shard, *, exact: bool) -> Kept | None:
         """The shard, or without `exact` another one of the same code that an earlier view had this node keep."""
@@ -82,20 +79,17 @@ class Keeper:
                 return None
             shard = Shard(shard.k, shard.m, indices[0])
         kept = await self._site.trusted(Piece(block, shard), ref.size)
-        return (shard, kept[0].data, kept[0].record) if kept is not None else None
+        return (shard, kept[0]) if kept is not None else None
 
     async def keep(self, address: BlockAddress, shard: Shard, hops: int, *, exact: bool) -> Kept:
-        """This node's shard of a block. Where it is not held, it is obtained within `hops`, and held from then on.
-
-        Without `exact` it may be another shard of that code, which an earlier view had this node keep.
-        """
+        """This node's shard of a block, or without `exact` another as in `_held_shard`. Where none is held, the shard
+        is obtained within `hops`, and held from then on."""
         held = await self._held_shard(address.ref, address.index, shard, exact=exact)
         if held is not None:
             return held
-        data, record = await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard, hops))
-        return shard, data, record
+        return shard, await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard, hops))
 
-    async def _obtain_shard(self, address: BlockAddress, shard: Shard, hops: int) -> tuple[Buffer, Record]:
+    async def _obtain_shard(self, address: BlockAddress, shard: Shard, hops: int) -> Held:
         """From its source, which in the root cell is the home. Where that fails, or is far slower than others, the next
         source takes its place; in the root cell it acts as home."""
         site, health, now = self._site, self._site.health, trio.current_time()
@@ -106,10 +100,10 @@ class Keeper:
         homes = [peer for peer in sources if peer == site.own or peer in usable][:most]
         late, answered = health.late_after_s, health.answered_at
         plan = ShardPlan(homes, homes, 1, late, answered_at=answered, patience_s=HOME_PATIENCE_S)
-        shards: list[tuple[Buffer, Record]] = []
+        shards: list[Held] = []
         failures: list[ShoalError] = [UnavailableError(f"no home of {address.ref.digest} #{address.index} answers")]
 
-        async def ask(request: Ask) -> tuple[Buffer, Record] | None:
+        async def ask(request: Ask) -> Held | None:
             home = request.peer
             try:
                 with self._home.times.waiting(home):
@@ -121,7 +115,7 @@ class Keeper:
                 failures.append(error)
             return None
 
-        def note(request: Ask, answer: tuple[Buffer, Record] | None) -> list[Ask]:
+        def note(request: Ask, answer: Held | None) -> list[Ask]:
             if answer is None:
                 return plan.failed(request.peer, trio.current_time())
             shards.append(answer)
@@ -146,21 +140,18 @@ class Keeper:
         if not shards:
             raise failures[-1]
         if not site.tiers.holds(Piece(address.block)):
-            await site.tiers.put(Piece(address.block, None if is_copy(shard) else shard), *shards[0])
+            piece = Piece(address.block, None if is_copy(shard) else shard)
+            await site.tiers.put(piece, shards[0].data, shards[0].record)
         return shards[0]
 
-    async def _ask_home(
-        self, home: PeerId, address: BlockAddress, shard: Shard, *, hops: int, plan: ShardPlan
-    ) -> tuple[Buffer, Record]:
+    async def _ask_home(self, home: PeerId, address: BlockAddress, shard: Shard, *, hops: int, plan: ShardPlan) -> Held:
         if home == self._site.own:
             plan.heard(home, False, trio.current_time())  # as another home says while it reads the block
-            return _cut((await self._home.block(address)).held, shard)[1:]
+            return _cut((await self._home.block(address)).held, shard)[1]
         question = self._questions.get_shard(address, shard, hops=hops)
         answer = await self._questions.ask(home, question, Lane.URGENT, SILENCE_S, plan=plan)
-        if not isinstance(answer.message, ShardFound) or answer.message.index != shard.index:
-            raise UnavailableError(f"{home} does not have shard {shard.index}")
-        return self._questions.check_shard(address, shard, answer)
+        return self._questions.checked(address, answer)
 
 
 def _cut(held: Held, shard: Shard) -> Kept:
-    return shard, encode_shard(held.data, shard.k, shard.m, shard.index), held.record
+    return shard, Held(encode_shard(held.data, shard.k, shard.m, shard.index), held.record)

@@ -1,23 +1,27 @@
-"""Questions to one member. Its health is updated by how it answers each.
+"""Questions to members. The health of each is updated by how it answers. `carry_out` asks what a plan says.
 
-Every GetShard is made here, and so are the checks of shards and blocks that this node passes on to others.
+Every GetShard is made here, and so is the check of shards and blocks that this node passes on to others. The exchange
+has checked that an answer fits its question: the block, the code, the length, and with `exact` the shard
+(`check_answer` of protocol/wire.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
-from node.blocks.values import BlockAddress, Site, is_copy
+from cache.store import Held
+from node.blocks.values import LOOK_EVERY_S, BlockAddress, Site, is_copy
 from node.exchange.contract import Answer, Lane
 from protocol import errors
 from protocol.fetch_plan import Ask, ShardPlan
-from protocol.ids import Buffer, PeerId, Shard, shard_length
+from protocol.ids import PeerId, Shard
 from protocol.messages import BlockFound, Failed, GetShard, Request, ShardFound
-from protocol.records import Record
 
 _ERRORS: dict[str, type[errors.ShoalError]] = {"not-found": errors.NotFoundError, "denied": errors.DeniedError}
+T = TypeVar("T")
 
 
 class Questions:
@@ -35,9 +39,7 @@ class Questions:
         ready: Callable[[], None] = lambda: None,
     ) -> Answer:
         """Raises NotFoundError, DeniedError or UnavailableError where the answer is `Failed`, else as Exchange.request.
-
-        `plan` follows the peer's progress and measures its time. `ready` is called when the answer is on its way.
-        """
+        `plan` follows the peer's progress and measures its time. `ready` is called when the answer is on its way."""
 
         def heard(is_ready: bool) -> None:
             if plan is not None:
@@ -45,20 +47,19 @@ class Questions:
             if is_ready:
                 ready()
 
-        site, settled = self._site, False
+        site = self._site
         site.health.asked(peer)
         try:
             answer = await site.exchange.request(peer, question, lane=lane, silence_s=silence_s, heard=heard)
-            settled, now = True, trio.current_time()
-            site.health.answered(peer, plan.took_s(peer, now) if plan is not None else None, now)
         except errors.PeerUnavailableError:
-            settled = True
             site.health.failed(peer, trio.current_time())
             site.view.report_failure(peer)
             raise
-        finally:
-            if not settled:
-                site.health.dropped(peer)
+        except BaseException:
+            site.health.dropped(peer)
+            raise
+        now = trio.current_time()
+        site.health.answered(peer, plan.took_s(peer, now) if plan is not None else None, now)
         if isinstance(answer.message, Failed):
             raise _ERRORS.get(answer.message.code, errors.UnavailableError)(answer.message.text)
         return answer
@@ -80,27 +81,17 @@ class Questions:
             background=address.background and hops > 0,
         )
 
-    def check_shard(self, address: BlockAddress, shard: Shard, answer: Answer) -> tuple[Buffer, Record]:
-        """The answer's bytes. Raises PeerMisbehavedError where they cannot be this shard, and as Trust.check."""
+    def checked(self, address: BlockAddress, answer: Answer) -> Held:
+        """A shard or the whole block, as it may be passed on. Raises as Trust.check, and PeerMisbehavedError where the
+        bytes of a whole block are wrong."""
         message, body = answer.message, answer.body
-        if not isinstance(message, ShardFound) or body is None or (message.k, message.m) != (shard.k, shard.m):
-            raise errors.PeerMisbehavedError(f"an answer that is no shard {shard.k}+{shard.m}")
-        self._site.trust.check(message.record, address.ref, address.index)
-        if len(body) != shard_length(address.length, shard.k):
-            raise errors.PeerMisbehavedError(f"a shard of {len(body)} bytes")
-        if is_copy(shard) and not message.record.matches(body):
-            raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
-        return body, message.record
-
-    def check_block(self, address: BlockAddress, answer: Answer) -> tuple[Buffer, Record]:
-        """As `check_shard`, for the whole block. Raises UnavailableError where the answer has none."""
-        message, body = answer.message, answer.body
-        if not isinstance(message, BlockFound) or body is None:
+        if not isinstance(message, ShardFound | BlockFound) or body is None:
             raise errors.UnavailableError("an answer without a block")
         self._site.trust.check(message.record, address.ref, address.index)
-        if not message.record.matches(body):
+        whole = isinstance(message, BlockFound) or is_copy(Shard(message.k, message.m, message.index))
+        if whole and not message.record.matches(body):
             raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
-        return body, message.record
+        return Held(body, message.record)
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
         """The peers that became late by the plan, and the requests that replace those given up. Updates the health."""
@@ -109,3 +100,35 @@ class Questions:
         for peer in late:
             self._site.health.overdue(peer, plan.took_s(peer, now) or 0.0, now)
         return late, asks
+
+
+async def carry_out(
+    plan: ShardPlan,
+    asks: list[Ask],
+    ask: Callable[[Ask], Awaitable[T]],
+    *,
+    note: Callable[[Ask, T], list[Ask]],
+    overdue: Callable[[], list[Ask]],
+) -> None:
+    """Make a plan's requests in tasks, and report their answers to it. Returns when the plan is done or stuck; requests
+    that are still under way are then cancelled.
+
+    `asks` are the first requests. `ask` makes one; an exception that it raises ends the plan. `note` takes its answer
+    and returns further requests. So does `overdue`, which is called when the plan's next check is due, and after
+    LOOK_EVERY_S without an answer.
+    """
+    send, receive = trio.open_memory_channel[tuple[Ask, T]](len(asks))
+
+    async def make(request: Ask) -> None:
+        await send.send((request, await ask(request)))
+
+    async with trio.open_nursery() as nursery:
+        for request in asks:
+            nursery.start_soon(make, request)
+        while not plan.done and not plan.stuck:
+            more: list[Ask] = []
+            with trio.move_on_at(min(plan.next_check(), trio.current_time() + LOOK_EVERY_S)) as waiting:
+                more = note(*await receive.receive())
+            for request in overdue() if waiting.cancelled_caught else more:
+                nursery.start_soon(make, request)
+        nursery.cancel_scope.cancel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import trio
 
@@ -42,20 +43,18 @@ class Room:
         self._free.release()
 
 
+@dataclass(slots=True)
 class _Reading:
-    __slots__ = ("address", "cold", "ticket")
-
-    def __init__(self, address: BlockAddress, ticket: Ticket[Work, Obtained]) -> None:
-        self.address, self.ticket = address, ticket
-        self.cold = True
+    address: BlockAddress
+    ticket: Ticket[Work, Obtained]
+    cold: bool = True
 
 
 class ReadAhead:
     """The reads of one client. `close` must be called when the client's read ends in any way."""
 
     def __init__(self, fetcher: Fetcher, room: Room, blocks: Iterator[BlockAddress], *, urgent: bool) -> None:
-        self._fetcher, self._room, self._urgent = fetcher, room, urgent
-        self._blocks = blocks
+        self._fetcher, self._room, self._urgent, self._blocks = fetcher, room, urgent, blocks
         self._following = next(blocks, None)
         self._readings: deque[_Reading] = deque()
         self._warm = 0
@@ -67,7 +66,6 @@ class ReadAhead:
         return await self._readings[0].ticket.wait()
 
     async def ended_within(self, seconds: float) -> bool:
-        """Whether the read of the next block ends in that time."""
         with trio.move_on_after(seconds):
             await self._first_ended()
             return True

@@ -23,10 +23,8 @@ _REMEMBERED = 8192
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """A record that may be false. `source` is the locator of its object.
-
-    `compared`: this node has compared the record with the registry's own bytes. `other` contradicts it.
-    """
+    """A record that may be false. `source` is the locator of its object. `other` contradicts it. `compared`: this node
+    has compared it with the registry's own bytes."""
 
     record: Record
     source: str

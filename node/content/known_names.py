@@ -41,7 +41,6 @@ class KnownNames:
         self._doubted: TTLCache[tuple[str, ObjectRef], bool] = TTLCache(MAX_RECENT, DOUBTED_S, timer=trio.current_time)
 
     def get(self, locator: Locator, reference: str) -> Resolved | None:
-        """The last answer, however old."""
         return self._table.get(str(locator), reference)
 
     def fresh(self, locator: Locator, reference: str) -> Resolved | None:
@@ -116,10 +115,8 @@ class KnownNames:
         return None if media_type is None else replace(resolved, media_type=media_type)
 
     def check_type(self, locator: Locator, reference: str, resolved: Resolved, body: bytes) -> None:
-        """Compare the media type of an answer with a manifest's verified bytes.
-
-        A member that gave another type is only named in the log: it may have received it so, or from a wrong index.
-        """
+        """Compare the media type of an answer with a manifest's verified bytes. A member that gave another type is only
+        named in the log: it may have received it so, or from a wrong index."""
         media_type = media_type_of(body, resolved.media_type)
         if media_type is None:
             self.doubt(locator, resolved.ref)
@@ -134,7 +131,6 @@ class KnownNames:
         return self._table.images()
 
     def tags(self, pattern: str) -> list[tuple[KnownTag, TagPolicy, TagState]]:
-        """The known tags whose `upstream/repository:tag` fits the pattern."""
         rows = [(row, self.policies.of(row.locator, row.tag)) for row in self._table.tags(pattern)]
         return [(row, policy, self._state(row, policy)) for row, policy in rows]
 

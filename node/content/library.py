@@ -127,13 +127,10 @@ class SiteLibrary:
             self.verifier.read_in_part(locator, ref)
 
     async def _verify_first(self, request: _Request, verified: dict[int, Obtained]) -> AsyncGenerator[None, None]:
-        """Fetch a small object whole and verify its digest before a byte is sent.
-
-        Block provenance goes into `verified`; the bytes stay in the tiers. Yields when a client would wait too long for
-        the head of an answer or for its next byte. Raises CorruptObjectError. `verified` stays empty if verification
-        takes longer than CHECK_S, if false blocks were just replaced, or if a block cannot be obtained and the request
-        is not for the whole object.
-        """
+        """Fetch a small object whole and verify its digest before a byte is sent. Block provenance goes into
+        `verified`; the bytes stay in the tiers. Yields when a client would wait too long for the head of an answer or
+        for its next byte. Raises CorruptObjectError. `verified` stays empty if verification takes longer than CHECK_S,
+        if false blocks were just replaced, or if a block cannot be obtained and the request is for a part."""
         ref = request.ref
         hasher = hashlib.new(ref.digest.algorithm)
         fetched: dict[int, Obtained] = {}

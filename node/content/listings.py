@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from urllib.parse import urlencode
 
 import msgspec
@@ -20,7 +20,7 @@ import msgspec
 from node.content.contract import Library
 from node.content.image_walk import read_manifest
 from node.oci.manifests import MAX_MANIFEST
-from node.oci.references import Grant, Locator
+from node.oci.references import Locator
 from node.registry.calls import Passed
 from node.runtime.sqlite import Database
 from protocol.errors import UNDECODABLE, NotFoundError, UnavailableError
@@ -43,14 +43,8 @@ _SCHEMA = (
 )
 
 _T = TypeVar("_T")
-
-
-class Passthrough(Protocol):
-    """`Upstreams.passthrough`; `tail` is `tags/list` or `referrers/<digest>`."""
-
-    async def __call__(
-        self, upstream: str, repository: str, tail: str, query: Mapping[str, str], /, grant: Grant | None
-    ) -> Passed: ...
+Passthrough = Callable[[Locator, str, Mapping[str, str]], Awaitable[Passed]]
+"""`Upstreams.passthrough`."""
 
 
 class _Tags(msgspec.Struct):
@@ -84,10 +78,9 @@ class Listings:
 
     async def tags(self, locator: Locator, query: Mapping[str, str]) -> Passed:
         """A page of the repository's tags; `n` and `last` are honoured even if the registry ignores them."""
-
         key = _key(locator, "tags/list", query)
         try:
-            passed = await self._listed(key, lambda: self._from_registry(locator, "tags/list", query))
+            passed = await self._listed(key, lambda: self._passthrough(locator, "tags/list", query))
         except UnavailableError:
             whole = self._remembered(_key(locator, "tags/list", {}), self.max_age_s)
             if whole is None or whole.link:
@@ -96,21 +89,16 @@ class Listings:
         return page_of_tags(passed, query, whole=False)
 
     async def referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
-        """An index of the manifests that refer to `digest`, empty if there are none.
-
-        The registry is asked for all of them: one stored list then serves every `artifactType`.
-        """
+        """An index of the manifests that refer to `digest`, empty if there are none. The registry is asked for all of
+        them: one stored list then serves every `artifactType`."""
         rest = {name: value for name, value in query.items() if name != "artifactType"}
         key = _key(locator, f"referrers/{digest}", rest)
         passed = await self._listed(key, lambda: self._ask_referrers(locator, digest, rest))
         return referrers_of_type(passed, query["artifactType"]) if query.get("artifactType") else passed
 
-    async def _from_registry(self, locator: Locator, tail: str, query: Mapping[str, str]) -> Passed:
-        return await self._passthrough(locator.upstream, locator.repository, tail, query, grant=locator.grant)
-
     async def _ask_referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
         try:
-            passed = await self._from_registry(locator, f"referrers/{digest}", query)
+            passed = await self._passthrough(locator, f"referrers/{digest}", query)
             if passed.media_type == INDEX:  # and not the page of a web interface
                 return passed
         except NotFoundError:
@@ -125,8 +113,6 @@ class Listings:
         if index.media_type != INDEX or index.ref.size > MAX_MANIFEST:
             return NO_REFERRERS
         return await read_manifest(self._library, locator, index)
-
-    # Lists on disk
 
     async def _listed(self, key: str, ask: Callable[[], Awaitable[Passed]]) -> Passed:
         fresh = self._remembered(key, FRESH_S)
@@ -167,11 +153,8 @@ def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:
 
 
 def page_of_tags(passed: Passed, query: Mapping[str, str], *, whole: bool) -> Passed:
-    """The requested page, sorted, if the answer holds all tags; else the answer as it is.
-
-    It holds all if `whole`, if it is a first page without a next one, or if its content shows that the query was
-    ignored.
-    """
+    """The requested page, sorted, if the answer holds all tags; else the answer as it is. It holds all if `whole`, if
+    it is a first page without a next one, or if its content shows that the query was ignored."""
     limit = int(query["n"]) if _is_count(query.get("n", "")) else None
     last = query.get("last", "")
     listed = _decoded(passed.body, _Tags)

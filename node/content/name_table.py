@@ -63,8 +63,7 @@ class NameTable:
             rows = self._database.run(
                 f"SELECT {_COLUMNS} FROM name WHERE source = ? AND reference = ?", (source, reference)
             )
-            resolved = self._resolved(*rows[0]) if rows else None
-            if resolved is None:
+            if not rows or (resolved := self._resolved(*rows[0])) is None:
                 return None
             recent = self._recent[source, reference] = resolved, rows[0][3], ""
         return replace(recent[0], age_s=self._age(recent[1]))
@@ -103,7 +102,6 @@ class NameTable:
         return [(source, reference, resolved) for source, reference, resolved in listed if resolved is not None]
 
     def told_by(self, source: str, reference: str) -> str:
-        """The source of the answer, as in KnownTag."""
         recent = self._recent.get((source, reference))
         return recent[2] if recent else ""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -77,15 +78,13 @@ class Resolver:
         return resolved
 
     async def handle(self, peer: PeerId, request: messages.Resolve) -> Answer:
-        """Answer a member."""
         locator, reference = Locator.parse(request.source), request.reference
         resolved = self.known.fresh(locator, reference)
-        if resolved is None and request.hops == 0:
-            resolved = self.known.usable(locator, reference)
-            if resolved is None:
-                return Answer(messages.Failed("not-held", "not known here"))
-        if resolved is None:
+        if resolved is None and request.hops:
             resolved = await self.ask_registry(locator, reference)
+        resolved = resolved or self.known.usable(locator, reference)
+        if resolved is None:
+            return Answer(messages.Failed("not-held", "not known here"))
         if locator.kind == "manifests":
             resolved = self.known.typed(resolved) or resolved
         ref, public = resolved.ref, self._public_age(locator)
@@ -93,8 +92,6 @@ class Resolver:
         return Answer(
             messages.Resolved(str(ref.digest), ref.size, resolved.media_type, resolved.age_s, public_age_s=age_s)
         )
-
-    # Members
 
     async def _ask_site(self, locator: Locator, reference: str) -> Resolved:
         site, now = self._site, trio.current_time()
@@ -172,8 +169,6 @@ class Resolver:
             for peer in others[:LAST_RESORT_MEMBERS]:
                 nursery.start_soon(try_to_ask, peer)
 
-    # The registry
-
     async def ask_registry(self, locator: Locator, reference: str) -> Resolved:
         """The registry's answer, or the youngest one of the site while the registry is out of reach."""
         return await self._revalidating.do((locator, reference), lambda: self._revalidate(locator, reference))
@@ -201,10 +196,9 @@ class Resolver:
         stale = self.known.usable(locator, reference)
         if locator.grant is None and (stale is None or not self.known.site_was_asked(locator, reference)):
             self.known.asking_site(locator, reference)
-            if self.known.max_age_s(locator, reference):
-                await self._ask_others(
-                    locator, reference, lambda peer: self._ask_member(peer, locator, reference, hops=0)
-                )  # a member may have imported the image
+            if self.known.max_age_s(locator, reference):  # a member may have imported the image
+                ask = partial(self._ask_member, locator=locator, reference=reference, hops=0)
+                await self._ask_others(locator, reference, ask)
             stale = self.known.usable(locator, reference)
         if stale is None:
             raise error

@@ -69,11 +69,9 @@ class ObjectVerifier:
             await self._fetcher.idle()
 
     async def check(self, locator: Locator, ref: ObjectRef, computed: str, given: int = 0) -> Buffer | None:
-        """Accept or repair an object whose blocks were all read and hash to `computed` (hexadecimal).
-
-        A client has received the first `given` blocks. If only others were false, all are right now, and the last block
-        is returned. Raises CorruptObjectError.
-        """
+        """Accept or repair an object whose blocks were all read and hash to `computed` (hexadecimal). A client has
+        received the first `given` blocks. If only others were false, all are right now, and the last block is returned.
+        Raises CorruptObjectError."""
         last = None
         if computed != ref.digest.hex:
             log.error("%s came with wrong bytes: reading it again from the registry", ref.digest)
@@ -85,13 +83,15 @@ class ObjectVerifier:
         return last
 
     async def _repair(self, locator: Locator, ref: ObjectRef, given: int) -> Buffer | None:
-        """Compare blocks with the registry's and replace the false ones, until all of them make the object.
-
-        The signer of a false block is quarantined, and the other blocks that it signed are compared next. Returns the
-        last block if all blocks make the object now. If one of the first `given` blocks was false, the read fails in
-        any case: then the liar's blocks are dropped.
-        """
-        claims = await self._claims(ref)
+        """Compare blocks with the registry's and replace the false ones, until all of them make the object. The signer
+        of a false block is quarantined, and the other blocks that it signed are compared next. Returns the last block
+        if all blocks make the object now. If one of the first `given` blocks was false, the read fails in any case:
+        then the liar's blocks are dropped."""
+        claims = {
+            index: block[0].record
+            for index in range(ref.block_count)
+            if (block := await self._site.tiers.get(Piece(ref.block(index)), ref.size)) is not None
+        }
         # All nodes of a site read a false object at about the same time. They begin at different blocks, so that one
         # soon compares a false one.
         begin = crc32(self._site.own.encode()) % ref.block_count
@@ -112,15 +112,6 @@ class ObjectVerifier:
             if not any(self._is_doubtful(claims[number]) for number in left) and (last := await self._if_right(ref)):
                 return last
         return await self._if_right(ref) if first_false >= given else None
-
-    async def _claims(self, ref: ObjectRef) -> dict[int, Record]:
-        """The records of the blocks that are held, by index."""
-        claims: dict[int, Record] = {}
-        for index in range(ref.block_count):
-            block = await self._site.tiers.get(Piece(ref.block(index)), ref.size)
-            if block is not None:
-                claims[index] = block[0].record
-        return claims
 
     def _is_doubtful(self, record: Record) -> bool:
         return not self._site.trust.accepts(record.signer)

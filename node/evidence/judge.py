@@ -71,8 +71,6 @@ class Judge:
                 nursery.start_soon(self._clear, signer)
             task_status.started()
 
-    # Evidence from other members
-
     async def handle(self, peer: PeerId, request: Accuse) -> Answer:
         """Answer a member. Raises DeniedError for a quarantined one, PeerMisbehavedError for a wrong signature."""
         if self.site.view.is_quarantined(peer):
@@ -102,8 +100,6 @@ class Judge:
             return False
         return self.cases.takes_from(finder)
 
-    # Telling others
-
     def _tell(self, evidence: Evidence, *but: PeerId) -> None:
         """Tell TELL members once. The others hear of it from them, and by exchanges."""
         none = {self.site.own, evidence.finder, evidence.record.signer, *but}
@@ -126,8 +122,6 @@ class Judge:
             if others:
                 await self._ask(self.rng.choice(others))
                 await trio.sleep(EXCHANGE_S - PAUSE_S)
-
-    # Suspicions of this node
 
     async def _look_into(self) -> None:
         async for suspicion in self.site.trust.suspicions:
@@ -154,8 +148,6 @@ class Judge:
         self.cases.add(case)
         self._convict(case)
         self._tell(evidence)
-
-    # Judging
 
     async def _decide(self) -> None:
         """Judge one case after the other, so that accusations, however many, cost a bounded part of the uplink."""

@@ -131,7 +131,7 @@ class Registrar:
 
     async def serve(self, line: Line, host: str, own: PeerId) -> None:
         """Serve one join; refusals go to the peer and to the log. Raises PeerUnavailableError, PeerMisbehavedError."""
-        knock = join.decode_knock(await line.receive(join.MAX_MESSAGE))
+        knock = join.decode_as(join.Knock, await line.receive(join.MAX_MESSAGE))
         refusal = self._refusal(host)
         if self._authority is None or refusal:
             self._refusals.tell(CHANNEL, line.peer, host, refusal)
@@ -139,7 +139,7 @@ class Registrar:
             return
         proof = self._authority.key.sign(join.proven(knock.nonce, line.peer, own))
         await line.send(join.encode(join.Offer(join.VERSION, self._authority.der, proof)))
-        application = join.decode_application(await line.receive(join.MAX_MESSAGE))
+        application = join.decode_as(join.Application, await line.receive(join.MAX_MESSAGE))
         try:
             certificate = self._admit(self._authority, line.peer, application)
         except NotAdmittedError as error:
@@ -197,12 +197,12 @@ async def apply(line: Line, own: PeerId, text: str, name: str) -> tuple[bytes, b
     token = read_token(text)
     nonce = secrets.token_bytes(join.NONCE)
     await line.send(join.encode(join.Knock(join.VERSION, nonce)))
-    offer = join.decode_offer(await line.receive(join.MAX_MESSAGE))
+    offer = join.decode_as(join.Offer, await line.receive(join.MAX_MESSAGE))
     if offer.refusal:
         raise NotAdmittedError(offer.refusal)
     _check_offer(offer, token, join.proven(nonce, own, line.peer))
     await line.send(join.encode(join.Application(text, name)))
-    admittance = join.decode_admittance(await line.receive(join.MAX_MESSAGE))
+    admittance = join.decode_as(join.Admittance, await line.receive(join.MAX_MESSAGE))
     if admittance.refusal:
         raise NotAdmittedError(admittance.refusal)
     if issued_by(admittance.certificate, offer.authority) != own:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable
 from hashlib import sha256
 
 import trio
 
+from cache.files import write_at
 from node.oci.layout import Packed, PackedImage, layout_files, read_layout
 from node.oci.references import ImageName
 from node.oci.tar import END, header, padding, read_entries
@@ -22,7 +23,6 @@ from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef
 
 CHECK_BYTES = 32 << 20
 """Bytes hashed by one call in a thread, which takes 0.1 s."""
-
 HASH = 32
 """Bytes of a sha256."""
 
@@ -35,8 +35,7 @@ class ArchiveReader:
     """`fd` stays the caller's to close. Raises BadInputError unless it is a regular file."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._length = _regular(fd).st_size
+        self._fd, self._length = fd, _size_of(fd)
 
     def _read(self, offset: int, length: int) -> bytes:
         data = bytearray()
@@ -59,10 +58,8 @@ class ArchiveReader:
         return await trio.to_thread.run_sync(read)
 
     async def hashes(self, packed: Packed) -> AsyncGenerator[bytes, None]:
-        """The sha256 of each block, concatenated, CHECK_BYTES at a time.
-
-        Raises BadInputError before the last ones if the object does not have its digest.
-        """
+        """The sha256 of each block, concatenated, CHECK_BYTES at a time. Raises BadInputError before the last ones if
+        the object does not have its digest."""
         whole = hashlib.new(packed.ref.digest.algorithm)
 
         def hash_some(first: int, stop: int) -> bytes:
@@ -74,13 +71,11 @@ class ArchiveReader:
             return bytes(hashes)
 
         count, step = packed.ref.block_count, CHECK_BYTES // BLOCK_SIZE
-        for first in range(0, count, step):
+        for first in range(0, max(1, count), step):
             hashes = await trio.to_thread.run_sync(hash_some, first, min(count, first + step))
-            if first + step >= count:
-                _check(packed, whole.hexdigest())
+            if first + step >= count and whole.hexdigest() != packed.ref.digest.hex:
+                raise BadInputError(f"{packed.entry}: its bytes are not those of its digest")
             yield hashes
-        if not count:
-            _check(packed, whole.hexdigest())
 
     def _block(self, packed: Packed, index: int) -> bytes:
         return self._read(packed.offset + index * BLOCK_SIZE, packed.ref.block_length(index))
@@ -97,63 +92,43 @@ class ArchiveReader:
         return await trio.to_thread.run_sync(read)
 
 
-def _check(packed: Packed, computed: str) -> None:
-    if computed != packed.ref.digest.hex:
-        raise BadInputError(f"{packed.entry}: its bytes are not those of its digest")
-
-
 class ArchiveWriter:
     """Writes one entry after the other, blobs in parts. `fd` stays the caller's to close. Raises ArchiveError."""
 
     def __init__(self, fd: int) -> None:
-        _regular(fd)
-        self._fd = fd
-        self._offset = 0
+        _size_of(fd)
+        self._fd, self._offset = fd, 0
 
     async def begin(self, root: Packed, name: ImageName) -> None:
-        await self._write([part for file, data in layout_files(root, name).items() for part in _entry(file, data)])
+        for file, data in layout_files(root, name).items():
+            await self.write(header(file, len(data)) + data + padding(len(data)))
 
     async def head(self, packed: Packed) -> None:
-        await self._write([header(packed.entry, packed.ref.size)])
-
-    async def data(self, data: Buffer) -> None:
-        await self._write([data])
+        await self.write(header(packed.entry, packed.ref.size))
 
     async def tail(self, ref: ObjectRef) -> None:
-        await self._write([padding(ref.size)])
+        await self.write(padding(ref.size))
 
     async def end(self) -> None:
         """Finish the archive durably: its medium is likely to be unplugged next."""
-        await self._write([END])
-        await trio.to_thread.run_sync(self._sync)
+        await self.write(END)
+        await self._in_thread(os.ftruncate, self._fd, self._offset)
+        await self._in_thread(os.fsync, self._fd)
 
-    async def _write(self, parts: Iterable[Buffer]) -> None:
-        def write() -> None:
-            try:
-                for part in parts:
-                    view = memoryview(part).cast("B")
-                    while view:
-                        done = os.pwrite(self._fd, view, self._offset)
-                        view, self._offset = view[done:], self._offset + done
-            except OSError as error:
-                raise ArchiveError(f"the archive cannot be written: {error.strerror}") from error
+    async def write(self, data: Buffer) -> None:
+        """Bytes of the entry that `head` began."""
+        await self._in_thread(write_at, self._fd, data, self._offset)
+        self._offset += len(data)
 
-        await trio.to_thread.run_sync(write)
-
-    def _sync(self) -> None:
+    async def _in_thread(self, call: Callable[..., None], *arguments: object) -> None:
         try:
-            os.ftruncate(self._fd, self._offset)
-            os.fsync(self._fd)
+            await trio.to_thread.run_sync(call, *arguments)
         except OSError as error:
             raise ArchiveError(f"the archive cannot be written: {error.strerror}") from error
 
 
-def _entry(name: str, data: bytes) -> list[bytes]:
-    return [header(name, len(data)), data, padding(len(data))]
-
-
-def _regular(fd: int) -> os.stat_result:
+def _size_of(fd: int) -> int:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise BadInputError("an archive must be a regular file, not a pipe or a device")
-    return status
+    return status.st_size

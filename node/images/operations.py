@@ -96,8 +96,6 @@ class ImageOperations:
             table.put(str(locator_of(name, packed)), str(packed.ref.digest), resolved)
         table.put(str(name.manifests), name.reference, Resolved(root.ref, root.media_type, age_s))
 
-    # Archives
-
     async def export_image(
         self, image: ImageName, platforms: Sequence[Platform], descriptor: int
     ) -> AsyncGenerator[documents.WorkEvent, None]:
@@ -110,7 +108,7 @@ class ImageOperations:
             await writer.head(packed)
             async with aclosing(self.library.read(locator_of(image, packed), ref, 0, ref.size)) as chunks:
                 async for chunk in chunks:
-                    await writer.data(chunk)
+                    await writer.write(chunk)
                     for event in work.progress("writing", len(chunk), ref.digest):
                         yield event
             await writer.tail(ref)
@@ -177,8 +175,6 @@ class ImageOperations:
             for packed in image.objects:
                 self.finished(packed.ref)
 
-    # Pins
-
     async def pin(self, image: ImageName, platforms: Sequence[Platform]) -> AsyncGenerator[documents.WorkEvent, None]:
         work = _Work()
         packed_image = await survey(self.library, image, platforms)
@@ -233,8 +229,6 @@ class ImageOperations:
             bytes_held=sum(self._bytes_on_disk(packed.ref) for packed in pin.image.objects),
             since=pin.since,
         )
-
-    # Prefetch and gc
 
     async def prefetch(self, order: documents.PrefetchOrder) -> documents.PrefetchReport:
         await trio.lowlevel.checkpoint()

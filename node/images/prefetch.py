@@ -1,4 +1,5 @@
-"""Prefetch: the node fetches ordered images one after the other, in the background and after the reads of clients.
+"""Prefetch: the node fetches ordered images one after the other, in the background: at a rate, within hours of the day,
+and after the reads of clients.
 
 The orders that are not done are in a file, so that the work continues after a restart. Bytes: docs/FORMATS.md,
 "Prefetch".
@@ -9,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import KW_ONLY, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +23,10 @@ import trio
 from node.api.documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
 from node.blocks.fetcher import Fetcher
 from node.blocks.values import BlockAddress, Obtained, Work
-from node.config.quantities import Window
+from node.config.quantities import Window, local_time
 from node.content.contract import Library
 from node.content.image_walk import locator_of, survey
 from node.content.verification import ObjectVerifier
-from node.images.throttle import Pace
 from node.oci.layout import Packed
 from node.oci.platforms import own_platform, parse_platforms
 from node.oci.references import ImageName
@@ -44,6 +45,36 @@ DEPTH = 2
 AGAIN_S, AGAIN_MOST_S = 30.0, 900.0
 """Time until the next attempt after a failure that may pass, doubled each time. Attempts do not end, since a registry
 may be out of reach for a night; an operator can cancel them."""
+GIVE_WAY_S = 10.0
+"""Longest wait for clients before each block: a client that reads without end does not stop all other work."""
+CLOCK_S = 30.0
+"""Time between two looks at the wall clock, which may be set."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """The pace of a reader, in bytes a second (0: no limit). `idle` returns once no client of this node reads."""
+
+    rate: int
+    hours: Window | None
+    idle: Callable[[], Awaitable[None]]
+    clock: Callable[[], datetime] = local_time
+    waits_for: str = ""
+    _next_at: float = field(default_factory=trio.current_time)
+
+    async def wait(self, count: int) -> None:
+        """Wait until the next `count` bytes may be requested."""
+        self.waits_for = "clients that read now"
+        with trio.move_on_after(GIVE_WAY_S):
+            await self.idle()
+        self.waits_for = "its rate"
+        await trio.sleep_until(self._next_at)
+        self.waits_for = "its hours of the day"
+        while self.hours is not None and (seconds := self.hours.opens_in(self.clock())):  # noqa: ASYNC110 - setting a clock wakes no task
+            await trio.sleep(min(seconds, CLOCK_S))
+        self.waits_for = ""
+        if self.rate:
+            self._next_at = max(self._next_at, trio.current_time()) + count / self.rate
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -157,8 +188,6 @@ class Prefetcher:
             self._over.append(item)
             self._save()
 
-    # Reading
-
     async def _fetch(self, item: _Item) -> None:
         hours = Window(item.order.window) if item.order.window else None
         self._pace = pace = Pace(item.order.rate, hours, self.fetcher.idle)
@@ -205,8 +234,6 @@ class Prefetcher:
         async with aclosing(self.library.read(locator, ref, 0, ref.size)) as chunks:
             async for _ in chunks:
                 pass
-
-    # The file
 
     def load(self) -> list[_Item]:
         try:

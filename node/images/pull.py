@@ -36,40 +36,34 @@ class Pull:
         self._digest, self._last_event = "", 0.0
 
     async def events(self) -> AsyncGenerator[PullEvent, None]:
-        error = ""
+        error, image, library = "", self._image, self._library
         try:
-            async with aclosing(self._run()) as progress:
-                async for event in progress:
-                    yield event
+            yield self._progress("")
+            root = await library.resolve(image.manifests, image.reference)
+            self._digest, self._total = str(root.ref.digest), root.ref.size
+            read, wanted = partial(read_manifest, library, image.manifests), partial(chosen, platforms=self._platforms)
+            objects = await walk(root, read, wanted)
+            blobs = [packed for packed in objects if packed.kind == "blobs"]
+            self._total = sum(packed.ref.size for packed in objects)
+            self._done = self._total - sum(packed.ref.size for packed in blobs)
+            for packed in blobs:
+                async with aclosing(library.read(locator_of(image, packed), packed.ref, 0, packed.ref.size)) as chunks:
+                    async for chunk in chunks:
+                        self._done += len(chunk)
+                        if trio.current_time() - self._last_event >= PROGRESS_EVERY_S:
+                            yield self._progress(str(packed.ref.digest))
+            yield self._progress(self._digest)
         except ShoalError as failure:
             error = str(failure)
         yield PullResult(
             ok=not error,
-            image=str(self._image),
+            image=str(image),
             seconds=trio.current_time() - self._since,
             digest=self._digest,
             error=error,
             bytes_total=self._total,
             by_source=self._by_source(),
         )
-
-    async def _run(self) -> AsyncGenerator[PullProgress, None]:
-        image, library = self._image, self._library
-        yield self._progress("")
-        root = await library.resolve(image.manifests, image.reference)
-        self._digest, self._total = str(root.ref.digest), root.ref.size
-        read, wanted = partial(read_manifest, library, image.manifests), partial(chosen, platforms=self._platforms)
-        objects = await walk(root, read, wanted)
-        blobs = [packed for packed in objects if packed.kind == "blobs"]
-        self._total = sum(packed.ref.size for packed in objects)
-        self._done = self._total - sum(packed.ref.size for packed in blobs)
-        for packed in blobs:
-            async with aclosing(library.read(locator_of(image, packed), packed.ref, 0, packed.ref.size)) as chunks:
-                async for chunk in chunks:
-                    self._done += len(chunk)
-                    if trio.current_time() - self._last_event >= PROGRESS_EVERY_S:
-                        yield self._progress(str(packed.ref.digest))
-        yield self._progress(self._digest)
 
     def _by_source(self) -> dict[str, int]:
         now = by_name(self._ledger.bytes_served)

@@ -122,7 +122,7 @@ class Membership:
         self._settle()
 
     def is_refused(self, peer: PeerId) -> bool:
-        return self.is_quarantined(peer) or self._swim.is_banished(peer)
+        return self.is_quarantined(peer) or peer in self._swim.banished
 
     # Events
 

@@ -26,7 +26,7 @@ class Quarantine:
         self._reasons: dict[PeerId, str] = {}
 
     def __contains__(self, peer: PeerId) -> bool:
-        return self._swim.is_excluded(peer)
+        return peer in self._swim.excluded
 
     def begin(self, peer: PeerId, reason: str, seconds: float | None) -> None:
         if peer in self and self.reason(peer) == reason:

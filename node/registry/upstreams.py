@@ -217,12 +217,11 @@ class Upstreams:
         """The registry's last challenge for the repository, to be met by a client; "" for none."""
         return self._find(locator.upstream).registry.authorization.challenge(locator.repository, basic=basic)
 
-    async def passthrough(
-        self, upstream: str, repository: str, tail: str, query: Mapping[str, str], grant: Grant | None = None
-    ) -> Passed:
+    async def passthrough(self, locator: Locator, tail: str, query: Mapping[str, str]) -> Passed:
         """`tags/list` or `referrers/<digest>` of a repository. Raises as `resolve`; BadInputError for a bad query."""
+        repository, grant = locator.repository, locator.grant
         call = Call(repository, tail, f"{tail} of {repository}", query=query, grant=grant)
-        clients = self._find(upstream).asked(grant)
+        clients = self._find(locator.upstream).asked(grant)
         return await self._first(clients, lambda client: client.availability.retrying(call, client.passed))
 
     async def _first(self, clients: list[RegistryClient], ask: Callable[[RegistryClient], Awaitable[_T]]) -> _T:

@@ -285,7 +285,7 @@ class _Refusing:
 
 
 def _mirror() -> Handler:
-    async def passthrough(*arguments: object, grant: object = None) -> Passed:
+    async def passthrough(*arguments: object) -> Passed:
         return Passed(b'{"name":"org/app","tags":["b","a"]}', "application/json", '</v2/x?last=b>; rel="next"')
 
     library = MemoryLibrary("org/app")

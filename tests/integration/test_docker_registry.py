@@ -112,7 +112,7 @@ def test_names_sizes_and_blocks(registry: str) -> None:
                 async with aclosing(upstreams.blocks(BLOBS, layer, first, count)) as blocks:
                     data = b"".join([bytes(block) async for block in blocks])
                 assert data == LAYER[first * BLOCK_SIZE : (first + count) * BLOCK_SIZE]
-            tags = await upstreams.passthrough("docker.io", "library/app", "tags/list", {})
+            tags = await upstreams.passthrough(manifests, "tags/list", {})
             assert json.loads(tags.body)["tags"] == ["v1"]
             for locator, reference in ((manifests, "v2"), (BLOBS, f"sha256:{'0' * 64}")):
                 with pytest.raises(NotFoundError):

@@ -311,7 +311,7 @@ def test_what_is_exported_is_imported(sizes: list[int]) -> None:
             await writer.begin(image.root, NAME)
             for written in image.objects:
                 await writer.head(written)
-                await writer.data(packed[written.offset : written.offset + written.ref.size])
+                await writer.write(packed[written.offset : written.offset + written.ref.size])
                 await writer.tail(written.ref)
             await writer.end()
             reader = ArchiveReader(file.fileno())

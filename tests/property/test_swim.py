@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import member_table, wire
+from protocol import wire
 from protocol.dissemination import Rumours
 from protocol.ids import PeerId
 from protocol.member_table import supersedes
@@ -408,7 +408,7 @@ def test_a_view_of_hostile_members_still_fits_one_message() -> None:
 
 def test_a_full_table_gives_up_the_dead_for_the_living_only() -> None:
     """S-24"""
-    with patch.object(member_table, "MAX_MEMBERS", 11):
+    with patch("protocol.member_table.MAX_MEMBERS", 11), patch("protocol.swim.MAX_MEMBERS", 11):
         swim = make(peers=10)
         swim.received([alive("x")], 0.0)
         assert "x" not in swim.known
@@ -470,12 +470,12 @@ def test_whatever_happens_the_invariants_hold(happening: list[tuple[object, ...]
         expected = [OWN] + [
             entry.update.member
             for peer, entry in swim.known.items()
-            if entry.is_live and entry.update.member.site == "lab" and not swim.is_excluded(peer)
+            if entry.is_live and entry.update.member.site == "lab" and peer not in swim.excluded
         ]
         assert swim.site == tuple(sorted(expected, key=lambda member: member.peer_id))
         for action in actions:
             assert action.peer != OWN.peer_id
-            assert isinstance(action, Disconnect) or not swim.is_excluded(action.peer)
+            assert isinstance(action, Disconnect) or action.peer not in swim.excluded
             assert not isinstance(action, Probe | Gossip) or swim.known[action.peer].is_live
 
 

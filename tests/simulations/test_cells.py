@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import trio
 
-from node.blocks.faults import Faults
+from node.blocks.coded_read import Faults
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryNetwork
 from node.telemetry.sources import Source

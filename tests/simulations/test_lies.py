@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.blocks.faults import Faults
+from node.blocks.coded_read import Faults
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity

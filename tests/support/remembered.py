@@ -22,7 +22,7 @@ from node.membership.peers_file import PeersFile
 from node.mirror.access import PublicTable
 from node.oci.layout import Packed, PackedImage
 from node.oci.manifests import Resolved
-from node.oci.references import Grant, ImageName, Locator
+from node.oci.references import ImageName, Locator
 from node.registry.calls import Passed
 from node.registry.uplink import Uplink, UplinkFile
 from protocol.ids import Digest, ObjectRef, PeerId
@@ -56,9 +56,7 @@ class _Registry:
     def __init__(self, number: int) -> None:
         self._number = number
 
-    async def passthrough(
-        self, upstream: str, repository: str, tail: str, query: Mapping[str, str], grant: Grant | None
-    ) -> Passed:
+    async def passthrough(self, locator: Locator, tail: str, query: Mapping[str, str]) -> Passed:
         return Passed(TAGS % self._number, "application/json")
 
 

@@ -12,7 +12,7 @@ import trio
 
 from node.content import listings as listings_module
 from node.content.listings import INDEX, Listings
-from node.oci.references import Grant, Locator
+from node.oci.references import Locator
 from node.registry.calls import Passed
 from protocol.errors import NotFoundError, UnavailableError
 from protocol.ids import Digest
@@ -46,9 +46,7 @@ class Registry:
         self.answers = dict(answers)
         self.asked: list[tuple[str, dict[str, str]]] = []
 
-    async def passthrough(
-        self, upstream: str, repository: str, tail: str, query: Mapping[str, str], grant: Grant | None
-    ) -> Passed:
+    async def passthrough(self, locator: Locator, tail: str, query: Mapping[str, str]) -> Passed:
         self.asked.append((tail, dict(query)))
         answer = self.answers.get(tail, NotFoundError("no such thing"))
         if isinstance(answer, Exception):

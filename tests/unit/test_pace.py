@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from node.config.quantities import Window
-from node.images.throttle import GIVE_WAY_S, Pace
+from node.images.prefetch import GIVE_WAY_S, Pace
 
 HOUR = 3600
 MIB = 1 << 20

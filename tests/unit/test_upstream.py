@@ -316,7 +316,7 @@ def test_a_redirect_to_another_host_takes_no_authorization_along(caplog) -> None
 
 def test_a_list_is_handed_on_with_its_link() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
-        passed = await upstreams.passthrough("fake", "org/app", "tags/list", {"n": "1"})
+        passed = await upstreams.passthrough(MANIFESTS, "tags/list", {"n": "1"})
         assert (passed.body, passed.media_type, passed.link) == (b'{"n": "1"}', "application/json", "<x>")
 
     run(check)
@@ -327,7 +327,7 @@ def test_a_list_that_the_registry_does_not_give_is_not_found(status: int) -> Non
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = [status]
         with pytest.raises(NotFoundError, match="referrers"):
-            await upstreams.passthrough("fake", "org/app", "referrers/sha256:00", {})
+            await upstreams.passthrough(MANIFESTS, "referrers/sha256:00", {})
 
     run(check)
 
@@ -336,8 +336,8 @@ def test_a_query_that_the_registry_refuses_is_the_clients_fault() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = [400]
         with pytest.raises(BadInputError, match="tags/list of org/app"):
-            await upstreams.passthrough("fake", "org/app", "tags/list", {"n": "-1"})
-        assert (await upstreams.passthrough("fake", "org/app", "tags/list", {})).body == b"{}"
+            await upstreams.passthrough(MANIFESTS, "tags/list", {"n": "-1"})
+        assert (await upstreams.passthrough(MANIFESTS, "tags/list", {})).body == b"{}"
 
     run(check)
 
