@@ -93,7 +93,7 @@ REQUESTS: list[st.SearchStrategy[Request]] = [
         digests,
         blocks,
         codes,
-        reach=st.integers(0, 2),
+        hops=st.integers(0, 2),
         source=texts,
         exact=st.booleans(),
         reader=st.just("") | peers,
