@@ -92,14 +92,19 @@ def _started_at(pid: int) -> int:
         return 0
 
 
-def _end(pid: int, since: int) -> None:
-    for number, seconds in ((signal.SIGCONT, 0.0), (signal.SIGTERM, TERM_S), (signal.SIGKILL, TERM_S)):
-        deadline = time.monotonic() + seconds
-        with contextlib.suppress(ProcessLookupError):
-            if since and _started_at(pid) == since:
+def _end(processes: dict[int, int]) -> None:
+    """End these processes, given as pid and start, all at the same time."""
+    for numbers in ((signal.SIGCONT, signal.SIGTERM), (signal.SIGKILL,)):
+        deadline = time.monotonic() + TERM_S
+        for pid, number in itertools.product(_alive(processes), numbers):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        while since and _started_at(pid) == since and time.monotonic() < deadline:
+        while _alive(processes) and time.monotonic() < deadline:
             time.sleep(POLL_S)
+
+
+def _alive(processes: dict[int, int]) -> list[int]:
+    return [pid for pid, since in processes.items() if since and _started_at(pid) == since]
 
 
 def _guard(made: BinaryIO) -> None:
@@ -113,9 +118,7 @@ def _guard(made: BinaryIO) -> None:
         else:
             things.pop(thing["number"], None)
     left = list(reversed(things.values()))
-    for thing in left:
-        if "pid" in thing:
-            _end(thing["pid"], thing["since"])
+    _end({thing["pid"]: thing["since"] for thing in left if "pid" in thing})
     for thing in left:
         if "command" in thing:
             with contextlib.suppress(subprocess.TimeoutExpired, OSError):
