@@ -67,8 +67,7 @@ from node.images.prefetch import Prefetcher
 from node.membership.addresses import bulk_addresses
 from node.membership.gossip import Gossiper
 from node.membership.libp2p import LibP2PIntroducer
-from node.membership.membership import Membership
-from node.membership.view import View
+from node.membership.membership import Membership, View
 from node.mirror.access import Access, PublicTable
 from node.mirror.mirror import Mirror
 from node.oci.references import Locator

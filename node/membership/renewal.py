@@ -21,7 +21,7 @@ from node.identity.certificates import Validity, issued_by, validity_of
 from node.identity.credentials import Joined
 from node.identity.verifier import Verifier
 from node.membership.addresses import parse_target
-from node.membership.view import View
+from node.membership.membership import View
 from protocol.admission import date
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
