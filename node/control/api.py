@@ -26,7 +26,7 @@ from node.evidence.cases import Case
 from node.evidence.judge import Judge
 from node.exchange.tls import TlsExchange
 from node.images.pull import Pull, by_name
-from node.membership.introduction import Introducer
+from node.membership.libp2p import LibP2PIntroducer
 from node.membership.membership import Membership, Row
 from node.oci.layout import Packed
 from node.oci.manifests import MAX_MANIFEST, Resolved, parse_manifest
@@ -52,7 +52,7 @@ class Parts:
     site: Site
     membership: Membership
     judge: Judge
-    swarm: Introducer
+    swarm: LibP2PIntroducer
     exchange: TlsExchange
     names: Resolver
     upstreams: Upstreams

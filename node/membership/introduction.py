@@ -1,15 +1,12 @@
 """Introductions: how two nodes prove to each other that they are of one cluster, and name the members that they know.
 
-An introduction comes before anything on the bulk channel. `Introducer` is the contract of what finds peers;
-`exchange_members` is the conversation over one stream, whatever carries it. docs/PROTOCOL.md, "Introduction".
+An introduction comes before anything on the bulk channel. `exchange_members` is the conversation over one stream,
+whatever carries it. docs/PROTOCOL.md, "Introduction".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
-
-import trio
 
 from node.identity.registrar import Line
 from node.identity.verifier import Verifier
@@ -23,24 +20,6 @@ Current = Callable[[], tuple[Member, ...]]
 
 CHANNEL = "introduction"
 """The channel's name in log lines about refusals."""
-
-
-class Introducer(Protocol):
-    """Finds peers (static bootstrap addresses, mDNS), proves both sides to be of one cluster, and introduces them.
-
-    - `run` listens, calls `task_status.started()` once it does, and works until cancelled: bootstrap addresses are
-      tried again, with back-off, for as long as the peer behind the address is not among `current()`.
-    - Every introduction, in either direction, ends in one call of the `introduced` callback that the introducer was
-      built with, with the members that the other side named (itself first). A node of another cluster is never
-      introduced; the refusal is logged with the peer id and the reason.
-    """
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """The multiaddrs that others can use, each with /p2p/<peer id>."""
-        ...
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
 
 
 async def exchange_members(

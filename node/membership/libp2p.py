@@ -36,15 +36,16 @@ from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.upgrader import TransportUpgrader
 
 from node.config.quantities import HostPort
+from node.identity.credentials import Joined
 from node.identity.identity import Identity
-from node.identity.registrar import Line
+from node.identity.registrar import Line, apply
 from node.identity.verifier import Verifier
 from node.membership import mdns
-from node.membership.addresses import Target, concrete_hosts, parse_listen, to_multiaddr, with_observed
+from node.membership.addresses import Target, concrete_hosts, parse_join, parse_listen, to_multiaddr, with_observed
 from node.membership.bootstrap import Bootstrap, Timing
 from node.membership.introduction import CHANNEL, Current, Introduced, exchange_members
 from node.runtime.refusals import Refusals
-from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol import errors
 from protocol.ids import PeerId
 from protocol.introduction import PREFIX, body_length, encode_members
 from protocol.members import Member
@@ -69,7 +70,11 @@ Joins = Callable[[Line, str, PeerId], Awaitable[None]]
 
 
 class LibP2PIntroducer:
-    """Implements `Introducer`. `addresses` are final once `run` has started, because a port 0 is chosen then."""
+    """Finds peers (bootstrap addresses, mDNS), proves both sides to be of one cluster, and introduces them.
+
+    Every introduction, in either direction, ends in one call of `introduced` with the members that the other side named
+    (itself first). A node of another cluster is never introduced; the refusal is logged with peer id and reason.
+    """
 
     def __init__(
         self,
@@ -106,6 +111,7 @@ class LibP2PIntroducer:
 
     @property
     def addresses(self) -> tuple[str, ...]:
+        """The multiaddrs that others can use; final once `run` has started, because a port 0 is chosen then."""
         return tuple(to_multiaddr(host, self._port, self._own_id) for host in self._hosts)
 
     @property
@@ -117,7 +123,7 @@ class LibP2PIntroducer:
         try:
             listeners = await trio.open_tcp_listeners(self._listen.port, host=self._listen.host)
         except OSError as error:
-            raise BadInputError(f"peers.listen: cannot listen on {self._listen}: {error}") from error
+            raise errors.BadInputError(f"peers.listen: cannot listen on {self._listen}: {error}") from error
         self._port = listeners[0].socket.getsockname()[1]
         async with trio.open_nursery() as nursery:
             await nursery.start(trio.serve_listeners, self._answer, listeners)
@@ -139,7 +145,7 @@ class LibP2PIntroducer:
                 await self._introduce(stream, None)
         except trio.WouldBlock:
             log.debug("an inbound connection is closed: too many are open")
-        except PeerUnavailableError as error:
+        except errors.PeerUnavailableError as error:
             log.debug("a connection came to nothing: %s", error)
         finally:
             await trio.aclose_forcefully(stream)
@@ -173,7 +179,7 @@ class LibP2PIntroducer:
                     return False
                 with self.bootstrap.introducing(line.peer):
                     members = await self._exchange(line, dialled=expected is not None)
-            except PeerMisbehavedError as error:
+            except errors.PeerMisbehavedError as error:
                 self._refusals.tell("join" if protocol == JOIN else CHANNEL, line.peer, str(remote), error)
                 return False
         peer = f"{members[0].name} ({line.peer}) at {remote}"
@@ -214,7 +220,7 @@ class LibP2PLine:
         try:
             while True:
                 await self._receive_exactly(1)
-        except PeerUnavailableError:
+        except errors.PeerUnavailableError:
             return
 
     async def _receive_exactly(self, size: int) -> bytes:
@@ -223,7 +229,7 @@ class LibP2PLine:
             with _translated():
                 chunk = await self._stream.read(size - len(data))
             if not chunk:
-                raise PeerUnavailableError("closed in the middle of an introduction")
+                raise errors.PeerUnavailableError("closed in the middle of an introduction")
             data += chunk
         return bytes(data)
 
@@ -239,7 +245,7 @@ class _BoundedTcp(TrioTCPStream):
         data = await super().read(_READ if n is None else min(n, _READ))
         self._left -= len(data)
         if self._left < 0:
-            raise PeerMisbehavedError(f"sent more than {MAX_RECEIVED} bytes for one introduction")
+            raise errors.PeerMisbehavedError(f"sent more than {MAX_RECEIVED} bytes for one introduction")
         return data
 
 
@@ -250,16 +256,26 @@ def upgrader_of(identity: Identity) -> TransportUpgrader:
     return TransportUpgrader({NOISE: noise}, {TProtocol(YAMUX): Yamux})
 
 
-@asynccontextmanager
-async def join_line(identity: Identity, host: str, port: int, expected: PeerId | None) -> AsyncIterator[Line]:
-    """Open a line for a join, to the peer `expected` or, where that is None, to any member at this address.
+async def join(identity: Identity, token: str, address: str, name: str) -> Joined:
+    """The network's part of `p2pctl join`: ask the member at `address` for a certificate, within `Timing().deadline`.
 
-    `Timing().deadline` bounds all of the join. Raises PeerUnavailableError.
+    Raises BadInputError for a malformed token or address, UnavailableError if it fails.
     """
-    with _deadline(Timing().deadline):
-        tcp = await _connect(host, port)
-        async with tcp, secured_line(upgrader_of(identity), tcp, expected, JOIN) as (line, _):
-            yield line
+    where, expected = parse_join(address)
+    try:
+        with _deadline(Timing().deadline):
+            tcp = await _connect(where.host, where.port)
+            async with tcp, secured_line(upgrader_of(identity), tcp, expected, JOIN) as (line, _):
+                certificate, authority = await apply(line, identity.peer_id, token, name)
+    except errors.PeerUnavailableError as error:
+        text = f"no answer from {address}: {error}; is p2pd up there, and is this its peers.listen?"
+        raise errors.UnavailableError(text) from error
+    except errors.NotAdmittedError as error:
+        raise errors.UnavailableError(f"refused at {address}: {error}") from error
+    except errors.PeerMisbehavedError as error:
+        raise errors.UnavailableError(f"the answer from {address} is not understood: {error}") from error
+    back = to_multiaddr(where.host, where.port, line.peer)
+    return Joined(certificate=certificate, authority=authority, bootstrap=(back,))
 
 
 @asynccontextmanager
@@ -271,7 +287,7 @@ async def secured_line(
     The side that dialled opens the stream: it names the peer that it expects, or the protocol that it wants with any
     peer. Raises PeerUnavailableError.
     """
-    failure: ShoalError | None = None
+    failure: errors.ShoalError | None = None
     dialled = wanted or (PROTOCOL if expected is not None else None)
     async with trio.open_nursery() as nursery:
         try:
@@ -281,7 +297,7 @@ async def secured_line(
             with _translated():
                 stream, protocol = await _negotiate(connection, dialled)
             yield LibP2PLine(PeerId(connection.peer_id.to_base58()), stream), protocol
-        except ShoalError as error:
+        except errors.ShoalError as error:
             failure = error  # raised in here, the nursery would wrap it in a group
         nursery.cancel_scope.cancel()
     if failure:
@@ -320,7 +336,7 @@ async def _pump(connection: Yamux) -> None:
     try:
         with _translated():
             await connection.start()
-    except PeerUnavailableError as error:
+    except errors.PeerUnavailableError as error:
         log.debug("yamux with %s ended: %s", connection.peer_id, error)
 
 
@@ -329,14 +345,14 @@ async def _connect(host: str, port: int) -> trio.SocketStream:
     try:
         return await trio.open_tcp_stream(host, port)
     except OSError as error:
-        raise PeerUnavailableError(str(error)) from error
+        raise errors.PeerUnavailableError(str(error)) from error
 
 
 def _remote(stream: trio.SocketStream) -> HostPort:
     try:
         host, port = stream.socket.getpeername()[:2]
     except OSError as error:
-        raise PeerUnavailableError("closed before it was introduced") from error
+        raise errors.PeerUnavailableError("closed before it was introduced") from error
     return HostPort(host, port)
 
 
@@ -346,7 +362,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise PeerUnavailableError(_reason(error)) from error
+        raise errors.PeerUnavailableError(_reason(error)) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -362,4 +378,4 @@ def _deadline(seconds: float) -> Iterator[None]:
         with trio.fail_after(seconds):
             yield
     except trio.TooSlowError as error:
-        raise PeerUnavailableError(f"no introduction within {seconds:g} s") from error
+        raise errors.PeerUnavailableError(f"no introduction within {seconds:g} s") from error
