@@ -209,7 +209,6 @@ def network(config: Config, admitted: Admitted) -> Network:
     )
     introducer = LibP2PIntroducer(
         verifier,
-        lambda: membership.own,
         joins=admitted.registrar.serve,
         listen=peers.listen,
         bootstrap=[*peers.bootstrap, *place.bootstrap],

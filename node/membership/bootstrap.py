@@ -61,25 +61,15 @@ class Timing:
 
 class Bootstrap:
     def __init__(
-        self,
-        addresses: Sequence[str],
-        verifier: Verifier,
-        current: Current,
-        dial: Dial,
-        *,
-        refusals: Refusals,
-        timing: Timing,
-        rng: Random,
+        self, addresses: Sequence[str], verifier: Verifier, current: Current, dial: Dial, *, timing: Timing, rng: Random
     ) -> None:
         """`addresses` are multiaddrs; raises BadInputError for a malformed one."""
         self._verifier = verifier
         self._targets = self._parsed(addresses)
         self._changed = trio.Event()
-        self._current = current
-        self._dial_peer = dial
-        self._refusals = refusals
-        self._timing = timing
-        self._rng = rng
+        self._current, self._dial_peer = current, dial
+        self.refusals = Refusals(timing.silence)
+        self._timing, self._rng = timing, rng
         self._dials = trio.CapacityLimiter(MAX_DIALS)
         self._busy: set[PeerId] = set()
         self._discovered: dict[PeerId, tuple[tuple[Target, ...], trio.CancelScope]] = {}
@@ -158,7 +148,7 @@ class Bootstrap:
             else:
                 await self._pause(peer, failures)
                 failures += 1
-        self._refusals.tell(CHANNEL, peer, str(HostPort(ways[0].host, ways[0].port)), REVOKED)
+        self.refusals.tell(CHANNEL, peer, str(HostPort(ways[0].host, ways[0].port)), REVOKED)
 
     async def _dial(self, target: Target, level: int) -> bool:
         """Whether the peer was introduced; a failure is logged at `level`, once in a while."""

@@ -17,6 +17,7 @@ from protocol.members import Member
 
 Introduced = Callable[[tuple[Member, ...]], None]
 Current = Callable[[], tuple[Member, ...]]
+"""The members of the site, this node first."""
 
 CHANNEL = "introduction"
 """The channel's name in log lines about refusals."""

@@ -44,7 +44,6 @@ from node.membership import mdns
 from node.membership.addresses import Target, concrete_hosts, parse_join, parse_listen, to_multiaddr, with_observed
 from node.membership.bootstrap import Bootstrap, Timing
 from node.membership.introduction import CHANNEL, Current, Introduced, exchange_members
-from node.runtime.refusals import Refusals
 from protocol import errors
 from protocol.ids import PeerId
 from protocol.introduction import PREFIX, body_length, encode_members
@@ -79,7 +78,6 @@ class LibP2PIntroducer:
     def __init__(
         self,
         verifier: Verifier,
-        me: Callable[[], Member],
         *,
         joins: Joins,
         listen: str,
@@ -92,7 +90,7 @@ class LibP2PIntroducer:
     ) -> None:
         """`listen` and `bootstrap` are multiaddrs; raises BadInputError for a malformed one."""
         self._verifier = verifier
-        self._members = lambda: encode_members(me(), current())
+        self._members = lambda: encode_members(current()[0], current())
         self._joins = joins
         self._listen = parse_listen(listen)
         self._hosts = concrete_hosts(self._listen.host)
@@ -101,11 +99,7 @@ class LibP2PIntroducer:
         self._introduced = introduced
         self._timing = timing = timing or Timing()
         self._upgrader = upgrader_of(verifier.identity)
-        self._refusals = Refusals(timing.silence)
-        rng = rng or Random()
-        self.bootstrap = Bootstrap(
-            bootstrap, verifier, current, self._dial, refusals=self._refusals, timing=timing, rng=rng
-        )
+        self.bootstrap = Bootstrap(bootstrap, verifier, current, self._dial, timing=timing, rng=rng or Random())
         self._inbound = trio.CapacityLimiter(MAX_INBOUND)
         self._inbound_by_host: Counter[str] = Counter()
 
@@ -180,7 +174,7 @@ class LibP2PIntroducer:
                 with self.bootstrap.introducing(line.peer):
                     members = await self._exchange(line, dialled=expected is not None)
             except errors.PeerMisbehavedError as error:
-                self._refusals.tell("join" if protocol == JOIN else CHANNEL, line.peer, str(remote), error)
+                self.bootstrap.refusals.tell("join" if protocol == JOIN else CHANNEL, line.peer, str(remote), error)
                 return False
         peer = f"{members[0].name} ({line.peer}) at {remote}"
         log.info("introduced to %s, which named %d others", peer, len(members) - 1)
@@ -362,14 +356,10 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise errors.PeerUnavailableError(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """libp2p's outermost error only says which step failed; the innermost says why."""
-    while error.__cause__:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+        cause: BaseException = error
+        while cause.__cause__:  # the outermost error only says which step failed; the innermost says why
+            cause = cause.__cause__
+        raise errors.PeerUnavailableError(f"{type(cause).__name__}: {cause}") from error
 
 
 @contextmanager

@@ -62,16 +62,13 @@ class Renewal:
         task_status.started()
         pause = RETRY_S
         while (end := validity_of(self.verifier.certificate).end) is not None:
-            if not self._is_due() or await self._renew():
+            if self.now() < due_at(validity_of(self.verifier.certificate)) or await self._renew():
                 pause = RETRY_S
                 await trio.sleep(LOOK_EVERY_S)
                 continue
             log.warning("no member renewed the certificate", extra={"ends": date(end), "again_s": pause})
             await trio.sleep(pause * self.rng.uniform(0.75, 1.25))
             pause = min(2 * pause, LOOK_EVERY_S)
-
-    def _is_due(self) -> bool:
-        return self.now() >= due_at(validity_of(self.verifier.certificate))
 
     async def _renew(self) -> bool:
         for peer in self._candidates():

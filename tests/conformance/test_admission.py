@@ -208,7 +208,6 @@ def introducer(scene: Scene, bootstrap: tuple[str, ...] = ()) -> LibP2PIntroduce
 
     return LibP2PIntroducer(
         scene.verifier(),
-        lambda: me,
         joins=joins,
         listen="/ip4/127.0.0.1/tcp/0",
         bootstrap=bootstrap,
