@@ -53,7 +53,7 @@ from node.control.routes import Route, control_routes
 from node.evidence.judge import Judge
 from node.exchange.connection import Endpoint
 from node.exchange.contract import Exchange
-from node.exchange.dispatcher import Dispatcher
+from node.exchange.requests import Dispatcher
 from node.exchange.tls import TlsExchange
 from node.identity import registrar, revocations
 from node.identity.credentials import Enrollment, enroll

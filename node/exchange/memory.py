@@ -114,14 +114,7 @@ class MemoryExchange:
         self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # bounded by the askers, which wait
 
     async def request(
-        self,
-        peer: PeerId,
-        message: Request,
-        *,
-        lane: Lane,
-        silence_s: float,
-        heard: Heard | None = None,
-        into: Into | None = None,
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
     ) -> Answer:
         self._network.node(self._own)
         frame = wire.encode_head(0, message, 0)

@@ -151,14 +151,7 @@ class Members:
         return tuple(Member(peer, "n", "s", ()) for peer in self.answers)
 
     async def request(
-        self,
-        peer: PeerId,
-        message: Request,
-        *,
-        lane: Lane,
-        silence_s: float,
-        heard: Heard | None = None,
-        into: Into | None = None,
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
     ) -> Answer:
         assert isinstance(message, Renew)
         self.asked.append(peer)
