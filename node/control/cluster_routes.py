@@ -23,9 +23,9 @@ from protocol.errors import BadInputError, PeerMisbehavedError, UnavailableError
 
 def cluster_row(admission: Verifier, revocations: Revocations, place: Enrollment) -> ClusterRow:
     return ClusterRow(
-        id=cluster_id(admission.authority).hex(),
+        id=cluster_id(admission.credentials.authority).hex(),
         admits=place.authority is not None,
-        certificate_ends=validity_of(admission.certificate).end,
+        certificate_ends=validity_of(admission.credentials.certificate).end,
         revocations=len(revocations.all),
     )
 

@@ -232,14 +232,14 @@ def certificate_in_files(config: Config) -> Shown:
 
 def certificate_shown(config: Config, admission: Verifier, revoked: Container[str]) -> Shown:
     """The certificate that p2pd shows now, and the problem that its next start would have. Blocks."""
-    problem = ""
+    problem, mine = "", admission.credentials
     try:
-        _, joined = authority_and_join(config, Path(config.node.data_dir), admission.identity)
-        if joined is not None and joined.authority != admission.authority:
+        _, joined = authority_and_join(config, Path(config.node.data_dir), mine.identity)
+        if joined is not None and joined.authority != mine.authority:
             problem = "joined another cluster since p2pd started: restart p2pd"
     except BadInputError as error:
         problem = str(error)
-    return Shown(validity_of(admission.certificate), admission.identity.peer_id in revoked, problem)
+    return Shown(validity_of(mine.certificate), mine.identity.peer_id in revoked, problem)
 
 
 def http_status(address: str) -> tuple[int | None, str]:

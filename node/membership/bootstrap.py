@@ -131,7 +131,7 @@ class Bootstrap:
             await self._keep_introduced(ways, logging.DEBUG)
 
     def _parsed(self, addresses: Sequence[str]) -> list[Target]:
-        own = self._verifier.identity.peer_id
+        own = self._verifier.credentials.identity.peer_id
         return [target for target in map(parse_target, addresses) if target.peer != own]
 
     async def _keep_introduced(self, ways: Sequence[Target], level: int) -> None:
@@ -177,7 +177,7 @@ class Bootstrap:
             rested += step
 
     def _is_alone(self) -> bool:
-        own = self._verifier.identity.peer_id
+        own = self._verifier.credentials.identity.peer_id
         return not any(member.peer_id != own for member in self._current())
 
     def _is_current(self, peer: PeerId) -> bool:

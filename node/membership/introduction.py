@@ -32,12 +32,12 @@ async def exchange_members(
     cluster before anything is said about members.
     """
     if dialled:
-        await line.send(encode_hello(verifier.certificate))
+        await line.send(encode_hello(verifier.credentials.certificate))
         _verify(verifier, line.peer, await line.receive(MAX_HELLO))
         await line.send(members())
         return decode_members(await line.receive(MAX_MEMBERS_BYTES), line.peer)
     hello = await line.receive(MAX_HELLO)
-    await line.send(encode_hello(verifier.certificate))
+    await line.send(encode_hello(verifier.credentials.certificate))
     _verify(verifier, line.peer, hello)
     theirs = decode_members(await line.receive(MAX_MEMBERS_BYTES), line.peer)
     await line.send(members())

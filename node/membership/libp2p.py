@@ -98,7 +98,7 @@ class LibP2PIntroducer:
         self._with_mdns = mdns
         self._introduced = introduced
         self._timing = timing = timing or Timing()
-        self._upgrader = upgrader_of(verifier.identity)
+        self._upgrader = upgrader_of(verifier.credentials.identity)
         self.bootstrap = Bootstrap(bootstrap, verifier, current, self._dial, timing=timing, rng=rng or Random())
         self._inbound = trio.CapacityLimiter(MAX_INBOUND)
         self._inbound_by_host: Counter[str] = Counter()
@@ -110,7 +110,7 @@ class LibP2PIntroducer:
 
     @property
     def _own_id(self) -> PeerId:
-        return self._verifier.identity.peer_id
+        return self._verifier.credentials.identity.peer_id
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Raises BadInputError where it cannot listen."""
@@ -123,7 +123,7 @@ class LibP2PIntroducer:
             await nursery.start(trio.serve_listeners, self._answer, listeners)
             nursery.start_soon(self.bootstrap.run)
             if self._with_mdns:
-                tag = mdns.cluster_tag(self._verifier.authority)
+                tag = mdns.cluster_tag(self._verifier.credentials.authority)
                 own = mdns.Announcement(self._own_id, tag, self._hosts, self._port)
                 nursery.start_soon(self.bootstrap.discover, own)
             task_status.started()

@@ -61,8 +61,8 @@ class Renewal:
         """Runs until cancelled; returns at once for a certificate without end."""
         task_status.started()
         pause = RETRY_S
-        while (end := validity_of(self.verifier.certificate).end) is not None:
-            if self.now() < due_at(validity_of(self.verifier.certificate)) or await self._renew():
+        while (end := validity_of(self.verifier.credentials.certificate).end) is not None:
+            if self.now() < due_at(validity_of(self.verifier.credentials.certificate)) or await self._renew():
                 pause = RETRY_S
                 await trio.sleep(LOOK_EVERY_S)
                 continue
@@ -82,14 +82,14 @@ class Renewal:
         return False
 
     def _candidates(self) -> Sequence[PeerId]:
-        own = self.verifier.identity.peer_id
+        own = self.verifier.credentials.identity.peer_id
         issuers = [parse_target(address).peer for address in self.joined.bootstrap]
         others = [member.peer_id for member in self.view.site if member.peer_id not in (own, *issuers)]
         self.rng.shuffle(others)
         return [*issuers, *others][:MOST_ASKED]
 
     async def _ask(self, peer: PeerId) -> bytes | None:
-        question = Renew(self.verifier.certificate)
+        question = Renew(self.verifier.credentials.certificate)
         try:
             answer = await self.exchange.request(peer, question, lane=Lane.CONTROL, silence_s=ANSWER_S)
             if not isinstance(answer.message, Renewed):
@@ -104,8 +104,8 @@ class Renewal:
     def _check(self, certificate: bytes) -> None:
         """Raises PeerMisbehavedError unless it is this node's and ends later than its present one."""
         verifier = self.verifier
-        if issued_by(certificate, verifier.authority) != verifier.identity.peer_id:
+        if issued_by(certificate, verifier.credentials.authority) != verifier.credentials.identity.peer_id:
             raise PeerMisbehavedError("gave a certificate for another node")
-        new, old = validity_of(certificate).end, validity_of(verifier.certificate).end
+        new, old = validity_of(certificate).end, validity_of(verifier.credentials.certificate).end
         if new is not None and old is not None and new <= old:
             raise PeerMisbehavedError("gave a certificate that ends no later")

@@ -9,7 +9,6 @@ import httpx
 import pytest
 import trio
 import trio.testing
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.config.quantities import Floor
 from node.config.schema import ClusterPart, Config, NodePart
@@ -137,7 +136,7 @@ def authority(tmp_path: Path) -> Authority:
 def join(config: Config, authority: Authority, validity: Validity) -> Verifier:
     data_dir = Path(config.node.data_dir)
     own = load_or_create(data_dir)
-    certificate = issue(authority, Subject(own.peer_id, "edge-1", "harbour"), validity).public_bytes(Encoding.DER)
+    certificate = issue(authority, Subject(own.peer_id, "edge-1", "harbour"), validity)
     save_joined(data_dir, Joined(certificate=certificate, authority=authority.der))
     return Verifier(Credentials(own, certificate, authority.der))
 
@@ -147,7 +146,7 @@ def test_the_certificate_of_a_node_that_does_not_run(tmp_path: Path, authority: 
     assert certificate_in_files(config) == Shown(runs=False)
     assert not (tmp_path / "data").exists()
 
-    own = join(config, authority, Validity(0, DAY)).identity.peer_id
+    own = join(config, authority, Validity(0, DAY)).credentials.identity.peer_id
     assert certificate_in_files(config) == Shown(Validity(0, DAY), runs=False)
     revocation = make_revocation(authority.cluster, own, 1, authority.key.sign)
     Revocations(tmp_path / "data" / REVOCATIONS, authority.der).add([revocation])
@@ -166,7 +165,7 @@ def test_the_certificate_of_a_node_that_runs(tmp_path: Path, authority: Authorit
     config = Config(node=NodePart(data_dir=str(tmp_path / "data")))
     admission = join(config, authority, Validity(0, DAY))
     assert certificate_shown(config, admission, ()) == Shown(Validity(0, DAY))
-    assert certificate_shown(config, admission, {admission.identity.peer_id}).revoked
+    assert certificate_shown(config, admission, {admission.credentials.identity.peer_id}).revoked
     create_authority(tmp_path / "other.key")
     join(config, load_authority(tmp_path / "other.key"), ENDLESS)
     assert "restart" in certificate_shown(config, admission, ()).problem
