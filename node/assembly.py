@@ -51,7 +51,7 @@ from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.connection import Endpoint
 from node.exchange.contract import Exchange
-from node.exchange.dispatcher import Dispatcher
+from node.exchange.requests import Dispatcher
 from node.exchange.tls import TlsExchange
 from node.identity import registrar, revocations
 from node.identity.credentials import enroll, save_joined
@@ -65,10 +65,9 @@ from node.images.prefetch import Prefetcher
 from node.membership.addresses import bulk_addresses
 from node.membership.gossip import Gossiper
 from node.membership.libp2p import LibP2PIntroducer
-from node.membership.membership import Membership
+from node.membership.membership import Membership, View
 from node.membership.peers_file import PeersFile
 from node.membership.renewal import Renewal
-from node.membership.view import View
 from node.mirror.access import Access, PublicTable
 from node.mirror.mirror import Mirror
 from node.oci.references import Locator
@@ -151,7 +150,6 @@ def network(config: Config, admitted: Admitted) -> Network:
     )
     introducer = LibP2PIntroducer(
         verifier,
-        lambda: membership.own,
         joins=admitted.registrar.serve,
         listen=peers.listen,
         bootstrap=[*peers.bootstrap, *place.bootstrap],

@@ -23,7 +23,7 @@ from node.content.resolver import Resolver
 from node.content.verification import ObjectVerifier
 from node.evidence.judge import Judge
 from node.exchange.contract import Exchange
-from node.exchange.dispatcher import Dispatcher
+from node.exchange.requests import Dispatcher
 from node.exchange.tls import TlsExchange
 from node.identity.credentials import Enrollment
 from node.identity.identity import Identity

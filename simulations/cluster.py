@@ -22,8 +22,8 @@ from node.config.schema import Config, tag_policies
 from node.content.known_names import KnownNames
 from node.content.name_table import NameTable
 from node.exchange.contract import Answer
-from node.exchange.dispatcher import Dispatcher
 from node.exchange.memory import MemoryExchange
+from node.exchange.requests import Dispatcher
 from node.identity.certificates import open_authority
 from node.identity.identity import Identity
 from node.identity.registrar import Registrar, Uses

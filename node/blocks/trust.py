@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cachetools
 import trio
 
-from node.membership.view import View
+from node.membership.membership import View
 from protocol.errors import PeerMisbehavedError, UnavailableError
 from protocol.ids import ObjectRef, PeerId
 from protocol.records import Record, check_record

@@ -13,7 +13,7 @@ from cache.store import Held
 from cache.tiered import Tier, Tiers
 from node.blocks.trust import Trust
 from node.exchange.contract import Exchange
-from node.membership.view import View
+from node.membership.membership import View
 from node.oci.references import Locator
 from node.telemetry.sources import Source
 from protocol.health import Health

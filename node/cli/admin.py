@@ -15,7 +15,7 @@ from node.config.schema import Config
 from node.identity.certificates import load_authority, subject_of
 from node.identity.credentials import joined_site, save_joined
 from node.identity.identity import load_or_create
-from node.membership.join import join
+from node.membership.libp2p import join
 from protocol import admission
 from protocol.errors import BadInputError
 

@@ -216,7 +216,7 @@ def certificate_in_files(config: Config) -> Shown:
 
 def certificate_shown(config: Config, admitted: Admitted) -> Shown:
     """The certificate that p2pd shows now, and the problem that its next start would have. Blocks."""
-    problem, verifier = "", admitted.verifier
+    problem, verifier = "", admitted.verifier.credentials
     try:
         _, joined = authority_and_join(config, Path(config.node.data_dir), admitted.identity)
         if joined is not None and joined.authority != verifier.authority:

@@ -168,7 +168,7 @@ def image_routes(api: ImageApi) -> Iterable[Route]:
 
 
 def cluster_row(admitted: Admitted) -> doc.ClusterRow:
-    verifier = admitted.verifier
+    verifier = admitted.verifier.credentials
     return doc.ClusterRow(
         id=cluster_id(verifier.authority).hex(),
         admits=admitted.place.authority is not None,

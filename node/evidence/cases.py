@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import trio
 
-from node.membership.quarantine import QUARANTINE_S
+from node.membership.membership import QUARANTINE_S
 from protocol.evidence import Evidence
 from protocol.ids import PeerId
 from protocol.records import Record

@@ -24,7 +24,7 @@ from node.blocks.trust import Suspicion
 from node.blocks.values import SMALL_SILENCE_S, BlockAddress, Site
 from node.evidence.cases import MAX_KEPT, Case, Cases, Key, Verdict, key_of
 from node.exchange.contract import Answer, Lane
-from node.membership.quarantine import QUARANTINE_S
+from node.membership.membership import QUARANTINE_S
 from node.oci.references import Locator
 from protocol.errors import DeniedError, PeerMisbehavedError, PeerUnavailableError, ShoalError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence

@@ -11,8 +11,7 @@ import msgspec
 import trio
 
 from node.evidence.cases import MAX_KEPT, Case, Cases, Verdict
-from node.membership.membership import Membership
-from node.membership.quarantine import QUARANTINE_S
+from node.membership.membership import QUARANTINE_S, Membership
 from node.runtime.state_files import load, save
 from protocol.evidence import Evidence
 from protocol.ids import PeerId

@@ -21,7 +21,7 @@ from cachetools import LRUCache
 from node.config.quantities import HostPort
 from node.exchange.channel import Channel, TlsChannel, Traffic
 from node.exchange.contract import Handler, Lane
-from node.exchange.limits import DEFAULT_LIMITS, DEFAULT_TIMING, Limits, Timing
+from node.exchange.limits import Limits, Timing
 from node.exchange.send_slots import SendSlots
 from node.runtime.refusals import Refusals
 from protocol import wire
@@ -65,8 +65,8 @@ class Endpoint:
     refused: Callable[[PeerId], bool]
     handler: Handler
     plain: bool = False
-    timing: Timing = DEFAULT_TIMING
-    limits: Limits = DEFAULT_LIMITS
+    timing: Timing = field(default_factory=Timing)
+    limits: Limits = field(default_factory=Limits)
     slots: SendSlots = field(default_factory=SendSlots, init=False)
     traffic: LRUCache[PeerId, Traffic] = field(default_factory=lambda: LRUCache(MAX_MEMBERS), init=False)
     refusals: Refusals = field(default_factory=Refusals, init=False)

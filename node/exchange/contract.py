@@ -36,10 +36,10 @@ class Answer:
 Handler = Callable[[PeerId, Request], Awaitable[Answer]]
 """Answers one request of an authenticated member. Errors of protocol.errors become `Failed`."""
 
-Heard = Callable[[bool], None]
+Heard = Callable[[bool], None] | None
 """Called with True where the answer is ready: it is on its way, or queued on the connection. Else with False."""
 
-Into = Callable[[Reply], memoryview | None]
+Into = Callable[[Reply], memoryview | None] | None
 """Returns memory for the body of this reply: writable bytes of exactly its length, or None for fresh memory."""
 
 
@@ -59,14 +59,7 @@ class Exchange(Protocol):
     """
 
     async def request(
-        self,
-        peer: PeerId,
-        message: Request,
-        *,
-        lane: Lane,
-        silence_s: float,
-        heard: Heard | None = None,
-        into: Into | None = None,
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
     ) -> Answer: ...
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...

@@ -1,16 +1,13 @@
-"""The bulk channel's bounds in time, number and memory, each with its reason, and the counters that it reports.
+"""The bulk channel's bounds in time, number and memory, each with its reason.
 
 Bounds that tests vary are fields of `Timing` and `Limits`, others are constants, here or beside the code they explain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from node.exchange.channel import Traffic
 from node.exchange.requests import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S
-from protocol.ids import PeerId
 
 HEADS_RATE = 8 << 20
 """Bytes per second of one peer's requests that are longer than BATCH_BYTES (node/exchange/connection.py). Each is
@@ -65,21 +62,3 @@ class Limits:
     way, spread evenly over all nodes. In a site of two nodes, the other node may have exactly that half."""
     pending_per_connection: int = 512
     """Own requests that have no answer yet, cancelled ones included: a peer that never answers costs no more memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExchangeStatistics:
-    """A snapshot. `traffic`: bytes of frames by peer since the start. The last two are of incoming connections."""
-
-    connections_in: int
-    connections_out: int
-    requests_in: int
-    requests_out: int
-    bytes_sent: int
-    bytes_received: int
-    traffic: Mapping[PeerId, Traffic]
-    answer_bytes_free: int
-    small_frames_waiting: int
-
-
-DEFAULT_TIMING, DEFAULT_LIMITS = Timing(), Limits()

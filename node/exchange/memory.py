@@ -37,11 +37,8 @@ class MemoryNetwork:
         self._stopped.setdefault(peer, trio.Event())
 
     def resume(self, peer: PeerId) -> None:
-        if self.is_stopped(peer):
+        if peer in self._stopped:
             self._stopped.pop(peer).set()
-
-    def is_stopped(self, peer: PeerId) -> bool:
-        return peer in self._stopped
 
     def kill(self, peer: PeerId) -> None:
         """Requests of and to the node fail at once, as do all later ones until its exchange runs anew."""
@@ -64,13 +61,13 @@ class MemoryNetwork:
 
     def reaches(self, sender: PeerId, receiver: PeerId) -> bool:
         """Whether a frame sent now arrives; otherwise it waits until it can."""
-        return not self.is_stopped(sender) and not self.is_stopped(receiver)
+        return sender not in self._stopped and receiver not in self._stopped
 
     async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
         """Carry a frame of `size` bytes in one direction. A stopped node holds up frames from it and to it."""
         await trio.sleep(self.latency_s)
         for peer in (sender, receiver):
-            while self.is_stopped(peer):
+            while peer in self._stopped:
                 await self._stopped[peer].wait()
 
 
@@ -103,10 +100,8 @@ class MemoryExchange:
         handler: Handler,
         requests_per_connection: int = REQUESTS_PER_CONNECTION,
     ) -> None:
-        self._network = network
-        self._own = own
-        self._refused = refused
-        self._handler = handler
+        self._network, self._own = network, own
+        self._refused, self._handler = refused, handler
         self._slots = defaultdict[tuple[PeerId, Lane], trio.Semaphore](lambda: trio.Semaphore(requests_per_connection))
         self._asked: dict[_Line, None] = {}  # ordered, unlike a set, so that a run can be repeated
         self._answering: dict[_Line, None] = {}
@@ -114,14 +109,7 @@ class MemoryExchange:
         self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # bounded by the askers, which wait
 
     async def request(
-        self,
-        peer: PeerId,
-        message: Request,
-        *,
-        lane: Lane,
-        silence_s: float,
-        heard: Heard | None = None,
-        into: Into | None = None,
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
     ) -> Answer:
         self._network.node(self._own)
         frame = wire.encode_head(0, message, 0)

@@ -2,14 +2,17 @@
 
 The asking side cannot see whether a peer works or is dead, only when something came from it. So a request has no
 deadline: it ends after a silence. The answering side always answers, and sends `Waiting` while it works.
+
+An exchange needs its handler when it is built, and the parts that answer need the exchange. So the handler is a
+`Dispatcher`, built first; it learns its routes while the node is assembled, before the exchange listens.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import trio
 
@@ -51,8 +54,8 @@ class Call:
     message: Request
     _: KW_ONLY
     silence_s: float
-    heard: Heard | None
-    into: Into | None
+    heard: Heard
+    into: Into
     came: Callable[[], float] | None = None
     _heard_at: float = field(default_factory=trio.current_time, init=False)
     _body: bytearray | memoryview | None = field(default=None, init=False)
@@ -132,6 +135,23 @@ class Call:
     def _release(self) -> None:
         """Give the memory back to the caller."""
         self.heard = self.into = self._body = self._view = None
+
+
+class Dispatcher:
+    """The handler of an exchange: the type of a request names the part that answers it."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[type, Callable[[PeerId, Any], Awaitable[Answer]]] = {}
+
+    def route(self, handler: Callable[[PeerId, Any], Awaitable[Answer]], *requests: type) -> None:
+        """Have `handler` answer these types of request."""
+        self._handlers.update(dict.fromkeys(requests, handler))
+
+    async def __call__(self, peer: PeerId, request: Request) -> Answer:
+        handler = self._handlers.get(type(request))
+        if handler is None:
+            return Answer(Failed("bad-request", f"no part of this node answers {type(request).__name__}"))
+        return await handler(peer, request)
 
 
 async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) -> tuple[bytes, Buffer | None]:

@@ -22,9 +22,8 @@ class SendSlots:
     """The slots of all connections of a node. A connection is named by the lot that its writer is parked in."""
 
     def __init__(self) -> None:
-        self._since: dict[trio.lowlevel.ParkingLot, float] = {}
-        self._peers: dict[trio.lowlevel.ParkingLot, PeerId] = {}
-        """The connections that have a slot: since when, and with which peers."""
+        self._holders: dict[trio.lowlevel.ParkingLot, tuple[float, PeerId]] = {}
+        """The connections that have a slot: since when, and with which peer."""
         self._queue: dict[trio.lowlevel.ParkingLot, PeerId] = {}
         self._contended = trio.Event()
 
@@ -34,29 +33,25 @@ class SendSlots:
 
     def take(self, connection: trio.lowlevel.ParkingLot, peer: PeerId) -> bool:
         """Whether the connection has a slot; if not, it is queued, and unparked once it has."""
-        if connection in self._since:
+        if connection in self._holders:
             return True
-        if len(self._since) < SLOTS and self._may(peer):
-            self._begin(connection, peer)
+        if len(self._holders) < SLOTS and self._may(peer):
+            self._holders[connection] = trio.current_time(), peer
             return True
         self._queue[connection] = peer
         self._contended.set()
         return False
 
     def _may(self, peer: PeerId) -> bool:
-        return sum(holder == peer for holder in self._peers.values()) < SLOTS_PER_PEER
-
-    def _begin(self, connection: trio.lowlevel.ParkingLot, peer: PeerId) -> None:
-        self._since[connection], self._peers[connection] = trio.current_time(), peer
+        return sum(holder == peer for _, holder in self._holders.values()) < SLOTS_PER_PEER
 
     def give(self, connection: trio.lowlevel.ParkingLot) -> None:
         """Give the slot back, if the connection still has it."""
-        if self._since.pop(connection, None) is None:
+        if self._holders.pop(connection, None) is None:
             return
-        del self._peers[connection]
         following = next((queued for queued, peer in self._queue.items() if self._may(peer)), None)
         if following is not None:
-            self._begin(following, self._queue.pop(following))
+            self._holders[following] = trio.current_time(), self._queue.pop(following)
             following.unpark()
 
     def leave(self, connection: trio.lowlevel.ParkingLot) -> None:
@@ -69,7 +64,7 @@ class SendSlots:
             await self._contended.wait()
             while self._queue:
                 before = trio.current_time() - SLOT_S
-                for connection in [holder for holder, since in self._since.items() if since < before]:
+                for connection in [holder for holder, (since, _) in self._holders.items() if since < before]:
                     self.give(connection)
                 await trio.sleep(SLOT_S / 4)
             self._contended = trio.Event()

@@ -6,17 +6,34 @@ dialler, for the requests that it makes, and a listener, for those that it answe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import trio
 
 from node.exchange.channel import Traffic
 from node.exchange.connection import Endpoint, is_for_block
 from node.exchange.contract import Answer, Heard, Into, Lane
 from node.exchange.dialler import Dialler
-from node.exchange.limits import ExchangeStatistics
 from node.exchange.listener import Listener
 from node.exchange.requests import Call
 from protocol.ids import PeerId
 from protocol.messages import Request
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeStatistics:
+    """A snapshot. `traffic`: bytes of frames by peer since the start. The last two are of incoming connections."""
+
+    connections_in: int
+    connections_out: int
+    requests_in: int
+    requests_out: int
+    bytes_sent: int
+    bytes_received: int
+    traffic: Mapping[PeerId, Traffic]
+    answer_bytes_free: int
+    small_frames_waiting: int
 
 
 class TlsExchange:
@@ -61,14 +78,7 @@ class TlsExchange:
                 self._listener.close_idle(now)
 
     async def request(
-        self,
-        peer: PeerId,
-        message: Request,
-        *,
-        lane: Lane,
-        silence_s: float,
-        heard: Heard | None = None,
-        into: Into | None = None,
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
     ) -> Answer:
         for_block = is_for_block(message)
         if self._endpoint.plain and not for_block:

@@ -122,8 +122,8 @@ class Subject:
     site: str = ""
 
 
-def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS) -> x509.Certificate:
-    """Issue a node's certificate. Its common name is the peer id; it also names the node and its site."""
+def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS) -> bytes:
+    """Issue a node's certificate (DER). Its common name is the peer id; it also names the node and its site."""
     attributes = [x509.NameAttribute(NameOID.COMMON_NAME, subject.peer)]
     if subject.name:
         attributes.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, subject.name[:_MAX_NAME]))
@@ -133,11 +133,10 @@ def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS) 
     return issue_to_key(authority, x509.Name(attributes), key, validity)
 
 
-def issue_to_key(
-    authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity = ENDLESS
-) -> x509.Certificate:
-    """A certificate whose `name` need not follow from `key`: `peer_of` refuses it if it does not."""
-    return _signed(authority.key, authority.certificate.subject, name, key, validity=validity)
+def issue_to_key(authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity = ENDLESS) -> bytes:
+    """A certificate (DER) whose `name` need not follow from `key`: `peer_of` refuses it if it does not."""
+    certificate = _signed(authority.key, authority.certificate.subject, name, key, validity=validity)
+    return certificate.public_bytes(Encoding.DER)
 
 
 def issued_by(certificate: bytes, authority: bytes) -> PeerId:
@@ -192,8 +191,7 @@ class Credentials:
 
     @classmethod
     def issued(cls, authority: Authority, identity: Identity, name: str, site: str = "") -> Credentials:
-        certificate = issue(authority, Subject(identity.peer_id, name, site)).public_bytes(Encoding.DER)
-        return cls(identity, certificate, authority.der)
+        return cls(identity, issue(authority, Subject(identity.peer_id, name, site)), authority.der)
 
     def server_context(self) -> ssl.SSLContext:
         """Mutual TLS 1.3, without tickets: every connection proves both sides anew."""
@@ -277,6 +275,10 @@ def _signed(
 ) -> x509.Certificate:
     """`serial` 0: a random number."""
     end = validity.end
+    unused = dict.fromkeys(("key_encipherment", "data_encipherment", "encipher_only", "decipher_only"), False)
+    usage = x509.KeyUsage(
+        digital_signature=not ca, key_cert_sign=ca, crl_sign=ca, content_commitment=False, key_agreement=False, **unused
+    )
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -287,11 +289,11 @@ def _signed(
         .not_valid_after(_NOT_AFTER if end is None else min(_date(end), _NOT_AFTER))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
-        .add_extension(_key_usage(authority=ca), critical=True)
+        .add_extension(usage, critical=True)
     )
     if not ca:
-        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-        builder = builder.add_extension(usage, critical=False)
+        purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+        builder = builder.add_extension(purposes, critical=False)
     key_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     return builder.add_extension(key_id, critical=False).sign(signer, algorithm=None)
 
@@ -299,20 +301,6 @@ def _signed(
 def _date(seconds: int) -> datetime:
     """Clamp to our own bounds: the library writes no X.509 dates before 1950."""
     return datetime.fromtimestamp(max(0, min(seconds, int(_NOT_AFTER.timestamp()))), UTC)
-
-
-def _key_usage(*, authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def _is_authority(certificate: x509.Certificate) -> bool:

@@ -11,21 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.config.schema import Config, NodePart
-from node.identity.certificates import (
-    Authority,
-    Credentials,
-    Subject,
-    issue,
-    issued_by,
-    key_of_authority,
-    load_authority,
-    open_authority,
-    own_authority,
-    subject_of,
-)
+from node.identity import certificates
+from node.identity.certificates import Authority, Credentials
 from node.identity.identity import Identity
 from node.runtime import secret_files
 from protocol.admission import cluster_id
@@ -46,7 +35,7 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def site(self) -> str:
-        return subject_of(self.certificate).site
+        return certificates.subject_of(self.certificate).site
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +58,8 @@ def load_joined(data_dir: Path, identity: Identity) -> Joined | None:
     path = data_dir / FILE_NAME
     try:
         joined = msgspec.json.decode(secret_files.read(path), type=Joined)
-        key_of_authority(joined.authority)
-        peer = issued_by(joined.certificate, joined.authority)
+        certificates.key_of_authority(joined.authority)
+        peer = certificates.issued_by(joined.certificate, joined.authority)
     except FileNotFoundError:
         return None
     except (*UNDECODABLE, PeerMisbehavedError) as error:
@@ -96,28 +85,25 @@ def enroll(config: Config, data_dir: Path, identity: Identity) -> Enrollment:
     if authority is None and joined is not None:
         credentials = Credentials(identity, joined.certificate, joined.authority)
         return Enrollment(credentials, None, joined_site(config.node, joined.site), joined)
-    authority = authority or own_authority(data_dir)
-    certificate = issue(authority, Subject(identity.peer_id, config.node.name, config.node.site))
-    credentials = Credentials(identity, certificate.public_bytes(Encoding.DER), authority.der)
+    authority = authority or certificates.own_authority(data_dir)
+    credentials = Credentials.issued(authority, identity, config.node.name, config.node.site)
     return Enrollment(credentials, authority, config.node.site)
 
 
 def authority_and_join(config: Config, data_dir: Path, identity: Identity) -> tuple[Authority | None, Joined | None]:
     """The configured authority and the result of a join; creates no file. Raises BadInputError."""
     joined = load_joined(data_dir, identity)
-    authority = _configured(config)
+    authority = None
+    if config.cluster.open:
+        authority = certificates.open_authority()
+    elif config.cluster.key:
+        authority = certificates.load_authority(Path(config.cluster.key))
     if authority is not None and joined is not None and joined.authority != authority.der:
         raise BadInputError(
             f"{data_dir / FILE_NAME} is of the cluster {cluster_id(joined.authority).hex()[:16]}, and what [cluster]"
             f" says of {authority.cluster.hex()[:16]}: remove the one or the other"
         )
     return authority, joined
-
-
-def _configured(config: Config) -> Authority | None:
-    if config.cluster.open:
-        return open_authority()
-    return load_authority(Path(config.cluster.key)) if config.cluster.key else None
 
 
 def joined_site(part: NodePart, joined: str) -> str:

@@ -17,19 +17,10 @@ import msgspec
 import trio
 from cachetools import TTLCache
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.exchange.contract import Answer
-from node.identity.certificates import (
-    Authority,
-    Subject,
-    Validity,
-    issue,
-    issued_by,
-    key_of_authority,
-    subject_of,
-    validity_of,
-)
+from node.identity import certificates
+from node.identity.certificates import Authority, Subject, Validity
 from node.runtime import secret_files
 from node.runtime.refusals import Refusals
 from protocol import join
@@ -116,16 +107,9 @@ class Registrar:
     """Issues certificates for join tokens, and renews the certificates of members. `authority` None: refuses both."""
 
     def __init__(
-        self,
-        authority: Authority | None,
-        revoked: Container[str],
-        uses: Uses,
-        now: Callable[[], float] = time.time,
+        self, authority: Authority | None, revoked: Container[str], uses: Uses, now: Callable[[], float] = time.time
     ) -> None:
-        self._authority = authority
-        self._revoked = revoked
-        self._uses = uses
-        self._now = now
+        self._authority, self._revoked, self._uses, self._now = authority, revoked, uses, now
         self._refusals = Refusals()
         self._wrong: TTLCache[str, int] = TTLCache(_HOSTS, WRONG_S, timer=trio.current_time)
 
@@ -170,22 +154,19 @@ class Registrar:
         log.info("admitted", extra={"peer": peer, "node": application.name, "site": token.site, "by": token.subject})
         # A clock that is behind must not shorten the lifetime that the operator chose.
         validity = Validity.lasting(max(now, token.made), token.lifetime)
-        return _der(authority, Subject(peer, application.name, token.site), validity)
+        return certificates.issue(authority, Subject(peer, application.name, token.site), validity)
 
     async def handle(self, peer: PeerId, request: Renew) -> Answer:
         """Renew a member's certificate. Raises DeniedError where it is not the certificate of `peer`."""
         await trio.lowlevel.checkpoint()
         if self._authority is None:
             return Answer(Failed("not-held", NO_KEY))
-        if issued_by(request.certificate, self._authority.der) != peer:
+        if certificates.issued_by(request.certificate, self._authority.der) != peer:
             raise DeniedError("the certificate of another node")
-        old = validity_of(request.certificate)
+        old = certificates.validity_of(request.certificate)
         validity = Validity.lasting(max(self._now(), old.start), old.lifetime_s)
-        return Answer(Renewed(_der(self._authority, subject_of(request.certificate), validity)))
-
-
-def _der(authority: Authority, subject: Subject, validity: Validity) -> bytes:
-    return issue(authority, subject, validity).public_bytes(Encoding.DER)
+        subject = certificates.subject_of(request.certificate)
+        return Answer(Renewed(certificates.issue(self._authority, subject, validity)))
 
 
 async def apply(line: Line, own: PeerId, text: str, name: str) -> tuple[bytes, bytes]:
@@ -205,7 +186,7 @@ async def apply(line: Line, own: PeerId, text: str, name: str) -> tuple[bytes, b
     admittance = join.decode_as(join.Admittance, await line.receive(join.MAX_MESSAGE))
     if admittance.refusal:
         raise NotAdmittedError(admittance.refusal)
-    if issued_by(admittance.certificate, offer.authority) != own:
+    if certificates.issued_by(admittance.certificate, offer.authority) != own:
         raise PeerMisbehavedError("gave a certificate for another node")
     return admittance.certificate, offer.authority
 
@@ -216,6 +197,6 @@ def _check_offer(offer: join.Offer, token: Token, proven: bytes) -> None:
         text = f"it is of the cluster {cluster.hex()[:16]}, and the token of {token.cluster.hex()[:16]}"
         raise NotAdmittedError(text)
     try:
-        key_of_authority(offer.authority).verify(offer.proof, proven)
+        certificates.key_of_authority(offer.authority).verify(offer.proof, proven)
     except InvalidSignature as error:
         raise NotAdmittedError("it does not hold the cluster's key: is somebody in between?") from error

@@ -38,7 +38,11 @@ class Revocations:
         self._path = path
         self._key, self._cluster = key_of_authority(authority), cluster_id(authority)
         self._held: dict[str, Revocation] = {}
-        self._take(self._load())
+        for revocation in self._load():
+            try:
+                self._add(revocation)
+            except BadInputError as error:  # of another cluster, to which this node belonged before
+                log.info("revocation skipped", extra={"reason": error})
 
     def __contains__(self, subject: object) -> bool:
         return subject in self._held
@@ -81,14 +85,6 @@ class Revocations:
             text = "the revocations are not readable; members send them again"
             log.error(text, extra={"path": self._path, "reason": error})  # noqa: TRY400 # the reason says it all
             return ()
-
-    def _take(self, stored: Iterable[Revocation]) -> None:
-        """Skip revocations of another cluster, to which this node belonged before."""
-        for revocation in stored:
-            try:
-                self._add(revocation)
-            except BadInputError as error:
-                log.info("revocation skipped", extra={"reason": error})
 
     def _save(self) -> None:
         data = msgspec.msgpack.encode(_File(1, self.all))

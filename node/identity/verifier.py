@@ -15,7 +15,6 @@ import trio
 from cachetools import LRUCache
 
 from node.identity.certificates import Credentials, issued_by, peer_of, validity_of
-from node.identity.identity import Identity
 from protocol.admission import date
 from protocol.errors import NotAdmittedError
 from protocol.ids import PeerId
@@ -36,25 +35,12 @@ class Verifier:
     def __init__(
         self, credentials: Credentials, revoked: Container[str] = (), now: Callable[[], float] = time.time
     ) -> None:
-        self._credentials = credentials
-        self._revoked = revoked
-        self._now = now
+        self.credentials = credentials
+        self._revoked, self._now = revoked, now
         self.server_context = credentials.server_context()
         self.client_context = credentials.client_context()
         self._ends: LRUCache[PeerId, int] = LRUCache(MAX_MEMBERS)
         """When the certificates that peers showed here end, for those that end at all."""
-
-    @property
-    def identity(self) -> Identity:
-        return self._credentials.identity
-
-    @property
-    def certificate(self) -> bytes:
-        return self._credentials.certificate
-
-    @property
-    def authority(self) -> bytes:
-        return self._credentials.authority
 
     def is_revoked(self, peer: PeerId) -> bool:
         return peer in self._revoked
@@ -64,7 +50,7 @@ class Verifier:
 
         Raises NotAdmittedError, and PeerMisbehavedError for a malformed certificate.
         """
-        issued_by(certificate, self.authority)
+        issued_by(certificate, self.credentials.authority)
         return self.peer_of(certificate)
 
     def peer_of(self, certificate: bytes) -> PeerId:
@@ -83,9 +69,9 @@ class Verifier:
 
     def renew(self, certificate: bytes) -> None:
         """Show this certificate from now on. Open connections keep the earlier one."""
-        self._credentials = replace(self._credentials, certificate=certificate)
+        self.credentials = replace(self.credentials, certificate=certificate)
         for context in (self.server_context, self.client_context):
-            self._credentials.show_in(context)
+            self.credentials.show_in(context)
 
     def _is_over(self, end: int) -> bool:
         return self._now() > end + LEEWAY_S

@@ -6,6 +6,7 @@ shows which address of a peer is routed here, so that address comes before those
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -20,20 +21,7 @@ from protocol.ids import PeerId
 from protocol.members import MAX_ADDRESSES, Member
 from protocol.records import public_key_of
 
-_VIRTUAL = (
-    "docker",
-    "br-",
-    "veth",
-    "virbr",
-    "cni",
-    "flannel",
-    "cali",
-    "vxlan",
-    "kube",
-    "nodelocaldns",
-    "lxc",
-    "podman",
-)
+_VIRTUAL = re.compile("docker|br-|veth|virbr|cni|flannel|cali|vxlan|kube|nodelocaldns|lxc|podman")
 """Interfaces of container and VM bridges: the same 172.17.0.1 on every host, so their addresses come last."""
 _HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
@@ -60,25 +48,15 @@ def parse_target(text: str) -> Target:
     return Target(peer, host, port)
 
 
-@dataclass(frozen=True, slots=True)
-class JoinTarget:
-    """The address of a member to join at; `peer` None: any member at that address."""
-
-    host: str
-    port: int
-    peer: PeerId | None = None
-
-
-def parse_join_target(text: str) -> JoinTarget:
-    """`10.0.0.5:4501`, `[fd00::5]:4501`, or a multiaddr with or without `/p2p/...`. Raises BadInputError."""
+def parse_join(text: str) -> tuple[HostPort, PeerId | None]:
+    """`10.0.0.5:4501`, `[fd00::5]:4501`, or a multiaddr; without `/p2p/...` it means any peer. Raises BadInputError."""
     if not text.startswith("/"):
-        where = HostPort.read("ADDRESS", text)
-        return JoinTarget(where.host, where.port)
+        return HostPort.read("ADDRESS", text), None
     if "/p2p/" in text:
         target = parse_target(text)
-        return JoinTarget(target.host, target.port, target.peer)
+        return HostPort(target.host, target.port), target.peer
     host, port, _ = _parts(text, _HOSTS, "/ip4/10.0.0.5/tcp/4501")
-    return JoinTarget(host, port)
+    return HostPort(host, port), None
 
 
 def parse_listen(text: str) -> HostPort:
@@ -111,9 +89,10 @@ def concrete_hosts(host: str) -> tuple[str, ...]:
         return (host,)
     if not given.is_unspecified:
         return (host,)
-    own = sorted((_preference(name, ip), str(ip)) for name, ip in _interfaces() if ip.version == given.version)
-    outside = [text for _, text in own if not ip_address(text).is_loopback]
-    return tuple(outside or [text for _, text in own])[:MAX_ADDRESSES]
+    own = [(name, ip) for name, ip in _interfaces() if ip.version == given.version]
+    outside = [(name, ip) for name, ip in own if not ip.is_loopback] or own
+    likeliest_first = sorted((bool(_VIRTUAL.match(name)), str(ip)) for name, ip in outside)
+    return tuple(text for _, text in likeliest_first)[:MAX_ADDRESSES]
 
 
 def with_observed(member: Member, host: str) -> Member:
@@ -158,7 +137,3 @@ def _interfaces() -> list[tuple[str, IPv4Address | IPv6Address]]:
             if not ip.is_link_local:
                 interfaces.append((adapter.name, ip))
     return interfaces
-
-
-def _preference(interface: str, ip: IPv4Address | IPv6Address) -> tuple[bool, bool]:
-    return ip.is_loopback, interface.startswith(_VIRTUAL)

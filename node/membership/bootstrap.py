@@ -61,25 +61,15 @@ class Timing:
 
 class Bootstrap:
     def __init__(
-        self,
-        addresses: Sequence[str],
-        verifier: Verifier,
-        current: Current,
-        dial: Dial,
-        *,
-        refusals: Refusals,
-        timing: Timing,
-        rng: Random,
+        self, addresses: Sequence[str], verifier: Verifier, current: Current, dial: Dial, *, timing: Timing, rng: Random
     ) -> None:
         """`addresses` are multiaddrs; raises BadInputError for a malformed one."""
         self._verifier = verifier
         self._targets = self._parsed(addresses)
         self._changed = trio.Event()
-        self._current = current
-        self._dial_peer = dial
-        self._refusals = refusals
-        self._timing = timing
-        self._rng = rng
+        self._current, self._dial_peer = current, dial
+        self.refusals = Refusals(timing.silence)
+        self._timing, self._rng = timing, rng
         self._dials = trio.CapacityLimiter(MAX_DIALS)
         self._busy: set[PeerId] = set()
         self._discovered: dict[PeerId, tuple[tuple[Target, ...], trio.CancelScope]] = {}
@@ -141,7 +131,7 @@ class Bootstrap:
             await self._keep_introduced(ways, logging.DEBUG)
 
     def _parsed(self, addresses: Sequence[str]) -> list[Target]:
-        own = self._verifier.identity.peer_id
+        own = self._verifier.credentials.identity.peer_id
         return [target for target in map(parse_target, addresses) if target.peer != own]
 
     async def _keep_introduced(self, ways: Sequence[Target], level: int) -> None:
@@ -158,7 +148,7 @@ class Bootstrap:
             else:
                 await self._pause(peer, failures)
                 failures += 1
-        self._refusals.tell(CHANNEL, peer, str(HostPort(ways[0].host, ways[0].port)), REVOKED)
+        self.refusals.tell(CHANNEL, peer, str(HostPort(ways[0].host, ways[0].port)), REVOKED)
 
     async def _dial(self, target: Target, level: int) -> bool:
         """Whether the peer was introduced; a failure is logged at `level`, once in a while."""
@@ -187,7 +177,7 @@ class Bootstrap:
             rested += step
 
     def _is_alone(self) -> bool:
-        own = self._verifier.identity.peer_id
+        own = self._verifier.credentials.identity.peer_id
         return not any(member.peer_id != own for member in self._current())
 
     def _is_current(self, peer: PeerId) -> bool:

@@ -29,7 +29,7 @@ class Gossiper:
     """Probes, gossips and syncs as `membership` decides, and answers Ping, PingRequest and Sync."""
 
     def __init__(self, membership: Membership, exchange: Exchange, revocations: Revocations) -> None:
-        self._membership = membership
+        self._membership, self._swim = membership, membership.swim
         self._exchange = exchange
         self._revocations = revocations
         self._timeout_s = membership.config.probe_timeout_s
@@ -45,7 +45,7 @@ class Gossiper:
                     for action in await self._membership.next_actions():
                         nursery.start_soon(self._perform, action)
         finally:
-            self._membership.abandoned()
+            self._swim.abandoned()
 
     def revoke(self, revocations: tuple[Revocation, ...]) -> list[str]:
         """Apply revocations and send them to other members. Returns the subjects that are new.
@@ -74,21 +74,21 @@ class Gossiper:
             case Ping():
                 self._received(peer, request.revocations)
                 self._membership.received(request.updates)
-                return Answer(Pong(self._membership.updates_for(peer)))
+                return Answer(Pong(self._swim.updates_for(peer)))
             case PingRequest():
                 self._membership.received(request.updates)
                 return Answer(await self._ping_for(peer, request.target))
             case Sync():
                 self._received(peer, request.revocations)
                 self._membership.received(request.updates, whole_view=True)
-                return Answer(SyncReply(self._membership.view(), self._revocations.all))
+                return Answer(SyncReply(self._swim.view(), self._revocations.all))
             case _:
                 raise BadInputError(f"not a request of membership: {type(request).__name__}")
 
     async def leave(self) -> None:
         """Announce to a few members that this node leaves; they pass it on. Takes at most one probe timeout."""
         async with trio.open_nursery() as nursery:
-            for gossip in self._membership.leave():
+            for gossip in self._swim.leave():
                 nursery.start_soon(self._ping, gossip.peer, self._timeout_s)
 
     async def _perform(self, action: Action) -> None:
@@ -100,7 +100,7 @@ class Gossiper:
             case SyncWith():
                 await self._sync(action)
             case Tell():
-                question = Ping(self._membership.updates_for(action.peer), self._revocations.all)
+                question = Ping(self._swim.updates_for(action.peer), self._revocations.all)
                 await self._request(action.peer, question, self._timeout_s)
             case Disconnect():
                 self._exchange.disconnect(action.peer)
@@ -121,7 +121,7 @@ class Gossiper:
         replies: list[Reply] = []
 
         async def ask(helper: PeerId) -> None:
-            request = PingRequest(probe.peer, self._membership.updates_for(helper))
+            request = PingRequest(probe.peer, self._swim.updates_for(helper))
             reply = await self._request(helper, request, probe.timeout_s)
             if isinstance(reply, Pong):
                 self._membership.received(reply.updates)
@@ -136,7 +136,7 @@ class Gossiper:
 
     async def _ping(self, peer: PeerId, timeout_s: float) -> bool:
         started = trio.current_time()
-        reply = await self._request(peer, Ping(self._membership.updates_for(peer)), timeout_s)
+        reply = await self._request(peer, Ping(self._swim.updates_for(peer)), timeout_s)
         if not isinstance(reply, Pong):
             return False
         self._membership.acked(peer, trio.current_time() - started)
@@ -148,12 +148,12 @@ class Gossiper:
         if not is_other or self._membership.is_quarantined(target):
             return Failed("not-found", "no such member")
         if await self._ping(target, HELPER_SHARE * self._timeout_s):
-            return Pong(self._membership.updates_for(asker))
+            return Pong(self._swim.updates_for(asker))
         return Failed("unavailable", "no answer")
 
     async def _sync(self, sync: SyncWith) -> None:
         started = trio.current_time()
-        question = Sync(self._membership.view(), self._revocations.all)
+        question = Sync(self._swim.view(), self._revocations.all)
         reply = await self._request(sync.peer, question, sync.timeout_s)
         if isinstance(reply, SyncReply):
             self._received(sync.peer, reply.revocations)

@@ -1,15 +1,12 @@
 """Introductions: how two nodes prove to each other that they are of one cluster, and name the members that they know.
 
-An introduction comes before anything on the bulk channel. `Introducer` is the contract of what finds peers;
-`exchange_members` is the conversation over one stream, whatever carries it. docs/PROTOCOL.md, "Introduction".
+An introduction comes before anything on the bulk channel. `exchange_members` is the conversation over one stream,
+whatever carries it. docs/PROTOCOL.md, "Introduction".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
-
-import trio
 
 from node.identity.registrar import Line
 from node.identity.verifier import Verifier
@@ -20,27 +17,10 @@ from protocol.members import Member
 
 Introduced = Callable[[tuple[Member, ...]], None]
 Current = Callable[[], tuple[Member, ...]]
+"""The members of the site, this node first."""
 
 CHANNEL = "introduction"
 """The channel's name in log lines about refusals."""
-
-
-class Introducer(Protocol):
-    """Finds peers (static bootstrap addresses, mDNS), proves both sides to be of one cluster, and introduces them.
-
-    - `run` listens, calls `task_status.started()` once it does, and works until cancelled: bootstrap addresses are
-      tried again, with back-off, for as long as the peer behind the address is not among `current()`.
-    - Every introduction, in either direction, ends in one call of the `introduced` callback that the introducer was
-      built with, with the members that the other side named (itself first). A node of another cluster is never
-      introduced; the refusal is logged with the peer id and the reason.
-    """
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """The multiaddrs that others can use, each with /p2p/<peer id>."""
-        ...
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
 
 
 async def exchange_members(
@@ -52,12 +32,12 @@ async def exchange_members(
     cluster before anything is said about members.
     """
     if dialled:
-        await line.send(encode_hello(verifier.certificate))
+        await line.send(encode_hello(verifier.credentials.certificate))
         _verify(verifier, line.peer, await line.receive(MAX_HELLO))
         await line.send(members())
         return decode_members(await line.receive(MAX_MEMBERS_BYTES), line.peer)
     hello = await line.receive(MAX_HELLO)
-    await line.send(encode_hello(verifier.certificate))
+    await line.send(encode_hello(verifier.credentials.certificate))
     _verify(verifier, line.peer, hello)
     theirs = decode_members(await line.receive(MAX_MEMBERS_BYTES), line.peer)
     await line.send(members())

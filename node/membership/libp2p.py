@@ -36,15 +36,15 @@ from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.upgrader import TransportUpgrader
 
 from node.config.quantities import HostPort
+from node.identity.credentials import Joined
 from node.identity.identity import Identity
-from node.identity.registrar import Line
+from node.identity.registrar import Line, apply
 from node.identity.verifier import Verifier
 from node.membership import mdns
-from node.membership.addresses import Target, concrete_hosts, parse_listen, to_multiaddr, with_observed
+from node.membership.addresses import Target, concrete_hosts, parse_join, parse_listen, to_multiaddr, with_observed
 from node.membership.bootstrap import Bootstrap, Timing
 from node.membership.introduction import CHANNEL, Current, Introduced, exchange_members
-from node.runtime.refusals import Refusals
-from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError, ShoalError
+from protocol import errors
 from protocol.ids import PeerId
 from protocol.introduction import PREFIX, body_length, encode_members
 from protocol.members import Member
@@ -69,12 +69,15 @@ Joins = Callable[[Line, str, PeerId], Awaitable[None]]
 
 
 class LibP2PIntroducer:
-    """Implements `Introducer`. `addresses` are final once `run` has started, because a port 0 is chosen then."""
+    """Finds peers (bootstrap addresses, mDNS), proves both sides to be of one cluster, and introduces them.
+
+    Every introduction, in either direction, ends in one call of `introduced` with the members that the other side named
+    (itself first). A node of another cluster is never introduced; the refusal is logged with peer id and reason.
+    """
 
     def __init__(
         self,
         verifier: Verifier,
-        me: Callable[[], Member],
         *,
         joins: Joins,
         listen: str,
@@ -87,7 +90,7 @@ class LibP2PIntroducer:
     ) -> None:
         """`listen` and `bootstrap` are multiaddrs; raises BadInputError for a malformed one."""
         self._verifier = verifier
-        self._members = lambda: encode_members(me(), current())
+        self._members = lambda: encode_members(current()[0], current())
         self._joins = joins
         self._listen = parse_listen(listen)
         self._hosts = concrete_hosts(self._listen.host)
@@ -95,35 +98,32 @@ class LibP2PIntroducer:
         self._with_mdns = mdns
         self._introduced = introduced
         self._timing = timing = timing or Timing()
-        self._upgrader = upgrader_of(verifier.identity)
-        self._refusals = Refusals(timing.silence)
-        rng = rng or Random()
-        self.bootstrap = Bootstrap(
-            bootstrap, verifier, current, self._dial, refusals=self._refusals, timing=timing, rng=rng
-        )
+        self._upgrader = upgrader_of(verifier.credentials.identity)
+        self.bootstrap = Bootstrap(bootstrap, verifier, current, self._dial, timing=timing, rng=rng or Random())
         self._inbound = trio.CapacityLimiter(MAX_INBOUND)
         self._inbound_by_host: Counter[str] = Counter()
 
     @property
     def addresses(self) -> tuple[str, ...]:
+        """The multiaddrs that others can use; final once `run` has started, because a port 0 is chosen then."""
         return tuple(to_multiaddr(host, self._port, self._own_id) for host in self._hosts)
 
     @property
     def _own_id(self) -> PeerId:
-        return self._verifier.identity.peer_id
+        return self._verifier.credentials.identity.peer_id
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Raises BadInputError where it cannot listen."""
         try:
             listeners = await trio.open_tcp_listeners(self._listen.port, host=self._listen.host)
         except OSError as error:
-            raise BadInputError(f"peers.listen: cannot listen on {self._listen}: {error}") from error
+            raise errors.BadInputError(f"peers.listen: cannot listen on {self._listen}: {error}") from error
         self._port = listeners[0].socket.getsockname()[1]
         async with trio.open_nursery() as nursery:
             await nursery.start(trio.serve_listeners, self._answer, listeners)
             nursery.start_soon(self.bootstrap.run)
             if self._with_mdns:
-                tag = mdns.cluster_tag(self._verifier.authority)
+                tag = mdns.cluster_tag(self._verifier.credentials.authority)
                 own = mdns.Announcement(self._own_id, tag, self._hosts, self._port)
                 nursery.start_soon(self.bootstrap.discover, own)
             task_status.started()
@@ -139,7 +139,7 @@ class LibP2PIntroducer:
                 await self._introduce(stream, None)
         except trio.WouldBlock:
             log.debug("an inbound connection is closed: too many are open")
-        except PeerUnavailableError as error:
+        except errors.PeerUnavailableError as error:
             log.debug("a connection came to nothing: %s", error)
         finally:
             await trio.aclose_forcefully(stream)
@@ -173,8 +173,8 @@ class LibP2PIntroducer:
                     return False
                 with self.bootstrap.introducing(line.peer):
                     members = await self._exchange(line, dialled=expected is not None)
-            except PeerMisbehavedError as error:
-                self._refusals.tell("join" if protocol == JOIN else CHANNEL, line.peer, str(remote), error)
+            except errors.PeerMisbehavedError as error:
+                self.bootstrap.refusals.tell("join" if protocol == JOIN else CHANNEL, line.peer, str(remote), error)
                 return False
         peer = f"{members[0].name} ({line.peer}) at {remote}"
         log.info("introduced to %s, which named %d others", peer, len(members) - 1)
@@ -214,7 +214,7 @@ class LibP2PLine:
         try:
             while True:
                 await self._receive_exactly(1)
-        except PeerUnavailableError:
+        except errors.PeerUnavailableError:
             return
 
     async def _receive_exactly(self, size: int) -> bytes:
@@ -223,7 +223,7 @@ class LibP2PLine:
             with _translated():
                 chunk = await self._stream.read(size - len(data))
             if not chunk:
-                raise PeerUnavailableError("closed in the middle of an introduction")
+                raise errors.PeerUnavailableError("closed in the middle of an introduction")
             data += chunk
         return bytes(data)
 
@@ -239,7 +239,7 @@ class _BoundedTcp(TrioTCPStream):
         data = await super().read(_READ if n is None else min(n, _READ))
         self._left -= len(data)
         if self._left < 0:
-            raise PeerMisbehavedError(f"sent more than {MAX_RECEIVED} bytes for one introduction")
+            raise errors.PeerMisbehavedError(f"sent more than {MAX_RECEIVED} bytes for one introduction")
         return data
 
 
@@ -250,16 +250,26 @@ def upgrader_of(identity: Identity) -> TransportUpgrader:
     return TransportUpgrader({NOISE: noise}, {TProtocol(YAMUX): Yamux})
 
 
-@asynccontextmanager
-async def join_line(identity: Identity, host: str, port: int, expected: PeerId | None) -> AsyncIterator[Line]:
-    """Open a line for a join, to the peer `expected` or, where that is None, to any member at this address.
+async def join(identity: Identity, token: str, address: str, name: str) -> Joined:
+    """The network's part of `p2pctl join`: ask the member at `address` for a certificate, within `Timing().deadline`.
 
-    `Timing().deadline` bounds all of the join. Raises PeerUnavailableError.
+    Raises BadInputError for a malformed token or address, UnavailableError if it fails.
     """
-    with _deadline(Timing().deadline):
-        tcp = await _connect(host, port)
-        async with tcp, secured_line(upgrader_of(identity), tcp, expected, JOIN) as (line, _):
-            yield line
+    where, expected = parse_join(address)
+    try:
+        with _deadline(Timing().deadline):
+            tcp = await _connect(where.host, where.port)
+            async with tcp, secured_line(upgrader_of(identity), tcp, expected, JOIN) as (line, _):
+                certificate, authority = await apply(line, identity.peer_id, token, name)
+    except errors.PeerUnavailableError as error:
+        text = f"no answer from {address}: {error}; is p2pd up there, and is this its peers.listen?"
+        raise errors.UnavailableError(text) from error
+    except errors.NotAdmittedError as error:
+        raise errors.UnavailableError(f"refused at {address}: {error}") from error
+    except errors.PeerMisbehavedError as error:
+        raise errors.UnavailableError(f"the answer from {address} is not understood: {error}") from error
+    back = to_multiaddr(where.host, where.port, line.peer)
+    return Joined(certificate=certificate, authority=authority, bootstrap=(back,))
 
 
 @asynccontextmanager
@@ -271,7 +281,7 @@ async def secured_line(
     The side that dialled opens the stream: it names the peer that it expects, or the protocol that it wants with any
     peer. Raises PeerUnavailableError.
     """
-    failure: ShoalError | None = None
+    failure: errors.ShoalError | None = None
     dialled = wanted or (PROTOCOL if expected is not None else None)
     async with trio.open_nursery() as nursery:
         try:
@@ -281,7 +291,7 @@ async def secured_line(
             with _translated():
                 stream, protocol = await _negotiate(connection, dialled)
             yield LibP2PLine(PeerId(connection.peer_id.to_base58()), stream), protocol
-        except ShoalError as error:
+        except errors.ShoalError as error:
             failure = error  # raised in here, the nursery would wrap it in a group
         nursery.cancel_scope.cancel()
     if failure:
@@ -320,7 +330,7 @@ async def _pump(connection: Yamux) -> None:
     try:
         with _translated():
             await connection.start()
-    except PeerUnavailableError as error:
+    except errors.PeerUnavailableError as error:
         log.debug("yamux with %s ended: %s", connection.peer_id, error)
 
 
@@ -329,14 +339,14 @@ async def _connect(host: str, port: int) -> trio.SocketStream:
     try:
         return await trio.open_tcp_stream(host, port)
     except OSError as error:
-        raise PeerUnavailableError(str(error)) from error
+        raise errors.PeerUnavailableError(str(error)) from error
 
 
 def _remote(stream: trio.SocketStream) -> HostPort:
     try:
         host, port = stream.socket.getpeername()[:2]
     except OSError as error:
-        raise PeerUnavailableError("closed before it was introduced") from error
+        raise errors.PeerUnavailableError("closed before it was introduced") from error
     return HostPort(host, port)
 
 
@@ -346,14 +356,10 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise PeerUnavailableError(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """libp2p's outermost error only says which step failed; the innermost says why."""
-    while error.__cause__:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+        cause: BaseException = error
+        while cause.__cause__:  # the outermost error only says which step failed; the innermost says why
+            cause = cause.__cause__
+        raise errors.PeerUnavailableError(f"{type(cause).__name__}: {cause}") from error
 
 
 @contextmanager
@@ -362,4 +368,4 @@ def _deadline(seconds: float) -> Iterator[None]:
         with trio.fail_after(seconds):
             yield
     except trio.TooSlowError as error:
-        raise PeerUnavailableError(f"no introduction within {seconds:g} s") from error
+        raise errors.PeerUnavailableError(f"no introduction within {seconds:g} s") from error

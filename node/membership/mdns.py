@@ -41,10 +41,6 @@ class Announcement:
     hosts: tuple[str, ...]
     port: int
 
-    @property
-    def instance(self) -> str:
-        return f"{self.peer}.{SERVICE}"
-
 
 def cluster_tag(authority: bytes) -> str:
     """A cluster's name, derived from its CA certificate (DER); a hint, not a proof."""
@@ -70,9 +66,17 @@ async def run(mine: Announcement, on_found: OnFound, on_lost: Callable[[PeerId],
 
 
 def _start(mine: Announcement, listener: _Listener) -> zeroconf.Zeroconf:
+    service = zeroconf.ServiceInfo(
+        SERVICE,
+        f"{mine.peer}.{SERVICE}",
+        port=mine.port,
+        properties={"txtvers": "1", "cluster": mine.cluster},
+        server=f"{mine.peer}.local.",
+        parsed_addresses=list(mine.hosts),
+    )
     responder = zeroconf.Zeroconf(interfaces=_interfaces(mine.hosts))
     try:
-        responder.register_service(_service(mine), cooperating_responders=True)
+        responder.register_service(service, cooperating_responders=True)
         responder.add_service_listener(SERVICE, listener)
     except BaseException:
         responder.close()
@@ -96,31 +100,14 @@ def _stop(responder: zeroconf.Zeroconf) -> None:
         log.warning("mDNS did not stop cleanly: %s", error or type(error).__name__)
 
 
-def _service(mine: Announcement) -> zeroconf.ServiceInfo:
-    return zeroconf.ServiceInfo(
-        SERVICE,
-        mine.instance,
-        port=mine.port,
-        properties={"txtvers": "1", "cluster": mine.cluster},
-        server=f"{mine.peer}.local.",
-        parsed_addresses=list(mine.hosts),
-    )
-
-
+@dataclass(eq=False)
 class _Listener(zeroconf.ServiceListener):
     """zeroconf calls it in its browser thread, one call at a time; a look-up may block there."""
 
-    def __init__(
-        self,
-        mine: Announcement,
-        on_found: OnFound,
-        on_lost: Callable[[PeerId], None],
-        loop: trio.lowlevel.TrioToken,
-    ) -> None:
-        self._mine = mine
-        self._on_found = on_found
-        self._on_lost = on_lost
-        self._loop = loop
+    mine: Announcement
+    on_found: OnFound
+    on_lost: Callable[[PeerId], None]
+    loop: trio.lowlevel.TrioToken
 
     def add_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
         peer = self._other(name)
@@ -133,7 +120,7 @@ class _Listener(zeroconf.ServiceListener):
             return
         ways = self._ways(peer, info) if info else ()
         if ways:
-            self._in_loop(partial(self._on_found, ways))
+            self._in_loop(partial(self.on_found, ways))
 
     def update_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
         self.add_service(zc, type_, name)
@@ -141,7 +128,7 @@ class _Listener(zeroconf.ServiceListener):
     def remove_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
         peer = self._other(name)
         if peer:
-            self._in_loop(partial(self._on_lost, peer))
+            self._in_loop(partial(self.on_lost, peer))
 
     def _other(self, name: str) -> PeerId | None:
         peer = PeerId(name.removesuffix(f".{SERVICE}"))
@@ -149,21 +136,18 @@ class _Listener(zeroconf.ServiceListener):
             public_key_of(peer)
         except BadInputError:
             return None
-        return None if peer == self._mine.peer else peer
+        return None if peer == self.mine.peer else peer
 
     def _ways(self, peer: PeerId, info: zeroconf.ServiceInfo) -> tuple[Target, ...]:
-        if info.properties.get(b"cluster") != self._mine.cluster.encode() or not info.port:
+        if info.properties.get(b"cluster") != self.mine.cluster.encode() or not info.port:
             return ()
-        hosts = [host for host in info.parsed_addresses() if _is_usable(host, self._mine.hosts)]
+        # A peer's loopback address is usable only by a node that listens on loopback itself.
+        on_loopback = any(ip_address(own).is_loopback for own in self.mine.hosts)
+        hosts = [host for host in info.parsed_addresses() if on_loopback or not ip_address(host).is_loopback]
         return tuple(Target(peer, host, info.port) for host in hosts[:MAX_ADDRESSES])
 
     def _in_loop(self, call: Callable[[], None]) -> None:
         try:
-            self._loop.run_sync_soon(call)
+            self.loop.run_sync_soon(call)
         except trio.RunFinishedError:
             log.debug("mDNS reported a peer after the end")
-
-
-def _is_usable(host: str, mine: Sequence[str]) -> bool:
-    """A peer's loopback address is usable only by a node that listens on loopback itself."""
-    return not ip_address(host).is_loopback or any(ip_address(own).is_loopback for own in mine)

@@ -2,6 +2,10 @@
 
 `Membership` is what this node believes, and the `View` that the rest of the node asks; it does no I/O, so the exchange
 can be built with its `find` and `is_refused`. `Gossiper` does the I/O that it decides on, and answers other members.
+
+A peer that misbehaved is in quarantine: out of the view for a time, for a reason that operators see. `Swim` keeps when
+that ends, because it neither probes nor believes such a peer; the reasons are here. A revocation, in contrast, is for
+good, needs no reason, and makes `Swim` forget the peer.
 """
 
 from __future__ import annotations
@@ -10,16 +14,51 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 import trio
 
-from node.membership.quarantine import QUARANTINE_S, Quarantine
 from protocol.ids import PeerId
 from protocol.members import Member, State, Update
 from protocol.swim import Swim
-from protocol.swim_values import Action, Event, Gossip, Probe, SwimConfig
+from protocol.swim_values import Action, Event, Probe, SwimConfig
 
 log = logging.getLogger(__name__)
+
+QUARANTINE_S = 3600.0
+"""Long enough that a peer with bad memory or worse does not waste every pull, short enough to try it again."""
+
+
+class View(Protocol):
+    """The members of this node's site as this node sees them now. All methods are immediate.
+
+    - `site`: the alive members of the own site, this node among them, without those in quarantine; sorted by peer id.
+    - `version` grows with every change of `site`; `changed_at` is trio.current_time() at the last change.
+    - `known`: all members of the own site that are not forgotten, this node among them, alive or not.
+    - `find` returns any member that was introduced or gossiped and is not forgotten, alive or not, of any site.
+    - `report_failure`: a read from the peer failed, so it is probed at once.
+    - `quarantine` takes a peer out of the view for a time; operators see the reason.
+    """
+
+    @property
+    def site(self) -> tuple[Member, ...]: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def changed_at(self) -> float: ...
+
+    @property
+    def known(self) -> tuple[Member, ...]: ...
+
+    def find(self, peer: PeerId) -> Member | None: ...
+
+    def report_failure(self, peer: PeerId) -> None: ...
+
+    def quarantine(self, peer: PeerId, reason: str) -> None: ...
+
+    def is_quarantined(self, peer: PeerId) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +88,11 @@ class Membership:
         self.own = own
         self.config = config or SwimConfig()
         self.changed_at = trio.current_time()
-        self._swim = Swim(own, incarnation, config=self.config, rng=rng, now=self.changed_at)
-        self._quarantine = Quarantine(self._swim, quarantine_s)
-        self.site = self._swim.site
+        self.swim = Swim(own, incarnation, config=self.config, rng=rng, now=self.changed_at)
+        self._quarantine_s = quarantine_s
+        self._reasons: dict[PeerId, str] = {}
+        """Those of the quarantines that have not ended."""
+        self.site = self.swim.site
         self.version = 0
         self._changed = trio.Event()
         self._touched = trio.Event()
@@ -60,7 +101,7 @@ class Membership:
 
     @property
     def known(self) -> tuple[Member, ...]:
-        members = (entry.update.member for entry in self._swim.known.values())
+        members = (entry.update.member for entry in self.swim.known.values())
         return (self.own, *(member for member in members if member.site == self.own.site))
 
     async def wait_changed(self) -> None:
@@ -70,12 +111,12 @@ class Membership:
     def find(self, peer: PeerId) -> Member | None:
         if peer == self.own.peer_id:
             return self.own
-        entry = self._swim.known.get(peer)
+        entry = self.swim.known.get(peer)
         return None if entry is None else entry.update.member
 
     def current(self) -> tuple[Member, ...]:
         """The members of the site, quarantined or not, this node first: those that an introduction names."""
-        others = (entry.update.member for entry in self._swim.known.values() if entry.is_live)
+        others = (entry.update.member for entry in self.swim.known.values() if entry.is_live)
         return (self.own, *(member for member in others if member.site == self.own.site))
 
     def table(self) -> tuple[Row, ...]:
@@ -89,40 +130,45 @@ class Membership:
                 since_s=now - entry.since,
                 seen_s=None if entry.seen is None else now - entry.seen,
                 rtt_s=entry.rtt_s,
-                quarantine=self._quarantine.reason(peer),
+                quarantine=self._reasons.get(peer, ""),
             )
-            for peer, entry in self._swim.known.items()
+            for peer, entry in self.swim.known.items()
         ]
         return tuple(sorted(rows, key=lambda row: (row.member.name, row.member.peer_id)))
 
     # Members that fail or misbehave
 
     def report_failure(self, peer: PeerId) -> None:
-        self._swim.doubt(peer, trio.current_time())
+        self.swim.doubt(peer, trio.current_time())
         self._settle()
 
     def quarantine(self, peer: PeerId, reason: str, seconds: float | None = None) -> None:
         """`seconds`: the time that is left of a quarantine that began before this process."""
-        if peer != self.own.peer_id:
-            self._quarantine.begin(peer, reason, seconds)
-            self._settle()
+        if peer == self.own.peer_id or (self.is_quarantined(peer) and self._reasons.get(peer) == reason):
+            return
+        seconds = self._quarantine_s if seconds is None else seconds
+        log.info("quarantined", extra={"peer": peer, "reason": reason, "seconds": seconds})
+        self.swim.exclude(peer, trio.current_time() + seconds)
+        self._reasons[peer] = reason
+        self._settle()
 
     def quarantines(self) -> tuple[tuple[PeerId, str, float], ...]:
         """Each peer in quarantine, the reason, and the seconds that are left."""
-        return self._quarantine.rows()
+        now = trio.current_time()
+        return tuple((peer, self._reasons[peer], until - now) for peer, until in self.swim.excluded.items())
 
     def is_quarantined(self, peer: PeerId) -> bool:
-        return peer in self._quarantine
+        return peer in self.swim.excluded
 
     def banish(self, peer: PeerId) -> None:
         """Its certificate is revoked: cut it off, forget it, and never again believe a statement about it."""
         if peer == self.own.peer_id:
             log.error("the certificate of this very node is revoked: members refuse it. Join anew with a new identity")
-        self._swim.banish(peer)
+        self.swim.banish(peer)
         self._settle()
 
     def is_refused(self, peer: PeerId) -> bool:
-        return self.is_quarantined(peer) or peer in self._swim.banished
+        return self.is_quarantined(peer) or peer in self.swim.banished
 
     # Events
 
@@ -130,58 +176,44 @@ class Membership:
         """The introducer met `members[0]`, which named the others. This is how a node enters a site."""
         now = trio.current_time()
         for member in members[:1]:
-            self._swim.introduced(member, now)
+            self.swim.introduced(member, now)
         self.remembered(members[1:])
 
     def remembered(self, members: Iterable[Member]) -> None:
         """These were members before; they are asked, and enter the view only when they answer."""
         now = trio.current_time()
         for member in members:
-            self._swim.hint(member, now)
+            self.swim.hint(member, now)
         self._settle()
 
     def received(self, updates: tuple[Update, ...], *, whole_view: bool = False, settled: bool = False) -> None:
-        self._swim.received(updates, trio.current_time(), whole_view=whole_view, settled=settled)
+        self.swim.received(updates, trio.current_time(), whole_view=whole_view, settled=settled)
         self._settle()
 
     def acked(self, peer: PeerId, rtt_s: float | None) -> None:
-        self._swim.acked(peer, trio.current_time(), rtt_s)
+        self.swim.acked(peer, trio.current_time(), rtt_s)
 
     def failed(self, probe: Probe, *, helpers_answered: bool) -> None:
-        self._swim.failed(probe, trio.current_time(), helpers_answered=helpers_answered)
+        self.swim.failed(probe, trio.current_time(), helpers_answered=helpers_answered)
         self._settle()
 
     def synced(self, peer: PeerId) -> None:
-        self._swim.synced(peer)
+        self.swim.synced(peer)
         self._settle()
 
     def spread(self) -> None:
         """Send the revocations to some members at once."""
-        self._swim.spread()
+        self.swim.spread()
         self._settle()
-
-    def abandoned(self) -> None:
-        self._swim.abandoned()
-
-    # Messages and actions
-
-    def updates_for(self, peer: PeerId) -> tuple[Update, ...]:
-        return self._swim.updates_for(peer)
-
-    def view(self) -> tuple[Update, ...]:
-        return self._swim.view()
-
-    def leave(self) -> tuple[Gossip, ...]:
-        return self._swim.leave()
 
     async def next_actions(self) -> list[Action]:
         """Waits until there is something to do."""
         while True:
             now = trio.current_time()
-            due = self._swim.due(now)
+            due = self.swim.due(now)
             if due <= now:
                 await trio.lowlevel.checkpoint()  # before the tick: what it returns must not be lost
-                actions = self._swim.tick(now)
+                actions = self.swim.tick(now)
                 self._settle()
                 return actions
             self._touched = trio.Event()
@@ -190,12 +222,12 @@ class Membership:
 
     def _settle(self) -> None:
         """After every event: publish changes of the view, and look at the timers again."""
-        for change in self._swim.take_changes():
+        for change in self.swim.take_changes():
             level = logging.DEBUG if change.event is Event.REFUTED else logging.INFO
             log.log(level, change.event.value, extra={"peer": change.member.peer_id, "node": change.member.name})
-        self._quarantine.forget_ended()
-        if self._swim.site is not self.site:
-            self.site = self._swim.site
+        self._reasons = {peer: reason for peer, reason in self._reasons.items() if self.is_quarantined(peer)}
+        if self.swim.site is not self.site:
+            self.site = self.swim.site
             self.version += 1
             self.changed_at = trio.current_time()
             self._changed.set()

@@ -21,7 +21,7 @@ from node.identity.certificates import Validity, issued_by, validity_of
 from node.identity.credentials import Joined
 from node.identity.verifier import Verifier
 from node.membership.addresses import parse_target
-from node.membership.view import View
+from node.membership.membership import View
 from protocol.admission import date
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import PeerId
@@ -61,17 +61,14 @@ class Renewal:
         """Runs until cancelled; returns at once for a certificate without end."""
         task_status.started()
         pause = RETRY_S
-        while (end := validity_of(self.verifier.certificate).end) is not None:
-            if not self._is_due() or await self._renew():
+        while (end := validity_of(self.verifier.credentials.certificate).end) is not None:
+            if self.now() < due_at(validity_of(self.verifier.credentials.certificate)) or await self._renew():
                 pause = RETRY_S
                 await trio.sleep(LOOK_EVERY_S)
                 continue
             log.warning("no member renewed the certificate", extra={"ends": date(end), "again_s": pause})
             await trio.sleep(pause * self.rng.uniform(0.75, 1.25))
             pause = min(2 * pause, LOOK_EVERY_S)
-
-    def _is_due(self) -> bool:
-        return self.now() >= due_at(validity_of(self.verifier.certificate))
 
     async def _renew(self) -> bool:
         for peer in self._candidates():
@@ -85,14 +82,14 @@ class Renewal:
         return False
 
     def _candidates(self) -> Sequence[PeerId]:
-        own = self.verifier.identity.peer_id
+        own = self.verifier.credentials.identity.peer_id
         issuers = [parse_target(address).peer for address in self.joined.bootstrap]
         others = [member.peer_id for member in self.view.site if member.peer_id not in (own, *issuers)]
         self.rng.shuffle(others)
         return [*issuers, *others][:MOST_ASKED]
 
     async def _ask(self, peer: PeerId) -> bytes | None:
-        question = Renew(self.verifier.certificate)
+        question = Renew(self.verifier.credentials.certificate)
         try:
             answer = await self.exchange.request(peer, question, lane=Lane.CONTROL, silence_s=ANSWER_S)
             if not isinstance(answer.message, Renewed):
@@ -107,8 +104,8 @@ class Renewal:
     def _check(self, certificate: bytes) -> None:
         """Raises PeerMisbehavedError unless it is this node's and ends later than its present one."""
         verifier = self.verifier
-        if issued_by(certificate, verifier.authority) != verifier.identity.peer_id:
+        if issued_by(certificate, verifier.credentials.authority) != verifier.credentials.identity.peer_id:
             raise PeerMisbehavedError("gave a certificate for another node")
-        new, old = validity_of(certificate).end, validity_of(verifier.certificate).end
+        new, old = validity_of(certificate).end, validity_of(verifier.credentials.certificate).end
         if new is not None and old is not None and new <= old:
             raise PeerMisbehavedError("gave a certificate that ends no later")

@@ -120,8 +120,9 @@ def read_layout(entries: Mapping[str, Entry], read: Read, name: ImageName | None
     roots = reader.document(INDEX, ManifestFile, MAX_INDEX).manifests or ()
     if not 0 < len(roots) <= MAX_DESCRIPTORS:
         raise BadInputError(f"{INDEX}: it names {len(roots)} images; 1 to {MAX_DESCRIPTORS} are taken")
-    for algorithm in reader.algorithms - {"sha256", "sha512"}:
-        raise BadInputError(f"blobs/{algorithm}: only sha256 and sha512 are known here")
+    for algorithm in (name.split("/")[1] for name in entries if name.startswith("blobs/") and name.count("/") > 1):
+        if algorithm not in ("sha256", "sha512"):
+            raise BadInputError(f"blobs/{algorithm}: only sha256 and sha512 are known here")
     objects: dict[str, tuple[Packed, ...]] = {}
     images: dict[ImageName, PackedImage] = {}
     for root, called in _named(roots, name):
@@ -166,10 +167,6 @@ class _Reader:
     read: Read
     seen: dict[Digest, Packed] = field(default_factory=dict)
     manifests: int = 0
-
-    @property
-    def algorithms(self) -> set[str]:
-        return {name.split("/")[1] for name in self.entries if name.startswith("blobs/") and name.count("/") > 1}
 
     def document(self, name: str, kind: type[_Document], most: int) -> _Document:
         entry = self.entries.get(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Protocol, cast
+from typing import cast
 
 import httpx
 
@@ -22,10 +22,6 @@ from protocol.ids import BLOCK_SIZE, ObjectRef
 SKIPPED_BYTES = 256 << 10
 """Buffer for the bytes before the wanted range, from a registry that ignores Range."""
 CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASCII)
-
-
-class Receiver(Protocol):
-    async def recv_into(self, view: memoryview) -> int: ...
 
 
 class _Portions:
@@ -41,6 +37,9 @@ class _Portions:
         count = min(len(view), len(self._rest))
         view[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
+
+
+Receiver = Body | _Portions
 
 
 @asynccontextmanager

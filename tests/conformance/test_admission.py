@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.config.quantities import HostPort
 from node.exchange.connection import Endpoint
@@ -97,7 +96,7 @@ def identity() -> Identity:
 
 def valid(by: Authority, identity: Identity, end: int | None = None) -> Credentials:
     validity = Validity(NOW - 9 * LEEWAY_S, end)
-    return Credentials(identity, issue(by, Subject(identity.peer_id), validity).public_bytes(Encoding.DER), by.der)
+    return Credentials(identity, issue(by, Subject(identity.peer_id), validity), by.der)
 
 
 def no_certificate(scene: Scene, ours: Authority, other: Authority) -> None:
@@ -208,7 +207,6 @@ def introducer(scene: Scene, bootstrap: tuple[str, ...] = ()) -> LibP2PIntroduce
 
     return LibP2PIntroducer(
         scene.verifier(),
-        lambda: me,
         joins=joins,
         listen="/ip4/127.0.0.1/tcp/0",
         bootstrap=bootstrap,

@@ -562,7 +562,7 @@ def test_a_body_goes_where_the_asker_wants_it(play: Play) -> None:
             replies.append(reply)
             return memoryview(memory)[1:-1]
 
-        async def get(index: int, into: Into | None) -> Answer:
+        async def get(index: int, into: Into) -> Answer:
             return await asker.exchange.request(
                 peer.peer, get_block(index), lane=Lane.BULK, silence_s=10 * site.silence_s, into=into
             )

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.cli.admin import join_cluster
 from node.cli.client import ControlClient
@@ -81,7 +80,7 @@ class Cluster:
 def place(node: Node, authority: Authority, validity: Validity, bootstrap: str) -> bytes:
     """Store a certificate as a join does."""
     peer = peer_id(node)
-    certificate = issue(authority, Subject(peer, node.name, SITE), validity).public_bytes(Encoding.DER)
+    certificate = issue(authority, Subject(peer, node.name, SITE), validity)
     save_joined(node.data, Joined(certificate=certificate, authority=authority.der, bootstrap=(bootstrap,)))
     return certificate
 

@@ -26,7 +26,6 @@ from node.membership import libp2p, mdns
 from node.membership.addresses import Target, parse_target
 from node.membership.bootstrap import Bootstrap, Timing
 from node.membership.libp2p import LibP2PIntroducer, LibP2PLine
-from node.runtime.refusals import Refusals
 from protocol import introduction
 from protocol.errors import BadInputError, PeerUnavailableError
 from protocol.ids import PeerId
@@ -108,7 +107,6 @@ class Node:
         self._changed = trio.Event()
         self.introducer = LibP2PIntroducer(
             Verifier(Credentials.issued(authority, self.identity, name), revoked),
-            lambda: self.me,
             joins=no_joins,
             listen=listen,
             bootstrap=bootstrap,
@@ -309,7 +307,6 @@ def test_a_bootstrap_peer_that_is_gone_for_good_costs_little(authority: Authorit
             Verifier(Credentials.issued(authority, own, "a"), revoked),
             lambda: tuple(members),
             dial,
-            refusals=Refusals(),
             timing=Timing(),
             rng=random.Random(1),
         )

@@ -30,8 +30,7 @@ from node.evidence.judge_file import EvidenceFile
 from node.exchange.contract import Answer, Lane
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
-from node.membership.membership import Membership
-from node.membership.quarantine import QUARANTINE_S
+from node.membership.membership import QUARANTINE_S, Membership
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard

@@ -25,8 +25,8 @@ from node.content.library import SiteLibrary
 from node.content.resolver import Resolver
 from node.content.verification import ObjectVerifier
 from node.exchange.contract import Answer, Handler
-from node.exchange.dispatcher import Dispatcher
 from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.exchange.requests import Dispatcher
 from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry import batching

@@ -35,7 +35,7 @@ def impostor(authority: Authority) -> Credentials:
     mine = identity()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity().peer_id)])
     lie = certificates.issue_to_key(authority, name, mine.private_key.public_key())
-    return Credentials(mine, lie.public_bytes(Encoding.DER), authority.der)
+    return Credentials(mine, lie, authority.der)
 
 
 def shake_hands(client: Credentials, server: Credentials) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
@@ -175,7 +175,7 @@ def test_files_that_are_no_authority_are_named(authority: Authority, tmp_path: P
     path = tmp_path / "cluster.key"
     whole = path.read_bytes()
     key, certificate = whole.split(b"-----BEGIN CERTIFICATE")
-    node = certificates.issue(authority, Subject(Identity.of(authority.key).peer_id)).public_bytes(Encoding.PEM)
+    node = ssl.DER_cert_to_PEM_cert(certificates.issue(authority, Subject(Identity.of(authority.key).peer_id))).encode()
     other = x509.load_pem_x509_certificate(b"-----BEGIN CERTIFICATE" + certificate)
     assert other == authority.certificate
     certificates.create_authority(tmp_path / "second")
@@ -196,7 +196,7 @@ def test_certificates_stay_well_below_their_bound(authority: Authority) -> None:
 def test_subject_and_dates_are_read_back(authority: Authority) -> None:
     subject = Subject(identity().peer_id, "edge-1", "harbour")
     for validity in (certificates.ENDLESS, Validity.lasting(1_700_000_000.7, 86400)):
-        der = certificates.issue(authority, subject, validity).public_bytes(Encoding.DER)
+        der = certificates.issue(authority, subject, validity)
         assert certificates.subject_of(der) == subject
         assert certificates.validity_of(der) == validity
     assert Validity.lasting(1_700_000_000.7, 86400).lifetime_s == 86400

@@ -12,7 +12,6 @@ import msgspec
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
 from trio.testing import MockClock
 
 from node.config.schema import ClusterPart, Config, NodePart
@@ -58,7 +57,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 def certificate(authority: Authority, subject: Identity, validity: Validity = ENDLESS) -> bytes:
-    return issue(authority, Subject(subject.peer_id, "edge-1", "harbour"), validity).public_bytes(Encoding.DER)
+    return issue(authority, Subject(subject.peer_id, "edge-1", "harbour"), validity)
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
@@ -151,14 +150,7 @@ class Members:
         return tuple(Member(peer, "n", "s", ()) for peer in self.answers)
 
     async def request(
-        self,
-        peer: PeerId,
-        message: Request,
-        *,
-        lane: Lane,
-        silence_s: float,
-        heard: Heard | None = None,
-        into: Into | None = None,
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
     ) -> Answer:
         assert isinstance(message, Renew)
         self.asked.append(peer)
@@ -203,7 +195,7 @@ def test_a_certificate_is_renewed_in_its_last_third_by_a_member_with_the_key(aut
             up = True
             await trio.sleep(2 * RENEWAL_EVERY_S)
             nursery.cancel_scope.cancel()
-        assert verifier.certificate == later
+        assert verifier.credentials.certificate == later
         assert saved == [msgspec.structs.replace(joined, certificate=later)]
 
     def now() -> float:
@@ -336,4 +328,4 @@ def test_a_renewed_certificate_is_shown_from_then_on(authority: Authority) -> No
     verifier = Verifier(Credentials.issued(authority, own, "a"))
     later = certificate(authority, own, Validity(NOW, NOW + DAY))
     verifier.renew(later)
-    assert validity_of(verifier.certificate).end == NOW + DAY
+    assert validity_of(verifier.credentials.certificate).end == NOW + DAY

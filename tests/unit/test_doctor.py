@@ -11,7 +11,6 @@ import httpx
 import pytest
 import trio
 import trio.testing
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.config.quantities import Floor
 from node.config.schema import ClusterPart, Config, NodePart
@@ -139,7 +138,7 @@ def authority(tmp_path: Path) -> Authority:
 def join(config: Config, authority: Authority, validity: Validity) -> Verifier:
     data_dir = Path(config.node.data_dir)
     own = load_or_create(data_dir)
-    certificate = issue(authority, Subject(own.peer_id, "edge-1", "harbour"), validity).public_bytes(Encoding.DER)
+    certificate = issue(authority, Subject(own.peer_id, "edge-1", "harbour"), validity)
     save_joined(data_dir, Joined(certificate=certificate, authority=authority.der))
     return Verifier(Credentials(own, certificate, authority.der))
 
@@ -149,7 +148,7 @@ def test_the_certificate_of_a_node_that_does_not_run(tmp_path: Path, authority: 
     assert certificate_in_files(config) == Shown(runs=False)
     assert not (tmp_path / "data").exists()
 
-    own = join(config, authority, Validity(0, DAY)).identity.peer_id
+    own = join(config, authority, Validity(0, DAY)).credentials.identity.peer_id
     assert certificate_in_files(config) == Shown(Validity(0, DAY), runs=False)
     revocation = make_revocation(authority.cluster, own, 1, authority.key.sign)
     Revocations(tmp_path / "data" / REVOCATIONS, authority.der).add([revocation])
@@ -167,10 +166,10 @@ def test_the_certificate_of_a_node_that_does_not_run(tmp_path: Path, authority: 
 def test_the_certificate_of_a_node_that_runs(tmp_path: Path, authority: Authority) -> None:
     config = Config(node=NodePart(data_dir=str(tmp_path / "data")))
     verifier = join(config, authority, Validity(0, DAY))
-    admitted: Any = SimpleNamespace(identity=verifier.identity, verifier=verifier, revocations=())
+    admitted: Any = SimpleNamespace(identity=verifier.credentials.identity, verifier=verifier, revocations=())
     assert certificate_shown(config, admitted) == Shown(Validity(0, DAY))
     revoked: Any = SimpleNamespace(
-        identity=verifier.identity, verifier=verifier, revocations={verifier.identity.peer_id}
+        identity=verifier.credentials.identity, verifier=verifier, revocations={verifier.credentials.identity.peer_id}
     )
     assert certificate_shown(config, revoked).revoked
     create_authority(tmp_path / "other.key")

@@ -56,7 +56,7 @@ class Node:
         self.asked: list[PeerId] = []
 
     async def request(
-        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard | None = None
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None
     ) -> Answer:
         self.asked.append(peer)
         if self.site.loses(self.own.peer_id, peer):

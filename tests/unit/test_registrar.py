@@ -10,7 +10,6 @@ import msgspec
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
@@ -319,7 +318,7 @@ def test_a_certificate_for_another_node_is_refused(authority: Authority) -> None
         async def serve() -> None:
             received: list[bytes] = []
             await offer_of(authority, authority.key.sign)(theirs, received)
-            der = issue(authority, Subject(MEMBER.peer_id)).public_bytes(Encoding.DER)
+            der = issue(authority, Subject(MEMBER.peer_id))
             await theirs.send(join.encode(join.Admittance(der)))
 
         with pytest.raises(PeerMisbehavedError, match="for another node"):
@@ -362,7 +361,7 @@ def test_a_renewed_certificate_has_the_same_subject_and_lifetime(authority: Auth
     async def main() -> None:
         desk = Desk(authority, tmp_path)
         subject = Subject(NODE.peer_id, "edge-1", "harbour")
-        old = issue(authority, subject, Validity(NOW - 80 * DAY, NOW + 10 * DAY)).public_bytes(Encoding.DER)
+        old = issue(authority, subject, Validity(NOW - 80 * DAY, NOW + 10 * DAY))
         answer = (await desk.registrar.handle(NODE.peer_id, Renew(old))).message
         assert isinstance(answer, Renewed)
         assert subject_of(answer.certificate) == subject
@@ -374,7 +373,7 @@ def test_a_renewed_certificate_has_the_same_subject_and_lifetime(authority: Auth
         with pytest.raises(DeniedError):
             await desk.registrar.handle(MEMBER.peer_id, Renew(old))
         stranger = Authority(MEMBER.private_key, authority.certificate)
-        forged = issue(stranger, subject).public_bytes(Encoding.DER)
+        forged = issue(stranger, subject)
         with pytest.raises(NotAdmittedError):
             await desk.registrar.handle(NODE.peer_id, Renew(forged))
         answer = (await Desk(None, tmp_path).registrar.handle(NODE.peer_id, Renew(old))).message
