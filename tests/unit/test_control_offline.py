@@ -211,7 +211,7 @@ def test_gc(path: Path, api: FakeOffline) -> None:
 
 def test_methods_are_kept_apart(path: Path) -> None:
     client = ControlClient(path)
-    with pytest.raises(DaemonRefusedError, match="/gc is a POST"):
+    with pytest.raises(DaemonRefusedError, match="/gc needs POST"):
         client.get("/gc")
-    with pytest.raises(DaemonRefusedError, match="/pins is read with GET"):
+    with pytest.raises(DaemonRefusedError, match="/pins needs GET"):
         client.post("/pins")
