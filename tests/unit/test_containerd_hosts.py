@@ -261,7 +261,7 @@ def test_default_servers() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, "is not there"),
+        (None, "does not exist"),
         ("version = 2\n", "sets no config_path"),
         ('[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "{certs}"\n', "no restart is needed"),
         ('[plugins."io.containerd.cri.v1.images".registry]\nconfig_path = "{certs}"\n', "no restart is needed"),
