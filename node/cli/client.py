@@ -31,7 +31,7 @@ MAX_DOCUMENT = 256 << 20
 
 
 class DaemonUnreachableError(ShoalError):
-    """No daemon answers on the control socket; the text gives the cause, if it is visible, and the remedy."""
+    """No daemon answers on the control socket; the text names the cause, if it is visible, and the remedy."""
 
 
 class DaemonRefusedError(ShoalError):

@@ -188,9 +188,7 @@ def cluster_routes(gossiper: Gossiper, revocations: Revocations) -> Iterable[Rou
         except errors.PeerMisbehavedError as error:
             raise BadInputError(str(error)) from error
         if revocation.subject not in revocations:
-            raise errors.UnavailableError(
-                "this cluster has the largest possible number of revocations: it needs a new key"
-            )
+            raise errors.UnavailableError("this cluster can hold no further revocation: it needs a new key")
         return doc.RevokeReport(subject=revocation.subject, new=bool(new), total=len(revocations.all))
 
     return (Route("POST", "/revoke", document_of(revoke)),)
@@ -237,7 +235,7 @@ def _platforms(request: Request, default: tuple[Platform, ...]) -> tuple[Platfor
 def _descriptor(request: Request) -> int:
     if not request.descriptors:
         raise BadInputError(
-            "no open file came with the request: p2pctl sends it (SCM_RIGHTS, with the first bytes); curl cannot"
+            "the request needs an open file, which p2pctl sends (SCM_RIGHTS, with the first bytes) and curl cannot send"
         )
     return request.descriptors[0]
 

@@ -28,7 +28,7 @@ class _Flight(Generic[V]):
 
 
 class Ticket(Generic[K, V]):
-    """One task's share of a flight. `release` gives it up; it must be called once, also after `wait`."""
+    """One task's share of a flight. `release` gives it up, and must be called, also after `wait`."""
 
     __slots__ = ("_flight", "_flights", "_key", "_released")
 
@@ -62,7 +62,7 @@ class Ticket(Generic[K, V]):
 
 
 class SingleFlight(Generic[K, V]):
-    """An error of the work, even a bug, is raised in the waiting tasks, which log and answer it. Others continue."""
+    """An error of the work, even a bug, is raised in the waiting tasks, which log it; other flights continue."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery

@@ -204,7 +204,7 @@ class _Connection:
             while await self._cycle():
                 self._close_descriptors()
                 self._h11.start_next_cycle()
-                self._method = b""  # a malformed request has none, whatever the request before had
+                self._method = b""  # a malformed request has no method: do not keep the previous one
             await self._hang_up()
         except ClientLeftError as error:
             log.debug("client left: %s", error)

@@ -149,7 +149,7 @@ def test_an_import_hands_over_the_open_file(path: Path, tmp_path: Path, api: Fak
 def test_without_an_open_file_nothing_is_done(path: Path, api: FakeOffline) -> None:
     client = ControlClient(path)
     for target in ("/import", "/export?image=alpine"):
-        with pytest.raises(DaemonRefusedError, match="no open file"):
+        with pytest.raises(DaemonRefusedError, match="the request needs an open file"):
             client.post(target)
     assert api.asked == []
 
