@@ -1,15 +1,15 @@
 """The only place that constructs a node. Everything is built once, in stages, and passed as arguments.
 
-The stages, each a function that returns a frozen dataclass of node/stages.py, in the order of need:
+Each stage takes the earlier ones as arguments. Stages 1 to 4 are frozen dataclasses of node/stages.py:
 
-1. `admitted`: the node's identity, its right to be a member, and its judge of other members' certificates;
+1. `admitted`: the node's identity, its right to be a member, and the verifier of other members' certificates;
 2. `storage`: the tiers of the cache, pins, and the tables that survive a restart;
-3. `site`: membership, blocks, names and evidence over an exchange. Simulations, tests and benchmarks call the same
-   function (or `blocks`, its lower half) with an exchange in memory, stores in memory, and a simulated registry;
-4. `clients`: access, lists and prefetch, which only a node with clients needs;
-5. `operator`: the control socket, reload and metrics.
+3. `network`, `registry`, `participant`: the node as a member. `participant` calls `site`, which builds blocks, names
+   and evidence over any exchange. Simulations and tests call `site`, or its lower half `blocks`, with parts in memory;
+4. `clients`: access, lists, prefetch and the mirror, which only a node with clients needs;
+5. `operator`: the routes of the control socket, reload, and the sources of the metrics.
 
-node/daemon.py calls them, starts their tasks in one nursery, and ends them in the reverse order.
+node/daemon.py calls them in this order, starts the tasks of `services`, and ends everything in the reverse order.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def blocks(
     nursery: trio.Nursery,
     peers: PeersPart | None = None,
 ) -> Blocks:
-    """Tasks that outlive a request run in `nursery`. `peers` has the shards k and m of a site of full size."""
+    """Tasks that outlive a request run in `nursery`. `peers` has k and m, the numbers of shards in a large site."""
     own, directory, peers = identity.peer_id, Directory(), peers or PeersPart()
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
     placement, trust = CurrentPlacement(view, peers.k, peers.m), Trust(own, view)
@@ -175,7 +175,7 @@ def site(
     rng: Random,
     public_age: Callable[[Locator], float | None] = lambda locator: None,
 ) -> Participant:
-    """Wire a member over `exchange`. `Participant.route` has it answer, and `Participant.services` are its tasks."""
+    """Build a member over `exchange`. It answers requests after `Participant.route`; its tasks are `services`."""
     parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, peers=config.peers)
     near, home, questions = parts.site, parts.home, parts.questions
     resolver = Resolver(
@@ -315,7 +315,7 @@ def operator(node: Node, config: Config, path: Path | None, notifier: Notifier) 
 
 
 def services(node: Node, folder: Path) -> list[Callable[..., Awaitable[None]]]:
-    """The tasks of a node, for `nursery.start` in this order: notes of earlier runs before the tasks that use them."""
+    """The tasks of a node, for `nursery.start` in this order: files of earlier runs before the tasks that use them."""
     admitted, member, joined = node.admitted, node.member, node.admitted.place.joined
     membership, exchange, verifier = member.membership, member.exchange, admitted.verifier
     save = partial(save_joined, folder)

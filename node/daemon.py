@@ -33,28 +33,28 @@ from protocol.errors import BadInputError
 log = logging.getLogger(__name__)
 
 STOP_S = 15.0
-"""Time for running bodies to end, the index to be written and the members to be informed. systemd waits longer."""
+"""Longest time to inform the members that this node leaves, after running bodies have ended (`Limits.grace_s`)."""
 
 
 async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.Event) -> None:
-    """Run the node until `stop` is set. `path` names the configuration's file, which SIGHUP has read again.
+    """Run the node until `stop` is set. `path` is the configuration file; SIGHUP makes the node read it again.
 
-    Raises BadInputError where the configuration cannot be carried out.
+    Raises BadInputError if the configuration cannot be applied.
     """
     folder = data_dir(config)
-    who = assembly.admitted(config, folder)
+    own = assembly.admitted(config, folder)
     async with AsyncExitStack() as stack:
         hang_ups = stack.enter_context(trio.open_signal_receiver(signal.SIGHUP))
         listeners = await _listeners(config.mirror.listen, "mirror.listen")
-        storage = await assembly.storage(config, folder, who, stack)
-        network = assembly.network(config, who)
+        storage = await assembly.storage(config, folder, own, stack)
+        network = assembly.network(config, own)
         registry = await assembly.registry(config, network, storage, stack)
         work = await stack.enter_async_context(trio.open_nursery())
         stack.callback(work.cancel_scope.cancel)
-        member = assembly.participant(config, who, storage, network, registry=registry, nursery=work)
-        clients = assembly.clients(config, folder, who, storage, member=member, registry=registry, nursery=work)
+        member = assembly.participant(config, own, storage, network, registry=registry, nursery=work)
+        clients = assembly.clients(config, folder, own, storage, member=member, registry=registry, nursery=work)
         stack.callback(clients.listings.close)
-        node = Node(admitted=who, storage=storage, network=network, registry=registry, member=member, clients=clients)
+        node = Node(admitted=own, storage=storage, network=network, registry=registry, member=member, clients=clients)
         reloader, routes = assembly.operator(node, config, path, notifier)
         for service in assembly.services(node, folder):
             await work.start(service)
@@ -67,7 +67,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
             await work.start(notifier.watchdog)
             work.start_soon(reloader.on_signals, hang_ups)
             notifier.ready(f"mirror on {config.mirror.listen}")
-            log.info("ready", extra={"mirror": config.mirror.listen, "peer_id": who.identity.peer_id})
+            log.info("ready", extra={"mirror": config.mirror.listen, "peer_id": own.identity.peer_id})
             await stop.wait()
             notifier.stopping()
             log.info("stopping")
@@ -78,7 +78,7 @@ async def run(config: Config, path: Path | None, notifier: Notifier, stop: trio.
 
 
 def data_dir(config: Config) -> Path:
-    """The folder of everything that survives a restart, made where it is missing. Raises BadInputError."""
+    """The folder of everything that survives a restart. Creates it if it is missing. Raises BadInputError."""
     path = Path(config.node.data_dir)
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -111,7 +111,7 @@ async def _run_until_signal(config: Config, path: Path | None) -> None:
 
 @click.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), help="The configuration file (TOML).")
-@click.option("--print-peer-id", is_flag=True, help="Print this node's peer id, making its key if need be, and exit.")
+@click.option("--print-peer-id", is_flag=True, help="Print this node's peer id and exit. Creates its key if needed.")
 @click.version_option(version(), prog_name="p2pd")
 def main(path: Path | None, print_peer_id: bool) -> None:
     """Serve a pull-through registry mirror that shares blocks with the other nodes of its site."""
@@ -123,7 +123,7 @@ def main(path: Path | None, print_peer_id: bool) -> None:
         else:
             configure(config.node.log)
             tune_allocator()
-            gc.freeze()  # what was imported stays: without this each full collection looks at all of it for 80 ms
+            gc.freeze()  # imported modules stay: without this each full collection scans them, for 80 ms
             trio.run(_run_until_signal, config, path)
     except* BadInputError as group:
         for error in _leaves(group):
@@ -132,7 +132,7 @@ def main(path: Path | None, print_peer_id: bool) -> None:
 
 
 def _leaves(group: BaseExceptionGroup[BadInputError]) -> list[BaseException]:
-    """The errors themselves, out of the nurseries that they came through."""
+    """The errors without the exception groups of the nurseries that raised them."""
     return [
         leaf
         for error in group.exceptions

@@ -50,7 +50,7 @@ from protocol.records import Record, make_record
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """Stage 1: who this node is, and whom it admits."""
+    """Stage 1: the identity of this node, and the decision which peers it admits."""
 
     identity: Identity
     place: Enrollment
@@ -65,7 +65,7 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Stage 2: what the node keeps."""
+    """Stage 2: the stores of blocks, and the tables that survive a restart."""
 
     tiers: Tiers
     memory: MemoryStore
@@ -89,7 +89,7 @@ class Blocks:
     fetcher: Fetcher
 
     def route(self, dispatcher: Dispatcher) -> None:
-        """Have members' requests for blocks, and for where they are, answered."""
+        """Let the parts answer members' requests for blocks, and for the members that hold them."""
         dispatcher.route(self.keeper.handle, messages.GetShard, messages.GetBlock)
         dispatcher.route(self.holders.handle, messages.GetHoldings, messages.FindHolders, messages.Announce)
 
@@ -126,7 +126,7 @@ class Participant:
         return self.exchange.run, self.gossiper.run, self.judge.run, self.announcer.run
 
     def route(self, dispatcher: Dispatcher, registrar: Registrar) -> None:
-        """Have each request of a member answered by the part that it is for."""
+        """Let each part answer the members' requests that are for it."""
         self.blocks.route(dispatcher)
         dispatcher.route(self.gossiper.handle, messages.Ping, messages.PingRequest, messages.Sync)
         dispatcher.route(self.resolver.handle, messages.Resolve)
@@ -136,7 +136,7 @@ class Participant:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """The upstreams, and the uplink of each: one for its name, also where a reload takes it out and brings it back."""
+    """Stage 3: the upstreams, and one uplink for each name, which is kept if a reload removes the upstream."""
 
     upstreams: Upstreams
     uplinks: dict[str, Uplink]
@@ -148,7 +148,7 @@ class Registry:
 
 @dataclass(frozen=True, slots=True)
 class Clients:
-    """Stage 4: what only a node with clients of its own needs."""
+    """Stage 4: the parts that only a node with clients of its own needs."""
 
     access: Access
     listings: Listings

@@ -52,7 +52,7 @@ class EndpointRow(Document, frozen=True):
 
 
 class UplinkRow(Document, frozen=True):
-    """This node's current part of the limits; `rate` in bytes per second, 0 for no limit.
+    """This node's current part of the site's limits; `rate` in bytes per second, 0 for no limit.
 
     During the `free` hours neither limit holds, and no bytes count as used.
     """
@@ -112,14 +112,14 @@ class Status(Document, frozen=True):
 
 
 class PeerHealth(Document, frozen=True):
-    """`latency_ms` is a moving average over block reads; `failures` those since the last success."""
+    """`latency_ms` is a moving average over block reads; `failures` counts those since the last success."""
 
     latency_ms: float | None = None
     failures: int = 0
 
 
 class EvidenceRow(Document, frozen=True):
-    """A record that a peer signed and another member found false. `contradicted`: the signer also signed another one.
+    """A record of a peer that another member found to be false. `contradicted`: the peer signed another one, too.
 
     `block` is `digest#index`. `verdict` is this node's own finding: a Verdict of node/evidence/cases.py.
     """
@@ -178,10 +178,10 @@ TagState = Literal["fresh", "due", "stale", "too old"]
 
 
 class TagRow(Document, frozen=True):
-    """`age_s` is the time since the registry's last answer; `told_by`, the member that sent it, by name or peer id.
+    """`age_s` is the time since the registry's last answer; `told_by` is the member that sent it, by name or peer id.
 
-    `state`: a `fresh` tag is served without asking; for a `due` one the next pull asks the registry; if that was out of
-    reach at the last pull, a `stale` one is served and a `too old` one is not. `rule` is the policy's pattern, "" for
+    `state`: a `fresh` tag is served without asking; for a `due` one the next pull asks the registry; if it was out of
+    reach at the last pull, a `stale` tag is served and a `too old` one is not. `rule` is the policy's pattern, "" for
     the defaults.
     """
 
@@ -352,8 +352,8 @@ class PinsReport(Document, frozen=True):
 
 
 class PrefetchOrder(Document, frozen=True, forbid_unknown_fields=True):
-    """Without `platforms`, this node's; `all_platforms` overrides them. `rate` is in bytes a second, 0 for no limit;
-    `window` is "22:00-06:00", or "" for any time."""
+    """No `platforms` means this node's; `all_platforms` overrides them. `rate` is in bytes a second, 0 for no limit;
+    `window` is for example "22:00-06:00", or "" for any time."""
 
     images: tuple[str, ...]
     platforms: tuple[str, ...] = ()
@@ -373,14 +373,14 @@ class PrefetchRow(Document, frozen=True):
 
 
 class PrefetchReport(Document, frozen=True):
-    """`waits_for` is the reason why the current order waits; empty if it does not."""
+    """`waits_for` is the reason why the current order waits; empty if it does not wait."""
 
     rows: tuple[PrefetchRow, ...]
     waits_for: str = ""
 
 
 class GcReport(Document, frozen=True):
-    """`bytes` of disk were freed, or with `dry_run` would be; `held_bytes` are left."""
+    """`bytes` on disk were removed, or would be without `dry_run`; `held_bytes` are left."""
 
     dry_run: bool
     pieces: int

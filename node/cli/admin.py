@@ -1,4 +1,4 @@
-"""The work of p2pctl's cluster commands that needs no daemon: it uses the authority's key or the data folder."""
+"""The part of p2pctl's cluster commands that needs no daemon, only the authority's key or the data folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def revocation(key: Path, text: str) -> str:
 def join_cluster(config: Config, text: str, address: str) -> dict[str, str]:
     """Obtain a certificate for this node, save it in the data folder and return its contents.
 
-    Raises BadInputError, and UnavailableError where no member issued a certificate.
+    Raises BadInputError, or UnavailableError if no member issued a certificate.
     """
     if config.cluster.key or config.cluster.open:
         raise BadInputError("this node needs no token: its configuration has a [cluster] key or is open")

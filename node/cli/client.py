@@ -20,18 +20,18 @@ from urllib.parse import urlencode
 from protocol.errors import ShoalError
 
 ANSWER_S = 20.0
-"""For a document: the doctor's slowest probe takes 5 s."""
+"""Longest wait for a document: the doctor's slowest probe takes 5 s."""
 POST_S = 60.0
-"""For a change: gc of a large cache waits for the disk."""
+"""Longest wait for a change: gc of a large cache waits for the disk."""
 PULL_SILENCE_S = 300.0
 """Longest time between two lines of a stream."""
 MAX_LINE = 1 << 20
 MAX_DOCUMENT = 256 << 20
-"""The answer to `why` for an image of a million blocks has about 200 MB."""
+"""The answer to `why` for an image of a million blocks is about 200 MB long."""
 
 
 class DaemonUnreachableError(ShoalError):
-    """No daemon answers on the control socket; the text gives the cause, if it is visible, and the remedy."""
+    """No daemon answers on the control socket; the text names the cause, if it is visible, and the remedy."""
 
 
 class DaemonRefusedError(ShoalError):
@@ -75,7 +75,7 @@ class ControlClient:
         return b"".join(self._ask("POST", path, query, timeout=POST_S, body=body))
 
     def stream(self, path: str, *, descriptor: int | None = None, **query: str) -> Generator[bytes, None, None]:
-        """POST; yields the JSON lines of the answer as they come. `descriptor` is an open file to send."""
+        """POST; yields the JSON lines of the answer as they arrive. `descriptor` is an open file to send."""
         return self._ask("POST", path, query, timeout=PULL_SILENCE_S, longest=MAX_LINE, descriptor=descriptor)
 
     def _ask(
@@ -115,7 +115,7 @@ def _error_text(response: HTTPResponse) -> str:
 
 
 def explain(path: Path, error: Exception) -> str:
-    """Why no daemon answers on this socket, and the remedy: one line."""
+    """One line: why no daemon answers on this socket, and the remedy."""
     if isinstance(error, FileNotFoundError):
         return f"no control socket at {path}: p2pd is not running or has another control.socket: systemctl status p2pd"
     if isinstance(error, PermissionError):

@@ -71,9 +71,9 @@ class Session:
     def follow(
         self, lines: Generator[bytes, None, None], kind: Any, *, work: str, failed: str, title: str = ""
     ) -> None:
-        """Print the progress of `work` and its result. `kind` is the union of the events that the lines hold.
+        """Print the progress of `work` and its result. `kind` is the union of the events that the lines contain.
 
-        Raises Failure, whose text begins with `failed`, and DaemonUnreachableError for a stream without a result.
+        Raises Failure with a text that begins with `failed`, or DaemonUnreachableError for a stream without a result.
         """
         decoder = msgspec.json.Decoder(kind)
         outcome: PullResult | WorkResult | None = None
@@ -87,7 +87,7 @@ class Session:
                 try:
                     event = decoder.decode(line)
                 except msgspec.DecodeError as error:
-                    text = f"the answer to {work} broke off, or is of another version: {error}"
+                    text = f"the answer to {work} broke off, or is from another version: {error}"
                     raise DaemonUnreachableError(text) from error
                 if isinstance(event, PullResult | WorkResult):
                     outcome = event

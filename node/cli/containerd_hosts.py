@@ -2,12 +2,12 @@
 
 Facts of containerd (docs/hosts.md and core/remotes/docker/config/hosts.go): it tries the hosts in the order of their
 tables in the file, then `server`, by default the registry itself. It reads the file again at every pull. It uses only
-the first existing folder among `host_port_`, `host:port` and `_default`, and reads certificates from a folder only
-while that has no hosts.toml.
+the first existing folder among `host_port_`, `host:port` and `_default`, and reads certificates from a folder only if
+that has no hosts.toml.
 
-`install` inserts one run of lines between two marks into the text, instead of writing the file anew: every byte of the
-operator's stays as it is, and removing the run restores the original. The changes to all files are planned and checked
-before the first file is written.
+`install` inserts a few lines between two marks into the text, instead of writing the file anew: the operator's own text
+stays unchanged, and removing the lines restores the original. The changes to all files are planned and checked before
+the first file is written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from protocol.errors import BadInputError
 DEFAULT_CONFIG = Path("/etc/containerd/config.toml")
 BACKUP_SUFFIX = ".before-p2pctl"
 MAX_FILE = 256 << 10
-"""A hosts.toml has some dozen lines; a larger file is something else."""
+"""A hosts.toml has a few dozen lines; a larger file is something else."""
 
 _BEGIN = "# >>> p2pctl: added lines"
 _END = "# <<< p2pctl"
@@ -94,7 +94,7 @@ def check_mirror(url: str) -> str:
 def plan_install(certs_dir: Path, mirror: str, servers: Mapping[str, str]) -> list[Change]:
     """Changes after which each registry is pulled through `mirror`. Writes nothing. Raises BadInputError.
 
-    `servers`: the URL by a registry's name that containerd falls back to; it is used if the file has none.
+    `servers` maps a registry's name to the URL that containerd falls back to. It is written if the file has none.
     """
     changes: dict[Path, Change] = {}
     for name, server in servers.items():
@@ -133,8 +133,8 @@ def _plan_registry(certs_dir: Path, mirror: str, name: str, server: str) -> Chan
 
 def _plan_removal(path: Path, before: str) -> Change:
     rest, made = _without_block(before, path)
-    gone = bool(made) and not rest.strip()
-    return Change(path, before, None if gone else rest, made_folder=made == _MADE_FOLDER)
+    unused = bool(made) and not rest.strip()
+    return Change(path, before, None if unused else rest, made_folder=made == _MADE_FOLDER)
 
 
 def _folder(certs_dir: Path, name: str) -> Path:
@@ -151,7 +151,7 @@ def _masked(certs_dir: Path, folder: Path) -> tuple[str, ...]:
     if certificates:
         notes.append(f"containerd now ignores {', '.join(sorted(certificates))} there: add them as ca or client")
     if not folder.is_dir() and (certs_dir / "_default" / "hosts.toml").exists():
-        notes.append("containerd now ignores _default/hosts.toml for this registry: copy what is needed from it")
+        notes.append("containerd now ignores _default/hosts.toml for this registry: copy the lines that it needs")
     return tuple(notes)
 
 
@@ -172,7 +172,7 @@ def _block(mirror: str, server: str, made: str, newline: str) -> str:
 
 
 def _with_block(text: str, path: Path, *, mirror: str, server: str, made: str) -> str:
-    """Insert the lines before the first table, after the top-level keys and before every host. Verifies the result."""
+    """Insert the lines before the first table: after the top-level keys and before all hosts. Verify the result."""
     document = _parse(text, path)
     block = _block(mirror, "" if "server" in document else server, made, "\r\n" if "\r\n" in text else "\n")
     at = _first_table(text)
@@ -185,7 +185,7 @@ def _with_block(text: str, path: Path, *, mirror: str, server: str, made: str) -
 
 
 def _without_block(text: str, path: Path) -> tuple[str, str]:
-    """The text without the added lines, and their note on what was made. Raises BadInputError if they were edited."""
+    """The text without the added lines; _MADE_FILE, _MADE_FOLDER or "". Raises BadInputError if they were edited."""
     match = _BLOCK.search(text)
     start, stop = match.span() if match else (0, 0)
     if match and stop == len(text) and not match[0].endswith("\n") and start:
@@ -205,7 +205,7 @@ def _first_table(text: str) -> int:
     for line in lines:
         offsets.append(offsets[-1] + len(line))
     for number, line in enumerate(lines):
-        # A bracket inside a value that spans lines begins no table: the text before it is then not whole.
+        # A bracket inside a value of several lines begins no table: the text before it is not valid TOML then.
         if line.lstrip(" \t").startswith("[") and _is_whole(text[: offsets[number]]):
             while number and lines[number - 1].lstrip(" \t").startswith("#") and _is_whole(text[: offsets[number - 1]]):
                 number -= 1
@@ -235,7 +235,7 @@ def _check_added(text: str, document: dict[str, object], mirror: str, path: Path
             expected = {"server": merged.get("server"), **document, "host": {mirror: capabilities, **hosts}}
             if {"server": None, **merged} == expected:
                 return
-    raise BadInputError(f'{path}: its hosts are not tables such as [host."https://..."]: write them so, or add by hand')
+    raise BadInputError(f'{path}: write its hosts as tables such as [host."https://..."], or add the mirror by hand')
 
 
 def _parse(text: str, path: Path) -> dict[str, object]:
@@ -297,18 +297,18 @@ def _replace(path: Path, text: str, mode: int) -> None:
 
 
 def config_path_advice(certs_dir: Path, config: Path = DEFAULT_CONFIG) -> str:
-    """Advice on `config_path` in containerd's own configuration, which is only read."""
+    """Advice on `config_path` in containerd's own configuration, which is read and never changed."""
     header = 'under [plugins."io.containerd.cri.v1.images".registry] (containerd 1.x: "io.containerd.grpc.v1.cri")'
     wanted = f'config_path = "{certs_dir}" {header}'
     text = _read(config)
     if text is None:
-        return f"{config} is not there: kubelet and crictl pull through the mirror once it says {wanted}"
+        return f"{config} does not exist: kubelet and crictl pull through the mirror once it has {wanted}"
     plugins = _parse(text, config).get("plugins", {})
     names = ("io.containerd.cri.v1.images", "io.containerd.grpc.v1.cri")
     registries = [_table(_table(plugins, name), "registry") for name in names]
     paths = [str(registry["config_path"]) for registry in registries if registry.get("config_path")]
     if not paths:
-        return f"{config} itself sets no config_path: kubelet and crictl pull through the mirror once it says {wanted}"
+        return f"{config} itself sets no config_path: kubelet and crictl pull through the mirror once it has {wanted}"
     if ":" in paths[0]:
         return f'{config}: config_path = "{paths[0]}" names several folders, which containerd 2.2 ignores: use {wanted}'
     if Path(paths[0]) != certs_dir:

@@ -55,7 +55,7 @@ def export(session: Session, image: str, file: Path, platforms: tuple[str, ...],
 
 @contextmanager
 def _replacing(file: Path) -> Iterator[int]:
-    """An open file that replaces `file` if nothing fails. Raises OSError."""
+    """Open a temporary file, which replaces `file` if the body succeeds. Raises OSError."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

@@ -1,7 +1,7 @@
 """p2pctl: sends commands to the daemon through its control socket, and shows the answers.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached, 4 it needs a restart. With --json,
-standard output carries the document only. Modules that are slow to import (rich, httpx) are imported where needed.
+standard output carries the document only. Slow modules (rich, httpx) are imported by the commands that use them.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def reload(session: Session) -> None:
 @options
 @click.pass_obj
 def doctor(session: Session, certs_dir: Path, path: Path | None) -> None:
-    """Check this node for faults, and give the remedy of each."""
+    """Check this node for faults, and show the remedy of each."""
     try:
         running = session.get("/status", documents.Status)
         inside = session.get("/doctor", documents.DoctorReport).checks
@@ -253,7 +253,7 @@ def _containerd(certs_dir: Path, mirror: str, running: documents.Status | None) 
 
 
 def _certificate(path: Path | None) -> documents.Check:
-    """The certificate in the files, for a daemon that does not run."""
+    """The check of the certificate in the files, while the daemon does not run."""
     from node.control.doctor import certificate_in_files, check_certificate
 
     try:

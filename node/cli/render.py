@@ -23,7 +23,7 @@ from rich.table import Table
 from node.api import documents
 
 PIPED_WIDTH = 200
-"""Columns of output that is not a terminal: table rows stay on one line, for grep."""
+"""Columns if the output is not a terminal: table rows stay on one line, for grep."""
 SHORT_DIGEST = len("sha256:") + 12
 SHORT_PEER = 8
 """The last characters of a peer id: the first are the same in all."""
@@ -83,7 +83,7 @@ def transfer_bar(title: str) -> Iterator[Callable[[documents.PullProgress | docu
 
 
 def show_table(out: Console, rows: Sequence[Mapping[str, object]], *, header: bool = True, empty: str = "") -> None:
-    """A row maps column names to cells; numbers stand under a name with `>`. `empty` is printed where no rows are."""
+    """A row maps column names to cells; a name with `>` is a column of numbers. Prints `empty` if there are no rows."""
     if empty and not rows:
         out.print(empty)
         return
@@ -98,7 +98,7 @@ def show_table(out: Console, rows: Sequence[Mapping[str, object]], *, header: bo
 
 @singledispatch
 def show(document: msgspec.Struct, out: Console) -> None:
-    """Print a document. The types are registered below."""
+    """Print a document. A function for each type is registered below."""
     raise TypeError(f"no table for {type(document).__name__}")
 
 
@@ -133,7 +133,7 @@ def _cluster(row: documents.ClusterRow | None) -> str:
     left = ""
     if row.certificate_ends is not None:
         seconds = row.certificate_ends - time.time()
-        left = f", certificate for {duration(seconds)}" if seconds > 0 else ", certificate over"
+        left = f", certificate for {duration(seconds)}" if seconds > 0 else ", certificate expired"
     return f"{row.id[:16]} ({'has its key' if row.admits else 'joined'}{left}, {row.revocations} revoked)"
 
 
@@ -346,7 +346,7 @@ def _gc(report: documents.GcReport, out: Console) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive blocks from one source. `slowest_ms` is None where no block has a time."""
+    """Consecutive blocks from one source. `slowest_ms` is None if no block has a time."""
 
     first: int
     last: int
@@ -358,7 +358,7 @@ class Run:
 
 
 def runs(blocks: Iterable[documents.WhyBlock]) -> Iterator[Run]:
-    """Group by source; every block is in exactly one run. `peers` are those that answered for any of its blocks."""
+    """Group by source; every block is in exactly one run. `peers` are all that answered for one of its blocks."""
     for source, group in groupby(blocks, key=lambda block: block.source):
         same = list(group)
         times = [block.milliseconds for block in same if block.milliseconds is not None]
@@ -402,7 +402,7 @@ def _show_object(out: Console, listing: documents.WhyObject, names: Mapping[str,
 
 
 def totals_line(report: documents.WhyReport) -> str:
-    """Counts all blocks of the image."""
+    """The last line of `why`: all blocks of the image, by source."""
     count = sum(total.blocks for total in report.totals.values())
     whole = sum(total.bytes for total in report.totals.values())
     parts = (f"{total.blocks} {plain(source)} ({size(total.bytes)})" for source, total in report.totals.items())

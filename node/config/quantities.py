@@ -1,7 +1,7 @@
 """Quantities of the configuration and of p2pctl's options, parsed once: when their text is decoded.
 
-Each is the text as the user wrote it; it compares and is shown as that text. Its attributes are the values. `parse`
-raises BadInputError without the key; `read` adds the key. msgspec encodes a quantity only with `enc_hook=str`.
+A quantity is a string, the text as the user wrote it; its attributes are the parsed values. The error of `parse` does
+not name the key; `read` adds the key to it. msgspec encodes a quantity only with `enc_hook=str`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class OptionalDuration(Duration):
 
 
 class Window(Quantity):
-    """`22:00-06:00`: hours of the local day, at most `00:00-24:00`; over midnight where the end is before the start."""
+    """`22:00-06:00`: hours of the local day, at most `00:00-24:00`; over midnight if the end is before the start."""
 
     def __init__(self, text: str) -> None:
         match = _HOURS.fullmatch(text.strip())
@@ -92,12 +92,12 @@ class Window(Quantity):
 
 
 def local_time() -> datetime:
-    """The clock that decides hours and days."""
+    """The time by which hours and days of the configuration are counted."""
     return datetime.now().astimezone()
 
 
 class Floor(Quantity):
-    """`5%` or `1GiB`: the part of a file system, or the bytes, to keep free. The other of `share` and `bytes` is 0."""
+    """`5%` or `1GiB`: a share of a file system, or bytes, to keep free. The attribute that is not given is 0."""
 
     share: float = 0.0
     bytes: int = 0
@@ -140,7 +140,7 @@ class HostPort(Quantity):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it; of names, only `localhost` is known to be loopback."""
+        """Whether only this machine can reach it; the only name that counts as loopback is `localhost`."""
         try:
             return ip_address(self.host).is_loopback
         except ValueError:

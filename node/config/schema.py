@@ -1,4 +1,4 @@
-"""The configuration file: one struct for each part, with a default for every key, decoded once into typed values.
+"""The configuration file: one struct for each part, with defaults, decoded once into typed values.
 
 An error names the file, the key and the accepted values. docs/OPERATIONS.md explains the trade-offs.
 """
@@ -150,7 +150,7 @@ def _quantity(kind: type[quantities.Quantity], text: object) -> quantities.Quant
     try:
         return kind.parse(text)
     except BadInputError as error:
-        raise ValueError(error) from error  # msgspec adds the path of these
+        raise ValueError(error) from error  # msgspec adds the path to a ValueError
 
 
 def _with_key(error: msgspec.ValidationError, document: Mapping[str, Any]) -> str:
@@ -167,7 +167,7 @@ def _with_key(error: msgspec.ValidationError, document: Mapping[str, Any]) -> st
 
 
 def check(config: Config) -> None:
-    """Check what the types do not say. Raises BadInputError naming the key."""
+    """Check the rules that the types do not express. Raises BadInputError naming the key."""
     tag_policies(config)
     if config.cluster.key and config.cluster.open:
         raise BadInputError("cluster.open: an open cluster admits every node and has no key; remove cluster.key")
@@ -182,7 +182,7 @@ def check(config: Config) -> None:
             )
         uplink_policy(upstream)
     if len(set(names)) != len(names):
-        raise BadInputError(f"upstream: a name stands twice in {names}")
+        raise BadInputError(f"upstream: a name occurs twice in {names}")
     for key, value in (("name", config.node.name), ("site", config.node.site), ("data_dir", config.node.data_dir)):
         if not value:
             raise BadInputError(f'node.{key} = "": must not be empty')
@@ -195,7 +195,7 @@ class UplinkPolicy:
     """Limits of the whole site: `rate` in bytes a second, `daily` in bytes a day, 0 for no limit.
 
     `refuse`: once the day's bytes are used up, foreground bodies are refused too. During `hours` neither limit holds
-    and no bytes are counted; if there are any hours, background reads are made only then.
+    and no bytes are counted. If there are any hours, background reads are made only in them.
     """
 
     rate: int = 0
@@ -222,7 +222,7 @@ def uplink_policy(part: UpstreamPart) -> UplinkPolicy:
 
 
 def access_grace_s(config: Config) -> dict[str, float]:
-    """Seconds by the name of each upstream with `access = "relay"`."""
+    """`access_grace` in seconds, by the name of each upstream with `access = "relay"`."""
     return {part.name: part.access_grace.seconds for part in config.upstream if part.access == "relay"}
 
 
@@ -252,7 +252,7 @@ def _check_urls(upstream: UpstreamPart) -> None:
         raise BadInputError(f"{key}: from 1 to {MAX_URLS} URLs, none twice")
     for url in urls:
         if "@" in url:
-            raise BadInputError(f"{key}: credentials belong into docker_config, not into a URL")
+            raise BadInputError(f"{key}: credentials belong in docker_config, not in a URL")
         if not _is_registry_url(url):
             raise BadInputError(f'{key} = "{url}": write for example "https://{upstream.name}"')
 

@@ -1,4 +1,4 @@
-"""`ControlApi` over the running node: reads its components and makes the documents that the control socket sends."""
+"""`ControlApi` for the running node: makes the documents that the control socket sends, from the node's parts."""
 
 from __future__ import annotations
 

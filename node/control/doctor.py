@@ -32,7 +32,7 @@ from protocol.admission import date
 from protocol.errors import BadInputError
 
 PROBE_S = 5.0
-"""Longest wait for any answer of a registry."""
+"""Longest wait for the answer of a registry, or of the mirror."""
 SKEW_WARN_S = 30.0
 SKEW_FAIL_S = 300.0
 """Registry tokens live 5 minutes: with a larger skew they arrive expired or not yet valid."""
@@ -62,8 +62,8 @@ class Shown:
 class Facts:
     """Names of peers are their node names; `now` is Unix time.
 
-    `upstreams` are the registries by name, `mirrors` by `name by url` the URLs asked before them. `spent` are the
-    upstreams whose daily bytes are used up.
+    `upstreams` has the registries by name; `mirrors` has the URLs that are asked before them, by `NAME by URL`. `spent`
+    lists the upstreams whose daily bytes are used up.
     """
 
     upstreams: Mapping[str, Probe]
@@ -133,7 +133,7 @@ def check_clock(probes: Mapping[str, Probe]) -> Check:
 
 
 def check_certificate(shown: Shown, now: float) -> Check:
-    """Judge it as the members do (docs/PROTOCOL.md, "Identity and certificates"), and warn in time."""
+    """Judge the certificate as the members do (docs/PROTOCOL.md, "Identity and certificates"), and warn in time."""
     name, end = "certificate", shown.validity.end
     if shown.problem:
         hint = (
@@ -172,14 +172,14 @@ def check_peers(alive: int, bootstrap: int, *, mdns: bool) -> Check:
     if not bootstrap and not mdns:
         return Check(name="peers", level="ok", text="none, as configured: neither bootstrap nor mdns")
     where = " and ".join([f"{bootstrap} bootstrap addresses"] * bool(bootstrap) + ["mDNS"] * mdns)
-    hint = "check that they run in this cluster and site, can be reached (peers.listen, peers.bulk), and admit this"
+    hint = "check that they are of this cluster and site, are reachable (peers.listen, peers.bulk), and admit this node"
     return Check(name="peers", level="fail" if bootstrap else "warn", text=f"none found by {where}", hint=hint)
 
 
 def check_disk(free: int, keep: int) -> Check:
     text = f"{free / 2**30:.1f} GiB free, of which {keep / 2**30:.1f} GiB stay free (cache.min_free)"
     problem = "" if free > keep else text
-    hint = "the cache shrinks and takes nothing new: free space"
+    hint = "the cache shrinks and stores nothing new: free some space"
     return _check("disk space", problem, ok=text, level="warn", hint=hint)
 
 
@@ -190,7 +190,7 @@ def check_mirror(address: str, status_code: int | None, error: str) -> Check:
 
 
 def check_hosts(unconfigured: Sequence[str], configured: Sequence[str], problem: str = "") -> Check:
-    """The registries by whether their hosts.toml names the mirror; `problem` is the error of a malformed one."""
+    """Registries whose hosts.toml names the mirror are `configured`; `problem` is the error of a malformed file."""
     hint = "correct the file, then p2pctl containerd install" if problem else "p2pctl containerd install"
     if unconfigured and not problem:
         problem = f"does not pull {', '.join(unconfigured)} through the mirror"

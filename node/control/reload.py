@@ -1,8 +1,8 @@
 """Reloading the configuration while the daemon runs: at SIGHUP, and at `p2pctl reload` (POST /reload).
 
-A file is applied as a whole or not at all. It is read and checked as at a start; then each component prepares its
-change, and may refuse it; only when all have prepared are the changes applied, without an await between them. Keys that
-are not in LIVE keep their values until a restart.
+A file is applied as a whole or not at all. It is read and checked as at a start. Then each component prepares its
+change, and may refuse it. When all have prepared, the changes are applied, without an await between them. Keys that are
+not in LIVE keep their values until a restart.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Change = Callable[[], None]
 
 
 def prepared(node: Node, config: Config) -> Change:
-    """The function that applies a checked configuration; it cannot fail. Raises BadInputError."""
+    """Returns the function that applies `config` and cannot fail. Raises BadInputError if a component refuses it."""
     storage, clients, cache = node.storage, node.clients, config.cache
     storage.pins.check_fits(cache.disk.bytes)
     uplinks = [node.registry.uplink(part.name) for part in config.upstream]
@@ -69,7 +69,7 @@ class Reloader:
         self._path, self.config, self._prepare, self._notifier = path, config, prepare, notifier
 
     def reload(self) -> ReloadReport:
-        """Raises BadInputError; then nothing has changed."""
+        """Read and apply the file. Raises BadInputError, and then nothing has changed."""
         self._notifier.reloading()
         status = "the configuration was read again"
         try:

@@ -7,7 +7,7 @@
     POST /pin?image=NAME[&platforms=A,B]       POST /unpin?image=NAME    GET /pins
     POST /prefetch with a PrefetchOrder        GET /prefetched           POST /prefetch/cancel
     POST /gc?older_than=DURATION or ?to=SIZE [&dry_run=1]
-    POST /revoke with a revocation's text      POST /reload (reload.py)
+    POST /revoke with a revocation's text      POST /reload (node/control/reload.py)
 
 All of them are rows of one table, in which `control_handler` looks up each request. An answer is a JSON document of
 node/api/documents.py, or for pull, export, import and pin a stream of JSON lines; an error is `{"error": text}`, or the
@@ -42,12 +42,12 @@ from protocol.admission import cluster_id, read_revocation
 from protocol.errors import BadInputError
 
 LIMITS = Limits(connections=64, descriptors=1)
-"""For the server: an archive's file comes with the request, since p2pd may not open what p2pctl's user may."""
+"""p2pctl opens an archive and sends the open file, because p2pd may lack the rights of p2pctl's user."""
 METRICS_LIMITS = Limits(connections=16, body_bytes=0, methods=("GET", "HEAD"))
-"""A few scrapers, each with a connection that it keeps."""
+"""A few scrapers, each of which keeps its connection open."""
 _STATUS_CODES = {BadInputError: 400, errors.DeniedError: 403, errors.NotFoundError: 404, errors.UnavailableError: 503}
 _OTHER_ERROR = 502
-"""A peer or a registry is at fault, and no class above says more."""
+"""For all other errors: a peer or a registry is at fault."""
 
 
 class Route(NamedTuple):
@@ -143,7 +143,7 @@ def image_routes(api: ImageApi) -> Iterable[Route]:
         try:
             order = msgspec.json.decode(request.body, type=doc.PrefetchOrder)
         except errors.UNDECODABLE as error:
-            raise BadInputError(f"the body is no PrefetchOrder: {error}") from error
+            raise BadInputError(f"the body is not a PrefetchOrder: {error}") from error
         return await api.prefetch(order)
 
     async def gc(request: Request) -> doc.GcReport:
@@ -178,7 +178,7 @@ def cluster_row(admitted: Admitted) -> doc.ClusterRow:
 
 
 def cluster_routes(gossiper: Gossiper, revocations: Revocations) -> Iterable[Route]:
-    """The authority signs each revocation: access to the socket alone, without its key, revokes no member."""
+    """Access to the socket is not enough to revoke a member: each revocation is signed with the authority's key."""
 
     async def revoke(request: Request) -> doc.RevokeReport:
         await trio.lowlevel.checkpoint()
@@ -188,14 +188,14 @@ def cluster_routes(gossiper: Gossiper, revocations: Revocations) -> Iterable[Rou
         except errors.PeerMisbehavedError as error:
             raise BadInputError(str(error)) from error
         if revocation.subject not in revocations:
-            raise errors.UnavailableError("this cluster holds as many revocations as it can: it needs a new key")
+            raise errors.UnavailableError("this cluster can hold no further revocation: it needs a new key")
         return doc.RevokeReport(subject=revocation.subject, new=bool(new), total=len(revocations.all))
 
     return (Route("POST", "/revoke", document_of(revoke)),)
 
 
 def control_handler(routes: Iterable[Route]) -> Handler:
-    """A route with GET answers HEAD too."""
+    """Looks up each request in a table of the routes. A route with GET answers HEAD too."""
     table = {route.path: route for route in routes}
 
     async def handle(request: Request) -> Response:
@@ -204,8 +204,7 @@ def control_handler(routes: Iterable[Route]) -> Handler:
             return _error(404, f"no such path: {request.path[:200]}")
         methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
         if request.method not in methods:
-            needs = "read with GET" if route.method == "GET" else f"a {route.method}"
-            return _error(405, f"{route.path} is {needs}", {"Allow": ", ".join(methods)})
+            return _error(405, f"{route.path} needs {route.method}", {"Allow": ", ".join(methods)})
         try:
             return await route.handler(request)
         except errors.ShoalError as error:
@@ -236,7 +235,7 @@ def _platforms(request: Request, default: tuple[Platform, ...]) -> tuple[Platfor
 def _descriptor(request: Request) -> int:
     if not request.descriptors:
         raise BadInputError(
-            "no open file came with the request: p2pctl sends it (SCM_RIGHTS, with the first bytes); curl cannot"
+            "the request needs an open file, which p2pctl sends (SCM_RIGHTS, with the first bytes) and curl cannot send"
         )
     return request.descriptors[0]
 

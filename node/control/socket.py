@@ -1,8 +1,8 @@
-"""The unix socket that the control API is served on: its file, and who may open it.
+"""The unix socket of the control API: its file, and the users that may connect.
 
-The socket's file exists exactly as long as a daemon listens on it. The file of a daemon that ended uncleanly answers
-no connection and is replaced; any other file, and the socket of a running daemon, is left alone. Only the file's owner
-and group may connect.
+The socket's file exists exactly as long as a daemon listens on it. A daemon that ended uncleanly leaves a file on which
+nothing listens: this file is replaced. Any other file, and the socket of a running daemon, makes the start fail. Only
+the file's owner and group may connect.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BACKLOG = 16
 
 @contextlib.contextmanager
 def control_socket(path: Path) -> Iterator[trio.SocketListener]:
-    """Listen at `path`, and remove the file afterwards. Raises BadInputError where that is not possible."""
+    """Listen at `path`, and remove the file afterwards. Raises BadInputError if that is not possible."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             _clear_stale(path)

@@ -1,4 +1,4 @@
-"""Access control of the mirror: a client may read a repository if the registry itself lets it.
+"""Access control of the mirror: a client may read a repository if the registry itself allows it.
 
 With `access = "relay"` a repository is public if the registry serves it without credentials. For the others the mirror
 relays the registry's challenge, and asks the registry whether the credentials that the client then sends may read the
@@ -56,7 +56,7 @@ class Registries(Protocol):
     """The part of node/registry/upstreams.py that is used here."""
 
     async def admits(self, locator: Locator, reference: str) -> bool:
-        """Whether the locator's grant, or a client without a grant, may read. `reference` may be "": any."""
+        """Whether a client may read with the locator's grant, or without one. `reference` may be "", for any."""
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         """The registry's challenge for this repository; "" for one that a client cannot answer."""
@@ -64,7 +64,7 @@ class Registries(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """Given by the registry at time `at`; the registry is asked again from `until` on."""
+    """The registry's answer at time `at`; the registry is asked again from `until` on."""
 
     allowed: bool
     at: float
@@ -74,8 +74,8 @@ class _Verdict:
 class PublicTable:
     """The public repositories and when each was last seen to be public, in SQLite.
 
-    It lets a node that starts while its uplink is down serve public images. If the disk fails, it holds until the
-    process ends. A `pinned` repository stays public however long ago that was seen.
+    With it, a node that starts while its uplink is down can serve public images. If the disk fails, the table is in
+    memory only. A repository that is `pinned` stays public, however long ago it was seen to be public.
     """
 
     def __init__(self, path: Path, pinned: Callable[[Locator], bool] = lambda locator: False) -> None:
@@ -112,7 +112,7 @@ def _repository(locator: Locator) -> str:
 
 
 class Access:
-    """`grace_s` names the upstreams with `access = "relay"`, and how long a verdict holds while one is out of reach.
+    """`grace_s` names the upstreams with `access = "relay"`, and how long a verdict holds while they are out of reach.
 
     `loopback`: only clients on this machine can reach the mirror, so they may send a password.
     """

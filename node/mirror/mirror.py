@@ -35,7 +35,7 @@ from protocol.ids import Buffer, Digest
 log = logging.getLogger(__name__)
 
 HEAD_S = 25.0
-"""containerd waits 30 s for the headers; an error before that lets it go on to the registry itself."""
+"""containerd waits 30 s for the headers; after an error before that it asks the registry itself."""
 STALL_S = 25.0
 """A body without progress for this time is ended: above the library's own deadlines, far below clients' 5 minutes."""
 LIMITS = Limits(methods=("GET", "HEAD"), body_bytes=0)
@@ -62,7 +62,7 @@ class _ProblemError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """`locator` has the kind blobs for a blob, else manifests; `path_kind` is the path's word."""
+    """`path_kind` is the word in the path; `locator.kind` is "blobs" for a blob, and "manifests" for all others."""
 
     locator: Locator
     path_kind: str
@@ -82,7 +82,7 @@ class Mirror:
         self._upstreams = upstreams
         self._listings = listings
         self._missing: LRUCache[_Target, str] = LRUCache(MAX_MISSING)
-        """The registry's error for each."""
+        """The text of the registry's error, by target."""
 
     async def handle(self, request: Request) -> Response:
         path = request.path[:300]
@@ -176,7 +176,7 @@ class Mirror:
             "Accept-Ranges": "bytes",
         }
         if "if-match" in request.headers and not _names(request.headers["if-match"], etag, weak=False):
-            raise _ProblemError(412, "PRECONDITION_FAILED", f"it is {digest} now")
+            raise _ProblemError(412, "PRECONDITION_FAILED", f"the object is {digest} now")
         if "if-none-match" in request.headers and _names(request.headers["if-none-match"], etag, weak=True):
             return Response(304, headers)
         if request.method == "HEAD":
@@ -288,7 +288,7 @@ def _problem(status: int, code: str, error: object) -> Response:
 
 
 def _names(header: str, etag: str, *, weak: bool) -> bool:
-    """Whether If-Match or If-None-Match names the tag, or any by `*` (RFC 9110, sections 13.1.1 and 13.1.2)."""
+    """Whether If-Match or If-None-Match names the ETag, or any by `*` (RFC 9110, sections 13.1.1 and 13.1.2)."""
     tags = [part.strip() for part in header.split(",")]
     return any((tag.removeprefix("W/") if weak else tag) in (etag, "*") for tag in tags)
 

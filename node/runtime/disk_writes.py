@@ -8,7 +8,7 @@ from pathlib import Path
 def written_bytes() -> int:
     """Bytes of file pages made dirty, less those discarded before they were written.
 
-    The kernel counts them (proc(5), "/proc/pid/io"), without the file systems' own records; 0 where it does not count.
+    The kernel counts them (proc(5), "/proc/pid/io"), without the file systems' own records. 0 if it has no count.
     """
     try:
         lines = Path("/proc/self/io").read_text("ascii").splitlines()

@@ -42,7 +42,7 @@ def redact(text: str) -> str:
 
 
 def logfmt(value: object) -> str:
-    """One value, quoted where necessary; line breaks and control characters are escaped."""
+    """One value, quoted if necessary; line breaks and control characters are escaped."""
     text = redact(str(value))
     if len(text) > _MAX_VALUE:
         text = text[:_MAX_VALUE] + "..."
@@ -73,7 +73,7 @@ class LogfmtFormatter(logging.Formatter):
 
 
 def under_journald(environment: Mapping[str, str], stream: TextIO) -> bool:
-    """Whether `stream` is what systemd connected to the journal: JOURNAL_STREAM names its device and inode."""
+    """Whether systemd connected `stream` to the journal: JOURNAL_STREAM names its device and inode."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):

@@ -10,19 +10,19 @@ from cachetools import TTLCache
 log = logging.getLogger(__name__)
 
 SILENCE_S = 300.0
-"""Shortest time between two warnings about the same refusal."""
+"""A repeated refusal is warned about again only after it did not occur for this time."""
 MAX_REMEMBERED = 1024
-"""Peers whose last warning is remembered."""
+"""Refusals that are remembered, by channel, peer and reason."""
 
 
 class Refusals:
-    """Warns about each refusal by peer, channel and reason; logs it at level debug when it repeats in `silence_s`."""
+    """Logs a refusal as a warning, but at level debug if it repeats within `silence_s` after its last occurrence."""
 
     def __init__(self, silence_s: float = SILENCE_S) -> None:
         self._warned: TTLCache[tuple[str, ...], None] = TTLCache(MAX_REMEMBERED, silence_s, timer=trio.current_time)
 
     def tell(self, channel: str, peer: str, address: str, reason: object) -> None:
-        """`peer`: the peer id, or the host where no peer id is proven."""
+        """`peer`: the peer id, or the host if no peer id is proven."""
         key = (channel, peer, str(reason))
         level = logging.DEBUG if key in self._warned else logging.WARNING
         self._warned[key] = None

@@ -16,7 +16,7 @@ MAX_BYTES = 1 << 16
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Write a new file of mode 0600, durably. Returns False, and changes nothing, where `path` exists already.
+    """Write a new file of mode 0600, durably. Returns False, and changes nothing, if `path` exists already.
 
     A link, unlike a rename, cannot replace a file that another process created meanwhile. Raises BadInputError.
     """
@@ -29,14 +29,14 @@ def create(path: Path, data: bytes) -> bool:
 
 
 def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file durably, in the place of an earlier one. Raises BadInputError."""
+    """Write a file durably, and replace an earlier one. Raises BadInputError."""
     with _written_beside(path, data) as temporary:
         temporary.chmod(mode)
         os.replace(temporary, path)
 
 
 def read(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The whole file. Raises BadInputError where it cannot be read or is too large, FileNotFoundError where missing."""
+    """The whole file. Raises FileNotFoundError, or BadInputError if it cannot be read or has more than `most` bytes."""
     try:
         with path.open("rb") as file:
             data = file.read(most + 1)

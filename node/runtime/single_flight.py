@@ -28,7 +28,7 @@ class _Flight(Generic[V]):
 
 
 class Ticket(Generic[K, V]):
-    """One task's share of a flight. `release` gives it up; it must be called once, also after `wait`."""
+    """One task's share of a flight. `release` gives it up, and must be called, also after `wait`."""
 
     __slots__ = ("_flight", "_flights", "_key", "_released")
 
@@ -62,7 +62,7 @@ class Ticket(Generic[K, V]):
 
 
 class SingleFlight(Generic[K, V]):
-    """Errors, bugs too, are raised in the waiting tasks, which log and answer them; other flights continue."""
+    """An error of the work, even a bug, is raised in the waiting tasks, which log it; other flights continue."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
@@ -77,7 +77,7 @@ class SingleFlight(Generic[K, V]):
         return Ticket(self, key, flight)
 
     def __contains__(self, key: object) -> bool:
-        """Whether the work under that key runs."""
+        """Whether the work under `key` runs."""
         return key in self._flights
 
     async def do(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
@@ -97,7 +97,7 @@ class SingleFlight(Generic[K, V]):
             with flight.scope:
                 flight.value = await work()
                 flight.error = None
-        except Exception as error:  # noqa: BLE001 - raised again, unchanged in kind, in every task that waits
+        except Exception as error:  # noqa: BLE001 - raised again, with the same type, in every task that waits
             flight.error = error
         finally:
             self._forget(key, flight)

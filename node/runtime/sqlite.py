@@ -1,7 +1,7 @@
 """Small tables that a node keeps across restarts in SQLite, and whose loss costs little.
 
-Where the disk fails, the node continues with a database in memory, until it stops. A damaged file is replaced by an
-empty one, also where the damage shows only when the file is read.
+If the file cannot be opened, the node continues with a database in memory until it stops. A damaged file is replaced by
+an empty one, even if the damage is noticed only at a later statement.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Database:
                 self._connection.close()
                 self._connection = self._replace(error)
                 return []
-            log.warning("%s: %s: what is learnt may be forgotten when the node stops", self._path.name, error)
+            log.warning("%s: %s: new entries may be lost when the node stops", self._path.name, error)
         return selected
 
     def _replace(self, error: sqlite3.Error) -> sqlite3.Connection:
-        log.warning("%s is damaged (%s): starting without what it held", self._path, error)
+        log.warning("%s is damaged (%s): starting with an empty one", self._path, error)
         try:
             for end in ("", "-wal", "-shm"):
                 self._path.with_name(self._path.name + end).unlink(missing_ok=True)
@@ -52,7 +52,7 @@ class Database:
             return self._in_memory(again)
 
     def _in_memory(self, error: Exception) -> sqlite3.Connection:
-        log.warning("%s cannot be used (%s): what is learnt is remembered until the node stops", self._path, error)
+        log.warning("%s cannot be used (%s): new entries are kept only until the node stops", self._path, error)
         return _open(":memory:", self._schema)
 
 

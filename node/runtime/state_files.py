@@ -1,6 +1,6 @@
 """Small files of state that is useful after a restart, but not necessary: read whole, and replaced whole.
 
-There is no fsync: a power cut may cost the last write, or the whole file, and the node works without it.
+There is no fsync: after a power cut the last write or the whole file may be lost, and the node works without it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 def load(path: Path, kind: type[T], most: int, content: str) -> T | None:
-    """The value in a file of at most `most` bytes of msgpack; None where there is no file, or it is not readable.
+    """The value in a file of at most `most` bytes of msgpack; None if there is no file, or it cannot be read.
 
-    `content` says in log lines what the file holds.
+    `content` names the file's contents in log lines.
     """
     try:
         with path.open("rb") as file:
@@ -35,7 +35,7 @@ def load(path: Path, kind: type[T], most: int, content: str) -> T | None:
 
 
 def save(path: Path, data: bytes, content: str) -> bool:
-    """Whether the file was replaced; if not, the earlier file stays."""
+    """Replace the file. Returns False if that failed; then the earlier file stays."""
     temporary = path.with_name(path.name + ".new")
     try:
         temporary.write_bytes(data)

@@ -35,14 +35,14 @@ class Notifier:
         self._systemd.notify(f"READY=1\nSTATUS={status}" if status else "READY=1")
 
     def reloading(self) -> None:
-        """`ready` ends it. Type=notify-reload requires the time; systemd 252 ignores it."""
+        """`ready` ends the reload. Type=notify-reload requires the time; systemd 252 ignores it."""
         self._systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         self._systemd.notify("STOPPING=1")
 
     async def watchdog(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Send signs of life until cancelled; returns at once where no watchdog is set."""
+        """Send signs of life until cancelled; returns at once if no watchdog is set."""
         task_status.started()
         while self._interval is not None:
             self._systemd.notify("WATCHDOG=1")

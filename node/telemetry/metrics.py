@@ -1,8 +1,8 @@
 """This node's metrics, in one table, and their Prometheus form.
 
-Each row of `TABLE` is one metric. The methods of `Metrics` count some of them. The others are counted elsewhere, so
-`watch` takes a function for each, which is called whenever metrics are read. The registry is the node's own, so that
-several nodes can run in one process. Meanings: docs/OPERATIONS.md, "Metrics".
+Each row of `TABLE` is one metric. The methods of `Metrics` count some of them. The others are counted elsewhere:
+`watch` accepts a function for each, which is called whenever metrics are read. The Prometheus registry is the node's
+own, so that several nodes can run in one process. Meanings: docs/OPERATIONS.md, "Metrics".
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from protocol.ids import Digest, PeerId
 
 MAX_OBJECTS = 1024
 MAX_BLOCKS = 1 << 16
-"""Enough for 64 GiB of image data; 16 MB of memory if all are used. Beyond that the oldest objects are dropped, and at
-last the first-read blocks of the only object."""
+"""Enough for 64 GiB of image data; 16 MB of memory if all are used. Beyond that the least recently read
+objects are dropped, and of the last object the blocks that were read first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Writing to a client's socket without copying, as fast as the client takes: buffers by writev, files by sendfile."""
+"""Writing to a client's socket without copying, as fast as the client reads: buffers by writev, files by sendfile."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from protocol.ids import Buffer
 JOINED_BYTES = 64 << 10
 """Up to this size, a copy of the body behind its head is cheaper than a separate entry in a system call."""
 SENDFILE_BYTES = 1 << 20
-"""Bytes of one sendfile call, between which other tasks run: a fast client does not hold up the loop."""
+"""Most bytes of one sendfile call. Other tasks run between the calls: a fast client does not hold up the loop."""
 SLOW_S = 500e-6
-"""Once a client took longer than this to make room, wait until its whole send buffer has room instead of trio's 16 KiB
+"""Once a client took longer than this to make room, its whole send buffer is used, not only trio's 16 KiB of it
 (TCP_NOTSENT_LOWAT): fewer wake-ups. For a fast client short waits cost less: its bytes stay in the CPU's cache."""
 
 
@@ -25,7 +25,7 @@ class ClientLeftError(Exception):
 
 
 class Output:
-    """`stall_s`: a client that takes nothing for this time is gone."""
+    """`stall_s`: a client that reads nothing for this time counts as gone."""
 
     def __init__(self, stream: trio.SocketStream, stall_s: float) -> None:
         self._stream = stream
@@ -33,7 +33,7 @@ class Output:
         self._slow = False
 
     async def write(self, *parts: Buffer) -> None:
-        """All of `parts`; large ones are not copied."""
+        """Write all of `parts`. More than JOINED_BYTES are not copied."""
         length = sum(map(len, parts))
         rest = [memoryview(part) for part in ([b"".join(parts)] if length <= JOINED_BYTES else parts)]
         while rest:
@@ -52,7 +52,7 @@ class Output:
             await trio.lowlevel.checkpoint()
 
     async def sendfile(self, source: int, start: int, stop: int) -> None:
-        """The bytes [start, stop) of the file descriptor. Raises UnavailableError where the file is shorter."""
+        """Send the bytes [start, stop) of the descriptor `source`. Raises UnavailableError if the file is shorter."""
         target = self._stream.socket
         while start < stop:
             size = min(SENDFILE_BYTES, stop - start)
@@ -68,7 +68,7 @@ class Output:
             start += sent
             if sent == size:
                 await trio.lowlevel.checkpoint()
-            elif start < stop:  # the socket is full: another call would only return that
+            elif start < stop:  # the socket is full: another call would only report that
                 await self._room()
 
     async def _room(self) -> None:
@@ -76,7 +76,7 @@ class Output:
         with trio.move_on_after(self._stall_s) as stalled:
             await trio.lowlevel.wait_writable(self._stream.socket)
         if stalled.cancelled_caught:
-            raise ClientLeftError(f"took nothing for {self._stall_s:.0f} s")
+            raise ClientLeftError(f"the client read nothing for {self._stall_s:.0f} s")
         if trio.current_time() - since > SLOW_S and not self._slow:
             self._slow = True
             with contextlib.suppress(OSError):  # a unix socket has no such option

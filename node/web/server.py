@@ -43,7 +43,7 @@ _CLOEXEC = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on what clients may take. Times in seconds."""
+    """Bounds on the resources that clients may use. Times in seconds."""
 
     connections: int = 1024
     """Beyond it the longest idle connection is closed; with none idle the new connection is answered 503."""
@@ -53,15 +53,15 @@ class Limits:
     idle_s: float = 120.0
     """Above the 90 s after which Go's clients drop an idle connection, so that they never race with this server."""
     request_s: float = 20.0
-    """From a request's first byte to its last."""
+    """Longest time from a request's first byte to its last."""
     write_stall_s: float = 60.0
-    """A client that takes no byte of a body for this time is taken for gone."""
+    """A client that reads no byte of a body for this time counts as gone."""
     grace_s: float = 10.0
     """How long running bodies may still take after `stop`."""
     methods: tuple[str, ...] = ("GET", "HEAD", "POST")
-    """Requests with others reach the handler without their body, which stays unread, and end the connection."""
+    """Another method reaches the handler without its body, which stays unread, so the connection ends after it."""
     descriptors: int = 0
-    """Open files that may come with a request, over a unix socket (SCM_RIGHTS). More are closed unseen."""
+    """Most open files that a request may bring, over a unix socket (SCM_RIGHTS). Further ones are closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,9 @@ class FileBody:
 class Response:
     """Content-Length is added for bytes and files; a generator without it is sent chunked.
 
-    `first` is sent before what the generator yields: a handler may take the first buffer itself, to be sure of its
-    source before it promises 200. The buffer is then taken out of the list, so that it does not live as long as the
-    body. Where a generator raises, the body ends early. Answer a HEAD like a GET; give Content-Length if the body is
-    left out.
+    `first` is sent before the buffers of the generator: a handler may read the first buffer itself, to be sure of its
+    source before it answers 200. The server removes that buffer from the list, so that it is freed before the body
+    ends. If the generator raises, the body ends early. Answer HEAD like GET; set Content-Length if you omit the body.
     """
 
     status: int
@@ -148,7 +147,7 @@ class Server:
             self._open -= 1
 
     async def idle(self, receive: Callable[[], Awaitable[None]]) -> bool:
-        """Whether `receive` ended within the idle time, and before this connection had to make room."""
+        """Whether `receive` ended within the idle time, and before another connection needed this one's place."""
         with trio.move_on_after(LINGER_S if self.stopping else self.limits.idle_s) as scope:
             self._idle[scope] = None
             try:
@@ -205,7 +204,7 @@ class _Connection:
             while await self._cycle():
                 self._close_descriptors()
                 self._h11.start_next_cycle()
-                self._method = b""  # a malformed request has none, whatever came before it
+                self._method = b""  # a malformed request has no method: do not keep the previous one
             await self._hang_up()
         except ClientLeftError as error:
             log.debug("client left: %s", error)
@@ -234,8 +233,8 @@ class _Connection:
         except ClientLeftError:
             raise
         except Exception:
-            # A handler's bug, as in `_answer`. The head may be sent: the client can only see that the body is cut off.
-            log.exception("a response with status %d broke", response.status)
+            # A handler's bug, as in `_answer`. The head may have been sent: the client only sees that the body ends.
+            log.exception("a response with status %d broke off", response.status)
             return False
         return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
 
@@ -254,7 +253,7 @@ class _Connection:
         """The next request; None when the client closed, or stayed idle too long."""
         event = self._h11.next_event()
         if event is not h11.NEED_DATA:
-            await trio.lowlevel.checkpoint()  # between requests that came together, other tasks run
+            await trio.lowlevel.checkpoint()  # between requests that arrived together, other tasks run
         elif not await self._server.idle(self._fill):
             return None
         self._request_until = trio.current_time() + self._limits.request_s
@@ -308,7 +307,7 @@ class _Connection:
         if not self._limits.descriptors:
             return os.read(self._stream.socket.fileno(), RECEIVE_BYTES)
         room = self._limits.descriptors - len(self._descriptors)
-        own = os.dup(self._stream.socket.fileno())  # trio's sockets receive no descriptors without waiting
+        own = os.dup(self._stream.socket.fileno())  # trio has no call that receives descriptors without waiting
         with socket.socket(fileno=own) as sock:
             data, received, _, _ = socket.recv_fds(sock, RECEIVE_BYTES, self._limits.descriptors, _CLOEXEC)
         self._descriptors += received[:room]

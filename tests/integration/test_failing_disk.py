@@ -237,7 +237,7 @@ def test_databases_whose_calls_fail_remember_nothing_wrong(quick: Path, caplog: 
 
     for folder in at_each_call(quick, before, lambda folder: trio.run(Remembered(folder).work, 1)):
         trio.run(Remembered(folder).check, {"identity": [], "pinned": [0, 1, 2, 3]})
-    assert "names.sqlite: disk I/O error: what is learnt may be forgotten when the node stops" in caplog.text
+    assert "names.sqlite: disk I/O error: new entries may be lost when the node stops" in caplog.text
 
 
 # Databases in SQLite

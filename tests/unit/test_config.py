@@ -95,7 +95,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['24:00-06:00']", 'upstream "x": hours'),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['22:00-24:01']", 'upstream "x": hours'),
         ("[[upstream]]\nname = 'a b'\nurl = 'http://x'", "a b"),
-        ("[[upstream]]\nname = 'x'\nurl = 'http://x'\n" * 2, "upstream: a name stands twice"),
+        ("[[upstream]]\nname = 'x'\nurl = 'http://x'\n" * 2, "upstream: a name occurs twice"),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nconnections = 0", "connections"),
         ("[peers]\nk = 0", "peers.k"),
         ("[peers]\nk = 33", "peers.k"),

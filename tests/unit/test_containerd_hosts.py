@@ -202,7 +202,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ['host = {"https://a.example" = {}}\n', 'host."https://a.example".ca = "x"\n'])
 def test_hosts_that_are_not_tables_are_refused_or_merged_rightly(tmp_path: Path, text: str) -> None:
     path = given_file(tmp_path, text)
-    with pytest.raises(BadInputError, match="its hosts are not tables"):
+    with pytest.raises(BadInputError, match="write its hosts as tables"):
         install(tmp_path)
     assert path.read_text() == text
 
@@ -261,7 +261,7 @@ def test_default_servers() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, "is not there"),
+        (None, "does not exist"),
         ("version = 2\n", "sets no config_path"),
         ('[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "{certs}"\n', "no restart is needed"),
         ('[plugins."io.containerd.cri.v1.images".registry]\nconfig_path = "{certs}"\n', "no restart is needed"),

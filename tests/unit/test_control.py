@@ -181,7 +181,7 @@ def test_a_pull_that_fails_says_so_in_its_last_line(client: ControlClient, image
         ("/why", {}, "which image"),
         ("/why", {"image": "UPPER"}, "not a repository name"),
         ("/why", {"image": "missing"}, "was not asked for"),
-        ("/pull", {"image": "alpine"}, "/pull is a POST"),
+        ("/pull", {"image": "alpine"}, "/pull needs POST"),
     ],
 )
 def test_errors_are_told(client: ControlClient, target: str, query: dict[str, str], text: str) -> None:
@@ -190,7 +190,7 @@ def test_errors_are_told(client: ControlClient, target: str, query: dict[str, st
 
 
 def test_documents_are_not_posted_to(client: ControlClient) -> None:
-    with pytest.raises(DaemonRefusedError, match="read with GET"):
+    with pytest.raises(DaemonRefusedError, match="/status needs GET"):
         list(client.stream("/status"))
 
 
