@@ -41,7 +41,7 @@ MAX_LISTED = 16384
 """Blobs listed by `objects` and counted: a site's node holds hundreds; listing this many takes 50 ms."""
 MAX_STATUSES = 4096
 MAX_RECORDS = 8192
-"""Signed records that are kept, about 0.5 KiB each; signing a record anew takes 0.1 ms."""
+"""Signed records that are kept, about 0.5 KiB each; signing a record again takes 0.1 ms."""
 MAX_TRUSTED_BLOCKS = (MAX_OBJECT_SIZE // BLOCK_SIZE) + 16
 """Blocks whose sha256 is kept, 32 bytes each: enough for the largest object. A forgotten blob is checked again."""
 CHECK_BYTES = 64 << 20

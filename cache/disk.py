@@ -82,7 +82,7 @@ class DiskStore:
     ) -> AsyncIterator[DiskStore]:
         """Open or make the folder; leaving the context makes all pieces durable. At least `free_share` of the file
         system, and `free_bytes`, are left free; blocks of the `pinned` objects are not evicted. A disk that is full,
-        fails or is read-only gives a store without budget, which holds nothing. Raises BadInputError if the folder
+        fails or is read-only yields a store without budget, which holds nothing. Raises BadInputError if the folder
         cannot be used, if another process uses it, or if its index is of another version."""
         folder, rows = await trio.to_thread.run_sync(open_folder, directory)
         try:

@@ -49,7 +49,7 @@ class LRUKCache(Cache[K, V]):
       deletion; the keys that were evicted first are forgotten first.
     - `correlated`, `burst` and `horizon` are in the timer's units; the timer never goes back.
 
-    The heap has each entry under an order that it had once. As references only raise an entry's order, that is a
+    The heap holds each entry under one of its earlier orders. As references only raise an entry's order, that is a
     lower bound, corrected when it comes to the top: a hit costs O(1), an eviction O(log n) amortised.
     """
 

@@ -1,7 +1,7 @@
 """A disk store's folder: its layout, and opening it: files and index must agree before the store serves them.
 
-After an unclean stop there are bytes that no row names, which are given back, and rows whose bytes are gone, which are
-dropped. Whether the bytes of a row are right is not checked here: every read hashes them.
+After an unclean stop there are bytes that no row names, which are given back, and rows whose bytes are missing, which
+are dropped. Whether the bytes of a row are right is not checked here: every read hashes them.
 """
 
 from __future__ import annotations

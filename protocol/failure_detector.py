@@ -36,8 +36,8 @@ class FailureDetector:
         return -math.inf if self._wanted else min((self._next_probe, *self._suspects.values()))
 
     def resume(self, now: float) -> bool:
-        """Whether this process was paused until now. If so, every timer starts anew, because no answer could arrive.
-        The probe timer shows this, because only a pause can delay it by `pause_s`."""
+        """Whether this process was paused until now. If so, all timers restart, because no answer could arrive. The
+        probe timer shows this, because only a pause can delay it by `pause_s`."""
         if now - self._next_probe <= self._config.pause_s:
             return False
         self.probing.clear()

@@ -1,6 +1,6 @@
 """How well each peer answered recently: which peer to ask first, and how long to wait.
 
-Times are seconds of service: a request that waited for the upstream says nothing about the peer and is not counted.
+Times are seconds of service: a request that waited for the upstream shows nothing about the peer and is not counted.
 Mean and deviation are exponentially weighted, as in TCP's retransmission timer (RFC 6298). The estimate for a peer that
 is not asked fades towards the first guess, so that a slow peer is tried again.
 """

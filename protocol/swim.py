@@ -26,7 +26,7 @@ from protocol.wire import MAX_INCARNATION
 class Swim:
     """One node's view and its duties. `known`, `excluded` and `banished` are for reading only: see `MemberTable`.
     `incarnation` must exceed that of earlier lives of this peer id. Wall-clock milliseconds at start suffice: a
-    restarted node then overrides all statements about its former life, also that of its death, before it hears them. If
+    restarted node then overrides all statements about its former life, including its death, before it hears them. If
     the clock went backwards, it refutes them when it hears them."""
 
     def __init__(self, own: Member, incarnation: int, config: SwimConfig, rng: Random, now: float) -> None:

@@ -16,7 +16,7 @@ MOST = 32
 LEAST, FIRST = 4, 8
 """Blocks under way on slow links, and at first."""
 TAKEN_S = 5.0
-"""A block that takes longer, after it is in the site, makes the window smaller."""
+"""A block that takes longer than this from the site to this node makes the window smaller."""
 COLD_LEAST, COLD_FIRST = 4, 8
 """Cold blocks among them, at least and at first: enough to keep a slow uplink busy while news of a block spreads."""
 RAMP = 2

@@ -1,8 +1,8 @@
 """The home of a block: the one member that reads it from the upstream, once, however many members want it.
 
-Rendezvous hashing ranks the homes of each block, as hashing gives each object a home node in Squirrel (Iyer, Rowstron,
-Druschel, PODC 2002). Any member can act as home: if those of a higher rank fail, or for its own client. A home obtains
-the block from members that hold it, else from the upstream, and in that case signs its record.
+Rendezvous hashing ranks the homes of each block, as hashing assigns each object a home node in Squirrel (Iyer,
+Rowstron, Druschel, PODC 2002). Any member can act as home: if those of a higher rank fail, or for its own client. A
+home obtains the block from members that hold it, else from the upstream, and in that case signs its record.
 """
 
 from __future__ import annotations
