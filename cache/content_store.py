@@ -1,8 +1,8 @@
 """containerd's content store as a read-only tier: blobs that it holds are neither stored twice nor fetched.
 
 Layout (containerd, docs/content-flow.md): `<root>/blobs/<algorithm>/<hex>`, one finished blob in each file. Another
-program owns the files, so a blob is trusted only once its whole digest was right in this process, and as long as its
-file keeps the identity that it had then. A wrong blob counts as absent until its file changes.
+program owns the files, so a blob is trusted only after this process has verified its whole digest, and while its file
+keeps the identity that it had then. A wrong blob counts as absent until its file changes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_LISTED = 16384
 """Blobs listed by `objects` and counted: a site's node holds hundreds; listing this many takes 50 ms."""
 MAX_STATUSES = 4096
 MAX_RECORDS = 8192
-"""Signed records that are kept, about 0.5 KiB each; signing a record anew takes 0.1 ms."""
+"""Signed records that are kept, about 0.5 KiB each; signing a record again takes 0.1 ms."""
 MAX_TRUSTED_BLOCKS = (MAX_OBJECT_SIZE // BLOCK_SIZE) + 16
 """Blocks whose sha256 is kept, 32 bytes each: enough for the largest object. A forgotten blob is checked again."""
 CHECK_BYTES = 64 << 20
@@ -90,7 +90,7 @@ class ContentStore:
             logger.warning("containerd's content store: %s has no readable folder `blobs`: treated as empty", root)
 
     def size_of(self, digest: Digest) -> int | None:
-        """The size of the object, None where it is absent or was found wrong."""
+        """The size of the object, None if it is absent or was found wrong."""
         identity, verdict = self._status(digest), self._verdicts.get(digest)
         is_wrong = verdict is not None and not verdict.right and verdict.identity == identity
         return None if identity is None or is_wrong else identity.size

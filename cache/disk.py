@@ -1,11 +1,11 @@
 """The disk tier: sparse files under a hard budget of bytes. Layout and durability: docs/FORMATS.md, "Disk store".
 
 The loop holds all state (`cache/disk_table.py`) and writes pieces into the page cache; work that waits for the disk is
-done in a thread (`cache/disk_flush.py`). Until a flush has given its bytes back, a removed piece stays charged to the
-budget and its slot is not written again.
+done in a thread (`cache/disk_flush.py`). Until a flush has given the bytes back to the file system, a removed piece
+stays charged to the budget and its slot is not written again.
 
-A *sealed* object is a file that may be served without hashing: each of its blocks was right in this process, read or
-written, and the file's identity is the one noted before the first of these. Any difference takes all of that back.
+A *sealed* object is a file that may be served without hashing: this process verified each of its blocks when it read or
+wrote them, and no other process has changed the file since then. A changed identity voids this.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from protocol.records import Record
 logger = logging.getLogger(__name__)
 
 MAX_UNSYNCED_PIECES = 256
-"""A put waits for the disk beyond this many; else the kernel would make the whole loop wait once its memory is full."""
+"""Beyond this many, a put waits for the disk; else the kernel would stop the whole loop once its memory is full."""
 REMOVED_AT_ONCE = 1024
 """Pieces removed in one turn of the loop, 10 ms."""
 MAKE_ROOM_ROUNDS = 3
-"""A put that finds its room taken by other puts, flush after flush, declines."""
+"""A put declines if other puts took its room in this many flushes."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""A read that fails with one of these says nothing about the piece."""
+"""A read that fails with one of these shows nothing about the piece."""
 
 
 class _LeasedFile(io.FileIO):
-    """While it is open, no byte of the file is given back."""
+    """While it is open, no byte of the file is given back to the file system."""
 
     def __init__(self, file: File) -> None:
         super().__init__(os.open(file.path, READ), "rb")
@@ -60,7 +60,7 @@ class _LeasedFile(io.FileIO):
 
 
 class DiskStore:
-    """A BlockStore of sparse files, made by `open`; see the module's text."""
+    """A BlockStore of sparse files, made by `open`; see the module's docstring."""
 
     def __init__(self, folder: Folder, policy: PinnedPolicy, timer: Callable[[], float]) -> None:
         self._folder, self._timer = folder, timer
@@ -80,10 +80,10 @@ class DiskStore:
         pinned: frozenset[Digest] = frozenset(),
         timer: Callable[[], float] = time.monotonic,
     ) -> AsyncIterator[DiskStore]:
-        """Open or make the folder; leaving the context makes all of it durable. At least `free_share` of the file
+        """Open or make the folder; leaving the context makes all pieces durable. At least `free_share` of the file
         system, and `free_bytes`, are left free; blocks of the `pinned` objects are not evicted. A disk that is full,
-        fails or is read-only gives a store without budget, which holds nothing. Raises BadInputError naming the folder
-        where it cannot be used, another process uses it, or another version's index is in it."""
+        fails or is read-only yields a store without budget, which holds nothing. Raises BadInputError if the folder
+        cannot be used, if another process uses it, or if its index is of another version."""
         folder, rows = await trio.to_thread.run_sync(open_folder, directory)
         try:
             store = cls(folder, PinnedPolicy(eviction_policy(int, timer), pinned, budget_bytes), timer)
@@ -111,7 +111,7 @@ class DiskStore:
             await self.flush()
 
     async def flush(self, *, references: bool = False) -> None:
-        """Make durable what is held, and give back what was removed; with `references` also if that is all there is."""
+        """Make held pieces durable and give back removed ones; with `references` even if these are the only change."""
         await self._write_back.flush(references=references)
 
     async def get(self, piece: Piece) -> Held | None:
@@ -138,7 +138,7 @@ class DiskStore:
         return Held(data, entry.record)
 
     async def _read(self, entry: Entry, data: bytearray) -> str | None:
-        """Fill `data`; the answer is what is wrong with it, if anything. Raises OSError."""
+        """Fill `data`; returns a text if the bytes are wrong, else None. Raises OSError."""
         file = entry.file
         with opened(file.path, READ) as fd:
             identity = identity_of(os.fstat(fd))
@@ -238,13 +238,13 @@ class DiskStore:
         return self._table.policy.is_pinned(digest)
 
     def unused(self, seconds: float) -> list[Piece]:
-        """Pieces that are not pinned and were not used for this long."""
+        """Pieces that are not pinned and were not used for `seconds`."""
         before = int((time.time() - seconds) * 1000)
         keeps = self._table.policy.keeps
         return [piece for piece, entry in self._table.entries.items() if entry.used < before and not keeps(piece)]
 
     def beyond(self, target_bytes: int) -> list[Piece]:
-        """The pieces that would be evicted so that at most `target_bytes` are held; not enough where more is pinned."""
+        """The pieces that would be evicted so that at most `target_bytes` are held; too few if more is pinned."""
         policy = self._table.policy
         return policy.victims(policy.budget_bytes - target_bytes) if policy.bytes > target_bytes else []
 
@@ -266,8 +266,7 @@ class DiskStore:
 
     def seal(self, ref: ObjectRef) -> bool:
         """The caller just checked the object's digest, over bytes read from or put to this store. True if from now on
-        its file may be served as it is: all blocks are held, and the file has not changed since they were checked one
-        by one."""
+        its file may be served without hashing: all blocks are held, and the file has not changed since their checks."""
         file = self._table.files.get((ref.digest, None))
         whole = (1 << ref.block_count) - 1
         if file is None or not whole or file.checked != whole or self._table.bitmaps.bitmap(ref.digest) != whole:
@@ -277,7 +276,7 @@ class DiskStore:
         except OSError:
             return False
         file.sealed = file.note(identity) and identity.size == ref.size
-        self._write_back.hurry()  # a whole object is made durable now: a kill from here on loses nothing of it
+        self._write_back.hurry()  # flush soon, so that a kill loses no part of a whole object
         return file.sealed
 
     def open_sealed(self, digest: Digest) -> BinaryIO | None:

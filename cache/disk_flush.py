@@ -1,8 +1,8 @@
 """Write-back of the disk store: pieces become durable, and the bytes of removed ones go back to the file system.
 
-The order is the promise: data is synced before the rows that name it are written, and rows are deleted before their
-data. So a row never names bytes that are not its own. Flushes run one at a time; each takes a `Batch` of the table on
-the loop, carries it out in a thread, and applies the `Outcome` on the loop.
+The order of the steps matters: data is synced before the rows that name it are written, and rows are deleted before
+their data. So a row never names bytes that are not its own. Flushes run one at a time; each takes a `Batch` of the
+table on the loop, carries it out in a thread, and applies the `Outcome` on the loop.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from protocol.ids import Piece
 FLUSH_S = 1.0
 """A kill loses at most the puts of this time. Shorter means more syncs, which wear an eMMC."""
 FLUSH_PIECES = 64
-"""Puts after which a flush does not wait for FLUSH_S: 64 MiB of blocks."""
+"""Puts after which a flush does not wait for FLUSH_S: 32 MiB of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Work of one flush. Files in `trash` are unlinked whole; of others the `removed` pieces are punched out."""
+    """Work of one flush. Files in `trash` are unlinked; in other files, the `removed` pieces become holes."""
 
     added: list[Entry]
     removed: list[Entry]
@@ -114,7 +114,7 @@ class WriteBack:
         return Batch(list(self._table.unsynced.values()), removed, used, self._clear_files(removed))
 
     def _clear_files(self, removed: list[Entry]) -> dict[File, str]:
-        """Rename the files that hold nothing any more, so that new ones can take their names."""
+        """Rename the files without pieces, so that new files can have their names."""
         folder, trash = self._table.folder, dict[File, str]()
         for entry in removed:
             if entry.file.pieces or entry.file in trash:

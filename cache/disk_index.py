@@ -104,8 +104,7 @@ class DiskIndex:
 
 def open_index(path: Path) -> DiskIndex:
     """Open or make the index. An index that SQLite finds damaged is moved aside, since it only describes a cache.
-    Raises sqlite3.OperationalError where the disk fails, BadInputError where another version of this program made
-    it."""
+    Raises sqlite3.OperationalError if the disk fails, BadInputError if another version of this program made it."""
     try:
         return _open(path)
     except sqlite3.OperationalError:

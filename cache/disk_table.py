@@ -1,4 +1,4 @@
-"""The disk store's state in memory: which pieces it holds, in which files, and what room is left for more.
+"""The disk store's state in memory: which pieces it holds, in which files, and how much room is left.
 
 No file is touched here. A removed piece stays charged to the budget until a flush has deleted its row and given its
 bytes back (`cache/disk_flush.py`).
@@ -49,7 +49,7 @@ class File:
     next_reference: int = 0
 
     def note(self, identity: Identity) -> bool:
-        """Compare the file with what it was before; False if it has changed, which voids `checked` and `sealed`."""
+        """Compare the file's identity with the earlier one; if it has changed, void `checked` and `sealed`: False."""
         if identity == self.identity:
             return True
         self.identity, self.checked, self.sealed = identity, 0, False
@@ -98,7 +98,7 @@ class PieceTable:
         return self.policy.bytes + self.removed_bytes
 
     def adopt(self, rows: list[Stored]) -> None:
-        """Hold what the index names: pinned pieces first, then the most recently used, as far as the budget goes."""
+        """Hold the pieces in the index that fit the budget: pinned pieces first, then the most recently used."""
         self._last_used = max((row.used for row in rows), default=0)
         rows = sorted(rows, key=lambda row: not self.policy.keeps(row.piece))
         entries = [self.entry(row.piece, row.record, row.sha256, row.used) for row in rows]
@@ -162,7 +162,7 @@ class PieceTable:
         return [(piece, self.entries[piece].used) for piece in references if piece not in self.unsynced]
 
     def remove(self, entry: Entry) -> None:
-        """Forget a piece; where files cannot have holes, all pieces of its file."""
+        """Forget a piece; if files cannot have holes, forget all pieces of its file."""
         together = [entry] if self.folder.punching else [e for e in self.entries.values() if e.file is entry.file]
         for gone in together:
             self.policy.remove(gone.piece)
@@ -181,7 +181,7 @@ class PieceTable:
         self.removed_bytes += entry.space
 
     def is_derivable(self, piece: Piece) -> bool:
-        """A shard of a block that is held whole."""
+        """Whether the piece is a shard of a block that is held whole."""
         return piece.shard is not None and Piece(piece.block) in self.entries
 
 
@@ -200,7 +200,7 @@ class Room:
         self.recheck()
 
     def recheck(self) -> None:
-        """Ask the file system anew: space was given back."""
+        """Ask the file system again at the next check: space was given back."""
         self._spare_at = -math.inf
 
     def spend(self, written: int) -> None:

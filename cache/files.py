@@ -34,7 +34,7 @@ def opened(path: str | Path, flags: int) -> Iterator[int]:
 
 
 class Identity(NamedTuple):
-    """Unchanged as long as no process writes to the file, as far as the kernel shows (its clock ticks in ms)."""
+    """It stays the same while no process writes to the file, within the ticks of the kernel's clock (milliseconds)."""
 
     inode: int
     size: int
@@ -62,7 +62,7 @@ def write_at(fd: int, data: Buffer, offset: int) -> None:
 
 
 async def read_at(fd: int, buffer: bytearray, offset: int) -> bool:
-    """Fill `buffer` from `offset` on; False where the file is too short. Raises OSError. Bytes in the page cache are
+    """Fill `buffer` from `offset` on; False if the file is too short. Raises OSError. Bytes in the page cache are
     copied at once; only the rest is read in a thread."""
     view = memoryview(buffer)
     done = _read_cached(fd, view, offset)

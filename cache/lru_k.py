@@ -1,10 +1,10 @@
 """LRU-K as a cachetools policy (O'Neil, O'Neil & Weikum, SIGMOD 1993).
 
-LRU evicts by the last use of an entry, so one pass over many entries that are used once empties it. LRU-K evicts by the
-k-th last use, and remembers uses beyond eviction; entries with fewer than k remembered uses go first.
+LRU evicts by the last use of an entry, so one pass over many entries that are used once displaces all others. LRU-K
+evicts by the k-th last use, and remembers uses beyond eviction; entries with fewer than k uses are evicted first.
 
 The classical rule loses to LRU in large caches, where it keeps entries that were used often, but long ago. `horizon`
-mends that: the k-th last reference never counts as older than `horizon` before the last one, so that the order of
+prevents this: the k-th last reference never counts as older than `horizon` before the last one, so that the order of
 eviction runs from LRU (horizon 0) to LRU-K (infinite). `python -m simulations cache` measures it.
 """
 
@@ -25,7 +25,7 @@ V = TypeVar("V")
 HISTORY_FLOOR = 64
 """Evicted entries that are remembered even if fewer are held, so that a cache of few large entries learns too."""
 HEAP_FLOOR = 64
-"""A smaller heap is not cleared of the entries that are gone: it would not pay."""
+"""A smaller heap is not rebuilt to drop outdated entries: that costs more than it saves."""
 
 
 class _Past(NamedTuple):
@@ -49,7 +49,7 @@ class LRUKCache(Cache[K, V]):
       deletion; the keys that were evicted first are forgotten first.
     - `correlated`, `burst` and `horizon` are in the timer's units; the timer never goes back.
 
-    The heap has each entry under an order that it had once. As references only raise an entry's order, that is a
+    The heap holds each entry under one of its earlier orders. As references only raise an entry's order, that is a
     lower bound, corrected when it comes to the top: a hit costs O(1), an eviction O(log n) amortised.
     """
 

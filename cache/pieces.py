@@ -1,4 +1,4 @@
-"""Shared by the stores: validity of pieces, the eviction policy's parameters, and bitmaps of held pieces."""
+"""Parts that the stores share: checks of pieces, the eviction policy's parameters, and bitmaps of held pieces."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BURST_S = 600.0
 """How long such references count as one: longer than a site takes to pull an image. Without this bound, a piece in
 constant use would look like a piece that was used once."""
 REFERENCES = 3
-"""The k of LRU-K. The last but one reference is a poor estimate of how often a piece is used; the one before it hits 1
-to 2 points more in caches of up to 1 % of all requested bytes (docs/SIMULATIONS.md)."""
+"""The k of LRU-K. The last but one reference is a poor estimate of how often a piece is used; with the one before it,
+hit rates are 1 to 2 points higher in caches of up to 1 % of all requested bytes (docs/SIMULATIONS.md)."""
 HORIZON_S = 10 * 86400.0
-"""How long a frequent use counts. Popularity changes: without this bound, large caches lose to LRU."""
+"""How long frequent uses count. Popularity changes: without this bound, large caches lose to LRU."""
 UNBOUNDED = 1 << 62
 """Bound of the policy in a store that enforces its budget itself: cachetools' bound cannot be changed."""
 MAX_ENTRIES = 1 << 18

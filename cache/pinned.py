@@ -1,4 +1,4 @@
-"""The eviction policy with the pieces that it must not name: whole blocks of pinned objects."""
+"""The eviction policy, without the pieces that must not be evicted: the whole blocks of pinned objects."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from protocol.ids import Digest, Piece
 
 
 class PinnedPolicy:
-    """Sizes of pieces; victims are named among those that are not pinned. A shard of a pinned object may be evicted: it
-    can be derived from the whole block, which a pin has fetched. `budget_bytes`, which may be changed, is for pinned
-    and other pieces together; the `policy` has no bound itself."""
+    """Holds the sizes of pieces, and names victims among those that are not pinned. A shard of a pinned object may be
+    evicted: it can be derived from the whole block, which a pin has fetched. `budget_bytes`, which may be changed, is
+    for pinned and other pieces together; the `policy` has no bound itself."""
 
     def __init__(self, policy: LRUKCache[Piece, int], pinned: frozenset[Digest], budget_bytes: int) -> None:
         self._policy, self._pinned, self.budget_bytes = policy, set(pinned), budget_bytes

@@ -1,7 +1,7 @@
-"""A disk store's folder: layout, opening, and bringing files and index to agreement before the store serves from them.
+"""A disk store's folder: its layout, and opening it: files and index must agree before the store serves them.
 
-After an unclean stop there are bytes that no row names, which are given back, and rows whose bytes are gone, which are
-dropped. Whether the bytes of a row are right is not checked here: every read hashes them.
+After an unclean stop there are bytes that no row names, which are given back, and rows whose bytes are missing, which
+are dropped. Whether the bytes of a row are right is not checked here: every read hashes them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from protocol.ids import BLOCK_SIZE, Digest, Piece, Shard, shard_length
 logger = logging.getLogger(__name__)
 
 _UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""With one of these the node runs without the folder: they are failures of the disk, which no configuration mends."""
+"""With one of these the node runs without the folder: they are failures of the disk, which no configuration repairs."""
 TRASH = "trash"
 """Where emptied files wait, under new names, for the thread that unlinks them."""
 MAX_WARNINGS = 64
-"""Kinds of trouble that are logged."""
+"""Different problems that are logged."""
 PAGE = 4096
 """Space is taken and given back in multiples of this: the file system's block."""
 _METADATA = 1.1
-"""Where files cannot have holes, a file that takes more than this many times its pieces' space is removed. The excess
-is for its block maps."""
+"""If files cannot have holes, a file that takes more than this many times its pieces' space is removed. The excess
+allows for its block maps."""
 _NAME = re.compile(r"(?:[0-9a-f]{64}|[0-9a-f]{128})(?:\.\d{1,3}\.\d{1,3}\.\d{1,3})?", re.ASCII)
 
 
@@ -50,7 +50,7 @@ def relative_path(digest: Digest, shard: Shard | None) -> str:
 
 
 def offset_of(piece: Piece) -> int:
-    """Where the piece begins in its file. Slots start on a page, so that giving one back leaves its neighbours."""
+    """Where the piece begins in its file. Slots start on a page, so that giving one back keeps the others."""
     slot = BLOCK_SIZE if piece.shard is None else space(shard_length(BLOCK_SIZE, piece.shard.k))
     return piece.block.index * slot
 
@@ -67,7 +67,7 @@ class Folder:
     _warned: set[str] = field(default_factory=set)
 
     def warn_once(self, action: str, error: Exception) -> None:
-        """Log an error that may come again and again."""
+        """Log an error that may recur often, but only once."""
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         if f"{action}: {reason}" not in self._warned and len(self._warned) < MAX_WARNINGS:
             self._warned.add(f"{action}: {reason}")
@@ -132,7 +132,7 @@ def can_punch(directory: Path) -> bool:
 
 
 def reconcile(directory: Path, rows: Collection[Stored], punching: bool) -> set[Piece]:
-    """The pieces whose bytes are there. All other bytes in the folder's files are given back. Raises OSError."""
+    """The pieces whose bytes are in the folder. All other bytes of its files are given back. Raises OSError."""
     named: dict[str, list[Stored]] = {}
     for row in rows:
         named.setdefault(relative_path(row.piece.block.digest, row.piece.shard), []).append(row)
@@ -146,7 +146,7 @@ def reconcile(directory: Path, rows: Collection[Stored], punching: bool) -> set[
         except OSError as error:
             logger.warning("%s: %s", path, error.strerror)
     if unnamed or len(present) < len(rows):
-        text = "%s: %d pieces are forgotten, since their bytes are not there; %d files of no piece are removed"
+        text = "%s: %d pieces are forgotten, because their bytes are missing; %d files without pieces are removed"
         logger.warning(text, directory, len(rows) - len(present), len(unnamed))
     return present
 

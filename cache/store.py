@@ -1,7 +1,7 @@
 """The contract of everything that stores pieces.
 
 A store maps a `Piece` (a whole block or one shard of it) to its bytes and the signed `Record` of its block. All stores
-keep these promises, which tests/conformance/test_store.py runs against each of them:
+keep these promises, which tests/conformance/test_store.py checks for each of them:
 
 - `get` never returns a wrong byte. A whole block has been hashed against its record's sha256, a shard against the
   sha256 that was noted when it was put, since the bytes last could have changed outside this process. A piece that
@@ -9,7 +9,7 @@ keep these promises, which tests/conformance/test_store.py runs against each of 
 - `get` counts as a reference for the eviction policy; `holds` and `holdings` do not, and read no data.
 - `put` stores all or nothing and may decline (False): no space under the budget, no free disk, a read-only store.
   The caller still has the bytes. A full store evicts by its policy first. Putting a piece twice changes nothing.
-- `objects` gives those of which at least one piece is held, in any order.
+- `objects` returns the objects of which at least one piece is held, in any order.
 - The bytes held never exceed `budget_bytes`; space is reserved before it is written.
 - Every method may be cancelled at any await and leaves the store whole.
 - A store does not alter the bytes that it returned; the caller does not alter them either.

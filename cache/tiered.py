@@ -52,7 +52,7 @@ class Tiers:
         return None
 
     async def put(self, piece: Piece, data: Buffer, record: Record) -> None:
-        """Store in each tier that has room. Nothing is lost if no tier takes it: the caller has the bytes."""
+        """Store in each tier that has room. If no tier stores it, nothing is lost: the caller has the bytes."""
         await self._memory.put(piece, data, record)
         if piece.shard is None:
             await self._drop_shards(piece.block)
@@ -105,7 +105,7 @@ class Tiers:
         return (file, "containerd") if file is not None else None
 
     def _left_to_containerd(self, digest: Digest) -> bool:
-        """Pinned objects are not: containerd removes an image when its own user wants that."""
+        """Whether only containerd stores the object. Pinned objects are on disk too: containerd may remove its copy."""
         return self._containerd is not None and self._containerd.has_object(digest) and not self._disk.is_pinned(digest)
 
     async def drop_doubles(self) -> None:

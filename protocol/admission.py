@@ -1,7 +1,7 @@
-"""Join tokens and revocations, which the cluster's authority signs beside certificates.
+"""Join tokens and revocations, which the cluster's authority signs, as it signs certificates.
 
-Values, their bytes and their checks; no clock, so `now` is an argument. Bytes: docs/FORMATS.md, "Join tokens" and
-"Revocations". Use: docs/PROTOCOL.md, "Joining" and "Revocation".
+This module has their values, bytes and checks. It reads no clock: `now` is an argument. Bytes: docs/FORMATS.md, "Join
+tokens" and "Revocations". Use: docs/PROTOCOL.md, "Joining" and "Revocation".
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from protocol.records import public_key_of
 Sign = Callable[[bytes], bytes]
 """Ed25519 with the authority's key."""
 
-TOKEN_PREFIX, _TOKEN_CONTEXT = "shoal-join-1.", b"shoal-token-1\x00"  # names a format
+TOKEN_PREFIX, _TOKEN_CONTEXT = "shoal-join-1.", b"shoal-token-1\x00"  # names of formats, not secrets
 REVOCATION_PREFIX, _REVOCATION_CONTEXT = "shoal-revocation-1.", b"shoal-revocation-1\x00"
-_TOKEN_SUBJECT = "token:"  # names a kind
+_TOKEN_SUBJECT = "token:"  # not a secret
 
 SIGNATURE = 64
 ID_BYTES = 16
@@ -34,11 +34,11 @@ MAX_TEXT = 1024
 """Characters of a token or a revocation; real ones have some 210."""
 MAX_SITE = 64
 MAX_USES = 1024
-"""Nodes that a token with a limit may admit: this many peer ids are kept for it."""
+"""Nodes that a token with a limit may admit: the peer id of each is kept."""
 MAX_TIME = 1 << 40
 """Unix seconds: beyond any date, and far enough from the limit of 64-bit integers for any sum."""
 MIN_LIFETIME_S = 24 * 3600
-"""A shorter certificate could expire before its node renews it, where a clock is wrong by hours."""
+"""With a shorter lifetime, a certificate could expire before its renewal if a clock is wrong by hours."""
 MAX_SUBJECT = 64
 """Characters: a peer id has 52, a token's subject 38."""
 MAX_REVOCATIONS = 1024
@@ -47,7 +47,7 @@ MAX_REVOCATIONS = 1024
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
     """An invitation. `cluster` is the SHA-256 of the CA certificate; `made` and `expires` are Unix time; `uses`: how
-    many nodes it admits, 0 for any number; `lifetime`: seconds for which its certificates are valid, 0 without end."""
+    many nodes it admits, 0 for any number; `lifetime`: seconds for which its certificates are valid, 0 for ever."""
 
     cluster: bytes
     site: str
@@ -64,7 +64,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Revocation(msgspec.Struct, frozen=True, array_like=True):
-    """The authority's statement that a peer id, or a join token's `subject`, is refused from now on, for good."""
+    """The authority's statement that a peer id, or a join token's `subject`, is refused permanently."""
 
     subject: str
     made: int
@@ -88,8 +88,8 @@ def make_token(token: Token, sign: Sign) -> str:
 
 
 def read_token(text: str) -> Token:
-    """A token's values, unproven: its bearer cannot check them before it has the CA certificate. Raises BadInputError.
-    No error contains any of the text, which is a secret."""
+    """A token's values, not verified: its bearer cannot check them before it has the CA certificate. Raises
+    BadInputError. No error contains a part of the text, which is a secret."""
     return _token_of(_from_text(TOKEN_PREFIX, text, "join token"))
 
 
@@ -105,7 +105,7 @@ def check_token(text: str, authority: Ed25519PublicKey, cluster: bytes, now: flo
         raise NotAdmittedError("the join token is of another cluster, or altered")
     if now > token.expires:
         raise NotAdmittedError(
-            f"the join token expired at {date(token.expires)}; the member that issues certificates has {date(now)}"
+            f"the join token expired at {date(token.expires)}; it is {date(now)} at the member that issues certificates"
         )
     return token
 
@@ -135,7 +135,7 @@ def is_site(text: str) -> bool:
 
 
 def make_revocation(cluster: bytes, subject: str, now: int, sign: Sign) -> Revocation:
-    """Raises BadInputError where `subject` is neither a peer id nor a token's."""
+    """Raises BadInputError if `subject` is neither a peer id nor a token's subject."""
     _check_subject(subject)
     return Revocation(subject, now, sign(_revoked(cluster, subject, now)))
 
@@ -145,7 +145,7 @@ def revocation_text(revocation: Revocation) -> str:
 
 
 def read_revocation(text: str) -> Revocation:
-    """A revocation's values, unproven. Raises BadInputError."""
+    """A revocation's values, not verified. Raises BadInputError."""
     return _decoded(Revocation, _from_text(REVOCATION_PREFIX, text, "revocation"), "revocation")
 
 
@@ -173,7 +173,7 @@ def _check_subject(subject: str) -> None:
 
 
 def date(seconds: float) -> str:
-    """For people: `2026-11-24 16:38 UTC`."""
+    """Text for people: `2026-11-24 16:38 UTC`."""
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
     except (ValueError, OverflowError, OSError):
@@ -200,7 +200,7 @@ def _from_text(prefix: str, text: str, kind: str) -> bytes:
     except (binascii.Error, ValueError):
         data = b""
     if len(text) > MAX_TEXT or len(data) <= SIGNATURE or _to_text(prefix, data) != text:
-        raise BadInputError(f"not a {kind}: it begins with {prefix} and has to be copied whole")
+        raise BadInputError(f"not a {kind}: copy the whole text, which begins with {prefix}")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Which members hold some of an object, as they announced it. Soft state: it expires, and is announced again."""
+"""Which members hold a part of an object, as they announced. Soft state: entries expire, and holders announce again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 from protocol.ids import Digest, PeerId
 
 TTL_S = 120.0
-"""Four announcements may be lost before a holder is forgotten."""
+"""Four times the interval of announcements: three in a row may be lost before a holder is forgotten."""
 MAX_OBJECTS = 65536
 MAX_HOLDERS = 16
 """Enough to find a block although several holders evicted it; more would only cost memory."""
@@ -28,6 +28,6 @@ class Directory:
             self._holders.popitem(last=False)
 
     def holders(self, digest: Digest, now: float) -> tuple[PeerId, ...]:
-        """The most recent to announce first."""
+        """The members whose announcement has not expired, the latest first."""
         holders = self._holders.get(digest)
         return tuple(peer for peer, until in reversed(holders.items()) if until > now) if holders else ()

@@ -1,7 +1,7 @@
-"""How statements spread: gossip piggybacked on pings, and syncs of whole views, which mend what gossip missed.
+"""How statements about members spread: by gossip piggybacked on pings, and by syncs of whole views for missed gossip.
 
-Gossip after SWIM, section 4.1: each statement is passed on a limited number of times, the least often sent first. Syncs
-after hashicorp/memberlist.
+Gossip follows SWIM, section 4.1: each statement is passed on a limited number of times, the least often sent first.
+Syncs follow hashicorp/memberlist.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from protocol.swim_values import Gossip, SwimConfig, SyncWith
 from protocol.wire import MAX_HEADER
 
 MAX_VIEW_BYTES = MAX_HEADER - (256 << 10)
-"""Encoded statements of a view: a message's bound, less its frame and all revocations. Only a view full of invented
-members ever comes near it."""
+"""Bytes of a view's encoded statements: a message's bound, less its frame and all revocations. Only a view full of
+invented members reaches it."""
 _ENCODER = msgspec.msgpack.Encoder()
 
 
 class Rumours(dict[PeerId, int]):
-    """Members about which there is news to pass on, with the number of times that it was sent."""
+    """Members about which there is news to pass on, with the number of times that this news was sent."""
 
     def add(self, peer: PeerId) -> None:
         self[peer] = 0
@@ -43,7 +43,7 @@ class Rumours(dict[PeerId, int]):
 
 
 class GossipQueue:
-    """Decides what each message carries, and when a message is sent for its own sake."""
+    """Decides which statements each message carries, and when to send a message only to pass on news."""
 
     def __init__(self, table: MemberTable, config: SwimConfig, now: float) -> None:
         self._table, self._config = table, config
@@ -63,12 +63,12 @@ class GossipQueue:
         return [Gossip(peer) for peer in self._table.sample(self._config.gossip_fanout)]
 
     def updates_for(self, peer: PeerId) -> tuple[Update, ...]:
-        """The statements that a message to `peer` carries: the own one, the one that `peer` has to refute, and news."""
+        """The statements that a message to `peer` carries: its own, the one that `peer` has to refute, and news."""
         entries, own = self._table.entries, self._table.own
         about = entries.get(peer)
         accused = about is not None and about.update.state is not State.ALIVE
         picked = self.rumours.pick(self._config.piggyback)
-        if not accused:  # a message to a dead peer does not count as sent
+        if not accused:  # a message to a suspect or dead peer does not count as sent
             self.rumours.count(picked, self._config.retransmit_limit(len(self._table.site)))
         picked = [subject for subject in picked if subject not in (peer, own.member.peer_id)]
         if about is not None and accused and not about.is_hint:
@@ -76,7 +76,7 @@ class GossipQueue:
         return (own, *(entries[subject].update for subject in picked))
 
     def view(self) -> tuple[Update, ...]:
-        """All statements except hints, the own one first; as many as fit one message."""
+        """All statements except hints, this node's own first; as many as fit into one message."""
         updates = [self._table.own]
         room = MAX_VIEW_BYTES
         for entry in self._table.entries.values():
@@ -89,7 +89,7 @@ class GossipQueue:
 
 
 class Syncs:
-    """Exchanges of whole views: with random members, with new ones, and with lost ones, which may be back."""
+    """Exchanges of whole views: with random members, with new members, and with lost members, which may be back."""
 
     def __init__(self, table: MemberTable, config: SwimConfig, rng: Random, now: float) -> None:
         self._table, self._config = table, config

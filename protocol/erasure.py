@@ -1,8 +1,8 @@
-"""The systematic Reed-Solomon code of a block: any k of its k+m shards give it back.
+"""The systematic Reed-Solomon code of a block: any k of its k+m shards restore the block.
 
 The code is the one that reedsolo's `RSCodec(m, nsize=k+m, fcr=0)` defines column-wise over the k slices of a block:
-GF(256) modulo 0x11d, generator 2 (Reed & Solomon 1960; docs/FORMATS.md, "Shards"). reedsolo supplies the field's
-tables and the parity matrix, but its own loop does 1 MB/s. So the bulk of the work is done here: a sum of rows times
+GF(256) modulo 0x11d, generator 2 (Reed & Solomon 1960; docs/FORMATS.md, "Shards"). reedsolo supplies the field's tables
+and the parity matrix, but its own loop codes only 1 MB/s. So this module does the bulk of the work: a sum of rows times
 coefficients is evaluated by Horner's rule over the *bits* of the coefficients, which costs XORs and seven doublings of
 the sum, all at memory speed in numpy, and no lookup. (16-bit tables have half the speed, and 128 KiB per coefficient.)
 """
@@ -47,7 +47,7 @@ def encode_shard(block: Buffer, k: int, m: int, index: int) -> memoryview:
 
 
 def decode_block(shards: Mapping[int, Buffer], k: int, m: int, length: int, out: bytearray | None = None) -> bytearray:
-    """The block of `length` bytes, from k or more of its shards by index, in `out` (of that length) where it is given.
+    """The block of `length` bytes, from k or more of its shards by index, in `out` (of that length) if it is given.
     Raises BadInputError for fewer than k shards, a shard of a wrong size, or an impossible index or geometry. Wrong
     bytes in a shard give a wrong block, which the record's sha256 reveals."""
     _check_index(k, m, 0)
@@ -82,7 +82,7 @@ def _fill(block: Row, rows: dict[int, Row], k: int, m: int) -> None:
     missing = [j for j in range(k) if j not in rows]
     if not missing:
         return
-    # Each codeword's symbols add up to zero (its polynomial has the root 1), so that the last unknown one is free.
+    # Each codeword's symbols add up to zero (its polynomial has the root 1), so one unknown is the sum of the others.
     last = missing.pop() if len(rows) - k + len(missing) == m else None
     chosen = tuple(rows)[:k]
     for j in missing:
@@ -95,7 +95,7 @@ def _fill(block: Row, rows: dict[int, Row], k: int, m: int) -> None:
 
 
 def _add_up(target: Row, coefficients: Coefficients, rows: Sequence[Row]) -> None:
-    """Add the sum of coefficient times row over GF(256) to the zeros in `target`, as far as it and each row reach."""
+    """Add the sum of coefficient times row over GF(256) to `target`, which is zero. Rows may be longer or shorter."""
     scratch = np.empty_like(target)
     top = max(coefficients).bit_length()
     for bit in reversed(range(top)):
@@ -125,9 +125,9 @@ def _parity_matrix(k: int, m: int) -> tuple[Coefficients, ...]:
 
 @lru_cache(maxsize=_MATRICES)
 def _recovery(k: int, m: int, chosen: tuple[int, ...]) -> dict[int, Coefficients]:
-    """For each data shard that is not among the k `chosen` ones: their coefficients, in order. The parity rows p =
-    A·missing + B·present are solved for the missing: A⁻¹·B·present + A⁻¹·p, by Gauss-Jordan elimination of (A | B | I).
-    Any square A of parity coefficients can be inverted, because the code is MDS."""
+    """For each data shard that is not among the k `chosen`: the coefficients of the chosen shards, in order. The parity
+    rows p = A·missing + B·present are solved for the missing: A⁻¹·B·present + A⁻¹·p, by Gauss-Jordan elimination of (A
+    | B | I). Any square A of parity coefficients can be inverted, because the code is MDS."""
     missing = [j for j in range(k) if j not in chosen]
     present = [i for i in chosen if i < k]
     parities = [i for i in chosen if i >= k]

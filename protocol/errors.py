@@ -1,9 +1,9 @@
-"""Errors that cross a seam. "The peer misbehaved" and "we have a bug" are different types."""
+"""Errors that one module raises and another handles. "The peer misbehaved" and "we have a bug" are different types."""
 
 import msgspec
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""Errors of msgspec for bytes from outside: the last for values that are nested too deep."""
+"""Errors of msgspec for bytes from outside: RecursionError is for values that are nested too deep."""
 
 
 class ShoalError(Exception):
@@ -19,7 +19,7 @@ class PeerMisbehavedError(ShoalError):
 
 
 class NotAdmittedError(PeerMisbehavedError):
-    """The other side is not, or no longer, a member of this cluster. `peer` is its peer id, where that is proven."""
+    """The other side is not, or no longer, a member of this cluster. `peer` is its peer id if that is proven."""
 
     def __init__(self, text: str, peer: str = "") -> None:
         super().__init__(text, peer)
@@ -34,7 +34,7 @@ class PeerUnavailableError(ShoalError):
 
 
 class UnavailableError(ShoalError):
-    """No peer and no registry could give the object now: they are out of reach or failing."""
+    """No peer and no registry can send the object now: they are out of reach or failing."""
 
 
 class NotFoundError(ShoalError):

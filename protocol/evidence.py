@@ -1,7 +1,7 @@
-"""Evidence that a member signed a false record, signed by the member that found it out.
+"""Evidence that a member signed a false record, signed by the member that discovered it.
 
 The false record is the proof, and any member that has the true bytes can check it. The finder's signature shows which
-member answers for a false accusation. Bytes and rules: docs/PROTOCOL.md, "Evidence".
+member is responsible for a false accusation. Bytes and rules: docs/PROTOCOL.md, "Evidence".
 """
 
 from __future__ import annotations

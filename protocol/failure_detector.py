@@ -1,7 +1,7 @@
-"""SWIM's failure detection: which member is probed when, and what its silence means.
+"""SWIM's failure detection: when each member is probed, and what follows if it does not answer.
 
-After SWIM's suspicion (section 4.2) and the local health of Lifeguard (Dadgar et al., 2018) in its simplest form:
-*strain* counts probes in which the helpers were silent too, which points to this node's own link, and slows its probes.
+It uses SWIM's suspicion (section 4.2) and the simplest form of Lifeguard's local health (Dadgar et al., 2018): *strain*
+counts probes whose helpers were silent too. This points to this node's own link, and slows its probes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ RTT_GAIN = 0.2
 
 
 class FailureDetector:
-    """Its conclusions are returned as updates that the caller holds."""
+    """It returns its conclusions as updates, which the caller stores in the table."""
 
     def __init__(self, table: MemberTable, config: SwimConfig, rng: Random, now: float) -> None:
         self._table, self._config, self._rng = table, config, rng
         self._suspects: dict[PeerId, float] = {}
-        """With the time at which each counts as dead."""
+        """Each with the time at which it counts as dead."""
         self.probing: dict[PeerId, Probe] = {}
         self._wanted: dict[PeerId, None] = {}
         self._ring: list[PeerId] = []
@@ -36,8 +36,8 @@ class FailureDetector:
         return -math.inf if self._wanted else min((self._next_probe, *self._suspects.values()))
 
     def resume(self, now: float) -> bool:
-        """Whether this process stood still until now; if so, every timer starts anew, since none of them heard a word.
-        Judged by the probe timer, since nothing but a pause can hold that up."""
+        """Whether this process was paused until now. If so, all timers restart, because no answer could arrive. The
+        probe timer shows this, because only a pause can delay it by `pause_s`."""
         if now - self._next_probe <= self._config.pause_s:
             return False
         self.probing.clear()
@@ -111,9 +111,9 @@ class FailureDetector:
         return probe
 
     def _next_target(self) -> PeerId | None:
-        """By turns the own successor in the site's order, and the next of a shuffled ring, as in SWIM. The ring alone
-        leaves a member unprobed for t intervals with probability e**-t; a fixed watcher bounds that wait by two, and
-        where the watcher is gone as well there is still the ring."""
+        """In turn, this node's successor in the order of the site, and the next member of a shuffled ring, as in SWIM.
+        The ring alone leaves a member unprobed for t intervals with probability e**-t. A fixed watcher bounds this by
+        two intervals, and the ring remains if the watcher fails too."""
         others = self._table.neighbours
         self._turn += 1
         if others and self._turn % 2:

@@ -1,13 +1,13 @@
 """Reading one coded block: which keepers to ask for which shards, when an answer is late, and when to ask another.
 
-A plan receives events and returns the requests still to be made. It ends when k distinct shards of one record came, or
-when no keeper is left to ask. Asking k, and a spare for a late one: "On-demand Container Loading in AWS Lambda" (USENIX
-ATC'23), section 3.2; when to stop waiting: Dean and Barroso, "The Tail at Scale" (CACM 2013).
+A plan receives events and returns the requests still to be made. It ends when k distinct shards have arrived, or when
+no keeper is left to ask. It asks k keepers, and a spare for a late one, as in "On-demand Container Loading in AWS
+Lambda" (USENIX ATC'23), section 3.2. When to stop waiting: Dean and Barroso, "The Tail at Scale" (CACM 2013).
 
 **Clocks.** A keeper that lacks its shard answers `Waiting` while the block comes from the upstream. This time is not
 its own: its clock stands still until it reports that its answer is ready, or until another keeper's shard shows that
 the block has reached the site. A peer's usual time is measured by the same clock. A peer that answers other requests
-meanwhile is working, and this request waits for its turn: its clock restarts, but a limited number of times.
+meanwhile is working, and this request waits for its turn: its clock restarts with each answer, within TURN_FACTOR.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from protocol.ids import PeerId
 
 COLD_FLOOR_S = 1.5
-"""Until a shard came, no answer is late earlier: this suffices to notice a dead peer, and a burst of blocks that came
-from the upstream together takes as long to pass on."""
+"""Before the first shard arrives, no answer is late earlier. This suffices to notice a dead peer, and a burst of blocks
+that arrived from the upstream together takes as long to pass on."""
 WARM_FLOOR_S = 0.03
 """The same after the first shard: more than the loops of two busy nodes take."""
 SETTLE_S = 2.0
 """After the first shard, the others reach their keepers within this time, one after another over the home's link."""
 LAST_FACTOR = 2.0
-"""The last missing shard is late after this many times the slowest of the others: they shared the same links."""
+"""The last missing shard is late after this many times the time of the slowest other: they share the same links."""
 TURN_FACTOR = 2.0
-"""A peer that answers other requests is late after this many times the wait for a silent peer."""
+"""A peer that answers other requests is late at the latest after this many times the wait for a silent peer."""
 PATIENCE_FACTOR, PATIENCE_S = 2.0, 0.5
-"""A late peer is given up after FACTOR times its time plus this: then another is asked, even without spare budget."""
+"""A late peer is given up FACTOR times its wait and this later: then another is asked, even without spare budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Ask:
 
 @dataclass(slots=True)
 class _Asked:
-    """A request under way; its clock runs from `since`, which is infinite while it stands still."""
+    """A request under way; its clock runs from `since`, which is infinite while the clock stands still."""
 
     want: int
     asked_at: float
@@ -56,7 +56,7 @@ class _Asked:
 
 @dataclass(eq=False)
 class ShardPlan:
-    """`order` is the keepers, the best to ask first; the rank of a keeper is the index of its shard. `late_after_s`:
+    """`order` has the keepers, the best to ask first; the rank of a keeper is the index of its shard. `late_after_s`:
     the time after which a peer's answer is an outlier; `answered_at`: when a peer last answered any request;
     `patience_s`: added to the time until a late peer is given up. `now` is monotonic seconds."""
 
@@ -98,14 +98,14 @@ class ShardPlan:
         return self._next(len(self._left) if all_at_once else self.k, now)
 
     def heard(self, peer: PeerId, ready: bool, now: float) -> None:
-        """A `Waiting` came. `ready`: the answer waits for its turn on the connection; else the peer still lacks it."""
+        """A `Waiting` arrived. `ready`: the answer waits for its turn on the connection; else it does not exist yet."""
         asked = self._asked.get(peer)
         if asked is not None and not self._have:
             asked.since = min(asked.since, now) if ready else math.inf
             asked.was_cold |= not ready
 
     def took_s(self, peer: PeerId, now: float) -> float | None:
-        """Time that the peer has taken by its own clock; None where that stands still."""
+        """Time that the peer has taken by its own clock; None if this stands still, or the peer is not asked."""
         asked = self._asked.get(peer)
         return None if asked is None or asked.since > now else now - asked.since
 
@@ -137,7 +137,7 @@ class ShardPlan:
         return self._top_up(now)
 
     def got(self, peer: PeerId, index: int, now: float) -> list[Ask]:
-        """A good shard came. If it came before, the peer is asked once more for exactly its own."""
+        """A good shard arrived. If it is a duplicate, the peer is asked once more, for exactly its own shard."""
         answered = self._asked.pop(peer)
         want = answered.want
         if index not in self._have:
@@ -159,11 +159,11 @@ class ShardPlan:
         return self._top_up(now)
 
     def next_check(self) -> float:
-        """When to call `overdue`, unless an event comes before; infinity for never."""
+        """When to call `overdue`, unless an event happens first; infinity for never."""
         return min((at for _, _, at in self._deadlines()), default=math.inf)
 
     def overdue(self, now: float) -> tuple[list[PeerId], list[Ask]]:
-        """Peers that became late just now, for each of which a spare may be asked; and requests for peers given up."""
+        """Peers that just became late, for each of which a spare may be asked; and requests to replace others."""
         late: list[PeerId] = []
         for peer, asked, at in list(self._deadlines()):
             if at > now:
@@ -177,7 +177,7 @@ class ShardPlan:
         return late, self._top_up(now)
 
     def spare(self, now: float) -> list[Ask]:
-        """A shard is late and the spare budget allows another request."""
+        """The request for one more shard, if a keeper is left to ask."""
         return self._next(1, now)
 
     def _deadlines(self) -> Iterator[tuple[PeerId, _Asked, float]]:

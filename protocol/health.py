@@ -1,6 +1,6 @@
-"""How well each peer answered recently: whom to ask first and how long to wait.
+"""How well each peer answered recently: which peer to ask first, and how long to wait.
 
-Times are seconds of service: a request that waited for the upstream says nothing about the peer and is not counted.
+Times are seconds of service: a request that waited for the upstream shows nothing about the peer and is not counted.
 Mean and deviation are exponentially weighted, as in TCP's retransmission timer (RFC 6298). The estimate for a peer that
 is not asked fades towards the first guess, so that a slow peer is tried again.
 """
@@ -20,18 +20,18 @@ MAX_PEERS = 16384
 FIRST_GUESS_S = 0.02
 """A peer without measurements is asked before one that was slow."""
 UNKNOWN_LATE_S = 2.0
-"""For a peer without measurements: its link is unknown too."""
+"""A peer without measurements is late after this time: its link is unknown too."""
 FADE_S = 30.0
-"""After this time half of a measurement's weight is left, after three times as long nothing."""
+"""After this time half of a measurement's weight is left, after three times as long almost nothing."""
 LATE_CAP_S = 10.0
 """On a link of 4 Mbit/s eight shards of 256 KiB take 4 s: a peer beyond this is useless rather than slow."""
 BACKOFF_FIRST_S = 3.0
-"""Together with the silence before it about as long as the membership takes to drop a dead node: one wait suffices."""
+"""With the silence before it, about the time in which the membership drops a dead node: one back-off suffices."""
 BACKOFF_CAP_S = 30.0
 UNFIT_S = 30.0
 """How long a slow home is replaced: a bad link does not recover in a moment, and another try costs seconds."""
 LAGGARD_FACTOR, LAGGARD_S = 8.0, 2.0
-"""A peer that takes LAGGARD_FACTOR times the median and LAGGARD_S is left out."""
+"""A peer whose mean is above LAGGARD_FACTOR times the median, and above LAGGARD_S, is left out."""
 QUICK_S = 0.0025
 """Up to this mean, a fifth shard beside four is cheap: it takes half a millisecond of the reader's link. Waiting for a
 late one takes WARM_FLOOR_S of protocol/fetch_plan.py, which costs more if it happens once in fifty reads."""
@@ -70,7 +70,7 @@ class Health:
         self._of(peer).outstanding += 1
 
     def answered(self, peer: PeerId, elapsed_s: float | None, now: float) -> None:
-        """The request ended well; `elapsed_s` is None where the wait was not the peer's own."""
+        """The peer answered; `elapsed_s` is None if the wait was not its own."""
         state = self._of(peer)
         state.outstanding = max(0, state.outstanding - 1)
         state.failures, state.avoid_until = 0, 0.0
@@ -100,8 +100,8 @@ class Health:
         state.avoid_until = now + _backoff_s(state.failures)
 
     def beaten(self, peer: PeerId, now: float) -> None:
-        """A read ended without the peer's late answer: it lives, but is asked after the others for a while. Its mean
-        does not show that, since the answers that would raise it were not waited for."""
+        """A read ended without the peer's late answer: the peer is asked after the others for a while. Its mean does
+        not show the delay, because the read did not wait for the answer."""
         state = self._of(peer)
         if now < state.last_until:
             return  # several reads at once count once
@@ -146,8 +146,8 @@ class Health:
         return sorted(peers, key=expected)
 
     def usable(self, peers: Iterable[PeerId], now: float) -> list[PeerId]:
-        """The `peers`, in their order, that are fit, do not fail, and do not lag far behind the median of all measured.
-        The median of two or three would make a laggard of the peer that answered the first burst last."""
+        """The `peers`, in their order, that are fit, do not fail, and do not lag far behind the median of all measured
+        peers. A median of only two or three would exclude the peer that answered the first burst last."""
         means = {peer: self._faded_s(state, now) for peer, state in self._peers.items() if state.measured}
         bound = max(LAGGARD_S, LAGGARD_FACTOR * median_low(means.values())) if means else 0.0
         return [
@@ -164,8 +164,8 @@ class Health:
         return min(LATE_CAP_S, state.mean_s + 3 * state.deviation_s)
 
     def steady(self, peers: Iterable[PeerId]) -> bool:
-        """Whether each measured peer takes a while, and is late in less than twice its usual time. Where all are asked
-        at once, the last one is never measured and must not count against the others."""
+        """Whether each measured peer is slower than QUICK_S, and late before twice its usual time. If all are asked at
+        once, the last peer is never measured, and must not count against the others."""
         states = [(self._of(peer), self.late_after_s(peer)) for peer in peers]
         return all(s.mean_s > QUICK_S and late_s < 2 * s.mean_s for s, late_s in states if s.measured)
 

@@ -1,8 +1,8 @@
 """Identifiers, and the arithmetic of blocks.
 
-An *object* is immutable bytes named by their digest. It is cut into *blocks* of `BLOCK_SIZE` bytes, the last may be
-shorter. A block is coded into k+m *shards* of equal size: shards 0..k-1 are its slices, the others parity.
-A *piece* is what a store holds: a whole block or one shard of it.
+An *object* is immutable bytes named by their digest. It is cut into *blocks* of `BLOCK_SIZE` bytes; the last may be
+shorter. A block is coded into k+m *shards* of equal size: shards 0..k-1 are its slices, the others parity. A *piece* is
+what a store holds: a whole block or one shard of it.
 """
 
 from __future__ import annotations

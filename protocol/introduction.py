@@ -76,7 +76,7 @@ def decode_members(body: bytes, peer: PeerId) -> tuple[Member, ...]:
     for member in members:
         _check(member)
     if members[0].peer_id != peer:
-        raise PeerMisbehavedError(f"speaks for {members[0].peer_id}, which it is not")
+        raise PeerMisbehavedError(f"introduces itself as {members[0].peer_id}, which it is not")
     return members
 
 

@@ -1,6 +1,6 @@
-"""The messages of a join: a node without a certificate shows a token and gets one. docs/PROTOCOL.md, "Joining".
+"""The messages of a join: a node shows a token and receives its certificate. docs/PROTOCOL.md, "Joining".
 
-The token goes only to a member that holds the authority's key: any other could use it to admit nodes of its own.
+The token goes only to a member that holds the authority's key: any other member could use it to admit nodes of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The statements that a node believes about every member, and the view of its site that follows from them.
 
-Statements about a member form a total order (`supersedes`: SWIM, section 4.2). The table holds the greatest one that it
-has heard of each member, so the order in which gossip arrives does not matter. A *hint* is a member that has not spoken
-itself yet (incarnation 0); hints are not passed on.
+Statements about a member form a total order (`supersedes`: SWIM, section 4.2). The table holds the greatest statement
+heard about each member, so the order in which gossip arrives does not matter. A *hint* is a member that has sent no
+statement itself yet (incarnation 0). Hints are not passed on.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Entry:
 
 
 def supersedes(new: Update, old: Update) -> bool:
-    """Whether `new` overrides `old`, both of one member: later incarnation, then graver state. Equal in both, with
-    other addresses, can only come from an introduction or a lie; any fixed choice makes all agree."""
+    """Whether `new` overrides `old`, both of one member: later incarnation, then graver state. Two that differ only in
+    the addresses can only come from an introduction or a lie; any fixed choice makes all agree."""
     if (new.incarnation, new.state) != (old.incarnation, old.state):
         return (new.incarnation, new.state) > (old.incarnation, old.state)
     return msgspec.structs.astuple(new.member) > msgspec.structs.astuple(old.member)
@@ -62,9 +62,9 @@ def in_state(update: Update, state: State) -> Update:
 
 class MemberTable:
     """`own` is this node's statement about itself; `entries` are all other members. `excluded` are members taken out of
-    the site, each with the time until which. `site` has the live members of this node's site, suspects too, without the
-    excluded, sorted by peer id; it is the same object until something changes. `neighbours` are their peer ids without
-    this node."""
+    the site, each with the time at which this ends. `site` has the live members of this node's site, suspects too,
+    without the excluded, sorted by peer id; it is the same object until something changes. `neighbours` are their peer
+    ids without this node."""
 
     def __init__(self, own: Update, rng: Random) -> None:
         self.own = own
@@ -117,17 +117,17 @@ class MemberTable:
         return {peer: entry for peer, entry in self.entries.items() if not entry.is_live}
 
     def refute(self, update: Update) -> bool:
-        """Answer a statement that would override this node's own with a later incarnation."""
+        """If `update` would override this node's own statement, give that a later incarnation."""
         if self.own.state is State.LEFT or not supersedes(update, self.own):
             return False
         self.own = Update(self.own.member, State.ALIVE, min(update.incarnation + 1, MAX_INCARNATION))
         return True
 
     def news_in(self, update: Update, *, whole_view: bool) -> Update | None:
-        """The statement to hold on hearing `update`; None where the table has a greater one."""
+        """The statement to hold after `update` was heard; None if the table stays as it is."""
         entry = self.entries.get(update.member.peer_id)
         if entry is None:
-            # The dead are not learned about, else nodes would remind each other of them for ever.
+            # Deaths of unknown members are ignored, else nodes would remind each other of them for ever.
             return update if update.state < State.DEAD else None
         if whole_view and update.state is State.DEAD and entry.is_live:
             update = in_state(update, State.SUSPECT)

@@ -14,7 +14,7 @@ MAX_MEMBERS = 16384
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
-    """`addresses`: where its bulk channel listens (`host:port`, likeliest first). `weight`: its share of keeping."""
+    """`addresses`: where its bulk channel listens (`host:port`, likeliest first). `weight`: its share of the shards."""
 
     peer_id: PeerId
     name: str

@@ -1,7 +1,7 @@
 """The messages of the bulk channel. Bytes and duties of both sides: docs/PROTOCOL.md.
 
-Requests are answered by number, in any order. Every value is checked against these types when it is decoded;
-`protocol.wire` checks the bounds that types do not express. Fields are positional on the wire: their names are free.
+Answers carry their request's number, in any order. Every value is checked against these types when it is decoded;
+`protocol.wire` checks the bounds that types do not express. On the wire fields have positions, no names.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class GetShard(_Message, frozen=True, tag=1):
     """Shard `want` of the code (k, m) of a block; another shard of that code will do unless `exact`.
 
     `hops` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the block's
-    home, 3 and more also keepers nearer to the home. `source` is an opaque hint for the upstream.
-    `reader` is a peer id where the upstream restricts access: that member reads the block for members that lack it. It
-    is "" where access is public. A `background` request has no waiting client and yields on the uplink.
+    home, 3 and more also keepers nearer to the home. `source` says where the upstream has the object. `reader` is a
+    peer id if the upstream restricts access: that member reads the block if no member holds it. It is "" if access is
+    public. A `background` request has no waiting client and yields on the uplink.
     """
 
     digest: str
@@ -74,14 +74,14 @@ class Resolve(_Message, frozen=True, tag=6):
 
 
 class Ping(_Message, frozen=True, tag=7):
-    """SWIM probe with piggybacked `updates`. `revocations`: all that the sender holds, while one of them is news."""
+    """SWIM probe with piggybacked `updates`. `revocations`: all that the sender holds, while one of them is new."""
 
     updates: tuple[Update, ...]
     revocations: tuple[Revocation, ...] = ()
 
 
 class PingRequest(_Message, frozen=True, tag=8):
-    """SWIM indirect probe: ping `target` for me. Answered by Pong or Failed."""
+    """SWIM indirect probe: ping `target` for the sender. Answered by Pong or Failed."""
 
     target: PeerId
     updates: tuple[Update, ...]
@@ -162,8 +162,8 @@ class SyncReply(_Message, frozen=True, tag=39):
 
 
 class Waiting(_Message, frozen=True, tag=40):
-    """Interim: the work on the request makes progress. Repeated until the answer. `ready`: the answer exists, and only
-    waits for its turn on the connection."""
+    """Interim answer: the work on the request makes progress. It is repeated until the answer. `ready`: the answer
+    exists, and only waits for its turn on the connection."""
 
     ready: bool = False
 

@@ -8,10 +8,10 @@ A block's *home* is its keeper of rank 0: the member that reads it from the upst
 Iyer, Rowstron, Druschel, PODC 2002).
 
 **Cells.** The k+m keepers of a block can serve some twenty readers, but not a thousand. So the members of a large site
-are cut into cells by their hashes, halves of halves, each with at least as many keeping members as a code has shards. A
-cell keeps a code of every block among its own members, which ask no other cell's. For each block the cells form a tree
-in an order of its own, with the cell of the block's home at its root: a cell's keeper gets its shard from the keeper of
-the same rank in the cell above, and in the root cell from the home. docs/decisions/0008-cells.md.
+are cut into cells by their hashes: into halves, and these again, each with at least as many keeping members as a code
+has shards. Each cell keeps a code of every block for the reads of its own members. For each block the cells form
+another tree, with the cell of the block's home at its root: a keeper asks the keeper of the same rank in the cell above
+for its shard, in the root cell the home. docs/decisions/0008-cells.md.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Geometry:
 
 def geometry(members: int, k: int, m: int, block_length: int) -> Geometry:
     """The code for a block in a site with `members` keeping nodes, configured for k+m. Small sites keep as much parity
-    as they can afford: 2 nodes a copy, 3 nodes 2+1, 4 nodes 3+1."""
+    as they can afford: with m = 1, 2 nodes use 1+1, 3 nodes 2+1, 4 nodes 3+1."""
     parity = min(m, members // 2)
     if block_length <= SMALL_BLOCK:
         return Geometry(1, min(1, parity))
@@ -61,7 +61,7 @@ def geometry(members: int, k: int, m: int, block_length: int) -> Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A member's way to a block: the keepers by rank of its own cell, then of the cells above, up to the root cell."""
+    """A member's way to a block: the keepers by rank of its own cell, of each cell above, and of the root cell."""
 
     shape: Geometry
     cells: tuple[tuple[PeerId, ...], ...]
@@ -81,12 +81,12 @@ class Route:
 
     @property
     def depth(self) -> int:
-        """Cells between the member's own and the home."""
+        """Number of cells above the member's own."""
         return len(self.cells) - 1
 
     def sources(self, index: int, hops: int) -> dict[PeerId, int]:
-        """The members that a keeper asks in turn for shard `index`, each with its `hops`, below the keeper's own. It
-        shrinks at each step, so that waits never form a circle, not even where views differ."""
+        """The members that a keeper asks in turn for shard `index`, each with the `hops` of the request, fewer than the
+        keeper's own. So waits never form a circle, even if views differ."""
         if self.depth == 0 or hops <= HOME_HOPS:
             return dict.fromkeys(self.cells[-1], HOME_HOPS - 1)
         further = min(hops, self.hops) - 1
@@ -104,7 +104,7 @@ class Route:
 
 
 def _pair(cell: tuple[PeerId, ...], index: int) -> tuple[PeerId, PeerId]:
-    """The members asked for shard `index` in a cell above: its keeper, and the next one where that fails."""
+    """The members asked for shard `index` in a cell above: its keeper, and the next one if that fails."""
     return cell[index % len(cell)], cell[(index + 1) % len(cell)]
 
 

@@ -1,7 +1,7 @@
 """Block records: a node's signed claim about the bytes of one block.
 
 OCI digests cover only whole objects. A record binds one block to its sha256 and is signed with the Ed25519 key of the
-node that read the block from the registry, so that each false block has its author's name on it. Bytes:
+node that read the block from the registry, so that a false block shows which member vouched for it. Bytes:
 docs/FORMATS.md, "Record".
 """
 
@@ -30,7 +30,7 @@ def peer_id_of(public_key: bytes) -> PeerId:
 
 
 def public_key_of(peer: PeerId) -> bytes:
-    """The raw Ed25519 key in a peer id. Raises BadInputError where there is none."""
+    """The raw Ed25519 key in a peer id. Raises BadInputError if there is none."""
     if len(peer) > 64 or not peer.isalnum():  # b58decode accepts spaces, and a key must not have two names
         raise BadInputError(f"not an Ed25519 peer id: {peer[:80]!r}")
     try:

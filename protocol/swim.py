@@ -1,8 +1,8 @@
 """SWIM membership, as decisions only.
 
 After Das, Gupta, Motivala, "SWIM: Scalable Weakly-consistent Infection-style Process Group Membership Protocol" (2002).
-Four ideas work together here: the table of what is believed (`member_table`), failure detection, and dissemination by
-gossip and by syncs. States, precedence and timings: docs/PROTOCOL.md, "Membership".
+Four parts work together here: the table of statements about members (`member_table`), failure detection, and
+dissemination by gossip and by syncs. States, precedence and timings: docs/PROTOCOL.md, "Membership".
 
 `Swim` knows no clock and no socket. `tick` returns the I/O to do; its result comes back through `acked`, `failed`,
 `synced` and `received`. Call `tick` whenever the time `due` is reached; ask for `due` again after every event.
@@ -25,9 +25,9 @@ from protocol.wire import MAX_INCARNATION
 
 class Swim:
     """One node's view and its duties. `known`, `excluded` and `banished` are for reading only: see `MemberTable`.
-    `incarnation` must exceed that of earlier lives of this peer id. Wall-clock milliseconds at start do: a restarted
-    node then overrides all statements about its former life, its death too, without having to hear them first. Where
-    the clock went backwards it hears them, and refutes."""
+    `incarnation` must exceed that of earlier lives of this peer id. Wall-clock milliseconds at start suffice: a
+    restarted node then overrides all statements about its former life, including its death, before it hears them. If
+    the clock went backwards, it refutes them when it hears them."""
 
     def __init__(self, own: Member, incarnation: int, config: SwimConfig, rng: Random, now: float) -> None:
         self._config = config
@@ -52,16 +52,16 @@ class Swim:
         return self._table.site
 
     def take_changes(self) -> list[Change]:
-        """Changes in the own site since the last call."""
+        """Changes in this node's site since the last call."""
         changes, self._table.changes = self._table.changes, []
         return changes
 
     def received(
         self, updates: Iterable[Update], now: float, *, whole_view: bool = False, settled: bool = False
     ) -> None:
-        """Statements by an authenticated member. In a whole view a death is no news, and may have been refuted long ago
-        on the other side of a healed partition: it counts as suspicion. `settled`: all members have these already, and
-        this node's statements too, so that nothing is left to pass on."""
+        """Statements by an authenticated member. A death in a whole view may be old, and refuted long ago on the other
+        side of a healed partition: it counts as suspicion. `settled`: all members have these already, and this node's
+        statements too, so that nothing is left to pass on."""
         self._notice_pause(now)
         for update in updates:
             peer = update.member.peer_id
@@ -76,7 +76,7 @@ class Swim:
             self._gossip.rumours.clear()
 
     def introduced(self, member: Member, now: float) -> None:
-        """`member` proved to be of the cluster, and to be at these addresses."""
+        """`member` proved that it is in the cluster, and has these addresses."""
         self._notice_pause(now)
         peer = member.peer_id
         if peer == self.own.member.peer_id or peer in self.banished:
@@ -89,7 +89,7 @@ class Swim:
         self._syncs.want(peer)
 
     def hint(self, member: Member, now: float) -> None:
-        """`member` may be there: it is asked, and not shown before it answers."""
+        """`member` may be alive: it is asked, and is not in the site before it answers."""
         peer = member.peer_id
         if peer not in self.banished and peer != self.own.member.peer_id and peer not in self.known:
             self._adopt(Update(member, State.DEAD, 0), now)
@@ -132,7 +132,7 @@ class Swim:
         self._tells.update(dict.fromkeys([*near, *self._table.sample_far(self._config.gossip_fanout)]))
 
     def leave(self) -> tuple[Gossip, ...]:
-        """This node goes; the answer names the members to notify. After this it neither probes nor refutes."""
+        """This node leaves: returns the messages that notify members. After this it neither probes nor refutes."""
         self._table.own = in_state(self.own, State.LEFT)
         return tuple(Gossip(peer) for peer in self._table.sample(self._config.leave_fanout))
 
@@ -165,7 +165,7 @@ class Swim:
             self._syncs.next_sync = now
 
     def _adopt(self, update: Update, now: float) -> None:
-        """Hold `update` from now on, and pass it on. A full table gives up a dead member for it, but no live one."""
+        """Hold `update` from now on, and pass it on. A full table drops a lost member for it, but no live one."""
         peer = update.member.peer_id
         entry = self.known.get(peer)
         if entry is None and len(self.known) >= MAX_MEMBERS - 1:
@@ -174,9 +174,9 @@ class Swim:
                 return
             self._drop(min(lost, key=lambda peer: lost[peer].since))
         if entry is not None and entry.is_hint and entry.update.state is State.DEAD:
-            self._syncs.wanted.pop(peer, None)  # a hint that came true needs no question any more
+            self._syncs.wanted.pop(peer, None)  # a confirmed hint needs no sync any more
         is_stale = self._table.hold(update, now)
-        self._detector.heard(update, now)  # by the number of members before this change
+        self._detector.heard(update, now)  # its timeout depends on the members before this change
         self._table.stale |= is_stale
         if not self.known[peer].is_hint:
             self._gossip.rumours.add(peer)

@@ -22,11 +22,11 @@ class SwimConfig:
     - `gossip_interval_s`, `gossip_fanout`: while there is news, each interval sends it to this many members.
     - `piggyback`: statements in one message; bounds it to a few KiB.
     - `retransmit_factor`: each node passes a statement on `retransmit_factor * ceil(log10(N + 1))` times.
-    - `sync_interval_s`: between syncs of whole views, which mend what gossip missed; scaled up beyond 32 nodes.
+    - `sync_interval_s`: between syncs of whole views, which repair missed gossip; scaled up beyond 32 nodes.
     - `sync_timeout_s`, `parallel_syncs`: bound the work that a list of stale addresses can cause.
     - `retry_interval_s`: each interval tries one dead or departed member again, so that partitions heal.
     - `forget_s`: how long a dead member is remembered.
-    - `pause_s`: a tick that is this much later than due means that this node itself stood still.
+    - `pause_s`: a tick that is this much later than due means that this node itself was paused.
     - `max_strain`: a node whose helpers are silent too suspects itself, and slows its probes up to 1 + this times.
     - `leave_fanout`: members that a leaving node notifies directly; gossip does the rest.
     """
@@ -55,8 +55,8 @@ class SwimConfig:
         return self.retransmit_factor * math.ceil(math.log10(members + 1))
 
     def spread_fanout(self, members: int) -> int:
-        """If each receiver passes it on to this many at random, it reaches all at once in 49 of 50 cases. In the others
-        the rest learn it with their next sync."""
+        """If each receiver passes a revocation on to this many members at random, it reaches all in 49 of 50 cases.
+        Otherwise the rest receive it with their next sync."""
         return math.ceil(math.log(members)) + 4
 
     def sync_pause_s(self, members: int) -> float:

@@ -1,10 +1,10 @@
 """How many blocks a node has under way for its clients at a time.
 
 A block is *cold* until it is in the site. Cold blocks share the site's uplink: the more are under way, the later each
-of them comes, and before the first ones came the nodes have nothing to share. So few are requested at first, one more
-after each that came soon, and one less after each that came late (additive increase and decrease, as in TCP Vegas:
-Brakmo and Peterson, 1995). All blocks share the node's own link: where blocks in the site take long to come, fewer are
-under way, so that each client's next block comes in time.
+of them arrives, and before the first arrive the nodes have nothing to exchange. So few are requested at first, one more
+after each that arrived soon, and one less after each that arrived late (additive increase and decrease, as in TCP
+Vegas: Brakmo and Peterson, 1995). All blocks share the node's own link: if blocks in the site take long to arrive,
+fewer are under way, so that each client's next block arrives in time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ MOST = 32
 LEAST, FIRST = 4, 8
 """Blocks under way on slow links, and at first."""
 TAKEN_S = 5.0
-"""A block that takes longer through the site makes the window smaller."""
+"""A block that takes longer than this from the site to this node makes the window smaller."""
 COLD_LEAST, COLD_FIRST = 4, 8
 """Cold blocks among them, at least and at first: enough to keep a slow uplink busy while news of a block spreads."""
 RAMP = 2
-"""Cold blocks of a client that has received none yet, so that the first of several clients does not take the window."""
+"""Cold blocks of a client that has received none yet, so that the first client does not take the whole window."""
 SOON_S, LATE_S = 1.5, 3.0
 
 
@@ -32,7 +32,7 @@ class ReadWindow:
         self._cold_most = COLD_FIRST
         self.clients = 0
         self._under_way: dict[Hashable, float | None] = {}
-        """With the time at which each reached the site."""
+        """Each with the time at which it reached the site, None before."""
         self._cold: dict[Hashable, float] = {}
 
     def entered(self) -> None:
@@ -58,7 +58,7 @@ class ReadWindow:
         self._cold[key] = now
 
     def warmed(self, key: Hashable, now: float) -> bool:
-        """The block reached the site; False where that was reported before."""
+        """The block reached the site; False if that was reported before."""
         filled = len(self._cold) >= self._cold_most
         began = self._cold.pop(key, None)
         if began is None:

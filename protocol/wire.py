@@ -1,10 +1,10 @@
 """Frames of the bulk channel: bytes to messages and back. The bytes are specified in docs/PROTOCOL.md, "Bulk channel".
 
 A frame is a prefix (u32 header length, u32 body length, both big-endian), a msgpack header `[request id, message]`, and
-a raw body. Nothing here does I/O: `Heads` is fed the bytes that arrived and gives heads. It leaves the body to the
+a raw body. Nothing here does I/O: `Heads` is fed the bytes that arrived and returns heads. It leaves the body to the
 caller, which knows its length from the head and can let the socket write it into its final buffer.
 
-All checks of a peer's messages are in this file; a message that fails one raises PeerMisbehavedError.
+The bounds of all messages of this channel are checked in this file; a message beyond them raises PeerMisbehavedError.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAX_PIGGYBACK = 256
 """Updates in a Ping, PingRequest or Pong, so that a probe stays small (Sync carries the whole view)."""
 MAX_BITMAP = MAX_OBJECT_SIZE // BLOCK_SIZE // 8
 MAX_BITMAPS = 64
-"""Shards of one object that a node holds: one of each code that the site used as it grew, with room."""
+"""Bitmaps of shards in one HoldingsFound: one for each index of each code that the site used as it grew, with room."""
 MAX_SOURCE = 600
 """A registry's name (259), a repository's (255) and the kind."""
 MAX_REFERENCE = 160
@@ -96,7 +96,7 @@ def encode_hello(lane: str, plain: bool = False) -> bytes:
 
 
 def encode_head(request_id: int, message: msg.Request | msg.Reply, body_length: int) -> bytes:
-    """Prefix and header of a frame. Raises ValueError where the message has no such body, or is too long to send."""
+    """Prefix and header of a frame. Raises ValueError if the message has no such body, or is too long to send."""
     header = _ENCODER.encode((request_id, message))
     if body_length != body_length_of(message) or len(header) > MAX_HEADER:
         name = type(message).__name__
@@ -115,7 +115,7 @@ def body_length_of(message: msg.Request | msg.Reply) -> int:
 
 class Heads(Generic[Message]):
     """Parser of one direction of a connection: a hello, then heads of `kind` (REQUESTS or REPLIES), each with its body.
-    After a head with a body the caller takes the part of it that arrived (`take`), reads the rest past this object, and
+    After a head with a body, the caller takes the part of the body that was fed (`take`), reads the rest by itself, and
     only then feeds again. Holds at most one header and the last bytes fed. Unusable after an error."""
 
     def __init__(self, kind: msgspec.msgpack.Decoder[tuple[int, Message]]) -> None:
@@ -212,7 +212,7 @@ _ANSWERS: dict[type[Any], type[Any]] = {
 
 
 def is_text(text: str, most: int) -> bool:
-    """Operators will see it: it has no control characters."""
+    """Whether operators may see `text`: it is short, and has no control characters."""
     return len(text) <= most and text.isprintable()
 
 
@@ -293,7 +293,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "code": lambda code: code in msg.FAILURES,
     "text": lambda text: len(text) <= MAX_FAILURE_TEXT,
 }
-"""Bounds of the fields of all messages that have a field of this name."""
+"""For each field name, the bounds in all messages with a field of this name."""
 
 
 def _get_shard(message: msg.GetShard) -> None:

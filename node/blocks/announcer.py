@@ -1,5 +1,5 @@
-"""Announces to the directories which objects this node holds: when one is complete, when the view changes, and
-periodically, since directories forget. The periodic round also frees space that is used twice."""
+"""Announces to the directories which objects this node holds: when an object is complete, when the view changes, and
+every 30 s, because the entries of directories expire. Each round first frees disk space that is used twice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Announcer:
         self._send, self._receive = trio.open_memory_channel[Digest](1024)
 
     def finished(self, ref: ObjectRef) -> None:
-        """Announce an object that is held whole now. Where the queue is full, the next round does it."""
+        """Announce an object that this node now holds whole. If the queue is full, the next round announces it."""
         try:
             self._send.send_nowait(ref.digest)
         except trio.WouldBlock:

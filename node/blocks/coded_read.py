@@ -1,7 +1,7 @@
 """Reads a block from its keepers: any k of the k + m shards of one signed record make it.
 
-protocol/fetch_plan.py decides which keepers to ask and when one is late. Here its requests are made, and the shards are
-put together and checked against the record. A reader asks the keepers of its own cell, then those of the root cell.
+protocol/fetch_plan.py decides which keepers to ask, and when an answer is late. This module makes the requests, decodes
+the shards and checks the block against its record. A reader asks its own cell, then the root cell.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from protocol.records import Record
 log = logging.getLogger(__name__)
 
 MAX_UNTANGLED = 64
-"""Choices of k shards that are tried to find a wrong one: 4 of 5 has 5, 10 of 12 has 66."""
+"""Combinations of k shards that are tried in search of a wrong shard: 4 of 5 shards give 5, 10 of 12 give 66."""
 REMEMBERED_S = 3600.0
 MAX_EVENTS = 256
 
@@ -44,15 +44,15 @@ class Faults:
     """Finds the member that makes wrong shards. Shards are not signed: the keeper that sent a wrong shard may have made
     it, or any member that passed it on between the block's home and that keeper.
 
-    One wrong shard does not show which of these members lies. Two do where exactly one member had both in its hands. So
-    a single liar cannot have an honest member quarantined.
+    One wrong shard does not show which of these members lies. Two wrong shards do, if exactly one member can have made
+    both. So a single liar cannot cause the quarantine of an honest member.
     """
 
     def __init__(self) -> None:
         self._events: TTLCache[frozenset[PeerId], None] = TTLCache(MAX_EVENTS, REMEMBERED_S, timer=trio.current_time)
 
     def wrong(self, makers: frozenset[PeerId]) -> PeerId | None:
-        """Note that one of `makers` made a wrong shard. Returns the liar where that is certain now."""
+        """Note that one of `makers` made a wrong shard. Returns the liar if it is certain now."""
         self._events[makers] = None
         common = (makers & others for others in self._events)
         return next((liar for few in common if len(few) == 1 for liar in few), None)
@@ -71,7 +71,7 @@ class _Attempt:
 
 
 class CodedReads:
-    """A `BlockSource`. The node's own shard, where it is one of the keepers, is read like those of others."""
+    """A `BlockSource`. If this node is one of the keepers, its own shard is read like those of others."""
 
     def __init__(self, site: Site, questions: Questions, keeper: Keeper) -> None:
         self._site, self._questions, self._keeper = site, questions, keeper
@@ -87,29 +87,29 @@ class CodedReads:
             held = await self._assemble(attempt)
             if held is not None:
                 peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
-                attempt.shards.clear()  # they are as large as the block: free them before the disk is waited for
+                attempt.shards.clear()  # as large as the block: free them before waiting for the disk
                 await site.tiers.put(Piece(address.block), held.data, held.record)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
             if isinstance(attempt.failure, (DeniedError, NotFoundError)):
                 break
-        if address.background:  # only its home reads it, and that cannot now
+        if address.background:  # only its home reads such a block, and it cannot now
             raise attempt.failure or UnavailableError(f"{address.block} cannot be obtained now")
         return Miss(attempt.plan.retries + 1, partial(self._blame, attempt))
 
     async def _attempt(self, address: BlockAddress, route: Route, urgent: bool, warmed: Callable[[], None]) -> _Attempt:
-        """Ask keepers until k shards are there, or no keeper is left to ask."""
+        """Ask keepers until k shards have arrived, or no keeper is left to ask."""
         own, health, shape, keepers = self._site.own, self._site.health, route.shape, route.keepers
         # The home also serves the other keepers: among equals it is asked last.
         others = sorted((peer for peer in keepers if peer != own), key=lambda peer: peer == route.home)
         order = health.order(others, trio.current_time())
         if own in keepers:
-            # Other members will ask for this node's shard anyway: it is obtained first, and once.
+            # Other members will ask for this node's shard anyway: obtain it first, and only once.
             order.insert(0, own)
         plan = ShardPlan(keepers, order, shape.k, health.late_after_s, answered_at=health.answered_at)
         attempt = _Attempt(address, route, plan, lane=Lane.URGENT if urgent else Lane.BULK, warmed=warmed)
         self._budget.earned(shape.k)
 
-        # A spare shard takes its part of this node's link. Where answers come evenly, it is asked for when one is late.
+        # A spare shard uses this node's link. If answers arrive evenly, it is requested only when a shard is late.
         all_at_once = urgent and not health.steady(peer for peer in order[: shape.k] if peer != own)
         asks = plan.start(all_at_once, trio.current_time())
         note, overdue = partial(self._note, attempt), partial(self._overdue, plan, urgent)
@@ -120,7 +120,7 @@ class CodedReads:
         return attempt
 
     def _overdue(self, plan: ShardPlan, urgent: bool) -> list[Ask]:
-        """Requests in place of those that are given up, and spare ones for those that are late."""
+        """Requests that replace those given up, and requests for spare shards if shards are late."""
         health, now = self._site.health, trio.current_time()
         late, asks = self._questions.note_overdue(plan)
         for peer in plan.given_up:
@@ -138,7 +138,7 @@ class CodedReads:
         shard = Shard(shape.k, shape.m, ask.want)
         try:
             if ask.peer == self._site.own:
-                plan.heard(ask.peer, False, trio.current_time())  # as another keeper says while it asks the home
+                plan.heard(ask.peer, False, trio.current_time())  # as another keeper reports while it asks the home
                 return await self._keeper.keep(address, shard, hops, exact=ask.exact)
             question = self._questions.get_shard(address, shard, hops=hops, exact=ask.exact)
             lane, ready = attempt.lane, attempt.warmed
@@ -194,7 +194,7 @@ class CodedReads:
         return Held(data, record) if record.matches(data) else None
 
     async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
-        """Quarantine the maker of wrong shards where it is known (`Faults`), and drop this node's own."""
+        """Quarantine the maker of wrong shards if it is certain (`Faults`). Discard wrong shards of this node."""
         site, shape, claim, right = self._site, attempt.route.shape, attempt.record, truth.held
         if claim is not None and claim.sha256 != right.record.sha256:
             # Two records: the registry's own bytes decide (node/evidence/judge.py), not those of a mirror or a member.
@@ -213,7 +213,7 @@ class CodedReads:
         self._site.trust.suspect(Suspicion(record, str(attempt.address.locator), other=other))
 
     def _former_makers(self, attempt: _Attempt, peer: PeerId, index: int) -> frozenset[PeerId]:
-        """Members that could make the shard before some were gone or quarantined: a keeper may hold it since then."""
+        """Members that could make the shard before some left or were quarantined: a keeper may have stored it then."""
         address, site = attempt.address, self._site
         former = site.placement().of(site.view.known).route(site.own, address.block, address.length)
         homes = takewhile(lambda peer: peer != attempt.route.home, former.cells[-1])

@@ -1,7 +1,7 @@
-"""Reads blocks for clients of this node. Each block is looked for in the sources in order: what this node holds, k
-shards from the keepers, and this node as home, which asks the upstream in the end (`blocks` in node/assembly.py).
+"""Reads blocks for clients of this node. It asks the sources of a block in order (`blocks` in node/assembly.py): the
+tiers of this node, the keepers for k shards, and this node as home, which can ask the upstream.
 
-Concurrent reads of one block share one result. The window says how many blocks clients may have under way.
+Concurrent reads of one block share one result. The window limits how many blocks clients have under way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Fetcher:
         self._reads: SingleFlight[Work, Obtained] = SingleFlight(nursery)
         self.window = ReadWindow()
         self.turned = trio.lowlevel.ParkingLot()
-        """All its tasks are unparked when a block's read ends, a block is in the site, or a client's read ends."""
+        """Wakes tasks when the read of a block ends, a block reaches the site, or the read of a client ends."""
 
     async def idle(self) -> None:
         """Returns when no client reads."""
@@ -46,7 +46,7 @@ class Fetcher:
             await self.turned.park()
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket[Work, Obtained]:
-        """Start reading a block, or join its read that is under way. The ticket's `wait` raises ShoalError."""
+        """Start reading a block, or join the read of it that is under way. The ticket's `wait` raises ShoalError."""
         if address.work not in self._reads:
             self.window.began(address.key, trio.current_time())
         return self._reads.join(address.work, lambda: self._read(address, urgent))

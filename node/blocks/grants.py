@@ -1,4 +1,4 @@
-"""The grants of this node's clients: the objects that they read now, which a registry does not give to everybody.
+"""The grants of this node's clients, for the private objects that these clients read now.
 
 A grant (node/mirror/access.py) stays on the node whose client showed it. For other members that node is the block's
 `reader` (docs/decisions/0006-private-images.md).
@@ -21,7 +21,7 @@ class Grants:
 
     @contextmanager
     def granted(self, locator: Locator, digest: Digest) -> Iterator[None]:
-        """For the time of the context, a client of this node reads the object with the locator's grant."""
+        """Within the context, a client of this node reads the object with the locator's grant."""
         locators = self._locators.setdefault(digest, [])
         locators.append(locator)
         try:
@@ -32,7 +32,7 @@ class Grants:
                 del self._locators[digest]
 
     def as_own_client(self, address: BlockAddress) -> BlockAddress:
-        """With the grant of a client that reads the same object on this node, and so will need this block too."""
+        """`address` with the grant of a local client that reads the same object, and so will need this block too."""
         for locator in reversed(self._locators.get(address.ref.digest, [])):
             if replace(locator, grant=None) == address.locator:
                 return replace(address, locator=locator, reader="")

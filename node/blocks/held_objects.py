@@ -25,7 +25,7 @@ def bytes_held(holdings: Holdings, ref: ObjectRef) -> int:
 
 
 async def held_body(tiers: Tiers, ref: ObjectRef) -> bytes | None:
-    """The bytes of a small object, not compared with its digest; None where a block is missing."""
+    """The bytes of a small object, not compared with its digest; None if a block is missing."""
     blocks = [await tiers.get(Piece(ref.block(index)), ref.size) for index in range(ref.block_count)]
     return b"".join(block[0].data for block in blocks if block is not None) if None not in blocks else None
 
@@ -33,8 +33,8 @@ async def held_body(tiers: Tiers, ref: ObjectRef) -> bytes | None:
 async def hash_held(
     tiers: Tiers, ref: ObjectRef, pause: Callable[[], Awaitable[None]] | None = None
 ) -> tuple[str, Buffer] | None:
-    """The digest of all blocks in hexadecimal, and the last block; None where a block is missing. `pause` is awaited
-    before each block of a background check, whose blocks do not displace others from memory."""
+    """The digest of all blocks in hexadecimal, and the last block; None if a block is missing. A background check has
+    `pause` awaited before each block, and its blocks do not displace others from memory."""
     hasher = hashlib.new(ref.digest.algorithm)
     data: Buffer = b""
     for index in range(ref.block_count):

@@ -1,8 +1,8 @@
 """Obtains a block from the members that hold it or its shards, and answers members that ask what this node holds.
 
-Candidates are the members that the object's directories name, and the block's keepers. Each says in a bitmap what it
-holds. Any k shards of one code make the block, whatever view they date from. If all this fails, the member whose client
-has a grant reads the block from the upstream.
+Candidates are the members that the object's directories name, and the block's keepers. Each reports its holdings in
+bitmaps. Any k shards of one code make the block, even if they were placed in earlier views. If all this fails, the
+member whose client has a grant reads the block from the upstream.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from protocol.wire import MAX_BITMAPS
 log = logging.getLogger(__name__)
 
 UNSETTLED_S = 30.0
-"""For this long after a change of the view a new home asks the other keepers first: those of the earlier view may hold
-what it lacks."""
+"""For this long after a view change, a home asks the other keepers before the upstream: one of them may have been home
+before, and hold the block."""
 HOLDINGS_TTL_S = 2.0
 MAX_REMEMBERED = 4096
 MAX_CANDIDATES = 8
@@ -63,7 +63,7 @@ class Holders:
                 return Answer(messages.Done())
 
     async def find(self, address: BlockAddress) -> Obtained | None:
-        """The block from a member that holds it, else from k that hold a shard of it, else from its reader."""
+        """The block from a member that holds it, else from k members that hold a shard each, else from its reader."""
         ref, index = address.ref, address.index
         if candidates := await self._candidates(address):
             async with trio.open_nursery() as nursery:
@@ -78,7 +78,7 @@ class Holders:
                 return obtained
         if not address.reader:
             return None
-        # The reader gives the block as the only shard of the code 1+0, and reads it from the upstream for that.
+        # The reader reads the block from the upstream and sends it as the only shard of the code 1+0.
         shard, peer = Shard(1, 0, 0), PeerId(address.reader)
         question = self._questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
         return await self._block_from(peer, address, question, Lane.URGENT)
@@ -97,7 +97,7 @@ class Holders:
         return list(islice(usable, MAX_CANDIDATES))
 
     async def _named_by_directory(self, digest: Digest) -> tuple[PeerId, ...]:
-        """The holders that the first directory with an answer names."""
+        """The holders that the first directory with an entry for the object names."""
         named = self._named.get(digest)
         if named is not None:
             return named

@@ -1,8 +1,8 @@
 """The home of a block: the one member that reads it from the upstream, once, however many members want it.
 
-Rendezvous hashing ranks the homes of each block, as hashing gives each object a home node in Squirrel (Iyer, Rowstron,
-Druschel, PODC 2002). Any member can act as home: where those of a higher rank fail, or for its own client. A home takes
-the block from other members that hold it, else from the upstream, and then signs its record.
+Rendezvous hashing ranks the homes of each block, as hashing assigns each object a home node in Squirrel (Iyer,
+Rowstron, Druschel, PODC 2002). Any member can act as home: if those of a higher rank fail, or for its own client. A
+home obtains the block from members that hold it, else from the upstream, and in that case signs its record.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef, Piece
 from protocol.records import Record, make_record
 
 BACKGROUND_S = 60.0
-"""Deadline for a background read, which also waits until clients are served. Then the asker is asked to retry later."""
+"""Deadline for a background read, which also waits until clients are served. After it, the asker has to retry later."""
 
 
 class Home:
@@ -55,7 +55,7 @@ class Home:
         return obtained
 
     async def block(self, address: BlockAddress) -> Obtained:
-        """The whole block, which is held from then on. Concurrent calls share one read."""
+        """The whole block, which is then also in the tiers if they have room. Concurrent calls share one read."""
         held = await self._site.trusted(Piece(address.block), address.ref.size)
         if held is not None:
             return Obtained(held[0], Source(held[1]))
@@ -65,7 +65,7 @@ class Home:
         obtained = await self._holders.find(address)
         if obtained is None:
             began = trio.current_time()
-            locator = self._grants.as_own_client(address).locator  # a client with a grant may have come meanwhile
+            locator = self._grants.as_own_client(address).locator  # a client with a grant may have arrived meanwhile
             if address.background:
                 data = await self._in_background(locator, address)
             else:
@@ -74,25 +74,25 @@ class Home:
             obtained = Obtained(self._signed(address, data), Source.ORIGIN)
         tiers, piece = self._site.tiers, Piece(address.block)
         if tiers.holds(piece):
-            await tiers.discard(piece)  # of an object of another size, or with a record that is not trusted
+            await tiers.discard(piece)  # it is of an object of another size, or its record is not trusted
         await tiers.put(piece, obtained.held.data, obtained.held.record)
         return obtained
 
     async def _in_background(self, locator: Locator, address: BlockAddress) -> bytearray:
         with trio.move_on_after(BACKGROUND_S):
             return await self._origin.read(locator, address.ref, address.index, background=True)
-        raise UnavailableError(f"{locator.upstream}: what clients read goes first")
+        raise UnavailableError(f"{locator.upstream}: the reads of clients go first")
 
     def _signed(self, address: BlockAddress, data: Buffer) -> Held:
         signer, sha = self._identity, sha256(data).digest()
         return Held(data, make_record(address.ref, address.index, sha, signer=signer.peer_id, sign=signer.sign))
 
     async def reread(self, address: BlockAddress) -> Held:
-        """The block as the upstream itself gives it now, with this node's record. No mirror or held copy is used."""
+        """The block as the upstream itself sends it now, with this node's record. No mirror or held copy is used."""
         return self._signed(address, await self._origin.read_certain(address.locator, address.ref, address.index))
 
     async def deceived(self, address: BlockAddress, claim: Record) -> bool:
-        """Whether a mirror of the upstream gives the bytes of a false record, so that its signer may be honest."""
+        """Whether a mirror of the upstream sends the bytes of the false `claim`, so that its signer may be honest."""
         try:  # without a grant: mirrors are not asked with one
             data = await self._origin.read(replace(address.locator, grant=None), address.ref, address.index)
         except (DeniedError, NotFoundError):

@@ -1,8 +1,8 @@
-"""A member as keeper: it gives others what it holds, and obtains its own shard of a block where it lacks it.
+"""This node as keeper: it sends others the blocks and shards that it holds, and obtains its own shard if it lacks it.
 
-Waits form no circle. Each request says how many hops the receiver may still go: a reader asks the keepers of its cell,
-these the keepers in the cell above (`hops` 3 and more, one less at each step), those of the root cell the home (2), and
-the home (1) the upstream or members that answer from what they hold (0). No request waits for a reader's own read.
+Waits form no circle. Each request limits the hops that its receiver may still use. A reader asks the keepers of its
+cell. A keeper asks a keeper in the cell above (`hops` 3 and more, one less at each step), in the root cell the home
+(2). The home (1) asks the upstream, or members for what they hold (0). No request waits for a reader's own read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Kept = tuple[Shard, Held]
 HOME_PATIENCE_S = 8.0
 """Extra wait for a late home before another member acts for it, which costs a second copy from the upstream."""
 MAX_HOMES = 3
-"""The home and two that act for it. If three cannot give a block, the reader's own read from the upstream is next."""
+"""The home and two that act for it. If all three fail, the reader itself reads the block from the upstream."""
 _NOT_HELD = Answer(Failed("not-held", "not held"))
 
 
@@ -67,7 +67,7 @@ class Keeper:
         return Answer(ShardFound(shard.k, shard.m, shard.index, held.record), held.data)
 
     async def _held_shard(self, ref: ObjectRef, index: int, shard: Shard, *, exact: bool) -> Kept | None:
-        """The shard, or without `exact` another one of the same code that an earlier view had this node keep."""
+        """The held shard, or without `exact` another one of the same code, which this node kept in an earlier view."""
         block = ref.block(index)
         whole = await self._site.trusted(Piece(block), ref.size)
         if whole is not None:
@@ -82,16 +82,16 @@ class Keeper:
         return (shard, kept[0]) if kept is not None else None
 
     async def keep(self, address: BlockAddress, shard: Shard, hops: int, *, exact: bool) -> Kept:
-        """This node's shard of a block, or without `exact` another as in `_held_shard`. Where none is held, the shard
-        is obtained within `hops`, and held from then on."""
+        """This node's shard of a block, or without `exact` another as in `_held_shard`. If none is held, it obtains the
+        shard within `hops` and stores it."""
         held = await self._held_shard(address.ref, address.index, shard, exact=exact)
         if held is not None:
             return held
         return shard, await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard, hops))
 
     async def _obtain_shard(self, address: BlockAddress, shard: Shard, hops: int) -> Held:
-        """From its source, which in the root cell is the home. Where that fails, or is far slower than others, the next
-        source takes its place; in the root cell it acts as home."""
+        """Obtain the shard from its source, which in the root cell is the home. If that fails, or is far slower than
+        others, ask the next source; in the root cell, this one then acts as home."""
         site, health, now = self._site, self._site.health, trio.current_time()
         route = site.placement().route(site.own, address.block, address.length)
         sources = route.sources(shard.index, hops)
@@ -110,7 +110,7 @@ class Keeper:
                     return await self._ask_home(home, address, shard, hops=sources[home], plan=plan)
             except PeerMisbehavedError as error:
                 site.view.quarantine(home, str(error))
-                failures.append(UnavailableError(str(error)))  # for the asker, which is not at fault
+                failures.append(UnavailableError(str(error)))  # the asker of this node is not at fault
             except ShoalError as error:
                 failures.append(error)
             return None
@@ -132,7 +132,7 @@ class Keeper:
                     asks += plan.give_up(home, now)
             for home in plan.given_up:
                 if not health.unfit(home, now):
-                    log.info("%s gets blocks too slowly: others act for it as home", home)
+                    log.info("%s obtains blocks too slowly: others act as home for it", home)
                     health.gave_up(home, now)
             return asks
 
@@ -146,7 +146,7 @@ class Keeper:
 
     async def _ask_home(self, home: PeerId, address: BlockAddress, shard: Shard, *, hops: int, plan: ShardPlan) -> Held:
         if home == self._site.own:
-            plan.heard(home, False, trio.current_time())  # as another home says while it reads the block
+            plan.heard(home, False, trio.current_time())  # as another home reports while it reads the block
             return _cut((await self._home.block(address)).held, shard)[1]
         question = self._questions.get_shard(address, shard, hops=hops)
         answer = await self._questions.ask(home, question, Lane.URGENT, SILENCE_S, plan=plan)

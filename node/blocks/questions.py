@@ -1,8 +1,8 @@
-"""Questions to members. The health of each is updated by how it answers. `carry_out` asks what a plan says.
+"""Sends requests to members, and notes in the health of each how it answered. `carry_out` makes a plan's requests.
 
-Every GetShard is made here, and so is the check of shards and blocks that this node passes on to others. The exchange
-has checked that an answer fits its question: the block, the code, the length, and with `exact` the shard
-(`check_answer` of protocol/wire.py).
+Every GetShard is made here, and shards and blocks that this node passes on to others are checked here. The exchange has
+already checked that an answer fits its request: the block, the code, the length, and with `exact` the shard
+(`check_answer` in protocol/wire.py).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Questions:
         plan: ShardPlan | None = None,
         ready: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """Raises NotFoundError, DeniedError or UnavailableError where the answer is `Failed`, else as Exchange.request.
-        `plan` follows the peer's progress and measures its time. `ready` is called when the answer is on its way."""
+        """Raises NotFoundError, DeniedError or UnavailableError if the answer is `Failed`, else as Exchange.request.
+        `plan` follows the peer's progress and measures its time. `ready` is called once the peer has the answer."""
 
         def heard(is_ready: bool) -> None:
             if plan is not None:
@@ -65,7 +65,7 @@ class Questions:
         return answer
 
     def get_shard(self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True) -> GetShard:
-        """Asks for a shard, or without `exact` for any shard of its code. The peer may go `hops` further for it."""
+        """A request for a shard, or without `exact` for any shard of its code. `hops` limits the peer's requests."""
         reader = self._site.own if address.locator.grant else address.reader
         return GetShard(
             digest=str(address.ref.digest),
@@ -77,13 +77,13 @@ class Questions:
             hops=hops,
             source=str(address.locator),
             exact=exact,
-            reader=reader if hops else "",  # a peer that gives only what it holds need not know for whom
+            reader=reader if hops else "",  # a peer that uses only its stores need not know the reader
             background=address.background and hops > 0,
         )
 
     def checked(self, address: BlockAddress, answer: Answer) -> Held:
-        """A shard or the whole block, as it may be passed on. Raises as Trust.check, and PeerMisbehavedError where the
-        bytes of a whole block are wrong."""
+        """The shard or whole block of an answer that may be passed on. Raises as Trust.check, and PeerMisbehavedError
+        if the bytes of a whole block are wrong."""
         message, body = answer.message, answer.body
         if not isinstance(message, ShardFound | BlockFound) or body is None:
             raise errors.UnavailableError("an answer without a block")
@@ -94,7 +94,7 @@ class Questions:
         return Held(body, message.record)
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
-        """The peers that became late by the plan, and the requests that replace those given up. Updates the health."""
+        """The peers that just became late, and the requests that replace those given up. Updates the health."""
         now = trio.current_time()
         late, asks = plan.overdue(now)
         for peer in late:
@@ -113,8 +113,8 @@ async def carry_out(
     """Make a plan's requests in tasks, and report their answers to it. Returns when the plan is done or stuck; requests
     that are still under way are then cancelled.
 
-    `asks` are the first requests. `ask` makes one; an exception that it raises ends the plan. `note` takes its answer
-    and returns further requests. So does `overdue`, which is called when the plan's next check is due, and after
+    `asks` are the first requests. `ask` makes one; an exception that it raises ends the plan. `note` receives its
+    answer and returns further requests. So does `overdue`, which is called when the plan's next check is due, and after
     LOOK_EVERY_S without an answer.
     """
     send, receive = trio.open_memory_channel[tuple[Ask, T]](len(asks))

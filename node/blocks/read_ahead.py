@@ -1,7 +1,7 @@
-"""Reads ahead for one client: the blocks that it will take, in its order, under way or already there.
+"""Reads ahead for one client: the next blocks that it will take, in its order, are under way or already in memory.
 
-A late block holds up the client but not the reads behind it. These begin, and are kept in memory, as far as the window
-(protocol/window.py) and the room of all clients allow.
+A late block delays the client but not the reads behind it. Later blocks are read and kept in memory as far as the
+window (protocol/window.py) and the room for all clients allow.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from node.runtime.single_flight import Ticket
 from protocol.window import MOST
 
 HELD = 2 * MOST
-"""Blocks that reads ahead may hold in memory, under way or not, so that a late block does not stop those behind it."""
+"""Blocks of all clients, under way or in memory: twice the window, so that a late block does not stop the others."""
 FIRST_BLOCKS = 8
-"""Further blocks, for clients that have none: clients that pause do not stop others. If no place is left, they wait.
-A block under way is a buffer of its size, and shards of the same size until they make the block."""
+"""Further blocks, for clients that have none, so that clients that pause do not stop others. A client without a place
+waits. A block under way takes its size twice while it is decoded: its buffer, and its shards."""
 
 
 class Room:

@@ -16,9 +16,9 @@ from protocol.records import Record, check_record
 log = logging.getLogger(__name__)
 
 MAX_SUSPECTED = 64
-"""Suspicions that wait for the judge. One that finds no place is raised again by the next read that fails."""
+"""Suspicions that wait for the judge. If there is no place, the next read that fails raises it again."""
 _REMEMBERED = 8192
-"""Records whose signature was found right: each comes with every shard of its block, and a check takes 100 us."""
+"""Records with a verified signature: a record arrives with every shard of its block, and a check takes 100 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class Trust:
         return signer == self._own or (self._view.find(signer) is not None and not self._view.is_quarantined(signer))
 
     def check(self, record: Record, ref: ObjectRef, index: int) -> None:
-        """Raises UnavailableError where the signer is no member here, or in quarantine: the peer that sent the record
-        may know it as a member. Raises PeerMisbehavedError where the record is of another block, or falsely signed."""
+        """Raises UnavailableError if this node does not trust the signer: the peer that sent the record may still trust
+        it. Raises PeerMisbehavedError if the record is of another block, or its signature is wrong."""
         if not self.accepts(record.signer):
-            raise UnavailableError(f"record of {ref.digest} #{index} signed by {record.signer}, which is no member")
+            raise UnavailableError(f"record of {ref.digest} #{index} signed by {record.signer}: not trusted here")
         if record not in self._good:
             check_record(record, ref, index)
             self._good[record] = True

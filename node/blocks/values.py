@@ -1,6 +1,6 @@
 """Values that the parts of blocks/ share: a block's address, the block once it is obtained, and the ways to obtain it.
 
-The fetcher asks a list of `BlockSource`s in order. A new way to a block (a delta, a hub) is one more source in it.
+The fetcher asks a list of `BlockSource`s in order. A new way to a block (a delta, a hub) is one more source.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from protocol.ids import BlockId, ObjectRef, PeerId, Piece, Shard
 from protocol.placement import Placement
 
 SILENCE_S = 1.5
-"""Longest silence of a peer that was asked for a block or a shard. In this time a peer that works sends `Waiting` three
-times, even on a machine that is short of processor time."""
+"""Longest silence of a peer that was asked for a block or a shard. A peer that works sends `Waiting` three times in
+this time, so that delays on a busy machine do no harm."""
 SMALL_SILENCE_S = 1.0
 """The same for questions that a peer answers from memory."""
 LOOK_EVERY_S = 1.0
@@ -33,13 +33,13 @@ Work = tuple[BlockId, int, bool, bool]
 
 @dataclass(frozen=True, slots=True)
 class BlockAddress:
-    """A block, and where its upstream has the object."""
+    """A block, and the place of its object at the upstream."""
 
     locator: Locator
     ref: ObjectRef
     index: int
     reader: str = ""
-    """Peer id of the member that reads the block with its client's grant; "" where the upstream asks for no grant, or
+    """Peer id of the member that reads the block with its client's grant; "" if the upstream asks for no grant, or
     `locator` has one."""
     background: bool = False
     """No client waits for the block. Only its home reads it from the upstream, while no client needs the connection."""
@@ -50,7 +50,7 @@ class BlockAddress:
 
     @property
     def key(self) -> tuple[BlockId, int]:
-        """With the object's size: a digest that is given with another size names another object."""
+        """It includes the object's size: the same digest with another size names another object."""
         return self.block, self.ref.size
 
     @property
@@ -65,7 +65,7 @@ class BlockAddress:
 
 @dataclass(frozen=True, slots=True)
 class Obtained:
-    """A block, and how it was obtained. `peers` sent it; `seconds` is set where it was read for a client."""
+    """A block, and how it was obtained. `peers` sent it or its shards; the fetcher sets `seconds`."""
 
     held: Held
     source: Source
@@ -76,8 +76,8 @@ class Obtained:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A failed attempt. Once a later source gives the block, `compare` is called with it, to blame the peers that sent
-    wrong shards, and `retries` is added to the block's."""
+    """A failed attempt. Once a later source returns the block, the fetcher calls `compare` with it, to find the peers
+    that sent wrong shards, and adds `retries` to the block's."""
 
     retries: int
     compare: Callable[[Obtained], Awaitable[None]]
@@ -89,9 +89,9 @@ class BlockSource(Protocol):
     - `find` returns the block. It returns None if this source does not have it, and a Miss if an attempt failed: then
       the next source is asked. It raises ShoalError if no further source shall be asked.
     - `urgent`: a client waits for this very block.
-    - `warmed` must be called when the block is known to be in the site, before its last bytes have come, so that the
-      read window (protocol/window.py) lets the next block begin. A source that answers at once need not call it.
-    - A block that came from elsewhere has been stored in the tiers, and matches a record of a trusted signer.
+    - `warmed` must be called when the block is known to be in the site, before its last bytes arrive, so that the read
+      window (protocol/window.py) lets the next block begin. A source that answers at once need not call it.
+    - A block from other members or the upstream was offered to the tiers, and matches a record of a trusted signer.
     """
 
     async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | Miss | None: ...
@@ -103,7 +103,7 @@ def is_copy(shard: Shard) -> bool:
 
 
 class CurrentPlacement:
-    """The placement for the present view. It is computed again when the view has changed."""
+    """The placement for the current view. It is computed again after a view change."""
 
     def __init__(self, view: View, k: int, m: int) -> None:
         self._view, self._code = view, (k, m)
@@ -128,6 +128,6 @@ class Site:
     tiers: Tiers
 
     async def trusted(self, piece: Piece, size: int) -> tuple[Held, Tier] | None:
-        """A held piece whose signer this node trusts: a signer that it does not know, others may not know either."""
+        """A held piece, if this node trusts its signer: other members may not know an unknown signer either."""
         held = await self.tiers.get(piece, size)
         return held if held and self.trust.accepts(held[0].record.signer) else None

@@ -17,16 +17,16 @@ from protocol.ids import Digest, ObjectRef
 class Library(Protocol):
     """Reads of immutable objects, and of the names that lead to them.
 
-    - `resolve` takes a tag or a digest (of a manifest or a blob, as the locator says). Tags are revalidated after their
-      time to live, and served stale within an age limit while the registry is out of reach. Raises NotFoundError,
+    - `resolve` accepts a tag or a digest (of a manifest or a blob, as the locator says). Tags are revalidated after
+      their time to live, and served stale within an age limit while the registry is out of reach. Raises NotFoundError,
       DeniedError or UnavailableError.
     - `read` yields the bytes [start, stop) of an object in order, and then those of each range in `more`, while later
-      blocks still arrive. A chunk is part of one block and of one range. The first chunk is empty if the first block
-      is so late that a client would give up. Closing the generator (`aclosing`) ends all its work. The digest of a
-      small object is verified before its first byte is yielded; that of a larger object that is read whole, before its
-      last block is. A wrong digest raises CorruptObjectError, and a block that cannot be obtained from any source
-      UnavailableError. Yielded bytes do not change later.
-    - `sealed` gives an open file of exactly the object's bytes for sendfile, if this process has checked the file and
+      blocks still arrive. A chunk is part of one block and of one range. The first chunk is empty if the first block is
+      so late that a client would give up. Closing the generator (`aclosing`) ends all its work. The digest of a small
+      object is verified before its first byte is yielded; that of a larger object that is read whole, before its last
+      block is. A wrong digest raises CorruptObjectError, a block that no source has UnavailableError, NotFoundError or
+      DeniedError. Yielded bytes do not change later.
+    - `sealed` returns an open file of exactly the object's bytes for sendfile, if this process has checked the file and
       it did not change since; else None. Leaving the context closes the file. The bytes [start, stop) are counted as
       served from the file's tier.
     """

@@ -53,8 +53,8 @@ async def read_manifest(library: Library, locator: Locator, manifest: Resolved) 
 
 
 async def survey(library: Library, name: ImageName, platforms: Sequence[Platform]) -> PackedImage:
-    """All objects of an image for these platforms, or for all if none is named. Its manifests are read for it. Raises
-    as `Library`, and NotFoundError if the image is not for one of the platforms."""
+    """All objects of an image for these platforms, or for all if none is named. Reads the image's manifests. Raises as
+    `Library`, and NotFoundError if the image is not for one of the platforms."""
 
     def wanted(index: Manifest) -> Iterable[Resolved]:
         entries = index.manifests[:MAX_MANIFEST_ENTRIES]

@@ -70,7 +70,7 @@ class KnownNames:
         return resolved
 
     def confirm(self, locator: Locator, reference: str, resolved: Resolved, body: bytes | None) -> Resolved:
-        """Note the registry's answer, with a manifest's bytes where they came with it."""
+        """Note the registry's answer, with a manifest's bytes if they came with it."""
         self._site_asked.pop((str(locator), reference), None)
         self._doubted.pop((str(locator), resolved.ref), None)
         if locator.kind == "manifests":
@@ -81,12 +81,12 @@ class KnownNames:
         return self.note(locator, reference, resolved, REGISTRY)
 
     def forget(self, locator: Locator, reference: str) -> None:
-        """The registry has it no more: it must not come back while that is out of reach, unless it is pinned here."""
+        """The registry no longer has the name: do not serve it if the registry is later out of reach, unless pinned."""
         if not self._pinned(str(locator), reference):
             self._table.drop(str(locator), reference)
 
     def doubt(self, locator: Locator, ref: ObjectRef) -> None:
-        """The object cannot be read: a member may have given a wrong size. The registry is asked next."""
+        """The object cannot be read: a member may have sent a wrong size. The registry is asked next."""
         self._doubted[str(locator), ref] = True
 
     def is_doubted(self, locator: Locator, resolved: Resolved) -> bool:
@@ -102,28 +102,28 @@ class KnownNames:
         return trio.current_time() < asked + self.ttl_s(locator, reference)
 
     def learn(self, locator: Locator, body: bytes) -> None:
-        """Note the sizes and types of the objects that a manifest names, so that they are not asked for."""
+        """Note the sizes and types of the objects that a manifest names, so that nothing is asked about them."""
         manifest = parse_manifest(body)
         self._table.put_many(str(locator.of_kind("blobs")), list(descriptors(manifest, "blobs")))
-        # Clients act on a manifest's media type: where the index gives none, the registry is asked for it.
+        # Clients act on a manifest's media type: if the index has none, the registry is asked for it.
         typed = [inner for inner in descriptors(manifest, "manifests") if inner.media_type != UNTYPED]
         self._table.put_many(str(locator.of_kind("manifests")), typed)
 
     def typed(self, resolved: Resolved) -> Resolved | None:
-        """With the manifest's own media type in place of the answer's; None if that was not determined yet."""
+        """`resolved` with the manifest's own media type; None if that was not determined yet."""
         media_type = self._types.get(resolved.ref.digest)
         return None if media_type is None else replace(resolved, media_type=media_type)
 
     def check_type(self, locator: Locator, reference: str, resolved: Resolved, body: bytes) -> None:
-        """Compare the media type of an answer with a manifest's verified bytes. A member that gave another type is only
-        named in the log: it may have received it so, or from a wrong index."""
+        """Compare the media type of an answer with a manifest's verified bytes. A member that sent another type is only
+        named in the log: it may have it from another member, or from a wrong index."""
         media_type = media_type_of(body, resolved.media_type)
         if media_type is None:
             self.doubt(locator, resolved.ref)
             return
         if media_type != resolved.media_type:
             teller = self._table.told_by(str(locator), reference) or "an unknown source"
-            answer = f"{teller} gave {resolved.media_type}"
+            answer = f"{teller} sent {resolved.media_type}"
             log.warning("%s is of type %s; %s", resolved.ref.digest, media_type, answer)
         self._types[resolved.ref.digest] = media_type
 

@@ -81,7 +81,7 @@ class SiteLibrary:
         names = self.resolver.known
         if (typed := names.typed(resolved)) is not None:
             return typed
-        # A member may have given the media type, which clients act on before they have the bytes: compare it with them.
+        # The media type may be from a member, and clients act on it before they have the bytes: compare it with these.
         try:
             body = await self._manifest(_Request(locator, resolved.ref, ((0, resolved.ref.size),)))
         except UnavailableError as error:
@@ -100,9 +100,9 @@ class SiteLibrary:
                     raise UnavailableError("it takes too long")
         body = await held_body(self.site.tiers, ref)
         if body is None:
-            raise UnavailableError("no tier keeps it")
+            raise UnavailableError("no tier holds its bytes")
         if hashlib.new(ref.digest.algorithm, body).hexdigest() != ref.digest.hex:
-            raise CorruptObjectError(f"{ref.digest} came again with other bytes")
+            raise CorruptObjectError(f"{ref.digest} has other bytes than when it was verified")
         return body
 
     def _granted(self, locator: Locator, ref: ObjectRef) -> AbstractContextManager[None]:
@@ -156,7 +156,7 @@ class SiteLibrary:
             verified.update(fetched)
 
     async def _send(self, request: _Request, verified: Mapping[int, Obtained]) -> AsyncGenerator[Buffer, None]:
-        """The bytes of the spans. A block that was `verified` must come again with the same hash."""
+        """The bytes of the spans. A block that was `verified` must still have the same hash."""
         locator, ref, whole = request.locator, request.ref, request.whole
         hasher = hashlib.new(ref.digest.algorithm) if whole and not verified else None
         parts: list[bytes] = []
@@ -174,7 +174,7 @@ class SiteLibrary:
                     raise
                 data, first = obtained.held.data, verified.get(index, obtained)
                 if first is not obtained and first.held.record.sha256 != obtained.held.record.sha256:
-                    raise CorruptObjectError(f"{ref.digest} #{index} was right, and came again with other bytes")
+                    raise CorruptObjectError(f"{ref.digest} #{index} has other bytes than when it was verified")
                 self._note(ref.digest, index, first, sum(part.stop - part.start for part in wanted))
                 if hasher is not None:
                     hasher.update(data)
@@ -186,7 +186,7 @@ class SiteLibrary:
                         self.resolver.known.learn(locator, b"".join(parts))
                 for part in wanted:
                     yield memoryview(data)[part]
-                del data, obtained, first  # before the wait for the next block: they hold this one in memory
+                del data, obtained, first  # they keep the block in memory: drop them before the next wait
                 ahead.taken()
 
     def _ahead(self, request: _Request, indices: Iterable[int], *, urgent: bool) -> ReadAhead:
@@ -212,7 +212,7 @@ class SiteLibrary:
 
 
 def _by_block(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[slice]]]:
-    """The blocks that the spans touch, in their order, each with its slices that are wanted."""
+    """The blocks that the spans touch, in their order, each with its wanted slices."""
     parts = (
         (index, slice(max(0, start - index * BLOCK_SIZE), min(BLOCK_SIZE, stop - index * BLOCK_SIZE)))
         for start, stop in spans

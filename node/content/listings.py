@@ -29,7 +29,7 @@ from protocol.ids import Digest
 log = logging.getLogger(__name__)
 
 FRESH_S = 10.0
-"""A list is requested again after this time. It is short, since a tool that signs an image looks for the signature at
+"""A list is requested again after this time. It is short, because a tool that signs an image looks for the signature at
 once."""
 KEPT_BYTES = 32 << 20
 """Lists on disk, keys included; those that were confirmed longest ago are deleted first."""
@@ -99,7 +99,7 @@ class Listings:
     async def _ask_referrers(self, locator: Locator, digest: Digest, query: Mapping[str, str]) -> Passed:
         try:
             passed = await self._passthrough(locator, f"referrers/{digest}", query)
-            if passed.media_type == INDEX:  # and not the page of a web interface
+            if passed.media_type == INDEX:  # else it may be the page of a web interface
                 return passed
         except NotFoundError:
             log.debug("%s has no referrers API", locator.upstream)
@@ -153,7 +153,7 @@ def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:
 
 
 def page_of_tags(passed: Passed, query: Mapping[str, str], *, whole: bool) -> Passed:
-    """The requested page, sorted, if the answer holds all tags; else the answer as it is. It holds all if `whole`, if
+    """The requested page, sorted, if the answer holds all tags; else the unchanged answer. It holds all if `whole`, if
     it is a first page without a next one, or if its content shows that the query was ignored."""
     limit = int(query["n"]) if _is_count(query.get("n", "")) else None
     last = query.get("last", "")

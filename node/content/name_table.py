@@ -48,7 +48,7 @@ class KnownTag:
 
 class NameTable:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        """`clock` gives Unix time: rows are older than this process."""
+        """`clock` returns Unix time, because rows outlive the process."""
         self._clock = clock
         self._recent: LRUCache[Key, tuple[Resolved, float, str]] = LRUCache(MAX_RECENT)
         """With the time of the registry's confirmation, and `told_by`."""
@@ -78,7 +78,7 @@ class NameTable:
         self._database.run("DELETE FROM name WHERE source = ? AND reference = ?", (source, reference))
 
     def put_many(self, source: str, objects: list[Resolved]) -> None:
-        """Objects by their digests; rows that exist stay as they are."""
+        """Objects by their digests; existing rows are not changed."""
         rows = [self._row(source, str(resolved.ref.digest), resolved) for resolved in objects]
         self._database.run("INSERT OR IGNORE INTO name VALUES (?, ?, ?, ?, ?, ?)", *rows)
 
@@ -106,7 +106,7 @@ class NameTable:
         return recent[2] if recent else ""
 
     def trim(self) -> None:
-        """Forget the names that were confirmed longest ago."""
+        """Delete the rows beyond _MAX_ROWS that were confirmed longest ago."""
         self._database.run(
             "DELETE FROM name WHERE confirmed < (SELECT confirmed FROM name ORDER BY confirmed DESC LIMIT 1 OFFSET ?)",
             (_MAX_ROWS,),
@@ -117,7 +117,7 @@ class NameTable:
         return source, reference, str(ref.digest), ref.size, resolved.media_type, confirmed
 
     def _resolved(self, digest: str, size: int, media_type: str, confirmed: float) -> Resolved | None:
-        """None for a row that the disk altered: the name is then asked for like an unknown one."""
+        """None for a row that the disk altered: the name then counts as unknown."""
         try:
             return Resolved(ObjectRef(Digest.parse(digest), size), media_type, self._age(confirmed))
         except BadInputError as error:

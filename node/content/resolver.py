@@ -1,9 +1,9 @@
 """Resolution of tags and digests to descriptors, for the whole site, by one node that asks the registry.
 
-The first alive of a name's three homes asks the registry and remembers the answer; the other members ask that home. An
-answer's age counts from the question to the registry, through however many members it passes. So two nodes never
-disagree for longer than the tag's time to live (node/content/known_names.py). While the registry is out of reach, all
-members use the youngest answer that the site has.
+The first living one of a name's three homes asks the registry and remembers the answer; the other members ask that
+home. An answer's age counts from the question to the registry, through however many members it passes. So two nodes
+never disagree for longer than the tag's time to live (node/content/known_names.py). While the registry is out of reach,
+all members use the youngest answer that the site has.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from protocol.ids import Digest, ObjectRef, PeerId
 log = logging.getLogger(__name__)
 
 ASK_S = 2.0
-"""A home sends `Waiting` while it asks the registry; a home that is silent for this time is gone."""
+"""A home sends `Waiting` while it asks the registry; a home that is silent for this time has failed."""
 LAST_RESORT_MEMBERS = 64
-"""Members asked for the answers that they have when the registry does not answer."""
+"""Members that are asked for the answers that they hold if the registry does not answer."""
 JOINED_S = 1.0
-"""A home's question to the registry may be older than this node's by this time, if it joined another's."""
+"""A home may have asked the registry this much earlier than this node asked the home: for another member."""
 
 
 class Registries(Protocol):
@@ -124,7 +124,7 @@ class Resolver:
         return await self.ask_registry(locator, reference)
 
     async def _ask_member(self, peer: PeerId, locator: Locator, reference: str, *, hops: int) -> Resolved:
-        """The member's answer, or the known one if that is younger."""
+        """The member's answer, or the answer known here if that is younger."""
         asked = trio.current_time()
         message = await self._question(peer, locator, reference, hops)
         digest = Digest.parse(message.digest)
@@ -153,7 +153,7 @@ class Resolver:
         return min((age_s for age_s in ages if age_s >= 0), default=None)
 
     async def _ask_others(self, locator: Locator, reference: str, ask: Callable[[PeerId], Awaitable[object]]) -> None:
-        """Ask up to LAST_RESORT_MEMBERS other members at once, the name's homes first; failures are passed over."""
+        """Ask up to LAST_RESORT_MEMBERS other members at once, the name's homes first; failures are only logged."""
 
         async def try_to_ask(peer: PeerId) -> None:
             try:
@@ -191,8 +191,8 @@ class Resolver:
         return self.known.confirm(locator, reference, resolved, body)
 
     async def _out_of_reach(self, locator: Locator, reference: str, error: UnavailableError) -> Resolved:
-        """The youngest answer that the site has. The members are asked once in a time to live, so that they go on to
-        agree; but not for a name that is read with a client's grant."""
+        """The youngest answer that the site has. The members are asked once in a time to live, so that they still
+        agree, but never for a name that a client reads with a grant."""
         stale = self.known.usable(locator, reference)
         if locator.grant is None and (stale is None or not self.known.site_was_asked(locator, reference)):
             self.known.asking_site(locator, reference)

@@ -1,7 +1,7 @@
 """Verification of whole objects against their digests, and the repair of those that are wrong.
 
-A block is accepted on the word of the member that signed its record. When all blocks of an object are there, its digest
-shows whether these records are true. If they are not, each block is compared with the registry's own, false blocks are
+A block is accepted if it matches a record that a member signed. Once all blocks of an object are held, the digest shows
+whether these records are true. If they are not, each block is compared with the registry's own, false blocks are
 replaced, and the members that signed them are quarantined (docs/SECURITY.md, S-05).
 """
 
@@ -31,7 +31,7 @@ MAX_CHECKS = 64
 MAX_LATELY = 4096
 """Objects for which the time of the last check is remembered."""
 CHECK_AGAIN_S = 3600.0
-"""Shortest time between two checks of an object: blocks that came since may be false, but a check reads all of it."""
+"""Shortest time between two checks of an object: blocks that arrived since may be false, but a check reads all."""
 CHECK_PAUSE_S = 1.0
 """Longest wait before each block of a background check while clients read."""
 
@@ -45,7 +45,7 @@ class ObjectVerifier:
         self._lately: TTLCache[Digest, None] = TTLCache(MAX_LATELY, CHECK_AGAIN_S, timer=trio.current_time)
 
     def read_in_part(self, locator: Locator, ref: ObjectRef) -> None:
-        """Queue a background check of an object of which parts were given unchecked, once all of it is held."""
+        """Queue a background check of an object if all of it is held: parts of it were sent to a client unchecked."""
         if holds_all(self._site.tiers, ref) and ref.digest not in self._lately:
             try:
                 self._check_later.send_nowait((locator, ref))
@@ -62,7 +62,7 @@ class ObjectVerifier:
                 if hashed is not None:
                     await self.check(locator, ref, hashed[0])
             except ShoalError as error:
-                log.warning("%s, of which parts were given: %s", ref.digest, error)
+                log.warning("%s, of which clients have read parts: %s", ref.digest, error)
 
     async def _pause(self) -> None:
         with trio.move_on_after(CHECK_PAUSE_S):
@@ -70,14 +70,14 @@ class ObjectVerifier:
 
     async def check(self, locator: Locator, ref: ObjectRef, computed: str, given: int = 0) -> Buffer | None:
         """Accept or repair an object whose blocks were all read and hash to `computed` (hexadecimal). A client has
-        received the first `given` blocks. If only others were false, all are right now, and the last block is returned.
+        received the first `given` blocks. If only others were false, they are replaced, and the last block is returned.
         Raises CorruptObjectError."""
         last = None
         if computed != ref.digest.hex:
-            log.error("%s came with wrong bytes: reading it again from the registry", ref.digest)
+            log.error("%s has wrong bytes: reading it again from the registry", ref.digest)
             last = await self._repair(locator, ref, given)
             if last is None:
-                raise CorruptObjectError(f"{ref.digest}: its blocks did not make the object; they were dropped")
+                raise CorruptObjectError(f"{ref.digest}: its blocks do not make the object; false blocks are dropped")
         self._site.tiers.seal(ref)
         self._finished(ref)
         return last
@@ -93,7 +93,7 @@ class ObjectVerifier:
             if (block := await self._site.tiers.get(Piece(ref.block(index)), ref.size)) is not None
         }
         # All nodes of a site read a false object at about the same time. They begin at different blocks, so that one
-        # soon compares a false one.
+        # node soon compares a false one.
         begin = crc32(self._site.own.encode()) % ref.block_count
         left = sorted(claims, key=lambda index: (index - begin) % ref.block_count)
         first_false = ref.block_count
@@ -117,7 +117,7 @@ class ObjectVerifier:
         return not self._site.trust.accepts(record.signer)
 
     async def _compare(self, address: BlockAddress, claim: Record) -> bool:
-        """Replace a held block by the registry's and quarantine the signer of a false claim; whether it was false."""
+        """Whether a claim is false. If so, replace the block by the registry's and quarantine the claim's signer."""
         ref, piece = address.ref, Piece(address.block)
         try:
             truth = await self._home.reread(address)
@@ -131,7 +131,7 @@ class ObjectVerifier:
             await self._site.tiers.discard(piece)
             await self._site.tiers.put(piece, truth.data, truth.record)
         if deceived:
-            log.error("%s #%d: a mirror of %s gives wrong bytes", ref.digest, address.index, address.locator.upstream)
+            log.error("%s #%d: a mirror of %s sends wrong bytes", ref.digest, address.index, address.locator.upstream)
         elif is_false and claim.signer != self._site.own:
             self._site.view.quarantine(claim.signer, f"signed a false record of {ref.digest} #{address.index}")
             self._site.trust.suspect(Suspicion(claim, str(address.locator), compared=True))

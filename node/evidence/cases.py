@@ -1,6 +1,6 @@
 """The evidence that a node has received or made, and its verdicts on it, in a bounded table.
 
-Evidence counts for QUARANTINE_S. It stays until the table is full, so that it does not count again when it is repeated.
+Evidence counts for QUARANTINE_S. Then it stays until the table is full, so that repeated evidence does not count again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from protocol.wire import MAX_TOLD
 
 MAX_KEPT = 256
 MAX_UNDECIDED = 4
-"""Undecided cases of one finder: a false accuser is discovered at the first of them."""
+"""Undecided cases of one finder: the first of them already shows whether the finder accuses falsely."""
 
 Key = tuple[bytes, str]
-"""A record is judged once for each source that it is said to be read from, whoever accuses."""
+"""A record is judged once for each source from which it is said to be read, whichever member accuses."""
 
 
 def key_of(record: Record, source: str) -> Key:
@@ -37,19 +37,19 @@ class Verdict(StrEnum):
     PROVEN = "proven here"
     SPARED = "not looked into, since another one is proven"
     VOID = "void"
-    """The record is true, or a mirror gives the same bytes. Kept, so that it is not examined twice."""
+    """The record is true, or a mirror sends the same bytes. The case is kept, so that it is not examined twice."""
 
 
 @dataclass(slots=True)
 class Case:
-    """`found_at`, and `due`, when this node examines it, are in trio's time."""
+    """`found_at`, and `due`, the time from which this node examines it, are in trio's time."""
 
     evidence: Evidence
     found_at: float
     verdict: Verdict = Verdict.UNPROVEN
     due: float = -math.inf
     spread: bool = False
-    """Whether the case was already put off once, to spread the members' questions to the registry."""
+    """Whether the case was already delayed once, to spread the members' questions to the registry."""
 
     @property
     def is_undecided(self) -> bool:

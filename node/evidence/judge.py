@@ -1,8 +1,8 @@
 """Judgement of evidence against members: evidence is found by this node or received, verified here, and passed on.
 
 No member is quarantined on the word of another. Evidence from others stays unproven until this node has compared the
-record with the registry's bytes itself, at a bounded rate. A member that accused falsely is quarantined in place of the
-accused. docs/PROTOCOL.md, "Evidence".
+record with the registry's bytes itself, at a bounded rate. A member that accused falsely is itself quarantined.
+docs/PROTOCOL.md, "Evidence".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from protocol.records import Record
 log = logging.getLogger(__name__)
 
 TELL = 8
-"""Members that a node tells of new evidence: a rumour that each passes on to this many misses one in 3000."""
+"""Members to which a node sends new evidence: if each passes it on to this many, it misses one member in 3000."""
 EXCHANGE_S, PAUSE_S = 30.0, 5.0
 """Interval of the exchanges of evidence with a random member, and the wait before the first and while there is none."""
 SPREAD_S = 0.5
@@ -43,12 +43,12 @@ SPREAD_S = 0.5
 together ask about twice a second, however many they are."""
 RETRY_S = 60.0
 UNDER_WAY_S = 60.0
-"""Time after a conviction by which all reads that accepted the liar's records before it have stored their blocks."""
+"""Time after a conviction: all reads that accepted the liar's records before it have then stored their blocks."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Judge:
-    """`mirrored` tells whether this node has mirrors for an upstream, whose bytes may differ from the registry's."""
+    """`mirrored` returns whether this node has mirrors for an upstream, whose bytes may differ from the registry's."""
 
     site: Site
     home: Home
@@ -92,7 +92,7 @@ class Judge:
             await trio.lowlevel.checkpoint()
 
     def _is_acceptable(self, evidence: Evidence) -> bool:
-        """Whether the evidence is new, and about and by members that count. Others cost no check of signatures."""
+        """Whether the evidence is new, about a member, and by a trusted one. If not, no signature is checked."""
         record, finder = evidence.record, evidence.finder
         if key_of(record, evidence.source) in self.cases or record.signer == self.site.own:
             return False
@@ -101,7 +101,7 @@ class Judge:
         return self.cases.takes_from(finder)
 
     def _tell(self, evidence: Evidence, *but: PeerId) -> None:
-        """Tell TELL members once. The others hear of it from them, and by exchanges."""
+        """Send evidence to TELL members once. The others receive it from them, and in exchanges."""
         none = {self.site.own, evidence.finder, evidence.record.signer, *but}
         others = [member.peer_id for member in self.site.view.site if member.peer_id not in none]
         for peer in self.rng.sample(others, min(TELL, len(others))):
@@ -214,7 +214,7 @@ class Judge:
         return (evidence.other is not None and alone) or self._own_copy(evidence.record) is not None
 
     async def _is_false(self, record: Record, source: str, other: Record | None) -> bool | None:
-        """Whether the record, or one of the two, is false; None if a mirror of the registry gives its bytes."""
+        """Whether the record, or one of the two, is false; None if a mirror of the registry sends the false bytes."""
         locator = Locator.parse(source)
         address = BlockAddress(locator, record.object, record.index)
         mirrored = self.mirrored(locator.upstream)

@@ -1,4 +1,4 @@
-"""Quarantines and evidence in one bounded file, across restarts. Bytes: docs/FORMATS.md, "Quarantine"."""
+"""Keeps quarantines and evidence across restarts, in one bounded file. Bytes: docs/FORMATS.md, "Quarantine"."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EvidenceFile:
-    """Times in the file are Unix times. A clock that jumped can only end a quarantine early."""
+    """Times in the file are Unix times. If the clock jumps, a quarantine ends early, or after QUARANTINE_S at most."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path, self._clock = path, clock

@@ -32,7 +32,7 @@ class ArchiveError(ShoalError):
 
 
 class ArchiveReader:
-    """`fd` stays the caller's to close. Raises BadInputError unless it is a regular file."""
+    """The caller closes `fd`. Raises BadInputError unless it is a regular file."""
 
     def __init__(self, fd: int) -> None:
         self._fd, self._length = fd, _size_of(fd)
@@ -58,8 +58,8 @@ class ArchiveReader:
         return await trio.to_thread.run_sync(read)
 
     async def hashes(self, packed: Packed) -> AsyncGenerator[bytes, None]:
-        """The sha256 of each block, concatenated, CHECK_BYTES at a time. Raises BadInputError before the last ones if
-        the object does not have its digest."""
+        """The sha256 of each block, concatenated, CHECK_BYTES at a time. If the object does not have its digest, raises
+        BadInputError before it yields the last of them."""
         whole = hashlib.new(packed.ref.digest.algorithm)
 
         def hash_some(first: int, stop: int) -> bytes:
@@ -74,7 +74,7 @@ class ArchiveReader:
         for first in range(0, max(1, count), step):
             hashes = await trio.to_thread.run_sync(hash_some, first, min(count, first + step))
             if first + step >= count and whole.hexdigest() != packed.ref.digest.hex:
-                raise BadInputError(f"{packed.entry}: its bytes are not those of its digest")
+                raise BadInputError(f"{packed.entry}: its bytes do not match its digest")
             yield hashes
 
     def _block(self, packed: Packed, index: int) -> bytes:
@@ -93,7 +93,7 @@ class ArchiveReader:
 
 
 class ArchiveWriter:
-    """Writes one entry after the other, blobs in parts. `fd` stays the caller's to close. Raises ArchiveError."""
+    """Writes one entry after the other, blobs in parts. The caller closes `fd`. Raises ArchiveError."""
 
     def __init__(self, fd: int) -> None:
         _size_of(fd)
@@ -116,7 +116,7 @@ class ArchiveWriter:
         await self._in_thread(os.fsync, self._fd)
 
     async def write(self, data: Buffer) -> None:
-        """Bytes of the entry that `head` began."""
+        """Write bytes of the entry that `head` began."""
         await self._in_thread(write_at, self._fd, data, self._offset)
         self._offset += len(data)
 

@@ -29,8 +29,8 @@ from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.records import Record
 
 _READS = 2
-"""Reads of an object that is pinned. Blocks that another tier held, but dropped before they were copied to the disk,
-are missing after the first."""
+"""Reads of an object that is pinned. If another tier drops a block before it is copied to the disk, the block is
+missing after the first read."""
 
 RecordFor = Callable[[ObjectRef, int, bytes], Record]
 """Signs the record of a block, from the object, the block's index and the block's sha256."""
@@ -45,7 +45,7 @@ class _Work:
         self._last_event = 0.0
 
     def progress(self, phase: documents.Phase, count: int, digest: Digest) -> list[documents.WorkProgress]:
-        """Empty if an event was given less than PROGRESS_EVERY_S ago."""
+        """Empty if the last event is less than PROGRESS_EVERY_S old."""
         self._done = min(self.total, self._done + count)
         if trio.current_time() - self._last_event < PROGRESS_EVERY_S:
             return []
@@ -87,8 +87,8 @@ class ImageOperations:
                 self._remember(pin.image, max(0.0, time.time() - pin.since))
 
     def _remember(self, image: PackedImage, age_s: float) -> None:
-        """Note an image's names, and that anybody may read its repository: an operator's word of that age counts as
-        the registry's, until the registry contradicts it."""
+        """Note an image's names, and that anybody may read its repository: the operator's statement of this age counts
+        like the registry's, until the registry contradicts it."""
         self.public(image.name.manifests, age_s)
         table, name, root = self.table, image.name, image.root
         for packed in image.objects:
@@ -145,7 +145,7 @@ class ImageOperations:
     def _check_upstream(self, name: ImageName) -> None:
         if name.upstream not in self.upstreams:
             raise BadInputError(
-                f"{name}: no [[upstream]] named {name.upstream}, so that no client could ask for it; there are:"
+                f"{name}: no [[upstream]] named {name.upstream}, so no client could ask for it; the upstreams are:"
                 f" {', '.join(self.upstreams)}"
             )
 
@@ -163,7 +163,7 @@ class ImageOperations:
 
     async def _put(self, piece: Piece, data: Buffer, record: Record) -> None:
         if not await self.disk.put(piece, data, record):
-            raise UnavailableError("the disk takes no more: it is full, or cache.min_free is reached")
+            raise UnavailableError("the disk accepts no more: it is full, or cache.min_free is reached")
 
     async def _settle(self, images: Sequence[PackedImage], *, pin: bool) -> None:
         """Make the images known to clients and to the site, now that all blocks are written."""
@@ -206,7 +206,7 @@ class ImageOperations:
                             await self._put(piece, block[0].data, block[0].record)
                     yield 0
         if self._bytes_on_disk(ref) != ref.size:
-            raise UnavailableError(f"{ref.digest}: the disk does not take all of it: it is full, or fails")
+            raise UnavailableError(f"{ref.digest}: the disk does not hold all of it: it is full, or fails")
         yield ref.size
 
     def _bytes_on_disk(self, ref: ObjectRef) -> int:

@@ -116,7 +116,7 @@ class Pins:
 
     @property
     def bytes(self) -> int:
-        """Space on the disk for all objects that are pinned or held, those included that are not there yet."""
+        """Space on the disk for all objects that are pinned or held, including those that are still being fetched."""
         return sum(map(space, self._sizes.values()))
 
     @property
@@ -196,7 +196,7 @@ class Pins:
                 self._disk.unpin(digest)
 
     async def _save(self, pins: dict[ImageName, Pin]) -> None:
-        """Write the file durably, then make the pins count. Raises UnavailableError."""
+        """Write the file durably, then use the new pins. Raises UnavailableError."""
         data = msgspec.json.encode(_File(1, tuple(map(_written, pins.values()))))
         if len(data) > MAX_FILE:
             raise BadInputError(f"the pinned images have too many objects for {self._path}: unpin some")

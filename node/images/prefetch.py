@@ -1,8 +1,7 @@
 """Prefetch: the node fetches ordered images one after the other, in the background: at a rate, within hours of the day,
 and after the reads of clients.
 
-The orders that are not done are in a file, so that the work continues after a restart. Bytes: docs/FORMATS.md,
-"Prefetch".
+A file has the orders that are not done, so that the work continues after a restart. Bytes: docs/FORMATS.md, "Prefetch".
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ AGAIN_S, AGAIN_MOST_S = 30.0, 900.0
 """Time until the next attempt after a failure that may pass, doubled each time. Attempts do not end, since a registry
 may be out of reach for a night; an operator can cancel them."""
 GIVE_WAY_S = 10.0
-"""Longest wait for clients before each block: a client that reads without end does not stop all other work."""
+"""Longest wait for clients before each block: clients that read without end must not stop prefetch."""
 CLOCK_S = 30.0
-"""Time between two looks at the wall clock, which may be set."""
+"""Interval at which the wall clock is read again, because it may be set."""
 
 
 @dataclass(slots=True)

@@ -142,7 +142,7 @@ def test_says_what_it_dropped(tmp_path: Path, caplog) -> None:
     with sqlite3.connect(tmp_path / "index.sqlite") as database:
         database.execute("DELETE FROM piece WHERE digest = ?", (str(OTHER.digest),))
     run(tmp_path, lambda store: store.flush())
-    assert "3 pieces are forgotten, since their bytes are not there; 1 files of no piece are removed" in caplog.text
+    assert "3 pieces are forgotten, because their bytes are missing; 1 files without pieces are removed" in caplog.text
     caplog.clear()
     run(tmp_path, lambda store: store.flush())
     assert caplog.text == ""

@@ -486,7 +486,7 @@ async def false_name(line: LibP2PLine, credentials: Credentials) -> None:
         (oversize, "message of"),
         (no_msgpack, "cannot be decoded"),
         (later_version, "version 9"),
-        (speaks_for_another, "speaks for"),
+        (speaks_for_another, "introduces itself as"),
         (false_name, "false id"),
     ],
 )

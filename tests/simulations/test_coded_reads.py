@@ -280,7 +280,7 @@ def test_what_nobody_waits_for_keeps_no_client_waiting(count: int) -> None:
         registry.background = 1000.0
 
         async def ahead() -> None:
-            with pytest.raises(UnavailableError, match="goes first"):
+            with pytest.raises(UnavailableError, match="go first"):
                 await nodes[0].read(0, background=True)
 
         async with trio.open_nursery() as nursery:

@@ -62,7 +62,7 @@ def test_encoded_messages_keep_the_bounds() -> None:
     [
         ((), "names 0 members"),
         (tuple(member(number) for number in range(1025)), "names 1025 members"),
-        ((member(1),), "speaks for"),
+        ((member(1),), "introduces itself as"),
         ((Member(PeerId("x"), "n", "s", ()),), "false id"),
         ((member(0), msgspec.structs.replace(member(2), name="n" * 256)), "out of bounds"),
         ((member(0), msgspec.structs.replace(member(2), name="a\nb")), "out of bounds"),

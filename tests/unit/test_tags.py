@@ -149,7 +149,7 @@ def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
         assert registry.asked == (lie == "size"), "the registry is asked only if the bytes do not decide"
         if lie == "type":
             (line,) = [record.getMessage() for record in caplog.records if "is of type" in record.getMessage()]
-            assert line.endswith(f"is of type {media_type}; a liar gave {false.media_type}")
+            assert line.endswith(f"is of type {media_type}; a liar sent {false.media_type}")
             answer = await reader.names.handle(reader.own, Resolve(str(APP), "latest", 1))
             assert answer.message.media_type == media_type, "members get the type of the bytes"
 
