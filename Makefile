@@ -62,6 +62,7 @@ picture: setup
 
 types: setup
 	@$(BIN)/mypy
+	@$(BIN)/mypy --strict .ci/house.py .ci/picture.py
 
 imports: setup
 	@$(BIN)/lint-imports
