@@ -78,7 +78,7 @@ def test_without_the_registry_a_body_ends_with_fin_and_the_next_request_is_refus
         assert "Traceback" not in tail(node.log, 10000)
 
 
-def test_a_client_that_goes_away_ends_its_read(folder: Path) -> None:
+def test_a_client_that_disconnects_ends_its_read(folder: Path) -> None:
     with FaultyOrigin(GIB, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
         with connected(node) as connection:
             assert len(ask(connection, origin).read(BLOCK_SIZE)) == BLOCK_SIZE
@@ -120,7 +120,7 @@ def test_a_range_in_the_middle_of_a_cold_blob_costs_the_blocks_that_it_touches(f
         )
 
 
-def test_open_ended_ranges_that_are_closed_early_cost_the_read_ahead_at_most(folder: Path) -> None:
+def test_open_ended_ranges_that_are_closed_early_cost_at_most_the_read_ahead(folder: Path) -> None:
     """containerd 2.1 reads a layer like this, with several connections."""
     with FaultyOrigin(GIB, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
         for start in range(0, GIB, GIB // 4):

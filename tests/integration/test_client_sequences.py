@@ -242,7 +242,7 @@ def test_a_pull_from_the_tag_to_the_layers(node: Node, proxy: CountingProxy, cli
 
 
 @each_client
-def test_a_blob_that_broke_off_goes_on_where_it_ended(node: Node, client: Client) -> None:
+def test_an_interrupted_blob_continues_where_it_stopped(node: Node, client: Client) -> None:
     """Docker and Podman compare all three numbers of Content-Range, containerd the first."""
     size, got = len(LAYER), b""
     for stop in (100_000, 7 * BLOCK_SIZE, size):
@@ -277,7 +277,7 @@ def test_containerd_2_1_reads_a_layer_by_several_ranges_at_once(
     assert quiet(node)
 
 
-def test_containerd_2_1_gives_up_and_no_more_is_read_than_the_read_ahead(folder: Path) -> None:
+def test_after_containerd_2_1_gives_up_at_most_the_read_ahead_is_read(folder: Path) -> None:
     size, parallel = 1 << 30, 4
     with FaultyOrigin(size, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
         target = f"/v2/app/blobs/{origin.digest}?ns={UPSTREAM}"
@@ -318,7 +318,7 @@ def test_containerd_hands_over_to_the_registry_in_the_middle_of_a_layer(
         assert (rest.status, got + rest.read()) == (206, LAYER)
 
 
-def test_containerd_goes_on_to_the_next_host_for_what_is_not_here(node: Node) -> None:
+def test_containerd_asks_the_next_host_for_missing_objects(node: Node) -> None:
     with connected(node) as connection:
         for target, code in (
             (CONTAINERD.target(f"blobs/{digest_of(b'nobody has this')}"), "BLOB_UNKNOWN"),
@@ -334,7 +334,9 @@ def test_containerd_goes_on_to_the_next_host_for_what_is_not_here(node: Node) ->
     [([Fault(0, "429", 1), Fault(0, "408"), Fault(5 * BLOCK_SIZE, "429")], 200), ([Fault(0, "429", 3600)], 503)],
     ids=["some", "much"],
 )
-def test_a_registry_that_asks_for_patience_gets_some_of_it(folder: Path, faults: list[Fault], status: int) -> None:
+def test_a_short_pause_of_a_registry_is_waited_for_and_a_long_one_is_not(
+    folder: Path, faults: list[Fault], status: int
+) -> None:
     """A registry that asks for much patience is answered 503 at once, so that containerd asks the next host.
 
     To a 408 or 429 containerd would ask the same host five times.
@@ -356,7 +358,7 @@ def test_a_registry_that_asks_for_patience_gets_some_of_it(folder: Path, faults:
             assert "no data within" not in error["message"], "it did not wait for the registry"
 
 
-def test_kubelet_gives_its_secret_to_who_asks_as_the_registry_does(folder: Path, stored: Path, tmp_path: Path) -> None:
+def test_kubelets_secret_gives_access_as_at_the_registry(folder: Path, stored: Path, tmp_path: Path) -> None:
     """containerd with an imagePullSecret: 401, a token from the challenge's realm, and the token with every request."""
     with contextlib.ExitStack() as stack:
         tokens = stack.enter_context(TokenServer(tmp_path, {"pod": "secret"}, {"pod": [REPOSITORY]}))

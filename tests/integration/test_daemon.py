@@ -30,7 +30,7 @@ def node(folder: Path) -> Node:
     return Node("node-1", "127.0.0.1", folder / "node", NOWHERE)
 
 
-def test_it_is_ready_soon_and_small(node: Node) -> None:
+def test_the_daemon_is_ready_soon_and_small(node: Node) -> None:
     began = time.monotonic()
     node.peer_id()
     calibration_s = time.monotonic() - began

@@ -75,7 +75,7 @@ def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -
     play(tmp_path, scenario)
 
 
-def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
+def test_a_request_number_in_use_cannot_be_used_again(tmp_path: Path) -> None:
     """S-22"""
 
     async def never(peer: PeerId, request: Request) -> Answer:
@@ -94,7 +94,7 @@ def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_only_members_are_let_in(tmp_path: Path) -> None:
+def test_only_members_are_admitted(tmp_path: Path) -> None:
     """S-23"""
 
     async def scenario(cluster: Cluster) -> None:
@@ -118,7 +118,7 @@ def test_only_members_are_let_in(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_client_that_says_nothing_is_dropped_in_time(tmp_path: Path) -> None:
+def test_a_silent_client_is_dropped_in_time(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         node, client = await cluster.start(limits=Limits(handshakes=1)), await cluster.start()
         address = node.exchange.address
@@ -130,7 +130,7 @@ def test_a_client_that_says_nothing_is_dropped_in_time(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_one_address_without_a_certificate_keeps_no_other_out(tmp_path: Path) -> None:
+def test_one_address_without_a_certificate_does_not_keep_others_out(tmp_path: Path) -> None:
     """S-43"""
 
     async def scenario(cluster: Cluster) -> None:
@@ -148,9 +148,7 @@ def test_one_address_without_a_certificate_keeps_no_other_out(tmp_path: Path) ->
     play(tmp_path, scenario)
 
 
-def test_a_message_that_does_not_come_whole_ends_its_connection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_incomplete_message_ends_its_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """S-42: byte by byte, so that something always comes."""
     monkeypatch.setattr(exchange_connection, "WHOLE_S", 0.3)
 
@@ -174,7 +172,7 @@ def test_a_message_that_does_not_come_whole_ends_its_connection(
     play(tmp_path, scenario)
 
 
-def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
+def test_a_peer_that_dies_within_a_body_is_unavailable(tmp_path: Path) -> None:
     async def half(raw: Raw) -> None:
         await raw.give_block(BLOCK[: BLOCK_SIZE // 2])
 
@@ -186,7 +184,7 @@ def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(
+def test_a_stopped_body_counts_as_silence_and_a_dripping_body_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S-19"""
@@ -242,7 +240,7 @@ class Portioned:
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("sizes", [(997,), (16384,), (16383, 2), (70_000, 5)], ids=str)
-def test_a_body_that_comes_in_any_portions_is_read_without_a_timer(
+def test_a_body_that_arrives_in_any_portions_is_read_without_a_timer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], plain: bool
 ) -> None:
     """The reader waits for no more bytes than are sure to come, whatever part OpenSSL holds; else it never ends."""
@@ -296,7 +294,7 @@ def test_a_reply_out_of_place_is_misbehaviour(tmp_path: Path, offset: int, messa
     play(tmp_path, scenario)
 
 
-def test_a_connection_on_which_nothing_comes_is_replaced(tmp_path: Path) -> None:
+def test_a_silent_connection_is_replaced(tmp_path: Path) -> None:
     connections: list[Raw] = []
 
     async def mute_first(raw: Raw) -> None:
@@ -359,7 +357,7 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
     play(tmp_path, scenario)
 
 
-def test_answers_that_nobody_takes_leave_the_others_their_part(tmp_path: Path) -> None:
+def test_unread_answers_leave_other_peers_their_share(tmp_path: Path) -> None:
     """S-41: answers that wait for peers that do not read are bounded; each peer leaves to others as much as it has."""
 
     async def scenario(cluster: Cluster) -> None:
@@ -382,7 +380,7 @@ def test_answers_that_nobody_takes_leave_the_others_their_part(tmp_path: Path) -
     play(tmp_path, scenario)
 
 
-def test_an_address_that_passed_to_another_member_is_passed_over(tmp_path: Path) -> None:
+def test_an_address_that_another_member_took_over_is_skipped(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         asker, peer, other = await cluster.start(), await cluster.start(), await cluster.start()
         addresses = ["127.0.0.1:1", "not an address", "a\0b:1", str(other.exchange.address), str(peer.exchange.address)]
@@ -395,7 +393,7 @@ def test_an_address_that_passed_to_another_member_is_passed_over(tmp_path: Path)
     play(tmp_path, scenario)
 
 
-def test_a_failure_is_remembered_until_the_member_moves_or_comes(tmp_path: Path) -> None:
+def test_a_failure_is_remembered_until_the_member_moves_or_connects(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         asker, peer = await cluster.start(), await cluster.start()
         good = str(peer.exchange.address)
@@ -434,7 +432,7 @@ def test_requests_at_once_share_one_connection(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_peer_has_only_so_many_connections(tmp_path: Path) -> None:
+def test_connections_of_a_peer_are_bounded(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         asker, peer = await cluster.start(), await cluster.start(limits=Limits(connections_per_peer=2))
         for lane in (Lane.BULK, Lane.URGENT):
@@ -523,7 +521,7 @@ class Wiretap:
 
 @pytest.mark.parametrize("lane", Lane)
 @pytest.mark.parametrize(("asking", "answering"), [(True, True), (True, False), (False, True), (False, False)])
-def test_blocks_go_in_the_clear_only_where_both_sides_want_it(
+def test_blocks_are_sent_in_the_clear_only_if_both_sides_want_it(
     tmp_path: Path, asking: bool, answering: bool, lane: Lane
 ) -> None:
     async def scenario(cluster: Cluster) -> None:
@@ -576,7 +574,7 @@ def test_a_request_right_behind_the_end_of_tls_is_not_lost(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("request_", [PING, Holders(()), FindHolders(DIGEST)], ids=["ping", "a reply", "directory"])
-def test_in_the_clear_nothing_but_blocks_may_be_asked(tmp_path: Path, request_: Any) -> None:
+def test_in_the_clear_only_blocks_may_be_requested(tmp_path: Path, request_: Any) -> None:
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(plain=True)
         raw = await cluster.dial_raw(node, hello=wire.encode_hello("bulk", True))
@@ -589,7 +587,7 @@ def test_in_the_clear_nothing_but_blocks_may_be_asked(tmp_path: Path, request_: 
 
 
 @pytest.mark.parametrize("behaviour", ["stalls", "goes on in TLS", "says more before it", "leaves", "speaks too soon"])
-def test_an_asker_that_says_plain_and_does_otherwise_is_dropped_in_time(tmp_path: Path, behaviour: str) -> None:
+def test_an_asker_that_breaks_off_plain_mode_is_dropped_in_time(tmp_path: Path, behaviour: str) -> None:
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(plain=True, limits=Limits(handshakes=1))
         hello = wire.encode_hello("bulk", True) + (frame(1, GET) if behaviour == "says more before it" else b"")
@@ -613,7 +611,7 @@ def test_an_asker_that_says_plain_and_does_otherwise_is_dropped_in_time(tmp_path
 
 
 @pytest.mark.parametrize("behaviour", ["stalls", "goes on in TLS", "leaves", "garbage"])
-def test_an_answering_peer_that_says_plain_and_does_otherwise_is_unavailable(tmp_path: Path, behaviour: str) -> None:
+def test_an_answering_peer_that_breaks_off_plain_mode_is_unavailable(tmp_path: Path, behaviour: str) -> None:
     async def serve(raw: Raw) -> None:
         if behaviour == "goes on in TLS":
             await raw.say(0, BlockFound(RECORD), BLOCK_SIZE)
@@ -634,7 +632,7 @@ def test_an_answering_peer_that_says_plain_and_does_otherwise_is_unavailable(tmp
     play(tmp_path, scenario)
 
 
-def test_a_node_that_knows_nothing_of_plain_is_spoken_to_in_tls(tmp_path: Path) -> None:
+def test_a_node_that_does_not_know_plain_mode_is_asked_over_tls(tmp_path: Path) -> None:
     """Its hello lacks the field `plain`. It accepts the longer hello as it accepts any later field."""
 
     async def serve(raw: Raw) -> None:
@@ -653,7 +651,7 @@ def test_a_node_that_knows_nothing_of_plain_is_spoken_to_in_tls(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) -> None:
+def test_late_bytes_of_a_cancelled_body_are_discarded(tmp_path: Path, plain: bool) -> None:
     release = trio.Event()
     memory = bytearray(BLOCK_SIZE)
 
@@ -684,7 +682,7 @@ def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) 
     play(tmp_path, scenario)
 
 
-def test_a_peer_that_says_much_after_a_body_holds_up_nobody(tmp_path: Path) -> None:
+def test_a_peer_that_sends_much_after_a_body_delays_no_other(tmp_path: Path) -> None:
     """S-19"""
 
     async def flood(raw: Raw) -> None:

@@ -290,7 +290,7 @@ def test_a_database_on_a_read_only_disk_remembers_until_the_node_stops(disk: Pat
     assert reopened_remembers(path, "old")
 
 
-def test_a_database_whose_pages_are_rubbish_is_begun_anew(tmp_path: Path, caplog) -> None:
+def test_a_database_with_garbage_pages_is_replaced(tmp_path: Path, caplog) -> None:
     """Found when they are read: the head of the file is right."""
     path = tmp_path / "names.sqlite"
     database = Database(path, SCHEMA)
@@ -347,7 +347,7 @@ def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
     [make_read_only, lambda data: fill(data, 0), lambda data: (data / SIGN).touch()],
     ids=["read-only", "full", "SQLite's calls"],
 )
-def test_a_pull_goes_on_without_the_disk(node: tuple[Node, FaultyOrigin], fails: Callable[[Path], object]) -> None:
+def test_a_pull_continues_without_the_disk(node: tuple[Node, FaultyOrigin], fails: Callable[[Path], object]) -> None:
     """S-32."""
     daemon, origin = node
     with closing(http.client.HTTPConnection(daemon.host, daemon.mirror_port, timeout=60)) as connection:
@@ -373,7 +373,7 @@ def pulled(node: Node, origin: FaultyOrigin) -> bytes:
         return connection.getresponse().read()
 
 
-def test_a_cache_of_an_older_version_is_named_and_left(folder: Path) -> None:
+def test_a_cache_of_an_older_version_is_reported_and_left_unchanged(folder: Path) -> None:
     daemon = Node("node-1", "127.0.0.1", folder / "node", "http://127.0.0.1:9")
     index = daemon.data / "cache" / "index.sqlite"
     index.parent.mkdir(parents=True)

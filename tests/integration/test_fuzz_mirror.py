@@ -11,7 +11,7 @@ from tests.support import registry as registries
 
 
 @pytest.mark.skipif(not registries.installed(), reason="docker-registry is not installed: run .ci/packages as root")
-def test_odd_requests_are_answered_as_such_and_leave_no_trace(folder: Path) -> None:
+def test_odd_requests_are_refused_and_have_no_lasting_effect(folder: Path) -> None:
     report = run(folder, 6000, seed=7)
     assert report.wrong == []
     good = sum(

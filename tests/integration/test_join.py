@@ -234,7 +234,7 @@ def _no_other_node_joins(cluster: Cluster, token: str) -> None:
         fourth.stop()
 
 
-def test_the_fault_of_a_join_is_shown(folder: Path) -> None:
+def test_the_error_of_a_join_is_shown(folder: Path) -> None:
     key = folder / "cluster.key"
     create_authority(key)
     node = Node("node", "127.0.0.1", folder / "node", "http://127.0.0.1:9", key=key)

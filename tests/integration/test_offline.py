@@ -77,7 +77,7 @@ def failed(node: Node, *arguments: str | Path) -> str:
 
 
 @pytest.mark.parametrize("url", ["refused", "http://no-such-host.invalid"])
-def test_one_imports_and_all_of_a_site_without_an_uplink_serve_it(
+def test_an_import_on_one_node_serves_a_whole_site_without_an_uplink(
     folder: Path, image: Image, archive: Path, nowhere: str, url: str
 ) -> None:
     with site(folder / "site", nowhere if url == "refused" else url, 5) as nodes:
@@ -108,7 +108,7 @@ def tag_of(node: Node) -> str:
         return response.getheader("Docker-Content-Digest", "") if response.status == 200 else ""
 
 
-def test_a_newer_import_on_any_node_takes_the_place_of_what_the_site_knew(folder: Path, nowhere: str) -> None:
+def test_a_newer_import_on_any_node_replaces_an_older_import(folder: Path, nowhere: str) -> None:
     with site(folder / "site", nowhere, 4, start=False) as nodes:
         for node in nodes:
             node.config.write_text(node.config.read_text().replace("[mirror]", '[mirror]\ntag_ttl = "1ms"'))
@@ -121,7 +121,7 @@ def test_a_newer_import_on_any_node_takes_the_place_of_what_the_site_knew(folder
                 wait_for(f"{node.name} serves number {number}", lambda n=node, d=digest: tag_of(n) == d)  # type: ignore[misc]
 
 
-def test_what_one_exports_skopeo_reads_and_another_imports(
+def test_skopeo_reads_and_another_node_imports_an_exported_archive(
     folder: Path, image: Image, proxy: CountingProxy, nowhere: str
 ) -> None:
     file = folder / "out.tar"

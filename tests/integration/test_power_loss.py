@@ -88,7 +88,7 @@ async def check_data(folder: Path, crash: Crash) -> None:
 
 
 @pytest.mark.parametrize(("work", "check"), [("store", check_store), ("data", check_data)])
-def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Check) -> None:
+def test_a_power_cut_after_any_operation(traces: Traces, quick: Path, work: str, check: Check) -> None:
     trace = traces(work)
     operations = trace[1]
     written = {type(operation).__name__ for operation in operations}
@@ -99,7 +99,7 @@ def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Ch
     print(f"{states} states of {len(operations)} operations, {writes} writes")
 
 
-def test_a_store_that_would_not_sync_is_caught(traces: Traces, quick: Path) -> None:
+def test_a_store_that_does_not_sync_is_detected(traces: Traces, quick: Path) -> None:
     """Tests the check itself."""
     folder, operations = traces("store")
     lazy = [

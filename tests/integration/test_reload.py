@@ -63,7 +63,7 @@ class Reading(threading.Thread):
         self.join(60)
 
 
-def test_a_pull_goes_on_while_its_registry_is_replaced_and_its_rate_lifted(folder: Path) -> None:
+def test_a_pull_continues_while_its_registry_is_replaced_and_its_rate_lifted(folder: Path) -> None:
     with (
         FaultyOrigin(SIZE) as before,
         FaultyOrigin(SIZE) as after,
@@ -90,7 +90,7 @@ def test_a_pull_goes_on_while_its_registry_is_replaced_and_its_rate_lifted(folde
         assert "changed" not in tail(node.log, 1000), "it is logged below level warning"
 
 
-def test_a_pull_ends_though_its_registry_is_configured_no_more(folder: Path) -> None:
+def test_a_pull_completes_after_its_registry_left_the_configuration(folder: Path) -> None:
     with FaultyOrigin(SIZE) as origin, site(folder / "site", origin.url, 1, start=False) as (node,):
         limited(node)
         node.start()
@@ -122,7 +122,7 @@ MISTAKES = [
 ]
 
 
-def test_a_file_that_is_wrong_changes_nothing(folder: Path) -> None:
+def test_a_wrong_configuration_changes_nothing(folder: Path) -> None:
     with FaultyOrigin(BLOCK_SIZE) as origin, site(folder / "site", origin.url, 1) as (node,):
         for old, new, named in MISTAKES:
             before = edit(node, (old, new), ('disk = "4GiB"', 'disk = "1GiB"'))
@@ -140,7 +140,7 @@ def test_a_file_that_is_wrong_changes_nothing(folder: Path) -> None:
         assert client.came == content(0, BLOCK_SIZE)
 
 
-def test_sighup_tells_systemd_and_what_needs_a_restart_waits_for_it(
+def test_sighup_notifies_systemd_and_some_keys_wait_for_a_restart(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with contextlib.ExitStack() as stack:

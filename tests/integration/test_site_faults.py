@@ -47,7 +47,7 @@ def test_pulls_succeed_when_a_node_dies_or_hangs(
 
 
 @pytest.mark.parametrize("by", ["tag", "digest"])
-def test_the_other_nodes_pull_while_the_registry_is_gone(
+def test_the_other_nodes_pull_while_the_registry_is_down(
     folder: Path, image: Image, proxy: CountingProxy, by: str
 ) -> None:
     with site(folder / "site", proxy.url) as nodes:

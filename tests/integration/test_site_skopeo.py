@@ -51,7 +51,7 @@ def test_small_sites_pull_too(folder: Path, image: Image, proxy: CountingProxy, 
         assert copies(proxy, image) <= MAX_COPIES, proxy.count.asked.most_common(5)
 
 
-def test_the_mirror_of_a_registries_conf_serves_by_tag_and_by_digest(
+def test_a_mirror_in_registries_conf_serves_by_tag_and_by_digest(
     folder: Path, image: Image, proxy: CountingProxy
 ) -> None:
     with site(folder / "site", proxy.url, 1) as (node,):

@@ -283,12 +283,12 @@ def test_a_dead_bootstrap_address_is_tried_until_it_answers(authority: Authority
     ("failures", "alone", "company"),
     [(0, 0.5, 0.5), (4, 8.0, 8.0), (5, 10.0, 16.0), (11, 10.0, 600.0), (999, 10.0, 600.0)],
 )
-def test_a_node_with_other_members_waits_for_longer(failures: int, alone: float, company: float) -> None:
+def test_a_node_with_other_members_dials_less_often(failures: int, alone: float, company: float) -> None:
     assert Timing().back_off(failures, alone=True) == alone
     assert Timing().back_off(failures, alone=False) == company
 
 
-def test_a_bootstrap_peer_that_is_gone_for_good_costs_little(authority: Authority, log: Log) -> None:
+def test_a_bootstrap_peer_that_never_returns_costs_little(authority: Authority, log: Log) -> None:
     own, gone, other = (Identity.of(Ed25519PrivateKey.generate()) for _ in range(3))
     revoked: set[str] = set()
     members: list[Member] = []
@@ -439,7 +439,7 @@ def test_idle_connections_are_bounded_in_all_and_for_each_address_and_cut(author
     run(main, clock)
 
 
-def test_what_a_connection_may_send_is_bounded(authority: Authority, log: Log) -> None:
+def test_the_bytes_that_a_connection_may_send_are_bounded(authority: Authority, log: Log) -> None:
     async def main() -> None:
         a = Node(authority, "a")
         async with running(a):
@@ -493,7 +493,9 @@ async def false_name(line: LibP2PLine, credentials: Credentials) -> None:
         (false_name, "false id"),
     ],
 )
-def test_a_liar_of_the_own_cluster_is_refused(authority: Authority, log: Log, lie: Lie, reason: str) -> None:
+def test_a_member_that_lies_in_its_introduction_is_refused(
+    authority: Authority, log: Log, lie: Lie, reason: str
+) -> None:
     """S-30"""
 
     async def main() -> None:

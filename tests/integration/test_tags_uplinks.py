@@ -72,7 +72,7 @@ def own_registry(folder: Path) -> Iterator[registries.Registry]:
         yield running
 
 
-def test_a_moved_tag_is_seen_in_its_time_to_live_and_offline_all_agree(
+def test_a_moved_tag_is_seen_within_its_time_to_live_and_all_nodes_agree_offline(
     folder: Path, own_registry: registries.Registry, versions: list[Image]
 ) -> None:
     with (
@@ -145,7 +145,7 @@ def test_a_mirror_that_lacks_an_image_or_fails_costs_no_pull(
         assert levels[f"upstream {UPSTREAM} by {mirror.url}"] == "warn"
 
 
-def test_the_day_s_bytes_end_in_a_clear_error_that_outlives_a_restart(
+def test_a_spent_daily_budget_gives_a_clear_error_even_after_a_restart(
     folder: Path, image: Image, proxy: CountingProxy
 ) -> None:
     daily = 6_000_000

@@ -54,7 +54,7 @@ def test_the_corpus(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_changes_of_the_corpus(name: str) -> None:
+def test_the_mutated_corpus(name: str) -> None:
     count = 40 if name in SLOW else 150
 
     @given(st.one_of(st.binary(max_size=200), st.builds(edited, st.sampled_from(seeds(name)), edits)))
@@ -65,7 +65,7 @@ def test_changes_of_the_corpus(name: str) -> None:
     check()
 
 
-def test_the_corpus_is_small_and_of_targets_that_there_are() -> None:
+def test_the_corpus_is_small_and_has_only_existing_targets() -> None:
     files = [path for path in CORPUS.rglob("*") if path.is_file()]
     assert {path.parent.name for path in files} <= TARGETS.keys()
     assert sum(path.stat().st_size for path in files) < 200_000

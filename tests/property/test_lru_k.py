@@ -109,7 +109,9 @@ times = st.fixed_dictionaries(
 
 @settings(max_examples=300)
 @given(st.lists(st.one_of(STEPS), max_size=60), st.integers(1, 3), times)
-def test_it_evicts_what_the_definition_says(script: list[tuple[object, ...]], k: int, times: dict[str, float]) -> None:
+def test_it_evicts_the_same_entries_as_the_definition(
+    script: list[tuple[object, ...]], k: int, times: dict[str, float]
+) -> None:
     clock = Clock()
     cache = LRUKCache[str, int](12, lambda size: size, k=k, timer=clock, **times)
     model = Definition(12, k, clock=clock, **times)
@@ -190,7 +192,7 @@ def test_a_burst_counts_once() -> None:
     assert set(cache) == {"twice", "new"}
 
 
-def test_what_is_in_use_all_the_time_is_not_taken_for_what_was_used_once() -> None:
+def test_an_entry_in_constant_use_does_not_count_as_used_once() -> None:
     clock = Clock()
     cache = LRUKCache[str, int](2, correlated=5.0, burst=20.0, timer=clock)
     cache["always"] = 0

@@ -94,7 +94,7 @@ def printed(*arguments: str) -> Result:
     return CliRunner().invoke(cache, arguments)
 
 
-def test_a_trace_is_read_or_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_trace_is_read_or_reported_as_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cache_policies, "REFERENCES", 11_000)
     path = tmp_path / "trace.txt"
     path.write_text("1\n2\n1\n")

@@ -54,7 +54,7 @@ def test_a_wrong_parity_shard_makes_no_wrong_block() -> None:
     play(7, scenario)
 
 
-def test_wrong_bytes_of_a_whole_block_are_refused_when_they_come() -> None:
+def test_wrong_bytes_of_a_whole_block_are_refused_on_arrival() -> None:
     """S-03"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -68,7 +68,7 @@ def test_wrong_bytes_of_a_whole_block_are_refused_when_they_come() -> None:
 
 
 @pytest.mark.parametrize("count", [5, 7])
-def test_a_home_that_gives_keepers_wrong_shards_has_none_of_them_shut_out(count: int) -> None:
+def test_a_home_that_sends_keepers_wrong_shards_gets_no_keeper_quarantined(count: int) -> None:
     """S-04"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -90,7 +90,7 @@ def test_a_home_that_gives_keepers_wrong_shards_has_none_of_them_shut_out(count:
         ).map(lambda events: (liar, events))
     )
 )
-def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[frozenset[str]]]) -> None:
+def test_no_single_liar_gets_an_honest_member_quarantined(what: tuple[str, list[frozenset[str]]]) -> None:
     """S-04: every wrong shard went through the hands of the liar, as keeper, as home, or between them, once or now."""
     liar, events = what
 
@@ -104,7 +104,7 @@ def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[froz
 
 
 @pytest.mark.parametrize("answers", ["not held", "wrong bytes"])
-def test_who_claims_to_hold_what_it_does_not_costs_a_question_and_no_copy(answers: str) -> None:
+def test_a_false_claim_to_hold_a_block_costs_a_question_and_no_copy(answers: str) -> None:
     """S-18"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -150,7 +150,7 @@ def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
     play(6, scenario)
 
 
-def test_members_that_are_invented_cost_time_and_no_pull() -> None:
+def test_invented_members_cost_time_and_fail_no_pull() -> None:
     """S-24"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -164,7 +164,7 @@ def test_members_that_are_invented_cost_time_and_no_pull() -> None:
     play(5, scenario)
 
 
-def test_a_member_that_tells_a_name_wrongly_is_named_and_a_digest_stands_for_itself(tmp_path: Path) -> None:
+def test_a_false_answer_for_a_tag_names_its_member_and_digests_stay_right(tmp_path: Path) -> None:
     """S-25"""
     wrong = "sha256:" + "66" * 32
 
@@ -211,7 +211,7 @@ def test_a_lie_about_a_digest_is_refused_and_the_registry_asked(tmp_path: Path) 
     tags.play(tmp_path, 4, scenario)
 
 
-def test_what_was_found_is_not_a_message_that_only_looks_like_one() -> None:
+def test_an_answer_with_another_block_is_refused() -> None:
     """S-03: a whole block is asked for, and its record is of that block."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:

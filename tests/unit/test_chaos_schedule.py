@@ -13,7 +13,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 @given(SEEDS, st.integers(4, 20), st.integers(60, 1200))
-def test_a_seed_is_a_schedule(seed: int, nodes: int, seconds: int) -> None:
+def test_a_seed_determines_the_schedule(seed: int, nodes: int, seconds: int) -> None:
     schedule = faults(seed, nodes, seconds)
     assert schedule == faults(seed, nodes, seconds)
     assert schedule != faults(seed + 1, nodes, seconds)

@@ -208,7 +208,7 @@ def test_no_traceback_from_a_process_of_its_own(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_takes_long_to_import_is_not_imported_for_an_answer_in_json(path: Path) -> None:
+def test_slow_modules_are_not_imported_for_an_answer_in_json(path: Path) -> None:
     script = (
         "import sys; from node.cli.main import main\n"
         "try: main()\n"
@@ -360,7 +360,7 @@ def test_cluster_token(key: Path) -> None:
         (("--site", "s", "--expires", "soon"), "--expires"),
     ],
 )
-def test_a_token_that_cannot_be_is_named(key: Path, options: tuple[str, ...], named: str) -> None:
+def test_invalid_token_options_are_named(key: Path, options: tuple[str, ...], named: str) -> None:
     result = run(f"cluster token --key {key}", *options)
     assert result.exit_code == 1
     assert named in result.stderr
@@ -376,7 +376,7 @@ def test_cluster_revoke_prints_what_another_machine_can_use(key: Path) -> None:
     assert run(f"--socket /none cluster revoke --key {key} {PEER_ID}").exit_code == 3
 
 
-def test_join_says_what_is_wrong_before_it_asks_anybody(tmp_path: Path) -> None:
+def test_join_reports_wrong_arguments_before_it_connects(tmp_path: Path) -> None:
     config = tmp_path / "p2pd.toml"
     config.write_text(f'[node]\ndata_dir = "{tmp_path}/data"\n')
     result = run(f"join nonsense 127.0.0.1:1 --config {config}")

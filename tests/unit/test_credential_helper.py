@@ -67,7 +67,7 @@ def test_refused_credentials_are_asked_for_again_but_not_at_once(
     play(scenario)
 
 
-def test_a_helper_may_know_nothing_of_a_registry(program: Callable[[str], None]) -> None:
+def test_a_helper_may_have_no_credentials_for_a_registry(program: Callable[[str], None]) -> None:
     async def scenario(helpers: CredentialHelpers) -> None:
         assert await helpers.get("test", "r.test", "") is None
 

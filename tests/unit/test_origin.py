@@ -93,7 +93,7 @@ def test_blocks_that_follow_no_run_are_asked_for_at_once() -> None:
 
 
 @pytest.mark.parametrize("failing", [None, UnavailableError("broken")])
-def test_blocks_behind_a_run_are_read_when_it_ends_or_fails(failing: ShoalError | None) -> None:
+def test_blocks_after_a_run_are_read_when_it_ends_or_fails(failing: ShoalError | None) -> None:
     async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         registry.failing = failing
         caught: list[ShoalError] = []
@@ -114,7 +114,7 @@ def test_blocks_behind_a_run_are_read_when_it_ends_or_fails(failing: ShoalError 
     assert [(first, count) for _, first, count in run(check).runs] == [(4, 1), (5, 2)]
 
 
-def test_a_reader_that_leaves_takes_its_block_along() -> None:
+def test_the_block_of_a_cancelled_reader_is_not_read() -> None:
     async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reads.read, BLOBS, REF, 0)

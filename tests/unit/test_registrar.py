@@ -180,7 +180,7 @@ def test_a_lifetime_runs_from_the_later_of_both_clocks(
     run(main)
 
 
-def test_the_fault_of_a_token_is_answered_and_logged(
+def test_the_error_of_a_token_is_answered_and_logged(
     authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:

@@ -165,7 +165,7 @@ def test_back_off_is_bounded_and_honours_the_server(failures: int, after: float 
         assert (after or 0) <= delay <= max(after or 0, min(BODY.cap_s, BODY.base_s * 2 ** (failures - 1)))
 
 
-def test_all_the_waiting_of_a_resolve_leaves_room_before_clients_give_up() -> None:
+def test_a_resolve_waits_less_than_clients_do() -> None:
     total = sum(min(RESOLVE.cap_s, RESOLVE.base_s * 2 ** (n - 1)) for n in range(1, RESOLVE.attempts))
     assert total < 5
 

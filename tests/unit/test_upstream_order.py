@@ -102,7 +102,7 @@ def test_the_answer_is_that_of_the_registry_itself(fault: int, error: type[Excep
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429])
-def test_a_failing_mirror_is_passed_over_for_a_while(fault: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_mirror_is_skipped_for_a_while(fault: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for pause in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S"):
         monkeypatch.setattr(Breaker, pause, 60.0)
 
@@ -138,7 +138,7 @@ def test_a_body_that_a_mirror_broke_off_continues_from_the_registry() -> None:
     run(check)
 
 
-def test_wrong_bytes_of_a_mirror_are_refused_where_a_digest_tells() -> None:
+def test_wrong_bytes_of_a_mirror_are_refused_if_a_digest_decides() -> None:
     """S-28"""
 
     async def check(fixture: Fixture) -> None:

@@ -47,7 +47,7 @@ async def read(upstreams: Upstreams, received: list[bytes]) -> None:
             received.append(bytes(block))
 
 
-def test_bodies_end_with_the_day_s_bytes_and_names_go_on() -> None:
+def test_a_spent_daily_budget_stops_bodies_but_not_names() -> None:
     daily = 2 * BLOCK_SIZE + 1000
 
     async def check(registry: FakeRegistry, upstreams: Upstreams, link: Uplink) -> None:
@@ -66,7 +66,7 @@ def test_bodies_end_with_the_day_s_bytes_and_names_go_on() -> None:
     assert run(check, UplinkPolicy(daily=daily)) == daily + len(MANIFEST)
 
 
-def test_a_background_body_makes_way_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_background_body_continues_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uplink_module, "QUIET_S", 0.01)
 
     async def check(registry: FakeRegistry, upstreams: Upstreams, link: Uplink) -> None:
