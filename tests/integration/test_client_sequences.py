@@ -334,9 +334,7 @@ def test_containerd_asks_the_next_host_for_missing_objects(node: Node) -> None:
     [([Fault(0, "429", 1), Fault(0, "408"), Fault(5 * BLOCK_SIZE, "429")], 200), ([Fault(0, "429", 3600)], 503)],
     ids=["some", "much"],
 )
-def test_a_short_pause_of_a_registry_is_waited_for_and_a_long_one_is_not(
-    folder: Path, faults: list[Fault], status: int
-) -> None:
+def test_only_a_short_pause_of_a_registry_is_waited_for(folder: Path, faults: list[Fault], status: int) -> None:
     """A registry that asks for much patience is answered 503 at once, so that containerd asks the next host.
 
     To a 408 or 429 containerd would ask the same host five times.

@@ -493,9 +493,7 @@ async def false_name(line: LibP2PLine, credentials: Credentials) -> None:
         (false_name, "false id"),
     ],
 )
-def test_a_member_that_lies_in_its_introduction_is_refused(
-    authority: Authority, log: Log, lie: Lie, reason: str
-) -> None:
+def test_a_liar_in_an_introduction_is_refused(authority: Authority, log: Log, lie: Lie, reason: str) -> None:
     """S-30"""
 
     async def main() -> None:

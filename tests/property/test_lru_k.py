@@ -109,9 +109,7 @@ times = st.fixed_dictionaries(
 
 @settings(max_examples=300)
 @given(st.lists(st.one_of(STEPS), max_size=60), st.integers(1, 3), times)
-def test_it_evicts_the_same_entries_as_the_definition(
-    script: list[tuple[object, ...]], k: int, times: dict[str, float]
-) -> None:
+def test_it_evicts_as_the_definition_does(script: list[tuple[object, ...]], k: int, times: dict[str, float]) -> None:
     clock = Clock()
     cache = LRUKCache[str, int](12, lambda size: size, k=k, timer=clock, **times)
     model = Definition(12, k, clock=clock, **times)
