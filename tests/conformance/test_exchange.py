@@ -104,7 +104,7 @@ class MemorySite:
 
 
 class SimulatedSite(MemorySite):
-    """On links of 40 Mbit/s."""
+    """A site on links of 40 Mbit/s."""
 
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
         super().__init__(nursery, folder)
@@ -134,7 +134,7 @@ class TlsSite:
             limits=Limits(requests_per_connection=SLOTS),
         )
         node = Node(member.peer, member.exchange, refused)
-        if not mute:  # otherwise the kernel accepts connections, and no task answers
+        if not mute:  # if mute, the kernel accepts connections, and no task answers
             await self._nursery.start(run_within, node)
         return node
 
@@ -160,12 +160,12 @@ Play = Callable[[Scenario], None]
 
 SITES: dict[str, type[Site]] = {"memory": MemorySite, "simulated": SimulatedSite, "tls": TlsSite, "plain": PlainSite}
 IDLE_S = 0.01
-"""Over sockets, time jumps to the next deadline once all tasks are blocked for this real time: no byte is under way."""
+"""Over sockets, time jumps to the next deadline after all tasks were blocked for this real time: no byte is moving."""
 
 
 @pytest.fixture(params=SITES)
 def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
-    """Runs a scenario on a site of the implementation; all that the site started ends with it."""
+    """Runs a scenario on a site of the implementation. All tasks of the site end with the scenario."""
     memory = issubclass(SITES[request.param], MemorySite)
 
     def run(scenario: Scenario) -> None:

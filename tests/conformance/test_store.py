@@ -22,7 +22,7 @@ from protocol.records import Record, make_record
 from tests.support.blobs import SIGNER, Blob
 
 BUDGET = 4 * (BLOCK_SIZE + 2 * ENTRY_BYTES)
-"""Room for four whole blocks and not five, in memory and on disk."""
+"""Room for four whole blocks but not for five, in memory and on disk."""
 
 BLOB = Blob.random(1, 3 * BLOCK_SIZE + 5000)
 DATA = Shard(4, 1, 2)
@@ -70,7 +70,7 @@ async def put(store: BlockStore, blob: Blob, piece: Piece) -> bool:
 
 
 async def got(store: BlockStore, blob: Blob, piece: Piece) -> bool:
-    """Whether the piece was there; if so, it was right."""
+    """Whether the store returned the piece. Its bytes must then be right."""
     held = await store.get(piece)
     assert store.holds(piece) == (held is not None)
     if held is None:

@@ -1,4 +1,4 @@
-"""Join tokens and revocations: what is made is accepted, and nothing that differs from it in any way is."""
+"""Join tokens and revocations: those that were made are accepted, and any altered one is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_token_that_was_altered_anywhere_is_refused(token: Token, data: st.Dat
 
 
 def altered(text: str, data: st.DataObject) -> str:
-    """Another character, one more, one less, or a piece of it."""
+    """The text with a character changed, added or removed, or only a piece of the text."""
     at = data.draw(st.integers(0, len(text) - 1))
     other = data.draw(st.characters(codec="latin-1"))
     changed = data.draw(

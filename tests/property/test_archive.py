@@ -89,7 +89,7 @@ def test_headers_of_any_size_and_name(size: int, name: str) -> None:
 
 @given(st.data())
 def test_bytes_of_any_kind_are_an_archive_or_refused(data: st.DataObject) -> None:
-    """Mutations of a valid archive, cut anywhere: never another error, never a read outside the file."""
+    """A mutated valid archive, cut anywhere, causes only the named error, and no read outside the file."""
     good = bytearray(small().pack(data.draw(st.sampled_from(FORMS))))
     for _ in range(data.draw(st.integers(0, 6))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))

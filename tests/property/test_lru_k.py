@@ -25,7 +25,7 @@ class Clock:
 
 @dataclass
 class Definition:
-    """Every reference ever made, and the rule of eviction worked out anew each time."""
+    """Keeps every reference ever made, and computes each eviction anew from the definition."""
 
     maxsize: int
     k: int
@@ -104,7 +104,7 @@ times = st.fixed_dictionaries(
         "horizon": st.sampled_from([math.inf, 0.0, 4.0, 30.0]),
     }
 )
-"""Parameters of the cache; `history` is a factor, and the others are seconds."""
+"""Parameters of the cache. `history` is a factor, and the others are seconds."""
 
 
 @settings(max_examples=300)
@@ -159,7 +159,7 @@ def test_two_references_outlive_any_number_of_single_ones() -> None:
 
 def test_history_outlives_eviction() -> None:
     cache = LRUKCache[str, int](2)
-    for key in ("a", "b", "c", "a", "d"):  # "a" comes back a second time, and "d" finds it older than nothing
+    for key in ("a", "b", "c", "a", "d"):  # "a" returns, so it has two references when "d" needs room
         cache[key] = 0
     assert set(cache) == {"a", "d"}
 
@@ -214,7 +214,7 @@ def test_zero_horizon_is_lru() -> None:
 
 
 class Ticks:
-    """A timer that counts its readings: there is one for each reference."""
+    """A timer that counts its readings. The cache reads it once for each reference."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Placement: every node answers alike, load is balanced, and a changed view moves only what must move."""
+"""Placement: every node computes the same keepers, load is balanced, and a changed view moves as little as possible."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_weight_is_a_share_and_weight_zero_keeps_nothing() -> None:
 # Cells
 
 SITES = st.tuples(st.integers(1, 200), st.integers(0, 10_000))
-"""How many members, and the index of a block."""
+"""The number of members, and the index of a block."""
 
 
 def routes(count: int, index: int) -> dict[PeerId, Route]:
@@ -103,7 +103,7 @@ def test_a_cell_has_few_members_and_a_small_site_is_one_cell(site: tuple[int, in
 def test_waits_form_no_circle_even_if_members_have_different_views(
     site: tuple[int, int], hops: int, index: int, data: st.DataObject
 ) -> None:
-    """Each asks by a view of its own."""
+    """Each member asks by a view of its own."""
     path = 0
     while hops >= HOME_HOPS:
         view = data.draw(st.integers(1, 200))
@@ -152,7 +152,7 @@ def test_homes_and_keepers_are_balanced_in_a_large_site() -> None:
 
 
 def test_a_home_stays_the_same_when_the_cells_change() -> None:
-    """From ten members to thirty: one cell becomes several."""
+    """The site grows from ten members to thirty, and one cell becomes several."""
     view = members(30)
     for index in range(100):
         block, before = BlockId(DIGEST, index), None

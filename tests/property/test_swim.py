@@ -1,4 +1,4 @@
-"""SWIM's decisions: the order of statements, refutation, pauses, and that everything stays bounded."""
+"""SWIM's decisions: the order of statements, refutation, pauses, and bounds."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_own_incarnation_stays_within_the_wire(incarnation: int) -> None:
 
 
 def probes_of(swim: Swim, peer: str, now: float, until: float) -> Probe:
-    """The next probe of `peer`; all others are answered."""
+    """Run until the next probe of `peer`, and return it. All other probes are answered."""
     while now < until:
         for action in swim.tick(now):
             if isinstance(action, Probe):
@@ -263,7 +263,7 @@ def test_a_node_that_was_stopped_declares_no_member_dead(gap: float, peers: int)
     swim.received([suspect("p0000")], now)
     site = swim.site
     now += gap
-    for probe in outstanding:  # their timers are the first to run
+    for probe in outstanding:  # after the pause their timers run first
         swim.failed(probe, now, helpers_answered=False)
     actions = swim.tick(now)
     assert swim.site is site
@@ -466,7 +466,7 @@ def test_the_invariants_hold_after_any_events(happening: list[tuple[object, ...]
         syncs += [action for action in actions if isinstance(action, SyncWith)]
         assert len(syncs) <= CONFIG.parallel_syncs
         assert sum(isinstance(action, Gossip) for action in actions) <= CONFIG.gossip_fanout
-        assert swim.due(now) > now  # a tick leaves nothing to do at once
+        assert swim.due(now) > now  # after a tick no action is due at once
         expected = [OWN] + [
             entry.update.member
             for peer, entry in swim.known.items()

@@ -143,7 +143,7 @@ def encoded(request_id: int, message: Request | Reply) -> bytes:
 
 
 def read_all(kind: Any, data: bytes, chunk: int) -> list[tuple[wire.Head[Any], bytes]]:
-    """Read like a connection: heads from the bytes fed so far, the rest of a body past the decoder."""
+    """Read as a connection does: feed bytes to decode heads, and read the rest of a body past the decoder."""
     heads, position, read = wire.Heads(kind), 0, []
     while True:
         while (head := heads.next()) is None:

@@ -1,4 +1,4 @@
-"""Tasks that wait for a time: each wakes at its own, or at the next tick; a cancelled task is not woken."""
+"""Tasks that wait for a time: each wakes at its time or at the next tick, and a cancelled task is not woken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulations.alarms import Alarms
 
 
 async def times(alarms: Alarms, waits: list[float]) -> list[float]:
-    """When each of the tasks that wait these seconds was woken."""
+    """The times at which tasks that wait for these seconds were woken."""
     began, woken = trio.current_time(), [math.nan] * len(waits)
 
     async def wait(number: int) -> None:

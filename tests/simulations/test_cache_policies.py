@@ -1,4 +1,4 @@
-"""The hit ratio of the tiers' LRU-K compared with other policies, and whether those are what their names say."""
+"""The hit ratio of the tiers' LRU-K compared with other policies, and checks that these match their names."""
 
 from __future__ import annotations
 

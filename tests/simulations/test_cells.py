@@ -1,4 +1,4 @@
-"""A site of more members than keepers can serve: cells, the ways between them, and what falls out of these.
+"""A site with more members than its keepers can serve: its cells, reads across cells, and their failures.
 
 Virtual time, real codes and records. The names S-nn are lines of docs/SECURITY.md.
 """
@@ -21,7 +21,7 @@ from protocol.placement import HOME_HOPS, Placement, Route
 from tests.support.site_in_memory import REF, Node, Registry, all_read, flipped, play
 
 MANY = 60
-"""Members, which make four cells or more."""
+"""Members. They make at least four cells."""
 
 
 def route_of(node: Node, index: int) -> Route:
@@ -29,7 +29,7 @@ def route_of(node: Node, index: int) -> Route:
 
 
 def deep(nodes: list[Node], index: int) -> Node:
-    """A member that keeps nothing of a block, and is as far as can be from its home."""
+    """A member that keeps nothing of a block, with the most cells between it and the block's home."""
     readers = (node for node in nodes if node.own not in route_of(node, index).keepers)
     return max(readers, key=lambda node: route_of(node, index).depth)
 
@@ -114,7 +114,7 @@ def test_one_member_acts_for_a_dead_home_and_all_reads_succeed() -> None:
 
 
 def test_members_with_different_views_wait_in_no_circle() -> None:
-    """Half of the site believes that it is all of the site."""
+    """Half of the members see only the first half of the site."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         members = nodes[0].view.site

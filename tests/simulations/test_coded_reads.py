@@ -1,4 +1,4 @@
-"""Keepers, homes and fetchers of several nodes over the memory network, in virtual time, and a counting registry."""
+"""Reads of blocks by the fetchers, keepers and homes of several nodes, in virtual time, with a counting registry."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_held_blocks_are_read_without_the_registry() -> None:
         await nodes[0].read_all()
         registry.down = True
         for node in nodes[1:]:
-            found = await node.read_all()
-            assert {one.source for one in found} <= {Source.PEER, Source.MEMORY, Source.DISK}
+            obtained = await node.read_all()
+            assert {block.source for block in obtained} <= {Source.PEER, Source.MEMORY, Source.DISK}
 
     play(6, scenario)
 
@@ -120,7 +120,7 @@ def test_an_urgent_read_waits_for_a_stopped_keeper_once_and_briefly() -> None:
                 network.stop(reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)[1][1])
             await reader.forget(0)
             took.append((await reader.read(0, urgent=True)).seconds)
-        slow = [one for one in took[20:] if one > 2 * took[19]]
+        slow = [seconds for seconds in took[20:] if seconds > 2 * took[19]]
         assert len(slow) <= 1
         assert max(took[20:]) < 2 * WARM_FLOOR_S
 
@@ -211,7 +211,7 @@ def test_a_new_home_asks_the_previous_keepers_before_the_registry() -> None:
 
 
 def test_a_keeper_asked_for_an_exact_shard_sends_no_shard_of_an_earlier_view() -> None:
-    """The asker would take it for a breach of the protocol, and quarantine an honest member."""
+    """The asker would treat such a shard as a breach of the protocol, and quarantine an honest member."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
@@ -296,7 +296,7 @@ def test_a_background_block_keeps_no_client_waiting(count: int) -> None:
 
 
 def test_a_wrong_size_has_no_effect_on_other_reads() -> None:
-    """A manifest may say any size of a digest that the site holds: it names another object then."""
+    """A manifest may name a held digest with any size. With another size it names another object."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes[:4])

@@ -30,7 +30,7 @@ NODES = 10
 IMAGE = 6_000_000
 CONNECT_S = TIMEOUT.connect or 0.0
 LONGEST_S = 2 * CONNECT_S + 2
-"""Longest time of a pull without the registry: it is served by the site, or fails after two connect timeouts."""
+"""Longest time of a pull without the registry: the site serves it, or it fails after two connect timeouts."""
 HEALED_S = 10.0
 BLOBS = locator("blobs")
 
@@ -43,7 +43,7 @@ class Site:
     images: tuple[Image, ...]
 
     async def pulled(self, nodes: Sequence[Node], image: Image) -> tuple[float, float]:
-        """Pull by all nodes at once. Returns the seconds of the slowest pull, and the copies read from the registry."""
+        """All nodes pull at once. Returns the seconds of the slowest pull, and the copies read from the registry."""
         before = self.registry.bytes_by_site[SITE]
         pulls = await pull_all(nodes, image)
         assert [pull.error for pull in pulls if pull.error] == []
@@ -51,7 +51,7 @@ class Site:
         return max(pull.ended - pull.began for pull in pulls), copies
 
     def seen(self) -> set[int]:
-        """The numbers of members that the nodes see."""
+        """The different numbers of members that the nodes see."""
         return {len(node.membership.site) for node in self.cluster.nodes}
 
     @property

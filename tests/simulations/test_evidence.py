@@ -79,7 +79,7 @@ Scenario = Callable[[list[Node], Registry], Awaitable[None]]
 
 
 def play(count: int, scenario: Scenario, judging: int | None = None, registry: Registry | None = None) -> None:
-    """Run a scenario with `count` nodes. The judges of the first `judging` nodes run, or those of all."""
+    """Run a scenario with `count` nodes. Only the judges of the first `judging` nodes run, if it is given."""
 
     async def judged(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         async with trio.open_nursery() as nursery:
@@ -99,7 +99,7 @@ async def until(holds: Callable[[], bool], within_s: float = SOON_S) -> None:
 
 
 async def poison(liar: Node, index: int) -> Record:
-    """The liar keeps a false block with a matching record, and answers with it."""
+    """Have the liar keep a false block with a matching record, so that it answers with them."""
     false = bytes(REF.block_length(index))
     record = liar.signs(index, false)
     await liar.tiers.put(Piece(REF.block(index)), false, record)
@@ -296,7 +296,7 @@ def test_a_record_that_no_bytes_match_is_detected_by_readers_of_the_block() -> N
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_two_records_of_one_block_convict_their_signer_without_the_registry(mirrored: bool) -> None:
-    """S-08: but not where a mirror may have given its signer either."""
+    """S-08: except if the signer may have read either version from a mirror."""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, receiver = nodes[0], nodes[1], nodes[2]
@@ -322,7 +322,7 @@ def test_a_reader_of_two_records_of_one_signer_reports_both() -> None:
         given: list[Record] = []
 
         def lie(answer: Answer) -> Answer:
-            """Other bytes for each member that asks."""
+            """Send different bytes to each member that asks."""
             if not isinstance(answer.message, ShardFound) or answer.message.record.index:
                 return answer
             given.append(liar.signs(0, bytes([len(given)]) * BLOCK_SIZE))
@@ -508,7 +508,7 @@ def test_evidence_that_is_an_hour_old_is_neither_sent_nor_accepted() -> None:
         receiver.view.quarantined.clear()
         await trio.sleep(QUARANTINE_S)
         registry.asked.clear()
-        await finder.tells(receiver, evidence)  # sent as if it were new: it counts once
+        await finder.tells(receiver, evidence)  # sent as new evidence: it counts once
         await trio.sleep(SOON_S)
         assert not receiver.view.quarantined
         assert not receiver.judge.cases.about(liar.own)

@@ -90,9 +90,9 @@ def test_a_home_that_sends_keepers_wrong_shards_gets_no_keeper_quarantined(count
         ).map(lambda events: (liar, events))
     )
 )
-def test_no_single_liar_gets_an_honest_member_quarantined(what: tuple[str, list[frozenset[str]]]) -> None:
-    """S-04: every wrong shard went through the hands of the liar, as keeper, as home, or between them, once or now."""
-    liar, events = what
+def test_no_single_liar_gets_an_honest_member_quarantined(attack: tuple[str, list[frozenset[str]]]) -> None:
+    """S-04: in every event the liar is one of the members that may have made the wrong shard."""
+    liar, events = attack
 
     async def main() -> None:
         faults = Faults()
@@ -131,7 +131,7 @@ def test_a_false_claim_to_hold_a_block_costs_a_question_and_no_copy(answers: str
 
 @pytest.mark.parametrize("urgent", [False, True])
 def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
-    """S-19: its `Waiting` goes on for ever."""
+    """S-19: the member sends `Waiting` without end."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         liar = nodes[0]
@@ -145,7 +145,7 @@ def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
             for index in range(REF.block_count):
                 with trio.fail_after(20):
                     await node.read(index, urgent=urgent)
-        assert not any(node.view.quarantined for node in nodes), "slowness is no lie"
+        assert not any(node.view.quarantined for node in nodes), "slowness does not count as a lie"
 
     play(6, scenario)
 
@@ -177,14 +177,14 @@ def test_a_false_answer_for_a_tag_names_its_member_and_digests_stay_right(tmp_pa
 
         for node in nodes[1:]:
             node.handler = lie
-        told = Counter[bool]()
+        wrong_answers = Counter[bool]()
         for number in range(8):
-            found = await reader.names.resolve(tags.APP, f"v{number}")
-            is_wrong = str(found.ref.digest) == wrong
-            told[is_wrong] += 1
-            _, told_by, _ = reader.row(f"v{number}")
-            assert (told_by in {node.own for node in nodes[1:]}) is is_wrong
-        assert told[True], "a tag is a member's word: docs/SECURITY.md says so"
+            resolved = await reader.names.resolve(tags.APP, f"v{number}")
+            is_wrong = str(resolved.ref.digest) == wrong
+            wrong_answers[is_wrong] += 1
+            _, source, _ = reader.row(f"v{number}")
+            assert (source in {node.own for node in nodes[1:]}) is is_wrong
+        assert wrong_answers[True], "docs/SECURITY.md: for a tag the answer of a member is accepted"
         true = (await reader.reached.resolve(tags.APP, "latest"))[0]
         by_digest = await reader.names.resolve(tags.APP, str(true.ref.digest))
         assert by_digest.ref == true.ref
@@ -204,15 +204,15 @@ def test_a_lie_about_a_digest_is_refused_and_the_registry_asked(tmp_path: Path) 
         for node in nodes[1:]:
             node.handler = lie
         before = registry.asked
-        found = await nodes[0].names.resolve(tags.APP, asked)
-        assert str(found.ref.digest) != wrong
+        resolved = await nodes[0].names.resolve(tags.APP, asked)
+        assert str(resolved.ref.digest) != wrong
         assert registry.asked == before + 1
 
     tags.play(tmp_path, 4, scenario)
 
 
 def test_an_answer_with_another_block_is_refused() -> None:
-    """S-03: a whole block is asked for, and its record is of that block."""
+    """S-03: a record of another block than the requested one is refused."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await nodes[0].read_all()
@@ -220,7 +220,7 @@ def test_an_answer_with_another_block_is_refused() -> None:
         assert isinstance(answer.message, BlockFound)
 
         async def replay(peer: PeerId, request: Request) -> Answer:
-            return answer  # of block 1, whatever is asked
+            return answer  # block 1 for any request
 
         nodes[0].handler = replay
         assert await nodes[1].read_all()

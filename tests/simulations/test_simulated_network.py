@@ -33,7 +33,7 @@ def play(scenario: Callable[[SimulatedNetwork], Awaitable[None]], *, uplink: flo
 
 
 async def times(network: SimulatedNetwork, *frames: tuple[PeerId, PeerId, int]) -> list[float]:
-    """When each of these frames arrives; all are sent at the same moment, in this order."""
+    """The times at which these frames arrive. All are sent at the same moment, in this order."""
     began, came = trio.current_time(), [0.0] * len(frames)
 
     async def send(number: int, sender: PeerId, receiver: PeerId, size: int) -> None:
