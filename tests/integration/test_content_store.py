@@ -21,7 +21,7 @@ SMALL = Blob.random(2, 700)
 
 
 class World:
-    """A store, its clock, and the blocks whose records it asked for."""
+    """A store, its clock, and the blocks for which it requested records."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -171,7 +171,7 @@ trio.run(main)
 
 @pytest.mark.parametrize("last", [3, 17])
 def test_killed_in_the_middle_of_puts(tmp_path: Path, last: int, caplog) -> None:
-    """Flushed pieces are there, no byte is wrong, and the disk holds no more than the statistics report."""
+    """Flushed pieces still exist, no byte is wrong, and the disk holds no more than the statistics report."""
     command = [sys.executable, "-c", CHILD, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as child:
         assert child.stdout is not None
@@ -186,7 +186,7 @@ def test_killed_in_the_middle_of_puts(tmp_path: Path, last: int, caplog) -> None
         statistics = store.statistics()
         assert 0 < statistics.entries <= named
         assert allocated(tmp_path) <= statistics.bytes <= statistics.budget_bytes
-        if last * 2 * BLOCK_SIZE < 20 << 20:  # nothing had to be evicted: what was flushed is there
+        if last * 2 * BLOCK_SIZE < 20 << 20:  # nothing had to be evicted: all flushed pieces exist
             for blob in (Blob.random(seed, 2 * BLOCK_SIZE + 999) for seed in range(3)):
                 assert all([await got(store, blob, piece) for piece in blob.pieces])
         for digest in store.objects():
@@ -334,7 +334,7 @@ def test_a_disk_error_declines_puts_and_is_logged_once(tmp_path: Path, number: i
 
 
 def test_the_free_disk_floor(tmp_path: Path, monkeypatch) -> None:
-    """Below it the store gives way: it evicts, and then takes no more."""
+    """Below the floor the store evicts pieces, and then accepts no more."""
     disk = SimpleNamespace(f_bavail=100 << 8, f_blocks=1000 << 8, f_frsize=4096)  # 100 MiB of 1000 free
     monkeypatch.setattr("cache.disk_table.os.statvfs", lambda path: disk)
     clock = [0.0]

@@ -84,7 +84,7 @@ def test_a_request_number_in_use_cannot_be_used_again(tmp_path: Path) -> None:
 
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(handler=never, limits=Limits(requests=3))
-        for _ in range(2):  # the first connection gave back what it took
+        for _ in range(2):  # the first connection released its slots
             raw = await cluster.dial_raw(node)
             for request_id in (1, 2, 2):
                 await raw.say(request_id, PING)
@@ -149,7 +149,7 @@ def test_one_address_without_a_certificate_does_not_keep_others_out(tmp_path: Pa
 
 
 def test_an_incomplete_message_ends_its_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S-42: byte by byte, so that something always comes."""
+    """S-42: the message comes byte by byte, so that the connection is never silent."""
     monkeypatch.setattr(exchange_connection, "WHOLE_S", 0.3)
 
     async def scenario(cluster: Cluster) -> None:
@@ -188,7 +188,7 @@ def test_a_stopped_body_counts_as_silence_and_a_dripping_body_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S-19"""
-    monkeypatch.setattr(sockets, "GATHERED_BYTES", 1)  # each part is read as it comes
+    monkeypatch.setattr(sockets, "GATHERED_BYTES", 1)  # each part is read as it arrives
     silence_s = 0.5
 
     async def scenario(cluster: Cluster) -> None:
@@ -220,7 +220,7 @@ def test_a_stopped_body_counts_as_silence_and_a_dripping_body_does_not(
 
 
 class Portioned:
-    """Sends in portions of these sizes, in rotation, and the end byte by byte; the other side reads after each."""
+    """Sends in portions of these sizes, in rotation, and the end byte by byte. The other side reads after each."""
 
     def __init__(self, stream: Any, sizes: tuple[int, ...]) -> None:
         self.stream = stream
@@ -243,7 +243,7 @@ class Portioned:
 def test_a_body_that_arrives_in_any_portions_is_read_without_a_timer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], plain: bool
 ) -> None:
-    """The reader waits for no more bytes than are sure to come, whatever part OpenSSL holds; else it never ends."""
+    """The reader waits only for bytes that will certainly arrive, even if OpenSSL holds a part. Otherwise it hangs."""
     monkeypatch.setattr(sockets, "GATHER_S", math.inf)
 
     async def in_portions(raw: Raw) -> None:
@@ -252,7 +252,7 @@ def test_a_body_that_arrives_in_any_portions_is_read_without_a_timer(
             raw.stream = Portioned(raw.stream, sizes)
         else:
             raw.stream.transport_stream = Portioned(raw.stream.transport_stream, sizes)
-        for _ in range(2):  # the second head comes after the low-water mark was above one
+        for _ in range(2):  # the second head arrives after the low-water mark was above one
             request_id, _ = await raw.read_frame()
             await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
             for start in range(0, BLOCK_SIZE, 50_000):
@@ -336,7 +336,7 @@ def test_a_peer_that_does_not_read_is_dropped(tmp_path: Path) -> None:
 
 def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Path) -> None:
     blocks = 32
-    """More than fits into the buffers of a connection on which nothing is read."""
+    """More bytes than the buffers of a connection hold if its peer does not read."""
 
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start()
@@ -358,13 +358,13 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
 
 
 def test_unread_answers_leave_other_peers_their_share(tmp_path: Path) -> None:
-    """S-41: answers that wait for peers that do not read are bounded; each peer leaves to others as much as it has."""
+    """S-41: answers that wait for peers that do not read are bounded, and each peer leaves others as much as it has."""
 
     async def scenario(cluster: Cluster) -> None:
         limits = Limits(answer_bytes=12 * BLOCK_SIZE)
         node, other = await cluster.start(limits=limits), await cluster.start()
         hogs = []
-        for left in (6, 3, 1):  # of 12; the later ones find less
+        for left in (6, 3, 1):  # of 12: later peers get less
             hogs.append(await cluster.dial_raw(node))
             for request_id in range(60):
                 await hogs[-1].say(request_id, GET)
@@ -498,7 +498,7 @@ def test_an_address_in_use_is_named(tmp_path: Path) -> None:
 
 
 class Wiretap:
-    """Passes bytes on between an asker and a node, and keeps them."""
+    """Passes bytes on between an asker and a node, and records them."""
 
     def __init__(self) -> None:
         self.taken = bytearray()
@@ -553,7 +553,7 @@ def test_a_request_right_behind_the_end_of_tls_is_not_lost(tmp_path: Path) -> No
                     step()
                 except ssl.SSLWantReadError:
                     await stream.send_all(outgoing.read())
-                    incoming.write(await stream.receive_some(1))  # so that nothing beyond is taken here either
+                    incoming.write(await stream.receive_some(1))  # so that no later byte is read here
                 else:
                     return
 
@@ -601,7 +601,7 @@ def test_an_asker_that_breaks_off_plain_mode_is_dropped_in_time(tmp_path: Path, 
         elif behaviour == "speaks too soon":
             await raw.stream.transport_stream.send_all(frame(1, GET))
         other = await cluster.start(plain=True, timing=Timing(handshake_s=60.0))
-        async with cluster.time_passing():  # the only place for a handshake becomes free
+        async with cluster.time_passing():  # the only slot for a handshake becomes free
             assert (await other.ask(node.peer, GET, silence_s=60.0)).body == BLOCK
         if behaviour != "leaves":
             assert await raw.ended()
@@ -633,7 +633,7 @@ def test_an_answering_peer_that_breaks_off_plain_mode_is_unavailable(tmp_path: P
 
 
 def test_a_node_that_does_not_know_plain_mode_is_asked_over_tls(tmp_path: Path) -> None:
-    """Its hello lacks the field `plain`. It accepts the longer hello as it accepts any later field."""
+    """Its hello lacks the field `plain`. It accepts the longer hello because it ignores unknown fields."""
 
     async def serve(raw: Raw) -> None:
         await raw.give_block()
@@ -669,7 +669,7 @@ def test_late_bytes_of_a_cancelled_body_are_discarded(tmp_path: Path, plain: boo
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(node.ask, peer, GET, into=lambda reply: memoryview(memory)))
-                # In time, since less than GATHERED_BYTES of a body is read only after GATHER_S.
+                # Time must pass: less than GATHERED_BYTES of a body is read only after GATHER_S.
                 await cluster.until(lambda: node.exchange.statistics().bytes_received >= BLOCK_SIZE // 2)
                 scope.cancel()
         assert memory.startswith(BLOCK[: BLOCK_SIZE // 2])

@@ -1,4 +1,4 @@
-"""Some thousand odd and malformed requests; `python -m tests.fuzz_mirror` sends a hundred thousand."""
+"""Some thousand odd and malformed requests. `python -m tests.fuzz_mirror` sends a hundred thousand."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def test_odd_requests_are_refused_and_have_no_lasting_effect(folder: Path) -> No
     good = sum(
         count for portion in report.findings for code, count in portion.statuses.items() if code in ("200", "206")
     )
-    assert good > 300, "well-formed requests are among them"
+    assert good > 300, "some requests must be well-formed"

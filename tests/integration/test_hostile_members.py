@@ -22,7 +22,7 @@ from tests.support.site import UPSTREAM, Node, site, start_all
 DEAD_SERVER = "http://127.0.0.1:9"
 LIAR = "node-3"
 LIMIT_S = 120.0
-"""Only a test that hangs takes as long."""
+"""Only a test that hangs takes this long."""
 
 
 def have_lie(nodes: list[Node], lie: str) -> list[Node]:
@@ -48,7 +48,7 @@ def liar_at(node: Node) -> dict[str, Any]:
 def test_every_node_names_the_signer_of_false_records_and_pulls_succeed(
     folder: Path, image: Image, proxy: CountingProxy
 ) -> None:
-    """S-05, S-17: the first read of a large layer may lack its last block; it is never whole with a wrong byte."""
+    """S-05, S-17: the first read of a large layer may lack its last block, but is never whole with a wrong byte."""
     with ExitStack() as stack:
         nodes = stack.enter_context(site(folder / "site", proxy.url, start=False))
         honest = have_lie(nodes, "records")

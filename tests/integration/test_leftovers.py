@@ -1,4 +1,4 @@
-"""A run that a signal ends leaves no namespace, no mount, no process and no folder behind."""
+"""A run that is ended by a signal leaves no namespace, no mount, no process and no folder behind."""
 
 from __future__ import annotations
 

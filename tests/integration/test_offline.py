@@ -42,7 +42,7 @@ def archive(folder: Path, image: Image) -> Path:
 
 
 def skopeo_archive(file: Path, image: Image, reference: str) -> Path:
-    """The fixture's index.json is the image's own index; skopeo needs an index.json that names that index."""
+    """Write an archive with skopeo, which needs an index.json that names the image's index as its only manifest."""
     layout = file.with_suffix(".layout")
     shutil.copytree(image.folder, layout)
     root = {**image.index.descriptor(), "annotations": {"org.opencontainers.image.ref.name": "x"}}
@@ -62,7 +62,7 @@ def skopeo(*arguments: str) -> str:
 
 
 def done(node: Node, *arguments: str | Path) -> dict[str, object]:
-    """The last document that p2pctl prints."""
+    """Run p2pctl, and return the last document that it prints."""
     answer = node.ctl(*map(str, arguments), "--json")
     assert answer.returncode == 0, answer.stderr
     document: dict[str, object] = json.loads(answer.stdout.splitlines()[-1])
@@ -92,7 +92,7 @@ def test_an_import_on_one_node_serves_a_whole_site_without_an_uplink(
 
 
 def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
-    """The digest of the image's index."""
+    """Write an archive of one layer. Returns the digest of the image's index."""
     layout = Layout()
     layout.name(layout.index([layout.manifest([layer], ARCHITECTURE)]), name)
     file.write_bytes(layout.pack())
@@ -100,7 +100,7 @@ def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
 
 
 def tag_of(node: Node) -> str:
-    """The digest that the mirror gives for the tag; "" if it does not answer."""
+    """The digest that the mirror gives for the tag, or "" if the mirror does not answer."""
     connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=60)
     with closing(connection):
         connection.request("HEAD", f"/v2/{REPOSITORY}/manifests/{TAG}")
@@ -171,7 +171,7 @@ def test_an_archive_that_p2pd_may_not_open_is_imported(folder: Path, image: Imag
 
 
 def rewrite(source: Path, target: Path, change: str, data: bytes) -> None:
-    """The archive with other bytes in the entry whose name ends with `change`."""
+    """Copy the archive, with `data` in the entry whose name ends with `change`."""
     with tarfile.open(source) as old, tarfile.open(target, "w") as new:
         for info in old:
             body = old.extractfile(info)
@@ -212,7 +212,7 @@ def refuses(node: Node, reference: str) -> bool:
 
 @pytest.fixture
 def large(folder: Path) -> Path:
-    """An archive whose import takes some time."""
+    """An archive that takes some time to import."""
     layout = Layout()
     layers = [noise(number, 24 << 20) for number in range(6)]
     layout.name(layout.index([layout.manifest(layers, ARCHITECTURE)]), IMAGE)
@@ -249,7 +249,7 @@ def test_an_import_ends_with_its_p2pctl(folder: Path, large: Path, nowhere: str)
         command = [*P2PCTL, "--socket", str(node.socket), "import", str(large)]
         with running(command, folder / "log", {**os.environ, "PYTHONPATH": str(ROOT)}):
             wait_for("some blocks are stored", lambda: stored(node) > 8 << 20, every=0.002)
-        wait_for("its blocks are not held any more", lambda: node.status()["cache"]["disk"]["pinned_bytes"] == 0)
+        wait_for("its blocks are released", lambda: node.status()["cache"]["disk"]["pinned_bytes"] == 0)
         assert refuses(node, TAG)
         assert stored(node) < large.stat().st_size - (1 << 20)
 

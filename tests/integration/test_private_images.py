@@ -99,7 +99,7 @@ def read_all(node: Node, image: Image, authorization: str) -> None:
 
 
 def is_refused(node: Node, image: Image, authorization: str = "") -> bool:
-    """Try every path to its content; True, or an assertion that names the path."""
+    """Try every path to the image's content. Returns True, or fails with the path that is open."""
     digest = image.manifest.digest
     objects = (f"manifests/{TAG}", f"manifests/{digest}", f"blobs/{image.layers[0].digest}")
     for path in (*objects, "tags/list", f"referrers/{digest}"):
@@ -221,7 +221,7 @@ def secrets_of(authorization: str) -> list[str]:
 
 
 def assert_silent(node: Node, secrets: list[str]) -> None:
-    """None of these is in the node's output, log or files."""
+    """Check that none of these secrets is in the node's output, log or files."""
     metrics = re.search(r'metrics = "(.+)"', node.config.read_text())
     assert metrics is not None
     said = {

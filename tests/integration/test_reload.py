@@ -1,4 +1,4 @@
-"""Reloading the configuration of a daemon during a pull: the whole file is applied, or nothing."""
+"""A reload of a daemon's configuration during a pull applies the whole file, or nothing."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def test_a_pull_continues_while_its_registry_is_replaced_and_its_rate_lifted(fol
             assert node.status()["upstreams"][0]["uplink"] is None, "no rate limits it any more"
         assert client.came == content(0, SIZE)
         assert before.asked
-        assert after.asked, "the rest is read from the new registry"
+        assert after.asked, "the rest must come from the new registry"
         assert before.asked_bytes + after.asked_bytes <= SIZE + 2 * BLOCK_SIZE
         assert [row["url"] for row in node.status()["upstreams"]] == [after.url]
-        assert "changed" not in tail(node.log, 1000), "it is logged below level warning"
+        assert "changed" not in tail(node.log, 1000), "changes are logged below level warning"
 
 
 def test_a_pull_completes_after_its_registry_left_the_configuration(folder: Path) -> None:

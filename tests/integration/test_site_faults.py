@@ -22,7 +22,7 @@ FAULT_AT = 0.2
 SLOWER = 3.0
 """Longest disturbed pull, as a multiple of the longest undisturbed one."""
 PIECE_BYTES = 64 * 1024
-"""One byte is altered in each piece of this size, so in every shard and block."""
+"""One byte is altered in each piece of this size, and therefore in every shard and block."""
 KEPT = ("key", "pem", "crt", "toml", "lock", "sock")
 
 

@@ -1,4 +1,4 @@
-"""The main job: for any number of nodes that pull an image at once, the registry gives each byte about once."""
+"""The main purpose: for any number of nodes that pull an image at once, the registry sends each byte about once."""
 
 from __future__ import annotations
 

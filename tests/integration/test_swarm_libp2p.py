@@ -1,4 +1,4 @@
-"""Introductions over real libp2p connections on loopback: friends, strangers, liars, and bytes that mean nothing."""
+"""Introductions over real libp2p connections on loopback: between members, and by strangers, liars and garbage."""
 
 import logging
 import random
@@ -34,7 +34,7 @@ from protocol.members import Member
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LIMIT_S = 60.0
-"""Only a test that hangs takes as long."""
+"""Only a test that hangs takes this long."""
 QUICK = Timing(deadline=LIMIT_S, first_retry=0.01, last_retry=0.02, recheck=0.02, linger=0.2)
 
 
@@ -50,7 +50,7 @@ def stranger(tmp_path: Path) -> Authority:
 
 
 class Log(logging.Handler):
-    """The log lines of the nodes; a test waits for a part of their text."""
+    """The log lines of the nodes. A test waits for a part of their text."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -87,7 +87,7 @@ async def no_joins(line: Line, host: str, own: PeerId) -> None:
 
 
 class Node:
-    """An introducer, and a membership that believes every introduction."""
+    """An introducer, and a membership that accepts every introduction."""
 
     def __init__(
         self,
@@ -295,7 +295,7 @@ def test_a_bootstrap_peer_that_never_returns_costs_little(authority: Authority, 
     dials: list[float] = []
 
     async def dial(target: Target) -> bool:
-        """On a network where the peer never answers."""
+        """Fail as on a network where the peer never answers."""
         await trio.lowlevel.checkpoint()
         dials.append(trio.current_time())
         raise PeerUnavailableError("no route")
@@ -363,7 +363,7 @@ def test_another_peer_at_the_address_is_not_introduced(authority: Authority, log
 
 
 async def wait_closed(stream: trio.SocketStream) -> None:
-    """Wait until the other side closes; bytes before that are dropped."""
+    """Wait until the other side closes. Earlier bytes are dropped."""
     try:
         while await stream.receive_some():
             pass
@@ -407,7 +407,7 @@ def test_garbage_on_the_port_does_no_harm(authority: Authority) -> None:
 
 
 def test_idle_connections_are_bounded_in_all_and_for_each_address_and_cut(authority: Authority) -> None:
-    """S-43. The clock jumps to the deadline, which no machine is slow enough to reach by itself."""
+    """S-43. The clock jumps to the deadline, which even a slow machine does not reach by itself."""
     clock = trio.testing.MockClock(rate=1.0)
     deadline_s = 10 * LIMIT_S
 
@@ -586,7 +586,7 @@ def test_malformed_bootstrap_addresses_are_named_at_once(authority: Authority, w
 
 
 def multicast_works_on_loopback() -> str:
-    """The reason why it does not, or nothing: a datagram to mDNS's group, on another port, must come back."""
+    """The reason why it does not, or "". The test is a datagram to mDNS's group, on another port, that must return."""
     group, loopback = socket.inet_aton("224.0.0.251"), socket.inet_aton("127.0.0.1")
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
