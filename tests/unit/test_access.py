@@ -90,7 +90,7 @@ def test_a_public_repository_costs_one_question_a_minute(tmp_path: Path) -> None
     async def scenario(fixture: Fixture) -> None:
         for _ in range(10):
             assert await fixture.admit(OPEN) == ""
-        assert await fixture.admit(OPEN, ALICE) == "", "what is for everybody is read without the client's token"
+        assert await fixture.admit(OPEN, ALICE) == "", "public content is read without the client's token"
         assert fixture.registry.asked == [(OPEN.repository, "")]
         await trio.sleep(FRESH_S)
         fixture.registry.public.clear()
@@ -163,7 +163,7 @@ def test_given_access_lasts_while_the_registry_is_down_but_not_forever(tmp_path:
         assert await fixture.admit(PRIVATE, ALICE) == ALICE
         asked = len(fixture.registry.asked)
         assert await fixture.admit(PRIVATE, ALICE) == ALICE
-        assert len(fixture.registry.asked) == asked, "a registry that is out of reach is not tried each time"
+        assert len(fixture.registry.asked) == asked, "an unreachable registry is not tried each time"
         with pytest.raises(ChallengedError):
             await fixture.admit(PRIVATE)
         with pytest.raises(UnavailableError):

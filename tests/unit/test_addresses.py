@@ -1,4 +1,4 @@
-"""Addresses: those that are accepted, those that are announced, and those that peers were seen at."""
+"""Addresses: those that are accepted, those that are announced, and those at which peers were seen."""
 
 import ifaddr
 import pytest

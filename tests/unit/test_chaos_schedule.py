@@ -1,4 +1,4 @@
-"""The schedule of a chaos run: the seed determines it, and it never asks for impossible faults."""
+"""The schedule of a chaos run: the seed determines it, and it never has impossible faults."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ DOCUMENTS = {name: name for name in ("peers", "images", "tags")} | {
     "doctor": "checks",
     "version": "p2pctl",
 }
-"""Commands, and a field of each one's document."""
+"""Commands, and a field of the document that each prints."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def path(tmp_path: Path, api: FakeControl) -> Iterator[Path]:
 
 
 def run(*arguments: str | Path) -> Result:
-    """An argument may hold several words, with a space between them."""
+    """Run p2pctl. An argument may hold several words, with spaces between them."""
     result = CliRunner().invoke(main, [word for argument in arguments for word in str(argument).split(" ")])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
@@ -138,7 +138,7 @@ def test_why_in_runs(path: Path) -> None:
     lines = run("--socket", path, "why", "alpine").stdout.splitlines()
     rows = [line.split() for line in lines if line[:1].isdigit()]
     assert [row[0] for row in rows] == ["0-29", "30", "31-40"]
-    assert "edge-2" in rows[0], "a peer is called by its name"
+    assert "edge-2" in rows[0], "a peer is shown by its name"
     assert lines[-1] == "all 41 blocks, 20.0 MiB: 30 peer (15.0 MiB), 1 origin (512.0 KiB), 10 not read (4.5 MiB)"
 
 

@@ -1,4 +1,4 @@
-"""The configuration file: the documented file loads, and an error names the key."""
+"""The configuration file: the documented file loads, and an error names the wrong key."""
 
 from __future__ import annotations
 

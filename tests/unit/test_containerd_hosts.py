@@ -1,4 +1,4 @@
-"""hosts.toml: the added lines, the kept text, and that removing the lines restores the original bytes."""
+"""hosts.toml: the added lines, the text that stays, and an uninstall that restores the original bytes."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_malformed_file_is_named_with_its_line_and_nothing_changes(tmp_path: P
         install(tmp_path, DOCKER, ("ghcr.io", "https://ghcr.io"))
     assert "ghcr.io/hosts.toml" in str(raised.value)
     assert line in str(raised.value)
-    assert tree(tmp_path) == before, "not even the registries before it"
+    assert tree(tmp_path) == before, "the registries before it also stay unchanged"
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

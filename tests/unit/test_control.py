@@ -1,4 +1,4 @@
-"""The control socket: its file, its routes, its errors, and p2pctl's client against a real server."""
+"""The control socket: its file, its routes, its errors, and the client of p2pctl against a real server."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ RESULT = WorkResult(ok=True, seconds=1.0, images=(f"{IMAGE}@{DIGEST}",), objects
 
 
 class FakeOffline:
-    """Notes what it was asked; an import reads its file, an export writes one."""
+    """Records its requests. An import reads its file, and an export writes one."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[object, ...]] = []

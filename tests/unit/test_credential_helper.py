@@ -1,4 +1,4 @@
-"""Docker's credential helpers: the tests' own programs, and everything that they can do wrong."""
+"""Docker's credential helpers, as programs that the tests write, with all their possible failures."""
 
 from __future__ import annotations
 

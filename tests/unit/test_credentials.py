@@ -140,7 +140,7 @@ def test_a_repeated_refusal_is_logged_as_warning_once_in_a_while(caplog: pytest.
 
 
 class Members:
-    """An exchange and a view: a site whose members answer with the replies of a test."""
+    """An exchange and a view of a site whose members answer with the replies of a test."""
 
     def __init__(self, answers: Mapping[PeerId, Callable[[bytes], Reply | None]]) -> None:
         self.answers = answers

@@ -1,4 +1,4 @@
-"""The doctor's judgements, and the facts that it gathers itself."""
+"""The doctor's verdicts, and the facts that it gathers itself."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_the_certificate_of_a_node_that_does_not_run(tmp_path: Path, authority: 
     assert certificate_in_files(config).revoked
 
     same = Config(node=config.node, cluster=ClusterPart(key=str(tmp_path / "cluster.key")))
-    assert certificate_in_files(same) == Shown(runs=False), "it issues itself one"
+    assert certificate_in_files(same) == Shown(runs=False), "the node issues itself a certificate"
     create_authority(tmp_path / "other.key")
     other = Config(node=config.node, cluster=ClusterPart(key=str(tmp_path / "other.key")))
     assert "is of the cluster" in certificate_in_files(other).problem

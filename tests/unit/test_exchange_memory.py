@@ -1,4 +1,4 @@
-"""Faults of the memory network, and the exact times that both sides of a request keep."""
+"""Faults of the memory network, and the exact times at which both sides of a request act."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fair shares: however many peers want all of a resource, each leaves to others as much as it has itself."""
+"""Fair shares: if any number of peers want all of a resource, each leaves as much to others as it has itself."""
 
 from __future__ import annotations
 

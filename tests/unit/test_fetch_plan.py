@@ -175,7 +175,7 @@ def test_the_quickest_is_asked_first_and_the_failing_last() -> None:
 
 
 def test_a_beaten_peer_is_asked_after_the_others_until_it_answers_in_time() -> None:
-    """It has nothing outstanding then, for what it owed was given up: by its mean it would be the first to ask."""
+    """Its open request was given up, so that by its mean alone it would be asked first."""
     health = Health()
     health.answered(PeerId("a"), 0.01, 9.0)
     for peer in "bc":
@@ -204,7 +204,7 @@ def test_a_peer_that_is_beaten_repeatedly_is_tried_less_often() -> None:
 
 
 def test_the_last_shard_is_late_relative_to_its_siblings() -> None:
-    """A peer's history may be from a busier time: the other peers share the links with it now."""
+    """A peer's history may be from a busier time, but its siblings share the links with it now."""
     plan = plan_of(late_after_s=5.0)
     plan.start(False, 0.0)
     for index in range(2):
@@ -237,7 +237,7 @@ def test_answers_are_steady_once_they_are_even() -> None:
 
 
 def test_very_quick_answers_are_not_steady() -> None:
-    """A spare for a late one is asked for after WARM_FLOOR_S, which is far longer than all five at once take."""
+    """Asking for all five at once is better then: it takes far less than WARM_FLOOR_S, after which a spare is asked."""
     health = Health()
     for _ in range(100):
         health.answered(PeerId("a"), QUICK_S / 2, 1.0)

@@ -1,4 +1,4 @@
-"""When another acts for a home: not while all are slow, and soon when one is."""
+"""Another member acts for a home soon if only this home is slow, but not while all homes are slow."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_no_home_is_too_slow_while_no_home_delivers() -> None:
     times = HomeTimes()
     with waiting(times, ONE, TWO):
         assert not times.too_long(ONE, 0.0, 0, 1000.0)
-        times.came(1000, 1.0, 2.0)  # a small one
+        times.came(1000, 1.0, 2.0)  # a small block
         assert not times.too_long(ONE, 0.0, 0, 1000.0)
-    assert times.too_long(ONE, 0.0, 0, 1000.0), "the other one has brought its block, or is gone"
+    assert times.too_long(ONE, 0.0, 0, 1000.0), "TWO has delivered its block, or is dead"
 
 
 def test_a_home_is_too_slow_relative_to_homes_that_overtake_it() -> None:
@@ -41,4 +41,4 @@ def test_a_home_is_too_slow_relative_to_homes_that_overtake_it() -> None:
         times.came(BLOCK_SIZE, 1.0, 11.0)
         assert not times.too_long(ONE, 0.0, 0, FACTOR * 10.0)
         assert times.too_long(ONE, 0.0, 0, FACTOR * 10.0 + 0.1)
-        assert not times.too_long(ONE, 2.0, 0, 1000.0), "it was asked later than what came"
+        assert not times.too_long(ONE, 2.0, 0, 1000.0), "it was asked later than the block that arrived"

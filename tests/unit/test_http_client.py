@@ -23,7 +23,7 @@ PLAIN = ssl.create_default_context()
 
 
 class Scripted:
-    """Answers each request with the next of `answers`, byte by byte if `slowly`. `closes`: after one answer."""
+    """Answers each request with the next of `answers`, byte by byte if `slowly`. `closes`: closes after an answer."""
 
     def __init__(self, *answers: bytes, closes: bool = False, slowly: bool = False) -> None:
         self.answers = list(answers)
@@ -122,8 +122,8 @@ def test_every_framing_gives_its_body_and_frees_the_connection(
 
 
 def test_bytes_after_a_body_end_the_connection() -> None:
-    """All at once. Bytes that arrive only after the next request was sent make that request fail; it is tried again."""
-    server = Scripted(answer(b"hello") + b"what nobody asked for", answer(b"second"))
+    """All bytes arrive at once. If they arrive only after the next request was sent, it fails and is retried."""
+    server = Scripted(answer(b"hello") + b"unrequested bytes", answer(b"second"))
 
     async def main() -> None:
         async with listening(server) as url, client_of(DirectTransport(PLAIN, 4)) as client:
@@ -183,7 +183,7 @@ def test_answers_that_are_cut_or_not_http_raise_their_error(raw: bytes, error: t
 
     async def twice() -> None:
         async with listening(server) as url, client_of(DirectTransport(PLAIN, 1)) as client:
-            for _ in range(2):  # after its failure the first leaves its place to the second
+            for _ in range(2):  # the failed request frees the only connection for the next one
                 with pytest.raises(error):
                     await client.get(url)
 
@@ -228,7 +228,7 @@ def test_idle_connections_count_and_a_dead_one_is_not_used() -> None:
 
 
 def certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The context of a server with a certificate for `name`, and that of a client that trusts it."""
+    """TLS contexts of a server with a certificate for `name`, and of a client that trusts this certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.now(UTC)
@@ -297,7 +297,7 @@ def test_a_port_without_a_listener_and_another_scheme() -> None:
 def test_a_body_that_arrives_byte_by_byte_is_read_without_a_timer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
 ) -> None:
-    """The reader waits only for bytes that are sure to come: it would wait forever otherwise."""
+    """The reader waits only for bytes that will certainly arrive. Otherwise it would wait forever."""
     monkeypatch.setattr(sockets, "GATHER_S", float("inf"))
     tls, trusting = certificate(tmp_path, "localhost")
     body = BIG[: sockets.RECORD_BYTES + 2000]

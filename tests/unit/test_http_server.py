@@ -40,7 +40,7 @@ class Served:
         return await trio.open_tcp_stream("127.0.0.1", self.port)
 
     async def raw(self, data: bytes) -> bytes:
-        """Everything that comes back for `data`, up to the server's FIN; a reset raises."""
+        """Send `data`, and return all bytes up to the server's FIN. Raises after a reset."""
         stream = await self.connect()
         async with stream:
             await stream.send_all(data)

@@ -1,4 +1,4 @@
-"""How much one node reads ahead for its clients: never more than a budget, and all of it given back. Virtual time."""
+"""A node reads ahead for its clients within a budget, and releases every block of it. Virtual time."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def library(fetcher: object) -> SiteLibrary:
 
 
 async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:
-    """Read all but the last byte, so that no digest is verified, a block in `seconds`; the number of blocks."""
+    """Read all except the last byte, so that no digest is verified, at `seconds` per block. Returns the block count."""
     count = 0
     async with aclosing(shelf.read(LOCATOR, ref(number), 0, BLOCKS * BLOCK_SIZE - 1)) as chunks:
         async for chunk in chunks:
@@ -141,7 +141,7 @@ def test_the_ranges_of_one_request_are_read_ahead_like_a_whole_object() -> None:
                 async for chunk in chunks:
                     sizes.append(len(chunk))
             assert sizes == [1000, *[500, 500, 1000] * (BLOCKS - 1)]
-            assert blocks.began == BLOCKS, "each of them once"
+            assert blocks.began == BLOCKS, "each block is begun once"
             assert blocks.most > MOST / 2
             assert blocks.held == 0
 
@@ -209,7 +209,7 @@ def test_stalled_clients_that_hold_the_whole_read_ahead_do_not_stop_others() -> 
 
 @pytest.mark.parametrize("after_s", [0.0, BLOCK_S / 2, 1.0, 1.0 + BLOCK_S / 2, 7.5, 300.0])
 def test_a_cancelled_read_releases_all_its_blocks(after_s: float) -> None:
-    """Cancelled while it waits for room, a block or its client. Afterwards the whole room is free."""
+    """The read is cancelled while it waits for room, a block or its client. Afterwards the whole budget is free."""
 
     async def scenario() -> None:
         async with trio.open_nursery() as work:

@@ -1,4 +1,4 @@
-"""Lists of tags and referrers: what registries differ in is evened out, and what they said outlives them."""
+"""Lists of tags and referrers are made uniform over different registries, and outlive a registry that is down."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def index(manifests: list[dict[str, object]]) -> bytes:
 
 
 class Registry:
-    """Answers by the tail of the request; an answer that is an exception is raised."""
+    """Answers by the tail of the request. If the answer is an exception, it is raised."""
 
     def __init__(self, answers: Mapping[str, Passed | Exception]) -> None:
         self.answers = dict(answers)

@@ -1,4 +1,4 @@
-"""Sites of nodes in virtual time, over the in-memory exchange: the promises of the membership, and their times."""
+"""The promises of the membership, and their times: sites of nodes over the in-memory exchange, in virtual time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def member(index: int, generation: int = 0) -> Member:
 
 
 class Node:
-    """A member: its membership, and its exchange with the losses of the network."""
+    """A member, with its membership, and an exchange over a lossy network."""
 
     def __init__(self, site: Site, own: Member, incarnation: int, config: SwimConfig | None) -> None:
         self.site = site
@@ -115,7 +115,7 @@ class Site:
         node.scope.cancel()
 
     async def agree(self, within_s: float, among: list[Node] | None = None) -> float:
-        """Wait until each of `among` sees exactly these. Returns the seconds that it took."""
+        """Wait until each node of `among` sees exactly these nodes. Returns the seconds that it took."""
         nodes = among if among is not None else self.nodes
         wanted = {node.own.peer_id for node in nodes}
         return await until(lambda: all(node.sees() == wanted for node in nodes), within_s)
@@ -234,7 +234,7 @@ def test_no_member_is_dropped_by_mistake_at_5_percent_loss(caplog: pytest.LogCap
 
 
 def test_a_suspended_node_drops_no_member() -> None:
-    """The clock jumps, so all timers of all nodes are over at once, as on a host that was suspended."""
+    """The clock jumps, so that all timers of all nodes end at once, as on a host that was suspended."""
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -255,7 +255,7 @@ def test_a_suspended_node_drops_no_member() -> None:
 @pytest.mark.parametrize("incarnation", [2000, 1])
 @pytest.mark.parametrize("away_s", [0.5, 30.0])
 def test_a_restarted_node_is_known_by_its_new_address(incarnation: int, away_s: float) -> None:
-    """Also where its clock went backwards, so that its incarnation is lower than before the restart."""
+    """Also if its clock went backwards, so that its incarnation is lower than before the restart."""
 
     async def scenario(site: Site) -> None:
         await site.grow(5)

@@ -1,4 +1,4 @@
-"""Metrics: the numbers that were counted, in a form that Prometheus' own parser reads."""
+"""Metrics have the right numbers, in a form that Prometheus' own parser reads."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
     ],
 )
 def test_the_type_of_a_manifest_is_read_from_its_bytes(body: bytes, claimed: str, expected: str | None) -> None:
-    """`expected` None: the claimed type; empty: the bytes show no type."""
+    """`expected` None stands for the claimed type, and "" for no type in the bytes."""
     assert media_type_of(body, claimed) == (claimed if expected is None else expected or None)
 
 

@@ -1,4 +1,4 @@
-"""Batching of blocks into requests: runs, the reads that wait for a run, and those that do not."""
+"""Batching of blocks into requests: runs, reads that wait for a run, and reads that do not wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK_S = 1.0
 
 
 class SlowRegistry:
-    """Gives a block each second on every connection; its bytes are the block's number."""
+    """Sends a block each second on every connection. The bytes of a block are its number."""
 
     def __init__(self, connections: int = 5) -> None:
         self.runs: list[tuple[float, int, int]] = []
@@ -56,7 +56,7 @@ def run(check: Callable[[SlowRegistry, BatchedReads], Awaitable[None]], connecti
 
 
 async def read_in_order(reads: BatchedReads, count: int, window: int) -> None:
-    """Read as a client does: `window` blocks are wanted at once, and another one as each of them comes."""
+    """Read as a client does: `window` blocks are requested at once, and another one each time that a block arrives."""
     ready: dict[int, trio.Event] = {index: trio.Event() for index in range(count)}
 
     async def read(index: int) -> None:

@@ -1,4 +1,4 @@
-"""Pins: shared objects, room on the disk, the file, and operations under way."""
+"""Pins: shared objects, room on the disk, the file, and operations in progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefetch in virtual time: its pace, waits, failures that pass, cancelling, and its file."""
+"""Prefetch in virtual time: its pace, its waits, temporary failures, cancelling, and its file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOTAL = len(MANIFEST) + 2 + len(LAYER)
 
 
 class Shelf:
-    """Library, verifier, fetcher and store in one. `resolve` raises the `failures`, one after the other."""
+    """Library, verifier, fetcher and store in one object. `resolve` raises the `failures` one after the other."""
 
     def __init__(self) -> None:
         self.content = {Blob(data).ref: data for data in (MANIFEST, b"{}", LAYER)}

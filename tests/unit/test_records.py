@@ -1,4 +1,4 @@
-"""A record is its signer's word on one block, and on nothing else."""
+"""A record is its signer's statement about one block, and about nothing else."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_the_breaker_opens_probes_with_one_call_and_closes() -> None:
         breaker.failed(10)
     assert breaker.wait_s(11) == pytest.approx(1)
     assert breaker.wait_s(12) == 0, "one probe"
-    assert breaker.wait_s(12) > 0, "and no other meanwhile"
+    assert breaker.wait_s(12) > 0, "other calls wait meanwhile"
     breaker.failed(13)
     assert breaker.wait_s(16.9) == pytest.approx(0.1)
     assert breaker.wait_s(17) == 0

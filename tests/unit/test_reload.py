@@ -1,4 +1,4 @@
-"""The changes that a reload applies, those that it lists as needing a restart, and a refusal that changes nothing."""
+"""A reload applies some changes, reports others as needing a restart, and changes nothing if a part refuses."""
 
 from __future__ import annotations
 

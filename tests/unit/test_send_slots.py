@@ -27,7 +27,7 @@ def peer_of(lot: trio.lowlevel.ParkingLot) -> PeerId:
 
 
 async def send(slots: SendSlots, seconds: float, ended: list[float]) -> None:
-    """As a new connection with a peer of its own."""
+    """Send on a new connection with a peer of its own."""
     lot = trio.lowlevel.ParkingLot()
     while not slots.take(lot, peer_of(lot)):
         await lot.park()

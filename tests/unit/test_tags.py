@@ -37,7 +37,7 @@ def test_a_moved_tag_is_seen_within_its_time_to_live_by_every_node(
                 asked = trio.current_time()
                 version = await node.version()
                 due = [number for at, number in registry.moved if at <= asked - TTL_S][-1:]
-                assert version >= max([seen, *due]), "too late, or an earlier version again"
+                assert version >= max([seen, *due]), "the version is too old, or older than an earlier answer"
                 seen = version
                 await trio.sleep(rng.uniform(0, TTL_S / 3))
 
@@ -70,7 +70,7 @@ def test_nodes_agree_on_the_youngest_answer_while_the_registry_is_out_of_reach(t
         home = nodes[0].site.placement().name_homes(f"{APP}@latest")[0]
         other = next(node for node in nodes if node.own != home)
         registry.cut = {node.own for node in nodes} - {other.own}
-        assert await other.version() == 2, "its home does not reach the registry, but this node does"
+        assert await other.version() == 2, "the tag's home does not reach the registry, but this node does"
         registry.cut.add(other.own)
         await trio.sleep(2 * TTL_S)
         assert [await node.version() for node in nodes] == [2] * 5

@@ -34,7 +34,7 @@ def uplink(policy: UplinkPolicy, share: int = 1) -> Uplink:
 
 
 async def read(link: Uplink, size: int, *, background: bool = False, chunk: int = 512 << 10) -> list[tuple[float, int]]:
-    """Read as a body is read; returns time and size of each portion."""
+    """Read as a body is read. Returns time and size of each portion."""
     came = []
     while size:
         taken = await link.take(min(chunk, size), background=background)
@@ -161,7 +161,7 @@ def test_during_the_hours_nothing_is_limited_or_counted() -> None:
         assert trio.current_time() == start
         await trio.sleep(8 * 3600)
         assert not link.use().free
-        assert link.use().used == 0, "of the new day"
+        assert link.use().used == 0, "the new day has a new count"
 
     play(scenario)
 

@@ -1,4 +1,4 @@
-"""The registry client against a registry in this process, over real sockets, with all faults of registries."""
+"""The registry client against a registry in this process, over real sockets, with the known faults of registries."""
 
 from __future__ import annotations
 

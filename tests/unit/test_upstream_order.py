@@ -1,4 +1,4 @@
-"""An upstream of several URLs: if a mirror does not give something, the next is asked; the last answer is final."""
+"""An upstream with several URLs: if a mirror does not serve an object, the next URL is asked. The last is final."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_only_the_registry_itself_makes_a_repository_public() -> None:
         fixture.registry.faults = [401] * 20
         assert await fixture.manifest() == MANIFEST
         assert fixture.asked == (1, 0)
-        assert not fixture.public, "a mirror may give to everyone what the registry does not"
+        assert not fixture.public, "a mirror may serve private content to everyone"
         assert not await fixture.upstreams.admits(MANIFESTS, "latest")
         assert fixture.asked[0] == 1, "a mirror does not decide who may read"
 

@@ -21,7 +21,7 @@ Check = Callable[[FakeRegistry, Upstreams, Uplink], Awaitable[None]]
 
 
 def run(check: Check, policy: UplinkPolicy, connections: int = 2) -> int:
-    """Run `check`; returns the number of bytes counted as read."""
+    """Run `check`. Returns the number of bytes counted as read."""
     counted = 0
 
     def count(name: str, size: int) -> None:
@@ -59,7 +59,7 @@ def test_a_spent_daily_budget_stops_bodies_but_not_names() -> None:
         asked = len(registry.requests)
         with pytest.raises(UnavailableError, match="spent"):
             await read(upstreams, received)
-        assert len(registry.requests) == asked, "a body that may not be read is not asked for"
+        assert len(registry.requests) == asked, "a body over the budget is not requested"
         assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
         assert upstreams.endpoints("fake")[0].problem == "", "the registry is well"
 
@@ -85,7 +85,7 @@ def test_an_interrupted_background_body_continues_where_it_stopped(monkeypatch: 
             await begun.wait()
             with link.foreground():
                 done.set()
-                # The only connection for bodies is given up; else this read would wait forever.
+                # The background body gives up the only connection. Otherwise this read would wait forever.
                 await read(upstreams, other := [])
                 assert (other, received) == (cut(0, 4), cut(0, 1))
         assert received == cut(0, 4)

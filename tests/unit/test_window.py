@@ -1,4 +1,4 @@
-"""How the window for cold blocks follows the uplink."""
+"""The window for cold blocks follows the speed of the uplink."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from protocol.window import COLD_FIRST, COLD_LEAST, LATE_S, LEAST, MOST, RAMP, S
 
 
 def fill(window: ReadWindow, now: float) -> int:
-    """Begin blocks for one client that had many, as long as there is room; how many cold ones there are then."""
+    """Begin blocks for a client with many earlier blocks, while there is room. Returns the number of cold blocks."""
     cold = 0
     while window.has_room(under_way=cold, cold=cold, warm=MOST):
         window.began((now, cold), now)
