@@ -210,7 +210,7 @@ def test_a_changed_budget_is_kept_from_then_on(open_store: Open) -> None:
     run(open_store, test)
 
 
-def test_declines_what_is_larger_than_the_budget(tmp_path: Path) -> None:
+def test_declines_pieces_larger_than_the_budget(tmp_path: Path) -> None:
     async def main() -> None:
         async with DiskStore.open(tmp_path, BLOCK_SIZE - 1) as disk:
             for store in (MemoryStore(BLOCK_SIZE, trio.current_time), disk):

@@ -310,7 +310,7 @@ def test_more_than_the_budget_is_not_pinned(folder: Path, image: Image, proxy: C
 # Prefetch and gc
 
 
-def test_prefetch_goes_on_after_p2pctl_and_a_restart(folder: Path, image: Image, proxy: CountingProxy) -> None:
+def test_prefetch_continues_after_p2pctl_and_a_restart(folder: Path, image: Image, proxy: CountingProxy) -> None:
     names = folder / "images.txt"
     names.write_text(f"# what tomorrow needs\n{IMAGE}  # the app\n\n{REPOSITORY}:no-such\n")
     with site(folder / "site", proxy.url, 1) as (node,):
@@ -345,7 +345,7 @@ def test_a_prefetch_waits_for_its_hours_and_can_be_cancelled(
         assert [row["state"] for row in rows(node)] == ["cancelled"]
 
 
-def test_gc_removes_what_was_not_used(folder: Path, image: Image, proxy: CountingProxy) -> None:
+def test_gc_removes_unused_images(folder: Path, image: Image, proxy: CountingProxy) -> None:
     with site(folder / "site", proxy.url, 1) as (node,):
         finish_pulls(start_pulls([node], folder / "out"), image)
         before = node.status()["cache"]["disk"]["bytes"]

@@ -118,7 +118,7 @@ def test_a_client_without_certificate_is_refused(authority: Authority) -> None:
     server.close()
 
 
-def test_issued_by_does_what_tls_does(authority: Authority, tmp_path: Path) -> None:
+def test_issued_by_agrees_with_tls(authority: Authority, tmp_path: Path) -> None:
     there = Credentials.issued(authority, identity(), "b")
     stranger = Credentials.issued(certificates.own_authority(tmp_path), identity(), "stranger")
     assert issued_by(there.certificate, authority.der) == there.identity.peer_id

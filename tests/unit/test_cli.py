@@ -222,7 +222,7 @@ def test_slow_modules_are_not_imported_for_an_answer_in_json(path: Path) -> None
 # containerd, cluster, doctor
 
 
-def test_containerd_install_asks_the_daemon_what_to_configure(path: Path, tmp_path: Path) -> None:
+def test_containerd_install_asks_the_daemon_for_its_registries(path: Path, tmp_path: Path) -> None:
     certs = tmp_path / "certs.d"
     dry = run(f"--socket {path} containerd install --certs-dir {certs} --dry-run")
     assert dry.exit_code == 0
@@ -307,7 +307,7 @@ def test_doctor_from_outside_and_inside(tmp_path: Path) -> None:
     trio.run(scenario)
 
 
-def test_doctor_when_the_mirror_is_gone(path: Path, tmp_path: Path) -> None:
+def test_doctor_without_a_mirror(path: Path, tmp_path: Path) -> None:
     result = run(f"--socket {path} doctor --certs-dir {tmp_path}/a/b --json")
     assert result.exit_code == 1
     levels = {check["name"]: check["level"] for check in json.loads(result.stdout)["checks"]}
@@ -366,7 +366,7 @@ def test_invalid_token_options_are_named(key: Path, options: tuple[str, ...], na
     assert named in result.stderr
 
 
-def test_cluster_revoke_prints_what_another_machine_can_use(key: Path) -> None:
+def test_cluster_revoke_prints_text_that_another_machine_can_use(key: Path) -> None:
     token = run(f"cluster token --key {key} --site s").stdout.strip()
     for text, subject in ((token, read_token(token).subject), (PEER_ID, PEER_ID)):
         revocation = run(f"cluster revoke --key {key} {text} --print").stdout.strip()

@@ -163,7 +163,7 @@ def test_all_platforms_is_passed_on(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("image", "progress"), [("missing", 1), ("failing", 2)])
-def test_a_pull_that_fails_says_so_in_its_last_line(client: ControlClient, image: str, progress: int) -> None:
+def test_a_failed_pull_reports_its_error_in_the_last_line(client: ControlClient, image: str, progress: int) -> None:
     events = [msgspec.json.decode(line, type=PullEvent) for line in client.stream("/pull", image=image)]
     assert len(events) == progress + 1
     assert isinstance(events[-1], PullResult)

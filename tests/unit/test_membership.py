@@ -272,7 +272,7 @@ def test_a_restarted_node_is_known_by_its_new_address(incarnation: int, away_s: 
     run(scenario)
 
 
-def test_a_node_that_leaves_is_gone_within_2_s() -> None:
+def test_a_node_that_leaves_is_out_of_all_views_within_2_s() -> None:
     async def scenario(site: Site) -> None:
         await site.grow(20)
         leaver = site.nodes[7]
