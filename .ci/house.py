@@ -1,7 +1,7 @@
 """House rules that neither ruff, mypy nor import-linter checks: sizes, calls, names and the language of comments.
 
-`python .ci/house.py` prints a table and exits with 1 where a limit is exceeded; `--list RULE` shows each place.
-Sizes are those of source lines, shares are per thousand lines, bindings or words, over all files of the rule's scope.
+`python .ci/house.py` prints a table, and exits with 1 if a limit is exceeded. `--list RULE` shows each place. Sizes are
+in source lines. Shares are per thousand lines, bindings or words of all files in the rule's scope.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ONE_IDEA = re.compile(r"One (?:class|idea)", re.I)
 
 @dataclass
 class Tally:
-    """How often a rule's cases occur, in how many things, and where."""
+    """The places that a rule names, and the `total` of lines, bindings or words that it examined."""
 
     total: int = 0
     places: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ def tracked(*suffixes: str) -> list[Path]:
 
 
 def bindings(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Each name that is bound: assigned, looped over, taken as an argument, imported or caught."""
+    """Each name that is assigned, looped over, matched or caught, and each parameter, with its line."""
     for node in ast.walk(tree):
         match node:
             case ast.Name(id=name, ctx=ast.Store()):
@@ -119,7 +119,7 @@ def check_text(tally: Tally, text: str, where: str, line: int) -> None:
 
 
 def check_paths(tally: Tally, text: str, where: Path) -> None:
-    """Files that are named and do not exist. Lines that cite a document of containerd's repository do not count."""
+    """Find named files that do not exist. Lines that cite a document of containerd's repository do not count."""
     for number, line in enumerate(text.splitlines(), 1):
         for path in PATH.findall(line):
             folders = (Path(), where.parent, Path("tests"))
@@ -128,7 +128,7 @@ def check_paths(tally: Tally, text: str, where: Path) -> None:
 
 
 def check_imports(tally: Tally, path: Path, tree: ast.AST) -> None:
-    """Private names of other modules, and test modules that others import. ruff's SLF001 has private attributes."""
+    """Find imports of private names and of test modules. Private attributes are the task of ruff's SLF001."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(CODE):
             continue

@@ -1,8 +1,8 @@
 """Draws the rooms into docs/ARCHITECTURE.md, from the import graph and the docstrings of the packages.
 
 `python .ci/picture.py` writes the part of the document between its two markers; `--check` only compares, and exits with
-1 where the document is stale. An arrow means "imports". An arrow that follows from others is left out (transitive
-reduction): what `a` reaches through `b`, it may import as well.
+1 if the document is stale. An arrow means "imports". An arrow that follows from others is left out (transitive
+reduction): a room may import all rooms that its arrows lead to, directly or through others.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def reachable(rooms: Arrows, start: str) -> set[str]:
 
 
 def reduced(rooms: Arrows) -> Arrows:
-    """The arrows that follow from no others. `rooms` has no cycle: import-linter sees to that."""
+    """The arrows that do not follow from others. `rooms` has no cycle: import-linter checks this."""
     below = {room: reachable(rooms, room) for room in rooms}
     return {room: {to for to in rooms[room] if not any(to in below[by] for by in rooms[room])} for room in rooms}
 
@@ -92,7 +92,7 @@ def main() -> int:
     _, _, tail = rest.partition(END)
     new = f"{head}{BEGIN}{drawn()}{END}{tail}"
     if options.check and new != text:
-        print(f"{DOCUMENT} shows other rooms than there are: run `make picture`", file=sys.stderr)
+        print(f"{DOCUMENT} does not show the rooms of the code: run `make picture`", file=sys.stderr)
         return 1
     if not options.check:
         DOCUMENT.write_text(new, "utf8")

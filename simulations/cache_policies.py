@@ -1,7 +1,7 @@
-"""Hit ratios of the tiers' LRU-K beside other policies: two pools, Zipf, Zipf with scans, and a trace.
+"""Hit ratios of the tiers' LRU-K and of other policies, for two pools, Zipf, Zipf with scans, and a trace.
 
-Memory and disk evict by LRU-K. The others are libcachesim's: LRU, FIFO, SIEVE (NSDI'24), S3-FIFO
-(SOSP'23), ARC (FAST'03), W-TinyLFU, and Belady's optimum, which knows the future. All entries are of one size.
+Memory and disk evict by LRU-K. The other policies are those of libcachesim: LRU, FIFO, SIEVE (NSDI'24), S3-FIFO
+(SOSP'23), ARC (FAST'03), W-TinyLFU, and Belady's optimum, which knows the future. All entries have the same size.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Workload:
 
 
 Policy = Callable[[Workload, int], Iterator[bool]]
-"""Whether each reference finds its object in a cache of this many entries."""
+"""Yields for each reference whether a cache with this number of entries holds its object."""
 
 
 def shipped(workload: Workload, size: int) -> Iterator[bool]:
@@ -86,7 +86,7 @@ def shipped(workload: Workload, size: int) -> Iterator[bool]:
 
 
 def library(cache_class: type[libcachesim.CacheBase], least: int = 0, **shares: float) -> Policy:
-    """A policy of libcachesim. `shares` are the shares of its parts, each of which gets `least` entries at least."""
+    """A policy of libcachesim. `shares` are the shares of its parts, each of which has at least `least` entries."""
 
     def hits(workload: Workload, size: int) -> Iterator[bool]:
         parts = {name: max(share, (least + 0.5) / size) for name, share in shares.items()}
@@ -140,7 +140,7 @@ def sized(objects: int, percents: Iterable[float]) -> dict[str, int]:
 
 
 def read_trace(path: Path) -> list[int]:
-    """Read a trace: an object's number on each line, possibly compressed by zstd. Raises ClickException."""
+    """Read a trace, which may be compressed by zstd: an object's number on each line. Raises ClickException."""
     try:
         if path.suffix == ".zst":
             raw = subprocess.run(["zstd", "-dc", path], check=True, capture_output=True).stdout
@@ -148,7 +148,7 @@ def read_trace(path: Path) -> list[int]:
             raw = path.read_bytes()
         return [int(line) for line in raw.split()]
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise click.ClickException(f"{path.name} is no trace that can be read: {error}") from error
+        raise click.ClickException(f"{path.name} cannot be read as a trace: {error}") from error
 
 
 def workloads(seed: int, percents: Sequence[float], interval_s: float, trace: Path | None) -> list[Workload]:
@@ -234,7 +234,7 @@ def percents(_context: click.Context, _parameter: click.Parameter, value: str) -
     try:
         parsed = tuple(float(part) for part in value.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{value} is no list of percents") from error
+        raise click.BadParameter(f"{value} is not a list of percentages") from error
     if not all(0 < part <= 100 for part in parsed):
         raise click.BadParameter("sizes are above 0 and at most 100 percent")
     return parsed
@@ -274,4 +274,4 @@ def cache(
     for result in results:
         console.print(table_of(result))
     if trace is None:
-        console.print("No trace was given (--trace FILE): real requests are not among these.")
+        console.print("These workloads are all generated: pass --trace FILE for real requests.")

@@ -1,4 +1,4 @@
-"""Nodes die and come back with empty caches while one image after the other is pulled by all."""
+"""Nodes die and return with empty caches while all nodes pull one image after the other."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SETTLE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Churn(Setting):
-    """A new image appears every `image_s`, and each node begins to pull it in the first half of that time; a returning
-    node pulls the newest too. A node dies every `change_s` on average, and is back after `away_s`."""
+    """A new image appears every `image_s`, and each node begins to pull it in the first half of that time. A returning
+    node also pulls the newest image. A node dies every `change_s` on average, and returns after `away_s`."""
 
     nodes: int = 40
     image: int = 16_000_000
@@ -120,7 +120,7 @@ class _Site:
             nursery.start_soon(self._live, node, 0)
 
     async def _live(self, node: Node, first: int) -> None:
-        """A node's clients, until it dies. `first` is the number of the first image that they pull."""
+        """Run a node's clients until it dies. `first` is the number of the first image that they pull."""
         with node.client():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.views.watch, node)
@@ -153,7 +153,7 @@ class _Site:
         await trio.sleep_until(until + SETTLE_S)
 
     async def _die(self, node: Node) -> None:
-        """Half of the deaths are silent: requests to the node wait, and are not refused."""
+        """Kill a node, and restart it later. Half of the deaths are silent: requests then wait and are not refused."""
         network, number = self._cluster.network, node.number
         self._dead.add(number)
         self.cut_off += number in self._pulling
@@ -253,5 +253,5 @@ def draw(result: Result, figure: Figure) -> None:
 @rate_option
 @uplink_option
 def churn(output: Output, nodes: int, seed: int, every: float, rate: float, uplink: float) -> None:
-    """Nodes die and come back with empty caches while all pull one image after the other."""
+    """Nodes die and return with empty caches while all nodes pull one image after the other."""
     output.show(Churn(nodes, seed, rate=rate, uplink=uplink, change_s=every), run, table_of, draw)

@@ -1,8 +1,8 @@
 """N nodes of the shipped code in one process, on a simulated network.
 
-node/assembly.py builds each node as it builds p2pd's. Five parts are sockets and files, and are replaced: the mirror's
-HTTP, TLS, libp2p's introduction, the disk, and the transport of the registry's client. simulations/network.py,
-simulations/stores.py and simulations/registry.py do their work.
+node/assembly.py builds each node as it builds that of p2pd. Five parts use sockets or files: the mirror's HTTP, TLS,
+libp2p's introduction, the disk, and the transport of the registry's client. simulations/network.py,
+simulations/stores.py, simulations/registry.py and this file replace them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from simulations.registry import PART, Image, Registry, locator, wired
 from simulations.stores import SharedBytes, tiers
 
 NOWHERE = Path("/nonexistent")
-"""Path of files that a node would keep: it works without them."""
+"""A path that does not exist, for files without which a node also works."""
 IN_MEMORY = Path(":memory:")
 LAYERS_AT_ONCE = 3
 """Layers that containerd reads at a time."""
@@ -61,7 +61,7 @@ def identity_of(seed: int, number: int) -> Identity:
 
 
 class Node:
-    """A node in one of its lives: a restart builds a new one. `life` counts them."""
+    """A node until its next restart, which builds a new Node. `life` counts the restarts."""
 
     def __init__(self, cluster: Cluster, number: int, identity: Identity, own: Member, *, life: int) -> None:
         self.number, self.own, self.peer = number, own, identity.peer_id
@@ -92,7 +92,7 @@ class Node:
                 task_status.started()
 
     def upstreams(self, kind: type[Upstreams] = Upstreams) -> Upstreams:
-        """The registry as this node reaches it. A node that misreads it overrides this."""
+        """The registry as this node reads it. A node that misreads it overrides this method."""
         return kind(
             [PART],
             count=lambda upstream, count: None,
@@ -173,7 +173,7 @@ class Cluster:
         readers: int = 0,
         report: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """The first `readers` nodes keep nothing for others. `report` is called with bytes that a client received."""
+        """The first `readers` nodes keep nothing for others. `report`: as for `Setting.cluster`."""
         self.seed, self.network, self.registry, self.machine = seed, network, registry, machine
         self.shared, self.metrics = SharedBytes(), Metrics()
         self.revocations = Revocations(NOWHERE, open_authority().der)
@@ -209,7 +209,7 @@ class Cluster:
         return self.kinds.get(number, Node)(self, number, identity, own, life=life)
 
     async def restart(self, number: int, nursery: trio.Nursery, *, met: Iterable[Node] = ()) -> Node:
-        """Start a node's next life, with an empty cache. It is introduced to the nodes in `met`."""
+        """Restart a node with an empty cache. It is introduced to the nodes in `met`."""
         before = self.nodes[number]
         before.stop()
         node = self.nodes[number] = self._node(number, before.life + 1)
@@ -230,5 +230,5 @@ class Cluster:
 
 
 def settle(membership: Membership, updates: list[Update]) -> None:
-    """Take these statements as known for a long time: they are no news, which would be gossiped for minutes."""
+    """Accept these statements as long known: as news they would be gossiped for minutes."""
     membership.received(tuple(updates), whole_view=True, settled=True)

@@ -35,7 +35,7 @@ AGAIN_S = 1.0
 @dataclass(frozen=True, slots=True)
 class ColdRestart(Setting):
     images: int = 4
-    """Number of images, `image` bytes each. A client pulls one after another, drawn at random."""
+    """Number of images of `image` bytes. A client pulls one at a time, drawn at random."""
     every_s: float = 20.0
     """Mean time between two pulls of a node."""
     cold_s: float = 120.0
@@ -49,7 +49,7 @@ class Result:
     pulls: tuple[Pulled, ...]
     requests: tuple[float, ...]
     sent: tuple[tuple[float, int], ...]
-    """When the registry sent how many bytes."""
+    """Time and size of each part of a body that the registry sent."""
     size: int
     """Bytes of all images together."""
 
@@ -101,7 +101,7 @@ def run(setup: ColdRestart, report: Report) -> Result:
 def table_of(setup: ColdRestart, result: Result) -> Table:
     title = (
         f"cold restart: {setup.nodes} nodes, {setup.images} images of {setup.image / 1e6:g} MB, "
-        f"a pull each {setup.every_s:g} s and node"
+        f"each node pulls every {setup.every_s:g} s on average"
     )
     table = Table("", "before", "after", title=title)
     warm, cold = result.begun(-WARM_S, 0), result.begun(0, setup.cold_s)

@@ -1,4 +1,4 @@
-"""Containers of one image start on all hosts at once, and each reads a small part of the image.
+"""Containers of one image start on all hosts at the same time, and each reads a small part of the image.
 
 The setting is DADI's run in a cloud (Li et al., "DADI: Block-Level Image Service for Agile and Elastic Application
 Deployment", USENIX ATC'20): 10,000 containers on 1,000 hosts read 15 MB of an image of 894 MB each, and took 3.01 s
@@ -33,7 +33,7 @@ Run = tuple[ObjectRef, int, int]
 @dataclass(frozen=True, slots=True)
 class FleetStart(Setting):
     """`nodes` are hosts. A container reads `read` bytes, in runs of `run` bytes anywhere in the image, and spends
-    `warm_s` on other work. `traced`: each host knows from an earlier start what will be read, and reads it ahead."""
+    `warm_s` on other work. `traced`: each host knows these runs from an earlier start, and reads them ahead."""
 
     image: int = 894_000_000
     layers: int = 6

@@ -39,7 +39,7 @@ LIAR = 1
 ATTEMPTS = 10
 """Attempts at a pull, one after another: clients of a registry try again."""
 WAIT_S = 300.0
-"""Time after the last pull in which evidence can reach the nodes that the liar gave nothing."""
+"""Time after the last pull in which evidence can reach the nodes that received nothing from the liar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Liar(Setting):
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """`quarantined`: seconds from the first lie until the liar was in quarantine, for each honest node that did so."""
+    """`quarantined`: seconds from the first lie to the quarantine, for each honest node that quarantined the liar."""
 
     seconds: tuple[float, ...]
     """Duration of each honest node's pull, including failed attempts; infinite if all failed."""
@@ -65,7 +65,7 @@ class Crowd:
 @dataclass(frozen=True, slots=True)
 class Result:
     crowds: dict[str, Crowd]
-    """A crowd for each behaviour of the one member."""
+    """The crowd for each behaviour of node LIAR."""
 
 
 class _LyingNode(Node):
@@ -82,7 +82,7 @@ class _LyingNode(Node):
 
 
 class _OfShards(_LyingNode):
-    """Flips one bit of each shard that it gives to others."""
+    """Flips one bit of each shard that it sends to others."""
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         answer = await super().handle(peer, request)
@@ -127,7 +127,7 @@ KINDS: dict[str, type[_LyingNode]] = {HONEST: _LyingNode, SHARDS: _OfShards, REC
 
 
 class _Watched:
-    """The experiences of a crowd's honest nodes."""
+    """Pulls and quarantines of a crowd's honest nodes."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -220,5 +220,5 @@ def draw(result: Result, figure: Figure) -> None:
 @scenario("liar", nodes=30)
 @setting_options
 def liar(output: Output, **given: Any) -> None:
-    """All nodes but one pull one image at the same moment; that one gives wrong shards, or signs false records."""
+    """All nodes except a liar pull one image at the same moment. The liar sends wrong shards or signs false records."""
     output.show(Liar(**given), run, table_of, draw)

@@ -1,9 +1,9 @@
 """The network of a simulation: links with rates, latencies, lost packets, sites and their uplinks, and partitions.
 
 A frame passes the links of its path one after the other, cut through: the next link begins when the first byte has
-come. Each link sends frames in the order in which they come, one at a time. Real senders share a link between a few
-connections (`node/exchange/send_slots.py`), which moves the same bytes in the same time. Small frames wait no longer
-than for the queue of a switch, since bodies wait in their senders.
+arrived. Each link sends frames one at a time, in the order of their arrival. Real senders share a link between a few
+connections (`node/exchange/send_slots.py`), which moves the same bytes in the same time. Small frames wait at most for
+the queue of a switch, because bodies wait in their senders.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WIRE_SHARE = 1514 / PACKET_BYTES
 SMALL_BYTES = 8192
 """Frames up to this size do not wait behind bodies."""
 QUEUE_BYTES = 37_500
-"""Bytes before a small frame on a busy link: 7.5 ms at 40 Mbit/s."""
+"""Bytes that a busy link sends before a small frame: 7.5 ms at 40 Mbit/s."""
 TIMEOUT_S = 0.2
 """TCP's shortest retransmission timeout: it applies to a lost packet that no later packet reveals."""
 TAIL_PACKETS = 3
@@ -56,7 +56,7 @@ class Link:
         self._free_at = 0.0
 
     def send(self, now: float, size: int) -> tuple[float, float]:
-        """The times at which the first and the last byte of a frame that comes now have passed."""
+        """The times at which the link begins and ends to send a frame that arrives at `now`."""
         took = size * WIRE_SHARE / self.rate
         free_at = max(now, self._free_at)
         begins = min(free_at, now + QUEUE_BYTES / self.rate) if size <= SMALL_BYTES else free_at
@@ -73,7 +73,7 @@ class Port:
 
 
 class SimulatedNetwork(MemoryNetwork):
-    """`latency`: of one direction between two nodes; between sites, `uplink_latency` is added. Run `alarms` with it."""
+    """`latency`: one direction between two nodes; between sites, `uplink_latency` is added. `alarms.run` must run."""
 
     def __init__(
         self, rng: Random, latency: Latency, *, uplink_latency: Latency | None = None, tick_s: float = 0.0
@@ -139,7 +139,7 @@ class SimulatedNetwork(MemoryNetwork):
     # Frames
 
     async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
-        while not self._passes(sender, receiver):  # TCP sends it again until it arrives
+        while not self._passes(sender, receiver):  # TCP retransmits it until it arrives
             await self._changed.wait()
         path = [self.port(sender).up, self.port(receiver).down]
         latency_s = self._latency(self._rng)
@@ -151,18 +151,18 @@ class SimulatedNetwork(MemoryNetwork):
             await super().travel(sender, receiver, size)
 
     async def carry(self, path: Sequence[Link], size: int, latency_s: float, *, rtt_s: float | None = None) -> None:
-        """`rtt_s`: round-trip time between the ends that retransmit, where it exceeds that of this path."""
+        """`rtt_s`: round-trip time between the ends that retransmit, if it exceeds that of this path."""
         now = through_at = trio.current_time()
         for number, link in enumerate(path, 1):
             begins, ends = link.send(now, size)
             through_at = max(through_at, ends)
             if begins > now and size > SMALL_BYTES and number < len(path):
-                await self.alarms.until(begins)  # frames that come to the next link until then go first there
+                await self.alarms.until(begins)  # the next link first sends frames that reach it before then
             now = begins
         await self.alarms.until(through_at + latency_s + self._lost_s(size, rtt_s or 2 * latency_s))
 
     def _lost_s(self, size: int, rtt_s: float) -> float:
-        """Delay by lost packets: TCP's mean rate under loss (Mathis et al., 1997), and its timeouts where one of the
+        """Delay by lost packets: TCP's mean rate under loss (Mathis et al., 1997), and its timeouts if one of the
         last packets is lost."""
         if not self.loss:
             return 0.0

@@ -27,8 +27,8 @@ from protocol.records import Record
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Parts of a node that keeps none of the blocks that it reads. `late_after_s`: the wait for one copy before another
-    is asked for. `far`: keepers obtain what they lack."""
+    """Parts of a node that keeps none of the blocks that it reads. `late_after_s`: seconds after which a copy is late,
+    and another is requested. `far`: keepers obtain shards that they lack."""
 
     blocks: Blocks
     lane: Lane
@@ -71,7 +71,7 @@ Policy = Callable[[Reader, BlockAddress], Awaitable[None]]
 
 
 async def one_peer(reader: Reader, address: BlockAddress) -> None:
-    """Ask any keeper, and after a failure the next one."""
+    """Ask a random keeper, and after a failure the next keeper."""
     for peer in reader.shuffled(address):
         with contextlib.suppress(ShoalError):
             return await reader.block(peer, address)
@@ -79,7 +79,7 @@ async def one_peer(reader: Reader, address: BlockAddress) -> None:
 
 
 async def hedged(reader: Reader, address: BlockAddress) -> None:
-    """Ask any keeper, and a second one when the first takes longer than for 95 of 100 answers (Dean, Barroso, 2013)."""
+    """Ask a random keeper, and a second one once the first is late, at the p95 of answers (Dean and Barroso, 2013)."""
     first, *others = reader.shuffled(address)
     over = trio.Event()
 

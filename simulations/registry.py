@@ -1,4 +1,4 @@
-"""A registry in virtual time, behind the sites' uplinks. Its images are noise; it counts requests and bytes."""
+"""A registry in virtual time, behind the sites' uplinks. Its images are random bytes. It counts requests and bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PART = UpstreamPart(name=UPSTREAM, url=f"http://{UPSTREAM}")
 _PATH = re.compile(rf"/v2/{REPOSITORY}/(manifests|blobs)/([^/]+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""httpx needs a context, and else makes one for each client, which takes long."""
+"""httpx needs a TLS context. Without this one it would make a context for each client, which is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Registry:
         self.latency = latency
         self.rng = Random(f"registry {seed}")
         self.fault: Callable[[], Served | None] = lambda: None
-        """The wrong answer of a fault; None while there is no fault."""
+        """Returns the answer to a request during a fault, or None if there is no fault."""
         self.attempts: list[tuple[float, PeerId]] = []
         """Time and node of each request, also of those that did not reach the registry."""
         self.requests: list[float] = []
@@ -140,9 +140,9 @@ class Wire(httpx.AsyncBaseTransport):
             raise httpx.ReadTimeout("silent")
 
     async def carry(self, size: int, leaves_at: float) -> float:
-        """Send bytes of a body after those that leave the uplink at `leaves_at`. Returns when these leave it."""
+        """Send `size` bytes behind earlier ones, which leave the uplink at `leaves_at`. Returns when these leave it."""
         uplink, own = self._network.uplink(self._site).down, self._network.port(self._peer).down
-        # As with TCP, they follow on the uplink before the node has received all bytes before them.
+        # As with TCP, they enter the uplink before the node has received all earlier bytes.
         begins_at, leaves_at = uplink.send(leaves_at, size)
         await trio.sleep_until(begins_at)
         await self._network.carry([own], size, 0.0, rtt_s=self._registry.latency(self._registry.rng))

@@ -35,12 +35,12 @@ def play(seed: int, main: Callable[[], Awaitable[T]]) -> T:
     """Run `main` in virtual time. trio draws the order of ready tasks at random; here the seed decides it."""
     from trio._core import _run
 
-    # Hypothesis sets the same two.
+    # Hypothesis sets the same two attributes.
     _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc] # noqa: SLF001 - no public switch
     _run._r.seed(seed)  # noqa: SLF001 - as above
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 20, 1000)  # few objects are in cycles; looking for them took a quarter of the time
+    gc.set_threshold(200_000, 20, 1000)  # few objects are in cycles; the search for them took a quarter of the time
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 

@@ -37,7 +37,7 @@ TICK_SHARE = 0.01
 """Resolution of the simulated clock, as a share of the time that one shard takes on a link."""
 
 PAUSE_S, LONGEST_PAUSE_S, MAX_ATTEMPTS = 10.0, 300.0, 100
-"""kubelet's ImagePullBackOff."""
+"""Pauses between attempts as in kubelet's ImagePullBackOff, and a bound for a run that never succeeds."""
 
 image_option = click.option(
     "--image", type=click.IntRange(1), default=32_000_000, show_default=True, help="Bytes, in --layers equal layers."
@@ -68,7 +68,7 @@ class Setting:
     uplink: float = 40.0
     lan_ms: float = 0.2
     wan_ms: float = 10.0
-    """Round trip, as all latencies here."""
+    """Round-trip time, as `lan_ms` is."""
 
     def registry(self) -> Registry:
         return Registry(self.seed, constant(self.wan_ms / 1e3))
@@ -77,7 +77,7 @@ class Setting:
         return registry.push(tag, [self.image // self.layers] * self.layers)
 
     def cluster(self, registry: Registry, report: Callable[[int], None], *, sites: int = 1) -> Cluster:
-        """`report` is called with each number of bytes that a client received."""
+        """`report` is called with a number of bytes each time a client receives some."""
         latency = lognormal(self.lan_ms / 2e3, self.lan_ms * 5 / 2e3)
         tick_s = TICK_SHARE * BLOCK_SIZE / 4 / (self.rate * MBIT)
         network = SimulatedNetwork(Random(f"network {self.seed}"), latency, tick_s=tick_s)
@@ -119,7 +119,7 @@ async def pull_once(node: Node, image: Image) -> Pulled:
 
 
 async def pull_all(nodes: Iterable[Node], image: Image) -> list[Pulled]:
-    """Have all nodes pull at the same moment."""
+    """All nodes begin their pulls at the same moment."""
     pulls: list[Pulled] = []
 
     async def pull(node: Node) -> None:
@@ -158,7 +158,7 @@ def of_bytes(total: int, report: Report) -> Callable[[int], None]:
 
 
 def after(seconds: Sequence[float], share: float) -> float:
-    """The time within which this share of the pulls was done: a quantile of `seconds`."""
+    """The time within which this share of the pulls ended: a quantile of `seconds`."""
     return sorted(seconds)[max(0, math.ceil(share * len(seconds)) - 1)]
 
 
@@ -187,7 +187,7 @@ class Output:
 
 
 def scenario(name: str, *, nodes: int) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a command of a function that takes `output`, `nodes`, `seed` and its own options."""
+    """Make a command from a function with the parameters `output`, `nodes`, `seed` and its own options."""
 
     def made(work: Callable[..., None]) -> click.Command:
         @click.command(name)

@@ -1,4 +1,4 @@
-"""The stores of simulated nodes. Equal bytes are in this process's memory once, however many nodes hold them."""
+"""The stores of simulated nodes. This process keeps equal bytes only once, for all nodes that hold them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from protocol.records import Record
 
 
 class SharedBytes:
-    """The bytes of all nodes: a thousand nodes that hold an image hold it once."""
+    """The bytes of all nodes: a thousand nodes that hold an image share one copy."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[Piece, bytes], bytes] = {}
 
     def shared(self, piece: Piece, data: Buffer, record: Record) -> Buffer:
-        """Returns `data`, or the equal bytes that are held already."""
+        """Returns the shared copy of `data`, or `data` itself if the copy for this record differs from it."""
         held = self._held.get((piece, record.sha256))
         if held is None:
             held = self._held[piece, record.sha256] = bytes(data)

@@ -1,4 +1,4 @@
-"""Reads single blocks from keepers that answer as fast as a large cache's nodes did, by policies of several kinds.
+"""Compares policies for reading a block from keepers whose answers take as long as those of a large cache's nodes.
 
 Lambda published a week's medians of its cache tiers and, in figure 9, by how much reading 4 of 5 shards is faster than
 reading 4 of 4 (Brooker et al., "On-demand Container Loading in AWS Lambda", USENIX ATC'23). Only the time of an answer
@@ -44,7 +44,7 @@ PEERS = tuple(
 from figure 9: with independent shards, 4 of 5 would cut the median of 4 of 4 by 11 %, its p90 by 35 % and its p95 by
 47 %. Between these the distribution is smooth."""
 P95_S = 0.96e-3
-"""p95 of these answers, after which hedged reads ask for a second copy."""
+"""p95 of these answers. Hedged reads ask for a second copy after this time."""
 REGISTRY = ((0.5, 36e-3), (0.999, 175e-3))
 MISSING = 0.0006 / 0.3206
 """Share of blocks that no keeper had, among the reads that the node's own cache could not answer."""
@@ -65,7 +65,7 @@ MODES: dict[str, tuple[Policy, Lane]] = {
     BULK: (shipped, Lane.BULK),
 }
 COMPARED = (K_OF_ALL, URGENT)
-"""Modes that are compared with 4 of 4 where keepers are slow together."""
+"""Modes that are compared with 4 of 4 if keepers are slow together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`seconds` of each read. `extra`: bytes received beyond the blocks' own, as a share of these."""
+    """`seconds`: duration of each read. `extra`: bytes received beyond those of the blocks, as a share of these."""
 
     seconds: tuple[float, ...]
     extra: float
@@ -100,7 +100,7 @@ class Result:
     p95_by_shared: dict[float, dict[str, float]]
 
     def cut(self, name: str, share: float) -> float:
-        """By which share a mode's quantile is less than that of 4 of 4."""
+        """The share by which a mode's quantile is below that of 4 of 4."""
         return 1 - after(self.runs[name].seconds, share) / after(self.runs[K_OF_K].seconds, share)
 
 

@@ -1,4 +1,4 @@
-"""Two sites behind one registry, each with its own uplink: both pull one image, the second one perhaps later."""
+"""Two sites with one registry and an uplink each pull the same image. The second site may begin later."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SITES = ("site-0", "site-1")
 @dataclass(frozen=True, slots=True)
 class TwoSites(Setting):
     later_s: float = 0.0
-    """When the second site begins."""
+    """Seconds until the second site begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def draw(result: Result, figure: Figure) -> None:
 @scenario("two-sites", nodes=100)
 @setting_options
 @click.option(
-    "--later", "later_s", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds of the second site."
+    "--later", "later_s", type=click.FloatRange(0), default=0.0, show_default=True, help="Delay of site-1 in seconds."
 )
 def two_sites(output: Output, **given: Any) -> None:
     """Two sites, each with its own uplink, pull one image."""

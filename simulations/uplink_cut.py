@@ -1,4 +1,4 @@
-"""The uplink is cut in the middle of a flash crowd, and mended after a time; clients try again as kubelet does."""
+"""The uplink is cut in the middle of a flash crowd, and repaired later. Clients retry as kubelet does."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Result:
 
     @property
     def seconds(self) -> list[float]:
-        """When each node had the image."""
+        """The time at which each node had the whole image."""
         return [pull.ended for pull in self.pulls if not pull.error]
 
     @property
     def tried(self) -> list[float]:
-        """The attempts while there was no uplink."""
+        """Times of the requests while there was no uplink."""
         return [at for at in self.attempts if self.cut[0] <= at < self.cut[1]]
 
 
@@ -99,7 +99,7 @@ def table_of(setup: UplinkCut, result: Result) -> Table:
     table.add_row("pulls that failed", f"{len(failed)}, after {longest_s:.1f} s at most")
     for name, share in (("first", 0.0), ("median", 0.5), ("last", 1.0)):
         seconds = after(result.seconds, share)
-        table.add_row(f"{name} completion", f"{seconds:.1f} s, {seconds - setup.mended_s:+.1f} s from the mending")
+        table.add_row(f"{name} completion", f"{seconds:.1f} s, {seconds - setup.mended_s:+.1f} s from the repair")
     most = most_within(result.tried, MINUTE_S)
     table.add_row(
         "attempts while it was cut", f"{len(result.tried)}, in a minute {most}: {most / setup.nodes:.1f} a node"
@@ -123,8 +123,8 @@ def draw(result: Result, figure: Figure) -> None:
 @setting_options
 @click.option("--at", "at_s", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds until the cut.")
 @click.option(
-    "--cut", "cut_s", type=click.FloatRange(0), default=120.0, show_default=True, help="Seconds until it is mended."
+    "--cut", "cut_s", type=click.FloatRange(0), default=120.0, show_default=True, help="Seconds until the repair."
 )
 def uplink_cut(output: Output, **given: Any) -> None:
-    """The uplink is cut in the middle of a flash crowd, and mended after a time."""
+    """The uplink is cut in the middle of a flash crowd, and repaired later."""
     output.show(UplinkCut(**given), run, table_of, draw)

@@ -1,6 +1,6 @@
 """Rules for all tests. With CI=true a skipped test fails: a check that did not run has not passed.
 
-Examples of hypothesis have no deadline: the machine may have other load."""
+Hypothesis examples have no deadline, because the machine may have other load."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Malformed and odd requests at a real p2pd: `python -m tests.fuzz_mirror [--requests N] [--seed N]`.
 
 Sends whole and mangled requests (tests/support/fuzz.py) to a mirror of a docker-registry. The exit status is 1 if the
-mirror failed by its own fault, logged a traceback, or grew: its caches are full after the first third.
+mirror failed by its own fault, logged a traceback, or used more memory after the first third, which fills its caches.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tests.support.site import UPSTREAM, Node, site
 REPOSITORY, TAG = "fuzz/app", "v1"
 PORTIONS = 9
 GROWTH = 16 << 20
-"""Largest growth in bytes of resident memory after the first third: above the allocator's variation, below a leak of
-260 bytes in each of 100,000 requests."""
+"""Largest growth of resident memory in bytes after the first third: more than the allocator's variation, and less than
+a leak of 260 bytes in each of 100,000 requests."""
 TROUBLE = ("Traceback", "level=error", "level=critical")
 
 
@@ -51,7 +51,7 @@ class Report:
 
 @contextmanager
 def target(folder: Path) -> Iterator[tuple[Node, Content]]:
-    """A node before a registry with one image of several blocks."""
+    """A node in front of a registry with one image of several blocks."""
     image = images.build(folder / "layout", [[("noise", images.noise(3, 700_000))], [("small", b"x")]])
     manifests, blobs = (
         {part.digest: image.path(part).read_bytes() for part in parts}

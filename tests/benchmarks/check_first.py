@@ -1,7 +1,7 @@
 """The cost of verifying a whole object before its first byte is sent: `python -m tests.benchmarks.check_first`.
 
-Two sites of five that differ only in this read the same blobs in turns: a node reads from the registry (cold), then
-another one from the site (warm), and then again from its own verified file, which is the same in both. Medians.
+Two sites of five nodes that differ only in this read the same blobs in turns. A node reads from the registry (cold),
+another node from the site (warm), and then from its own verified file, which is equally fast in both. Medians.
 """
 
 from __future__ import annotations

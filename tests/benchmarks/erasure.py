@@ -1,4 +1,4 @@
-"""Speed of the erasure code on a core, in MB of block/s, and of reedsolo's loop: `python -m tests.benchmarks.erasure`.
+"""Speed of the erasure code and of reedsolo's loop on a core, in MB/s of blocks: `python -m tests.benchmarks.erasure`.
 
 Each figure is a median. The cases run in turns, so that other load on the machine slows all of them.
 """

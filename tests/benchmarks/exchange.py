@@ -1,8 +1,8 @@
 """Throughput of the bulk channel between two processes over loopback: `python -m tests.benchmarks.exchange`.
 
-Each line is measured once in every round, so that all see the same machine; the medians are shown. CPU is that of each
-process, kernel included. "Written" bodies are written as the disk tier does it, into pages that the page cache does not
-hold yet. The raw lines read from a plain TCP socket into the same buffer again and again: the most that is possible.
+Each line is measured once in every round, so that other load affects all lines equally. The medians are shown. CPU is
+that of each process, kernel included. "Written" bodies are written as by the disk tier, into pages that the page cache
+does not hold yet. The raw lines read from a plain TCP socket into one buffer: this is the upper limit.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WARM_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`title` says what is done with a body, of `size` bytes (0 for small requests). `depth`: requests at once."""
+    """`title` names the work on a body of `size` bytes (0 for small requests). `depth`: concurrent requests."""
 
     title: str
     channel: str
@@ -248,7 +248,7 @@ def run_both(folder: Path, lines: list[Line], rounds: int, seconds: float) -> li
 
 
 def table_of(lines: list[Line], results: list[Runs], title: str) -> Table:
-    """The ratio compares with the raw socket that did the same with the bodies, in the same round."""
+    """The ratio is relative to the raw socket with the same work on the bodies, in the same round."""
     heads = ("", "", "rate", "of raw", "asking", "answering")
     table = Table(*heads, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     raw = {line.work: runs for line, runs in zip(lines, results, strict=True) if line.channel == RAW}
@@ -269,7 +269,7 @@ def table_of(lines: list[Line], results: list[Runs], title: str) -> Table:
 @click.option("--serve", "folder", type=click.Path(path_type=Path), help="Answer, as the other process.")
 @click.option("--seconds", default=0.7, show_default=True, help="For each line in each round.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--only", default="", help="Lines that have this in their text.")
+@click.option("--only", default="", help="Only lines whose title has this.")
 def main(folder: Path | None, seconds: float, rounds: int, only: str) -> None:
     tune_allocator()
     if folder is not None:

@@ -1,7 +1,7 @@
 """The hot paths of a pull, compared with nginx (sendfile) and docker-registry: `python -m tests.benchmarks.hot_paths`.
 
-The three servers serve the same bytes to the same cheap client (tests/support/raw_http.py) in turns. CPU is the time of
-the server's processes, kernel included; all figures are medians of the rounds.
+The three servers serve the same bytes to the same client (tests/support/raw_http.py) in turns. CPU is the time of the
+server's processes, kernel included. All figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def slowly() -> Callable[[int], None]:
 
 
 def ask_often(server: Server, request: bytes, connections: int, body: bool) -> float:
-    """Returns the requests answered in SMALL_S. Each connection has one request under way."""
+    """Returns the number of requests answered in SMALL_S. Each connection has one request in progress."""
     clients = [Client(server) for _ in range(connections)]
     with contextlib.ExitStack() as stack:
         for client in clients:
@@ -162,7 +162,7 @@ class Report:
         self._table = Table(*columns, title="medians; CPU per GB or per request")
 
     def add(self, case: str, samples: dict[str, list[Sample]], *, small: bool = False) -> None:
-        """`small`: the amounts are requests, else GB."""
+        """`small`: the amounts are requests instead of GB."""
         speed = {name: statistics.median(s.amount / s.seconds for s in own) for name, own in samples.items()}
         cpu = {name: statistics.median(s.cpu_s / s.amount for s in own) for name, own in samples.items()}
         for name in samples:
@@ -220,8 +220,8 @@ def warm(servers: Sequence[Server], image: Image, report: Report) -> None:
 
 
 def recycle_pages(folder: Path, size: int) -> None:
-    """Use `size` bytes of memory pages, which are then free for the node's files: the first use of a page of a virtual
-    machine costs its host ten times as much as a copy into the page."""
+    """Use `size` bytes of memory pages, and free them for the node's files: on a virtual machine the first use of a
+    page costs ten times as much as a copy into the page."""
     with (folder / "pages").open("wb") as file:
         for _ in range(size >> 20):
             file.write(bytes(1 << 20))

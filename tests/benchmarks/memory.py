@@ -2,7 +2,7 @@
 
 `python -m tests.benchmarks.memory [one|alone|site|slow ...]`; about 2 minutes without `one`. The registry generates its
 bytes while it sends them (tests/support/generated_origin.py). Everything else is real: p2pd with the default memory
-budget, its disk store, TLS between the nodes. Pulls are cut after a time, since five nodes share a machine.
+budget, its disk store, and TLS between the nodes. Pulls are cut after a time, because five nodes share a machine.
 """
 
 from __future__ import annotations

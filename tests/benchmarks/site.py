@@ -121,7 +121,7 @@ def fluid_limit(size: int, count: int, rates: Rates) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """Nodes `indices`, whose clients pull an image of `size` bytes by `tag` at the same time."""
+    """The nodes `indices`. Their clients pull an image of `size` bytes by `tag` at the same time."""
 
     name: str
     tag: str
@@ -139,7 +139,7 @@ class Crowd:
     def pull_by(
         self, clients: Sequence[Client], bench: Bench, meanwhile: Callable[[trio.Nursery], None] | None = None
     ) -> Outcome:
-        """Pull by these clients, and count no node's use."""
+        """Pull by these clients, without counting the resources of the nodes."""
         bench.proxy.reset()
 
         async def main() -> None:
@@ -211,7 +211,7 @@ def flash(scratch: Path, store: Store) -> list[Outcome]:
 
 
 def rolling_update(bench: Bench, store: Store) -> Outcome:
-    """The pulls of all nodes as a single outcome. The limit is the one of the first node."""
+    """The pulls of all nodes as a single outcome. Its limit is that of the first node."""
     changed = store.images["v2"].layers[0].size
     limit_s = changed * 8 / bench.lab.rates.uplink
     outcomes = [store.crowd("", "v2", (index,), limit_s).pull(bench) for index in range(len(bench.nodes))]
@@ -268,12 +268,12 @@ def _first(group: BaseExceptionGroup[PullFailedError]) -> str:
 
 
 AFTER_S = 2.0
-"""From the start of the pull to the fault, which then falls in its middle."""
+"""Time from the start of the pull to the fault, which then falls into the middle of the pull."""
 
 
 @contextlib.contextmanager
 def troubled(bench: Bench, trouble: str) -> Iterator[Callable[[trio.Nursery], None] | None]:
-    """Yields a function that starts the fault, to call at the start of the pull. At the end the node is repaired."""
+    """Yields a function to call at the start of the pull, which starts the fault. The end of the context repairs it."""
     node, index = bench.nodes[-1], len(bench.nodes) - 1
 
     async def befall() -> None:
@@ -314,7 +314,7 @@ def second_wave(scratch: Path, store: Store) -> list[Outcome]:
 
 
 def growth(scratch: Path, store: Store, counts: Sequence[int]) -> Results:
-    """A growing site. At each size all its nodes pull a new image, over links so slow that this machine is no limit."""
+    """A growing site. At each size all nodes pull a new image, over links that are slower than this machine."""
     rates, results = Rates(240 / max(counts) * MBIT, 240 / max(counts) * MBIT), Results()
     with bench_site(scratch / "growth", store.folder, max(counts), rates, start=False) as bench:
         for before, count in itertools.pairwise([0, *counts]):

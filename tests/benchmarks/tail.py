@@ -1,8 +1,8 @@
-"""Reads blocks while one of five keepers is slow or gone: `python -m tests.benchmarks.tail [--plot FILE]`.
+"""Reads blocks while one of five keepers is slow or dead: `python -m tests.benchmarks.tail [--plot FILE]`.
 
-Five p2pd hold an image, each behind its own link. A sixth place in the lab is a reader made of the node's own parts. It
-holds nothing, so that each read goes to the peers. It reads by the policy that ships and by four plain ones, over the
-same exchange. Each run has new connections, and reads a few blocks before the fault begins.
+Five p2pd hold an image, each behind its own link. The sixth namespace of the lab has a reader made of the node's own
+parts. It holds nothing, so that each read asks the peers. It reads by the shipped policy and by four plain policies,
+over the same exchange. Each run has new connections, and reads a few blocks before the fault begins.
 
 Needs root (namespaces), iproute2 and docker-registry; the plot needs matplotlib.
 """
@@ -48,29 +48,29 @@ from tests.support.site_in_memory import FixedView
 
 KEEPERS, READER = 5, 5
 SLOW, VICTIM = 50, 2
-"""How much slower the slow keeper's link becomes, and its number: no seed of the site."""
+"""The factor by which a keeper's link slows down, and the keeper's number: it is no seed of the site."""
 WINDOW = 8
 WARM_UP = 12
 PATIENCE_S = 1.5
-"""A plain policy begins no block after this time, since a fault may make it very slow."""
+"""A plain policy begins no block after this time, because a fault may make it very slow."""
 DRAIN_S = 0.3
-"""Wait for answers that are on their way when a run ends: they count as received."""
+"""At the end of a run, time for answers that are still in transit: they count as received."""
 LOCATOR = Locator(UPSTREAM, REPOSITORY, "blobs")
 
 
 class NoRegistry:
-    """A registry without blocks: where the peers cannot give one, the read fails."""
+    """A registry without blocks: a read that the peers cannot answer fails."""
 
     def connections(self, upstream: str) -> int:
         return 1
 
     async def blocks(self, *run: object, **options: bool) -> AsyncGenerator[bytearray, None]:
-        raise UnavailableError("the peers did not give the block")
+        raise UnavailableError("no peer sent the block")
         yield bytearray()
 
 
 class ViewBefore(FixedView):
-    """The site as it was before the fault: how fast the membership notices one is measured elsewhere."""
+    """The site as it was before the fault. Other tests measure how fast the membership detects a fault."""
 
     def quarantine(self, peer: PeerId, reason: str) -> None:
         raise AssertionError(f"{peer}: {reason}")
@@ -159,7 +159,7 @@ async def reading(
 
 
 async def timed(policy: Policy, reader: Reader, addresses: Sequence[BlockAddress], window: int) -> list[float]:
-    """Seconds of each read. A block begins when the one `window` places before it, and all before that, have come."""
+    """Seconds of each read. A block begins once the block `window` places before it and all earlier ones arrived."""
     seconds: list[float] = []
     done = [trio.Event() for _ in addresses]
     deadline = trio.current_time() + (math.inf if policy is shipped else PATIENCE_S)
@@ -214,7 +214,7 @@ def measure(bench: Bench, key: Path, addresses: Sequence[BlockAddress]) -> Runs:
     credentials = Credentials.issued(load_authority(key), identity, "reader")
     members = [*keepers, Member(identity.peer_id, "reader", "lab", (), weight=0.0)]
     runs: Runs = {}
-    # This thread's sockets belong to the reader's place in the lab.
+    # This thread's sockets belong to the reader's namespace.
     with bench.lab.nodes[READER].entered():
         for case in product(SCENARIOS, LOADS, POLICIES):
             runs[case] = trio.run(partial(run, bench, (credentials, members), case, addresses=addresses))
@@ -257,7 +257,7 @@ def checks(runs: Runs) -> Iterator[tuple[str, str, bool]]:
 
 
 def _cost(result: Run, load: str) -> float:
-    """Seconds that a client waits. In bulk a block spends most of its time in the queue for the link."""
+    """The seconds that a client waits. In bulk a block spends most of its time in the queue for the link."""
     return result.at(0.95) if load == "single" else result.took_s / len(result.seconds)
 
 

@@ -1,9 +1,9 @@
-"""Faults on a site whose clients pull images without a pause: `python -m tests.chaos --seed N`.
+"""Faults on a site whose clients constantly pull images: `python -m tests.chaos --seed N`.
 
 The daemons run in network namespaces behind one uplink, each with a disk of its own. The seed determines all faults and
 pulls. A run passes if: every pull that succeeds is byte-exact; no pull exceeds its deadline; a pull fails only while
-its own node is down or no node can reach the registry; no daemon dies; memory and open files stay flat; at the end all
-members see each other again, and every node pulls every image. Needs root, iproute2 and docker-registry.
+its own node is down or no node can reach the registry; no daemon dies; memory and open files do not grow; at the end
+all members see each other again, and every node pulls every image. Needs root, iproute2 and docker-registry.
 """
 
 from __future__ import annotations

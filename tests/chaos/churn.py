@@ -1,9 +1,9 @@
-"""A site whose members and clients join and leave without a pause, while the resources of two daemons must not grow.
+"""`make churn`: members and clients constantly join and leave, and the resources of two daemons must not grow.
 
-`make churn`. Two daemons stay. The others are stopped or killed in turn and return, sometimes with nothing but their
-keys. Clients pull, leave in mid-pull, connect and send nothing, half a request, or rubbish; operators send requests and
-do not wait for the answers; configurations are reloaded. Between these rounds are rests, with all members up and no
-client. There the staying daemons' tasks, files, sockets and memory are counted, and must be as at the first rest.
+Two daemons stay. The others are stopped or killed in turn and return, sometimes with only their keys. Clients pull,
+leave in mid-pull, or connect and send nothing, half a request, or garbage. Operators send requests and do not wait for
+the answers. Configurations are reloaded. After each of these rounds comes a rest, with all members up and no client.
+There the tasks, files, sockets and memory of the staying daemons are counted, and must be as in the first rest.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ AWAY_S = 4.0
 MEMBER_PAUSE_S = 8.0
 RELOAD_PAUSE_S = 15.0
 REST_S = 75.0
-"""Longer than the idle timeout of a connection between members, and than the mirror's last answers to clients."""
+"""Longer than the idle timeout between members, and longer than the mirror's last answers to clients take."""
 ROUNDS = 6
 MORE = {"tasks": 12, "files": 12, "sockets": 12, "rss_mib": 12}
-"""The growth from the first rest to the last that is no leak: a connection for a lane to each other member, or memory
-that the allocator keeps. A round has hundreds of acts on each daemon, so that a leak in any of them grows far more."""
+"""Growth from the first rest to the last that does not count as a leak: a connection per lane to each other member, or
+memory that the allocator keeps. A round has hundreds of acts on each daemon, so that a leak in any grows far more."""
 
 Act = Callable[["Churn", int, Random], Awaitable[None]]
 
@@ -72,7 +72,7 @@ class Churn:
 def run(seed: int, seconds: float, nodes: int) -> list[str]:
     """Run, print the results, and return the failures."""
     scratch = Path(tempfile.mkdtemp(prefix="shoal-"))
-    wrong = ["the run did not end"]
+    wrong = ["the run broke off"]
     try:
         with made(scratch, nodes, metrics=f"{METRICS[0]}:{METRICS[1]}") as site:
             churn = Churn(site)
@@ -104,7 +104,7 @@ async def _play(churn: Churn, seed: int, seconds: float) -> None:
 
 
 async def _turmoil(churn: Churn, rng: Random) -> None:
-    """Runs until cancelled; clients and members then vanish in the middle of their acts."""
+    """Runs until it is cancelled, which interrupts clients and members in the middle of their acts."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_members, churn, Random(rng.random()))
         for index in range(STAY):
@@ -131,7 +131,7 @@ async def _members(churn: Churn, rng: Random) -> None:
     while True:
         await trio.sleep(rng.expovariate(1 / MEMBER_PAUSE_S))
         index = rng.randrange(STAY, len(site.nodes))
-        node, how = site.nodes[index], rng.choice(("stopped", "killed", "killed, and all is lost"))
+        node, how = site.nodes[index], rng.choice(("stopped", "killed", "killed, with its cache lost"))
         site.down.add(index)
         if how == "stopped":
             if await trio.to_thread.run_sync(node.stop):

@@ -1,4 +1,4 @@
-"""The faults of a schedule: each is a context that begins the fault on a running site, and ends it."""
+"""The faults of a schedule. Each is a context that begins the fault on a running site, and ends it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIAR = [sys.executable, "-m", "tests.support.liar"]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The site that faults strike. `down` has the nodes whose processes are meant not to run."""
+    """The site that faults strike. `down`: nodes whose processes are stopped on purpose."""
 
     lab: Lab
     proxy: CountingProxy
@@ -39,7 +39,7 @@ class Site:
 
     @asynccontextmanager
     async def struck_by(self, fault: Fault) -> AsyncIterator[None]:
-        """The site has the fault while the context lasts."""
+        """Apply the fault to the site while the context lasts."""
         strikes: dict[str, Callable[[Fault], contextlib.AbstractAsyncContextManager[None]]]
         strikes = dict.fromkeys(("kill", "stop", "torn"), self._gone)
         strikes |= {"liar": self._lying, "all cold": self._cold, "pause": self._paused}
@@ -78,7 +78,7 @@ class Site:
 
     @asynccontextmanager
     async def _cold(self, fault: Fault) -> AsyncIterator[None]:
-        """All nodes are off at once, and start again with empty caches."""
+        """Stop all nodes, and start them again with empty caches."""
         await self._end(fault)
         for index in fault.nodes:
             self.nodes[index].forget()
@@ -87,7 +87,7 @@ class Site:
 
     @asynccontextmanager
     async def _lying(self, fault: Fault) -> AsyncIterator[None]:
-        """The node keeps its key, and every shard that it serves has a wrong bit."""
+        """Restart the node with its key as a liar: every shard that it serves has a wrong bit."""
         await self._end(fault)
         (index,) = fault.nodes
         self.nodes[index].program = LIAR
@@ -114,7 +114,7 @@ class Site:
         assert ballast.parent.is_mount(), "fills only a disk that this run mounted"
         free = shutil.disk_usage(ballast.parent).free
         with ballast.open("wb") as file:
-            for size in (free, free * 9 // 10, free // 2):  # the daemon may take some of the free space meanwhile
+            for size in (free, free * 9 // 10, free // 2):  # the daemon may use some of the free space meanwhile
                 with contextlib.suppress(OSError):
                     os.posix_fallocate(file.fileno(), 0, size)
                     break
@@ -125,7 +125,7 @@ class Site:
 
     @asynccontextmanager
     async def _parted(self, fault: Fault) -> AsyncIterator[None]:
-        """The two sides cannot reach each other; both reach the registry."""
+        """Separate the two sides from each other. Both reach the registry."""
         here, there = set(fault.nodes), set(range(len(self.nodes))) - set(fault.nodes)
         walls = [(a, b) for a in here for b in there] + [(b, a) for a in here for b in there]
 
@@ -153,7 +153,7 @@ class Site:
 
     @contextlib.contextmanager
     def _broken(self, fault: Fault) -> Iterator[None]:
-        """A fault of the network. To begin and to end it blocks this thread for a moment."""
+        """A fault of the network. Its begin and its end block this thread for a moment."""
         lab, proxy, rates = self.lab, self.proxy, self.lab.rates
         with contextlib.ExitStack() as stack:
             match fault.kind:

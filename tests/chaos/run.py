@@ -41,15 +41,15 @@ MEMORY = "8MiB"
 DEADLINE_S = 90.0
 """Longest time of a pull. A client gives up on a stalled body long before that."""
 GRACE_S = 10.0
-"""After a fault, failures are excused for this long: members must be seen again, and breakers close."""
+"""Time after a fault in which failures are excused: members must see each other again, and breakers must close."""
 HEALED_S = 90.0
 """Longest time at the end until all members see each other again. A node that lied stays excluded."""
 WATCH_S = 2.0
 MAX_RSS = 256 << 20
 MAX_FILES = 700
-"""Open files of a daemon: each of 7 other members has a few connections, and the clients have some ten."""
+"""Most open files of a daemon: each of 7 other members has a few connections, and the clients have about ten."""
 FLAT = 1.5
-"""Largest ratio of a daemon's memory at the end to its memory after it has served for a while."""
+"""Largest ratio of a daemon's memory at the end to its memory after it served for a while."""
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
@@ -78,7 +78,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that has begun on `site`, at `began` seconds of trio's clock."""
+    """A run on `site`, which began at `began` seconds of trio's clock."""
 
     settings: Settings
     site: Site
@@ -115,7 +115,7 @@ def run(settings: Settings) -> list[str]:
 
 @contextlib.contextmanager
 def made(scratch: Path, count: int, **values: object) -> Iterator[Site]:
-    """A lab of `count` running nodes; `values` are for their configurations."""
+    """A lab of `count` running nodes. `values` are for their configurations."""
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(lab(count, RATES))
         registry = stack.enter_context(registries.docker_registry(scratch / "registry", network.wan))
@@ -221,7 +221,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 async def _watch(struck: Site, seen: Seen) -> None:
-    """Note the deaths, and each process's memory and open files."""
+    """Record deaths, and the memory and open files of each process."""
     reported: set[int] = set()
     while True:
         await trio.sleep(WATCH_S)

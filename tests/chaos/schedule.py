@@ -22,7 +22,7 @@ EXCUSES_ALL: frozenset[Kind] = frozenset(
 """A pull may need blocks that no node holds yet."""
 
 QUIET_S = 10.0
-"""Time without faults, at the start so that nodes hold some blocks, and at the end."""
+"""Time without faults at the start, so that nodes hold some blocks, and at the end."""
 EVERY_S = 4.0
 """Mean time between faults of nodes; faults of the uplink are half as frequent."""
 SHORTEST_S, LONGEST_S = 2.0, 15.0
@@ -36,7 +36,7 @@ THINKING_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`nodes` are those that it strikes: a side of a partition, none for the uplink. `seed` decides the damage done."""
+    """`nodes`: those that it strikes, a side of a partition, or none for the uplink. `seed` decides the damage."""
 
     start: float
     end: float
@@ -51,14 +51,14 @@ class Fault:
 
 
 def faults(seed: int, nodes: int, seconds: float) -> list[Fault]:
-    """Sorted by start. At any time each node has at most one fault, and the site one partition or uplink fault."""
+    """Faults sorted by start. At any time a node has at most one fault, and the site one partition or uplink fault."""
     rng = Random(f"{seed}/faults")
     last = seconds - QUIET_S
     at = rng.uniform(0.5 * last, 0.8 * last)
     cold = Fault(at, min(last, at + LONGEST_S), "all cold", tuple(range(nodes)))
     lies = Fault(rng.uniform(QUIET_S, 0.3 * last), rng.uniform(0.35 * last, 0.48 * last), "liar", (nodes - 1,))
     drawn = [lies, *_of_nodes(rng, nodes - 1, last), *_of_the_uplink(rng, nodes, last)]
-    # No other fault meets the cold restart: its load on the registry must be seen alone.
+    # No other fault overlaps the cold restart, whose load on the registry is measured alone.
     apart = [fault for fault in drawn if fault.end < cold.start or fault.start > cold.end]
     return sorted([cold, *apart], key=lambda fault: fault.start)
 
@@ -87,7 +87,7 @@ def _of_the_uplink(rng: Random, nodes: int, last: float) -> Iterator[Fault]:
 
 
 def pulls(seed: int, node: int, tags: Sequence[str]) -> Iterator[tuple[float, str]]:
-    """Endless pairs of seconds to wait, and the tag to pull then. Popularity falls as 1/rank of the tag."""
+    """Yields without end the seconds to wait and the tag to pull then. The popularity of a tag is 1/rank."""
     rng = Random(f"{seed}/client/{node}")
     weights = [1 / rank for rank in range(1, len(tags) + 1)]
     for _ in count():

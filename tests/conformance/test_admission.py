@@ -1,4 +1,4 @@
-"""A node that is not a member is refused on every channel: no answer after the handshake, and the log says why."""
+"""A node that is not a member is refused on every channel: it gets no answer, and the log says why."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from protocol.messages import Ping, Request
 NOW = 1_800_000_000
 PING = Ping(())
 LIMIT_S = 60.0
-"""Only a test that hangs takes as long."""
+"""Only a test that hangs takes this long."""
 
 
 class Refused(logging.Handler):
@@ -67,7 +67,7 @@ class Refused(logging.Handler):
 
 @dataclass
 class Scene:
-    """A member, and a stranger that it has to refuse. `shows`: whether the stranger shows a certificate at all."""
+    """A member, and a stranger that it must refuse. `shows`: whether the stranger shows a certificate."""
 
     nursery: trio.Nursery
     log: Refused
@@ -174,7 +174,7 @@ async def bulk_plain_in(scene: Scene) -> None:
 
 
 async def bulk_out(scene: Scene) -> None:
-    """The member asks, and the stranger is at the address."""
+    """The member asks, and the stranger answers at the address."""
     node = exchange(scene)
     await scene.nursery.start(node.run)
     received = bytearray()
@@ -288,7 +288,7 @@ CHANNELS: dict[str, tuple[str, Callable[[Scene], Awaitable[None]]]] = {
 
 
 PAIRS = [pair for pair in product(CHANNELS, CASES) if pair != ("bulk, asking", "no certificate")]
-"""Without a TLS server that has no certificate, which TLS 1.3 does not allow."""
+"""All cases except a TLS server without a certificate, which TLS 1.3 does not allow."""
 
 
 @pytest.mark.parametrize(("channel", "why"), PAIRS)
@@ -321,7 +321,7 @@ def test_a_node_that_is_not_a_member_is_refused(tmp_path: Path, log: Refused, ch
 
 @pytest.mark.parametrize("channel", ["bulk, asked", "introduction, dialled"])
 def test_a_member_is_not_refused(tmp_path: Path, log: Refused, channel: str) -> None:
-    """The same scene without a reason to refuse, so that the tests above can fail."""
+    """The same scene without a reason to refuse. It shows that the tests above detect an accepted stranger."""
     ours = authority(tmp_path, "ours")
 
     async def main() -> None:

@@ -104,7 +104,7 @@ class MemorySite:
 
 
 class SimulatedSite(MemorySite):
-    """On links of 40 Mbit/s."""
+    """A site on links of 40 Mbit/s."""
 
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
         super().__init__(nursery, folder)
@@ -134,7 +134,7 @@ class TlsSite:
             limits=Limits(requests_per_connection=SLOTS),
         )
         node = Node(member.peer, member.exchange, refused)
-        if not mute:  # otherwise the kernel accepts connections, and no task answers
+        if not mute:  # if mute, the kernel accepts connections, and no task answers
             await self._nursery.start(run_within, node)
         return node
 
@@ -160,12 +160,12 @@ Play = Callable[[Scenario], None]
 
 SITES: dict[str, type[Site]] = {"memory": MemorySite, "simulated": SimulatedSite, "tls": TlsSite, "plain": PlainSite}
 IDLE_S = 0.01
-"""Over sockets, time jumps to the next deadline once all tasks are blocked for this real time: no byte is under way."""
+"""Over sockets, time jumps to the next deadline after all tasks were blocked for this real time: no byte is moving."""
 
 
 @pytest.fixture(params=SITES)
 def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
-    """Runs a scenario on a site of the implementation; all that the site started ends with it."""
+    """Runs a scenario on a site of the implementation. All tasks of the site end with the scenario."""
     memory = issubclass(SITES[request.param], MemorySite)
 
     def run(scenario: Scenario) -> None:
@@ -205,7 +205,7 @@ def test_requests_of_both_directions_and_all_lanes_are_answered(play: Play) -> N
     play(scenario)
 
 
-def test_the_handler_is_told_who_asks(play: Play) -> None:
+def test_the_handler_learns_which_peer_asks(play: Play) -> None:
     askers: list[PeerId] = []
 
     async def note(peer: PeerId, request: Request) -> Answer:
@@ -254,7 +254,7 @@ def test_shards_arrive(play: Play) -> None:
     play(scenario)
 
 
-def test_a_slow_answer_holds_up_no_other(play: Play) -> None:
+def test_a_slow_answer_delays_no_other(play: Play) -> None:
     async def scenario(site: Site) -> None:
         release = trio.Event()
         order: list[str] = []
@@ -281,7 +281,7 @@ def test_a_slow_answer_holds_up_no_other(play: Play) -> None:
     play(scenario)
 
 
-def test_a_body_is_told_of_when_it_begins(play: Play) -> None:
+def test_the_asker_learns_when_a_body_begins(play: Play) -> None:
     async def scenario(site: Site) -> None:
         asker, peer = await site.add(answer_all), await site.add(answer_all)
         heard: list[bool] = []
@@ -337,7 +337,7 @@ def test_silence_ends_a_request(play: Play) -> None:
     play(scenario)
 
 
-def test_a_peer_that_is_not_there_is_unavailable_at_once(play: Play) -> None:
+def test_a_missing_peer_is_unavailable_at_once(play: Play) -> None:
     async def scenario(site: Site) -> None:
         asker = await site.add(answer_all)
         for _ in range(3):
@@ -515,7 +515,7 @@ def test_disconnect_and_refusal(play: Play) -> None:
     play(scenario)
 
 
-def test_what_one_peer_asks_at_once_is_bounded_and_all_answered(play: Play) -> None:
+def test_concurrent_requests_of_one_peer_are_bounded_and_all_answered(play: Play) -> None:
     async def scenario(site: Site) -> None:
         at_work, most, answered = 0, 0, 0
         full, release = trio.Event(), trio.Event()
@@ -552,7 +552,7 @@ def test_what_one_peer_asks_at_once_is_bounded_and_all_answered(play: Play) -> N
     play(scenario)
 
 
-def test_a_body_goes_where_the_asker_wants_it(play: Play) -> None:
+def test_a_body_is_written_into_the_askers_memory(play: Play) -> None:
     async def scenario(site: Site) -> None:
         asker, peer = await site.add(answer_all), await site.add(answer_all)
         replies: list[Reply] = []
@@ -581,7 +581,7 @@ def test_a_body_goes_where_the_asker_wants_it(play: Play) -> None:
     play(scenario)
 
 
-def test_memory_is_left_alone_after_a_request_was_cancelled(play: Play) -> None:
+def test_a_cancelled_request_does_not_write_into_its_memory(play: Play) -> None:
     async def scenario(site: Site) -> None:
         asker, peer = await site.add(answer_all), await site.add(answer_all)
         memory = bytearray(BLOCK_SIZE)

@@ -22,7 +22,7 @@ from protocol.records import Record, make_record
 from tests.support.blobs import SIGNER, Blob
 
 BUDGET = 4 * (BLOCK_SIZE + 2 * ENTRY_BYTES)
-"""Room for four whole blocks and not five, in memory and on disk."""
+"""Room for four whole blocks but not for five, in memory and on disk."""
 
 BLOB = Blob.random(1, 3 * BLOCK_SIZE + 5000)
 DATA = Shard(4, 1, 2)
@@ -70,7 +70,7 @@ async def put(store: BlockStore, blob: Blob, piece: Piece) -> bool:
 
 
 async def got(store: BlockStore, blob: Blob, piece: Piece) -> bool:
-    """Whether the piece was there; if so, it was right."""
+    """Whether the store returned the piece. Its bytes must then be right."""
     held = await store.get(piece)
     assert store.holds(piece) == (held is not None)
     if held is None:
@@ -79,7 +79,7 @@ async def got(store: BlockStore, blob: Blob, piece: Piece) -> bool:
     return True
 
 
-def test_gives_back_what_was_put(open_store: Open) -> None:
+def test_returns_the_stored_bytes(open_store: Open) -> None:
     async def test(store: BlockStore) -> None:
         pieces = [BLOB.pieces[0], BLOB.pieces[3], BLOB.shard(1, DATA), BLOB.shard(2, DATA), BLOB.shard(2, PARITY)]
         for piece in pieces:
@@ -97,7 +97,7 @@ def test_gives_back_what_was_put(open_store: Open) -> None:
     run(open_store, test)
 
 
-def test_holds_nothing_of_an_object_that_it_never_saw(open_store: Open) -> None:
+def test_holds_no_piece_of_an_unknown_object(open_store: Open) -> None:
     async def test(store: BlockStore) -> None:
         assert await store.get(BLOB.pieces[0]) is None
         assert not store.holds(BLOB.pieces[0])
@@ -133,7 +133,7 @@ def test_discards_one_piece_and_no_other(open_store: Open) -> None:
     run(open_store, test)
 
 
-def test_names_what_one_signed_and_nothing_that_is_gone(open_store: Open) -> None:
+def test_lists_the_pieces_of_a_signer_without_discarded_ones(open_store: Open) -> None:
     async def test(store: BlockStore) -> None:
         kept, gone, other = BLOB.shard(1, DATA), BLOB.pieces[0], BLOB.pieces[2]
         foreign = msgspec.structs.replace(BLOB.record(other), signer=PeerId("12D3KooWother"))
@@ -148,7 +148,7 @@ def test_names_what_one_signed_and_nothing_that_is_gone(open_store: Open) -> Non
     run(open_store, test)
 
 
-def test_refuses_what_is_not_the_piece(open_store: Open) -> None:
+def test_refuses_bytes_that_do_not_match_the_piece(open_store: Open) -> None:
     async def test(store: BlockStore) -> None:
         first, second = BLOB.pieces[:2]
         wrong = [
@@ -168,7 +168,7 @@ def test_refuses_what_is_not_the_piece(open_store: Open) -> None:
     run(open_store, test)
 
 
-def test_evicts_what_was_not_used_often_and_keeps_the_budget(open_store: Open, timer: Timer) -> None:
+def test_evicts_rarely_used_pieces_and_keeps_the_budget(open_store: Open, timer: Timer) -> None:
     used, unused = Blob.random(2, BLOCK_SIZE), Blob.random(3, BLOCK_SIZE)
 
     async def test(store: BlockStore) -> None:
@@ -188,7 +188,7 @@ def test_evicts_what_was_not_used_often_and_keeps_the_budget(open_store: Open, t
     run(open_store, test)
 
 
-def test_a_budget_that_changes_is_kept_to_from_then_on(open_store: Open) -> None:
+def test_a_changed_budget_is_kept_from_then_on(open_store: Open) -> None:
     async def test(store: BlockStore) -> None:
         assert isinstance(store, MemoryStore | DiskStore)
         blobs = [Blob.random(seed, BLOCK_SIZE) for seed in range(20, 29)]
@@ -210,7 +210,7 @@ def test_a_budget_that_changes_is_kept_to_from_then_on(open_store: Open) -> None
     run(open_store, test)
 
 
-def test_declines_what_is_larger_than_the_budget(tmp_path: Path) -> None:
+def test_declines_pieces_larger_than_the_budget(tmp_path: Path) -> None:
     async def main() -> None:
         async with DiskStore.open(tmp_path, BLOCK_SIZE - 1) as disk:
             for store in (MemoryStore(BLOCK_SIZE, trio.current_time), disk):
@@ -258,7 +258,7 @@ def test_a_cancelled_call_leaves_the_store_whole(open_store: Open) -> None:
     run(open_store, test)
 
 
-def test_many_at_once(open_store: Open) -> None:
+def test_concurrent_puts_and_gets_keep_the_budget(open_store: Open) -> None:
     blobs = [Blob.random(seed, BLOCK_SIZE + 77) for seed in range(30, 36)]
 
     async def test(store: BlockStore) -> None:

@@ -1,4 +1,4 @@
-"""`make demo`: five daemons, one registry, one real image, one node killed; exit status 0 only if every claim held."""
+"""`make demo`: five daemons, a registry, a real image, and one killed node. Exit status 0 only if every claim held."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _first_phase(folder: Path, nodes: Sequence[Node], image: images.Image, clien
 
 
 def _second_phase(folder: Path, nodes: Sequence[Node], image: images.Image) -> tuple[list[Pulled], bool]:
-    """The second value: whether both clients were still reading when the node died."""
+    """Returns also whether both clients were still reading when the node died."""
     step("second pull: through node-4 and node-5; node-3 is killed (SIGKILL) in the middle of it")
     pulls = start_pulls("kill", {node.name: node.mirror for node in nodes[3:]}, f"{UPSTREAM}/{REPOSITORY}", folder)
     wait_for(

@@ -1,6 +1,6 @@
 """Fuzzing of the decoders, guided by coverage: `python -m tests.fuzz [--seconds N] [--keep] [TARGET...]`.
 
-Needs atheris, which `make fuzz` installs beside the environment. Inputs that reached new branches are saved in
+Needs atheris, which `make fuzz` installs separately. Inputs that reached new branches are saved in
 build/fuzz/TARGET; with --keep the shortest are added to tests/fuzz/corpus. A finding ends its target: its bytes are in
 build/fuzz/TARGET-crash-..., and the exit status is 1. Added to the corpus, they are its regression test.
 """

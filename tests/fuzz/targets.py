@@ -1,7 +1,7 @@
-"""Every decoder of bytes from outside, as a function of bytes that may raise only the decoder's named error.
+"""Every decoder of external bytes, as a function of bytes that may raise only the decoder's named error.
 
-Any other exception is a finding, and so is a failed assertion here. `tests/property/test_fuzz_corpus.py` runs all of
-them on their seeds, the corpus and changes of both; `python -m tests.fuzz` runs them for a given time.
+Any other exception or failed assertion is a finding. `tests/property/test_fuzz_corpus.py` runs all targets on their
+seeds, on the corpus and on mutations of both. `python -m tests.fuzz` runs them for a given time.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def link(data: bytes) -> None:
 
 
 def content_range(data: bytes) -> None:
-    """First line: the status; then header lines."""
+    """The first line is the status. The others are header lines."""
     status, *lines = data.split(b"\n")
     headers = [
         (name.strip(), value.strip()) for name, colon, value in (line.partition(b":") for line in lines) if colon
@@ -226,7 +226,7 @@ def byte_range(data: bytes) -> None:
 
 
 class _Complaints(logging.Handler):
-    """Records of failures that the server logs as its own."""
+    """Collects the failures that the server logs as its own."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -241,7 +241,7 @@ logging.getLogger("node.web.server").addHandler(_COMPLAINTS)
 
 
 def _served(handler: Handler, limits: Limits) -> Target:
-    """Bytes on a connection to our server: the answers are well-formed, and none is a failure of the server itself."""
+    """A target that sends bytes to our server: answers must be well-formed, and none a failure of the server itself."""
 
     def target(data: bytes) -> None:
         _COMPLAINTS.records.clear()

@@ -1,4 +1,4 @@
-"""Transfers that break on either side, with a real p2pd: what the client gets, and what the registry is asked for."""
+"""Transfers that break on either side of a real p2pd: the bytes that the client gets, and the registry's requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(node: Node, origin: FaultyOrigin, span: str = "") -> tuple[int, bytes]:
 
 @contextlib.contextmanager
 def slow_client(node: Node, origin: FaultyOrigin) -> Iterator[socket.socket]:
-    """A client that has asked for the blob, and whose buffers hold little of it."""
+    """A client that has requested the blob, and whose buffers hold little of it."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(60)
@@ -52,12 +52,12 @@ def slow_client(node: Node, origin: FaultyOrigin) -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize("how", ["reset", "fin", "stall"])
 def test_a_body_that_breaks_at_the_registry_is_whole_at_the_client(folder: Path, how: str) -> None:
-    """A body that stalls is given up after 10 s. The client of this test gives up after 60 s without a byte."""
+    """p2pd gives up a stalled body after 10 s. The client of this test gives up after 60 s without a byte."""
     faults = [Fault(at, how) for at in ((5 * BLOCK_SIZE + 77,) if how == "stall" else range(99_999, SIZE, SIZE // 4))]
     with FaultyOrigin(SIZE, *faults) as origin, site(folder / "site", origin.url, 1) as (node,):
         assert read(node, origin) == (200, content(0, SIZE))
         again = sum(stop - start for start, stop in origin.asked) - SIZE
-        assert again <= len(faults) * 16 * BLOCK_SIZE, "only missing bytes are asked for again"
+        assert again <= len(faults) * 16 * BLOCK_SIZE, "only missing bytes are requested again"
 
 
 def test_without_the_registry_a_body_ends_with_fin_and_the_next_request_is_refused(folder: Path) -> None:
@@ -78,18 +78,18 @@ def test_without_the_registry_a_body_ends_with_fin_and_the_next_request_is_refus
         assert "Traceback" not in tail(node.log, 10000)
 
 
-def test_a_client_that_goes_away_ends_its_read(folder: Path) -> None:
+def test_a_client_that_disconnects_ends_its_read(folder: Path) -> None:
     with FaultyOrigin(GIB, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
         with connected(node) as connection:
             assert len(ask(connection, origin).read(BLOCK_SIZE)) == BLOCK_SIZE
         seen = origin.asked_bytes
-        assert read(node, origin, f"{GIB - 1}-") == (206, content(GIB - 1, GIB))  # waits behind the reads under way
+        assert read(node, origin, f"{GIB - 1}-") == (206, content(GIB - 1, GIB))  # waits behind the reads in progress
         assert seen <= origin.asked_bytes <= BLOCK_SIZE * (HELD + 32)
         assert "Traceback" not in tail(node.log, 10000)
 
 
 def test_a_slow_client_delays_no_other_and_gets_all(folder: Path) -> None:
-    """One client reads some bytes of a cold blob, and then none while another reads all of it."""
+    """One client reads a few bytes of a cold blob and then stops, while another client reads all of it."""
     with (
         FaultyOrigin(SIZE) as origin,
         site(folder / "site", origin.url, 1) as (node,),
@@ -100,7 +100,7 @@ def test_a_slow_client_delays_no_other_and_gets_all(folder: Path) -> None:
         before = node.rss_bytes()
         assert read(node, origin) == (200, content(0, SIZE))
         assert node.rss_bytes() - before < 96 << 20
-        assert origin.asked_bytes == SIZE, "no byte is read once for each client"
+        assert origin.asked_bytes == SIZE, "both clients share one read of each byte"
         rest = began + b"".join(iter(lambda: slow.recv(1 << 16), b""))
         assert rest.partition(b"\r\n\r\n")[2] == content(0, SIZE)
 
@@ -120,8 +120,8 @@ def test_a_range_in_the_middle_of_a_cold_blob_costs_the_blocks_that_it_touches(f
         )
 
 
-def test_open_ended_ranges_that_are_closed_early_cost_the_read_ahead_at_most(folder: Path) -> None:
-    """containerd 2.1 reads a layer like this, with several connections."""
+def test_open_ended_ranges_that_are_closed_early_cost_at_most_the_read_ahead(folder: Path) -> None:
+    """containerd 2.1 reads a layer in this way, with several connections."""
     with FaultyOrigin(GIB, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
         for start in range(0, GIB, GIB // 4):
             with connected(node) as connection:

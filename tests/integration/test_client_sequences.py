@@ -1,6 +1,6 @@
 """The requests of clients that are not installed here, taken from their sources, sent to a real p2pd.
 
-Each answer is checked for what that client checks: a wrong length, a missing header or a missing part fails its pull.
+Each answer is checked as that client checks it: a wrong length, a missing header or a missing part fails its pull.
 The installed clients are tested in test_containerd.py, test_cri.py and the files beside them.
 """
 
@@ -40,7 +40,7 @@ FOREIGN_LAYER = b"for another platform"
 MAX_COPIES = 1.02
 FETCH_BUFFER = 1 << 20
 PODMANS_RANGES = 1024
-"""With more ranges containers/storage merges neighbours."""
+"""Most ranges in a request of containers/storage, which merges neighbours to stay below this number."""
 
 Headers = Sequence[tuple[str, str]]
 
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.skipif(not registries.installed(), reason="Debian packa
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Media types; `tag` names an index of two platforms with these types."""
+    """Media types. `tag` names an index of two platforms with these types."""
 
     tag: str
     index: str
@@ -92,7 +92,7 @@ SCHEMA_1 = f"{VND}docker.distribution.manifest.v1+prettyjws"
 
 
 def document(media_type: str, **parts: object) -> bytes:
-    """Indented as Docker's own tools do, so that a re-encoded answer differs."""
+    """A JSON document, indented as by Docker's own tools, so that a re-encoded answer differs from it."""
     return json.dumps({"schemaVersion": 2, "mediaType": media_type, **parts}, indent=3).encode()
 
 
@@ -242,7 +242,7 @@ def test_a_pull_from_the_tag_to_the_layers(node: Node, proxy: CountingProxy, cli
 
 
 @each_client
-def test_a_blob_that_broke_off_goes_on_where_it_ended(node: Node, client: Client) -> None:
+def test_an_interrupted_blob_continues_where_it_stopped(node: Node, client: Client) -> None:
     """Docker and Podman compare all three numbers of Content-Range, containerd the first."""
     size, got = len(LAYER), b""
     for stop in (100_000, 7 * BLOCK_SIZE, size):
@@ -259,7 +259,7 @@ def test_a_blob_that_broke_off_goes_on_where_it_ended(node: Node, client: Client
 def test_containerd_2_1_reads_a_layer_by_several_ranges_at_once(
     node: Node, proxy: CountingProxy, parallel: int
 ) -> None:
-    """With concurrent_layer_fetch_buffer: each worker asks for all from its part on, and hangs up behind its part."""
+    """With concurrent_layer_fetch_buffer a worker requests all bytes from its part on, and hangs up after it."""
     size = len(LAYER)
 
     def part(start: int) -> bytes:
@@ -273,11 +273,11 @@ def test_containerd_2_1_reads_a_layer_by_several_ranges_at_once(
     with ThreadPoolExecutor(parallel) as pool:
         assert b"".join(pool.map(part, range(0, size, FETCH_BUFFER))) == LAYER
     again = proxy.count.received - size
-    assert again <= parallel * 2 * BLOCK_SIZE, "a block whose last reader hangs up while it is read is read anew"
+    assert again <= parallel * 2 * BLOCK_SIZE, "a block is read again if its last reader hung up during the read"
     assert quiet(node)
 
 
-def test_containerd_2_1_gives_up_and_no_more_is_read_than_the_read_ahead(folder: Path) -> None:
+def test_after_containerd_2_1_gives_up_at_most_the_read_ahead_is_read(folder: Path) -> None:
     size, parallel = 1 << 30, 4
     with FaultyOrigin(size, hashed=False) as origin, site(folder / "site", origin.url, 1) as (node,):
         target = f"/v2/app/blobs/{origin.digest}?ns={UPSTREAM}"
@@ -292,7 +292,7 @@ def test_containerd_2_1_gives_up_and_no_more_is_read_than_the_read_ahead(folder:
             assert b"".join(pool.map(part, range(0, 8 * FETCH_BUFFER, FETCH_BUFFER))) == content(0, 8 * FETCH_BUFFER)
         with connected(node) as connection:
             last = ask(connection, "GET", target, [("Range", f"bytes={size - 1}-")])
-            assert last.read() == content(size - 1, size)  # waits for its turn behind what is still read
+            assert last.read() == content(size - 1, size)  # waits for its turn behind the reads in progress
         assert origin.asked_bytes <= 8 * FETCH_BUFFER + HELD * BLOCK_SIZE
         assert quiet(node)
 
@@ -300,7 +300,7 @@ def test_containerd_2_1_gives_up_and_no_more_is_read_than_the_read_ahead(folder:
 def test_containerd_hands_over_to_the_registry_in_the_middle_of_a_layer(
     node: Node, proxy: CountingProxy, registry: Registry
 ) -> None:
-    """An early end has it ask for the rest, first here; 503 has it go on to the next host."""
+    """After an early end containerd requests the rest, first here. After a 503 it asks the next host."""
     proxy.rate = 4e6
     with connected(node) as connection:
         answer = CONTAINERD.open(connection, LAYER)
@@ -318,7 +318,7 @@ def test_containerd_hands_over_to_the_registry_in_the_middle_of_a_layer(
         assert (rest.status, got + rest.read()) == (206, LAYER)
 
 
-def test_containerd_goes_on_to_the_next_host_for_what_is_not_here(node: Node) -> None:
+def test_containerd_asks_the_next_host_for_missing_objects(node: Node) -> None:
     with connected(node) as connection:
         for target, code in (
             (CONTAINERD.target(f"blobs/{digest_of(b'nobody has this')}"), "BLOB_UNKNOWN"),
@@ -334,10 +334,10 @@ def test_containerd_goes_on_to_the_next_host_for_what_is_not_here(node: Node) ->
     [([Fault(0, "429", 1), Fault(0, "408"), Fault(5 * BLOCK_SIZE, "429")], 200), ([Fault(0, "429", 3600)], 503)],
     ids=["some", "much"],
 )
-def test_a_registry_that_asks_for_patience_gets_some_of_it(folder: Path, faults: list[Fault], status: int) -> None:
-    """A registry that asks for much patience is answered 503 at once, so that containerd asks the next host.
+def test_only_a_short_pause_of_a_registry_is_waited_for(folder: Path, faults: list[Fault], status: int) -> None:
+    """If the registry asks for a long pause, the mirror answers 503 at once, so that containerd asks the next host.
 
-    To a 408 or 429 containerd would ask the same host five times.
+    After a 408 or 429 containerd would ask the same host five times.
     """
     size = 24 * BLOCK_SIZE
     with (
@@ -353,11 +353,11 @@ def test_a_registry_that_asks_for_patience_gets_some_of_it(folder: Path, faults:
         else:
             (error,) = json.loads(body)["errors"]
             assert error["code"] == "UNAVAILABLE"
-            assert "no data within" not in error["message"], "it did not wait for the registry"
+            assert "no data within" not in error["message"], "the mirror did not wait for the registry"
 
 
-def test_kubelet_gives_its_secret_to_who_asks_as_the_registry_does(folder: Path, stored: Path, tmp_path: Path) -> None:
-    """containerd with an imagePullSecret: 401, a token from the challenge's realm, and the token with every request."""
+def test_kubelets_secret_gives_access_as_at_the_registry(folder: Path, stored: Path, tmp_path: Path) -> None:
+    """containerd with an imagePullSecret: a 401, a token from the challenge's realm, and the token in every request."""
     with contextlib.ExitStack() as stack:
         tokens = stack.enter_context(TokenServer(tmp_path, {"pod": "secret"}, {"pod": [REPOSITORY]}))
         guarded = stack.enter_context(registries.docker_registry(stored, auth=tokens.registry_auth()))
@@ -388,9 +388,9 @@ def test_kubelet_gives_its_secret_to_who_asks_as_the_registry_does(folder: Path,
 
 
 def test_podman_reads_parts_of_a_zstd_chunked_layer(node: Node, proxy: CountingProxy) -> None:
-    """The footer, the table of contents with the tar-split data, then what the host has not: all by absolute ranges.
+    """It reads the footer, the table of contents with the tar-split data, and missing parts, all by absolute ranges.
 
-    It stops at one part too few or too many, and takes them for what it asked for, in that order.
+    It fails if there is one part too few or too many, and expects the parts in the order of its ranges.
     """
     size = len(LAYER)
     footer, table = [(size - 72, size)], [(size - 50_000, size - 9000), (size - 9000, size - 72)]
@@ -404,7 +404,7 @@ def test_podman_reads_parts_of_a_zstd_chunked_layer(node: Node, proxy: CountingP
     assert parts_of(node, many) == [LAYER[start:stop] for start, stop in many]
     with connected(node) as connection:
         answer = PODMAN.open(connection, LAYER, ranges([*many, (size - 100, size)]))
-        assert (answer.status, answer.read()) == (200, LAYER), "then it takes its parts from the whole layer"
+        assert (answer.status, answer.read()) == (200, LAYER), "Podman then reads its parts from the whole layer"
     assert quiet(node)
 
 

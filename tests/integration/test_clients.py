@@ -1,7 +1,7 @@
 """Every supported client pulls an image of two platforms through the mirror, configured with its file from deploy/.
 
-Whether the mirror works or fails, the client ends with the image as the registry has it. Clients differ in how they
-recover from a failure, and in whether they show a mirror their credentials: RESUMES, GIVES_UP and SHOWS.
+Even if the mirror fails, the client ends with the image as the registry has it. Clients differ in their recovery from
+a failure, and in whether they show a mirror their credentials: RESUMES, GIVES_UP and SHOWS.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ UPLINK = 4 << 20
 """Bytes per second: slow enough to kill a node in the middle of a layer."""
 
 RESUMES = {"containerd", "buildkit"}
-"""Clients that request the rest of a layer from the registry, after the mirror broke off."""
+"""Clients that request the rest of a layer from the registry if the mirror breaks off."""
 GIVES_UP = {"skopeo", "podman", "buildah"}
-"""Clients whose pull fails then. The next pull goes to the registry."""
+"""Clients whose pull fails if the mirror breaks off. Their next pull goes to the registry."""
 SHOWS = {"containerd", "buildkit"}
 """Clients that pull private images through the mirror, with a token. The others pull them from the registry."""
 
@@ -127,7 +127,7 @@ def pair(registry: Registry) -> Iterator[Pair]:
 
 @pytest.fixture
 def direct(registry: Registry, folder: Path) -> Iterator[Hub]:
-    """docker.io for the clients: counts the bytes that do not go through the mirror."""
+    """docker.io for the clients. It counts the bytes that do not pass through the mirror."""
     with hub(folder / "hub", registry.host, registry.port) as running:
         yield running
 
@@ -139,7 +139,7 @@ def at(node: Node) -> str:
 def test_all_pull_by_tag_and_by_digest_from_two_nodes_and_the_registry_gives_one_copy(
     folder: Path, published: Published, pair: Pair, direct: Hub, name: str
 ) -> None:
-    """The registry gives one copy of each blob to all clients of this module together."""
+    """The registry sends one copy of each blob to all clients of this module together."""
     references = (REFERENCE, f"{NAME}/{REPOSITORY}@{published.image.index.digest}")
     for node, reference in zip(pair.nodes, references, strict=True):
         with ENGINES[name](folder / f"at-{node.name}", direct, at(node)) as engine:

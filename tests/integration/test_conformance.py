@@ -1,4 +1,4 @@
-"""The pull side of the OCI distribution specification 1.1 against a real p2pd before a real docker-registry.
+"""The pull side of the OCI distribution specification 1.1 against a real p2pd in front of a real docker-registry.
 
 The requests and expectations are those of the specification's own conformance suite (categories Pull and Content
 Discovery of 1.1, and the additions of its later rewrite for reading: ranges, sha512, special contents). The suite's
@@ -124,7 +124,7 @@ class Case:
     content: bytes = b""
 
     def wrong(self, client: httpx.Client) -> str:
-        """How the answer differs; empty if it does not."""
+        """The difference between the answer and the expectation, "" if there is none."""
         got = client.request(self.method, f"/v2/{self.path}", headers=self.sent, content=self.content)
         headers = {name: got.headers.get(name) for name in self.headers}
         if got.status_code not in self.status or headers != dict(self.headers):
@@ -143,7 +143,7 @@ def reads(path: str, data: bytes, name: str, media_type: str) -> Iterator[Case]:
 
 
 def content() -> Iterator[Case]:
-    """Everything that was pushed, by tag and by digest, whole and in part."""
+    """Cases for everything that was pushed, by tag and by digest, whole and in part."""
     yield Case("GET", "")
     for data, algorithm in BLOBS:
         name = digest(data, algorithm)
@@ -173,7 +173,7 @@ def ranged(path: str, span: str, expected: tuple[int, int] | None) -> Case:
 
 
 def missing() -> Iterator[Case]:
-    """Objects that were never pushed, and names that no registry can have."""
+    """Cases for objects that were never pushed, and for names that no registry can have."""
     for method in ("HEAD", "GET"):
         yield Case(method, f"{NAME}/blobs/{digest(b'hello world')}", (404,))
         yield Case(method, f"{NAME}/manifests/.INVALID_MANIFEST_NAME", (404,), sent=ACCEPT)
@@ -188,7 +188,7 @@ def missing() -> Iterator[Case]:
 
 
 def discovered(client: httpx.Client) -> None:
-    """Tags by pages, and referrers."""
+    """Cases for tags by pages, and for referrers."""
     path = f"/v2/{NAME}/tags/list"
     whole = client.get(path).raise_for_status().json()
     assert whole == {"name": NAME, "tags": sorted(MANIFESTS)}
@@ -223,7 +223,7 @@ def discovered(client: httpx.Client) -> None:
 
 @pytest.fixture
 def seeded(folder: Path) -> Iterator[tuple[registries.Registry, contextlib.ExitStack]]:
-    """A registry with the content; closing the stack stops it."""
+    """A registry with the content. It ends when the stack is closed."""
     if not registries.installed():
         pytest.skip("docker-registry is not installed: run .ci/packages as root")
     with contextlib.ExitStack() as stack:

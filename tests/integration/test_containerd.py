@@ -1,4 +1,4 @@
-"""A real containerd pulls through its node's mirror, as its hosts.toml says, and the container runs."""
+"""A real containerd pulls through the mirror that its hosts.toml names, and the container runs."""
 
 from __future__ import annotations
 

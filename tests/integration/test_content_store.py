@@ -21,7 +21,7 @@ SMALL = Blob.random(2, 700)
 
 
 class World:
-    """A store, its clock, and the blocks whose records it asked for."""
+    """A store, its clock, and the blocks for which it requested records."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -66,7 +66,7 @@ def count_hashed(monkeypatch) -> list[Digest]:
     return checked
 
 
-def test_reads_what_containerd_holds_and_checks_it_once(world: World, monkeypatch) -> None:
+def test_reads_blobs_of_containerd_and_verifies_each_once(world: World, monkeypatch) -> None:
     checked = count_hashed(monkeypatch)
 
     async def main() -> None:
@@ -94,7 +94,7 @@ def test_other_algorithms(world: World) -> None:
     trio.run(main)
 
 
-def test_a_missing_folder_is_empty_and_told_once(tmp_path: Path, caplog) -> None:
+def test_a_missing_folder_counts_as_empty_and_is_logged_once(tmp_path: Path, caplog) -> None:
     world = World(tmp_path / "nowhere")
 
     async def main() -> None:

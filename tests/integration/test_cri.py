@@ -77,7 +77,7 @@ def digests_of(engine: Containerd) -> set[str]:
 
 
 def ingested(engine: Containerd) -> int:
-    """Bytes of all blobs under way."""
+    """Bytes of all blobs that are being downloaded."""
     total = 0
     for path in (engine.content_store / "ingest").glob("*/data"):
         with suppress(FileNotFoundError):  # the blob has just become complete
@@ -127,7 +127,7 @@ def test_a_pull_continues_from_the_registry_when_p2pd_is_killed_and_needs_no_p2p
         node.kill()
         assert pull.result() == both.config.digest
         assert digests_of(engine) == all_of(both)
-        assert 0 < registry.count.received < 1.01 * both.size - held, "the bytes it holds are not read again"
+        assert 0 < registry.count.received < 1.01 * both.size - held, "held bytes are not read again"
         service.remove(f"{NAME}:{TAG}")
         assert service.pull(f"{NAME}:{TAG}") == both.config.digest
 

@@ -30,7 +30,7 @@ def node(folder: Path) -> Node:
     return Node("node-1", "127.0.0.1", folder / "node", NOWHERE)
 
 
-def test_it_is_ready_soon_and_small(node: Node) -> None:
+def test_the_daemon_is_ready_soon_and_small(node: Node) -> None:
     began = time.monotonic()
     node.peer_id()
     calibration_s = time.monotonic() - began
@@ -115,7 +115,7 @@ def test_the_cache_outlives_the_daemon(folder: Path, image: Image, proxy: Counti
 
 
 def _durable_bytes(node: Node) -> int:
-    """Bytes of the blocks in the disk's index, which names a block after its bytes were synced."""
+    """Bytes of the blocks in the disk's index. The index names a block only after its bytes were synced."""
     with closing(sqlite3.connect(f"file:{node.data}/cache/index.sqlite?mode=ro", uri=True)) as index:
         rows = index.execute("SELECT record FROM piece WHERE k = 0").fetchall()
     return sum(msgspec.msgpack.decode(record, type=Record).length for (record,) in rows)

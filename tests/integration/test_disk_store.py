@@ -79,7 +79,7 @@ def flip(path: Path, offset: int) -> None:
 # Across a restart
 
 
-def test_holds_after_a_restart_what_it_held_before(tmp_path: Path) -> None:
+def test_holds_the_same_pieces_after_a_restart(tmp_path: Path) -> None:
     async def fill(store: DiskStore) -> None:
         await put_all(store, BLOB)
         assert await put(store, OTHER, OTHER.shard(0, SHARD))
@@ -112,7 +112,7 @@ def test_the_order_of_use_outlives_a_restart(tmp_path: Path) -> None:
     assert allocated(tmp_path) == 2 * BLOCK_SIZE
 
 
-def test_bytes_that_no_row_names_are_given_back(tmp_path: Path) -> None:
+def test_bytes_that_no_row_names_are_freed(tmp_path: Path) -> None:
     async def fill(store: DiskStore) -> None:
         await put_all(store, BLOB)
         await put_all(store, OTHER)
@@ -132,7 +132,7 @@ def test_bytes_that_no_row_names_are_given_back(tmp_path: Path) -> None:
     assert not path_of(tmp_path, OTHER).exists()
 
 
-def test_says_what_it_dropped(tmp_path: Path, caplog) -> None:
+def test_a_repair_logs_the_dropped_pieces(tmp_path: Path, caplog) -> None:
     async def fill(store: DiskStore) -> None:
         await put_all(store, BLOB)
         await put_all(store, OTHER)
@@ -171,7 +171,7 @@ trio.run(main)
 
 @pytest.mark.parametrize("last", [3, 17])
 def test_killed_in_the_middle_of_puts(tmp_path: Path, last: int, caplog) -> None:
-    """Flushed pieces are there, no byte is wrong, and the disk holds no more than the statistics report."""
+    """Flushed pieces still exist, no byte is wrong, and the disk holds no more than the statistics report."""
     command = [sys.executable, "-c", CHILD, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as child:
         assert child.stdout is not None
@@ -186,7 +186,7 @@ def test_killed_in_the_middle_of_puts(tmp_path: Path, last: int, caplog) -> None
         statistics = store.statistics()
         assert 0 < statistics.entries <= named
         assert allocated(tmp_path) <= statistics.bytes <= statistics.budget_bytes
-        if last * 2 * BLOCK_SIZE < 20 << 20:  # nothing had to be evicted: what was flushed is there
+        if last * 2 * BLOCK_SIZE < 20 << 20:  # nothing had to be evicted: all flushed pieces exist
             for blob in (Blob.random(seed, 2 * BLOCK_SIZE + 999) for seed in range(3)):
                 assert all([await got(store, blob, piece) for piece in blob.pieces])
         for digest in store.objects():
@@ -309,7 +309,7 @@ def test_a_full_disk_declines(small_disk: Path, caplog) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
-def test_an_error_of_the_disk_declines_and_is_told_once(tmp_path: Path, number: int, monkeypatch, caplog) -> None:
+def test_a_disk_error_declines_puts_and_is_logged_once(tmp_path: Path, number: int, monkeypatch, caplog) -> None:
     real = os.pwrite
 
     def half_then_fail(fd: int, data: memoryview, offset: int) -> int:
@@ -334,7 +334,7 @@ def test_an_error_of_the_disk_declines_and_is_told_once(tmp_path: Path, number: 
 
 
 def test_the_free_disk_floor(tmp_path: Path, monkeypatch) -> None:
-    """Below it the store gives way: it evicts, and then takes no more."""
+    """Below the floor the store evicts pieces, and then accepts no more."""
     disk = SimpleNamespace(f_bavail=100 << 8, f_blocks=1000 << 8, f_frsize=4096)  # 100 MiB of 1000 free
     monkeypatch.setattr("cache.disk_table.os.statvfs", lambda path: disk)
     clock = [0.0]
@@ -353,7 +353,7 @@ def test_the_free_disk_floor(tmp_path: Path, monkeypatch) -> None:
     trio.run(main)
 
 
-def test_eviction_gives_the_bytes_back(tmp_path: Path) -> None:
+def test_eviction_frees_the_bytes(tmp_path: Path) -> None:
     blob = Blob.random(5, 12 * BLOCK_SIZE)
 
     async def test(store: DiskStore) -> None:
@@ -383,7 +383,7 @@ def test_a_whole_block_replaces_its_shards(tmp_path: Path) -> None:
 # Durability
 
 
-def test_rows_come_after_the_sync_and_go_before_the_bytes(tmp_path: Path, monkeypatch) -> None:
+def test_rows_are_added_after_the_sync_and_removed_before_the_bytes(tmp_path: Path, monkeypatch) -> None:
     steps: list[str] = []
 
     def spy(module: object, name: str) -> None:
@@ -405,7 +405,7 @@ def test_rows_come_after_the_sync_and_go_before_the_bytes(tmp_path: Path, monkey
     run(tmp_path, test)
 
 
-def test_what_cannot_be_synced_is_forgotten(tmp_path: Path, monkeypatch) -> None:
+def test_pieces_that_cannot_be_synced_are_forgotten(tmp_path: Path, monkeypatch) -> None:
     def fail(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -422,7 +422,7 @@ def test_what_cannot_be_synced_is_forgotten(tmp_path: Path, monkeypatch) -> None
     run(tmp_path, test)
 
 
-def test_a_failing_index_loses_nothing_that_is_held(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_failing_index_loses_no_held_piece(tmp_path: Path, monkeypatch, caplog) -> None:
     def fail(*args: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
@@ -444,7 +444,7 @@ def test_a_failing_index_loses_nothing_that_is_held(tmp_path: Path, monkeypatch,
     assert caplog.text.count("disk is full") == 1
 
 
-def test_a_failing_index_is_not_waited_for_by_each_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_puts_do_not_wait_for_a_failing_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
     def fail(*args: object) -> None:
@@ -466,7 +466,7 @@ def test_a_failing_index_is_not_waited_for_by_each_put(tmp_path: Path, monkeypat
     run(tmp_path, test)
 
 
-def test_cancelled_while_the_disk_is_waited_for(tmp_path: Path, monkeypatch) -> None:
+def test_a_cancelled_put_leaves_the_index_right(tmp_path: Path, monkeypatch) -> None:
     real = sys.modules["cache.disk_flush"].carry_out
 
     async def test(store: DiskStore) -> None:
@@ -575,7 +575,7 @@ def test_serves_a_sealed_object_as_a_file(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
-def test_a_seal_is_lost_with_a_change_and_not_given_after_one(tmp_path: Path) -> None:
+def test_a_change_breaks_a_seal_and_prevents_a_new_one(tmp_path: Path) -> None:
     async def test(store: DiskStore) -> None:
         await put_all(store, BLOB)
         assert store.seal(BLOB.ref)
@@ -619,7 +619,7 @@ def test_after_a_restart_each_block_is_read_before_the_seal(tmp_path: Path) -> N
     run(tmp_path, check)
 
 
-def test_an_object_is_not_given_back_while_it_is_read(tmp_path: Path) -> None:
+def test_an_object_is_not_removed_while_it_is_read(tmp_path: Path) -> None:
     async def test(store: DiskStore) -> None:
         await put_all(store, BLOB)
         assert store.seal(BLOB.ref)
@@ -673,7 +673,7 @@ def pinned_blob(number: int) -> Blob:
 
 
 @pytest.mark.parametrize("punching", [True, False])
-def test_what_is_pinned_outlives_eviction_and_a_restart_with_less_room(
+def test_pinned_pieces_outlive_eviction_and_a_restart_with_less_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, punching: bool
 ) -> None:
     if not punching:
@@ -712,7 +712,7 @@ def test_a_store_full_of_pins_declines(tmp_path: Path) -> None:
     run(tmp_path, test, budget=2 * BLOCK_SIZE)
 
 
-def test_what_was_not_used_is_told_and_removed_but_not_what_is_pinned(
+def test_unused_pieces_are_reported_and_removed_except_pinned_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, kept, young = pinned_blob(1), pinned_blob(2), pinned_blob(3)

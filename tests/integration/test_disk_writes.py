@@ -37,7 +37,7 @@ async def in_bulk(store: DiskStore) -> tuple[int, int]:
 
 
 async def one_by_one(store: DiskStore) -> tuple[int, int]:
-    """Shards that arrive slowly: each gets a flush of its own."""
+    """Shards that arrive slowly, so that each causes a flush of its own."""
     shards = [BLOB.shard(index, Shard(4, 1, index % 5)) for index in range(32)]
     for piece in shards:
         await put(store, BLOB, piece)

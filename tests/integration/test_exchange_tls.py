@@ -75,7 +75,7 @@ def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -
     play(tmp_path, scenario)
 
 
-def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
+def test_a_request_number_in_use_cannot_be_used_again(tmp_path: Path) -> None:
     """S-22"""
 
     async def never(peer: PeerId, request: Request) -> Answer:
@@ -84,7 +84,7 @@ def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
 
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(handler=never, limits=Limits(requests=3))
-        for _ in range(2):  # the first connection gave back what it took
+        for _ in range(2):  # the first connection released its slots
             raw = await cluster.dial_raw(node)
             for request_id in (1, 2, 2):
                 await raw.say(request_id, PING)
@@ -94,7 +94,7 @@ def test_a_number_that_is_at_work_cannot_be_used_again(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_only_members_are_let_in(tmp_path: Path) -> None:
+def test_only_members_are_admitted(tmp_path: Path) -> None:
     """S-23"""
 
     async def scenario(cluster: Cluster) -> None:
@@ -118,7 +118,7 @@ def test_only_members_are_let_in(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_client_that_says_nothing_is_dropped_in_time(tmp_path: Path) -> None:
+def test_a_silent_client_is_dropped_in_time(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         node, client = await cluster.start(limits=Limits(handshakes=1)), await cluster.start()
         address = node.exchange.address
@@ -130,7 +130,7 @@ def test_a_client_that_says_nothing_is_dropped_in_time(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_one_address_without_a_certificate_keeps_no_other_out(tmp_path: Path) -> None:
+def test_one_address_without_a_certificate_does_not_keep_others_out(tmp_path: Path) -> None:
     """S-43"""
 
     async def scenario(cluster: Cluster) -> None:
@@ -148,10 +148,8 @@ def test_one_address_without_a_certificate_keeps_no_other_out(tmp_path: Path) ->
     play(tmp_path, scenario)
 
 
-def test_a_message_that_does_not_come_whole_ends_its_connection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """S-42: byte by byte, so that something always comes."""
+def test_an_incomplete_message_ends_its_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S-42: the message comes byte by byte, so that the connection is never silent."""
     monkeypatch.setattr(exchange_connection, "WHOLE_S", 0.3)
 
     async def scenario(cluster: Cluster) -> None:
@@ -174,7 +172,7 @@ def test_a_message_that_does_not_come_whole_ends_its_connection(
     play(tmp_path, scenario)
 
 
-def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
+def test_a_peer_that_dies_within_a_body_is_unavailable(tmp_path: Path) -> None:
     async def half(raw: Raw) -> None:
         await raw.give_block(BLOCK[: BLOCK_SIZE // 2])
 
@@ -186,11 +184,11 @@ def test_a_peer_killed_within_a_body_is_unavailable(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(
+def test_a_stopped_body_counts_as_silence_and_a_dripping_body_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S-19"""
-    monkeypatch.setattr(sockets, "GATHERED_BYTES", 1)  # each part is read as it comes
+    monkeypatch.setattr(sockets, "GATHERED_BYTES", 1)  # each part is read as it arrives
     silence_s = 0.5
 
     async def scenario(cluster: Cluster) -> None:
@@ -222,7 +220,7 @@ def test_a_body_that_stops_is_silence_and_one_that_drips_is_not(
 
 
 class Portioned:
-    """Sends in portions of these sizes, in rotation, and the end byte by byte; the other side reads after each."""
+    """Sends in portions of these sizes, in rotation, and the end byte by byte. The other side reads after each."""
 
     def __init__(self, stream: Any, sizes: tuple[int, ...]) -> None:
         self.stream = stream
@@ -242,10 +240,10 @@ class Portioned:
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("sizes", [(997,), (16384,), (16383, 2), (70_000, 5)], ids=str)
-def test_a_body_that_comes_in_any_portions_is_read_without_a_timer(
+def test_a_body_that_arrives_in_any_portions_is_read_without_a_timer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], plain: bool
 ) -> None:
-    """The reader waits for no more bytes than are sure to come, whatever part OpenSSL holds; else it never ends."""
+    """The reader waits only for bytes that will certainly arrive, even if OpenSSL holds a part. Otherwise it hangs."""
     monkeypatch.setattr(sockets, "GATHER_S", math.inf)
 
     async def in_portions(raw: Raw) -> None:
@@ -254,7 +252,7 @@ def test_a_body_that_comes_in_any_portions_is_read_without_a_timer(
             raw.stream = Portioned(raw.stream, sizes)
         else:
             raw.stream.transport_stream = Portioned(raw.stream.transport_stream, sizes)
-        for _ in range(2):  # the second head comes after the low-water mark was above one
+        for _ in range(2):  # the second head arrives after the low-water mark was above one
             request_id, _ = await raw.read_frame()
             await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
             for start in range(0, BLOCK_SIZE, 50_000):
@@ -296,7 +294,7 @@ def test_a_reply_out_of_place_is_misbehaviour(tmp_path: Path, offset: int, messa
     play(tmp_path, scenario)
 
 
-def test_a_connection_on_which_nothing_comes_is_replaced(tmp_path: Path) -> None:
+def test_a_silent_connection_is_replaced(tmp_path: Path) -> None:
     connections: list[Raw] = []
 
     async def mute_first(raw: Raw) -> None:
@@ -338,7 +336,7 @@ def test_a_peer_that_does_not_read_is_dropped(tmp_path: Path) -> None:
 
 def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Path) -> None:
     blocks = 32
-    """More than fits into the buffers of a connection on which nothing is read."""
+    """More bytes than the buffers of a connection hold if its peer does not read."""
 
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start()
@@ -359,14 +357,14 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
     play(tmp_path, scenario)
 
 
-def test_answers_that_nobody_takes_leave_the_others_their_part(tmp_path: Path) -> None:
-    """S-41: answers that wait for peers that do not read are bounded; each peer leaves to others as much as it has."""
+def test_unread_answers_leave_other_peers_their_share(tmp_path: Path) -> None:
+    """S-41: answers that wait for peers that do not read are bounded, and each peer leaves others as much as it has."""
 
     async def scenario(cluster: Cluster) -> None:
         limits = Limits(answer_bytes=12 * BLOCK_SIZE)
         node, other = await cluster.start(limits=limits), await cluster.start()
         hogs = []
-        for left in (6, 3, 1):  # of 12; the later ones find less
+        for left in (6, 3, 1):  # of 12: later peers get less
             hogs.append(await cluster.dial_raw(node))
             for request_id in range(60):
                 await hogs[-1].say(request_id, GET)
@@ -382,7 +380,7 @@ def test_answers_that_nobody_takes_leave_the_others_their_part(tmp_path: Path) -
     play(tmp_path, scenario)
 
 
-def test_an_address_that_passed_to_another_member_is_passed_over(tmp_path: Path) -> None:
+def test_an_address_that_another_member_took_over_is_skipped(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         asker, peer, other = await cluster.start(), await cluster.start(), await cluster.start()
         addresses = ["127.0.0.1:1", "not an address", "a\0b:1", str(other.exchange.address), str(peer.exchange.address)]
@@ -395,7 +393,7 @@ def test_an_address_that_passed_to_another_member_is_passed_over(tmp_path: Path)
     play(tmp_path, scenario)
 
 
-def test_a_failure_is_remembered_until_the_member_moves_or_comes(tmp_path: Path) -> None:
+def test_a_failure_is_remembered_until_the_member_moves_or_connects(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         asker, peer = await cluster.start(), await cluster.start()
         good = str(peer.exchange.address)
@@ -434,7 +432,7 @@ def test_requests_at_once_share_one_connection(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_peer_has_only_so_many_connections(tmp_path: Path) -> None:
+def test_connections_of_a_peer_are_bounded(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         asker, peer = await cluster.start(), await cluster.start(limits=Limits(connections_per_peer=2))
         for lane in (Lane.BULK, Lane.URGENT):
@@ -500,7 +498,7 @@ def test_an_address_in_use_is_named(tmp_path: Path) -> None:
 
 
 class Wiretap:
-    """Passes bytes on between an asker and a node, and keeps them."""
+    """Passes bytes on between an asker and a node, and records them."""
 
     def __init__(self) -> None:
         self.taken = bytearray()
@@ -523,7 +521,7 @@ class Wiretap:
 
 @pytest.mark.parametrize("lane", Lane)
 @pytest.mark.parametrize(("asking", "answering"), [(True, True), (True, False), (False, True), (False, False)])
-def test_blocks_go_in_the_clear_only_where_both_sides_want_it(
+def test_blocks_are_sent_in_the_clear_only_if_both_sides_want_it(
     tmp_path: Path, asking: bool, answering: bool, lane: Lane
 ) -> None:
     async def scenario(cluster: Cluster) -> None:
@@ -555,7 +553,7 @@ def test_a_request_right_behind_the_end_of_tls_is_not_lost(tmp_path: Path) -> No
                     step()
                 except ssl.SSLWantReadError:
                     await stream.send_all(outgoing.read())
-                    incoming.write(await stream.receive_some(1))  # so that nothing beyond is taken here either
+                    incoming.write(await stream.receive_some(1))  # so that no later byte is read here
                 else:
                     return
 
@@ -576,7 +574,7 @@ def test_a_request_right_behind_the_end_of_tls_is_not_lost(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("request_", [PING, Holders(()), FindHolders(DIGEST)], ids=["ping", "a reply", "directory"])
-def test_in_the_clear_nothing_but_blocks_may_be_asked(tmp_path: Path, request_: Any) -> None:
+def test_in_the_clear_only_blocks_may_be_requested(tmp_path: Path, request_: Any) -> None:
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(plain=True)
         raw = await cluster.dial_raw(node, hello=wire.encode_hello("bulk", True))
@@ -589,7 +587,7 @@ def test_in_the_clear_nothing_but_blocks_may_be_asked(tmp_path: Path, request_: 
 
 
 @pytest.mark.parametrize("behaviour", ["stalls", "goes on in TLS", "says more before it", "leaves", "speaks too soon"])
-def test_an_asker_that_says_plain_and_does_otherwise_is_dropped_in_time(tmp_path: Path, behaviour: str) -> None:
+def test_an_asker_that_breaks_off_plain_mode_is_dropped_in_time(tmp_path: Path, behaviour: str) -> None:
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(plain=True, limits=Limits(handshakes=1))
         hello = wire.encode_hello("bulk", True) + (frame(1, GET) if behaviour == "says more before it" else b"")
@@ -603,7 +601,7 @@ def test_an_asker_that_says_plain_and_does_otherwise_is_dropped_in_time(tmp_path
         elif behaviour == "speaks too soon":
             await raw.stream.transport_stream.send_all(frame(1, GET))
         other = await cluster.start(plain=True, timing=Timing(handshake_s=60.0))
-        async with cluster.time_passing():  # the only place for a handshake becomes free
+        async with cluster.time_passing():  # the only slot for a handshake becomes free
             assert (await other.ask(node.peer, GET, silence_s=60.0)).body == BLOCK
         if behaviour != "leaves":
             assert await raw.ended()
@@ -613,7 +611,7 @@ def test_an_asker_that_says_plain_and_does_otherwise_is_dropped_in_time(tmp_path
 
 
 @pytest.mark.parametrize("behaviour", ["stalls", "goes on in TLS", "leaves", "garbage"])
-def test_an_answering_peer_that_says_plain_and_does_otherwise_is_unavailable(tmp_path: Path, behaviour: str) -> None:
+def test_an_answering_peer_that_breaks_off_plain_mode_is_unavailable(tmp_path: Path, behaviour: str) -> None:
     async def serve(raw: Raw) -> None:
         if behaviour == "goes on in TLS":
             await raw.say(0, BlockFound(RECORD), BLOCK_SIZE)
@@ -634,8 +632,8 @@ def test_an_answering_peer_that_says_plain_and_does_otherwise_is_unavailable(tmp
     play(tmp_path, scenario)
 
 
-def test_a_node_that_knows_nothing_of_plain_is_spoken_to_in_tls(tmp_path: Path) -> None:
-    """Its hello lacks the field `plain`. It accepts the longer hello as it accepts any later field."""
+def test_a_node_that_does_not_know_plain_mode_is_asked_over_tls(tmp_path: Path) -> None:
+    """Its hello lacks the field `plain`. It accepts the longer hello because it ignores unknown fields."""
 
     async def serve(raw: Raw) -> None:
         await raw.give_block()
@@ -653,7 +651,7 @@ def test_a_node_that_knows_nothing_of_plain_is_spoken_to_in_tls(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) -> None:
+def test_late_bytes_of_a_cancelled_body_are_discarded(tmp_path: Path, plain: bool) -> None:
     release = trio.Event()
     memory = bytearray(BLOCK_SIZE)
 
@@ -671,7 +669,7 @@ def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) 
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(node.ask, peer, GET, into=lambda reply: memoryview(memory)))
-                # In time, since less than GATHERED_BYTES of a body is read only after GATHER_S.
+                # Time must pass: less than GATHERED_BYTES of a body is read only after GATHER_S.
                 await cluster.until(lambda: node.exchange.statistics().bytes_received >= BLOCK_SIZE // 2)
                 scope.cancel()
         assert memory.startswith(BLOCK[: BLOCK_SIZE // 2])
@@ -684,7 +682,7 @@ def test_late_bytes_of_a_cancelled_body_go_nowhere(tmp_path: Path, plain: bool) 
     play(tmp_path, scenario)
 
 
-def test_a_peer_that_says_much_after_a_body_holds_up_nobody(tmp_path: Path) -> None:
+def test_a_peer_that_sends_much_after_a_body_delays_no_other(tmp_path: Path) -> None:
     """S-19"""
 
     async def flood(raw: Raw) -> None:

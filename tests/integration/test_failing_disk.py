@@ -1,4 +1,4 @@
-"""A disk that is full, fails to read, or became read-only: nothing wrong is served, and the node goes on without it."""
+"""A disk that is full, fails to read, or became read-only: no wrong byte is served, and the node continues."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def put(store: DiskStore, blob: Blob) -> bool:
 
 
 async def right(store: DiskStore, blob: Blob) -> bool:
-    """Whether all of it is there; what is there is right."""
+    """Whether the store holds the whole blob. The pieces that it holds must be right."""
     there = [await store.get(piece) for piece in blob.pieces]
     for held, piece in zip(there, blob.pieces, strict=True):
         assert held is None or (bytes(held.data), held.record) == (blob.bytes_of(piece), blob.record(piece))
@@ -83,7 +83,7 @@ async def recovers(folder: Path) -> None:
 
 
 def test_full_at_every_write(disk: Path) -> None:
-    """So many pages are free that each write in turn is the first to fail, and then at each page of it."""
+    """The number of free pages varies, so that each write in turn is the first to fail, at each of its pages."""
 
     async def scenario(pages: int) -> None:
         folder = disk / f"cache-{pages}"
@@ -103,14 +103,14 @@ def test_full_at_every_write(disk: Path) -> None:
 
 
 def test_full_at_the_start(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Without room for the index the store holds nothing, and takes up its folder at the next start."""
+    """Without room for the index the store holds nothing. At the next start it opens its folder again."""
 
     async def scenario(pages: int) -> bool:
         fill(disk, pages)
         async with DiskStore.open(disk / "cache", LARGE, pinned=frozenset([BLOBS[0].digest])) as store:
             usable = store.statistics().budget_bytes > 0
             assert await right(store, BLOBS[0]) == usable
-            assert not await put(store, Blob.random(77, 100_000)) or usable  # by eviction
+            assert not await put(store, Blob.random(77, 100_000)) or usable  # after an eviction
             await store.flush()
         (disk / "ballast").unlink()
         await recovers(disk / "cache")
@@ -140,7 +140,7 @@ def test_read_only_at_the_start(disk: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_read_only_in_the_middle(disk: Path) -> None:
-    """Held pieces are still served; nothing is put, and nothing is evicted for a put."""
+    """Held pieces are still served. No piece is stored, and none is evicted for a put."""
 
     async def scenario() -> None:
         async with DiskStore.open(disk / "cache", 3 * 20_480 + 4096) as store:
@@ -188,11 +188,11 @@ def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     trio.run(recovers, tmp_path)
 
 
-# SQLite's own calls fail: the index, and what is remembered
+# SQLite's own calls fail: the index, and other tables
 
 
 def at_each_call(folder: Path, before: Callable[[Path], object], work: Callable[[Path], object]) -> Iterator[Path]:
-    """The folder after `before` and then `work`, of whose calls one failed, or all from one on; for each of them."""
+    """Yields, for each call of SQLite in `work`, the folder after that call failed, alone or with all later calls."""
     before(folder / "before")
     for on in (False, True):
         for number in count():
@@ -290,8 +290,8 @@ def test_a_database_on_a_read_only_disk_remembers_until_the_node_stops(disk: Pat
     assert reopened_remembers(path, "old")
 
 
-def test_a_database_whose_pages_are_rubbish_is_begun_anew(tmp_path: Path, caplog) -> None:
-    """Found when they are read: the head of the file is right."""
+def test_a_database_with_garbage_pages_is_replaced(tmp_path: Path, caplog) -> None:
+    """The damage is detected when the pages are read, because the head of the file is right."""
     path = tmp_path / "names.sqlite"
     database = Database(path, SCHEMA)
     for number in range(50):
@@ -323,12 +323,12 @@ class Sign(Calls):
 with failing(Sign()):
     main()
 """
-"""A daemon whose SQLite fails while there is such a file."""
+"""A daemon whose SQLite fails while the file `sign` exists."""
 
 
 @pytest.fixture
 def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
-    """Its data folder is a disk of its own."""
+    """A node whose data folder is on a disk of its own."""
     with (
         FaultyOrigin(SIZE) as origin,
         site(folder / "site", origin.url, 1, start=False, memory="2MiB") as (daemon,),
@@ -347,7 +347,7 @@ def node(folder: Path) -> Iterator[tuple[Node, FaultyOrigin]]:
     [make_read_only, lambda data: fill(data, 0), lambda data: (data / SIGN).touch()],
     ids=["read-only", "full", "SQLite's calls"],
 )
-def test_a_pull_goes_on_without_the_disk(node: tuple[Node, FaultyOrigin], fails: Callable[[Path], object]) -> None:
+def test_a_pull_continues_without_the_disk(node: tuple[Node, FaultyOrigin], fails: Callable[[Path], object]) -> None:
     """S-32."""
     daemon, origin = node
     with closing(http.client.HTTPConnection(daemon.host, daemon.mirror_port, timeout=60)) as connection:
@@ -364,7 +364,7 @@ def test_a_pull_goes_on_without_the_disk(node: tuple[Node, FaultyOrigin], fails:
     assert str(daemon.data) in checks
     assert daemon.stop() == 0
     assert "Traceback" not in (log := tail(daemon.log, 10_000))
-    assert "disk: " in log, "it says what it goes on without"
+    assert "disk: " in log, "the log names the part that failed"
 
 
 def pulled(node: Node, origin: FaultyOrigin) -> bytes:
@@ -373,7 +373,7 @@ def pulled(node: Node, origin: FaultyOrigin) -> bytes:
         return connection.getresponse().read()
 
 
-def test_a_cache_of_an_older_version_is_named_and_left(folder: Path) -> None:
+def test_a_cache_of_an_older_version_is_reported_and_left_unchanged(folder: Path) -> None:
     daemon = Node("node-1", "127.0.0.1", folder / "node", "http://127.0.0.1:9")
     index = daemon.data / "cache" / "index.sqlite"
     index.parent.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""One member sends far more requests than it should, over real sockets: the effect on others. S-nn: docs/SECURITY.md.
+"""The effect on others of a member that sends far too many requests, over real sockets. S-nn: docs/SECURITY.md.
 
-Latency is measured in CPU time of this process, in which all members run: it is the work that the node did between a
-request and its answer. Other processes on the machine do not change it. Calm and flood are measured in the same run.
+Latency is the CPU time of this process, in which all members run: the work that the node did between a request and its
+answer. Other processes on the machine do not change it. Calm and flood are measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SAMPLES = 100
 FACTOR, GRACE_S = 10.0, 0.05
 """Measured: a factor of 0.6 to 1.7 in floods of requests for blocks and of pings."""
 ROUNDS = 3
-"""How often each connection of the flood may have a request decoded before the answer. A view of the largest size is
-decoded in one go, 65 ms; on a slow machine the pace of large requests (HEADS_RATE) keeps none of them back."""
+"""Requests that each connection of the flood may have decoded before the answer. A view of the largest size is decoded
+in one step, of 65 ms. On a slow machine the limit for large requests (HEADS_RATE) delays none of them."""
 PATIENT = Timing(connect_s=60.0, handshake_s=60.0, stall_s=60.0, quiet_s=60.0)
-"""No bound is reached, however slow the machine is."""
+"""Timeouts that even a slow machine does not reach."""
 A_VIEW = tuple(
     Update(Member(PeerId("12D3KooW" + "x" * 44), "n" * 20, "site", ("10.0.0.1:4502",)), State.ALIVE, 1)
     for _ in range(MAX_MEMBERS)
@@ -68,7 +68,7 @@ async def ask_on(raw: Raw, message: Request) -> None:
 @pytest.mark.parametrize("flood", ["blocks", "pings", "views"])
 @pytest.mark.parametrize("asked", [PING, GET], ids=["ping", "block"])
 def test_a_flood_of_one_member_hardly_slows_the_others(tmp_path: Path, flood: str, asked: Request) -> None:
-    """S-40: on as many connections as it may have, without reading answers."""
+    """S-40: the member uses all connections that it may have, and reads no answer."""
     message = {"blocks": GET, "pings": PING, "views": Sync(A_VIEW)}[flood]
 
     async def scenario(cluster: Cluster) -> None:

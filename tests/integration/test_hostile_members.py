@@ -22,7 +22,7 @@ from tests.support.site import UPSTREAM, Node, site, start_all
 DEAD_SERVER = "http://127.0.0.1:9"
 LIAR = "node-3"
 LIMIT_S = 120.0
-"""Only a test that hangs takes as long."""
+"""Only a test that hangs takes this long."""
 
 
 def have_lie(nodes: list[Node], lie: str) -> list[Node]:
@@ -45,10 +45,10 @@ def liar_at(node: Node) -> dict[str, Any]:
     os.geteuid() != 0 or not shutil.which("containerd") or not shutil.which("ctr"),
     reason="containerd needs to be installed, and root to run it",
 )
-def test_who_signs_what_the_registry_never_gave_is_named_on_every_node_and_pulls_succeed(
+def test_every_node_names_the_signer_of_false_records_and_pulls_succeed(
     folder: Path, image: Image, proxy: CountingProxy
 ) -> None:
-    """S-05, S-17: the first read of a large layer may lack its last block; it is never whole with a wrong byte."""
+    """S-05, S-17: the first read of a large layer may lack its last block, but is never whole with a wrong byte."""
     with ExitStack() as stack:
         nodes = stack.enter_context(site(folder / "site", proxy.url, start=False))
         honest = have_lie(nodes, "records")
@@ -70,7 +70,7 @@ def test_who_signs_what_the_registry_never_gave_is_named_on_every_node_and_pulls
         wait_for("the quarantine is loaded again", lambda: liar_at(honest[1])["quarantine"], seconds=LIMIT_S, every=0.3)
 
 
-def test_a_liar_about_shards_costs_no_pull_and_is_found_out_by_who_reads(
+def test_a_liar_about_shards_fails_no_pull_and_is_detected_by_readers(
     folder: Path, image: Image, proxy: CountingProxy
 ) -> None:
     """S-01"""

@@ -1,4 +1,4 @@
-"""A cluster that grows by tokens and shrinks by revocation, with real daemons, whose clocks are wrong by hours."""
+"""A cluster that grows by tokens and shrinks by revocation: real daemons, whose clocks are wrong by hours."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ main()
 
 
 class Cluster:
-    """`first` holds the key; its clock is 9 hours behind. The others join; the clock of `second` is 9 hours ahead."""
+    """`first` holds the key, and its clock is 9 hours behind. The others join. `second`'s clock is 9 hours ahead."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self.key = folder / "cluster.key"
@@ -78,7 +78,7 @@ class Cluster:
 
 
 def place(node: Node, authority: Authority, validity: Validity, bootstrap: str) -> bytes:
-    """Store a certificate as a join does."""
+    """Store a certificate for the node, as a join does."""
     peer = peer_id(node)
     certificate = issue(authority, Subject(peer, node.name, SITE), validity)
     save_joined(node.data, Joined(certificate=certificate, authority=authority.der, bootstrap=(bootstrap,)))
@@ -180,10 +180,10 @@ def test_a_cluster_grows_by_tokens_and_shrinks_by_revocation(cluster: Cluster, i
         wait_for(f"{node.name} forgets it", lambda node=node: gone not in peers(node), seconds=LIMIT_S)  # type: ignore[misc]
         wait_refused(node, gone, "bulk", "certificate revoked")
     wait_refused(first, gone, "introduction", "certificate revoked")
-    cluster.revoke(third, gone)  # the others shut it out at once, so they may not have sent it the revocation
+    cluster.revoke(third, gone)  # the others exclude it at once, possibly before they sent it the revocation
     assert "revoked: no member admits" in doctor(third)
     third.stop()
-    assert "revoked: no member admits" in doctor(third), "and so do its files"
+    assert "revoked: no member admits" in doctor(third), "its files also show the revocation"
     assert "revoked" in why_not(third, token, where(first))
     row = second.status()["cluster"]
     assert row["id"] == cluster.authority.cluster.hex()
@@ -233,7 +233,7 @@ def _no_other_node_joins(cluster: Cluster, token: str) -> None:
         fourth.stop()
 
 
-def test_the_fault_of_a_join_is_shown(folder: Path) -> None:
+def test_the_error_of_a_join_is_shown(folder: Path) -> None:
     key = folder / "cluster.key"
     create_authority(key)
     node = Node("node", "127.0.0.1", folder / "node", "http://127.0.0.1:9", key=key)

@@ -1,4 +1,4 @@
-"""A run that a signal ends leaves no namespace, no mount, no process and no folder behind."""
+"""A run that is ended by a signal leaves no namespace, no mount, no process and no folder behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with scratch() as folder, lab(1, Rates(1e9, 1e9)) as made, small_disk(folder / "
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_leaves_nothing(number: signal.Signals) -> None:
+def test_a_killed_run_leaves_nothing_behind(number: signal.Signals) -> None:
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root: run this as root")
     with subprocess.Popen([sys.executable, "-c", RUN], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:

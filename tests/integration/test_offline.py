@@ -42,7 +42,7 @@ def archive(folder: Path, image: Image) -> Path:
 
 
 def skopeo_archive(file: Path, image: Image, reference: str) -> Path:
-    """The fixture's index.json is the image's own index; skopeo needs an index.json that names that index."""
+    """Write an archive with skopeo, which needs an index.json that names the image's index as its only manifest."""
     layout = file.with_suffix(".layout")
     shutil.copytree(image.folder, layout)
     root = {**image.index.descriptor(), "annotations": {"org.opencontainers.image.ref.name": "x"}}
@@ -62,7 +62,7 @@ def skopeo(*arguments: str) -> str:
 
 
 def done(node: Node, *arguments: str | Path) -> dict[str, object]:
-    """The last document that p2pctl prints."""
+    """Run p2pctl, and return the last document that it prints."""
     answer = node.ctl(*map(str, arguments), "--json")
     assert answer.returncode == 0, answer.stderr
     document: dict[str, object] = json.loads(answer.stdout.splitlines()[-1])
@@ -77,7 +77,7 @@ def failed(node: Node, *arguments: str | Path) -> str:
 
 
 @pytest.mark.parametrize("url", ["refused", "http://no-such-host.invalid"])
-def test_one_imports_and_all_of_a_site_without_an_uplink_serve_it(
+def test_an_import_on_one_node_serves_a_whole_site_without_an_uplink(
     folder: Path, image: Image, archive: Path, nowhere: str, url: str
 ) -> None:
     with site(folder / "site", nowhere if url == "refused" else url, 5) as nodes:
@@ -92,7 +92,7 @@ def test_one_imports_and_all_of_a_site_without_an_uplink_serve_it(
 
 
 def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
-    """The digest of the image's index."""
+    """Write an archive of one layer. Returns the digest of the image's index."""
     layout = Layout()
     layout.name(layout.index([layout.manifest([layer], ARCHITECTURE)]), name)
     file.write_bytes(layout.pack())
@@ -100,7 +100,7 @@ def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
 
 
 def tag_of(node: Node) -> str:
-    """The digest that the mirror gives for the tag; "" if it does not answer."""
+    """The digest that the mirror gives for the tag, or "" if the mirror does not answer."""
     connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=60)
     with closing(connection):
         connection.request("HEAD", f"/v2/{REPOSITORY}/manifests/{TAG}")
@@ -108,7 +108,7 @@ def tag_of(node: Node) -> str:
         return response.getheader("Docker-Content-Digest", "") if response.status == 200 else ""
 
 
-def test_a_newer_import_on_any_node_takes_the_place_of_what_the_site_knew(folder: Path, nowhere: str) -> None:
+def test_a_newer_import_on_any_node_replaces_an_older_import(folder: Path, nowhere: str) -> None:
     with site(folder / "site", nowhere, 4, start=False) as nodes:
         for node in nodes:
             node.config.write_text(node.config.read_text().replace("[mirror]", '[mirror]\ntag_ttl = "1ms"'))
@@ -121,7 +121,7 @@ def test_a_newer_import_on_any_node_takes_the_place_of_what_the_site_knew(folder
                 wait_for(f"{node.name} serves number {number}", lambda n=node, d=digest: tag_of(n) == d)  # type: ignore[misc]
 
 
-def test_what_one_exports_skopeo_reads_and_another_imports(
+def test_skopeo_reads_and_another_node_imports_an_exported_archive(
     folder: Path, image: Image, proxy: CountingProxy, nowhere: str
 ) -> None:
     file = folder / "out.tar"
@@ -171,7 +171,7 @@ def test_an_archive_that_p2pd_may_not_open_is_imported(folder: Path, image: Imag
 
 
 def rewrite(source: Path, target: Path, change: str, data: bytes) -> None:
-    """The archive with other bytes in the entry whose name ends with `change`."""
+    """Copy the archive, with `data` in the entry whose name ends with `change`."""
     with tarfile.open(source) as old, tarfile.open(target, "w") as new:
         for info in old:
             body = old.extractfile(info)
@@ -212,7 +212,7 @@ def refuses(node: Node, reference: str) -> bool:
 
 @pytest.fixture
 def large(folder: Path) -> Path:
-    """An archive whose import takes some time."""
+    """An archive that takes some time to import."""
     layout = Layout()
     layers = [noise(number, 24 << 20) for number in range(6)]
     layout.name(layout.index([layout.manifest(layers, ARCHITECTURE)]), IMAGE)
@@ -249,7 +249,7 @@ def test_an_import_ends_with_its_p2pctl(folder: Path, large: Path, nowhere: str)
         command = [*P2PCTL, "--socket", str(node.socket), "import", str(large)]
         with running(command, folder / "log", {**os.environ, "PYTHONPATH": str(ROOT)}):
             wait_for("some blocks are stored", lambda: stored(node) > 8 << 20, every=0.002)
-        wait_for("its blocks are not held any more", lambda: node.status()["cache"]["disk"]["pinned_bytes"] == 0)
+        wait_for("its blocks are released", lambda: node.status()["cache"]["disk"]["pinned_bytes"] == 0)
         assert refuses(node, TAG)
         assert stored(node) < large.stat().st_size - (1 << 20)
 
@@ -310,7 +310,7 @@ def test_more_than_the_budget_is_not_pinned(folder: Path, image: Image, proxy: C
 # Prefetch and gc
 
 
-def test_prefetch_goes_on_after_p2pctl_and_a_restart(folder: Path, image: Image, proxy: CountingProxy) -> None:
+def test_prefetch_continues_after_p2pctl_and_a_restart(folder: Path, image: Image, proxy: CountingProxy) -> None:
     names = folder / "images.txt"
     names.write_text(f"# what tomorrow needs\n{IMAGE}  # the app\n\n{REPOSITORY}:no-such\n")
     with site(folder / "site", proxy.url, 1) as (node,):
@@ -345,7 +345,7 @@ def test_a_prefetch_waits_for_its_hours_and_can_be_cancelled(
         assert [row["state"] for row in rows(node)] == ["cancelled"]
 
 
-def test_gc_removes_what_was_not_used(folder: Path, image: Image, proxy: CountingProxy) -> None:
+def test_gc_removes_unused_images(folder: Path, image: Image, proxy: CountingProxy) -> None:
     with site(folder / "site", proxy.url, 1) as (node,):
         finish_pulls(start_pulls([node], folder / "out"), image)
         before = node.status()["cache"]["disk"]["bytes"]

@@ -1,4 +1,4 @@
-"""A power cut at any moment: no wrong byte and no error, safe data is still there, and the store works."""
+"""A power cut at any moment causes no wrong byte and no error. Safe data still exists, and the store works."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.remembered import Remembered
 ROOT = Path(__file__).parents[2]
 SEEDS = (1,)
 Trace = tuple[str, list[Operation]]
-"""The folder in which a program worked, and what it did there."""
+"""The folder in which a program worked, and its operations there."""
 Traces = Callable[[str], Trace]
 Check = Callable[[Path, Crash], Awaitable[None]]
 
@@ -88,7 +88,7 @@ async def check_data(folder: Path, crash: Crash) -> None:
 
 
 @pytest.mark.parametrize(("work", "check"), [("store", check_store), ("data", check_data)])
-def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Check) -> None:
+def test_a_power_cut_after_any_operation(traces: Traces, quick: Path, work: str, check: Check) -> None:
     trace = traces(work)
     operations = trace[1]
     written = {type(operation).__name__ for operation in operations}
@@ -99,8 +99,8 @@ def test_after_every_operation(traces: Traces, quick: Path, work: str, check: Ch
     print(f"{states} states of {len(operations)} operations, {writes} writes")
 
 
-def test_a_store_that_would_not_sync_is_caught(traces: Traces, quick: Path) -> None:
-    """Tests the check itself."""
+def test_a_store_that_does_not_sync_is_detected(traces: Traces, quick: Path) -> None:
+    """Test the check itself."""
     folder, operations = traces("store")
     lazy = [
         Mark("", "") if isinstance(operation, Sync) and "/objects/" in operation.folder else operation

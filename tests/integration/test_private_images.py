@@ -99,7 +99,7 @@ def read_all(node: Node, image: Image, authorization: str) -> None:
 
 
 def is_refused(node: Node, image: Image, authorization: str = "") -> bool:
-    """Try every path to its content; True, or an assertion that names the path."""
+    """Try every path to the image's content. Returns True, or fails with the path that is open."""
     digest = image.manifest.digest
     objects = (f"manifests/{TAG}", f"manifests/{digest}", f"blobs/{image.layers[0].digest}")
     for path in (*objects, "tags/list", f"referrers/{digest}"):
@@ -109,7 +109,7 @@ def is_refused(node: Node, image: Image, authorization: str = "") -> bool:
     return True
 
 
-def test_a_private_image_is_served_to_who_may_read_it_on_every_node(
+def test_every_node_serves_a_private_image_to_permitted_clients_only(
     folder: Path, image: Image, guarded: Guarded
 ) -> None:
     tokens, proxy = guarded.tokens, guarded.proxy
@@ -140,7 +140,7 @@ def test_a_private_image_is_served_to_who_may_read_it_on_every_node(
             assert_silent(node, secrets)
 
 
-def test_what_is_for_everybody_needs_no_token_and_gives_no_private_blob(
+def test_a_public_repository_needs_no_token_and_gives_no_private_blob(
     folder: Path, image: Image, small: Image, guarded: Guarded
 ) -> None:
     with site(folder / "site", guarded.proxy.url, 2) as nodes:
@@ -173,7 +173,7 @@ def test_five_nodes_at_once_read_one_copy_of_a_private_image(folder: Path, image
         assert guarded.proxy.count.received <= MAX_COPIES * image.size, guarded.proxy.count.asked.most_common(5)
 
 
-def test_the_password_of_a_registry_without_tokens_is_checked_likewise(
+def test_the_password_of_a_registry_without_tokens_is_checked_in_the_same_way(
     folder: Path, image: Image, stored: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "htpasswd").write_text(HTPASSWD)
@@ -221,7 +221,7 @@ def secrets_of(authorization: str) -> list[str]:
 
 
 def assert_silent(node: Node, secrets: list[str]) -> None:
-    """None of these is in the node's output, log or files."""
+    """Check that none of these secrets is in the node's output, log or files."""
     metrics = re.search(r'metrics = "(.+)"', node.config.read_text())
     assert metrics is not None
     said = {

@@ -1,4 +1,4 @@
-"""Reloading the configuration of a daemon during a pull: the whole file is applied, or nothing."""
+"""A reload of a daemon's configuration during a pull applies the whole file, or nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Reading(threading.Thread):
         self.join(60)
 
 
-def test_a_pull_goes_on_while_its_registry_is_replaced_and_its_rate_lifted(folder: Path) -> None:
+def test_a_pull_continues_while_its_registry_is_replaced_and_its_rate_lifted(folder: Path) -> None:
     with (
         FaultyOrigin(SIZE) as before,
         FaultyOrigin(SIZE) as after,
@@ -84,13 +84,13 @@ def test_a_pull_goes_on_while_its_registry_is_replaced_and_its_rate_lifted(folde
             assert node.status()["upstreams"][0]["uplink"] is None, "no rate limits it any more"
         assert client.came == content(0, SIZE)
         assert before.asked
-        assert after.asked, "the rest is read from the new registry"
+        assert after.asked, "the rest must come from the new registry"
         assert before.asked_bytes + after.asked_bytes <= SIZE + 2 * BLOCK_SIZE
         assert [row["url"] for row in node.status()["upstreams"]] == [after.url]
-        assert "changed" not in tail(node.log, 1000), "it is logged below level warning"
+        assert "changed" not in tail(node.log, 1000), "changes are logged below level warning"
 
 
-def test_a_pull_ends_though_its_registry_is_configured_no_more(folder: Path) -> None:
+def test_a_pull_completes_after_its_registry_left_the_configuration(folder: Path) -> None:
     with FaultyOrigin(SIZE) as origin, site(folder / "site", origin.url, 1, start=False) as (node,):
         limited(node)
         node.start()
@@ -122,7 +122,7 @@ MISTAKES = [
 ]
 
 
-def test_a_file_that_is_wrong_changes_nothing(folder: Path) -> None:
+def test_a_wrong_configuration_changes_nothing(folder: Path) -> None:
     with FaultyOrigin(BLOCK_SIZE) as origin, site(folder / "site", origin.url, 1) as (node,):
         for old, new, named in MISTAKES:
             before = edit(node, (old, new), ('disk = "4GiB"', 'disk = "1GiB"'))
@@ -140,7 +140,7 @@ def test_a_file_that_is_wrong_changes_nothing(folder: Path) -> None:
         assert client.came == content(0, BLOCK_SIZE)
 
 
-def test_sighup_tells_systemd_and_what_needs_a_restart_waits_for_it(
+def test_sighup_notifies_systemd_and_some_keys_wait_for_a_restart(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with contextlib.ExitStack() as stack:

@@ -22,7 +22,7 @@ FAULT_AT = 0.2
 SLOWER = 3.0
 """Longest disturbed pull, as a multiple of the longest undisturbed one."""
 PIECE_BYTES = 64 * 1024
-"""One byte is altered in each piece of this size, so in every shard and block."""
+"""One byte is altered in each piece of this size, and therefore in every shard and block."""
 KEPT = ("key", "pem", "crt", "toml", "lock", "sock")
 
 
@@ -47,7 +47,7 @@ def test_pulls_succeed_when_a_node_dies_or_hangs(
 
 
 @pytest.mark.parametrize("by", ["tag", "digest"])
-def test_the_other_nodes_pull_while_the_registry_is_gone(
+def test_the_other_nodes_pull_while_the_registry_is_down(
     folder: Path, image: Image, proxy: CountingProxy, by: str
 ) -> None:
     with site(folder / "site", proxy.url) as nodes:

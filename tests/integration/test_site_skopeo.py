@@ -1,4 +1,4 @@
-"""The main job: for any number of nodes that pull an image at once, the registry gives each byte about once."""
+"""The main purpose: for any number of nodes that pull an image at once, the registry sends each byte about once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_small_sites_pull_too(folder: Path, image: Image, proxy: CountingProxy, 
         assert copies(proxy, image) <= MAX_COPIES, proxy.count.asked.most_common(5)
 
 
-def test_the_mirror_of_a_registries_conf_serves_by_tag_and_by_digest(
+def test_a_mirror_in_registries_conf_serves_by_tag_and_by_digest(
     folder: Path, image: Image, proxy: CountingProxy
 ) -> None:
     with site(folder / "site", proxy.url, 1) as (node,):

@@ -1,4 +1,4 @@
-"""Four of five nodes on links of 20 Mbit/s pull a cold image at once, in one case while the fifth is slow."""
+"""Four of five nodes on links of 20 Mbit/s pull a cold image at once. In one case the fifth node is slow."""
 
 from __future__ import annotations
 

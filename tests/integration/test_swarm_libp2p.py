@@ -1,4 +1,4 @@
-"""Introductions over real libp2p connections on loopback: friends, strangers, liars, and bytes that mean nothing."""
+"""Introductions over real libp2p connections on loopback: between members, and by strangers, liars and garbage."""
 
 import logging
 import random
@@ -33,7 +33,7 @@ from protocol.members import Member
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LIMIT_S = 60.0
-"""Only a test that hangs takes as long."""
+"""Only a test that hangs takes this long."""
 QUICK = Timing(deadline=LIMIT_S, first_retry=0.01, last_retry=0.02, recheck=0.02, linger=0.2)
 
 
@@ -49,7 +49,7 @@ def stranger(tmp_path: Path) -> Authority:
 
 
 class Log(logging.Handler):
-    """The log lines of the nodes; a test waits for a part of their text."""
+    """The log lines of the nodes. A test waits for a part of their text."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -86,7 +86,7 @@ async def no_joins(line: Line, host: str, own: PeerId) -> None:
 
 
 class Node:
-    """An introducer, and a membership that believes every introduction."""
+    """An introducer, and a membership that accepts every introduction."""
 
     def __init__(
         self,
@@ -281,19 +281,19 @@ def test_a_dead_bootstrap_address_is_tried_until_it_answers(authority: Authority
     ("failures", "alone", "company"),
     [(0, 0.5, 0.5), (4, 8.0, 8.0), (5, 10.0, 16.0), (11, 10.0, 600.0), (999, 10.0, 600.0)],
 )
-def test_a_node_with_other_members_waits_for_longer(failures: int, alone: float, company: float) -> None:
+def test_a_node_with_other_members_dials_less_often(failures: int, alone: float, company: float) -> None:
     assert Timing().back_off(failures, alone=True) == alone
     assert Timing().back_off(failures, alone=False) == company
 
 
-def test_a_bootstrap_peer_that_is_gone_for_good_costs_little(authority: Authority, log: Log) -> None:
+def test_a_bootstrap_peer_that_never_returns_costs_little(authority: Authority, log: Log) -> None:
     own, gone, other = (Identity.of(Ed25519PrivateKey.generate()) for _ in range(3))
     revoked: set[str] = set()
     members: list[Member] = []
     dials: list[float] = []
 
     async def dial(target: Target) -> bool:
-        """On a network where the peer never answers."""
+        """Fail as on a network where the peer never answers."""
         await trio.lowlevel.checkpoint()
         dials.append(trio.current_time())
         raise PeerUnavailableError("no route")
@@ -360,7 +360,7 @@ def test_another_peer_at_the_address_is_not_introduced(authority: Authority, log
 
 
 async def wait_closed(stream: trio.SocketStream) -> None:
-    """Wait until the other side closes; bytes before that are dropped."""
+    """Wait until the other side closes. Earlier bytes are dropped."""
     try:
         while await stream.receive_some():
             pass
@@ -404,7 +404,7 @@ def test_garbage_on_the_port_does_no_harm(authority: Authority) -> None:
 
 
 def test_idle_connections_are_bounded_in_all_and_for_each_address_and_cut(authority: Authority) -> None:
-    """S-43. The clock jumps to the deadline, which no machine is slow enough to reach by itself."""
+    """S-43. The clock jumps to the deadline, which even a slow machine does not reach by itself."""
     clock = trio.testing.MockClock(rate=1.0)
     deadline_s = 10 * LIMIT_S
 
@@ -436,7 +436,7 @@ def test_idle_connections_are_bounded_in_all_and_for_each_address_and_cut(author
     run(main, clock)
 
 
-def test_what_a_connection_may_send_is_bounded(authority: Authority, log: Log) -> None:
+def test_the_bytes_that_a_connection_may_send_are_bounded(authority: Authority, log: Log) -> None:
     async def main() -> None:
         a = Node(authority, "a")
         async with running(a):
@@ -490,7 +490,7 @@ async def false_name(line: LibP2PLine, credentials: Credentials) -> None:
         (false_name, "false id"),
     ],
 )
-def test_a_liar_of_the_own_cluster_is_refused(authority: Authority, log: Log, lie: Lie, reason: str) -> None:
+def test_a_liar_in_an_introduction_is_refused(authority: Authority, log: Log, lie: Lie, reason: str) -> None:
     """S-30"""
 
     async def main() -> None:
@@ -583,7 +583,7 @@ def test_malformed_bootstrap_addresses_are_named_at_once(authority: Authority, w
 
 
 def multicast_works_on_loopback() -> str:
-    """The reason why it does not, or nothing: a datagram to mDNS's group, on another port, must come back."""
+    """The reason why it does not, or "". The test is a datagram to mDNS's group, on another port, that must return."""
     group, loopback = socket.inet_aton("224.0.0.251"), socket.inet_aton("127.0.0.1")
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,

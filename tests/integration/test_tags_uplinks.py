@@ -1,4 +1,4 @@
-"""Tags that move, registries that come and go in order, and limits of the uplink: real daemons and a real registry."""
+"""Moving tags, mirrors and registries that fail, and limits of the uplink: real daemons and a real registry."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ttl = "{TTL_S}s"
 
 
 def configured(nodes: Sequence[Node], *, upstream: str = "", url: str = "", tags: str = "") -> None:
-    """Add lines to the upstream, or change its url, and add tables at the configuration's end; then start."""
+    """Add lines to the upstream, or change its url, add tables at the configuration's end, and start the nodes."""
     for node in nodes:
         lines = node.config.read_text().splitlines()
         at = next(number for number, line in enumerate(lines) if line.startswith("url = "))
@@ -43,7 +43,7 @@ def configured(nodes: Sequence[Node], *, upstream: str = "", url: str = "", tags
 
 
 def digest_of(node: Node, tag: str, repository: str = "demo/moving") -> str | int:
-    """The digest that the node's mirror gives for a tag; else the status of its answer."""
+    """The digest that the node's mirror gives for a tag, or the status of its answer if it gives none."""
     connection = http.client.HTTPConnection(node.host, node.mirror_port, timeout=60)
     with closing(connection):
         connection.request("HEAD", f"/v2/{repository}/manifests/{tag}?ns={UPSTREAM}")
@@ -72,7 +72,7 @@ def own_registry(folder: Path) -> Iterator[registries.Registry]:
         yield running
 
 
-def test_a_moved_tag_is_seen_in_its_time_to_live_and_offline_all_agree(
+def test_a_moved_tag_is_seen_within_its_time_to_live_and_all_nodes_agree_offline(
     folder: Path, own_registry: registries.Registry, versions: list[Image]
 ) -> None:
     with (
@@ -86,7 +86,7 @@ def test_a_moved_tag_is_seen_in_its_time_to_live_and_offline_all_agree(
             moved, digest = time.monotonic(), version.index.digest
 
             def watch(node: Node, moved: float = moved, digest: str = digest) -> int:
-                """Number of answers until the new one. No answer is old if it was asked for after the time to live."""
+                """The number of answers until the new one. Requests after the time to live must get the new one."""
                 answers = 0
                 while True:
                     asked, answers = time.monotonic(), answers + 1
@@ -145,7 +145,7 @@ def test_a_mirror_that_lacks_an_image_or_fails_costs_no_pull(
         assert levels[f"upstream {UPSTREAM} by {mirror.url}"] == "warn"
 
 
-def test_the_day_s_bytes_end_in_a_clear_error_that_outlives_a_restart(
+def test_a_spent_daily_budget_gives_a_clear_error_even_after_a_restart(
     folder: Path, image: Image, proxy: CountingProxy
 ) -> None:
     daily = 6_000_000
@@ -155,7 +155,7 @@ def test_the_day_s_bytes_end_in_a_clear_error_that_outlives_a_restart(
         answer = node.ctl("pull", f"{REPOSITORY}:{TAG}")
         assert answer.returncode == 1
         assert "the uplink budget of the day is spent" in answer.stderr
-        assert proxy.count.received <= daily + (8 << 20), "the kernel and the proxy may have taken some more"
+        assert proxy.count.received <= daily + (8 << 20), "the kernel and the proxy may have received some more"
         for _ in range(2):
             use = node.status()["upstreams"][0]["uplink"]
             assert (use["used_today_bytes"], use["spent"]) == (daily, True)

@@ -1,4 +1,4 @@
-"""Join tokens and revocations: what is made is accepted, and nothing that differs from it in any way is."""
+"""Join tokens and revocations: those that were made are accepted, and any altered one is refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def accepted(text: str, now: float = 0.0) -> Token:
 
 
 @given(TOKENS)
-def test_a_token_comes_out_as_it_went_in(token: Token) -> None:
+def test_a_token_round_trips(token: Token) -> None:
     text = make_token(token, KEY.sign)
     assert read_token(text) == accepted(text) == accepted(text, token.expires) == token
     assert len(text) <= 500
@@ -76,7 +76,7 @@ def test_a_token_that_was_altered_anywhere_is_refused(token: Token, data: st.Dat
 
 
 def altered(text: str, data: st.DataObject) -> str:
-    """Another character, one more, one less, or a piece of it."""
+    """The text with a character changed, added or removed, or only a piece of the text."""
     at = data.draw(st.integers(0, len(text) - 1))
     other = data.draw(st.characters(codec="latin-1"))
     changed = data.draw(
@@ -133,7 +133,7 @@ def test_values_out_of_bounds_are_neither_made_nor_accepted(token: Token) -> Non
 
 
 @given(SUBJECTS, st.integers(0, MAX_TIME))
-def test_a_revocation_comes_out_as_it_went_in(subject: str, made: int) -> None:
+def test_a_revocation_round_trips(subject: str, made: int) -> None:
     revocation = make_revocation(CLUSTER, subject, made, KEY.sign)
     check_revocation(revocation, KEY.public_key(), CLUSTER)
     assert read_revocation(revocation_text(revocation)) == revocation

@@ -58,14 +58,14 @@ files = st.dictionaries(paths, st.binary(max_size=1500), max_size=8)
 
 
 @given(files, st.sampled_from(FORMS), st.sampled_from(["", "./"]))
-def test_what_others_write_is_read(content: dict[str, bytes], form: int, before: str) -> None:
+def test_archives_of_other_writers_are_read(content: dict[str, bytes], form: int, before: str) -> None:
     data = Layout(content).pack(form, before)
     entries = read_entries(reader_of(data), len(data))
     assert {name: data[e.offset : e.offset + e.size] for name, e in entries.items()} == content
 
 
 @given(files)
-def test_what_we_write_is_read_by_others_and_by_us(content: dict[str, bytes]) -> None:
+def test_archives_of_ours_are_read_by_others_and_by_us(content: dict[str, bytes]) -> None:
     data = b"".join(header(name, len(body)) + body + padding(len(body)) for name, body in content.items()) + END
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         read = {info.name: tar.extractfile(info) for info in tar}
@@ -75,7 +75,7 @@ def test_what_we_write_is_read_by_others_and_by_us(content: dict[str, bytes]) ->
 
 
 @given(st.integers(0, MAX_OBJECT_SIZE), st.sampled_from(["blobs/sha256/" + "0" * 64, "blobs/sha512/" + "0" * 128]))
-def test_heads_of_any_size_and_name(size: int, name: str) -> None:
+def test_headers_of_any_size_and_name(size: int, name: str) -> None:
     """Only the headers are read: the bytes of the file need not exist."""
     head = header(name, size)
     length = len(head) + size + len(padding(size)) + len(END)
@@ -89,7 +89,7 @@ def test_heads_of_any_size_and_name(size: int, name: str) -> None:
 
 @given(st.data())
 def test_bytes_of_any_kind_are_an_archive_or_refused(data: st.DataObject) -> None:
-    """Mutations of a valid archive, cut anywhere: never another error, never a read outside the file."""
+    """A mutated valid archive, cut anywhere, causes only the named error, and no read outside the file."""
     good = bytearray(small().pack(data.draw(st.sampled_from(FORMS))))
     for _ in range(data.draw(st.integers(0, 6))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
@@ -284,7 +284,7 @@ def test_manifests_of_other_bytes_are_refused_when_read_and_layers_when_hashed(t
     trio.run(main)
 
 
-def test_an_index_that_leads_to_itself_or_too_deep_ends() -> None:
+def test_an_index_that_is_nested_in_itself_or_too_deep_ends() -> None:
     layout = Layout()
     inner = layout.manifest([b"layer"], "amd64")
     for _ in range(5):
@@ -298,7 +298,7 @@ def test_an_index_that_leads_to_itself_or_too_deep_ends() -> None:
 
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 3 * BLOCK_SIZE), max_size=3))
-def test_what_is_exported_is_imported(sizes: list[int]) -> None:
+def test_an_exported_archive_can_be_imported(sizes: list[int]) -> None:
     layout = Layout()
     layers = [noise(size, size) for size in sizes]
     layout.name(layout.index([layout.manifest(layers, "amd64")]), str(NAME))
@@ -328,7 +328,7 @@ def test_what_is_exported_is_imported(sizes: list[int]) -> None:
     trio.run(main)
 
 
-def test_what_changes_after_it_was_hashed_is_not_taken() -> None:
+def test_bytes_that_change_after_they_were_hashed_are_refused() -> None:
     packed = small().pack()
 
     async def main() -> None:

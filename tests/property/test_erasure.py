@@ -1,4 +1,4 @@
-"""The code is reedsolo's, byte for byte, whatever the geometry, the size and the losses."""
+"""The code equals reedsolo's, byte for byte, for every geometry, size and loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every decoder of bytes from outside (tests/fuzz), on its corpus and on changes of it."""
+"""Every decoder of external bytes (tests/fuzz), on its corpus and on mutations of the corpus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.fuzz.seeds import CORPUS, seeds
 from tests.fuzz.targets import TARGETS
 
 SLOW = ("http_answer", "mirror", "control", "certificate", "archive")
-"""Targets with a scheduler, a signature or much to read."""
+"""Targets that run a scheduler, check a signature or read many bytes."""
 
 edits = st.lists(
     st.tuples(
@@ -39,7 +39,7 @@ def edited(data: bytes, changes: list[tuple[int, str, bytes]]) -> bytes:
 
 
 def nested() -> Iterator[bytes]:
-    """Deeper than any decoder should go."""
+    """Values that are nested deeper than any decoder should go."""
     for opening in (b"[", b'{"a":', b"\x91", b"\x81\xa1a", b"<", b"\x30\x80", b"a.", b"[["):
         yield opening * 50_000
     yield b"a = " + b"[" * 50_000
@@ -54,7 +54,7 @@ def test_the_corpus(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_changes_of_the_corpus(name: str) -> None:
+def test_the_mutated_corpus(name: str) -> None:
     count = 40 if name in SLOW else 150
 
     @given(st.one_of(st.binary(max_size=200), st.builds(edited, st.sampled_from(seeds(name)), edits)))
@@ -65,7 +65,7 @@ def test_changes_of_the_corpus(name: str) -> None:
     check()
 
 
-def test_the_corpus_is_small_and_of_targets_that_there_are() -> None:
+def test_the_corpus_is_small_and_has_only_existing_targets() -> None:
     files = [path for path in CORPUS.rglob("*") if path.is_file()]
     assert {path.parent.name for path in files} <= TARGETS.keys()
     assert sum(path.stat().st_size for path in files) < 200_000

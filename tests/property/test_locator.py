@@ -1,4 +1,4 @@
-"""Names of the registry world: what is accepted is said back unchanged, and nothing else gets in."""
+"""Names of registries, repositories and images: accepted names round-trip unchanged, and all others are refused."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Clock:
 
 @dataclass
 class Definition:
-    """Every reference ever made, and the rule of eviction worked out anew each time."""
+    """Keeps every reference ever made, and computes each eviction anew from the definition."""
 
     maxsize: int
     k: int
@@ -104,12 +104,12 @@ times = st.fixed_dictionaries(
         "horizon": st.sampled_from([math.inf, 0.0, 4.0, 30.0]),
     }
 )
-"""Parameters of the cache; `history` is a factor, and the others are seconds."""
+"""Parameters of the cache. `history` is a factor, and the others are seconds."""
 
 
 @settings(max_examples=300)
 @given(st.lists(st.one_of(STEPS), max_size=60), st.integers(1, 3), times)
-def test_it_evicts_what_the_definition_says(script: list[tuple[object, ...]], k: int, times: dict[str, float]) -> None:
+def test_it_evicts_as_the_definition_does(script: list[tuple[object, ...]], k: int, times: dict[str, float]) -> None:
     clock = Clock()
     cache = LRUKCache[str, int](12, lambda size: size, k=k, timer=clock, **times)
     model = Definition(12, k, clock=clock, **times)
@@ -159,7 +159,7 @@ def test_two_references_outlive_any_number_of_single_ones() -> None:
 
 def test_history_outlives_eviction() -> None:
     cache = LRUKCache[str, int](2)
-    for key in ("a", "b", "c", "a", "d"):  # "a" comes back a second time, and "d" finds it older than nothing
+    for key in ("a", "b", "c", "a", "d"):  # "a" returns, so it has two references when "d" needs room
         cache[key] = 0
     assert set(cache) == {"a", "d"}
 
@@ -190,7 +190,7 @@ def test_a_burst_counts_once() -> None:
     assert set(cache) == {"twice", "new"}
 
 
-def test_what_is_in_use_all_the_time_is_not_taken_for_what_was_used_once() -> None:
+def test_an_entry_in_constant_use_does_not_count_as_used_once() -> None:
     clock = Clock()
     cache = LRUKCache[str, int](2, correlated=5.0, burst=20.0, timer=clock)
     cache["always"] = 0
@@ -214,7 +214,7 @@ def test_zero_horizon_is_lru() -> None:
 
 
 class Ticks:
-    """A timer that counts its readings: there is one for each reference."""
+    """A timer that counts its readings. The cache reads it once for each reference."""
 
     def __init__(self) -> None:
         self.count = 0

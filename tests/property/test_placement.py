@@ -1,4 +1,4 @@
-"""Placement: every node answers alike, load is balanced, and a changed view moves only what must move."""
+"""Placement: every node computes the same keepers, load is balanced, and a changed view moves as little as possible."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_geometry_never_needs_more_keepers_than_there_are(count: int, k: int, 
     assert shape.width <= count
 
 
-def test_small_sites_have_the_codes_that_the_design_gives_them() -> None:
+def test_small_sites_have_the_codes_of_the_design() -> None:
     shapes = [(shape.k, shape.m) for shape in (geometry(count, 4, 1, BLOCK_SIZE) for count in range(1, 8))]
     assert shapes == [(1, 0), (1, 1), (2, 1), (3, 1), (4, 1), (4, 1), (4, 1)]
     assert geometry(9, 4, 1, SMALL_BLOCK).k == 1
@@ -43,7 +43,7 @@ def test_the_order_of_the_view_does_not_matter(view: list[Member], index: int) -
 
 
 @given(st.integers(0, 9), st.integers(0, 10_000))
-def test_a_member_that_leaves_moves_only_its_own_place(gone: int, index: int) -> None:
+def test_a_member_that_leaves_moves_only_its_own_rank(gone: int, index: int) -> None:
     view, block = members(10), BlockId(DIGEST, index)
     before = Placement(view, 4, 1).keepers(block, BLOCK_SIZE)[1]
     after = Placement(view[:gone] + view[gone + 1 :], 4, 1).keepers(block, BLOCK_SIZE)[1]
@@ -57,7 +57,7 @@ def test_homes_are_balanced() -> None:
     assert min(load.values()) > 0.8 * 500
 
 
-def test_a_weight_is_a_share_and_none_keeps_nothing() -> None:
+def test_a_weight_is_a_share_and_weight_zero_keeps_nothing() -> None:
     view = [
         *members(3),
         Member(PeerId("half"), "h", "site", (), weight=0.5),
@@ -71,7 +71,7 @@ def test_a_weight_is_a_share_and_none_keeps_nothing() -> None:
 # Cells
 
 SITES = st.tuples(st.integers(1, 200), st.integers(0, 10_000))
-"""How many members, and the index of a block."""
+"""The number of members, and the index of a block."""
 
 
 def routes(count: int, index: int) -> dict[PeerId, Route]:
@@ -90,7 +90,7 @@ def test_all_members_see_one_tree(site: tuple[int, int]) -> None:
 
 
 @given(SITES)
-def test_the_keepers_of_a_cell_serve_few_and_those_of_a_small_site_are_those_of_all(site: tuple[int, int]) -> None:
+def test_a_cell_has_few_members_and_a_small_site_is_one_cell(site: tuple[int, int]) -> None:
     count, _ = site
     cells = Counter(route.cells for route in routes(*site).values())
     assert len(cells) == 1 or min(cells.values()) >= 5
@@ -100,10 +100,10 @@ def test_the_keepers_of_a_cell_serve_few_and_those_of_a_small_site_are_those_of_
 
 
 @given(SITES, st.integers(HOME_HOPS, 16), st.integers(0, 4), st.data())
-def test_waits_form_no_circle_whatever_each_member_believes_of_the_others(
+def test_waits_form_no_circle_even_if_members_have_different_views(
     site: tuple[int, int], hops: int, index: int, data: st.DataObject
 ) -> None:
-    """Each asks by a view of its own."""
+    """Each member asks by a view of its own."""
     path = 0
     while hops >= HOME_HOPS:
         view = data.draw(st.integers(1, 200))
@@ -117,7 +117,7 @@ def test_waits_form_no_circle_whatever_each_member_believes_of_the_others(
 
 
 @given(SITES, st.integers(0, 4))
-def test_a_wrong_shards_makers_are_all_who_had_it_in_hand(site: tuple[int, int], index: int) -> None:
+def test_the_makers_of_a_wrong_shard_are_all_members_on_its_way(site: tuple[int, int], index: int) -> None:
     ways = routes(*site)
     for route in ways.values():
         sender = route.keepers[index % len(route.keepers)]
@@ -151,8 +151,8 @@ def test_homes_and_keepers_are_balanced_in_a_large_site() -> None:
     assert len(load) == 300
 
 
-def test_a_home_stays_however_the_cells_are_cut_anew() -> None:
-    """From ten members to thirty: one cell becomes several."""
+def test_a_home_stays_the_same_when_the_cells_change() -> None:
+    """The site grows from ten members to thirty, and one cell becomes several."""
     view = members(30)
     for index in range(100):
         block, before = BlockId(DIGEST, index), None
@@ -162,7 +162,7 @@ def test_a_home_stays_however_the_cells_are_cut_anew() -> None:
             before = home
 
 
-def test_who_keeps_nothing_reads_from_the_cell_of_its_hash() -> None:
+def test_a_member_that_keeps_nothing_reads_from_the_cell_of_its_hash() -> None:
     view = [*members(100), Member(PeerId("none"), "z", "site", (), weight=0.0)]
     way = Placement(view, 4, 1).route(PeerId("none"), BlockId(DIGEST, 0), BLOCK_SIZE)
     assert way.cells in {route.cells for route in routes(100, 0).values()}

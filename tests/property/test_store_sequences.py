@@ -79,7 +79,7 @@ def check(store: BlockStore) -> None:
 
 
 async def carry_out(opened, actions: list[tuple[str, Piece]]) -> None:
-    """`reopen` ends a run; the rest goes on with what the store still has."""
+    """The action `reopen` ends a run. The other actions continue with the pieces that the store still has."""
     position = 0
     while position < len(actions):
         async with opened() as store:

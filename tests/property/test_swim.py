@@ -1,4 +1,4 @@
-"""SWIM's decisions: the order of statements, refutation, pauses, and that everything stays bounded."""
+"""SWIM's decisions: the order of statements, refutation, pauses, and bounds."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_statements_about_a_member_are_totally_ordered(a: Update, b: Update, c: 
 
 
 @given(st.lists(about_one, min_size=1, max_size=4))
-def test_the_order_and_the_number_of_hearings_do_not_matter(heard: list[Update]) -> None:
+def test_the_order_and_the_repetition_of_statements_do_not_matter(heard: list[Update]) -> None:
     """S-22"""
     results = set()
     for order in permutations(heard):
@@ -95,7 +95,7 @@ def test_the_order_and_the_number_of_hearings_do_not_matter(heard: list[Update])
 
 
 @given(st.lists(updates, max_size=12))
-def test_two_nodes_that_tell_each_other_everything_hold_the_same(heard: list[Update]) -> None:
+def test_two_nodes_that_exchange_all_statements_agree(heard: list[Update]) -> None:
     first, second = make(), make()
     base = [alive(name) for name in NAMES]
     first.received(base + heard[::2], 0.0)
@@ -119,7 +119,7 @@ def test_at_equal_incarnation_the_graver_statement_wins() -> None:
 
 
 @given(st.lists(about_own, min_size=1, max_size=6))
-def test_refutation_wins_over_all_that_was_said(said: list[Update]) -> None:
+def test_a_refutation_overrides_all_earlier_statements(said: list[Update]) -> None:
     victim, witness = make(), Swim(member("b"), 1, CONFIG, Random(1), now=0.0)
     witness.received([victim.own], 0.0)
     witness.received(said, 0.0)
@@ -132,7 +132,7 @@ def test_refutation_wins_over_all_that_was_said(said: list[Update]) -> None:
     assert OWN in witness.site
 
 
-def test_a_suspect_is_told_of_it_and_its_answer_clears_it() -> None:
+def test_a_suspect_learns_of_the_suspicion_and_its_answer_clears_it() -> None:
     accuser, victim = make(), Swim(member("a"), 5, CONFIG, Random(1), now=0.0)
     accuser.received([victim.own, suspect("a", 5)], 0.0)
     victim.received(accuser.updates_for(PeerId("a")), 0.0)
@@ -141,7 +141,7 @@ def test_a_suspect_is_told_of_it_and_its_answer_clears_it() -> None:
     assert [change.event for change in accuser.take_changes()] == [Event.JOINED, Event.SUSPECTED, Event.REFUTED]
 
 
-def test_one_who_left_refutes_nothing_and_does_nothing() -> None:
+def test_a_member_that_left_refutes_nothing_and_does_nothing() -> None:
     swim = make(peers=10)
     assert len(swim.leave()) == CONFIG.leave_fanout
     swim.received([Update(OWN, State.DEAD, 9)], 1.0)
@@ -162,7 +162,7 @@ def test_the_own_incarnation_stays_within_the_wire(incarnation: int) -> None:
 
 
 def probes_of(swim: Swim, peer: str, now: float, until: float) -> Probe:
-    """The next probe of `peer`; all others are answered."""
+    """Run until the next probe of `peer`, and return it. All other probes are answered."""
     while now < until:
         for action in swim.tick(now):
             if isinstance(action, Probe):
@@ -183,7 +183,7 @@ def next_probe(swim: Swim, now: float) -> Probe:
                 return action
 
 
-def test_a_failed_probe_suspects_and_time_condemns() -> None:
+def test_a_failed_probe_makes_a_member_suspected_and_a_timeout_dead() -> None:
     swim = make(peers=4)
     probe = probes_of(swim, "p0002", 0.0, 10.0)
     swim.failed(probe, probe.at + 0.5, helpers_answered=True)
@@ -253,7 +253,7 @@ def test_a_node_without_any_answer_blames_itself_and_recovers() -> None:
 
 
 @given(st.floats(min_value=10, max_value=1e6), st.integers(min_value=1, max_value=30))
-def test_a_node_that_was_stopped_condemns_nobody(gap: float, peers: int) -> None:
+def test_a_node_that_was_stopped_declares_no_member_dead(gap: float, peers: int) -> None:
     swim = make(peers=peers)
     now = 0.0
     outstanding = []
@@ -263,7 +263,7 @@ def test_a_node_that_was_stopped_condemns_nobody(gap: float, peers: int) -> None
     swim.received([suspect("p0000")], now)
     site = swim.site
     now += gap
-    for probe in outstanding:  # their timers are the first to run
+    for probe in outstanding:  # after the pause their timers run first
         swim.failed(probe, now, helpers_answered=False)
     actions = swim.tick(now)
     assert swim.site is site
@@ -284,7 +284,7 @@ def test_a_death_in_a_whole_view_counts_as_suspicion() -> None:
     assert held(swim, "p0000") == dead("p0000")
 
 
-def test_the_dead_are_not_learned_about_and_forgotten_in_time() -> None:
+def test_unknown_dead_members_are_not_learned_and_known_ones_are_forgotten_in_time() -> None:
     swim = make(peers=2)
     swim.received([dead("x"), Update(member("y"), State.LEFT, 1), dead("p0000")], 0.0)
     assert set(swim.known) == {"p0000", "p0001"}
@@ -297,7 +297,7 @@ def test_the_dead_are_not_learned_about_and_forgotten_in_time() -> None:
     assert set(swim.known) == {"p0001"}
 
 
-def test_a_hint_is_asked_not_shown_and_not_passed_on() -> None:
+def test_a_hinted_member_is_asked_but_neither_shown_nor_gossiped() -> None:
     swim = make()
     swim.hint(member("a"), 0.0)
     assert swim.site == (OWN,)
@@ -309,7 +309,7 @@ def test_a_hint_is_asked_not_shown_and_not_passed_on() -> None:
     assert member("a") in swim.site
 
 
-def test_an_introduced_member_is_shown_and_asked_at_once_also_with_a_new_address() -> None:
+def test_an_introduced_member_is_shown_and_asked_at_once_even_with_a_new_address() -> None:
     swim = make()
     swim.introduced(member("a"), 0.0)
     assert member("a") in swim.site
@@ -324,7 +324,7 @@ def test_an_introduced_member_is_shown_and_asked_at_once_also_with_a_new_address
     assert set(swim.known) == {"a"}
 
 
-def test_the_dead_are_tried_again_one_by_one() -> None:
+def test_dead_members_are_tried_again_one_by_one() -> None:
     swim = make(peers=3)
     swim.received([dead("p0000"), dead("p0001"), dead("p0002")], 0.0)
     tried: list[str] = []
@@ -339,7 +339,7 @@ def test_the_dead_are_tried_again_one_by_one() -> None:
     assert set(tried[:3]) == set(tried[3:6]) == {"p0000", "p0001", "p0002"}
 
 
-def test_an_excluded_peer_gets_no_message_until_it_is_over() -> None:
+def test_an_excluded_peer_gets_no_message_until_the_exclusion_ends() -> None:
     swim = make(peers=3)
     swim.exclude(PeerId("p0001"), 50.0)
     assert swim.tick(0.0)[0] == Disconnect(PeerId("p0001"))
@@ -379,7 +379,7 @@ def test_messages_carry_a_bounded_number_of_statements_and_news_ends() -> None:
 
 
 @given(st.lists(st.sampled_from(NAMES), max_size=20), st.integers(1, 4), st.integers(1, 3))
-def test_rumours_are_told_the_least_told_first(added: list[str], count: int, limit: int) -> None:
+def test_the_least_sent_rumours_are_sent_first(added: list[str], count: int, limit: int) -> None:
     rumours = Rumours()
     sent: dict[PeerId, int] = {}
     for name in added:
@@ -406,7 +406,7 @@ def test_a_view_of_hostile_members_still_fits_one_message() -> None:
     assert swim.view()[0] == swim.own
 
 
-def test_a_full_table_gives_up_the_dead_for_the_living_only() -> None:
+def test_a_full_table_replaces_dead_members_with_living_ones_only() -> None:
     """S-24"""
     with patch("protocol.member_table.MAX_MEMBERS", 11), patch("protocol.swim.MAX_MEMBERS", 11):
         swim = make(peers=10)
@@ -435,7 +435,7 @@ EVENTS = [
 
 @settings(max_examples=150)
 @given(st.lists(st.one_of(EVENTS), max_size=40))
-def test_whatever_happens_the_invariants_hold(happening: list[tuple[object, ...]]) -> None:
+def test_the_invariants_hold_after_any_events(happening: list[tuple[object, ...]]) -> None:
     swim, now = make(), 0.0
     probes: list[Probe] = []
     syncs: list[SyncWith] = []
@@ -466,7 +466,7 @@ def test_whatever_happens_the_invariants_hold(happening: list[tuple[object, ...]
         syncs += [action for action in actions if isinstance(action, SyncWith)]
         assert len(syncs) <= CONFIG.parallel_syncs
         assert sum(isinstance(action, Gossip) for action in actions) <= CONFIG.gossip_fanout
-        assert swim.due(now) > now  # a tick leaves nothing to do at once
+        assert swim.due(now) > now  # after a tick no action is due at once
         expected = [OWN] + [
             entry.update.member
             for peer, entry in swim.known.items()

@@ -143,7 +143,7 @@ def encoded(request_id: int, message: Request | Reply) -> bytes:
 
 
 def read_all(kind: Any, data: bytes, chunk: int) -> list[tuple[wire.Head[Any], bytes]]:
-    """Read like a connection: heads from the bytes fed so far, the rest of a body past the decoder."""
+    """Read as a connection does: feed bytes to decode heads, and read the rest of a body past the decoder."""
     heads, position, read = wire.Heads(kind), 0, []
     while True:
         while (head := heads.next()) is None:
@@ -160,7 +160,7 @@ def read_all(kind: Any, data: bytes, chunk: int) -> list[tuple[wire.Head[Any], b
 
 
 @given(st.lists(st.tuples(ids, requests), max_size=4), st.integers(1, 100))
-def test_requests_come_through_however_they_are_cut(said: list[tuple[int, Request]], chunk: int) -> None:
+def test_requests_are_decoded_from_chunks_of_any_size(said: list[tuple[int, Request]], chunk: int) -> None:
     data = b"".join(encoded(*pair) for pair in said)
     for size in (1, chunk, len(data) + 1):
         assert [(head.request_id, head.message) for head, _ in read_all(wire.REQUESTS, data, size)] == said
@@ -168,7 +168,7 @@ def test_requests_come_through_however_they_are_cut(said: list[tuple[int, Reques
 
 @given(st.lists(st.tuples(ids, replies), max_size=4), st.integers(1, 20000))
 @settings(max_examples=60)
-def test_replies_and_bodies_come_through_however_they_are_cut(said: list[tuple[int, Reply]], chunk: int) -> None:
+def test_replies_and_bodies_are_decoded_from_chunks_of_any_size(said: list[tuple[int, Reply]], chunk: int) -> None:
     data = b"".join(encoded(*pair) for pair in said)
     for size in (1, chunk, len(data) + 1):
         read = read_all(wire.REPLIES, data, size)
@@ -243,7 +243,7 @@ def test_a_valid_header_that_was_altered_never_breaks_the_reader(message: Reques
     ],
     ids=["utf-8", "nesting", "array length", "string length", "outer length", "updates length"],
 )
-def test_lengths_that_are_claimed_allocate_nothing(header: bytes) -> None:
+def test_claimed_lengths_allocate_nothing(header: bytes) -> None:
     """S-20"""
     tracemalloc.start()
     heads = wire.Heads(wire.REQUESTS)
@@ -258,7 +258,7 @@ def test_lengths_that_are_claimed_allocate_nothing(header: bytes) -> None:
 @pytest.mark.parametrize(
     "prefix", [(wire.MAX_HEADER + 1, 0), (2**32 - 1, 0), (10, BLOCK_SIZE + 1), (0, 2**32 - 1), (2**32 - 1, 2**32 - 1)]
 )
-def test_a_prefix_over_the_bounds_is_refused_before_its_header_comes(prefix: tuple[int, int]) -> None:
+def test_a_prefix_over_the_bounds_is_refused_before_its_header_arrives(prefix: tuple[int, int]) -> None:
     """S-20"""
     heads = wire.Heads(wire.REPLIES)
     heads.feed(struct.pack(">II", *prefix))
@@ -400,7 +400,7 @@ def test_hello(lane: str, plain: bool) -> None:
     assert heads.at_rest
 
 
-def test_a_hello_has_room_for_more_fields_than_are_known() -> None:
+def test_a_hello_may_have_unknown_fields() -> None:
     heads = wire.Heads(wire.REQUESTS)
     heads.feed(frame(msgpack.packb([b"shoal-bulk", 2, "bulk", True, "later"])))
     assert heads.hello() == wire.Hello(b"shoal-bulk", 2, "bulk", True)
@@ -418,7 +418,7 @@ def test_a_hello_has_room_for_more_fields_than_are_known() -> None:
         [b"shoal-bulk", 2, "bulk", 1],
     ],
 )
-def test_another_hello_is_refused(hello: list[Any]) -> None:
+def test_an_invalid_hello_is_refused(hello: list[Any]) -> None:
     heads = wire.Heads(wire.REQUESTS)
     heads.feed(frame(msgpack.packb(hello)))
     with pytest.raises(PeerMisbehavedError):

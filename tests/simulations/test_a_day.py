@@ -1,4 +1,4 @@
-"""A day of a site in virtual time: members leave and come, reads end, fail and are given up; nothing piles up."""
+"""A day of a site in virtual time: members leave and return, reads end, fail and are cancelled, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.support import site_in_memory as blocks
 HOURS = 24
 NODES = 5
 EVERY_S = 180.0
-"""Between two things that happen, on the average."""
+"""Mean time between two events."""
 QUIET_S = 300.0
-"""At the end of each hour: longer than anything that is under way may take."""
+"""Rest at the end of each hour: longer than any read may take."""
 LEARNT = 9
-"""Hours after which all that is remembered for a while is there."""
+"""Hours after which the tables that forget by age have their final size."""
 
 
 class Day:
@@ -61,7 +61,7 @@ class Day:
         self.registry.down, self.names.cut = False, set()
 
     async def read(self) -> None:
-        """One object or one tag, by whoever; every third is given up at any moment of it."""
+        """Read an object or resolve a tag on a random node. Every third read is cancelled at a random moment."""
         node, asker = self.rng.choice(self.readers), self.rng.choice(self.askers)
         for index in range(blocks.REF.block_count):
             if self.rng.random() < 0.5:
@@ -94,7 +94,7 @@ class Day:
             await trio.sleep_until(until)
 
     def left(self) -> tuple[int, int]:
-        """Tasks and objects. What the fakes note for their tests is not the product's."""
+        """The numbers of tasks and objects, after the notes of the test's own fakes were removed."""
         for node in self.readers:
             node.view.failures.clear()
         for asker in self.askers:
@@ -118,7 +118,7 @@ def test_after_a_day_a_site_has_no_more_tasks_and_objects_than_after_its_first_h
                 for index in range(blocks.REF.block_count):
                     for reader in day.readers:
                         with suppress(ShoalError):
-                            await reader.read(index)  # all hold the same then, whatever they had
+                            await reader.read(index)  # then all nodes hold the same blocks
                 await trio.sleep(60)
                 rests.append(day.left())
             assert min(day.ended, day.failed, day.given_up) > 10, (day.ended, day.failed, day.given_up)

@@ -1,4 +1,4 @@
-"""Tasks that wait for a time: each wakes at its own, or at the next tick; a cancelled task is not woken."""
+"""Tasks that wait for a time: each wakes at its time or at the next tick, and a cancelled task is not woken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulations.alarms import Alarms
 
 
 async def times(alarms: Alarms, waits: list[float]) -> list[float]:
-    """When each of the tasks that wait these seconds was woken."""
+    """The times at which tasks that wait for these seconds were woken."""
     began, woken = trio.current_time(), [math.nan] * len(waits)
 
     async def wait(number: int) -> None:
@@ -31,7 +31,7 @@ async def times(alarms: Alarms, waits: list[float]) -> list[float]:
 
 
 @given(st.lists(st.floats(-1, 100), max_size=20))
-def test_each_wakes_at_its_time(waits: list[float]) -> None:
+def test_each_task_wakes_at_its_time(waits: list[float]) -> None:
     async def main() -> None:
         assert await times(Alarms(), waits) == pytest.approx([max(0.0, wait) for wait in waits])
 
@@ -39,7 +39,7 @@ def test_each_wakes_at_its_time(waits: list[float]) -> None:
 
 
 @given(st.lists(st.integers(1, 10_000).map(lambda n: n / 100), max_size=20))
-def test_those_of_one_tick_wake_together_and_none_before_its_time(waits: list[float]) -> None:
+def test_tasks_of_one_tick_wake_together_and_none_before_its_time(waits: list[float]) -> None:
     async def main() -> None:
         woken = await times(Alarms(0.5), waits)
         assert woken == pytest.approx([math.ceil(wait * 2) / 2 for wait in waits])
@@ -47,7 +47,7 @@ def test_those_of_one_tick_wake_together_and_none_before_its_time(waits: list[fl
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def test_who_is_cancelled_leaves_the_others_waiting() -> None:
+def test_a_cancelled_task_leaves_the_others_waiting() -> None:
     async def main() -> None:
         alarms = Alarms()
         async with trio.open_nursery() as running:

@@ -1,4 +1,4 @@
-"""The hit ratio of the tiers' LRU-K compared with other policies, and whether those are what their names say."""
+"""The hit ratio of the tiers' LRU-K compared with other policies, and checks that these match their names."""
 
 from __future__ import annotations
 
@@ -94,16 +94,16 @@ def printed(*arguments: str) -> Result:
     return CliRunner().invoke(cache, arguments)
 
 
-def test_a_trace_is_read_or_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_trace_is_read_or_reported_as_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cache_policies, "REFERENCES", 11_000)
     path = tmp_path / "trace.txt"
     path.write_text("1\n2\n1\n")
-    assert "No trace was given" in printed("--sizes", "100").output
+    assert "pass --trace FILE" in printed("--sizes", "100").output
     with_trace = printed("--sizes", "100", "--trace", str(path)).output
-    assert "No trace was given" not in with_trace
+    assert "pass --trace FILE" not in with_trace
     assert "33.33" in with_trace
     path.write_text("one\n")
-    assert "no trace that can be read" in printed("--trace", str(path)).output
+    assert "cannot be read as a trace" in printed("--trace", str(path)).output
 
 
 @pytest.mark.parametrize("sizes", ["", "0", "101", "1,x"])

@@ -1,4 +1,4 @@
-"""A site of more members than keepers can serve: cells, the ways between them, and what falls out of these.
+"""A site with more members than its keepers can serve: its cells, reads across cells, and their failures.
 
 Virtual time, real codes and records. The names S-nn are lines of docs/SECURITY.md.
 """
@@ -21,7 +21,7 @@ from protocol.placement import HOME_HOPS, Placement, Route
 from tests.support.site_in_memory import REF, Node, Registry, all_read, flipped, play
 
 MANY = 60
-"""Members, which make four cells or more."""
+"""Members. They make at least four cells."""
 
 
 def route_of(node: Node, index: int) -> Route:
@@ -29,7 +29,7 @@ def route_of(node: Node, index: int) -> Route:
 
 
 def deep(nodes: list[Node], index: int) -> Node:
-    """A member that keeps nothing of a block, and is as far as can be from its home."""
+    """A member that keeps nothing of a block, with the most cells between it and the block's home."""
     readers = (node for node in nodes if node.own not in route_of(node, index).keepers)
     return max(readers, key=lambda node: route_of(node, index).depth)
 
@@ -60,7 +60,7 @@ def test_a_large_site_reads_each_block_once_and_no_node_answers_for_all() -> Non
     play(MANY, scenario)
 
 
-def test_a_cell_serves_its_own_when_all_above_it_are_gone() -> None:
+def test_a_cell_serves_its_members_when_all_cells_above_are_dead() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         reader = deep(nodes, 0)
         own = route_of(reader, 0)
@@ -75,7 +75,7 @@ def test_a_cell_serves_its_own_when_all_above_it_are_gone() -> None:
     play(MANY, scenario)
 
 
-def test_who_finds_nothing_in_its_own_cell_asks_the_root_cell() -> None:
+def test_a_reader_that_its_own_cell_fails_asks_the_root_cell() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         reader = deep(nodes, 0)
         for peer in route_of(reader, 0).keepers[:2]:
@@ -100,7 +100,7 @@ def test_a_source_that_hangs_costs_a_moment_and_no_copy() -> None:
     play(MANY, scenario)
 
 
-def test_a_home_that_is_gone_is_acted_for_once_and_all_read() -> None:
+def test_one_member_acts_for_a_dead_home_and_all_reads_succeed() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         home = route_of(nodes[0], 0).home
         network.kill(home)
@@ -113,8 +113,8 @@ def test_a_home_that_is_gone_is_acted_for_once_and_all_read() -> None:
     play(MANY, scenario)
 
 
-def test_who_has_another_view_waits_in_no_circle() -> None:
-    """Half of the site believes that it is all of the site."""
+def test_members_with_different_views_wait_in_no_circle() -> None:
+    """Half of the members see only the first half of the site."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         members = nodes[0].view.site
@@ -126,7 +126,7 @@ def test_who_has_another_view_waits_in_no_circle() -> None:
     play(MANY, scenario)
 
 
-def test_nobody_else_is_taken_for_a_liar_between_the_cells() -> None:
+def test_no_honest_member_is_blamed_for_a_liar_between_the_cells() -> None:
     """S-04"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -146,7 +146,7 @@ def test_nobody_else_is_taken_for_a_liar_between_the_cells() -> None:
 
 
 @pytest.mark.parametrize("number", [3, 17, 29])
-def test_a_reader_knows_a_liar_between_the_cells_after_some_blocks(number: int) -> None:
+def test_a_reader_identifies_a_liar_between_the_cells_after_some_blocks(number: int) -> None:
     """S-04"""
 
     async def main() -> None:
@@ -166,7 +166,7 @@ def test_a_reader_knows_a_liar_between_the_cells_after_some_blocks(number: int) 
     trio.run(main)
 
 
-def test_a_request_never_goes_further_than_the_one_before_it() -> None:
+def test_a_request_that_a_request_causes_has_fewer_hops() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         hops: list[int] = []
 

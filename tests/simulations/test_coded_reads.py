@@ -1,4 +1,4 @@
-"""Keepers, homes and fetchers of several nodes over the memory network, in virtual time, and a counting registry."""
+"""Reads of blocks by the fetchers, keepers and homes of several nodes, in virtual time, with a counting registry."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.support.site_in_memory import (
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 9])
-def test_however_many_read_at_once_the_registry_gives_each_block_once(count: int) -> None:
+def test_the_registry_sends_each_block_once_to_any_number_of_readers(count: int) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
         assert registry.asked == Counter(range(REF.block_count))
@@ -52,13 +52,13 @@ def test_however_many_read_at_once_the_registry_gives_each_block_once(count: int
     play(count, scenario)
 
 
-def test_what_the_site_holds_outlives_the_registry() -> None:
+def test_held_blocks_are_read_without_the_registry() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await nodes[0].read_all()
         registry.down = True
         for node in nodes[1:]:
-            found = await node.read_all()
-            assert {one.source for one in found} <= {Source.PEER, Source.MEMORY, Source.DISK}
+            obtained = await node.read_all()
+            assert {block.source for block in obtained} <= {Source.PEER, Source.MEMORY, Source.DISK}
 
     play(6, scenario)
 
@@ -87,7 +87,7 @@ def test_a_stopped_keeper_is_waited_for_once() -> None:
     play(5, scenario)
 
 
-def test_an_urgent_read_asks_for_a_spare_only_where_answers_do_not_come_evenly() -> None:
+def test_an_urgent_read_asks_for_a_spare_only_if_answers_are_uneven() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         asked: list[int] = []
 
@@ -110,7 +110,7 @@ def test_an_urgent_read_asks_for_a_spare_only_where_answers_do_not_come_evenly()
     play(6, scenario)
 
 
-def test_an_urgent_read_waits_for_a_stopped_keeper_once_and_hardly() -> None:
+def test_an_urgent_read_waits_for_a_stopped_keeper_once_and_briefly() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
         reader = not_keeping(nodes, 0)
@@ -120,14 +120,14 @@ def test_an_urgent_read_waits_for_a_stopped_keeper_once_and_hardly() -> None:
                 network.stop(reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)[1][1])
             await reader.forget(0)
             took.append((await reader.read(0, urgent=True)).seconds)
-        slow = [one for one in took[20:] if one > 2 * took[19]]
+        slow = [seconds for seconds in took[20:] if seconds > 2 * took[19]]
         assert len(slow) <= 1
         assert max(took[20:]) < 2 * WARM_FLOOR_S
 
     play(6, scenario)
 
 
-def test_a_spare_that_nobody_is_left_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spare_without_a_peer_to_ask_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
         reader = not_keeping(nodes, 0)
@@ -155,7 +155,7 @@ def test_without_any_peer_that_answers_the_node_asks_the_registry() -> None:
     play(5, scenario)
 
 
-def test_a_liar_is_found_out_by_its_shards() -> None:
+def test_a_liar_is_detected_by_its_shards() -> None:
     """S-01"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -179,7 +179,7 @@ def test_a_liar_is_found_out_by_its_shards() -> None:
     play(5, scenario)
 
 
-def test_a_record_that_no_member_signed_is_not_believed() -> None:
+def test_a_record_that_no_member_signed_is_not_accepted() -> None:
     """S-23"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -197,7 +197,7 @@ def test_a_record_that_no_member_signed_is_not_believed() -> None:
     play(5, scenario)
 
 
-def test_a_new_home_asks_those_who_kept_before_it_asks_the_registry() -> None:
+def test_a_new_home_asks_the_previous_keepers_before_the_registry() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes[:2])
         for node in nodes:
@@ -210,8 +210,8 @@ def test_a_new_home_asks_those_who_kept_before_it_asks_the_registry() -> None:
     play(5, scenario)
 
 
-def test_who_is_asked_for_exactly_one_shard_gives_no_other_that_it_kept_in_an_earlier_view() -> None:
-    """The asker would take it for a breach of the protocol, and quarantine an honest member."""
+def test_a_keeper_asked_for_an_exact_shard_sends_no_shard_of_an_earlier_view() -> None:
+    """The asker would treat such a shard as a breach of the protocol, and quarantine an honest member."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
@@ -230,7 +230,7 @@ def test_who_is_asked_for_exactly_one_shard_gives_no_other_that_it_kept_in_an_ea
     play(5, scenario)
 
 
-def test_another_acts_for_a_home_whose_own_link_is_bad() -> None:
+def test_another_member_acts_for_a_home_with_a_bad_link() -> None:
     """S-19"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -258,7 +258,7 @@ def test_a_slow_uplink_makes_all_homes_slow_and_no_block_is_read_twice() -> None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
-def test_what_nobody_waits_for_is_read_by_its_home_or_by_nobody(count: int) -> None:
+def test_a_background_block_is_read_by_its_home_or_by_no_member(count: int) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.background = 0
         for node in nodes:
@@ -275,7 +275,7 @@ def test_what_nobody_waits_for_is_read_by_its_home_or_by_nobody(count: int) -> N
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
-def test_what_nobody_waits_for_keeps_no_client_waiting(count: int) -> None:
+def test_a_background_block_keeps_no_client_waiting(count: int) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.background = 1000.0
 
@@ -295,8 +295,8 @@ def test_what_nobody_waits_for_keeps_no_client_waiting(count: int) -> None:
         play(count, scenario)
 
 
-def test_a_wrong_size_harms_nobody() -> None:
-    """A manifest may say any size of a digest that the site holds: it names another object then."""
+def test_a_wrong_size_has_no_effect_on_other_reads() -> None:
+    """A manifest may name a held digest with any size. With another size it names another object."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes[:4])
@@ -310,7 +310,7 @@ def test_a_wrong_size_harms_nobody() -> None:
     play(5, scenario)
 
 
-def test_who_carries_the_record_of_a_stranger_is_no_liar() -> None:
+def test_a_member_that_passes_on_a_strangers_record_is_no_liar() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes[:4])
         nodes[4].view.forget(nodes[0].own)
@@ -320,7 +320,7 @@ def test_who_carries_the_record_of_a_stranger_is_no_liar() -> None:
     play(5, scenario)
 
 
-def test_two_rereads_of_one_block_both_end() -> None:
+def test_two_concurrent_rereads_of_one_block_both_end() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         address = BlockAddress(LOCATOR, REF, 0)
         async with trio.open_nursery() as nursery:
@@ -340,7 +340,7 @@ async def some_read_granted(nodes: list[Node]) -> None:
 @pytest.mark.parametrize(
     ("count", "readers"), [(1, 1), (2, 1), (3, 2), (5, 1), (5, 2), (5, 5), (20, 1), (20, 5), (20, 20)]
 )
-def test_what_the_registry_gives_to_some_only_is_read_once_by_one_of_them(count: int, readers: int) -> None:
+def test_a_private_object_is_read_once_by_one_of_its_readers(count: int, readers: int) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.private = True
         await some_read_granted(nodes[:readers])
@@ -351,7 +351,7 @@ def test_what_the_registry_gives_to_some_only_is_read_once_by_one_of_them(count:
     play(count, scenario)
 
 
-def test_a_reader_that_dies_leaves_the_others_reading() -> None:
+def test_a_reader_that_dies_does_not_stop_the_others() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.private, registry.block_s = True, 0.5
         async with trio.open_nursery() as nursery:
@@ -369,7 +369,7 @@ def test_a_reader_that_dies_leaves_the_others_reading() -> None:
 
 
 @pytest.mark.parametrize("mirrored", ["everywhere", "at home"])
-def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: str) -> None:
+def test_a_member_deceived_by_a_mirror_is_no_liar_and_the_object_is_repaired(mirrored: str) -> None:
     """S-13"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -385,7 +385,7 @@ def test_who_was_deceived_by_a_mirror_is_no_liar_and_the_object_heals(mirrored: 
     play(5, scenario)
 
 
-def test_no_member_reads_for_another_what_its_own_client_does_not_read() -> None:
+def test_a_member_reads_for_others_only_content_that_its_own_client_reads() -> None:
     """S-27"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:

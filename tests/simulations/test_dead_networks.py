@@ -30,7 +30,7 @@ NODES = 10
 IMAGE = 6_000_000
 CONNECT_S = TIMEOUT.connect or 0.0
 LONGEST_S = 2 * CONNECT_S + 2
-"""Longest time of a pull without the registry: it is served by the site, or fails after two connect timeouts."""
+"""Longest time of a pull without the registry: the site serves it, or it fails after two connect timeouts."""
 HEALED_S = 10.0
 BLOBS = locator("blobs")
 
@@ -43,7 +43,7 @@ class Site:
     images: tuple[Image, ...]
 
     async def pulled(self, nodes: Sequence[Node], image: Image) -> tuple[float, float]:
-        """Pull by all nodes at once. Returns the seconds of the slowest pull, and the copies read from the registry."""
+        """All nodes pull at once. Returns the seconds of the slowest pull, and the copies read from the registry."""
         before = self.registry.bytes_by_site[SITE]
         pulls = await pull_all(nodes, image)
         assert [pull.error for pull in pulls if pull.error] == []
@@ -51,7 +51,7 @@ class Site:
         return max(pull.ended - pull.began for pull in pulls), copies
 
     def seen(self) -> set[int]:
-        """The numbers of members that the nodes see."""
+        """The different numbers of members that the nodes see."""
         return {len(node.membership.site) for node in self.cluster.nodes}
 
     @property
@@ -72,7 +72,7 @@ def simulate(scenario: Callable[[Site], Awaitable[None]], nodes: int = NODES) ->
     play(1, main)
 
 
-def test_both_halves_of_a_parted_site_pull_a_copy_each_and_are_one_again_when_it_is_healed() -> None:
+def test_both_halves_of_a_partitioned_site_pull_a_copy_each_and_merge_when_it_heals() -> None:
     """S-50"""
 
     async def scenario(site: Site) -> None:
@@ -95,7 +95,7 @@ def test_both_halves_of_a_parted_site_pull_a_copy_each_and_are_one_again_when_it
     simulate(scenario)
 
 
-def test_without_its_uplink_a_site_serves_what_it_holds_and_hardly_asks_the_registry_for_hours() -> None:
+def test_a_site_without_its_uplink_serves_held_images_and_rarely_asks_the_registry() -> None:
     """S-51"""
     hours, nodes = 2, 3
 
@@ -138,7 +138,7 @@ def test_without_its_uplink_a_site_serves_what_it_holds_and_hardly_asks_the_regi
         (500, None, 8),
     ],
 )
-def test_a_registry_in_trouble_is_asked_little_by_a_whole_site_and_gives_one_copy_when_it_is_well(
+def test_a_site_asks_a_failing_registry_rarely_and_reads_one_copy_after_recovery(
     status: int, asked_s: int | None, most: int
 ) -> None:
     """S-52"""
@@ -168,7 +168,7 @@ def test_a_registry_in_trouble_is_asked_little_by_a_whole_site_and_gives_one_cop
     simulate(scenario)
 
 
-def test_a_registry_that_takes_long_to_answer_is_waited_for_and_asked_once() -> None:
+def test_a_slow_registry_is_waited_for_and_asked_once() -> None:
     """S-52"""
 
     async def scenario(site: Site) -> None:
@@ -180,7 +180,7 @@ def test_a_registry_that_takes_long_to_answer_is_waited_for_and_asked_once() -> 
     simulate(scenario)
 
 
-def test_a_switch_that_drops_every_twentieth_packet_costs_time_and_nobody_his_place() -> None:
+def test_a_switch_that_drops_5_percent_of_packets_costs_time_and_excludes_no_member() -> None:
     """S-53"""
 
     async def scenario(site: Site) -> None:
@@ -273,7 +273,7 @@ async def gives(upstreams: Upstreams, ref: ObjectRef) -> bool:
         return False
 
 
-def test_whatever_is_asked_for_without_an_uplink_a_node_tries_once_in_a_pause_and_a_connect() -> None:
+def test_a_node_without_an_uplink_tries_the_registry_once_per_pause_and_connect() -> None:
     """S-51"""
 
     async def scenario(upstreams: Upstreams, registry: Registry, image: Image) -> None:

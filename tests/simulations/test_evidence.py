@@ -78,7 +78,7 @@ Scenario = Callable[[list[Node], Registry], Awaitable[None]]
 
 
 def play(count: int, scenario: Scenario, judging: int | None = None, registry: Registry | None = None) -> None:
-    """Run a scenario with `count` nodes. The judges of the first `judging` nodes run, or those of all."""
+    """Run a scenario with `count` nodes. Only the judges of the first `judging` nodes run, if it is given."""
 
     async def judged(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         async with trio.open_nursery() as nursery:
@@ -98,7 +98,7 @@ async def until(holds: Callable[[], bool], within_s: float = SOON_S) -> None:
 
 
 async def poison(liar: Node, index: int) -> Record:
-    """The liar keeps a false block with a matching record, and answers with it."""
+    """Have the liar keep a false block with a matching record, so that it answers with them."""
     false = bytes(REF.block_length(index))
     record = liar.signs(index, false)
     await liar.tiers.put(Piece(REF.block(index)), false, record)
@@ -111,7 +111,7 @@ def verdicts(nodes: list[Node], liar: Node) -> list[Verdict]:
 
 @pytest.mark.parametrize("index", range(REF.block_count))
 @pytest.mark.parametrize("checked_first", [True, False])
-def test_who_signed_a_false_record_is_shut_out_by_the_whole_site(
+def test_the_whole_site_quarantines_the_signer_of_a_false_record(
     index: int, checked_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S-05"""
@@ -143,7 +143,7 @@ def test_who_signed_a_false_record_is_shut_out_by_the_whole_site(
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (BLOCK_SIZE - 10, BLOCK_SIZE + 10), (REF.size - 5, REF.size)])
-def test_a_part_of_a_small_object_is_given_only_when_all_of_it_is_right(start: int, stop: int) -> None:
+def test_a_part_of_a_small_object_is_sent_only_if_all_of_it_is_right(start: int, stop: int) -> None:
     """S-05"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -169,7 +169,7 @@ async def read_parts(reader: SiteLibrary, *parts: tuple[int, int]) -> bytes:
 
 
 @pytest.mark.parametrize("index", range(REF.block_count))
-def test_a_large_object_of_which_parts_were_given_is_checked_once_all_of_it_is_held(
+def test_a_large_object_sent_in_parts_is_verified_once_all_of_it_is_held(
     index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S-05"""
@@ -195,7 +195,7 @@ def test_a_large_object_of_which_parts_were_given_is_checked_once_all_of_it_is_h
     play(7, scenario)
 
 
-def test_what_is_right_is_checked_once_in_an_hour_and_never_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_right_object_is_checked_once_in_an_hour_and_never_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "CHECKED_FIRST", REF.size - 1)
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -217,7 +217,7 @@ def test_what_is_right_is_checked_once_in_an_hour_and_never_read_again(monkeypat
     play(1, scenario)
 
 
-def test_what_is_not_to_be_had_whole_is_given_in_part() -> None:
+def test_a_part_is_sent_of_an_object_that_cannot_be_read_whole() -> None:
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         (node,) = nodes
         await node.read(1)
@@ -228,7 +228,7 @@ def test_what_is_not_to_be_had_whole_is_given_in_part() -> None:
     play(1, scenario)
 
 
-def test_no_block_of_a_liar_outlives_it_where_it_was_kept() -> None:
+def test_convinced_members_drop_the_blocks_of_a_liar() -> None:
     """S-06"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -244,7 +244,7 @@ def test_no_block_of_a_liar_outlives_it_where_it_was_kept() -> None:
     play(5, scenario)
 
 
-def test_what_else_a_liar_signed_is_dropped_unless_it_is_of_an_object_that_is_right() -> None:
+def test_other_blocks_of_a_liar_are_dropped_except_those_of_verified_objects() -> None:
     """S-06"""
     whole = b"right" * 200_000
     right = ObjectRef(Digest("sha256", sha256(whole).hexdigest()), len(whole))
@@ -270,7 +270,7 @@ def test_what_else_a_liar_signed_is_dropped_unless_it_is_of_an_object_that_is_ri
     play(3, scenario)
 
 
-def test_a_record_that_no_bytes_fit_is_found_out_by_who_reads_the_block() -> None:
+def test_a_record_that_no_bytes_match_is_detected_by_readers_of_the_block() -> None:
     """S-07"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -295,7 +295,7 @@ def test_a_record_that_no_bytes_fit_is_found_out_by_who_reads_the_block() -> Non
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_two_records_of_one_block_convict_their_signer_without_the_registry(mirrored: bool) -> None:
-    """S-08: but not where a mirror may have given its signer either."""
+    """S-08: except if the signer may have read either version from a mirror."""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, receiver = nodes[0], nodes[1], nodes[2]
@@ -312,7 +312,7 @@ def test_two_records_of_one_block_convict_their_signer_without_the_registry(mirr
     play(3, scenario, judging=3)
 
 
-def test_who_reads_two_records_of_one_signer_tells_of_both() -> None:
+def test_a_reader_of_two_records_of_one_signer_reports_both() -> None:
     """S-08"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -321,7 +321,7 @@ def test_who_reads_two_records_of_one_signer_tells_of_both() -> None:
         given: list[Record] = []
 
         def lie(answer: Answer) -> Answer:
-            """Other bytes for each member that asks."""
+            """Send different bytes to each member that asks."""
             if not isinstance(answer.message, ShardFound) or answer.message.record.index:
                 return answer
             given.append(liar.signs(0, bytes([len(given)]) * BLOCK_SIZE))
@@ -336,7 +336,7 @@ def test_who_reads_two_records_of_one_signer_tells_of_both() -> None:
     play(7, scenario)
 
 
-def test_who_accuses_falsely_loses_his_standing_and_the_accused_keeps_it() -> None:
+def test_a_false_accuser_is_quarantined_and_the_accused_member_is_not() -> None:
     """S-09"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -354,7 +354,7 @@ def test_who_accuses_falsely_loses_his_standing_and_the_accused_keeps_it() -> No
     play(6, scenario)
 
 
-def test_accusations_are_few_for_each_accuser_and_looked_into_one_by_one() -> None:
+def test_accusations_are_bounded_per_accuser_and_examined_one_by_one() -> None:
     """S-10"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -370,7 +370,7 @@ def test_accusations_are_few_for_each_accuser_and_looked_into_one_by_one() -> No
     play(3, scenario)
 
 
-def test_the_table_of_evidence_is_bounded_and_what_is_proven_stays_longest() -> None:
+def test_the_table_of_evidence_is_bounded_and_proven_cases_stay_longest() -> None:
     """S-10"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -387,7 +387,7 @@ def test_the_table_of_evidence_is_bounded_and_what_is_proven_stays_longest() -> 
 
 
 @pytest.mark.parametrize("forged", ["finder", "record", "pair"])
-def test_who_tells_of_evidence_with_a_wrong_signature_is_shut_out(forged: str) -> None:
+def test_the_sender_of_evidence_with_a_wrong_signature_is_quarantined(forged: str) -> None:
     """S-11"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -408,7 +408,7 @@ def test_who_tells_of_evidence_with_a_wrong_signature_is_shut_out(forged: str) -
     play(4, scenario)
 
 
-def test_while_the_registry_is_out_of_reach_nobody_is_shut_out_and_the_accusation_is_kept() -> None:
+def test_an_accusation_is_kept_and_no_member_quarantined_while_the_registry_is_down() -> None:
     """S-12"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -426,7 +426,7 @@ def test_while_the_registry_is_out_of_reach_nobody_is_shut_out_and_the_accusatio
     play(3, scenario)
 
 
-def test_what_the_registry_does_not_give_here_stays_unproven() -> None:
+def test_evidence_about_an_object_that_the_registry_refuses_stays_unproven() -> None:
     """S-12"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -440,7 +440,7 @@ def test_what_the_registry_does_not_give_here_stays_unproven() -> None:
     play(3, scenario)
 
 
-def test_who_was_deceived_by_a_mirror_is_not_shut_out_by_anybody() -> None:
+def test_no_member_quarantines_a_member_deceived_by_a_mirror() -> None:
     """S-13"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -454,7 +454,7 @@ def test_who_was_deceived_by_a_mirror_is_not_shut_out_by_anybody() -> None:
     play(3, scenario, registry=WithMirror())
 
 
-def test_an_object_that_is_held_whole_decides_without_the_registry(tmp_path: Path) -> None:
+def test_a_node_that_holds_the_whole_object_decides_without_the_registry(tmp_path: Path) -> None:
     """S-14"""
     (tmp_path / "whole").write_bytes(BODY)
 
@@ -472,7 +472,7 @@ def test_an_object_that_is_held_whole_decides_without_the_registry(tmp_path: Pat
     play(4, scenario)
 
 
-def test_who_joins_later_hears_of_it() -> None:
+def test_a_member_that_joins_later_receives_the_evidence() -> None:
     """S-15"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -494,7 +494,7 @@ def test_who_joins_later_hears_of_it() -> None:
     play(4, scenario)
 
 
-def test_evidence_that_is_an_hour_old_is_neither_told_nor_taken() -> None:
+def test_evidence_that_is_an_hour_old_is_neither_sent_nor_accepted() -> None:
     """S-16"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -507,7 +507,7 @@ def test_evidence_that_is_an_hour_old_is_neither_told_nor_taken() -> None:
         receiver.view.quarantined.clear()
         await trio.sleep(QUARANTINE_S)
         registry.asked.clear()
-        await finder.tells(receiver, evidence)  # sent as if it were new: it counts once
+        await finder.tells(receiver, evidence)  # sent as new evidence: it counts once
         await trio.sleep(SOON_S)
         assert not receiver.view.quarantined
         assert not receiver.judge.cases.about(liar.own)
@@ -559,7 +559,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x93\x02\x90\x90", bytes(2 << 20), b"\x93\x01\x91\x93\xa1x\xa1y\xc0"])
-def test_a_damaged_file_of_evidence_is_passed_over(tmp_path: Path, data: bytes) -> None:
+def test_a_damaged_file_of_evidence_is_ignored(tmp_path: Path, data: bytes) -> None:
     """S-17"""
     path = tmp_path / "evidence.msgpack"
     path.write_bytes(data)
@@ -600,7 +600,7 @@ def test_evidence_that_was_altered_anywhere_is_refused(data: st.DataObject) -> N
             check_evidence(altered)
 
 
-def test_nobody_accuses_in_the_name_of_another() -> None:
+def test_a_member_cannot_accuse_in_the_name_of_another() -> None:
     """S-11"""
     for stranger in (ALICE, CAROL):
         with pytest.raises(PeerMisbehavedError):
@@ -611,7 +611,7 @@ def replace_finder(finder: PeerId) -> Evidence:
     return msgspec.structs.replace(GENUINE, finder=finder)
 
 
-def test_what_a_member_tells_of_itself_or_of_strangers_is_passed_over() -> None:
+def test_evidence_against_the_finder_itself_or_by_strangers_is_ignored() -> None:
     """S-10"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
@@ -626,7 +626,7 @@ def test_what_a_member_tells_of_itself_or_of_strangers_is_passed_over() -> None:
     play(2, scenario)
 
 
-def test_a_suspicion_that_comes_to_nothing_costs_one_block_once() -> None:
+def test_an_unfounded_suspicion_costs_one_block_once() -> None:
     """S-13"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:

@@ -1,4 +1,4 @@
-"""A small flash crowd of the shipped nodes in virtual time. It detects a loss of balance or of single flight."""
+"""A small flash crowd of the shipped nodes in virtual time. It detects unbalanced load and double reads."""
 
 from __future__ import annotations
 

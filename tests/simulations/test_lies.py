@@ -54,7 +54,7 @@ def test_a_wrong_parity_shard_makes_no_wrong_block() -> None:
     play(7, scenario)
 
 
-def test_wrong_bytes_of_a_whole_block_are_refused_when_they_come() -> None:
+def test_wrong_bytes_of_a_whole_block_are_refused_on_arrival() -> None:
     """S-03"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -68,7 +68,7 @@ def test_wrong_bytes_of_a_whole_block_are_refused_when_they_come() -> None:
 
 
 @pytest.mark.parametrize("count", [5, 7])
-def test_a_home_that_gives_keepers_wrong_shards_has_none_of_them_shut_out(count: int) -> None:
+def test_a_home_that_sends_keepers_wrong_shards_gets_no_keeper_quarantined(count: int) -> None:
     """S-04"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -90,9 +90,9 @@ def test_a_home_that_gives_keepers_wrong_shards_has_none_of_them_shut_out(count:
         ).map(lambda events: (liar, events))
     )
 )
-def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[frozenset[str]]]) -> None:
-    """S-04: every wrong shard went through the hands of the liar, as keeper, as home, or between them, once or now."""
-    liar, events = what
+def test_no_single_liar_gets_an_honest_member_quarantined(attack: tuple[str, list[frozenset[str]]]) -> None:
+    """S-04: in every event the liar is one of the members that may have made the wrong shard."""
+    liar, events = attack
 
     async def main() -> None:
         faults = Faults()
@@ -104,7 +104,7 @@ def test_no_single_liar_has_an_honest_member_shut_out(what: tuple[str, list[froz
 
 
 @pytest.mark.parametrize("answers", ["not held", "wrong bytes"])
-def test_who_claims_to_hold_what_it_does_not_costs_a_question_and_no_copy(answers: str) -> None:
+def test_a_false_claim_to_hold_a_block_costs_a_question_and_no_copy(answers: str) -> None:
     """S-18"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -131,7 +131,7 @@ def test_who_claims_to_hold_what_it_does_not_costs_a_question_and_no_copy(answer
 
 @pytest.mark.parametrize("urgent", [False, True])
 def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
-    """S-19: its `Waiting` goes on for ever."""
+    """S-19: the member sends `Waiting` without end."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         liar = nodes[0]
@@ -145,12 +145,12 @@ def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
             for index in range(REF.block_count):
                 with trio.fail_after(20):
                     await node.read(index, urgent=urgent)
-        assert not any(node.view.quarantined for node in nodes), "slowness is no lie"
+        assert not any(node.view.quarantined for node in nodes), "slowness does not count as a lie"
 
     play(6, scenario)
 
 
-def test_members_that_are_invented_cost_time_and_no_pull() -> None:
+def test_invented_members_cost_time_and_fail_no_pull() -> None:
     """S-24"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -164,7 +164,7 @@ def test_members_that_are_invented_cost_time_and_no_pull() -> None:
     play(5, scenario)
 
 
-def test_a_member_that_tells_a_name_wrongly_is_named_and_a_digest_stands_for_itself(tmp_path: Path) -> None:
+def test_a_false_answer_for_a_tag_names_its_member_and_digests_stay_right(tmp_path: Path) -> None:
     """S-25"""
     wrong = "sha256:" + "66" * 32
 
@@ -177,14 +177,14 @@ def test_a_member_that_tells_a_name_wrongly_is_named_and_a_digest_stands_for_its
 
         for node in nodes[1:]:
             node.handler = lie
-        told = Counter[bool]()
+        wrong_answers = Counter[bool]()
         for number in range(8):
-            found = await reader.names.resolve(tags.APP, f"v{number}")
-            is_wrong = str(found.ref.digest) == wrong
-            told[is_wrong] += 1
-            _, told_by, _ = reader.row(f"v{number}")
-            assert (told_by in {node.own for node in nodes[1:]}) is is_wrong
-        assert told[True], "a tag is a member's word: docs/SECURITY.md says so"
+            resolved = await reader.names.resolve(tags.APP, f"v{number}")
+            is_wrong = str(resolved.ref.digest) == wrong
+            wrong_answers[is_wrong] += 1
+            _, source, _ = reader.row(f"v{number}")
+            assert (source in {node.own for node in nodes[1:]}) is is_wrong
+        assert wrong_answers[True], "docs/SECURITY.md: for a tag the answer of a member is accepted"
         true = (await reader.reached.resolve(tags.APP, "latest"))[0]
         by_digest = await reader.names.resolve(tags.APP, str(true.ref.digest))
         assert by_digest.ref == true.ref
@@ -204,15 +204,15 @@ def test_a_lie_about_a_digest_is_refused_and_the_registry_asked(tmp_path: Path) 
         for node in nodes[1:]:
             node.handler = lie
         before = registry.asked
-        found = await nodes[0].names.resolve(tags.APP, asked)
-        assert str(found.ref.digest) != wrong
+        resolved = await nodes[0].names.resolve(tags.APP, asked)
+        assert str(resolved.ref.digest) != wrong
         assert registry.asked == before + 1
 
     tags.play(tmp_path, 4, scenario)
 
 
-def test_what_was_found_is_not_a_message_that_only_looks_like_one() -> None:
-    """S-03: a whole block is asked for, and its record is of that block."""
+def test_an_answer_with_another_block_is_refused() -> None:
+    """S-03: a record of another block than the requested one is refused."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await nodes[0].read_all()
@@ -220,7 +220,7 @@ def test_what_was_found_is_not_a_message_that_only_looks_like_one() -> None:
         assert isinstance(answer.message, BlockFound)
 
         async def replay(peer: PeerId, request: Request) -> Answer:
-            return answer  # of block 1, whatever is asked
+            return answer  # block 1 for any request
 
         nodes[0].handler = replay
         assert await nodes[1].read_all()

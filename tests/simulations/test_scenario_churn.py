@@ -1,4 +1,4 @@
-"""A small site whose nodes die and return while all pull: no pull fails, and all views soon become right."""
+"""A small site whose nodes die and return while all nodes pull: no pull fails, and all views soon become right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small crowd with a lying member: every pull ends with right bytes, and all exclude the liar, and only the liar."""
+"""A small crowd with a lying member: every pull ends with right bytes, and all members exclude only the liar."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def play(scenario: Callable[[SimulatedNetwork], Awaitable[None]], *, uplink: flo
 
 
 async def times(network: SimulatedNetwork, *frames: tuple[PeerId, PeerId, int]) -> list[float]:
-    """When each of these frames arrives; all are sent at the same moment, in this order."""
+    """The times at which these frames arrive. All are sent at the same moment, in this order."""
     began, came = trio.current_time(), [0.0] * len(frames)
 
     async def send(number: int, sender: PeerId, receiver: PeerId, size: int) -> None:
@@ -47,7 +47,7 @@ async def times(network: SimulatedNetwork, *frames: tuple[PeerId, PeerId, int]) 
     return came
 
 
-def test_a_frame_takes_its_bytes_over_the_slowest_link_and_the_latency() -> None:
+def test_a_frame_takes_its_size_over_the_slowest_rate_plus_the_latency() -> None:
     async def scenario(network: SimulatedNetwork) -> None:
         network.port(TWO).down.rate = RATE / 2
         assert await times(network, (ONE, TWO, BODY)) == [pytest.approx(2 * TOOK_S + LATENCY_S)]
@@ -55,7 +55,7 @@ def test_a_frame_takes_its_bytes_over_the_slowest_link_and_the_latency() -> None
     play(scenario)
 
 
-def test_frames_that_share_a_link_take_it_one_after_the_other() -> None:
+def test_frames_that_share_a_link_use_it_one_after_the_other() -> None:
     async def scenario(network: SimulatedNetwork) -> None:
         came = await times(network, (ONE, TWO, BODY), (ONE, TWO, BODY), (ONE, TWO, BODY))
         assert came == pytest.approx([n * TOOK_S + LATENCY_S for n in (1, 2, 3)])
@@ -63,7 +63,7 @@ def test_frames_that_share_a_link_take_it_one_after_the_other() -> None:
     play(scenario)
 
 
-def test_a_small_frame_waits_for_no_more_than_a_queue() -> None:
+def test_a_small_frame_waits_at_most_for_a_switchs_queue() -> None:
     link = Link(RATE)
     for _ in range(10):
         link.send(0.0, BODY)
@@ -71,7 +71,7 @@ def test_a_small_frame_waits_for_no_more_than_a_queue() -> None:
     assert link.carried == 10 * BODY + 100
 
 
-def test_between_sites_both_uplinks_are_passed() -> None:
+def test_a_frame_between_sites_passes_both_uplinks() -> None:
     async def scenario(network: SimulatedNetwork) -> None:
         came = await times(network, (ONE, THREE, BODY), (TWO, THREE, BODY))
         assert came == pytest.approx([10 * TOOK_S + LATENCY_S + 0.1, 20 * TOOK_S + LATENCY_S + 0.1])
@@ -79,7 +79,7 @@ def test_between_sites_both_uplinks_are_passed() -> None:
     play(scenario, uplink=RATE / 10)
 
 
-def test_what_is_parted_comes_together_when_it_is_healed() -> None:
+def test_frames_across_a_partition_arrive_when_it_is_healed() -> None:
     async def scenario(network: SimulatedNetwork) -> None:
         network.part([ONE], [TWO])
         assert not network.reaches(ONE, TWO)
@@ -95,7 +95,7 @@ def test_what_is_parted_comes_together_when_it_is_healed() -> None:
     play(scenario)
 
 
-def test_without_its_uplink_a_site_has_itself() -> None:
+def test_a_site_without_its_uplink_reaches_only_itself() -> None:
     async def scenario(network: SimulatedNetwork) -> None:
         network.cut_uplink("there")
         assert network.reaches(ONE, TWO)
@@ -118,7 +118,7 @@ def test_lost_packets_cost_timeouts_at_the_end_and_rate_before() -> None:
     play(scenario)
 
 
-def test_a_lognormal_latency_has_the_median_and_the_tail_that_it_was_given() -> None:
+def test_a_lognormal_latency_has_the_requested_median_and_tail() -> None:
     rng, latency = Random(2), lognormal(0.001, 0.02)
     drawn = sorted(latency(rng) for _ in range(20_000))
     assert drawn[10_000] == pytest.approx(0.001, rel=0.05)

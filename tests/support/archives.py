@@ -1,4 +1,4 @@
-"""Image archives for tests, built from a description; their files can be changed before they are packed."""
+"""Image archives for tests, built from a description. A test can change their files before they are packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A site in a lab for the benchmarks: p2pd in network namespaces, in front of a docker-registry behind an uplink."""
+"""A site in a lab for the benchmarks: p2pd in network namespaces, and a docker-registry behind the site's uplink."""
 
 from __future__ import annotations
 

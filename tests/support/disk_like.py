@@ -1,4 +1,4 @@
-"""A memory store in the place of the disk, for nodes without files."""
+"""A memory store that replaces the disk, for nodes without files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The container clients that operators use, each in a folder of its own, with its configuration file from deploy/.
+"""The container clients of operators, each in a folder of its own, with its configuration file from deploy/.
 
-Only the mirror's address in that file is changed. Their registry is docker.io, for which tests/support/hub.py stands.
+Only the mirror's address in that file is changed. Their registry is docker.io, which tests/support/hub.py replaces.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Held:
 
 class Engine(Protocol):
     def pull(self, reference: str, user: str = "") -> Pull:
-        """Start to pull, with the credentials `user` (`name:password`) for docker.io."""
+        """Start a pull with the credentials `user` (`name:password`) for docker.io."""
 
     def held(self, reference: str) -> Held:
         """The image that was pulled by this reference."""
@@ -193,7 +193,7 @@ def _pull(shell: _Shell, program: str, reference: str, user: str) -> Pull:
 
 
 def _started(kind: Callable[[_Shell], Engine]) -> Start:
-    """How to start a client that needs no daemon."""
+    """Returns a function that starts a client without a daemon."""
 
     @contextlib.contextmanager
     def start(folder: Path, hub: Hub, mirror: str) -> Iterator[Engine]:

@@ -1,7 +1,7 @@
-"""Members on loopback: real exchanges, and raw peers that send whatever a test wants, in time that the test controls.
+"""Members on loopback: real exchanges, and raw peers that send any bytes, with a clock that the test controls.
 
-The clock stands still unless the scenario lets time pass. So a busy machine causes no timeout, and a timeout that a
-test waits for comes without a real wait.
+The clock stands still unless the scenario lets time pass. Therefore a busy machine causes no timeout, and a test does
+not really wait for the timeouts that it expects.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ BLOCK = bytes(range(256)) * (BLOCK_SIZE // 256)
 HELLO = wire.encode_hello("bulk")
 
 HANG_S = 300.0
-"""Real seconds after which a scenario is taken for hung. No scenario needs more than a few, on an idle machine."""
+"""Real seconds after which a scenario counts as hung. On an idle machine every scenario takes only a few."""
 STEP_S, QUIET_S = 0.1, 0.01
-"""While time passes: how far the clock jumps once no task was able to run for QUIET_S of real time."""
+"""While time passes, the clock jumps by STEP_S each time that no task was able to run for QUIET_S of real time."""
 
 
 def frame(request_id: int, message: Any, body_length: int = 0) -> bytes:
@@ -198,7 +198,7 @@ class Cluster:
         return credentials.identity.peer_id
 
     async def dial_raw(self, node: Node, context: ssl.SSLContext | None = None, hello: bytes = HELLO) -> Raw:
-        """A connection of a member (or of another, by `context`) that has sent `hello` and read no answer yet."""
+        """A connection of a member, or of the client in `context`, that has sent `hello` and read no answer yet."""
         address = node.exchange.address
         transport = await trio.open_tcp_stream(address.host, address.port)
         raw = Raw(trio.SSLStream(transport, context or self.credentials().client_context()))

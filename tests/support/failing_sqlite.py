@@ -41,7 +41,7 @@ class _Vfs(ctypes.Structure):
 
 @dataclass(slots=True)
 class Calls:
-    """`made` calls so far. Call number `first` fails; if `on` is set, all later calls fail too."""
+    """`made` counts the calls. Call number `first` fails, and if `on` is set, all later calls too."""
 
     first: int = -1
     on: bool = False
@@ -57,7 +57,7 @@ class Calls:
 
 @contextmanager
 def failing(calls: Calls) -> Iterator[None]:
-    """Applies to every use of SQLite in this process."""
+    """While the context lasts, `calls` decides which calls of SQLite in this process fail."""
     library = ctypes.CDLL("libsqlite3.so.0")
     library.sqlite3_vfs_find.restype = ctypes.POINTER(_Vfs)
     vfs = library.sqlite3_vfs_find(b"unix")

@@ -1,4 +1,4 @@
-"""A ControlApi over fixed values, and a server of it in a thread, for tests of its clients."""
+"""A ControlApi with fixed values, and a server for it in a thread: for tests of its clients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SOURCES = ("memory", "disk", "containerd", "peer", "origin")
 
 
 class FakeControl:
-    """`mirror` is the address in its status. A pull of an image named `missing` or `failing` fails that way."""
+    """`mirror` is the address in its status. A pull fails if the image is named `missing` or `failing`."""
 
     def __init__(self, mirror: str = "127.0.0.1:1") -> None:
         self.mirror = mirror

@@ -1,7 +1,7 @@
 """A registry of one repository in the test's own trio run, with the faults of real registries on demand.
 
-Tests of the registry client need what other processes and threads cannot give: the requests as they came, and faults
-and credentials that change between two of them. tests/support/faulty_origin.py breaks bodies for whole daemons.
+In the same process, a test of the registry client can read each request, and change faults and credentials between two
+requests. tests/support/faulty_origin.py breaks bodies for whole daemons.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ async def serve(nursery: trio.Nursery, handle: Callable[[Request], Awaitable[Res
 
 
 class FakeRegistry:
-    """Each request to /v2/ takes the next of `faults`: a status, a fault of `blob_answer`, or None: a good answer."""
+    """Each request to /v2/ gets the next of `faults`: a status, a fault of `blob_answer`, or None (a good answer)."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []

@@ -1,4 +1,4 @@
-"""A registry with one generated blob, whose bodies break as a test wants. It runs in a thread of the test's process."""
+"""A registry with one generated blob, in a thread of the test's process. A test decides how its bodies break."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def content(start: int, stop: int) -> bytes:
 
 
 class FaultyOrigin:
-    """A context manager. `asked` has the byte ranges of all GETs; each of `faults` happens once, in any order."""
+    """A context manager. `asked` has the byte ranges of all GETs. Each of `faults` happens once, in any order."""
 
     def __init__(self, size: int, *faults: Fault, hashed: bool = True) -> None:
-        """Without `hashed` the digest is not that of the blob: for tests that never read all of it."""
+        """Without `hashed` the digest is false, which saves time in tests that never read the whole blob."""
         self.size = size
         self.digest = f"sha256:{hashlib.sha256(content(0, size)).hexdigest() if hashed else 'ab' * 32}"
         self.asked: list[tuple[int, int]] = []

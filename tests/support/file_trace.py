@@ -102,7 +102,7 @@ def traced(command: Sequence[str], folder: Path, log: Path, cwd: Path) -> list[O
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A system call that succeeded. `end` is the text after its result; `before` counts the operations at its begin."""
+    """A successful system call. `end` is the text after its result; `before` counts the operations before its start."""
 
     before: int
     name: str
@@ -169,7 +169,7 @@ class _Trace:
         return path == self._folder or path.startswith(self._folder + "/")
 
     def _paths(self, call: _Call) -> list[str]:
-        """The absolute paths that a call names. In the calls ...at, each name follows the handle of its folder."""
+        """The absolute paths that a call names. In calls such as openat, each name follows the handle of its folder."""
         bases = [path for _, path in call.handles] or [""] * len(call.texts)
         pairs = zip(bases, map(os.fsdecode, call.texts), strict=False)
         return [os.path.normpath(os.path.join(base, name)) for base, name in pairs]
@@ -192,7 +192,7 @@ class _Trace:
         if call.name in ("fsync", "fdatasync"):
             self._operations.append(Sync(inode, path, call.before))
         elif inode is None:
-            return  # the file was removed while it is open
+            return  # the file was removed while it was open
         elif call.name == "write":
             offset = self._positions[handle]
             self._positions[handle] += size
@@ -224,7 +224,7 @@ class _Trace:
 
 
 def _unhex(text: str) -> bytes:
-    """The bytes of `\\x61\\x62`; a text without escapes stands for itself."""
+    """The bytes of a text such as `\\x61\\x62`. A text without escapes is encoded unchanged."""
     if text.startswith("\\x"):
         return bytes.fromhex(text.replace("\\x", ""))
     return text.encode()

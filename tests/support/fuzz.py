@@ -17,7 +17,7 @@ import trio
 
 WORKERS = 8
 ANSWER_S = 60.0
-"""Bounds the wait for answers. A later one counts as a hang."""
+"""Bounds the wait for answers. A later answer counts as a hang."""
 MAX_WRONG = 20
 """Problems kept for the report."""
 _HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]*\r\n((?:[!-9;-~]+: [ -~]*\r\n)*)\r\n")
@@ -48,7 +48,7 @@ class Shot:
     methods: tuple[str, ...]
     data: bytes
     mangled: bool
-    """Whether there are mangled bytes. They may count as any number of requests."""
+    """Whether mangled bytes follow. The mirror may read them as any number of requests."""
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Findings:
 
     @property
     def answers(self) -> int:
-        """Fewer than requests: after an answer that ends the connection, the mirror answers no more."""
+        """May be fewer than the requests: the mirror sends nothing after an answer that ends the connection."""
         return self.statuses.total()
 
     def add(self, shot: Shot, problem: str) -> None:

@@ -1,7 +1,7 @@
 """A registry that generates large blobs while it sends them: `python -m tests.support.generated_origin PORT`.
 
-`/v2/app/blobs/<digest>` for each of `digests()`, with HEAD and one range; `/asked` gives the number of blobs' bytes
-that were asked for. Nothing is stored. No two blocks are equal, so that none can be taken for another.
+It serves `/v2/app/blobs/<digest>` for each of `digests()`, with HEAD and one range. `/asked` gives the number of
+requested blob bytes. Nothing is stored. No two blocks are equal, so that a mixed-up block is always detected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
 def _parts(blob: int, start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes [start, stop) of a blob. Each block is a mark of its own, followed by the same noise."""
+    """The bytes [start, stop) of a blob. Each block begins with a mark of its own, and has the same noise after it."""
     for index in range(start // BLOCK, -(-stop // BLOCK)):
         mark = memoryview(f"{blob:8d}{index:8d}".encode())
         first, last = max(0, start - index * BLOCK), min(BLOCK, stop - index * BLOCK)
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Print the digests in one line when they are computed and the port answers; then serve."""
+    """Serve. Print the digests in one line once they are computed and the port answers."""
     server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), _Handler)
     names = digests()
     _Handler.blobs = {digest: blob for blob, digest in enumerate(names)}

@@ -1,6 +1,6 @@
-"""docker.io on loopback, for clients that know no other name for it: its hosts, its port 443, and a certificate.
+"""docker.io on loopback, for clients that cannot use another name for it: its hosts, its port 443, and a certificate.
 
-`Hub.prefix` runs a program in a mount namespace of its own, where docker.io's names have this proxy's address: no
+`Hub.prefix` runs a program in a mount namespace of its own, in which docker.io's names have this proxy's address. No
 request leaves this machine, and nothing is written to the machine's directories. Needs root.
 """
 
@@ -31,7 +31,7 @@ for place in /run /var/lib /dev/shm /etc/docker; do
 done
 exec "$@"
 """
-"""A script. Clients keep state in these places, which no option can move."""
+"""A shell script. Clients keep state in these places, and no option can move it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +43,18 @@ class Hub:
 
     @property
     def prefix(self) -> list[str]:
-        """Before a command: docker.io is here for the command; its mounts end with it."""
+        """Words to put before a command, which then reaches this hub as docker.io. Its mounts end with the command."""
         return ["unshare", "--mount", "sh", "-euc", NAMESPACE, str(self.folder / "hosts")]
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment, in which only this certificate's authority is trusted (Go, crypto/x509)."""
+        """An environment in which Go programs (crypto/x509) trust only this certificate's authority."""
         return {**os.environ, "SSL_CERT_FILE": str(self.folder / "hub.pem"), "SSL_CERT_DIR": str(self.folder / "none")}
 
 
 @contextlib.contextmanager
 def hub(folder: Path, host: str, port: int) -> Iterator[Hub]:
-    """Have requests to docker.io answered by `host:port`."""
+    """A hub that passes requests to docker.io on to `host:port`."""
     folder.mkdir(parents=True)
     address = ".".join(["127", *(str(random.randrange(1, 255)) for _ in range(3))])
     (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {' '.join(NAMES)}\n")

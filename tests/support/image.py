@@ -31,7 +31,7 @@ LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 GZIP_LEVEL = 1
-"""The layers need not be small, and level 1 packs 100 MB in seconds."""
+"""The layers need not be small, and level 1 compresses 100 MB in seconds."""
 
 Entry = tuple[str, Path | bytes]
 """A path inside the layer, and its content: a file of this machine, or bytes."""

@@ -3,8 +3,8 @@
     wan (registry, proxy) ==uplink==> switch ==down==> node-i
                                       switch <==up==== node-i
 
-Each link is a veth pair, and tbf shapes each direction at its sender. Nothing is visible outside of the namespaces,
-and the end of the context removes them. This process may make sockets in any of them (`Namespace.entered`).
+Each link is a veth pair, and tbf shapes each direction at its sender. Nothing is visible outside the namespaces, and
+the end of the context removes them. This process can open sockets in each of them (`Namespace.entered`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NETWORK = "198.18"
 WAN = f"{NETWORK}.255.1"
 CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 CONGESTION_CONTROL = "reno"
-"""Most registries use cubic, which a namespace often may not choose. At these rates both give the same speed."""
+"""Most registries use cubic, which many kernels do not let a namespace choose. At these rates both are equally fast."""
 BURST_BYTES = 64 << 10
 """One GSO packet."""
 QUEUE_MS = 50
@@ -65,12 +65,12 @@ class Namespace:
 
     @property
     def prefix(self) -> list[str]:
-        """Put it before a command to run the command in this namespace."""
+        """Words to put before a command, which then runs in this namespace."""
         return ["ip", "netns", "exec", self.name]
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Sockets that this thread makes in the context belong to this namespace (setns(2)). Do not await inside."""
+        """Sockets that this thread opens in the context belong to this namespace (setns(2)). Do not await inside."""
         with (
             contextlib.closing(_File(f"/proc/self/task/{threading.get_native_id()}/ns/net")) as own,
             contextlib.closing(_File(f"/run/netns/{self.name}")) as there,

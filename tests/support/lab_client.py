@@ -1,4 +1,4 @@
-"""A cheap client: it pulls an image as containerd does, verifies every digest, and keeps nothing.
+"""A client with low CPU use: it pulls an image as containerd does, verifies every digest, and keeps nothing.
 
 Many of them run in one trio program, each with connections from its own namespace. This leaves the processor to the
 daemons that are measured.
@@ -78,7 +78,7 @@ class Client:
             raise PullFailedError(f"{digest} has the bytes of sha256:{hasher.hexdigest()}")
 
     async def _get(self, tail: str, take: Callable[[memoryview], object]) -> None:
-        """Read a whole body. If it is cut, request the rest."""
+        """Read a whole body. If it breaks off, request the rest."""
         start = idle = 0
         while True:
             came, left = await self._get_from(start, tail, take)
@@ -114,7 +114,7 @@ class Client:
     async def _body(
         self, stream: trio.SocketStream, left: int, came: bytes, take: Callable[[memoryview], object]
     ) -> int:
-        """Returns how many of `left` bytes did not arrive. `came` is the beginning of the body."""
+        """Returns how many of `left` bytes did not arrive. `came` is the part of the body that came with the head."""
         buffer = memoryview(bytearray(RECEIVE))
         part = memoryview(came)
         while True:

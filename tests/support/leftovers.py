@@ -1,9 +1,9 @@
 """Removes the namespaces, mounts and processes of a test run, however the run ends.
 
 The context managers of tests/support remove what they made when they exit. They do not exit in a run that is ended by
-SIGKILL, or by a second Ctrl-C while it cleans up. Therefore the first thing made starts a guard: this file as a process
-in a session of its own. It reads from a pipe which things were made and which were removed again. The pipe ends with
-the run. The guard then ends the processes and runs the commands that are still on its list, the newest first.
+SIGKILL, or by a second Ctrl-C while it cleans up. Therefore the first resource starts a guard: this file as a process
+in a session of its own. It reads from a pipe which resources were made and which were removed. The pipe ends with the
+run. The guard then ends the processes and runs the commands that are still on its list, the newest first.
 
 SIGTERM is turned into SIGINT, so that Python exits its context managers as it does after Ctrl-C.
 """
@@ -30,22 +30,22 @@ COMMAND_S = 30.0
 POLL_S = 0.02
 
 Forget = Callable[[], None]
-"""Call it after the thing has been removed."""
+"""A function to call after the resource was removed."""
 
 
 def taken_away_by(*command: str) -> Forget:
-    """Let the guard run `command`, if this run ends before it calls the returned function."""
+    """Have the guard run `command` if this run ends before it calls the returned function."""
     return _Guard.started().note({"command": list(command)})
 
 
 def ended_with_the_run(process: subprocess.Popen[Any]) -> Forget:
-    """Let the guard end this child, if this run ends before it calls the returned function."""
+    """Have the guard end this child if this run ends before it calls the returned function."""
     return _Guard.started().note({"pid": process.pid, "since": _started_at(process.pid)})
 
 
 @contextlib.contextmanager
 def undone_by(*command: str) -> Iterator[None]:
-    """Run `command` when the context exits; if it never exits, the guard runs it."""
+    """Run `command` when the context exits. If the context never exits, the guard runs it."""
     forget = taken_away_by(*command)
     try:
         yield
@@ -82,9 +82,9 @@ class _Guard:
 
 
 def _started_at(pid: int) -> int:
-    """Clock ticks from boot to the start of the process (proc(5), stat, field 22); 0 for a process that is gone.
+    """Clock ticks from boot to the start of the process (proc(5), stat, field 22), or 0 if the process does not exist.
 
-    The kernel uses a pid again, but not the pair of pid and start.
+    The kernel reuses a pid, but not the pair of pid and start time.
     """
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -21,7 +21,7 @@ _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _PROG_LOAD, _LINK_CREATE = 5, 28
 _TYPE_XDP, _ATTACH_XDP = 6, 37
 _SKB_MODE = 2
-"""Generic XDP: every device supports it, without help from the other end of a veth pair."""
+"""Generic XDP: every device supports it, and a veth pair needs no program at its other end."""
 _XDP_DROP, _XDP_PASS = 1, 2
 _GET_PRANDOM_U32 = 7
 _CALL, _EXIT, _MOV, _AND, _JUMP_IF_AT_LEAST = 0x85, 0x95, 0xB7, 0x57, 0x35

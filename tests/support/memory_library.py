@@ -1,4 +1,4 @@
-"""A library of a few objects in a dictionary."""
+"""A library whose few objects are in a dictionary."""
 
 from __future__ import annotations
 

@@ -33,10 +33,10 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def make_read_only(folder: Path) -> None:
-    """Make every later open read-only, as after the kernel's `errors=remount-ro`. Files open for writing stay so.
+    """Make every later open read-only, as after the kernel's `errors=remount-ro`. Open files stay writable.
 
-    A remount fails while a file is open for writing. Therefore a read-only bind mount of the folder is mounted over
-    the folder; `umount FOLDER` undoes it.
+    A remount fails while a file is open for writing. Therefore the folder is mounted over itself, as a read-only bind
+    mount. `umount FOLDER` undoes this.
     """
     elsewhere = folder.with_name(f"{folder.name}-read-only")
     elsewhere.mkdir()

@@ -1,4 +1,4 @@
-"""Nodes that resolve the tags of one registry, which move, in virtual time."""
+"""Nodes that resolve the moving tags of one registry, in virtual time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def manifest(version: int) -> bytes:
 
 
 class Registry:
-    """All tags have one version, which moves: `moved` holds when. Nodes in `cut` do not reach the registry."""
+    """All tags have the same version, which changed at the times in `moved`. Nodes in `cut` cannot reach it."""
 
     def __init__(self) -> None:
         self.moved = [(0.0, 1)]
@@ -54,7 +54,7 @@ class Registry:
 
 
 class Reached:
-    """The registry from one node."""
+    """The registry as one node reaches it."""
 
     def __init__(self, registry: Registry, peer: PeerId) -> None:
         self._registry, self._peer = registry, peer
@@ -63,14 +63,14 @@ class Reached:
         return 5
 
     def blocks(self, *_: object) -> None:
-        raise AssertionError("only names are asked for here")
+        raise AssertionError("these tests resolve only names")
 
     async def resolve(
         self, locator: Locator, reference: str, previous: Resolved | None = None
     ) -> tuple[Resolved, bytes | None]:
         registry = self._registry
         registry.asked += 1
-        body = manifest(registry.moved[-1][1])  # the version at the time of the question, however long the answer takes
+        body = manifest(registry.moved[-1][1])  # the version at the time of the question
         await trio.sleep(registry.answer_s)
         if self._peer in registry.cut:
             raise UnavailableError("out of reach")

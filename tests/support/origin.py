@@ -1,6 +1,6 @@
 """A read-only registry for one OCI layout: `python -m tests.support.origin PORT LAYOUT REPOSITORY TAG`.
 
-It replaces docker-registry where that cannot be installed: manifests and blobs, HEAD and GET, one range.
+It replaces docker-registry on machines without it, and serves manifests and blobs, HEAD and GET, and one range.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""States of a folder after a power cut at any moment: all that was synced, and any part of the rest.
+"""States of a folder after a power cut at any moment: all synced data, and any part of the rest.
 
 `Crashes.at` gives the possible states after any number of a trace's operations. The promises of a disk:
 
-- bytes of a file are safe once an fsync or fdatasync of it, begun after they were written, has returned. Any other
-  write is there, missing, there in some of its sectors of 512 bytes, or the file has grown by it and holds zeros or
-  rubbish;
-- names (made, renamed, removed): with `ordered` they become safe in their order, all of them with each sync of
-  anything, as in the journals of ext4 and xfs. Else each is safe with an fsync of its folder only, and those that are
-  not are kept or lost each for itself.
+- bytes of a file are safe once an fsync or fdatasync of the file that began after the write has returned. Any other
+  write is whole, missing, or present in some of its sectors of 512 bytes, or the file has its new length with zeros or
+  garbage in it;
+- changes of names (created, renamed, removed): with `ordered` any sync makes all earlier changes safe, and they become
+  safe in their order, as in the journals of ext4 and xfs. Otherwise only an fsync of its folder makes a change safe,
+  and each other change is kept or lost independently.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Content:
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """The folder after the first `count` operations. `marks` has the program's statements until then."""
+    """The folder after the first `count` operations. `marks` has the marks of the program before the crash."""
 
     count: int
     how: str
@@ -99,7 +99,7 @@ class Crashes:
         return len(self._operations) + 1
 
     def at(self, count: int, seeds: Sequence[int]) -> Iterator[Crash]:
-        """States with no unsynced change, with all, and two random ones for each seed: names in order, and not."""
+        """States without unsynced changes, with all, and two random states per seed: with and without ordered names."""
         yield self._crash(count, "nothing kept", None, keep=0.0, ordered=True)
         yield self._crash(count, "all kept", None, keep=1.0, ordered=True)
         for seed in seeds:
@@ -127,7 +127,7 @@ class Crashes:
         return crash
 
     def _safe(self, done: Sequence[Operation], *, ordered: bool) -> set[int]:
-        """The numbers of operations that a sync covers."""
+        """The numbers of the operations that a sync covers."""
         files: dict[int, int] = {}
         folders: dict[str, int] = {}
         journal = 0

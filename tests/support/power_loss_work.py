@@ -1,6 +1,6 @@
-"""Programs whose folders lose power in tests: `python -m tests.support.power_loss_work NAME FOLDER`.
+"""Programs that write to a folder for tests of power cuts: `python -m tests.support.power_loss_work NAME FOLDER`.
 
-Marks in its trace name the pieces that must be there from then on.
+Marks in the trace name the pieces that must exist from then on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIECES = [*KEPT.pieces, *SHARDS, *LONG.pieces, *(piece for blob in OTHERS for pi
 PINNED = frozenset([KEPT.digest])
 _BLOBS: dict[Digest, Blob] = {blob.digest: blob for blob in (KEPT, LONG, *OTHERS)}
 _CHECKPOINT = 5
-"""Pages of its log after which SQLite carries them over; 1000 by default, which is more than is written here."""
+"""Pages of SQLite's log after which it makes a checkpoint. The default of 1000 is more than these programs write."""
 
 
 def blob_of(piece: Piece) -> Blob:
@@ -51,8 +51,8 @@ async def first(store: DiskStore) -> None:
 
 
 async def removals(store: DiskStore) -> None:
-    """Ends by a kill."""
-    await put(store, LONG.pieces[1])  # its shards go, one of them out of the middle of a file
+    """Removals of all kinds. The process then kills itself."""
+    await put(store, LONG.pieces[1])  # replaces its shards, one of which is in the middle of a file
     await store.flush()
     await put(store, LONG.pieces[0])
     await store.discard(OTHERS[0].pieces[0])
@@ -91,7 +91,7 @@ def store(folder: Path) -> None:
     """Lives of a store, each in a process of its own: cold, full, killed, repaired, and with less room."""
     for budget, life in (BUDGET, first), (BUDGET, removals), (BUDGET, after_the_kill), (BUDGET // 2, DiskStore.flush):
         if life is not first:
-            say("kept", [0])  # what is pinned; other pieces may go from now on
+            say("kept", [0])  # the pinned piece; other pieces may disappear from now on
         process = multiprocessing.get_context("fork").Process(target=_live, args=(folder, budget, life))
         process.start()
         process.join()
@@ -99,7 +99,7 @@ def store(folder: Path) -> None:
 
 
 def data(folder: Path) -> None:
-    """Two lives of what a daemon remembers in its data folder."""
+    """The state files of a daemon's data folder, in two processes one after the other."""
     folder.mkdir()
     for life in range(2):
         trio.run(Remembered(folder).work, life)

@@ -1,7 +1,7 @@
 """A TCP proxy that counts requests and bytes: the load of a registry is measured outside the daemons.
 
 It can also make the registry slow (a rate for all connections together), distant (a delay each way), silent (`stall`),
-unreachable (`cut`) or unwilling (`answer`), and speak TLS in its place.
+unreachable (`cut`) or failing (`answer`), and add TLS to it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.processes import wait_for
 CHUNK = 1 << 18
 REFUSED_S = 5.0
 ON_THE_WAY = 4096
-"""Chunks held by a delay: all that a fast link has in flight, and no more, however fast the registry is."""
+"""Most chunks that a delay holds: those that a fast link has in flight. The bound also holds for a fast registry."""
 _REQUEST_LINE = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.[01]\r\n(.*?)\r\n\r\n", re.DOTALL)
 _RANGE = re.compile(rb"(?im)^range: *(.*?)\r?$")
 _MAX_HEAD = 1 << 16
@@ -31,7 +31,7 @@ _CONNECTION_ENDED = (trio.BrokenResourceError, trio.ClosedResourceError, OSError
 
 @dataclass(slots=True)
 class Count:
-    """`received`: bytes from target to clients with HTTP heads. `asked`: requests by method, path and range."""
+    """`received`: bytes from the target to clients, with HTTP heads. `asked`: requests by method, path and range."""
 
     received: int = 0
     requests: int = 0

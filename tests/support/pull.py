@@ -72,7 +72,7 @@ class Pull:
 
 
 def wait_all(pulls: list[Pull]) -> list[float]:
-    """Wait for all at the same time, so that no end is noticed late. Returns the seconds that each pull took."""
+    """Wait for all pulls at the same time. Returns the seconds that each took."""
     with ThreadPoolExecutor(len(pulls)) as pool:
         return list(pool.map(Pull.wait, pulls))
 

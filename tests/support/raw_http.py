@@ -1,4 +1,4 @@
-"""A cheap HTTP client for benchmarks, and the processor time of the server that it reads from.
+"""An HTTP client for benchmarks with low CPU use, and the processor time of the server that it reads from.
 
 The client sends prepared bytes, and receives into one buffer over a blocking socket, so that it costs far less than the
 servers that are measured.
@@ -35,7 +35,7 @@ class Server:
         return f"{lines}Accept: {MANIFEST}, */*\r\n{headers}\r\n".encode()
 
     def cpu_s(self) -> float:
-        """Processor time of the process and its children, kernel included: exact to a tick of the scheduler."""
+        """Processor time of the process and its children, kernel included, to the precision of a scheduler tick."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in (self.pid, *children)]
         return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""A real registry (Debian's docker-registry) on loopback, and a small read-only replacement."""
+"""A real registry (Debian's docker-registry) on loopback, and a small read-only registry that replaces it."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def installed() -> bool:
 
 @contextlib.contextmanager
 def docker_registry(folder: Path, namespace: Namespace | None = None, *, auth: str = "") -> Iterator[Registry]:
-    """A docker-registry that keeps its data in `folder`; it ends with the context.
+    """A docker-registry that keeps its data in `folder`. It ends with the context.
 
-    `auth` is a part of its configuration; without it everyone may read and write.
+    `auth` is the part of its configuration about access. Without it every client may read and write.
     """
     (port,) = free_ports(HOST, 1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def _answering(
 
 
 def push(registry: Registry, image: Image, repository: str, tag: str) -> None:
-    """Monolithic uploads (OCI distribution specification, "Pushing a blob monolithically", POST then PUT)."""
+    """Push an image by monolithic uploads (OCI distribution specification, "Pushing a blob monolithically")."""
     connection = http.client.HTTPConnection(registry.host, registry.port, timeout=60)
     with contextlib.closing(connection):
         for blob in image.blobs:
@@ -120,7 +120,7 @@ def _push_blob(connection: http.client.HTTPConnection, image: Image, repository:
 
 
 def _send(connection: http.client.HTTPConnection, method: str, path: str, **request: Any) -> str:
-    """The Location of the answer to a request with `body` and `headers`."""
+    """Send a request with `body` and `headers`. Returns the Location of the answer."""
     connection.request(method, path, **request)
     response = connection.getresponse()
     text = response.read()

@@ -101,7 +101,7 @@ class Remembered:
                 peers.save(membership)
 
     async def check(self, said: Mapping[str, list[object]]) -> None:
-        """The durable values `said` are there, and any others were written once. Every file can be written again."""
+        """Check that all durable values `said` exist, any others were written once, and every file can be rewritten."""
         peer_id = str(load_or_create(self._folder).peer_id)
         assert peer_id in (said["identity"] or [peer_id])
         own_authority(self._folder)

@@ -60,7 +60,7 @@ DEFAULTS = {"key": "", "memory": "64MiB", "containerd_store": "", "upstream": UP
 
 
 def program(name: str, module: str) -> list[str]:
-    """The installed program of this environment; if it is not installed, the module of this work tree."""
+    """The installed program of this environment, or the module of this work tree if the program is not installed."""
     installed = Path(sys.executable).with_name(name)
     return [str(installed)] if installed.exists() else [sys.executable, "-c", f"from {module} import main; main()"]
 
@@ -117,7 +117,7 @@ class Node:
         return self._process
 
     def peer_id(self) -> str:
-        """Calls `p2pd --print-peer-id`, which makes the node's key if it has none."""
+        """The output of `p2pd --print-peer-id`, which creates the node's key if it has none."""
         answer = run([*P2PD, "--print-peer-id", "--config", str(self.config)])
         assert answer.returncode == 0, answer.stderr
         return answer.stdout.strip()

@@ -51,7 +51,7 @@ class Registry:
         self.private = False
         self.block_s = block_s
         self.background = block_s
-        """Seconds that a background read of a block takes; 0: it is refused."""
+        """Seconds that a background read of a block takes. 0 refuses it."""
 
     def connections(self, upstream: str) -> int:
         return 4
@@ -63,7 +63,7 @@ class Registry:
             if self.down:
                 raise UnavailableError("the registry is down")
             if self.private and locator.grant is None:
-                raise DeniedError("not for everybody")
+                raise DeniedError("a grant is needed")
             if background and not self.background:
                 raise UnavailableError("not at this hour")
             self.asked[index] += 1
@@ -105,7 +105,7 @@ class FixedView:
         self.quarantined: dict[PeerId, str] = {}
 
     def see(self, members: Iterable[Member]) -> None:
-        """Another view of the site from now on. `changed_at` stays, so that it counts as settled."""
+        """Change the view of the site. `changed_at` stays, so that the new view counts as settled."""
         self.site = tuple(members)
         self.version += 1
 
@@ -126,7 +126,7 @@ class FixedView:
 
 
 class Node:
-    """`handler` answers other members. `spoil` alters what its parts answer."""
+    """`handler` answers other members. `spoil` alters the answers of the node's parts."""
 
     def __init__(
         self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Any, *, nursery: trio.Nursery

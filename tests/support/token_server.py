@@ -1,7 +1,7 @@
 """A token service for docker-registry: real signed tokens, for the token flow of clients and nodes.
 
-Specification: distribution/docs/spec/auth/token.md and jwt.md. Everyone gets a token; it allows the repositories that
-the user may pull, or none.
+Specification: distribution/docs/spec/auth/token.md and jwt.md. Every client gets a token, which allows the repositories
+that the user may pull, or none.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TokenServer:
             .sign(self._key, hashes.SHA256())
         )
         self.certificate = folder / "token.pem"
-        """For the registry, which trusts tokens signed with it."""
+        """Path of a certificate for the registry, which trusts tokens signed with its key."""
         self.certificate.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"service": self}))
         self.realm = f"http://127.0.0.1:{self._server.server_port}/token"
@@ -84,7 +84,7 @@ class TokenServer:
         return self._users.get(user) == password
 
     def token(self, user: str, *repositories: str, lifetime_s: float = LIFETIME_S) -> str:
-        """A token for those of these repositories that `user` may pull."""
+        """A token for the given repositories, restricted to those that `user` may pull."""
         now = int(time.time())
         allowed = {*self._rights.get(user, ()), *self._rights.get(ANYBODY, ())}
         certificate = base64.b64encode(self._certificate.public_bytes(serialization.Encoding.DER)).decode()
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"token": self._token(user, query), "expires_in": LIFETIME_S})
 
     def do_POST(self) -> None:
-        """OAuth2, for identity tokens. Clients also try it first with a password, which is refused (405)."""
+        """OAuth2, for identity tokens. Clients with a password also try it first; it is refused with 405."""
         form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode())
         for user, identity in self.service.identities.items():
             if form.get("refresh_token") == [identity]:

@@ -90,7 +90,7 @@ def test_a_public_repository_costs_one_question_a_minute(tmp_path: Path) -> None
     async def scenario(fixture: Fixture) -> None:
         for _ in range(10):
             assert await fixture.admit(OPEN) == ""
-        assert await fixture.admit(OPEN, ALICE) == "", "what is for everybody is read without the client's token"
+        assert await fixture.admit(OPEN, ALICE) == "", "public content is read without the client's token"
         assert fixture.registry.asked == [(OPEN.repository, "")]
         await trio.sleep(FRESH_S)
         fixture.registry.public.clear()
@@ -100,7 +100,7 @@ def test_a_public_repository_costs_one_question_a_minute(tmp_path: Path) -> None
     play(tmp_path, scenario)
 
 
-def test_a_private_repository_is_for_valid_tokens_of_its_own(tmp_path: Path) -> None:
+def test_a_private_repository_needs_a_valid_token_of_its_own(tmp_path: Path) -> None:
     async def scenario(fixture: Fixture) -> None:
         with pytest.raises(ChallengedError) as caught:
             await fixture.admit(PRIVATE)
@@ -117,7 +117,7 @@ def test_a_private_repository_is_for_valid_tokens_of_its_own(tmp_path: Path) -> 
     play(tmp_path, scenario)
 
 
-def test_many_at_once_are_one_question(tmp_path: Path) -> None:
+def test_concurrent_clients_cause_one_question(tmp_path: Path) -> None:
     async def scenario(fixture: Fixture) -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(20):
@@ -144,7 +144,7 @@ def test_verdicts_end(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_token_that_the_registry_takes_back_while_it_is_used_is_asked_for_anew(tmp_path: Path) -> None:
+def test_a_token_that_the_registry_refuses_during_use_is_verified_again(tmp_path: Path) -> None:
     async def scenario(fixture: Fixture) -> None:
         admitted = await fixture.access.admit(PRIVATE, "v1", ALICE)
         assert isinstance(fixture.access.refused(admitted), ChallengedError)
@@ -154,7 +154,7 @@ def test_a_token_that_the_registry_takes_back_while_it_is_used_is_asked_for_anew
     play(tmp_path, scenario)
 
 
-def test_what_was_given_holds_while_the_registry_is_gone_but_not_for_ever(tmp_path: Path) -> None:
+def test_given_access_lasts_while_the_registry_is_down_but_not_forever(tmp_path: Path) -> None:
     async def scenario(fixture: Fixture) -> None:
         await fixture.admit(PRIVATE, ALICE)
         await fixture.admit(OPEN)
@@ -163,7 +163,7 @@ def test_what_was_given_holds_while_the_registry_is_gone_but_not_for_ever(tmp_pa
         assert await fixture.admit(PRIVATE, ALICE) == ALICE
         asked = len(fixture.registry.asked)
         assert await fixture.admit(PRIVATE, ALICE) == ALICE
-        assert len(fixture.registry.asked) == asked, "a registry that is out of reach is not tried each time"
+        assert len(fixture.registry.asked) == asked, "an unreachable registry is not tried each time"
         with pytest.raises(ChallengedError):
             await fixture.admit(PRIVATE)
         with pytest.raises(UnavailableError):
@@ -176,7 +176,7 @@ def test_what_was_given_holds_while_the_registry_is_gone_but_not_for_ever(tmp_pa
     play(tmp_path, scenario)
 
 
-def test_what_was_public_outlives_a_restart_without_the_registry(tmp_path: Path) -> None:
+def test_public_repositories_stay_public_after_a_restart_without_the_registry(tmp_path: Path) -> None:
     async def before(fixture: Fixture) -> None:
         await fixture.admit(OPEN)
         await fixture.admit(PRIVATE, ALICE)
@@ -191,7 +191,7 @@ def test_what_was_public_outlives_a_restart_without_the_registry(tmp_path: Path)
     play(tmp_path, after)
 
 
-def test_a_repository_that_is_not_public_any_more_is_forgotten(tmp_path: Path) -> None:
+def test_a_repository_that_is_no_longer_public_is_forgotten(tmp_path: Path) -> None:
     async def scenario(fixture: Fixture) -> None:
         await fixture.admit(OPEN)
         fixture.registry.public.clear()
@@ -208,7 +208,7 @@ def test_a_repository_that_is_not_public_any_more_is_forgotten(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("age", "served"), [(60.0, True), (PUBLIC_GRACE_S + 60, False), (None, False)])
-def test_the_site_is_asked_what_was_public(tmp_path: Path, age: float | None, served: bool) -> None:
+def test_the_site_is_asked_whether_a_repository_was_public(tmp_path: Path, age: float | None, served: bool) -> None:
     """S-26"""
 
     async def scenario(fixture: Fixture) -> None:
@@ -238,7 +238,7 @@ def test_the_site_is_not_asked_for_tokens(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_what_the_registry_hides_is_not_found_without_a_token(tmp_path: Path) -> None:
+def test_a_hidden_repository_is_not_found_without_a_token(tmp_path: Path) -> None:
     async def scenario(fixture: Fixture) -> None:
         for authorization in ("", MALLORY):
             with pytest.raises(NotFoundError):
@@ -249,7 +249,7 @@ def test_what_the_registry_hides_is_not_found_without_a_token(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("loopback", [True, False])
-def test_passwords_are_taken_on_loopback_only(tmp_path: Path, loopback: bool) -> None:
+def test_passwords_are_accepted_on_loopback_only(tmp_path: Path, loopback: bool) -> None:
     async def scenario(fixture: Fixture) -> None:
         fixture.registry.bearer = False
         fixture.registry.allowed.add((PRIVATE.repository, "Basic YTpi"))
@@ -269,7 +269,7 @@ def test_passwords_are_taken_on_loopback_only(tmp_path: Path, loopback: bool) ->
 @pytest.mark.parametrize(
     "authorization", ["Digest x", "Bearer", "Bearer a\r\nX: y", "Bearer ü", "Bearer " + "a" * (1 << 20), "\x00"]
 )
-def test_what_is_no_usable_header_is_shown_to_nobody(tmp_path: Path, authorization: str) -> None:
+def test_an_unusable_authorization_header_is_sent_to_no_registry(tmp_path: Path, authorization: str) -> None:
     async def scenario(fixture: Fixture) -> None:
         with pytest.raises(ChallengedError):
             await fixture.admit(PRIVATE, authorization)
@@ -278,7 +278,7 @@ def test_what_is_no_usable_header_is_shown_to_nobody(tmp_path: Path, authorizati
     play(tmp_path, scenario)
 
 
-def test_other_modes_ask_nobody(tmp_path: Path) -> None:
+def test_other_modes_ask_no_registry(tmp_path: Path) -> None:
     async def scenario(fixture: Fixture) -> None:
         assert await fixture.admit(PRIVATE, ALICE) == ""
         assert fixture.registry.asked == []
@@ -313,7 +313,7 @@ def test_no_text_of_a_locator_shows_its_grant(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
+def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "access.sqlite").write_bytes(b"this is no database" * 1000)
     table = PublicTable(tmp_path / "access.sqlite")
     table.note(OPEN, 5.0)
@@ -325,7 +325,7 @@ def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
     table.close()
 
 
-def test_what_is_pinned_stays_as_it_was_last_seen(tmp_path: Path) -> None:
+def test_a_pinned_repository_stays_as_it_was_last_seen(tmp_path: Path) -> None:
     table = PublicTable(tmp_path / "access.sqlite", lambda locator: locator == OPEN)
     assert table.age(OPEN) is None, "it was never seen to be public"
     for locator in (OPEN, PRIVATE):

@@ -1,4 +1,4 @@
-"""Addresses: those that are accepted, those that are announced, and those that peers were seen at."""
+"""Addresses: those that are accepted, those that are announced, and those at which peers were seen."""
 
 import ifaddr
 import pytest
@@ -91,7 +91,7 @@ def test_the_unspecified_address_stands_for_the_interfaces(monkeypatch: pytest.M
     assert concrete_hosts("::") == ("fd00::5",)
 
 
-def test_loopback_is_announced_where_there_is_no_other_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loopback_is_announced_if_there_is_no_other_address(monkeypatch: pytest.MonkeyPatch) -> None:
     interfaces(monkeypatch, [("lo", "127.0.0.1")])
     assert concrete_hosts("0.0.0.0") == ("127.0.0.1",)
 

@@ -1,4 +1,4 @@
-"""Certificates: which peers may connect, and under which peer id; over real TLS handshakes."""
+"""Certificates decide which peers may connect, and under which peer id. Tested over real TLS handshakes."""
 
 import socket
 import ssl
@@ -31,7 +31,7 @@ def identity() -> Identity:
 
 
 def impostor(authority: Authority) -> Credentials:
-    """A certificate of the cluster that names another peer than its key's."""
+    """A certificate of the cluster that names another peer than that of its key."""
     mine = identity()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity().peer_id)])
     lie = certificates.issue_to_key(authority, name, mine.private_key.public_key())
@@ -39,7 +39,7 @@ def impostor(authority: Authority) -> Credentials:
 
 
 def shake_hands(client: Credentials, server: Credentials) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
-    """A TLS connection over a socket pair, after a byte each way: only then TLS 1.3 shows a refusal to a client."""
+    """A TLS connection over a socket pair, after a byte each way: earlier, TLS 1.3 shows no refusal to a client."""
     ours, theirs = socket.socketpair()
     ends: list[ssl.SSLSocket] = []
     errors: list[ssl.SSLError] = []
@@ -118,7 +118,7 @@ def test_a_client_without_certificate_is_refused(authority: Authority) -> None:
     server.close()
 
 
-def test_issued_by_does_what_tls_does(authority: Authority, tmp_path: Path) -> None:
+def test_issued_by_agrees_with_tls(authority: Authority, tmp_path: Path) -> None:
     there = Credentials.issued(authority, identity(), "b")
     stranger = Credentials.issued(certificates.own_authority(tmp_path), identity(), "stranger")
     assert issued_by(there.certificate, authority.der) == there.identity.peer_id

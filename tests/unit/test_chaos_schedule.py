@@ -1,4 +1,4 @@
-"""The schedule of a chaos run: the seed determines it, and it never asks for impossible faults."""
+"""The schedule of a chaos run: the seed determines it, and it never has impossible faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 @given(SEEDS, st.integers(4, 20), st.integers(60, 1200))
-def test_a_seed_is_a_schedule(seed: int, nodes: int, seconds: int) -> None:
+def test_a_seed_determines_the_schedule(seed: int, nodes: int, seconds: int) -> None:
     schedule = faults(seed, nodes, seconds)
     assert schedule == faults(seed, nodes, seconds)
     assert schedule != faults(seed + 1, nodes, seconds)

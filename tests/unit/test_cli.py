@@ -28,7 +28,7 @@ DOCUMENTS = {name: name for name in ("peers", "images", "tags")} | {
     "doctor": "checks",
     "version": "p2pctl",
 }
-"""Commands, and a field of each one's document."""
+"""Commands, and a field of the document that each prints."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def path(tmp_path: Path, api: FakeControl) -> Iterator[Path]:
 
 
 def run(*arguments: str | Path) -> Result:
-    """An argument may hold several words, with a space between them."""
+    """Run p2pctl. An argument may hold several words, with spaces between them."""
     result = CliRunner().invoke(main, [word for argument in arguments for word in str(argument).split(" ")])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
@@ -138,7 +138,7 @@ def test_why_in_runs(path: Path) -> None:
     lines = run("--socket", path, "why", "alpine").stdout.splitlines()
     rows = [line.split() for line in lines if line[:1].isdigit()]
     assert [row[0] for row in rows] == ["0-29", "30", "31-40"]
-    assert "edge-2" in rows[0], "a peer is called by its name"
+    assert "edge-2" in rows[0], "a peer is shown by its name"
     assert lines[-1] == "all 41 blocks, 20.0 MiB: 30 peer (15.0 MiB), 1 origin (512.0 KiB), 10 not read (4.5 MiB)"
 
 
@@ -208,7 +208,7 @@ def test_no_traceback_from_a_process_of_its_own(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_takes_long_to_import_is_not_imported_for_an_answer_in_json(path: Path) -> None:
+def test_slow_modules_are_not_imported_for_an_answer_in_json(path: Path) -> None:
     script = (
         "import sys; from node.cli.main import main\n"
         "try: main()\n"
@@ -222,7 +222,7 @@ def test_what_takes_long_to_import_is_not_imported_for_an_answer_in_json(path: P
 # containerd, cluster, doctor
 
 
-def test_containerd_install_asks_the_daemon_what_to_configure(path: Path, tmp_path: Path) -> None:
+def test_containerd_install_asks_the_daemon_for_its_registries(path: Path, tmp_path: Path) -> None:
     certs = tmp_path / "certs.d"
     dry = run(f"--socket {path} containerd install --certs-dir {certs} --dry-run")
     assert dry.exit_code == 0
@@ -307,7 +307,7 @@ def test_doctor_from_outside_and_inside(tmp_path: Path) -> None:
     trio.run(scenario)
 
 
-def test_doctor_when_the_mirror_is_gone(path: Path, tmp_path: Path) -> None:
+def test_doctor_without_a_mirror(path: Path, tmp_path: Path) -> None:
     result = run(f"--socket {path} doctor --certs-dir {tmp_path}/a/b --json")
     assert result.exit_code == 1
     levels = {check["name"]: check["level"] for check in json.loads(result.stdout)["checks"]}
@@ -360,13 +360,13 @@ def test_cluster_token(key: Path) -> None:
         (("--site", "s", "--expires", "soon"), "--expires"),
     ],
 )
-def test_a_token_that_cannot_be_is_named(key: Path, options: tuple[str, ...], named: str) -> None:
+def test_invalid_token_options_are_named(key: Path, options: tuple[str, ...], named: str) -> None:
     result = run(f"cluster token --key {key}", *options)
     assert result.exit_code == 1
     assert named in result.stderr
 
 
-def test_cluster_revoke_prints_what_another_machine_can_use(key: Path) -> None:
+def test_cluster_revoke_prints_text_that_another_machine_can_use(key: Path) -> None:
     token = run(f"cluster token --key {key} --site s").stdout.strip()
     for text, subject in ((token, read_token(token).subject), (PEER_ID, PEER_ID)):
         revocation = run(f"cluster revoke --key {key} {text} --print").stdout.strip()
@@ -376,7 +376,7 @@ def test_cluster_revoke_prints_what_another_machine_can_use(key: Path) -> None:
     assert run(f"--socket /none cluster revoke --key {key} {PEER_ID}").exit_code == 3
 
 
-def test_join_says_what_is_wrong_before_it_asks_anybody(tmp_path: Path) -> None:
+def test_join_reports_wrong_arguments_before_it_connects(tmp_path: Path) -> None:
     config = tmp_path / "p2pd.toml"
     config.write_text(f'[node]\ndata_dir = "{tmp_path}/data"\n')
     result = run(f"join nonsense 127.0.0.1:1 --config {config}")

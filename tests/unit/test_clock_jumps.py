@@ -1,4 +1,4 @@
-"""A clock that jumps, in both directions: boards start in 1970, and their clocks are set minutes later."""
+"""A clock that jumps in both directions: boards start in 1970, and their clocks are set minutes later."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_disk_keeps_the_order_of_use(tmp_path: Path, clock: Clock, jump: float) -> None:
-    """Pieces age by a clock that does not jump; the stored order does not depend on the date."""
+    """Pieces age by a clock that does not jump, and the stored order does not depend on the date."""
     blobs = [Blob.random(seed, 4096) for seed in range(4)]
 
     async def main() -> None:

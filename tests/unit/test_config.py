@@ -1,4 +1,4 @@
-"""The configuration file: the documented file loads, and an error names the key."""
+"""The configuration file: the documented file loads, and an error names the wrong key."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_without_a_file_every_key_has_a_default() -> None:
     assert config.cache.disk.bytes == 10 << 30
 
 
-def test_the_documented_file_says_the_defaults(tmp_path: Path) -> None:
+def test_the_documented_file_has_the_defaults(tmp_path: Path) -> None:
     config, defaults = load_text(tmp_path, CONTRACT), load(None)
     assert config.node.name == "edge-1"
     assert config.upstream == defaults.upstream[:1]
@@ -134,7 +134,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("[node", "not TOML"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, named: str) -> None:
+def test_wrong_values_are_named(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(BadInputError) as caught:
         load_text(tmp_path, text)
     assert named in str(caught.value)

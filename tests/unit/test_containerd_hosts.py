@@ -1,4 +1,4 @@
-"""hosts.toml: the added lines, the kept text, and that removing the lines restores the original bytes."""
+"""hosts.toml: the added lines, the text that stays, and an uninstall that restores the original bytes."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_an_example_as_the_operator_sees_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder_exists", [True, False])
-def test_a_file_that_was_made_is_deleted_again(tmp_path: Path, folder_exists: bool) -> None:
+def test_a_created_file_is_deleted_again(tmp_path: Path, folder_exists: bool) -> None:
     if folder_exists:
         (tmp_path / "docker.io").mkdir()
     before = tree(tmp_path)
@@ -145,7 +145,7 @@ def test_a_file_that_was_made_is_deleted_again(tmp_path: Path, folder_exists: bo
     assert tree(tmp_path) == before
 
 
-def test_what_others_add_later_stays(tmp_path: Path) -> None:
+def test_lines_that_others_add_later_stay(tmp_path: Path) -> None:
     install(tmp_path)
     path = tmp_path / "docker.io/hosts.toml"
     path.write_text(path.read_text() + '[host."https://later.example"]\n')
@@ -189,7 +189,7 @@ def test_a_malformed_file_is_named_with_its_line_and_nothing_changes(tmp_path: P
         install(tmp_path, DOCKER, ("ghcr.io", "https://ghcr.io"))
     assert "ghcr.io/hosts.toml" in str(raised.value)
     assert line in str(raised.value)
-    assert tree(tmp_path) == before, "not even the registries before it"
+    assert tree(tmp_path) == before, "the registries before it also stay unchanged"
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

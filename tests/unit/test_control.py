@@ -1,4 +1,4 @@
-"""The control socket: its file, its routes, its errors, and p2pctl's client against a real server."""
+"""The control socket: its file, its routes, its errors, and the client of p2pctl against a real server."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def is_there(path: Path) -> bool:
 # The socket's file
 
 
-def test_the_file_is_there_while_served_and_only_the_group_may_use_it(path: Path) -> None:
+def test_the_socket_file_exists_while_served_and_only_the_group_may_use_it(path: Path) -> None:
     async def main() -> None:
         with control_socket(path):
             mode = path.stat().st_mode  # noqa: ASYNC240
@@ -163,7 +163,7 @@ def test_all_platforms_is_passed_on(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("image", "progress"), [("missing", 1), ("failing", 2)])
-def test_a_pull_that_fails_says_so_in_its_last_line(client: ControlClient, image: str, progress: int) -> None:
+def test_a_failed_pull_reports_its_error_in_the_last_line(client: ControlClient, image: str, progress: int) -> None:
     events = [msgspec.json.decode(line, type=PullEvent) for line in client.stream("/pull", image=image)]
     assert len(events) == progress + 1
     assert isinstance(events[-1], PullResult)
@@ -184,7 +184,7 @@ def test_a_pull_that_fails_says_so_in_its_last_line(client: ControlClient, image
         ("/pull", {"image": "alpine"}, "/pull needs POST"),
     ],
 )
-def test_errors_are_told(client: ControlClient, target: str, query: dict[str, str], text: str) -> None:
+def test_errors_are_reported(client: ControlClient, target: str, query: dict[str, str], text: str) -> None:
     with pytest.raises(DaemonRefusedError, match=text):
         client.get(target, **query)
 
@@ -213,7 +213,7 @@ def test_curl(client: ControlClient) -> None:
 # The client, without a daemon
 
 
-def test_why_no_daemon_answers(path: Path) -> None:
+def test_the_reason_why_no_daemon_answers(path: Path) -> None:
     with pytest.raises(DaemonUnreachableError, match=r"no control socket at .*systemctl status p2pd"):
         ControlClient(path).get("/status")
     path.parent.mkdir()
@@ -225,7 +225,7 @@ def test_why_no_daemon_answers(path: Path) -> None:
         assert "(mode 0660, group " in explain(path, PermissionError())
 
 
-def test_a_daemon_that_goes_away_while_it_answers(path: Path) -> None:
+def test_a_daemon_that_dies_while_it_answers(path: Path) -> None:
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))

@@ -24,7 +24,7 @@ AUTHORITY = open_authority()
 OWN, GONE = peer_id_of(bytes(32)), peer_id_of(b"g" * 32)
 
 
-def test_a_revocation_is_taken_once_and_a_forged_one_never(tmp_path: Path) -> None:
+def test_a_revocation_is_accepted_once_and_a_forged_one_never(tmp_path: Path) -> None:
     async def main() -> None:
         membership = Membership(Member(OWN, "n", "s", ()), 1, Random(1))
         exchange = MemoryExchange(MemoryNetwork(0.0), OWN, refused=membership.is_refused, handler=None)  # type: ignore[arg-type]

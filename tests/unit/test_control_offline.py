@@ -36,7 +36,7 @@ RESULT = WorkResult(ok=True, seconds=1.0, images=(f"{IMAGE}@{DIGEST}",), objects
 
 
 class FakeOffline:
-    """Notes what it was asked; an import reads its file, an export writes one."""
+    """Records its requests. An import reads its file, and an export writes one."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[object, ...]] = []
@@ -118,7 +118,7 @@ def open_files() -> int:
 # Archives
 
 
-def test_an_export_takes_the_place_of_the_file_when_it_is_whole(path: Path, tmp_path: Path, api: FakeOffline) -> None:
+def test_a_complete_export_replaces_the_file(path: Path, tmp_path: Path, api: FakeOffline) -> None:
     file = tmp_path / "image.tar"
     assert "3 objects, 5.0 MiB" in run(path, "export", "alpine:3", file).stdout
     assert file.read_bytes() == b"an archive"

@@ -1,4 +1,4 @@
-"""Docker's credential helpers: the tests' own programs, and everything that they can do wrong."""
+"""Docker's credential helpers, as programs that the tests write, with all their possible failures."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_refused_credentials_are_asked_for_again_but_not_at_once(
     play(scenario)
 
 
-def test_a_helper_may_know_nothing_of_a_registry(program: Callable[[str], None]) -> None:
+def test_a_helper_may_have_no_credentials_for_a_registry(program: Callable[[str], None]) -> None:
     async def scenario(helpers: CredentialHelpers) -> None:
         assert await helpers.get("test", "r.test", "") is None
 

@@ -116,7 +116,7 @@ def test_a_connected_peer_is_disconnected_when_its_certificate_expires(authority
     run(main)
 
 
-def test_a_repeated_refusal_is_a_warning_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repeated_refusal_is_logged_as_warning_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         refusals = Refusals()
         for _ in range(3):
@@ -139,7 +139,7 @@ def test_a_repeated_refusal_is_a_warning_once_in_a_while(caplog: pytest.LogCaptu
 
 
 class Members:
-    """An exchange and a view: a site whose members answer with the replies of a test."""
+    """An exchange and a view of a site whose members answer with the replies of a test."""
 
     def __init__(self, answers: Mapping[PeerId, Callable[[bytes], Reply | None]]) -> None:
         self.answers = answers
@@ -261,7 +261,7 @@ def test_a_node_enrolls_by_a_key_by_a_join_or_alone(tmp_path: Path, caplog: pyte
     assert "whoever reaches the ports" in caplog.text
 
 
-def test_a_joined_file_that_is_not_this_nodes_stops_the_start(authority: Authority, tmp_path: Path) -> None:
+def test_a_joined_file_of_another_node_stops_the_start(authority: Authority, tmp_path: Path) -> None:
     me, path = identity(), tmp_path / credentials.FILE_NAME
     assert load_joined(tmp_path, me) is None
     good = Joined(certificate=certificate(authority, me), authority=authority.der)
@@ -316,7 +316,7 @@ def test_revocations_are_bounded(authority: Authority, tmp_path: Path, caplog: p
     assert len(Revocations(tmp_path / "revocations", authority.der).all) == MAX_REVOCATIONS
 
 
-def test_revocations_count_where_the_disk_cannot_be_written(authority: Authority, tmp_path: Path) -> None:
+def test_revocations_count_even_if_the_disk_cannot_be_written(authority: Authority, tmp_path: Path) -> None:
     held = Revocations(tmp_path / "none" / "revocations", authority.der)
     gone = identity().peer_id
     assert held.add([make_revocation(authority.cluster, gone, NOW, authority.key.sign)]) == [gone]

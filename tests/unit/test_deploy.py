@@ -60,7 +60,7 @@ def test_client_snippets_point_at_the_mirror() -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize(("drop_in", "most"), [("", 13), ("containerd-store.conf", 17)])
-def test_systemd_takes_the_unit_and_its_exposure_does_not_grow(tmp_path: Path, drop_in: str, most: int) -> None:
+def test_systemd_accepts_the_unit_and_its_exposure_does_not_grow(tmp_path: Path, drop_in: str, most: int) -> None:
     """`most` is in tenths; docs/OPERATIONS.md gives the same number."""
     unit = tmp_path / "p2pd.service"
     if drop_in:

@@ -1,4 +1,4 @@
-"""The doctor's judgements, and the facts that it gathers itself."""
+"""The doctor's verdicts, and the facts that it gathers itself."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def levels(facts: Facts) -> dict[str, str]:
     return {check.name: check.level for check in examine(facts).checks}
 
 
-def test_all_is_well() -> None:
+def test_a_healthy_node_passes_all_checks() -> None:
     assert set(levels(GOOD).values()) == {"ok"}
 
 
@@ -100,7 +100,7 @@ def test_all_is_well() -> None:
         ({"certificate": Shown(problem="of another cluster")}, "certificate", "fail"),
     ],
 )
-def test_what_is_wrong_is_told_with_what_to_do(change: dict[str, object], name: str, level: str) -> None:
+def test_each_problem_is_reported_with_a_remedy(change: dict[str, object], name: str, level: str) -> None:
     facts = replace(GOOD, **change)  # type: ignore[arg-type]
     assert levels(facts)[name] == level
     (check,) = [check for check in examine(facts).checks if check.name == name]
@@ -123,7 +123,7 @@ def test_what_is_wrong_is_told_with_what_to_do(change: dict[str, object], name: 
         (92, True, "expired at 1970-04-01 00:00 UTC: no member admits this node", "p2pctl join"),
     ],
 )
-def test_what_is_said_of_a_certificate_that_ends(day: float, runs: bool, text: str, hint: str) -> None:
+def test_the_report_on_a_certificate_that_ends(day: float, runs: bool, text: str, hint: str) -> None:
     check = check_certificate(Shown(Validity(0, 90 * DAY), runs=runs), day * DAY)
     assert check.text.startswith(text)
     assert hint in check.hint
@@ -155,7 +155,7 @@ def test_the_certificate_of_a_node_that_does_not_run(tmp_path: Path, authority: 
     assert certificate_in_files(config).revoked
 
     same = Config(node=config.node, cluster=ClusterPart(key=str(tmp_path / "cluster.key")))
-    assert certificate_in_files(same) == Shown(runs=False), "it issues itself one"
+    assert certificate_in_files(same) == Shown(runs=False), "the node issues itself a certificate"
     create_authority(tmp_path / "other.key")
     other = Config(node=config.node, cluster=ClusterPart(key=str(tmp_path / "other.key")))
     assert "is of the cluster" in certificate_in_files(other).problem

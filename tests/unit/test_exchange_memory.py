@@ -1,4 +1,4 @@
-"""Faults of the memory network, and the exact times that both sides of a request keep."""
+"""Faults of the memory network, and the exact times at which both sides of a request act."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def pair(nursery: trio.Nursery, network: MemoryNetwork, handler: Handler) 
     return exchanges[0]
 
 
-def test_waiting_comes_at_its_times() -> None:
+def test_waiting_messages_are_sent_at_their_times() -> None:
     times: list[float] = []
 
     async def scenario(nursery: trio.Nursery) -> None:
@@ -105,7 +105,7 @@ def test_a_stopped_peer_is_silent_and_answers_once_resumed() -> None:
     play(scenario)
 
 
-def test_a_killed_peer_is_unavailable_until_it_runs_anew() -> None:
+def test_a_killed_peer_is_unavailable_until_it_restarts() -> None:
     async def scenario(nursery: trio.Nursery) -> None:
         network = MemoryNetwork()
         asker = await pair(nursery, network, after(10.0))
@@ -127,7 +127,7 @@ def test_a_killed_peer_is_unavailable_until_it_runs_anew() -> None:
     play(scenario)
 
 
-def test_a_killed_peer_can_ask_no_more() -> None:
+def test_a_killed_peer_can_send_no_request() -> None:
     async def scenario(nursery: trio.Nursery) -> None:
         network = MemoryNetwork()
         asker = await pair(nursery, network, after(10.0))

@@ -1,4 +1,4 @@
-"""Fair shares: however many peers want all of a resource, each leaves to others as much as it has itself."""
+"""Fair shares: if any number of peers want all of a resource, each leaves as much to others as it has itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PEERS = [PeerId(name) for name in "abcdefgh"]
 
 
 @pytest.mark.parametrize("hogs", range(1, 8))
-def test_those_who_take_all_they_can_leave_a_part_to_the_next(hogs: int) -> None:
+def test_greedy_peers_leave_a_share_to_the_next_peer(hogs: int) -> None:
     """S-41"""
     shares = Shares(2520)
     while sum(shares.take(peer, 1) for peer in PEERS[:hogs]):
@@ -27,7 +27,7 @@ def test_those_who_take_all_they_can_leave_a_part_to_the_next(hogs: int) -> None
 
 
 @given(st.lists(st.tuples(st.sampled_from(PEERS), st.integers(0, 50), st.booleans()), max_size=60))
-def test_nothing_is_lost_and_nobody_has_more_than_was_free(steps: list[tuple[PeerId, int, bool]]) -> None:
+def test_shares_add_up_and_no_peer_has_more_than_was_free(steps: list[tuple[PeerId, int, bool]]) -> None:
     """S-41"""
     shares, taken = Shares(100), Counter[PeerId]()
     for peer, amount, gives in steps:
@@ -40,7 +40,7 @@ def test_nothing_is_lost_and_nobody_has_more_than_was_free(steps: list[tuple[Pee
         assert shares.free == 100 - taken.total() >= 0
 
 
-def test_who_waits_goes_on_when_something_is_given_back() -> None:
+def test_a_waiting_peer_continues_when_a_share_is_returned() -> None:
     """S-41"""
 
     async def main() -> None:

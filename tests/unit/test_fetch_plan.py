@@ -53,7 +53,7 @@ def test_any_k_distinct_shards_end_it() -> None:
     assert plan.done
 
 
-def test_a_failure_asks_the_next_keeper_and_a_second_one_is_the_end() -> None:
+def test_a_failure_asks_the_next_keeper_and_a_second_failure_ends_the_read() -> None:
     plan = plan_of()
     plan.start(all_at_once=False, now=0.0)
     assert plan.failed("a", 0.0) == [Ask("e", 4)]
@@ -74,7 +74,7 @@ def test_a_spare_is_one_more_request() -> None:
     assert plan.spare(0.0) == []
 
 
-def test_a_shard_that_was_there_already_is_asked_for_by_its_number() -> None:
+def test_after_a_duplicate_the_exact_shard_is_asked_for() -> None:
     """After a change of the view a keeper may answer with the shard that it kept before."""
     plan = plan_of()
     plan.start(all_at_once=False, now=0.0)
@@ -82,7 +82,7 @@ def test_a_shard_that_was_there_already_is_asked_for_by_its_number() -> None:
     assert plan.got("a", 1, 0.0) == [Ask("a", 0, exact=True)]
 
 
-def test_a_warm_answer_is_late_as_soon_as_another_came_a_cold_one_is_given_time() -> None:
+def test_answers_are_late_soon_after_the_first_and_a_cold_start_gets_more_time() -> None:
     plan = plan_of()
     plan.start(all_at_once=False, now=0.0)
     assert plan.next_check() == COLD_FLOOR_S
@@ -92,7 +92,7 @@ def test_a_warm_answer_is_late_as_soon_as_another_came_a_cold_one_is_given_time(
     assert (late, asks) == (KEEPERS[1:4], [])
 
 
-def test_the_clock_of_who_waits_for_the_registry_stands_still_until_the_block_is_in_the_site() -> None:
+def test_the_clock_of_a_keeper_stands_still_while_it_waits_for_the_registry() -> None:
     plan = plan_of()
     plan.start(all_at_once=False, now=0.0)
     for peer in KEEPERS[:4]:
@@ -106,7 +106,7 @@ def test_the_clock_of_who_waits_for_the_registry_stands_still_until_the_block_is
     assert plan.took_s(KEEPERS[1], settled + 1.0) == 1.0
 
 
-def test_a_peer_that_answers_others_works_through_its_queue_but_not_for_ever() -> None:
+def test_a_peer_that_answers_other_requests_gets_more_time_but_not_forever() -> None:
     answered_at = -math.inf
     plan = ShardPlan(KEEPERS, KEEPERS, 1, lambda peer: 2.0, answered_at=lambda peer: answered_at)
     plan.start(all_at_once=False, now=10.0)
@@ -134,7 +134,7 @@ def test_the_clock_runs_on_once_the_answer_is_ready() -> None:
     assert plan.next_check() == 2.0 + COLD_FLOOR_S
 
 
-def test_who_stays_late_is_given_up_and_another_is_asked_but_may_still_answer() -> None:
+def test_a_late_peer_is_given_up_and_another_asked_but_it_may_still_answer() -> None:
     plan = plan_of(k=1, late_after_s=2.0)
     plan.start(all_at_once=False, now=0.0)
     assert plan.overdue(2.0) == ([KEEPERS[0]], [])
@@ -145,7 +145,7 @@ def test_who_stays_late_is_given_up_and_another_is_asked_but_may_still_answer() 
     assert plan.done
 
 
-def test_a_laggard_is_left_out_until_what_is_known_of_it_fades() -> None:
+def test_a_slow_peer_is_left_out_until_its_history_fades() -> None:
     health = Health()
     for peer in KEEPERS:
         for _ in range(30):
@@ -154,7 +154,7 @@ def test_a_laggard_is_left_out_until_what_is_known_of_it_fades() -> None:
     assert health.usable(KEEPERS, 100.0 + 3 * FADE_S) == KEEPERS
 
 
-def test_where_all_are_slow_nobody_lags() -> None:
+def test_no_peer_lags_when_all_are_slow() -> None:
     health = Health()
     for peer in KEEPERS:
         health.overdue(peer, 20.0, 100.0)
@@ -174,8 +174,8 @@ def test_the_quickest_is_asked_first_and_the_failing_last() -> None:
     assert not health.avoided(PeerId("c"), 10.0 + BACKOFF_FIRST_S * 1.01)
 
 
-def test_who_was_beaten_is_asked_after_the_others_until_it_answers_in_time() -> None:
-    """It has nothing outstanding then, for what it owed was given up: by its mean it would be the first to ask."""
+def test_a_beaten_peer_is_asked_after_the_others_until_it_answers_in_time() -> None:
+    """Its open request was given up, so that by its mean alone it would be asked first."""
     health = Health()
     health.answered(PeerId("a"), 0.01, 9.0)
     for peer in "bc":
@@ -191,7 +191,7 @@ def test_who_was_beaten_is_asked_after_the_others_until_it_answers_in_time() -> 
     assert health.order([PeerId(name) for name in "ab"], 11.0) == ["a", "b"]
 
 
-def test_who_is_beaten_again_and_again_is_tried_less_often() -> None:
+def test_a_peer_that_is_beaten_repeatedly_is_tried_less_often() -> None:
     health = Health()
     now = 0.0
     for wait_s in (BACKOFF_FIRST_S, 2 * BACKOFF_FIRST_S):
@@ -203,8 +203,8 @@ def test_who_is_beaten_again_and_again_is_tried_less_often() -> None:
         assert health.order([PeerId(name) for name in "ab"], now) == ["a", "b"]
 
 
-def test_the_last_shard_is_late_by_what_the_others_took() -> None:
-    """A peer's history may be from a busier time: the other peers share the links with it now."""
+def test_the_last_shard_is_late_relative_to_its_siblings() -> None:
+    """A peer's history may be from a busier time, but its siblings share the links with it now."""
     plan = plan_of(late_after_s=5.0)
     plan.start(False, 0.0)
     for index in range(2):
@@ -215,7 +215,7 @@ def test_the_last_shard_is_late_by_what_the_others_took() -> None:
     assert plan.overdue(LAST_FACTOR * 0.3) == ([KEEPERS[3]], [])
 
 
-def test_a_read_tells_whom_it_beat() -> None:
+def test_a_read_lists_the_peers_that_it_beat() -> None:
     plan = plan_of(k=1, late_after_s=2.0)
     plan.start(False, 0.0)
     plan.overdue(2.0)
@@ -224,7 +224,7 @@ def test_a_read_tells_whom_it_beat() -> None:
     assert plan.beaten == [KEEPERS[0]]
 
 
-def test_answers_are_steady_once_they_come_evenly() -> None:
+def test_answers_are_steady_once_they_are_even() -> None:
     health = Health()
     health.answered(PeerId("a"), 0.1, 1.0)
     assert not health.steady([PeerId("a"), PeerId("c")])
@@ -236,8 +236,8 @@ def test_answers_are_steady_once_they_come_evenly() -> None:
     assert not health.steady([PeerId("a"), PeerId("b")])
 
 
-def test_answers_that_take_no_time_are_not_waited_for_one_by_one() -> None:
-    """A spare for a late one is asked for after WARM_FLOOR_S, which is far longer than all five at once take."""
+def test_very_quick_answers_are_not_steady() -> None:
+    """Asking for all five at once is better then: it takes far less than WARM_FLOOR_S, after which a spare is asked."""
     health = Health()
     for _ in range(100):
         health.answered(PeerId("a"), QUICK_S / 2, 1.0)
@@ -246,7 +246,7 @@ def test_answers_that_take_no_time_are_not_waited_for_one_by_one() -> None:
     assert health.steady([PeerId("b")])
 
 
-def test_of_equals_the_one_with_the_least_outstanding_is_asked() -> None:
+def test_among_equal_peers_the_one_with_the_fewest_open_requests_is_asked() -> None:
     health = Health()
     health.asked(PeerId("a"))
     assert health.order([PeerId("a"), PeerId("b")], 0.0) == ["b", "a"]
@@ -254,7 +254,7 @@ def test_of_equals_the_one_with_the_least_outstanding_is_asked() -> None:
     assert health.order([PeerId("a"), PeerId("b")], 0.0) == ["a", "b"]
 
 
-def test_lateness_follows_what_was_seen_up_to_a_cap() -> None:
+def test_lateness_follows_measured_times_up_to_a_cap() -> None:
     health = Health()
     assert health.late_after_s(PeerId("a")) == UNKNOWN_LATE_S
     for _ in range(50):
@@ -262,7 +262,7 @@ def test_lateness_follows_what_was_seen_up_to_a_cap() -> None:
     assert health.late_after_s(PeerId("a")) == LATE_CAP_S
 
 
-def test_spares_are_a_share_of_what_was_asked() -> None:
+def test_spares_are_a_share_of_all_requests() -> None:
     budget = SpareBudget(share=0.05, burst=2.0)
     assert [budget.spend() for _ in range(3)] == [True, True, False]
     budget.earned(19)
@@ -271,7 +271,7 @@ def test_spares_are_a_share_of_what_was_asked() -> None:
     assert budget.spend()
 
 
-def test_a_cold_peer_can_be_given_up_from_outside_and_the_next_one_is_asked() -> None:
+def test_a_caller_can_give_up_a_cold_peer_and_the_next_peer_is_asked() -> None:
     plan = ShardPlan(KEEPERS, KEEPERS, 1, lambda peer: 1.0)
     plan.start(False, 3.0)
     assert plan.cold == []
@@ -283,7 +283,7 @@ def test_a_cold_peer_can_be_given_up_from_outside_and_the_next_one_is_asked() ->
     assert plan.cold == []
 
 
-def test_a_home_that_was_given_up_is_asked_last_and_is_no_home_for_a_while() -> None:
+def test_a_home_that_was_given_up_is_asked_last_and_is_not_home_for_a_while() -> None:
     health = Health()
     health.gave_up(KEEPERS[0], 100.0)
     assert health.order(KEEPERS, 101.0) == [*KEEPERS[1:], KEEPERS[0]]

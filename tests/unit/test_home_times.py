@@ -1,4 +1,4 @@
-"""When another acts for a home: not while all are slow, and soon when one is."""
+"""Another member acts for a home soon if only this home is slow, but not while all homes are slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def waiting(times: HomeTimes, *homes: PeerId) -> ExitStack:
     return stack
 
 
-def test_a_home_that_alone_is_waited_for_may_take_so_long_and_longer_for_cells_between() -> None:
+def test_the_only_awaited_home_has_a_deadline_that_grows_with_the_cells_between() -> None:
     times = HomeTimes()
     with waiting(times, ONE, ONE):
         assert not times.too_long(ONE, 0.0, 0, LEAST_S)
@@ -26,19 +26,19 @@ def test_a_home_that_alone_is_waited_for_may_take_so_long_and_longer_for_cells_b
         assert times.too_long(ONE, 0.0, 2, LEAST_S + 2 * CELL_S + 0.1)
 
 
-def test_of_homes_that_all_bring_nothing_yet_none_is_to_blame() -> None:
+def test_no_home_is_too_slow_while_no_home_delivers() -> None:
     times = HomeTimes()
     with waiting(times, ONE, TWO):
         assert not times.too_long(ONE, 0.0, 0, 1000.0)
-        times.came(1000, 1.0, 2.0)  # a small one
+        times.came(1000, 1.0, 2.0)  # a small block
         assert not times.too_long(ONE, 0.0, 0, 1000.0)
-    assert times.too_long(ONE, 0.0, 0, 1000.0), "the other one has brought its block, or is gone"
+    assert times.too_long(ONE, 0.0, 0, 1000.0), "TWO has delivered its block, or is dead"
 
 
-def test_a_home_that_others_overtake_is_slow_by_what_they_take() -> None:
+def test_a_home_is_too_slow_relative_to_homes_that_overtake_it() -> None:
     times = HomeTimes()
     with waiting(times, ONE, TWO):
         times.came(BLOCK_SIZE, 1.0, 11.0)
         assert not times.too_long(ONE, 0.0, 0, FACTOR * 10.0)
         assert times.too_long(ONE, 0.0, 0, FACTOR * 10.0 + 0.1)
-        assert not times.too_long(ONE, 2.0, 0, 1000.0), "it was asked later than what came"
+        assert not times.too_long(ONE, 2.0, 0, 1000.0), "it was asked later than the block that arrived"

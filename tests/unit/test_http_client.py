@@ -23,7 +23,7 @@ PLAIN = ssl.create_default_context()
 
 
 class Scripted:
-    """Answers each request with the next of `answers`, byte by byte if `slowly`. `closes`: after one answer."""
+    """Answers each request with the next of `answers`, byte by byte if `slowly`. `closes`: closes after an answer."""
 
     def __init__(self, *answers: bytes, closes: bool = False, slowly: bool = False) -> None:
         self.answers = list(answers)
@@ -121,9 +121,9 @@ def test_every_framing_gives_its_body_and_frees_the_connection(
     assert server.connections == connections
 
 
-def test_bytes_behind_a_body_end_the_connection() -> None:
-    """All at once. Bytes that arrive only after the next request was sent make that request fail; it is tried again."""
-    server = Scripted(answer(b"hello") + b"what nobody asked for", answer(b"second"))
+def test_bytes_after_a_body_end_the_connection() -> None:
+    """All bytes arrive at once. If they arrive only after the next request was sent, it fails and is retried."""
+    server = Scripted(answer(b"hello") + b"unrequested bytes", answer(b"second"))
 
     async def main() -> None:
         async with listening(server) as url, client_of(DirectTransport(PLAIN, 4)) as client:
@@ -157,7 +157,7 @@ def test_a_body_lands_in_the_callers_buffer_and_unread_bytes_end_the_connection(
     assert server.connections == 2
 
 
-def test_a_body_until_the_end_of_the_connection() -> None:
+def test_a_body_without_a_length_ends_with_its_connection() -> None:
     async def main() -> None:
         server = Scripted(answer(BIG, announced=False), closes=True)
         async with listening(server) as url, client_of(DirectTransport(PLAIN, 1)) as client:
@@ -183,7 +183,7 @@ def test_answers_that_are_cut_or_not_http_raise_their_error(raw: bytes, error: t
 
     async def twice() -> None:
         async with listening(server) as url, client_of(DirectTransport(PLAIN, 1)) as client:
-            for _ in range(2):  # after its failure the first leaves its place to the second
+            for _ in range(2):  # the failed request frees the only connection for the next one
                 with pytest.raises(error):
                     await client.get(url)
 
@@ -191,7 +191,7 @@ def test_answers_that_are_cut_or_not_http_raise_their_error(raw: bytes, error: t
     assert server.connections == 2
 
 
-def test_a_silent_server_and_a_full_house_are_bounded_in_time() -> None:
+def test_a_silent_server_and_a_full_pool_are_bounded_in_time() -> None:
     async def main() -> None:
         server = Scripted(answer(BIG)[:-1], answer(b""))
         async with listening(server) as url, client_of(DirectTransport(PLAIN, 1), read=1, pool=1) as client:
@@ -228,7 +228,7 @@ def test_idle_connections_count_and_a_dead_one_is_not_used() -> None:
 
 
 def certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The context of a server with a certificate for `name`, and that of a client that trusts it."""
+    """TLS contexts of a server with a certificate for `name`, and of a client that trusts this certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.now(UTC)
@@ -249,7 +249,7 @@ def certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext
     return server, ssl.create_default_context(cafile=folder / "pem")
 
 
-def test_tls_gives_the_same_and_proves_the_name(tmp_path: Path) -> None:
+def test_tls_gives_the_same_answer_and_proves_the_host_name(tmp_path: Path) -> None:
     tls, trusting = certificate(tmp_path, "localhost")
 
     async def main() -> None:
@@ -294,10 +294,10 @@ def test_a_port_without_a_listener_and_another_scheme() -> None:
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_a_body_that_comes_byte_by_byte_is_read_without_a_timer(
+def test_a_body_that_arrives_byte_by_byte_is_read_without_a_timer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
 ) -> None:
-    """The reader waits only for bytes that are sure to come: it would wait forever otherwise."""
+    """The reader waits only for bytes that will certainly arrive. Otherwise it would wait forever."""
     monkeypatch.setattr(sockets, "GATHER_S", float("inf"))
     tls, trusting = certificate(tmp_path, "localhost")
     body = BIG[: sockets.RECORD_BYTES + 2000]

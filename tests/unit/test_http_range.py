@@ -34,7 +34,7 @@ def test_open_ended_and_suffix_ranges_meet(size: int, cut: int) -> None:
 
 
 @given(st.lists(st.tuples(OFFSETS, OFFSETS), min_size=2, max_size=8), SIZES)
-def test_several_ranges_stay_in_order_or_are_ignored_where_they_cost_more_than_all(pairs, size: int) -> None:
+def test_several_ranges_stay_in_order_or_are_ignored_if_they_exceed_the_object(pairs, size: int) -> None:
     header = "bytes=" + ", ".join(f"{a}-{a + b}" for a, b in pairs)
     expected = tuple(Span(a, min(a + b + 1, size)) for a, b in pairs if a < size)
     spans = parse_range(header, size)
@@ -53,12 +53,12 @@ def test_any_text_gives_spans_inside_the_object_or_none(header: str, size: int) 
 @pytest.mark.parametrize(
     "header", ["", "bytes", "bytes=", "items=0-1", "bytes=-", "bytes=0-1,x", "bytes=" + "9" * 20 + "-"]
 )
-def test_what_is_malformed_is_ignored(header: str) -> None:
+def test_malformed_ranges_are_ignored(header: str) -> None:
     assert parse_range(header, 10) is None
 
 
 @pytest.mark.parametrize("header", ["bytes=2-1", "bytes=0-1,5-4", "bytes=10-", "bytes=-0"])
-def test_what_ends_before_it_begins_or_is_beyond_the_object_is_refused(header: str) -> None:
+def test_ranges_that_are_reversed_or_beyond_the_object_are_refused(header: str) -> None:
     assert parse_range(header, 10) == ()
 
 

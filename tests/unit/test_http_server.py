@@ -40,7 +40,7 @@ class Served:
         return await trio.open_tcp_stream("127.0.0.1", self.port)
 
     async def raw(self, data: bytes) -> bytes:
-        """Everything that comes back for `data`, up to the server's FIN; a reset raises."""
+        """Send `data`, and return all bytes up to the server's FIN. Raises after a reset."""
         stream = await self.connect()
         async with stream:
             await stream.send_all(data)
@@ -136,7 +136,7 @@ def test_a_body_is_read_after_100_continue_and_refused_beyond_its_bound() -> Non
     run(main)
 
 
-def test_an_unknown_method_is_the_handlers_without_its_body_and_ends_the_connection() -> None:
+def test_an_unknown_method_reaches_the_handler_without_a_body_and_ends_the_connection() -> None:
     async def main() -> None:
         async with serving(echo) as served:
             data = get("/p", "Content-Length: 20000000\r\n", "PUT") + b"x" * 100 + get("/never")
@@ -157,7 +157,7 @@ def test_an_unknown_method_is_the_handlers_without_its_body_and_ends_the_connect
         (get("/", "Content-Length: 1\r\nContent-Length: 2\r\n"), 400),
     ],
 )
-def test_what_is_malformed_or_unknown_is_refused_and_the_connection_closed(data: bytes, status: int) -> None:
+def test_malformed_or_unknown_requests_are_refused_and_the_connection_closed(data: bytes, status: int) -> None:
     async def main() -> None:
         async with serving(echo) as served:
             (answer,) = answers(await served.raw(data), "GET")
@@ -167,7 +167,7 @@ def test_what_is_malformed_or_unknown_is_refused_and_the_connection_closed(data:
     run(main)
 
 
-def test_what_is_malformed_behind_a_head_has_a_body_again(caplog) -> None:
+def test_a_malformed_request_after_a_head_is_answered_with_a_body(caplog) -> None:
     async def main() -> None:
         async with serving(echo) as served:
             head, malformed = answers(await served.raw(get("/a", method="HEAD") + b"nonsense\r\n\r\n"), "HEAD GET")
@@ -214,7 +214,7 @@ def test_generators_and_files_are_sent_whole_and_closed(tmp_path) -> None:
     run(main)
 
 
-def test_a_broken_body_ends_with_fin_and_a_bug_is_told(caplog) -> None:
+def test_a_broken_body_ends_with_fin_and_a_bug_is_logged(caplog) -> None:
     async def broken(error: Exception) -> AsyncIterator[Buffer]:
         yield b"half"
         raise error
@@ -291,7 +291,7 @@ def test_slow_requests_and_idle_connections_are_bounded_in_time() -> None:
     run(main)
 
 
-def test_the_longest_idle_connection_makes_room_and_a_full_house_answers_503() -> None:
+def test_the_longest_idle_connection_makes_room_and_a_full_server_answers_503() -> None:
     release = trio.Event()
 
     async def handler(request: Request) -> Response:
@@ -378,7 +378,7 @@ LINES = st.sampled_from(
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(LINES | st.binary(max_size=20), max_size=12))
-def test_no_bytes_bring_a_traceback_or_an_error_of_ours(parts: list[bytes], caplog) -> None:
+def test_no_bytes_cause_a_traceback_or_a_server_error(parts: list[bytes], caplog) -> None:
     """S-31"""
 
     async def main() -> None:

@@ -33,13 +33,13 @@ def encoded(*members: object) -> bytes:
 
 
 @given(st.integers(0, 40), st.text(st.characters(categories=["L", "N"]), max_size=20))
-def test_members_come_out_as_they_went_in(count: int, name: str) -> None:
+def test_members_round_trip(count: int, name: str) -> None:
     others = [member(number + 1, name) for number in range(count)]
     frame = introduction.encode_members(member(0, name), others)
     assert introduction.decode_members(body(frame), peer(0)) == (member(0, name), *others)
 
 
-def test_a_hello_comes_out_as_it_went_in() -> None:
+def test_a_hello_round_trips() -> None:
     frame = introduction.encode_hello(b"certificate")
     assert introduction.decode_hello(body(frame, introduction.MAX_HELLO)) == b"certificate"
 

@@ -1,4 +1,4 @@
-"""How much one node reads ahead for its clients: never more than a budget, and all of it given back. Virtual time."""
+"""A node reads ahead for its clients within a budget, and releases every block of it. Virtual time."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def library(fetcher: object) -> SiteLibrary:
 
 
 async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:
-    """Read all but the last byte, so that no digest is verified, a block in `seconds`; the number of blocks."""
+    """Read all except the last byte, so that no digest is verified, at `seconds` per block. Returns the block count."""
     count = 0
     async with aclosing(shelf.read(LOCATOR, ref(number), 0, BLOCKS * BLOCK_SIZE - 1)) as chunks:
         async for chunk in chunks:
@@ -130,7 +130,7 @@ def test_clients_share_the_read_ahead(clients: int, most: int) -> None:
     play(scenario)
 
 
-def test_the_parts_that_one_request_asks_for_are_read_ahead_like_a_whole() -> None:
+def test_the_ranges_of_one_request_are_read_ahead_like_a_whole_object() -> None:
     async def scenario() -> None:
         async with trio.open_nursery() as nursery:
             blocks = Blocks(nursery)
@@ -141,14 +141,14 @@ def test_the_parts_that_one_request_asks_for_are_read_ahead_like_a_whole() -> No
                 async for chunk in chunks:
                     sizes.append(len(chunk))
             assert sizes == [1000, *[500, 500, 1000] * (BLOCKS - 1)]
-            assert blocks.began == BLOCKS, "each of them once"
+            assert blocks.began == BLOCKS, "each block is begun once"
             assert blocks.most > MOST / 2
             assert blocks.held == 0
 
     play(scenario)
 
 
-def test_a_late_block_does_not_stop_those_behind_it() -> None:
+def test_a_late_block_does_not_stop_later_blocks() -> None:
     async def scenario() -> None:
         async with trio.open_nursery() as nursery:
             blocks = Blocks(nursery)
@@ -160,7 +160,7 @@ def test_a_late_block_does_not_stop_those_behind_it() -> None:
     play(scenario)
 
 
-def test_an_answer_begins_in_time_though_its_first_block_is_late() -> None:
+def test_an_answer_begins_in_time_although_its_first_block_is_late() -> None:
     async def scenario() -> None:
         async with trio.open_nursery() as nursery:
             blocks = Blocks(nursery)
@@ -175,7 +175,7 @@ def test_an_answer_begins_in_time_though_its_first_block_is_late() -> None:
     play(scenario)
 
 
-def test_few_blocks_are_asked_for_before_the_first_ones_are_there() -> None:
+def test_few_blocks_are_asked_for_before_the_first_ones_arrive() -> None:
     async def scenario() -> None:
         async with trio.open_nursery() as nursery:
             blocks = Blocks(nursery)
@@ -190,7 +190,7 @@ def test_few_blocks_are_asked_for_before_the_first_ones_are_there() -> None:
     play(scenario)
 
 
-def test_clients_that_stand_still_with_all_of_the_read_ahead_do_not_stop_others() -> None:
+def test_stalled_clients_that_hold_the_whole_read_ahead_do_not_stop_others() -> None:
     async def scenario() -> None:
         async with trio.open_nursery() as nursery:
             blocks = Blocks(nursery)
@@ -208,8 +208,8 @@ def test_clients_that_stand_still_with_all_of_the_read_ahead_do_not_stop_others(
 
 
 @pytest.mark.parametrize("after_s", [0.0, BLOCK_S / 2, 1.0, 1.0 + BLOCK_S / 2, 7.5, 300.0])
-def test_a_read_that_is_cancelled_gives_back_what_it_had(after_s: float) -> None:
-    """Cancelled while it waits for room, a block or its client. Afterwards the whole room is free."""
+def test_a_cancelled_read_releases_all_its_blocks(after_s: float) -> None:
+    """The read is cancelled while it waits for room, a block or its client. Afterwards the whole budget is free."""
 
     async def scenario() -> None:
         async with trio.open_nursery() as work:
@@ -265,7 +265,7 @@ class SlowDisk(MemoryStore):
         return False
 
 
-def test_a_disk_that_stands_still_stops_the_registry() -> None:
+def test_a_stalled_disk_stops_reads_from_the_registry() -> None:
     async def scenario() -> None:
         registry, disk = Registry(), SlowDisk()
         identity = Identity.of(Ed25519PrivateKey.generate())

@@ -1,4 +1,4 @@
-"""Lists of tags and referrers: what registries differ in is evened out, and what they said outlives them."""
+"""Lists of tags and referrers are made uniform over different registries, and outlive a registry that is down."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def index(manifests: list[dict[str, object]]) -> bytes:
 
 
 class Registry:
-    """Answers by the tail of the request; an answer that is an exception is raised."""
+    """Answers by the tail of the request. If the answer is an exception, it is raised."""
 
     def __init__(self, answers: Mapping[str, Passed | Exception]) -> None:
         self.answers = dict(answers)
@@ -102,7 +102,7 @@ def tag_list(tags: list[str] | None, link: str = "") -> Passed:
         ({"n": "x", "last": "a"}, TAGS[1:], ""),
     ],
 )
-def test_a_registry_that_knows_no_pages_is_paged_here(tmp_path, query, page, more) -> None:
+def test_lists_of_a_registry_without_pages_are_paged_here(tmp_path, query, page, more) -> None:
     registry = Registry({"tags/list": tag_list(TAGS[::-1])})
 
     async def check(listings: Listings) -> None:
@@ -114,7 +114,7 @@ def test_a_registry_that_knows_no_pages_is_paged_here(tmp_path, query, page, mor
 
 
 @pytest.mark.parametrize("answer", [tag_list(["d", "c"], "<x>; rel=next"), tag_list(None), Passed(b"{", "text/html")])
-def test_a_registrys_own_page_stays_as_it_is(tmp_path, answer: Passed) -> None:
+def test_a_page_by_the_registry_stays_unchanged(tmp_path, answer: Passed) -> None:
     async def check(listings: Listings) -> None:
         assert await listings.tags(APP, {"n": "2", "last": "z"}) == answer
 
@@ -162,7 +162,7 @@ def test_a_clock_that_was_set_back_makes_nothing_fresh(tmp_path, clock) -> None:
     run(tmp_path, registry, check)
 
 
-def test_a_list_that_is_gone_is_gone(tmp_path, clock) -> None:
+def test_a_list_that_the_registry_deleted_is_not_served(tmp_path, clock) -> None:
     registry = Registry({"tags/list": tag_list(TAGS)})
 
     async def check(listings: Listings) -> None:
@@ -175,7 +175,7 @@ def test_a_list_that_is_gone_is_gone(tmp_path, clock) -> None:
     run(tmp_path, registry, check)
 
 
-def test_what_is_remembered_is_bounded_and_the_oldest_goes_first(tmp_path, clock, monkeypatch) -> None:
+def test_remembered_lists_are_bounded_and_the_oldest_is_dropped_first(tmp_path, clock, monkeypatch) -> None:
     monkeypatch.setattr(listings_module, "KEPT_BYTES", 2500)
     registry = Registry({"tags/list": tag_list(["t" * 128] * 7)})
 
@@ -238,7 +238,7 @@ def test_without_the_referrers_api_the_tag_is_read_and_remembered(tmp_path, cloc
 
 
 @pytest.mark.parametrize("media_type", [None, "application/vnd.oci.image.manifest.v1+json"])
-def test_what_nothing_refers_to_has_an_empty_index_and_keeps_it(tmp_path, clock, media_type: str | None) -> None:
+def test_an_object_without_referrers_has_an_empty_index_which_is_kept(tmp_path, clock, media_type: str | None) -> None:
     registry = Registry({})
     library = MemoryLibrary("org/app")
     if media_type:
@@ -254,7 +254,7 @@ def test_what_nothing_refers_to_has_an_empty_index_and_keeps_it(tmp_path, clock,
 
 
 @pytest.mark.parametrize("body", [b"", b"[" * 100000, b"\xff", b"{}", b'{"manifests": 1}', index([{"digest": 7}])])
-def test_an_index_that_is_none_is_handed_on_or_filtered_but_never_breaks(tmp_path, body: bytes) -> None:
+def test_a_malformed_index_is_passed_on_or_filtered_without_an_error(tmp_path, body: bytes) -> None:
     async def check(listings: Listings) -> None:
         passed = await listings.referrers(APP, SUBJECT, {"artifactType": "x"})
         assert passed.body == body or referrers_of(passed) == []
@@ -262,7 +262,7 @@ def test_an_index_that_is_none_is_handed_on_or_filtered_but_never_breaks(tmp_pat
     run(tmp_path, Registry({f"referrers/{SUBJECT}": Passed(body, INDEX)}), check)
 
 
-def test_a_damaged_file_is_begun_anew(tmp_path, caplog) -> None:
+def test_a_damaged_file_is_replaced(tmp_path, caplog) -> None:
     (tmp_path / "listings.sqlite").write_bytes(b"not a database" * 1000)
 
     async def check(listings: Listings) -> None:

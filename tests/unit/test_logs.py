@@ -24,7 +24,7 @@ def _restored() -> Iterator[None]:
     root.setLevel(level)
 
 
-def test_a_line() -> None:
+def test_the_format_of_a_line() -> None:
     out = io.StringIO()
     configure("info", out)
     logging.getLogger("node.mirror").info("pulled %s", "alpine", extra={"bytes": 12, "upstream": "docker.io"})
@@ -114,5 +114,5 @@ def test_other_text_is_not_blanked() -> None:
     assert redact(text) == text
 
 
-def test_a_flood_is_cut() -> None:
+def test_a_long_value_is_cut() -> None:
     assert len(logfmt("x" * 100_000)) < 5000

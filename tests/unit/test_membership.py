@@ -1,4 +1,4 @@
-"""Sites of nodes in virtual time, over the in-memory exchange: the promises of the membership, and their times."""
+"""The promises of the membership, and their times: sites of nodes over the in-memory exchange, in virtual time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def member(index: int, generation: int = 0) -> Member:
 
 
 class Node:
-    """A member: its membership, and its exchange with the losses of the network."""
+    """A member, with its membership, and an exchange over a lossy network."""
 
     def __init__(self, site: Site, own: Member, incarnation: int, config: SwimConfig | None) -> None:
         self.site = site
@@ -115,7 +115,7 @@ class Site:
         node.scope.cancel()
 
     async def agree(self, within_s: float, among: list[Node] | None = None) -> float:
-        """Wait until each of `among` sees exactly these. Returns the seconds that it took."""
+        """Wait until each node of `among` sees exactly these nodes. Returns the seconds that it took."""
         nodes = among if among is not None else self.nodes
         wanted = {node.own.peer_id for node in nodes}
         return await until(lambda: all(node.sees() == wanted for node in nodes), within_s)
@@ -233,8 +233,8 @@ def test_no_member_is_dropped_by_mistake_at_5_percent_loss(caplog: pytest.LogCap
     print(f"suspected {suspicions[0]} times (10 nodes, 10 minutes), dropped never")
 
 
-def test_a_node_that_stood_still_drops_no_member() -> None:
-    """The clock jumps, so all timers of all nodes are over at once, as on a host that was suspended."""
+def test_a_suspended_node_drops_no_member() -> None:
+    """The clock jumps, so that all timers of all nodes end at once, as on a host that was suspended."""
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -255,7 +255,7 @@ def test_a_node_that_stood_still_drops_no_member() -> None:
 @pytest.mark.parametrize("incarnation", [2000, 1])
 @pytest.mark.parametrize("away_s", [0.5, 30.0])
 def test_a_restarted_node_is_known_by_its_new_address(incarnation: int, away_s: float) -> None:
-    """Also where its clock went backwards, so that its incarnation is lower than before the restart."""
+    """Also if its clock went backwards, so that its incarnation is lower than before the restart."""
 
     async def scenario(site: Site) -> None:
         await site.grow(5)
@@ -272,7 +272,7 @@ def test_a_restarted_node_is_known_by_its_new_address(incarnation: int, away_s: 
     run(scenario)
 
 
-def test_a_node_that_leaves_is_gone_within_2_s() -> None:
+def test_a_node_that_leaves_is_out_of_all_views_within_2_s() -> None:
     async def scenario(site: Site) -> None:
         await site.grow(20)
         leaver = site.nodes[7]
@@ -287,7 +287,7 @@ def test_a_node_that_leaves_is_gone_within_2_s() -> None:
     run(scenario)
 
 
-def test_a_quarantined_peer_is_out_of_the_view_and_left_alone_for_a_time() -> None:
+def test_a_quarantined_peer_is_not_in_the_view_and_not_contacted_for_a_time() -> None:
     async def scenario(site: Site) -> None:
         await site.grow(5)
         node, bad = site.nodes[0], site.nodes[1]
@@ -319,7 +319,7 @@ def revoke(node: Node, subject: str) -> list[str]:
     return node.gossiper.revoke((make_revocation(AUTHORITY.cluster, subject, 1, AUTHORITY.key.sign),))
 
 
-def test_a_revoked_node_is_out_of_every_view_and_stays_out(tmp_path: Path) -> None:
+def test_a_revoked_node_leaves_every_view_and_stays_out(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         await site.grow(20)
         gone = site.nodes[7]
@@ -338,7 +338,7 @@ def test_a_revoked_node_is_out_of_every_view_and_stays_out(tmp_path: Path) -> No
     run(scenario, folder=tmp_path)
 
 
-def test_a_node_that_was_off_hears_of_a_revocation_and_keeps_it(tmp_path: Path) -> None:
+def test_a_node_that_was_off_learns_of_a_revocation_and_keeps_it(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         await site.grow(3)
         off, gone, witness = site.nodes
@@ -475,7 +475,7 @@ def test_a_helper_pings_for_others_and_only_members() -> None:
     run(scenario)
 
 
-def test_a_node_that_only_one_link_fails_is_kept_by_its_helpers() -> None:
+def test_helpers_keep_a_node_alive_that_one_link_cannot_reach() -> None:
     async def scenario(site: Site) -> None:
         await site.grow(4)
         first, second = site.nodes[0].own.peer_id, site.nodes[1].own.peer_id
@@ -503,7 +503,7 @@ def test_a_liar_about_others_is_refuted() -> None:
     run(scenario)
 
 
-def test_whatever_is_cancelled_the_view_stays_whole() -> None:
+def test_the_view_stays_whole_after_any_cancellation() -> None:
     """Cancel one node at many moments of its start; the same membership then serves a new run."""
 
     async def scenario(site: Site) -> None:
@@ -618,7 +618,7 @@ def test_a_damaged_peers_file_is_skipped(tmp_path: pytest.TempPathFactory, data:
     assert PeersFile(path).load() == ()
 
 
-def test_remembered_peers_are_bounded_and_never_forgotten_for_nothing(tmp_path: pytest.TempPathFactory) -> None:
+def test_remembered_peers_are_bounded_and_not_forgotten_without_a_reason(tmp_path: pytest.TempPathFactory) -> None:
     path = tmp_path / "peers"
 
     async def main() -> None:

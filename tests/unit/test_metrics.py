@@ -1,4 +1,4 @@
-"""Metrics: the numbers that were counted, in a form that Prometheus' own parser reads."""
+"""Metrics have the right numbers, in a form that Prometheus' own parser reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
     return {(s.name, tuple(sorted(s.labels.values()))): s.value for family in families for s in family.samples}
 
 
-def test_every_source_is_there_from_the_start() -> None:
+def test_every_source_is_exported_from_the_start() -> None:
     metrics, provenance = Metrics(), Provenance()
     metrics.watch(bytes_served=lambda: provenance.bytes_served, requests=lambda: provenance.requests)
     for index, (source, served) in enumerate(((Source.PEER, 3), (Source.PEER, 4), (Source.ORIGIN, 0))):

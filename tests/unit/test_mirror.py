@@ -135,7 +135,7 @@ def code(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["errors"][0]["code"]
 
 
-def test_head_and_get_agree_and_say_what_clients_need() -> None:
+def test_head_and_get_have_the_same_headers_which_clients_need() -> None:
     async def check(client: httpx.AsyncClient, library: MemoryLibrary) -> None:
         assert (await client.get("/v2/")).status_code == 200
         for path, data, media_type in (
@@ -160,7 +160,7 @@ def test_head_and_get_agree_and_say_what_clients_need() -> None:
     run(check)
 
 
-def test_the_upstream_is_named_by_ns_by_path_or_by_nothing() -> None:
+def test_the_upstream_is_named_by_ns_by_path_or_by_default() -> None:
     async def check(client: httpx.AsyncClient, library: MemoryLibrary) -> None:
         for path in (
             "/v2/library/alpine/manifests/a",
@@ -210,7 +210,7 @@ def test_the_upstream_is_named_by_ns_by_path_or_by_nothing() -> None:
         ("DELETE", BLOB_PATH, (405, "UNSUPPORTED")),
     ],
 )
-def test_what_cannot_be_answered_is_told_in_the_specifications_terms(method: str, path: str, expected) -> None:
+def test_errors_have_the_codes_of_the_specification(method: str, path: str, expected) -> None:
     async def check(client: httpx.AsyncClient, library: MemoryLibrary) -> None:
         response = await client.request(method, path)
         assert code(response) == expected
@@ -296,7 +296,7 @@ def test_failures_before_the_first_byte_are_answers_and_later_ones_end_the_body(
     run(check)
 
 
-def test_what_stalls_is_answered_503_or_cut(monkeypatch) -> None:
+def test_stalled_answers_become_503_or_are_cut(monkeypatch) -> None:
     monkeypatch.setattr(mirror_module, "HEAD_S", 0.1)
     monkeypatch.setattr(mirror_module, "STALL_S", 1.0)
 
@@ -311,7 +311,7 @@ def test_what_stalls_is_answered_503_or_cut(monkeypatch) -> None:
     run(check)
 
 
-def test_a_client_that_leaves_ends_the_read() -> None:
+def test_a_client_that_disconnects_ends_its_read() -> None:
     async def check(client: httpx.AsyncClient, library: MemoryLibrary) -> None:
         library.objects[BLOB_DIGEST] = bytes(64 << 20)
         async with client.stream("GET", BLOB_PATH) as response:
@@ -346,7 +346,7 @@ def test_lists_have_links_to_this_mirror_and_heads_like_everything() -> None:
     run(check)
 
 
-def test_what_was_not_there_is_not_there_while_the_registry_is_gone() -> None:
+def test_missing_objects_stay_missing_while_the_registry_is_down() -> None:
     async def check(client: httpx.AsyncClient, library: MemoryLibrary) -> None:
         missing = f"/v2/library/alpine/blobs/{Digest('sha256', '0' * 64)}"
         assert code(await client.get(missing)) == (404, "BLOB_UNKNOWN")
@@ -380,7 +380,7 @@ HEADERS = st.dictionaries(
     query=st.dictionaries(st.sampled_from(["ns", "n", "last"]), WORDS | st.text(max_size=9), max_size=2),
     headers=HEADERS,
 )
-def test_no_request_is_answered_with_an_error_of_ours(method, path, query, headers, caplog) -> None:
+def test_no_request_causes_a_server_error(method, path, query, headers, caplog) -> None:
     async def main() -> None:
         response = await Mirror(MemoryLibrary(), ["docker.io"], EchoListings(), Everybody()).handle(  # type: ignore[arg-type]
             Request(method, path, query, headers)

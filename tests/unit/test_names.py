@@ -36,7 +36,7 @@ def test_a_clock_that_was_set_back_makes_a_name_old_not_young(tmp_path: Path) ->
     assert resolved.age_s > 1e6
 
 
-def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
+def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "names.sqlite"
     path.write_bytes(b"this is no database" * 1000)
     table = NameTable(path)
@@ -57,8 +57,8 @@ def test_a_damaged_table_is_started_anew(tmp_path: Path) -> None:
         (b"\xff", "x/claimed", ""),
     ],
 )
-def test_a_manifest_tells_its_own_type(body: bytes, claimed: str, expected: str | None) -> None:
-    """`expected` None: the claimed type; empty: the bytes show no type."""
+def test_the_type_of_a_manifest_is_read_from_its_bytes(body: bytes, claimed: str, expected: str | None) -> None:
+    """`expected` None stands for the claimed type, and "" for no type in the bytes."""
     assert media_type_of(body, claimed) == (claimed if expected is None else expected or None)
 
 
@@ -76,7 +76,7 @@ def test_a_row_that_the_disk_altered_is_unknown(tmp_path: Path) -> None:
     assert [row.tag for row in table.tags("*")] == ["v2"]
 
 
-def test_what_a_disk_does_not_take_is_remembered_until_the_node_stops(tmp_path: Path, caplog) -> None:
+def test_names_that_the_disk_refuses_are_remembered_until_the_node_stops(tmp_path: Path, caplog) -> None:
     calls = Calls(on=True)
     with failing(calls):
         table = NameTable(tmp_path / "names.sqlite")
@@ -103,7 +103,7 @@ def test_what_a_disk_does_not_take_is_remembered_until_the_node_stops(tmp_path: 
         b'{"manifests": [{"digest": "sha256:' + b"ab" * 32 + b'", "size": 1, "platform": ' + b"[" * 5000,
     ],
 )
-def test_what_is_no_manifest_names_nothing(body: bytes) -> None:
+def test_bytes_that_are_not_a_manifest_name_nothing(body: bytes) -> None:
     manifest = parse_manifest(body)
     assert [*descriptors(manifest, "blobs"), *descriptors(manifest, "manifests")] == []
 

@@ -1,4 +1,4 @@
-"""Batching of blocks into requests: runs, the reads that wait for a run, and those that do not."""
+"""Batching of blocks into requests: runs, reads that wait for a run, and reads that do not wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK_S = 1.0
 
 
 class SlowRegistry:
-    """Gives a block each second on every connection; its bytes are the block's number."""
+    """Sends a block each second on every connection. The bytes of a block are its number."""
 
     def __init__(self, connections: int = 5) -> None:
         self.runs: list[tuple[float, int, int]] = []
@@ -56,7 +56,7 @@ def run(check: Callable[[SlowRegistry, BatchedReads], Awaitable[None]], connecti
 
 
 async def read_in_order(reads: BatchedReads, count: int, window: int) -> None:
-    """Read as a client does: `window` blocks are wanted at once, and another one as each of them comes."""
+    """Read as a client does: `window` blocks are requested at once, and another one each time that a block arrives."""
     ready: dict[int, trio.Event] = {index: trio.Event() for index in range(count)}
 
     async def read(index: int) -> None:
@@ -93,7 +93,7 @@ def test_blocks_that_follow_no_run_are_asked_for_at_once() -> None:
 
 
 @pytest.mark.parametrize("failing", [None, UnavailableError("broken")])
-def test_blocks_behind_a_run_are_read_when_it_ends_or_fails(failing: ShoalError | None) -> None:
+def test_blocks_after_a_run_are_read_when_it_ends_or_fails(failing: ShoalError | None) -> None:
     async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         registry.failing = failing
         caught: list[ShoalError] = []
@@ -114,7 +114,7 @@ def test_blocks_behind_a_run_are_read_when_it_ends_or_fails(failing: ShoalError 
     assert [(first, count) for _, first, count in run(check).runs] == [(4, 1), (5, 2)]
 
 
-def test_a_reader_that_leaves_takes_its_block_along() -> None:
+def test_the_block_of_a_cancelled_reader_is_not_read() -> None:
     async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reads.read, BLOBS, REF, 0)

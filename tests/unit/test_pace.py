@@ -40,7 +40,7 @@ def test_a_rate_spreads_bytes_over_time() -> None:
     play(scenario)
 
 
-def test_clients_go_first_but_not_for_ever() -> None:
+def test_clients_go_first_but_not_forever() -> None:
     async def scenario() -> None:
         quiet = trio.Event()
         pace = Pace(0, None, quiet.wait)
@@ -58,7 +58,7 @@ def test_clients_go_first_but_not_for_ever() -> None:
     play(scenario)
 
 
-def test_a_window_is_waited_for_by_the_clock_on_the_wall_which_may_be_set() -> None:
+def test_hours_follow_the_wall_clock_which_may_be_set() -> None:
     async def scenario() -> None:
         wall = [datetime(2026, 3, 4, 20)]
         began = trio.current_time()

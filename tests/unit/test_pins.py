@@ -1,4 +1,4 @@
-"""Pins: shared objects, room on the disk, the file, and operations under way."""
+"""Pins: shared objects, room on the disk, the file, and operations in progress."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def play(scenario: Callable[[], Awaitable[None]]) -> None:
     trio.run(scenario)
 
 
-def test_what_two_images_share_stays_until_both_are_unpinned(path: Path) -> None:
+def test_objects_that_two_images_share_stay_until_both_are_unpinned(path: Path) -> None:
     async def scenario() -> None:
         disk = Disk()
         pins = Pins(path, (), disk)
@@ -98,7 +98,7 @@ def test_pins_outlive_the_process(path: Path) -> None:
     play(scenario)
 
 
-def test_work_under_way_is_held_and_bounded(path: Path) -> None:
+def test_objects_of_running_operations_are_held_and_bounded(path: Path) -> None:
     async def scenario() -> None:
         disk = Disk()
         pins = Pins(path, (), disk)
@@ -115,7 +115,7 @@ def test_work_under_way_is_held_and_bounded(path: Path) -> None:
     play(scenario)
 
 
-def test_a_smaller_budget_has_to_have_room_for_what_is_pinned(path: Path) -> None:
+def test_a_smaller_budget_must_have_room_for_pinned_objects(path: Path) -> None:
     async def scenario() -> None:
         pins = Pins(path, (), Disk())
         await pins.add(image("app", *range(1, 5)))

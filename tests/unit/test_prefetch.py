@@ -1,4 +1,4 @@
-"""Prefetch in virtual time: its pace, waits, failures that pass, cancelling, and its file."""
+"""Prefetch in virtual time: its pace, its waits, temporary failures, cancelling, and its file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOTAL = len(MANIFEST) + 2 + len(LAYER)
 
 
 class Shelf:
-    """Library, verifier, fetcher and store in one. `resolve` raises the `failures`, one after the other."""
+    """Library, verifier, fetcher and store in one object. `resolve` raises the `failures` one after the other."""
 
     def __init__(self) -> None:
         self.content = {Blob(data).ref: data for data in (MANIFEST, b"{}", LAYER)}
@@ -162,7 +162,7 @@ def test_clients_go_first(path: Path) -> None:
     play(path, scenario)
 
 
-def test_what_may_pass_is_tried_again_and_what_will_not_is_failed(path: Path) -> None:
+def test_temporary_failures_are_retried_and_permanent_ones_are_final(path: Path) -> None:
     async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
         shelf.failures = [UnavailableError("the uplink is down"), UnavailableError("still"), NotFoundError("no tag")]
         prefetcher.order(PrefetchOrder(images=(IMAGE,)))
@@ -178,7 +178,7 @@ def test_what_may_pass_is_tried_again_and_what_will_not_is_failed(path: Path) ->
     play(path, scenario)
 
 
-def test_one_that_waits_for_another_try_does_not_hold_up_the_next(path: Path) -> None:
+def test_an_image_that_waits_for_a_retry_does_not_delay_the_next(path: Path) -> None:
     async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
         shelf.failures = [UnavailableError("down")]
         prefetcher.order(PrefetchOrder(images=(IMAGE, "origin.test/app:v2")))
@@ -188,7 +188,7 @@ def test_one_that_waits_for_another_try_does_not_hold_up_the_next(path: Path) ->
     play(path, scenario)
 
 
-def test_wrong_bytes_are_read_again_by_the_way_that_finds_out_who_was_wrong(path: Path) -> None:
+def test_wrong_bytes_are_read_again_in_the_way_that_identifies_the_liar(path: Path) -> None:
     async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
         shelf.wrong = {Blob(LAYER).ref}
         prefetcher.order(PrefetchOrder(images=(IMAGE,)))
@@ -198,7 +198,7 @@ def test_wrong_bytes_are_read_again_by_the_way_that_finds_out_who_was_wrong(path
     play(path, scenario)
 
 
-def test_cancelling_ends_the_one_under_way_and_all_that_wait(path: Path) -> None:
+def test_cancelling_ends_the_running_image_and_all_waiting_ones(path: Path) -> None:
     async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
         prefetcher.order(PrefetchOrder(images=(IMAGE, "origin.test/app:v2"), rate=1000))
         await trio.sleep(1)

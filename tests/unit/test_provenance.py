@@ -1,4 +1,4 @@
-"""The latest reads are kept, within the bounds."""
+"""Provenance keeps the latest reads, within its bounds."""
 
 from __future__ import annotations
 

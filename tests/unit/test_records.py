@@ -1,4 +1,4 @@
-"""A record is its signer's word on one block, and on nothing else."""
+"""A record is its signer's statement about one block, and about nothing else."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def record() -> Record:
     return make_record(REF, 2, sha256(TAIL).digest(), SIGNER, sign=KEY.sign)
 
 
-def test_a_record_speaks_of_its_block(record: Record) -> None:
+def test_a_record_names_its_block(record: Record) -> None:
     check_record(record, REF, 2)
     assert record.object == REF
     assert record.block == BlockId(REF.digest, 2)
@@ -111,7 +111,7 @@ def test_a_record_of_another_block_is_refused(record: Record) -> None:
             check_record(record, ref, index)
 
 
-def test_nobody_signs_for_another() -> None:
+def test_a_member_cannot_sign_for_another() -> None:
     """S-23"""
     forged = make_record(REF, 2, sha256(TAIL).digest(), SIGNER, sign=OTHER_KEY.sign)
     with pytest.raises(PeerMisbehavedError, match=f"not {SIGNER}'s"):

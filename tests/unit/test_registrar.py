@@ -1,4 +1,4 @@
-"""Joins, without a network: the nodes that get a certificate, and the members that are shown a token."""
+"""Joins without a network: which nodes get a certificate, and which members see a token."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 class MemoryLine:
-    """One end of a stream with `peer`; `sent` holds the messages from this end."""
+    """One end of a stream with `peer`. `sent` holds the messages from this end."""
 
     def __init__(
         self, peer: PeerId, out: trio.MemorySendChannel[bytes], into: trio.MemoryReceiveChannel[bytes]
@@ -110,7 +110,7 @@ class Desk:
 
 
 class closing_its_end:  # reads as a statement
-    """Close this side's end when the side ends, also by an error."""
+    """Close the end of a side when the side returns or raises. Errors of its peer are dropped."""
 
     def __init__(self, line: MemoryLine) -> None:
         self._line = line
@@ -179,7 +179,7 @@ def test_a_lifetime_runs_from_the_later_of_both_clocks(
     run(main)
 
 
-def test_the_fault_of_a_token_is_answered_and_logged(
+def test_the_error_of_a_token_is_answered_and_logged(
     authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
@@ -275,7 +275,7 @@ def test_a_use_that_cannot_be_stored_admits_no_node(authority: Authority, tmp_pa
 
 
 def offer_of(authority: Authority, signer: Callable[[bytes], bytes], *, to: PeerId = NODE.peer_id):  # type: ignore[no-untyped-def]
-    """A member that offers, with `signer` in place of the authority's key, and notes the message after the offer."""
+    """A member that offers, with `signer` instead of the authority's key, and records the message after the offer."""
 
     async def serve(line: MemoryLine, received: list[bytes]) -> None:
         knock = join.decode_as(join.Knock, await line.receive(join.MAX_MESSAGE))

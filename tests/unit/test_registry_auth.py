@@ -165,7 +165,7 @@ def test_back_off_is_bounded_and_honours_the_server(failures: int, after: float 
         assert (after or 0) <= delay <= max(after or 0, min(BODY.cap_s, BODY.base_s * 2 ** (failures - 1)))
 
 
-def test_all_the_waiting_of_a_resolve_leaves_room_before_clients_give_up() -> None:
+def test_a_resolve_waits_less_than_clients_do() -> None:
     total = sum(min(RESOLVE.cap_s, RESOLVE.base_s * 2 ** (n - 1)) for n in range(1, RESOLVE.attempts))
     assert total < 5
 
@@ -177,7 +177,7 @@ def test_the_breaker_opens_probes_with_one_call_and_closes() -> None:
         breaker.failed(10)
     assert breaker.wait_s(11) == pytest.approx(1)
     assert breaker.wait_s(12) == 0, "one probe"
-    assert breaker.wait_s(12) > 0, "and no other meanwhile"
+    assert breaker.wait_s(12) > 0, "other calls wait meanwhile"
     breaker.failed(13)
     assert breaker.wait_s(16.9) == pytest.approx(0.1)
     assert breaker.wait_s(17) == 0

@@ -1,4 +1,4 @@
-"""The changes that a reload applies, those that it lists as needing a restart, and a refusal that changes nothing."""
+"""A reload applies some changes, reports others as needing a restart, and changes nothing if a part refuses."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def keys() -> set[str]:
     return listed
 
 
-def test_every_key_is_edited_here() -> None:
+def test_this_file_edits_every_key() -> None:
     assert {edit.partition("=")[0] for edit in EDITS} == keys() > LIVE
 
 
 @pytest.mark.parametrize(("edit", "line"), EDITS.items())
-def test_a_key_is_taken_or_named_as_waiting(tmp_path: Path, edit: str, line: str) -> None:
+def test_a_changed_key_is_applied_or_reported_as_needing_a_restart(tmp_path: Path, edit: str, line: str) -> None:
     daemon = Daemon(tmp_path)
     before, live = daemon.reloader.config, edit.partition("=")[0] in LIVE
     daemon.write(edit)
@@ -111,7 +111,7 @@ def test_a_key_is_taken_or_named_as_waiting(tmp_path: Path, edit: str, line: str
     assert daemon.reloader.config == before
 
 
-def test_what_a_part_refuses_leaves_all_as_it_was(tmp_path: Path) -> None:
+def test_a_change_that_one_part_refuses_changes_nothing(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path)
     before, daemon.refuses = daemon.reloader.config, True
     daemon.write('cache.memory = "1MiB"')
@@ -138,7 +138,7 @@ def config(memory: int, disk: int, **uplink: str) -> Config:
     return config_of({"cache": cache, "upstream": [{"name": "r.test", "url": "http://127.0.0.1:9", **uplink}]})
 
 
-def test_memory_disk_and_uplink_are_changed_together_and_what_is_held_stays_right(tmp_path: Path) -> None:
+def test_memory_disk_and_uplink_change_together_and_held_bytes_stay_right(tmp_path: Path) -> None:
     blobs = [Blob.random(seed, BLOCK_SIZE) for seed in range(4)]
     room = 4 * (BLOCK_SIZE + 2 * ENTRY_BYTES)
 

@@ -1,4 +1,4 @@
-"""docs/SECURITY.md and the tests name each other, and the limits that the document names exist."""
+"""docs/SECURITY.md and the tests name each other, and the limits in the document exist."""
 
 from __future__ import annotations
 

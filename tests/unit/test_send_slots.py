@@ -27,7 +27,7 @@ def peer_of(lot: trio.lowlevel.ParkingLot) -> PeerId:
 
 
 async def send(slots: SendSlots, seconds: float, ended: list[float]) -> None:
-    """As a new connection with a peer of its own."""
+    """Send on a new connection with a peer of its own."""
     lot = trio.lowlevel.ParkingLot()
     while not slots.take(lot, peer_of(lot)):
         await lot.park()
@@ -36,7 +36,7 @@ async def send(slots: SendSlots, seconds: float, ended: list[float]) -> None:
     ended.append(trio.current_time())
 
 
-def test_all_that_want_to_send_do_so_a_few_at_a_time() -> None:
+def test_all_senders_get_a_slot_a_few_at_a_time() -> None:
     async def scenario(slots: SendSlots) -> None:
         ended: list[float] = []
         start = trio.current_time()
@@ -51,7 +51,7 @@ def test_all_that_want_to_send_do_so_a_few_at_a_time() -> None:
     play(scenario)
 
 
-def test_slow_receivers_hold_up_the_others_for_a_turn_only() -> None:
+def test_slow_receivers_delay_the_others_by_one_turn_only() -> None:
     async def scenario(slots: SendSlots) -> None:
         ended: list[float] = []
         start = trio.current_time()
@@ -65,7 +65,7 @@ def test_slow_receivers_hold_up_the_others_for_a_turn_only() -> None:
     play(scenario)
 
 
-def test_who_leaves_gives_up_turn_and_place() -> None:
+def test_a_sender_that_leaves_gives_up_its_slot_and_its_turn() -> None:
     async def scenario(slots: SendSlots) -> None:
         lots = [trio.lowlevel.ParkingLot() for _ in range(SLOTS + 2)]
         assert [slots.take(lot, peer_of(lot)) for lot in lots] == [True] * SLOTS + [False] * 2

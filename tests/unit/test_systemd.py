@@ -31,7 +31,7 @@ def test_ready_and_stopping(systemd: socket.socket) -> None:
     assert systemd.recv(200) == b"STOPPING=1"
 
 
-def test_signs_of_life_come_twice_in_each_interval(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_of_life_are_sent_twice_in_each_interval(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
 
     async def main() -> int:

@@ -24,7 +24,7 @@ from tests.support.names_in_memory import APP, EPOCH, MAX_AGE_S, TTL_S, Node, Re
 
 
 @pytest.mark.parametrize(("answer_s", "latency_s"), [(0.02, 0.005), (7.0, 0.005), (0.02, 0.9)])
-def test_a_moved_tag_is_seen_in_its_time_to_live_by_every_node_of_the_site(
+def test_a_moved_tag_is_seen_within_its_time_to_live_by_every_node(
     tmp_path: Path, answer_s: float, latency_s: float
 ) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -37,7 +37,7 @@ def test_a_moved_tag_is_seen_in_its_time_to_live_by_every_node_of_the_site(
                 asked = trio.current_time()
                 version = await node.version()
                 due = [number for at, number in registry.moved if at <= asked - TTL_S][-1:]
-                assert version >= max([seen, *due]), "too late, or an earlier version again"
+                assert version >= max([seen, *due]), "the version is too old, or older than an earlier answer"
                 seen = version
                 await trio.sleep(rng.uniform(0, TTL_S / 3))
 
@@ -70,7 +70,7 @@ def test_nodes_agree_on_the_youngest_answer_while_the_registry_is_out_of_reach(t
         home = nodes[0].site.placement().name_homes(f"{APP}@latest")[0]
         other = next(node for node in nodes if node.own != home)
         registry.cut = {node.own for node in nodes} - {other.own}
-        assert await other.version() == 2, "its home does not reach the registry, but this node does"
+        assert await other.version() == 2, "the tag's home does not reach the registry, but this node does"
         registry.cut.add(other.own)
         await trio.sleep(2 * TTL_S)
         assert [await node.version() for node in nodes] == [2] * 5
@@ -86,7 +86,7 @@ def test_nodes_agree_on_the_youngest_answer_while_the_registry_is_out_of_reach(t
     play(tmp_path, 5, scenario)
 
 
-def test_a_tag_that_the_registry_deleted_does_not_come_back_when_it_is_out_of_reach(tmp_path: Path) -> None:
+def test_a_tag_that_the_registry_deleted_stays_deleted_while_the_registry_is_down(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         assert [await node.version() for node in nodes] == [1] * 5
         await trio.sleep(2 * TTL_S)
@@ -103,9 +103,7 @@ def test_a_tag_that_the_registry_deleted_does_not_come_back_when_it_is_out_of_re
 
 
 @pytest.mark.parametrize("by_digest", [False, True])
-def test_a_wrong_size_of_a_member_is_asked_of_the_registry_once_it_cannot_be_read(
-    tmp_path: Path, by_digest: bool
-) -> None:
+def test_the_registry_is_asked_for_a_size_after_a_members_size_failed(tmp_path: Path, by_digest: bool) -> None:
     """S-25."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
@@ -125,7 +123,7 @@ def test_a_wrong_size_of_a_member_is_asked_of_the_registry_once_it_cannot_be_rea
 
 
 @pytest.mark.parametrize("lie", ["type", "size"])
-def test_what_a_member_tells_of_a_manifest_is_compared_with_its_bytes(
+def test_a_members_answer_about_a_manifest_is_compared_with_its_bytes(
     tmp_path: Path, lie: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """S-25"""
@@ -191,7 +189,7 @@ def test_a_tag_that_is_never_cached_is_asked_for_each_time_and_not_served_offlin
     play(tmp_path, 5, scenario)
 
 
-def test_tags_tell_who_said_it_and_how_fresh_it_is(tmp_path: Path) -> None:
+def test_tags_show_the_source_and_the_age_of_each_answer(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         for node in nodes:
             await node.version("quick")
@@ -227,7 +225,7 @@ def test_a_digest_that_one_member_knows_is_found_while_the_registry_is_out_of_re
     play(tmp_path, 5, scenario)
 
 
-def test_a_tag_that_turns_up_at_one_member_of_an_offline_site_is_found_at_once(tmp_path: Path) -> None:
+def test_a_tag_that_appears_on_one_member_of_an_offline_site_is_found_at_once(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         resolved = (await nodes[0].reached.resolve(APP, "latest"))[0]
         registry.cut = {node.own for node in nodes}
@@ -240,7 +238,7 @@ def test_a_tag_that_turns_up_at_one_member_of_an_offline_site_is_found_at_once(t
     play(tmp_path, 5, scenario)
 
 
-def test_what_the_registry_does_not_have_is_an_error_for_all(tmp_path: Path) -> None:
+def test_a_tag_that_the_registry_lacks_is_an_error_on_every_node(tmp_path: Path) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         for node in nodes:
             with pytest.raises(NotFoundError):
@@ -265,7 +263,7 @@ def test_homes_that_die_cost_no_answer(tmp_path: Path) -> None:
 # The policy
 
 
-def test_the_first_pattern_that_fits_gives_the_policy() -> None:
+def test_the_first_matching_pattern_decides_the_policy() -> None:
     rules = [
         {"match": "docker.io/library/*:latest", "ttl": "5s"},
         {"match": "docker.io/*", "max_age": "1h"},
@@ -286,7 +284,7 @@ def test_the_first_pattern_that_fits_gives_the_policy() -> None:
     assert of("ghcr.io", "a/b", "latest") == (60, 7 * 86400)
 
 
-def test_what_is_read_with_a_grant_is_asked_of_no_other_node(tmp_path: Path) -> None:
+def test_a_read_with_a_grant_asks_no_other_node(tmp_path: Path) -> None:
     """S-27"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:

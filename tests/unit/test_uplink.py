@@ -34,7 +34,7 @@ def uplink(policy: UplinkPolicy, share: int = 1) -> Uplink:
 
 
 async def read(link: Uplink, size: int, *, background: bool = False, chunk: int = 512 << 10) -> list[tuple[float, int]]:
-    """Read as a body is read; returns time and size of each portion."""
+    """Read as a body is read. Returns time and size of each portion."""
     came = []
     while size:
         taken = await link.take(min(chunk, size), background=background)
@@ -67,7 +67,7 @@ def test_the_rate_is_kept_exactly_over_any_time_by_all_readers_together(share: i
     play(scenario)
 
 
-def test_a_pause_is_made_up_for_by_no_more_than_a_burst() -> None:
+def test_after_a_pause_at_most_one_burst_exceeds_the_rate() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy(rate=RATE))
         await read(link, RATE)
@@ -79,7 +79,7 @@ def test_a_pause_is_made_up_for_by_no_more_than_a_burst() -> None:
     play(scenario)
 
 
-def test_bytes_not_received_and_those_of_cancelled_reads_are_given_back() -> None:
+def test_the_budget_gets_back_bytes_that_were_not_received() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy(rate=RATE, daily=100 * RATE))
         await read(link, RATE)
@@ -114,7 +114,7 @@ def test_names_do_not_wait_and_are_paid_by_the_bodies_after_them() -> None:
     play(scenario)
 
 
-def test_the_day_s_bytes_are_kept_to_the_byte_and_come_again_at_midnight() -> None:
+def test_the_daily_budget_is_exact_and_renewed_at_midnight() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy(daily=10_000_000), share=2)
         with pytest.raises(UnavailableError, match="fake: the uplink budget of the day is spent: 5000000 bytes"):
@@ -132,7 +132,7 @@ def test_the_day_s_bytes_are_kept_to_the_byte_and_come_again_at_midnight() -> No
     play(scenario)
 
 
-def test_foreground_bodies_go_on_where_the_operator_allows_it_and_background_ones_do_not() -> None:
+def test_foreground_bodies_continue_if_the_operator_allows_it_and_background_ones_do_not() -> None:
     async def scenario() -> None:
         part = UpstreamPart(name="fake", url="http://x", daily=OptionalSize("1MB"), daily_spent="allow")
         link = uplink(uplink_policy(part))
@@ -144,7 +144,7 @@ def test_foreground_bodies_go_on_where_the_operator_allows_it_and_background_one
     play(scenario)
 
 
-def test_in_the_hours_nothing_is_limited_or_counted() -> None:
+def test_during_the_hours_nothing_is_limited_or_counted() -> None:
     async def scenario() -> None:
         rate, daily, night = OptionalSize("1MiB"), OptionalSize("10MiB"), Window("22:00-06:00")
         part = UpstreamPart(name="fake", url="http://x", rate=rate, daily=daily, hours=(night,))
@@ -161,7 +161,7 @@ def test_in_the_hours_nothing_is_limited_or_counted() -> None:
         assert trio.current_time() == start
         await trio.sleep(8 * 3600)
         assert not link.use().free
-        assert link.use().used == 0, "of the new day"
+        assert link.use().used == 0, "the new day has a new count"
 
     play(scenario)
 
@@ -184,7 +184,7 @@ def test_background_bodies_make_way_while_a_client_waits() -> None:
     play(scenario)
 
 
-def test_background_bodies_are_read_in_the_hours_only_where_there_are_any() -> None:
+def test_background_bodies_wait_for_the_hours_if_any_are_configured() -> None:
     async def scenario() -> None:
         link = uplink(UplinkPolicy(hours=(NIGHT,)))
         await read(link, 1 << 30)
@@ -214,7 +214,7 @@ def test_a_new_rate_holds_at_once_also_for_waiting_bodies() -> None:
     play(scenario)
 
 
-def test_a_daily_budget_that_comes_later_is_kept_in_the_file(tmp_path: Path) -> None:
+def test_a_daily_budget_added_later_is_kept_in_the_file(tmp_path: Path) -> None:
     async def scenario() -> None:
         path, link = tmp_path / "uplink.msgpack", uplink(UplinkPolicy())
         async with trio.open_nursery() as nursery:

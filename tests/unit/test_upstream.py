@@ -1,4 +1,4 @@
-"""The registry client against a registry in this process, over real sockets, with all faults of registries."""
+"""The registry client against a registry in this process, over real sockets, with the known faults of registries."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_manifest_is_resolved_and_revalidated() -> None:
     assert methods == ["GET", "HEAD", "HEAD", "GET", "GET", "GET"]
 
 
-def test_what_comes_compressed_is_not_decompressed() -> None:
+def test_compressed_bodies_are_not_decompressed() -> None:
     """S-21"""
     bomb = gzip.compress(bytes(64 << 20))
 
@@ -213,7 +213,7 @@ def test_a_silent_body_is_resumed_and_a_long_retry_after_is_not_waited_for(monke
     run(check)
 
 
-def test_one_token_serves_everybody_until_it_is_refused(tmp_path) -> None:
+def test_one_token_serves_all_reads_until_it_is_refused(tmp_path) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.scheme = "Bearer"
         fixture.registry.password = "hunter2"
@@ -288,7 +288,7 @@ def test_basic_needs_credentials(tmp_path) -> None:
     run(check, access="node", docker_config=str(path))
 
 
-def test_a_redirect_to_another_host_takes_no_authorization_along(caplog) -> None:
+def test_a_redirect_to_another_host_carries_no_authorization(caplog) -> None:
     other = FakeRegistry()
 
     async def handle(request: Request) -> Response:
@@ -314,7 +314,7 @@ def test_a_redirect_to_another_host_takes_no_authorization_along(caplog) -> None
     assert not any("hush" in record.getMessage() for record in caplog.records if record.name.startswith("node"))
 
 
-def test_a_list_is_handed_on_with_its_link() -> None:
+def test_a_list_is_passed_on_with_its_link() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         passed = await upstreams.passthrough(MANIFESTS, "tags/list", {"n": "1"})
         assert (passed.body, passed.media_type, passed.link) == (b'{"n": "1"}', "application/json", "<x>")
@@ -323,7 +323,7 @@ def test_a_list_is_handed_on_with_its_link() -> None:
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_a_list_that_the_registry_does_not_give_is_not_found(status: int) -> None:
+def test_a_list_that_the_registry_refuses_is_not_found(status: int) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = [status]
         with pytest.raises(NotFoundError, match="referrers"):
@@ -346,7 +346,7 @@ def granted(locator: Locator, authorization: str) -> Locator:
     return replace(locator, grant=Grant(authorization))
 
 
-def test_admission_is_asked_for_with_only_the_clients_grant(tmp_path) -> None:
+def test_admission_is_checked_with_only_the_clients_grant(tmp_path) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         registry = fixture.registry
         registry.scheme, registry.password, registry.valid_token = "Bearer", "hunter2", "of-alice"
@@ -396,7 +396,7 @@ def test_a_repository_with_a_token_for_everyone_is_public() -> None:
     ("faults", "admitted"),
     [([404], True), ([404, 401], False), ([403], False), ([404, 404], NotFoundError), ([503] * 9, UnavailableError)],
 )
-def test_a_missing_name_is_no_answer_about_admission(faults: list[int | str | None], admitted: object) -> None:
+def test_a_missing_name_does_not_decide_about_admission(faults: list[int | str | None], admitted: object) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.faults = faults
         if isinstance(admitted, bool):
@@ -408,7 +408,7 @@ def test_a_missing_name_is_no_answer_about_admission(faults: list[int | str | No
     run(check)
 
 
-def test_a_redirect_is_a_yes_and_not_followed() -> None:
+def test_a_redirect_counts_as_admission_and_is_not_followed() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.elsewhere = "http://registry.invalid"
         assert await upstreams.admits(BLOBS, str(BLOB_REF.digest))

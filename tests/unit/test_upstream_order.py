@@ -1,4 +1,4 @@
-"""An upstream of several URLs: if a mirror does not give something, the next is asked; the last answer is final."""
+"""An upstream with several URLs: if a mirror does not serve an object, the next URL is asked. The last is final."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_answer_is_that_of_the_registry_itself(fault: int, error: type[Excep
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429])
-def test_a_failing_mirror_is_passed_over_for_a_while(fault: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_mirror_is_skipped_for_a_while(fault: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for pause in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S"):
         monkeypatch.setattr(Breaker, pause, 60.0)
 
@@ -138,7 +138,7 @@ def test_a_body_that_a_mirror_broke_off_continues_from_the_registry() -> None:
     run(check)
 
 
-def test_wrong_bytes_of_a_mirror_are_refused_where_a_digest_tells() -> None:
+def test_wrong_bytes_of_a_mirror_are_refused_if_a_digest_decides() -> None:
     """S-28"""
 
     async def check(fixture: Fixture) -> None:
@@ -198,7 +198,7 @@ def test_only_the_registry_itself_makes_a_repository_public() -> None:
         fixture.registry.faults = [401] * 20
         assert await fixture.manifest() == MANIFEST
         assert fixture.asked == (1, 0)
-        assert not fixture.public, "a mirror may give to everyone what the registry does not"
+        assert not fixture.public, "a mirror may serve private content to everyone"
         assert not await fixture.upstreams.admits(MANIFESTS, "latest")
         assert fixture.asked[0] == 1, "a mirror does not decide who may read"
 

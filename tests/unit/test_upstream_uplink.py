@@ -21,7 +21,7 @@ Check = Callable[[FakeRegistry, Upstreams, Uplink], Awaitable[None]]
 
 
 def run(check: Check, policy: UplinkPolicy, connections: int = 2) -> int:
-    """Run `check`; returns the number of bytes counted as read."""
+    """Run `check`. Returns the number of bytes counted as read."""
     counted = 0
 
     def count(name: str, size: int) -> None:
@@ -47,7 +47,7 @@ async def read(upstreams: Upstreams, received: list[bytes]) -> None:
             received.append(bytes(block))
 
 
-def test_bodies_end_with_the_day_s_bytes_and_names_go_on() -> None:
+def test_a_spent_daily_budget_stops_bodies_but_not_names() -> None:
     daily = 2 * BLOCK_SIZE + 1000
 
     async def check(registry: FakeRegistry, upstreams: Upstreams, link: Uplink) -> None:
@@ -59,14 +59,14 @@ def test_bodies_end_with_the_day_s_bytes_and_names_go_on() -> None:
         asked = len(registry.requests)
         with pytest.raises(UnavailableError, match="spent"):
             await read(upstreams, received)
-        assert len(registry.requests) == asked, "a body that may not be read is not asked for"
+        assert len(registry.requests) == asked, "a body over the budget is not requested"
         assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
         assert upstreams.endpoints("fake")[0].problem == "", "the registry is well"
 
     assert run(check, UplinkPolicy(daily=daily)) == daily + len(MANIFEST)
 
 
-def test_a_background_body_makes_way_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_background_body_continues_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uplink_module, "QUIET_S", 0.01)
 
     async def check(registry: FakeRegistry, upstreams: Upstreams, link: Uplink) -> None:
@@ -85,7 +85,7 @@ def test_a_background_body_makes_way_and_goes_on_where_it_was(monkeypatch: pytes
             await begun.wait()
             with link.foreground():
                 done.set()
-                # The only connection for bodies is given up; else this read would wait forever.
+                # The background body gives up the only connection. Otherwise this read would wait forever.
                 await read(upstreams, other := [])
                 assert (other, received) == (cut(0, 4), cut(0, 1))
         assert received == cut(0, 4)

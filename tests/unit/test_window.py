@@ -1,4 +1,4 @@
-"""How the window for cold blocks follows the uplink."""
+"""The window for cold blocks follows the speed of the uplink."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from protocol.window import COLD_FIRST, COLD_LEAST, LATE_S, LEAST, MOST, RAMP, S
 
 
 def fill(window: ReadWindow, now: float) -> int:
-    """Begin blocks for one client that had many, as long as there is room; how many cold ones there are then."""
+    """Begin blocks for a client with many earlier blocks, while there is room. Returns the number of cold blocks."""
     cold = 0
     while window.has_room(under_way=cold, cold=cold, warm=MOST):
         window.began((now, cold), now)
@@ -21,7 +21,7 @@ def drain(window: ReadWindow, began: float, count: int, now: float) -> None:
         window.ended((began, number), now)
 
 
-def test_a_client_begins_with_few_and_gets_one_more_with_each_that_came() -> None:
+def test_a_client_begins_with_few_blocks_and_gets_one_more_per_arrival() -> None:
     window = ReadWindow()
     window.entered()
     assert window.has_room(under_way=RAMP - 1, cold=RAMP - 1, warm=0)
@@ -29,7 +29,7 @@ def test_a_client_begins_with_few_and_gets_one_more_with_each_that_came() -> Non
     assert window.has_room(under_way=RAMP + 1, cold=RAMP, warm=1)
 
 
-def test_it_grows_while_blocks_come_soon_and_shrinks_while_they_come_late() -> None:
+def test_the_window_grows_while_blocks_are_early_and_shrinks_while_they_are_late() -> None:
     window = ReadWindow()
     window.entered()
     sizes = []
@@ -45,7 +45,7 @@ def test_it_grows_while_blocks_come_soon_and_shrinks_while_they_come_late() -> N
     assert sizes[-1] == COLD_LEAST
 
 
-def test_a_client_that_asks_for_few_does_not_widen_it_for_all() -> None:
+def test_a_client_that_asks_for_few_blocks_does_not_widen_the_window() -> None:
     window = ReadWindow()
     window.entered()
     for number in range(100):
@@ -70,7 +70,7 @@ def test_on_a_slow_link_fewer_blocks_are_under_way() -> None:
     assert window.share == MOST
 
 
-def test_clients_share_it() -> None:
+def test_clients_share_the_window() -> None:
     window = ReadWindow()
     for _ in range(3):
         window.entered()
