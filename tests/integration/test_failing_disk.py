@@ -285,7 +285,7 @@ def test_a_database_on_a_read_only_disk_remembers_until_the_node_stops(disk: Pat
     remember(database, "new")
     assert remembers(database, "new")
     database.close()
-    assert "remembered until the node stops" in caplog.text
+    assert "kept only until the node stops" in caplog.text
     subprocess.run(["umount", str(disk)], check=True)
     assert reopened_remembers(path, "old")
 
