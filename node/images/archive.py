@@ -74,7 +74,7 @@ class ArchiveReader:
         for first in range(0, max(1, count), step):
             hashes = await trio.to_thread.run_sync(hash_some, first, min(count, first + step))
             if first + step >= count and whole.hexdigest() != packed.ref.digest.hex:
-                raise BadInputError(f"{packed.entry}: its bytes are not those of its digest")
+                raise BadInputError(f"{packed.entry}: its bytes do not match its digest")
             yield hashes
 
     def _block(self, packed: Packed, index: int) -> bytes:
