@@ -100,7 +100,7 @@ class Channel(ABC):
             except (trio.ClosedResourceError, ValueError, OSError) as error:
                 raise PeerUnavailableError("connection closed") from error
             return
-        raise PeerUnavailableError(f"peer takes no bytes for {self._stall_s} s")
+        raise PeerUnavailableError(f"peer accepted no bytes for {self._stall_s} s")
 
     async def wait_readable(self, coming: int = 0) -> None:
         """May return before any byte has arrived. `coming`: see `Readable.wait`."""

@@ -75,7 +75,7 @@ class Endpoint:
         """The peer at the other end; the channel then counts its bytes as that peer's. Raises as `TlsChannel.open`."""
         peer = self.peer_of(channel.peer_certificate())
         if expected not in (None, peer):  # another member may have got this address
-            raise PeerUnavailableError(f"{peer} is there now")
+            raise PeerUnavailableError(f"{peer} answers at this address now")
         channel.traffic = self.traffic.setdefault(peer, Traffic())
         return peer
 

@@ -165,7 +165,7 @@ class Listener:
             if head.request_id in connection.at_work:
                 raise PeerMisbehavedError("a request has the number of another unanswered request")
             if plain and not is_for_block(head.message):
-                raise PeerMisbehavedError(f"{type(head.message).__name__} came in the clear")
+                raise PeerMisbehavedError(f"{type(head.message).__name__} was sent unencrypted")
             if connection.places.value:  # without the checkpoint of `acquire`: every request passes here
                 connection.places.acquire_nowait()
             else:

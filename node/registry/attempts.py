@@ -54,7 +54,7 @@ def reason(error: Exception) -> str:
         httpx.ConnectTimeout: "no connection in time",
         httpx.ReadTimeout: "silent for too long",
         httpx.ConnectError: "cannot be reached",
-        httpx.TooManyRedirects: "redirects without end",
+        httpx.TooManyRedirects: "too many redirects",
     }
     return names.get(type(error), f"the connection broke ({type(error).__name__})")
 
@@ -116,7 +116,7 @@ class Attempts:
         if delay_s is None:
             if failure.breaks or registry.is_mirror:
                 if not registry.breaker.failing:
-                    log.warning("%s is passed over for a while: %s", registry.name, failure)
+                    log.warning("%s is not asked for a while: %s", registry.name, failure)
                 registry.problem = str(failure)
                 registry.breaker.failed(trio.current_time(), failure.retry_after_s or 0.0)
                 registry.probing.unpark_all()

@@ -105,7 +105,7 @@ async def _run(path: str, program: str, question: bytes) -> tuple[int | None, by
     if limit.cancelled_caught:
         raise HelperError(f"{program} did not answer in {LIMIT_S:.0f} s")
     if len(output) > MAX_OUTPUT:
-        raise HelperError(f"{program} said more than {MAX_OUTPUT} bytes")
+        raise HelperError(f"{program} printed more than {MAX_OUTPUT} bytes")
     return process.returncode, bytes(output)
 
 

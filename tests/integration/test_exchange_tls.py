@@ -389,7 +389,7 @@ def test_an_address_that_passed_to_another_member_is_passed_over(tmp_path: Path)
         cluster.locate(peer.peer, *addresses)
         assert await asker.ask(peer.peer, PING) == Answer(PONG)
         cluster.locate(other.peer, *addresses[:3], str(peer.exchange.address))
-        with pytest.raises(PeerUnavailableError, match="is there now"):
+        with pytest.raises(PeerUnavailableError, match="answers at this address now"):
             await asker.ask(other.peer, PING)
 
     play(tmp_path, scenario)
