@@ -1,4 +1,4 @@
-"""A byte channel on a non-blocking socket: TLS 1.3, and plain TCP after that where both sides want it.
+"""A byte channel on a non-blocking socket: TLS 1.3, followed by plain TCP if both sides want it.
 
 `ssl.SSLSocket` reads and writes the socket itself and reports when it would block; only then does trio wait for the
 socket. That is twice as fast as trio.SSLStream, which copies every byte through memory BIOs and Python buffers.
@@ -20,15 +20,15 @@ from protocol.errors import NotAdmittedError, PeerUnavailableError
 from protocol.ids import Buffer
 
 UNSENT_BYTES = 64 << 10
-"""Bytes that the kernel takes before they are on the wire: on a slow link a `Waiting` is behind no more than these."""
+"""Most bytes that the kernel holds unsent: on a slow link, a `Waiting` queues behind no more than these."""
 CONGESTION_CONTROL = b"reno"
-"""On a LAN, cubic behaves alike. BBR, the default of some machines, lost a fifth of its packets when ten nodes sent to
-each other at once."""
+"""On a LAN, cubic performs the same. BBR, the default of some machines, lost a fifth of its packets when ten nodes sent
+to each other at once."""
 
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes of frames; shared by all channels with one peer."""
+    """Counts of bytes of frames; all channels with one peer share them."""
 
     sent: int = 0
     received: int = 0
@@ -38,12 +38,12 @@ class Channel(ABC):
     """One task may read while one other writes.
 
     Every method raises PeerUnavailableError when the connection is closed (by either side) or fails. A write that is
-    cancelled halfway leaves half a frame, so it closes the channel. There is no closing handshake: frames have lengths,
-    so a cut is noticed.
+    cancelled halfway leaves half a frame, so it closes the channel. There is no closing handshake: frames carry their
+    lengths, so the reader notices a stream that was cut.
     """
 
     def __init__(self, sock: socket.socket, stall_s: float) -> None:
-        """`sock`: connected and non-blocking. `stall_s`: how long a peer may take no byte of a write."""
+        """`sock`: connected and non-blocking. `stall_s`: the longest time in which a peer may accept no byte."""
         self.traffic = Traffic()
         self._stall_s = stall_s
         self._sock = sock
@@ -51,7 +51,7 @@ class Channel(ABC):
         self._closed = False
 
     def receive_nowait(self, view: memoryview) -> int:
-        """Read into `view` the bytes that have come, up to its length; returns how many, 0 if none."""
+        """Read the bytes that have arrived into `view`, up to its length. Returns their number, 0 for none."""
         try:
             received = self._receive(view)
         except OSError as error:
@@ -64,7 +64,7 @@ class Channel(ABC):
         """`receive_nowait`, but OSError is not translated. Raises PeerUnavailableError at the end of the stream."""
 
     async def send_all(self, *buffers: Buffer) -> None:
-        """One writer at a time. Raises PeerUnavailableError also when the peer takes no byte for `stall_s`."""
+        """For one writer at a time. Also raises PeerUnavailableError if the peer accepts no byte for `stall_s`."""
         waited = False
         views = [memoryview(buffer) for buffer in buffers]
         try:
@@ -90,27 +90,27 @@ class Channel(ABC):
 
     @abstractmethod
     def _send(self, views: list[memoryview]) -> int:
-        """Write some of the front; returns how many bytes. Raises OSError, also where it would block."""
+        """Write some of the first bytes. Returns their number. Raises OSError, also if the write would block."""
 
     async def wait_taken(self) -> None:
-        """Until the kernel holds few bytes that are not on the wire (UNSENT_BYTES)."""
+        """Wait until the kernel holds fewer than UNSENT_BYTES that are not on the wire."""
         with trio.move_on_after(self._stall_s):
             try:
                 await trio.lowlevel.wait_writable(self._sock)
             except (trio.ClosedResourceError, ValueError, OSError) as error:
                 raise PeerUnavailableError("connection closed") from error
             return
-        raise PeerUnavailableError(f"peer takes no bytes for {self._stall_s} s")
+        raise PeerUnavailableError(f"peer accepted no bytes for {self._stall_s} s")
 
     async def wait_readable(self, coming: int = 0) -> None:
-        """May return before anything came. `coming`: see `Readable.wait`."""
+        """May return before any byte has arrived. `coming`: see `Readable.wait`."""
         try:
             await self._readable.wait(coming)
         except (trio.ClosedResourceError, ValueError, OSError) as error:
             raise PeerUnavailableError("connection closed") from error
 
     def close(self) -> None:
-        """Close at once; tasks that wait for this channel get PeerUnavailableError. May be repeated."""
+        """Close at once. Tasks that wait for this channel get PeerUnavailableError. A second call does nothing."""
         if not self._closed:
             self._closed = True
             trio.lowlevel.notify_closing(self._sock)
@@ -138,14 +138,14 @@ class TlsChannel(Channel):
     async def open(cls, sock: socket.socket, context: ssl.SSLContext, stall_s: float) -> TlsChannel:
         """Take over the connected socket `sock` and do the TLS handshake. The caller sets the deadline.
 
-        Raises NotAdmittedError where the other side has no certificate of this cluster, PeerUnavailableError.
-        Only its first read tells a client whether the server accepted its certificate (RFC 8446, section 4.4.4).
+        Raises NotAdmittedError if the other side has no certificate of this cluster, else PeerUnavailableError.
+        A client learns only by its first read whether the server accepted its certificate (RFC 8446, section 4.4.4).
         """
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-            with suppress(OSError):  # a kernel without it keeps its default
+            with suppress(OSError):  # a kernel that lacks it keeps its default
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_CONTROL)
             server = context.protocol == ssl.PROTOCOL_TLS_SERVER
             tls = context.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
@@ -192,12 +192,12 @@ class TlsChannel(Channel):
         return plain
 
     def peer_certificate(self) -> bytes:
-        """In DER; empty where the peer gave none."""
+        """The peer's certificate in DER; empty if it sent none."""
         return self._sock.getpeercert(binary_form=True) or b""
 
     def _receive(self, view: memoryview) -> int:
-        """OpenSSL returns one record (16 KiB) at a time, and may hold one when the socket is no longer readable. So it
-        is read until it has no more; only then may the caller wait for the socket."""
+        """OpenSSL returns one record (16 KiB) at a time, and may hold one when the socket is no longer readable. So
+        this method reads until OpenSSL has no more. Only then may the caller wait for the socket."""
         received = 0
         try:
             while received < len(view):
@@ -216,5 +216,5 @@ class TlsChannel(Channel):
         return received
 
     def _send(self, views: list[memoryview]) -> int:
-        """OpenSSL requires that a write that would block is repeated with the same bytes; `send_all` does so."""
+        """After a write that would block, OpenSSL requires a retry with the same bytes; `send_all` does so."""
         return self._sock.send(views[0])

@@ -1,8 +1,8 @@
 """The frames of one connection of the bulk channel (docs/PROTOCOL.md): how they wait, are written, and are read.
 
 Each side has one task that reads and one that writes. Frames without a body are written first, many as one TLS record:
-a `Waiting` behind a block on a slow link would come too late. A body is read straight into its asker's memory. Where
-both sides want it (plain mode), TLS ends after the hellos, and blocks go in the clear.
+behind a block on a slow link, a `Waiting` would arrive too late. A body is read straight into its asker's memory. If
+both sides want plain mode, TLS ends after the hellos, and blocks are sent unencrypted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from protocol.messages import GetBlock, GetShard, Request
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 16384
-"""Small frames that wait are written together up to this size, one TLS record. Heads are read in the same portions."""
+"""Waiting small frames are written together up to this size, one TLS record. Heads are read in the same portions."""
 HEADS_WEIGHT = 4 * BATCH_BYTES
 """A read of heads counts as this many bytes of bodies: it may hold hundreds of messages."""
 WHOLE_S = 10.0
@@ -43,17 +43,17 @@ Message = TypeVar("Message")
 
 
 def is_for_block(message: Request) -> bool:
-    """Whether the answer's body is checked by its own signed record, and so may go in the clear."""
+    """Whether the answer's body is verified against a signed record, and so may be sent unencrypted."""
     return isinstance(message, GetShard | GetBlock)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One node's end of all its connections: its settings, and the state that dialled and accepted ones share.
+    """One node's end of all its connections: its settings, and the state that dialled and accepted connections share.
 
     `peer_of` returns the peer id of a certificate (DER) that TLS has verified, or raises NotAdmittedError. `locate`
-    returns a member with its addresses. Connections of peers for which `refused` is true are not accepted. With port 0
-    in `listen` the kernel chooses one. With `plain`, blocks go in the clear to and from members that want it too.
+    returns a member with its addresses. Connections of peers for which `refused` is true are not accepted. Port 0 in
+    `listen` lets the kernel choose one. With `plain`, blocks travel unencrypted between members that both want it.
     """
 
     server_context: ssl.SSLContext
@@ -72,10 +72,10 @@ class Endpoint:
     refusals: Refusals = field(default_factory=Refusals, init=False)
 
     def identify(self, channel: TlsChannel, expected: PeerId | None = None) -> PeerId:
-        """The peer at the other end; the channel's bytes count as its traffic from here on. Raises NotAdmittedError."""
+        """The peer at the other end; the channel then counts its bytes as that peer's. Raises as `TlsChannel.open`."""
         peer = self.peer_of(channel.peer_certificate())
-        if expected not in (None, peer):  # an address may have passed to another member
-            raise PeerUnavailableError(f"{peer} is there now")
+        if expected not in (None, peer):  # another member may have got this address
+            raise PeerUnavailableError(f"{peer} answers at this address now")
         channel.traffic = self.traffic.setdefault(peer, Traffic())
         return peer
 
@@ -114,8 +114,8 @@ class Connection:
         self._work.unpark()
 
     async def run(self, channel: Channel, read: Callable[[trio.Nursery], Awaitable[NoReturn]]) -> ShoalError:
-        """Write frames, and read by calling `read`, until either fails; returns why. Closes `channel`."""
-        reason: ShoalError = PeerUnavailableError(f"{self.peer} takes nothing more")
+        """Write frames, and read by calling `read`, until either fails. Returns the reason. Closes `channel`."""
+        reason: ShoalError = PeerUnavailableError(f"{self.peer} accepts no more bytes")
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write, channel, nursery.cancel_scope)
@@ -129,7 +129,7 @@ class Connection:
         return reason
 
     async def _write(self, channel: Channel, scope: trio.CancelScope) -> None:
-        """Until the channel fails; then cancels `scope`, since the reading task may be waiting for something else."""
+        """Write until the channel fails, then cancel `scope`: the reading task may be waiting for something else."""
         try:
             while True:
                 if self.small:
@@ -182,12 +182,12 @@ class Reader(Generic[Message]):
         return hello
 
     async def to_plain(self) -> Reader[Message]:
-        """End TLS; the result reads what follows in the clear.
+        """End TLS. The returned reader reads the unencrypted rest of the connection.
 
-        Raises PeerMisbehavedError where the peer sent more than its hello inside TLS.
+        Raises PeerMisbehavedError if the peer sent more than its hello inside TLS.
         """
         if not self._heads.at_rest:
-            raise PeerMisbehavedError("more than a hello came before plain mode")
+            raise PeerMisbehavedError("sent more than a hello before plain mode")
         assert isinstance(self.channel, TlsChannel)
         return Reader(await self.channel.to_plain(), self._kind)
 
@@ -203,12 +203,11 @@ class Reader(Generic[Message]):
             while (head := self._heads.next()) is None:
                 await self._feed()
             return head
-        raise PeerUnavailableError(f"a message did not come whole in {WHOLE_S} s")
+        raise PeerUnavailableError(f"a message's header did not arrive completely in {WHOLE_S} s")
 
     async def body(self, length: int, room: Callable[[], memoryview | None], progress: Callable[[], None]) -> None:
-        """Read a body into `room()`, which is called anew after each wait; bytes that it has no memory for are dropped.
-
-        `progress` is called when a part came and the rest did not.
+        """Read a body into the memory that `room` returns. While `room`, called before each read, returns None, the
+        bytes are dropped. `progress` is called after each part but the last.
         """
         position = 0
         while position < length:
@@ -224,9 +223,9 @@ class Reader(Generic[Message]):
         self._since_checkpoint += length
 
     async def _feed(self) -> None:
-        """Read more heads, after a checkpoint: a peer that sends much holds up no other task. After a body, one
-        checkpoint for each block's worth of bytes is enough. So if all shards of a block have come, the task that waits
-        for the block resumes with all of them, and asks for the next block at once (saves a tenth of the CPU)."""
+        """Read more heads, after a checkpoint: a peer that sends much must hold up no other task. After a body, one
+        checkpoint per BLOCK_SIZE bytes is enough: if all shards of a block have arrived, the task that waits for the
+        block resumes with all of them, and asks for the next block at once (saves a tenth of the CPU)."""
         size = self.channel.receive_nowait(self._scratch)
         self._since_checkpoint += HEADS_WEIGHT
         if size and (not self._body_came or self._since_checkpoint >= BLOCK_SIZE):

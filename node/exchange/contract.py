@@ -27,7 +27,7 @@ class Lane(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reply. ShardFound and BlockFound, and no others, have a `body`; its bytes never change once handed over."""
+    """A reply. Only ShardFound and BlockFound have a `body`. Its bytes never change after the handler returned them."""
 
     message: Reply
     body: Buffer | None = None
@@ -37,22 +37,22 @@ Handler = Callable[[PeerId, Request], Awaitable[Answer]]
 """Answers one request of an authenticated member. Errors of protocol.errors become `Failed`."""
 
 Heard = Callable[[bool], None] | None
-"""Called with True where the answer is ready: it is on its way, or queued on the connection. Else with False."""
+"""Called with True if the answer is ready (in transit, or queued on the peer's connection), else with False."""
 
 Into = Callable[[Reply], memoryview | None] | None
-"""Returns memory for the body of this reply: writable bytes of exactly its length, or None for fresh memory."""
+"""Returns memory for the body of a reply: writable bytes of exactly the body's length, or None for fresh memory."""
 
 
 class Exchange(Protocol):
     """Makes requests to members, and answers theirs.
 
     - `request` connects if necessary, and returns the reply (also a `Failed`; never a `Waiting`). It raises
-      PeerUnavailableError when the peer cannot be reached, its connection breaks, nothing comes on it for `silence_s`,
-      or nothing of this request (no `Waiting`, no byte of the answer) for STARVED_S; PeerMisbehavedError when it breaks
-      the protocol. `heard` is called for each `Waiting` and at the first byte of the answer's body. A cancelled
-      request does not harm the connection: its answer is dropped when it comes. `into` is called at most once, when
-      a reply with a body came and fits the request; its memory is written to until `request` returns or raises, and
-      never after that. It must not raise.
+      PeerUnavailableError if the peer cannot be reached, its connection breaks, nothing arrives for `silence_s`, or
+      nothing of this request (no `Waiting`, no byte of the answer) for STARVED_S; PeerMisbehavedError if the peer
+      breaks the protocol. `heard` is called for each `Waiting` and before the answer's body is read. A cancelled
+      request does not harm the connection: its answer is dropped when it arrives. `into` is called at most once, when
+      a reply with a body arrives that fits the request. Its memory is written to until `request` returns or raises,
+      and never after that. It must not raise.
     - `run` listens and answers until it is cancelled; it calls `started()` once it listens. A request whose handler
       takes longer is kept alive with `Waiting`. A peer never disturbs the requests of another.
     - `disconnect` closes all connections with a peer. New ones from it are refused while `refused(peer)` is true.

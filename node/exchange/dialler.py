@@ -30,20 +30,20 @@ log = logging.getLogger(__name__)
 
 
 class Outgoing(Connection):
-    """The connection to a peer for one lane, with the calls on it that have no answer yet."""
+    """The connection to a peer for one lane, with its unanswered calls."""
 
     def __init__(self, endpoint: Endpoint, peer: PeerId, lane: Lane) -> None:
         super().__init__(peer, endpoint.slots)
         self.lane = lane
         self.calls: dict[int, Call] = {}
         self.heard_at = math.inf
-        """When anything last came, or a request was made while none was open; infinite until it is established."""
+        """When a byte last arrived, or a request began while no other was open; infinite until connected."""
         self._limits, self._timing = endpoint.limits, endpoint.timing
         numbers = (number & 0xFFFFFFFF for number in count(1))
         self._free_numbers = filterfalse(self.calls.__contains__, numbers)
 
     def submit(self, call: Call) -> None:
-        """Raises PeerUnavailableError where too many requests have no answer yet."""
+        """Raises PeerUnavailableError if too many requests have no answer yet."""
         if len(self.calls) >= self._limits.pending_per_connection:
             raise PeerUnavailableError(f"{self.peer} owes {len(self.calls)} answers on one connection")
         request_id = next(self._free_numbers)
@@ -77,12 +77,12 @@ class Outgoing(Connection):
         call.progress()
 
     def came(self) -> float:
-        """When anything last came; never, before the connection is established."""
+        """When a byte last arrived; minus infinity before the connection is established."""
         return self.heard_at if self.heard_at < math.inf else -math.inf
 
     @property
     def dead(self) -> bool:
-        """Whether it is established and has open requests, but nothing came for `Timing.quiet_s`."""
+        """Whether it is established and has open requests, but received nothing for `Timing.quiet_s`."""
         return bool(self.calls) and trio.current_time() - self.heard_at > self._timing.quiet_s
 
     def end(self, error: ShoalError) -> None:
@@ -97,8 +97,8 @@ class Dialler:
         self._timing = endpoint.timing
         self.connections: dict[tuple[PeerId, Lane], Outgoing] = {}
         self._failures: dict[PeerId, tuple[float, Member, str]] = {}
-        """Until when a peer is not dialled again, as which member it failed, and why."""
-        # Unbounded: all that waits in it is in `connections` too, which is bounded.
+        """By peer: until when it is not dialled again, the member (with addresses) that was dialled, and the reason."""
+        # Unbounded: every entry is in `connections` too, which is bounded.
         self._to_dial, self._dials = trio.open_memory_channel[Outgoing](math.inf)
 
     async def run(self) -> None:
@@ -109,7 +109,7 @@ class Dialler:
     def connection(self, peer: PeerId, lane: Lane) -> Outgoing:
         """The open connection, or a new one that `run` dials.
 
-        Raises PeerUnavailableError where dialling failed just before, or too many connections are open.
+        Raises PeerUnavailableError if the last dial failed a moment ago, or if too many connections are open.
         """
         connection = self.connections.get((peer, lane))
         if connection is not None:
@@ -161,7 +161,7 @@ class Dialler:
             log.warning("%s broke the protocol: %s", connection.peer, error)
 
     async def _dial(self, peer: PeerId, lane: Lane) -> Reader[Reply]:
-        """Raises PeerUnavailableError where no address of the member leads to it, and remembers that."""
+        """Raises PeerUnavailableError if the member answers at none of its addresses, and remembers that failure."""
         member = self._endpoint.locate(peer)
         if member is None:
             raise PeerUnavailableError(f"no address of {peer} is known")

@@ -1,7 +1,7 @@
-"""A resource that peers share so that none can take all of it.
+"""A resource that peers share such that none of them can take all of it.
 
-A peer may hold as much as is free at that moment. One that takes all that it can leaves half, n that do so at once
-leave 1/(n + 1), and one after the other each leaves half of what is there, until those before it give back.
+A peer may hold at most as much as is free at that moment. A single peer that takes all it can leaves half of the total;
+n peers that do so at once leave 1/(n + 1). If they come one after another, each leaves half of the units free then.
 
 Choudhury and Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches" (1998), with alpha = 1.
 """
@@ -22,7 +22,7 @@ class Shares:
         self._waiting = trio.lowlevel.ParkingLot()
 
     def take(self, peer: PeerId, amount: int) -> bool:
-        """Take `amount` more for the peer, unless it would then hold more than is free; whether it was taken."""
+        """Take `amount` more for the peer, unless it would then hold too much. Returns whether it was taken."""
         if not amount:
             return True
         taken = self._taken.get(peer, 0) + amount
@@ -33,7 +33,7 @@ class Shares:
         return True
 
     async def wait(self, peer: PeerId, amount: int) -> None:
-        """Take `amount` as soon as the peer may have it; no checkpoint where that is now."""
+        """Take `amount` as soon as the peer may have it. No checkpoint if that is at once."""
         while not self.take(peer, amount):
             await self._waiting.park()
 

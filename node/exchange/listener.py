@@ -1,8 +1,8 @@
-"""Incoming connections: accepted, identified, and their requests answered.
+"""Incoming connections: accept them, identify their peers, and answer their requests.
 
-Before a peer is identified, handshakes are bounded in all, for each address, and in time. After that its connections,
-its requests at work and the bytes of its answers are bounded; requests and bytes in fair shares, so that no peer takes
-all. Each request is answered in a task of its own.
+Before a peer is identified, handshakes are bounded in total, per address, and in time. After that its connections, its
+requests in progress and the bytes of its answers are bounded. Requests and bytes have fair shares, so that no peer
+takes all. Each request is answered in a task of its own.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ log = logging.getLogger(__name__)
 
 
 class Incoming(Connection):
-    """A connection that a peer opened, with the requests on it that have no answer yet."""
+    """A connection that a peer opened, with its unanswered requests."""
 
     def __init__(self, peer: PeerId, endpoint: Endpoint) -> None:
         super().__init__(peer, endpoint.slots)
         self.places = trio.Semaphore(endpoint.limits.requests_per_connection)
         self.at_work: dict[int, bool] = {}
-        """By number, whether the answer is ready and waits to be written."""
+        """By request id: whether the answer is ready and waits to be written."""
 
 
 class Listener:
     """Listens from its construction; accepts and answers while it runs. Closes when `run` ends."""
 
     def __init__(self, endpoint: Endpoint, arrived: Callable[[PeerId], None]) -> None:
-        """`arrived` is called with each peer that was let in. Raises BadInputError where it cannot listen."""
+        """`arrived` is called with each admitted peer. Raises BadInputError if it cannot listen."""
         self._endpoint, self._arrived = endpoint, arrived
         self._timing, self._limits = endpoint.timing, endpoint.limits
         self._socket = _listen(endpoint.listen)
@@ -93,9 +93,9 @@ class Listener:
                     return sock, where
                 sock.close()
             except OSError as error:
-                # Other errors mean that the connection was gone before it was accepted: accept(2), "Error handling".
+                # Other errors mean that the connection broke before it was accepted: accept(2), "Error handling".
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    log.error("connections cannot be accepted: %s", error)  # noqa: TRY400 # the reason is all of it
+                    log.error("connections cannot be accepted: %s", error)  # noqa: TRY400 # no traceback needed
                     await trio.sleep(self._timing.retry_s)
 
     async def _serve(self, sock: socket.socket, where: HostPort) -> None:
@@ -131,14 +131,14 @@ class Listener:
         raise PeerUnavailableError("no handshake in time")
 
     def _admit(self, peer: PeerId) -> None:
-        """Raises PeerUnavailableError where the peer may open no further connection."""
+        """Raises PeerUnavailableError if the peer may open no further connection."""
         same = sum(connection.peer == peer for connection in self.connections)
         full = len(self.connections) >= self._limits.connections or same >= self._limits.connections_per_peer
         if full or self._endpoint.refused(peer):
             raise PeerUnavailableError(f"{peer} is refused, or has too many connections")
 
     async def _attend(self, peer: PeerId, reader: Reader[Request]) -> ShoalError:
-        """Answer requests until the connection ends; returns why."""
+        """Answer requests until the connection ends. Returns the reason."""
         reason: ShoalError = PeerUnavailableError(f"the connection with {peer} was closed")
         connection = Incoming(peer, self._endpoint)
         try:
@@ -163,9 +163,9 @@ class Listener:
             if head.size > BATCH_BYTES:
                 await self._pace(peer, head.size)
             if head.request_id in connection.at_work:
-                raise PeerMisbehavedError("a request with the number of another one at work")
+                raise PeerMisbehavedError("a request has the number of another unanswered request")
             if plain and not is_for_block(head.message):
-                raise PeerMisbehavedError(f"{type(head.message).__name__} came in the clear")
+                raise PeerMisbehavedError(f"{type(head.message).__name__} was sent unencrypted")
             if connection.places.value:  # without the checkpoint of `acquire`: every request passes here
                 connection.places.acquire_nowait()
             else:
@@ -199,7 +199,7 @@ class Listener:
 
         if body:
             connection.at_work[request.request_id] = True
-        else:  # at once: no `Waiting` may come after the answer, and behind a small one it would stand in the queue
+        else:  # now, not in `leaving`: a `Waiting` sent meanwhile would be queued behind this small answer
             self._end_work(connection, request.request_id)
         connection.put(Frame(head, body, leaving))
 
@@ -209,7 +209,7 @@ class Listener:
         self._requests.give(connection.peer, 1)
 
     def _say_waiting(self, key: tuple[Incoming, int]) -> None:
-        """Not to a peer that does not read: the frames would pile up."""
+        """Send `Waiting`, except to a peer that does not read: the frames would pile up."""
         connection, request_id = key
         if len(connection.small) < self._limits.requests_per_connection:
             waiting = Waiting(connection.at_work[request_id])

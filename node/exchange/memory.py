@@ -1,6 +1,6 @@
 """`Exchange` between members in one process, without sockets: for tests and simulations in virtual time.
 
-Requests and replies pass the wire's encoding and checks, so that nothing works here that would fail over TLS.
+Requests and replies are encoded and checked as on the wire, so a message that TLS would refuse fails here too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MemoryNetwork:
         self._stopped: dict[PeerId, trio.Event] = {}
 
     def stop(self, peer: PeerId) -> None:
-        """From now on nothing comes from the node, as from a process under SIGSTOP; requests to it wait."""
+        """From now on the node sends nothing, like a process under SIGSTOP, and requests to it wait."""
         self._stopped.setdefault(peer, trio.Event())
 
     def resume(self, peer: PeerId) -> None:
@@ -41,7 +41,7 @@ class MemoryNetwork:
             self._stopped.pop(peer).set()
 
     def kill(self, peer: PeerId) -> None:
-        """Requests of and to the node fail at once, as do all later ones until its exchange runs anew."""
+        """Requests from and to the node fail at once, as do all later ones until its exchange runs again."""
         if peer in self._nodes:
             self.leave(peer, self._nodes[peer])
 
@@ -54,13 +54,13 @@ class MemoryNetwork:
         exchange.disconnect(peer)
 
     def node(self, peer: PeerId) -> MemoryExchange:
-        """Raises PeerUnavailableError where no exchange of this peer runs."""
+        """Raises PeerUnavailableError if no exchange of this peer runs."""
         if peer not in self._nodes:
             raise PeerUnavailableError(f"{peer} cannot be reached")
         return self._nodes[peer]
 
     def reaches(self, sender: PeerId, receiver: PeerId) -> bool:
-        """Whether a frame sent now arrives; otherwise it waits until it can."""
+        """Whether a frame sent now arrives without waiting for `resume`."""
         return sender not in self._stopped and receiver not in self._stopped
 
     async def travel(self, sender: PeerId, receiver: PeerId, size: int) -> None:
@@ -73,7 +73,7 @@ class MemoryNetwork:
 
 @dataclass(eq=False)
 class _Line:
-    """A request between two nodes, until its answer came."""
+    """A request between two nodes, until its answer arrives."""
 
     asker: PeerId
     lane: Lane
@@ -81,7 +81,7 @@ class _Line:
     size: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ready: bool = False
-    """The answer is on its way."""
+    """The answer's body is in transit."""
 
     def cut(self) -> None:
         self.call.end(PeerUnavailableError(f"the connection with {self.call.peer} was closed"))
@@ -106,7 +106,7 @@ class MemoryExchange:
         self._asked: dict[_Line, None] = {}  # ordered, unlike a set, so that a run can be repeated
         self._answering: dict[_Line, None] = {}
         self._at_work = AtWork[_Line]()
-        self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # bounded by the askers, which wait
+        self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # the waiting askers bound it
 
     async def request(
         self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
@@ -123,7 +123,7 @@ class MemoryExchange:
             del self._asked[line]
 
     def accept(self, line: _Line) -> None:
-        """Raises PeerUnavailableError where the asker is refused."""
+        """Raises PeerUnavailableError if the asker is refused."""
         if self._refused(line.asker):
             raise PeerUnavailableError(f"{self._own} refuses {line.asker}")
         self._answering[line] = None
@@ -179,7 +179,7 @@ class MemoryExchange:
 
 
 def _checked(frame: bytes) -> Request:
-    """The request as the peer decodes it. Raises PeerUnavailableError where the peer would close the connection."""
+    """The request as the peer decodes it. Raises PeerUnavailableError if the peer would close the connection."""
     try:
         return _read(wire.REQUESTS, frame)
     except PeerMisbehavedError as error:

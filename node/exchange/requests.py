@@ -1,10 +1,10 @@
-"""Both ends of a request, whatever carries it.
+"""Both ends of a request, independent of the transport.
 
-The asking side cannot see whether a peer works or is dead, only when something came from it. So a request has no
+The asking side cannot see whether a peer works or is dead, only when it last received something. So a request has no
 deadline: it ends after a silence. The answering side always answers, and sends `Waiting` while it works.
 
 An exchange needs its handler when it is built, and the parts that answer need the exchange. So the handler is a
-`Dispatcher`, built first; it learns its routes while the node is assembled, before the exchange listens.
+`Dispatcher`, built first; it gets its routes while the node is assembled, before the exchange answers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from protocol.messages import Failed, Reply, Request
 log = logging.getLogger(__name__)
 
 WAITING_FIRST_S = 0.25
-"""Most answers take less time, and need no `Waiting`."""
+"""Most answers take less time than this, and need no `Waiting`."""
 WAITING_EVERY_S = 0.5
-"""Half of the shortest silence that a caller may sensibly allow."""
+"""Half of the shortest `silence_s` that is sensible for a caller."""
 STARVED_S = 10.0
-"""A request of which nothing is heard for this time has failed, whatever else comes from the peer."""
+"""A request fails if nothing of it arrives for this time, whatever else the peer sends."""
 REQUESTS_PER_CONNECTION = 64
-"""Requests at work at once. Beyond it nothing is read from the connection: further requests queue at the asker."""
+"""Unanswered requests at once. Beyond it the connection is not read: further requests queue at the asker."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -46,8 +46,8 @@ _CODES: tuple[tuple[type[errors.ShoalError], str], ...] = (  # all others: "unav
 class Call:
     """One request on the asking side. Ends with an answer, an error or silence.
 
-    `came` returns when anything last came from the peer, if that counts as a sign of life for this request: behind a
-    long answer on a slow link, nothing of this request can come.
+    `came` returns when the peer last sent a byte. None: other bytes of the peer are no sign of life for this request.
+    They are one if this request's answer may have to wait behind a long answer on a slow link.
     """
 
     peer: PeerId
@@ -84,17 +84,17 @@ class Call:
         return max(self._heard_at, came) + self.silence_s
 
     def progress(self) -> None:
-        """A byte of the answer came."""
+        """Note that a part of the answer arrived."""
         self._heard_at = trio.current_time()
 
     def waiting(self, ready: bool) -> None:
-        """A `Waiting` came, or the head of the answer."""
+        """Note that a `Waiting` arrived, or the head of an answer with a body."""
         self.progress()
         if self.heard is not None:
             self.heard(ready)
 
     def expect(self, message: Reply, length: int) -> None:
-        """A body of `length` bytes, at least one, begins to come: get memory for it, if this call has not ended."""
+        """A body of `length` bytes (at least 1) follows: get memory for it, if this call has not ended."""
         if self._result is not None:
             return
         self.waiting(True)
@@ -106,15 +106,15 @@ class Call:
         self._view = memoryview(self._body).cast("B")
 
     def room(self) -> memoryview | None:
-        """All of the memory for the body; None once this call has ended. Callers ask anew before each write."""
+        """The memory for the whole body; None once this call has ended. Callers must ask again before each write."""
         return self._view
 
     def answered(self, message: Reply) -> None:
-        """The answer came; its body, if it has one, is in the memory for it."""
+        """End with this answer, whose body, if it has one, was read into `room`."""
         self.end(Answer(message, self._body))
 
     def deliver(self, answer: Answer) -> None:
-        """The answer came with all of its body."""
+        """End with this answer, whose body is in `answer` and not yet in the caller's memory."""
         if answer.body is None or self.into is None:
             if answer.body is not None:
                 self.waiting(True)
@@ -171,10 +171,10 @@ async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) ->
 
 
 class AtWork(Generic[Key]):
-    """The requests that have no answer yet, and when each is due for its next `Waiting`.
+    """The unanswered requests, and when each is due for its next `Waiting`.
 
     One task serves all in even steps and sleeps while there are none: a quick answer costs two dictionary operations.
-    After a first `Waiting`, those of all requests are due at the same times, so that they travel and are read together.
+    After their first `Waiting`, all requests are due at the same times, so that their frames are sent together.
     """
 
     def __init__(self, first_s: float = WAITING_FIRST_S, every_s: float = WAITING_EVERY_S) -> None:
@@ -191,7 +191,7 @@ class AtWork(Generic[Key]):
         del self._due[key]
 
     async def keep_alive(self, say: Callable[[Key], None]) -> None:
-        """Call `say` for each request when it is due, or at most half of the first wait later, while it is at work."""
+        """Call `say` for each unanswered request when it is due, or at most half of `first_s` later."""
         while True:
             await self._busy.wait()
             while self._due:

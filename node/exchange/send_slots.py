@@ -1,7 +1,7 @@
 """Send slots: only a few connections of a node send a body at a time, the others queue for a slot.
 
-On a slow link, bodies that are all sent at once all arrive late, and so many TCP connections find no room in the link's
-queue and starve each other. One after another, the first bodies arrive, and are passed on, while the last ones wait.
+On a slow link, bodies that are all sent at once all arrive late, and that many TCP connections overflow the link's
+queue and starve each other. Sent in turn, the first bodies arrive, and are passed on, while the last ones still wait.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import trio
 from protocol.ids import PeerId
 
 SLOTS = 6
-"""Enough to keep the link busy while one of them has a slow receiver or has lost a packet."""
+"""Enough to keep the link busy while one connection has a slow receiver or has lost a packet."""
 SLOTS_PER_PEER = 3
-"""One for each lane. A peer that takes nothing on any of its connections leaves slots to the others."""
+"""One for each lane. Even a peer that accepts no byte on any connection leaves slots to the other peers."""
 SLOT_S = 1.0
-"""A receiver that takes longer loses the slot but may finish: it holds up the others no longer than this."""
+"""A connection that sends a body for longer loses the slot but may finish, so it holds up the others no longer."""
 
 
 class SendSlots:
-    """The slots of all connections of a node. A connection is named by the lot that its writer is parked in."""
+    """The slots of all connections of a node. A connection's key is the ParkingLot in which its writer waits."""
 
     def __init__(self) -> None:
         self._holders: dict[trio.lowlevel.ParkingLot, tuple[float, PeerId]] = {}
@@ -32,7 +32,7 @@ class SendSlots:
         return bool(self._queue)
 
     def take(self, connection: trio.lowlevel.ParkingLot, peer: PeerId) -> bool:
-        """Whether the connection has a slot; if not, it is queued, and unparked once it has."""
+        """Whether the connection has a slot. If not, it is queued, and unparked once it has one."""
         if connection in self._holders:
             return True
         if len(self._holders) < SLOTS and self._may(peer):

@@ -1,7 +1,7 @@
 """`Exchange` over mutual TLS: the bulk channel of docs/PROTOCOL.md.
 
 A connection carries the requests of the side that opened it, and the answers of the other side. So a node has a
-dialler, for the requests that it makes, and a listener, for those that it answers; this file joins them.
+dialler for the requests that it makes, and a listener for those that it answers. This file joins the two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from protocol.messages import Request
 
 @dataclass(frozen=True, slots=True)
 class ExchangeStatistics:
-    """A snapshot. `traffic`: bytes of frames by peer since the start. The last two are of incoming connections."""
+    """A snapshot. `traffic`: bytes of frames by peer since the start. The last two concern incoming connections."""
 
     connections_in: int
     connections_out: int
@@ -40,7 +40,7 @@ class TlsExchange:
     """`Exchange` (node/exchange/contract.py) over mutual TLS. Listens from its construction, answers while it runs."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        """Raises BadInputError where it cannot listen."""
+        """Raises BadInputError if it cannot listen."""
         self._endpoint = endpoint
         self._dialler = Dialler(endpoint)
         self._listener = Listener(endpoint, self._dialler.forget_failure)
@@ -84,8 +84,8 @@ class TlsExchange:
         if self._endpoint.plain and not for_block:
             lane = Lane.CONTROL  # which is encrypted, whatever the peer wants
         connection = self._dialler.connection(peer, lane)
-        # Other bytes of the peer are a sign of life for a block's request only: other answers come from its memory, and
-        # are late for no good reason. Another peer can be asked.
+        # Other bytes of the peer are a sign of life only for a block's request. All other answers come from the peer's
+        # memory: if one is late although the peer sends other bytes, the caller had better ask another peer.
         came = connection.came if for_block else None
         call = Call(peer, message, silence_s=silence_s, heard=heard, into=into, came=came)
         connection.submit(call)

@@ -1,8 +1,8 @@
 """The cluster's authority, and the certificates by which its nodes recognise each other.
 
-The authority is one file: an Ed25519 key and its self-signed CA certificate. A node that loads the file issues itself
-a certificate, and issues certificates to other nodes for join tokens. A certificate carries the node's own key, so the
-peer id follows from a TLS handshake. Contents and checks: docs/PROTOCOL.md, "Identity and certificates".
+The authority is one file: an Ed25519 key and its self-signed CA certificate. A node that loads the file issues a
+certificate to itself, and to other nodes that show a join token. A certificate contains the node's own key, so a TLS
+handshake proves the peer id. Contents and checks: docs/PROTOCOL.md, "Identity and certificates".
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ FILE_NAME = "cluster.pem"
 
 _NOT_BEFORE = datetime(2000, 1, 1, tzinfo=UTC)
 _NOT_AFTER = datetime(2100, 1, 1, tzinfo=UTC)
-"""The dates in a certificate without end. No clock judges them: a board without a battery starts in 1970."""
+"""The dates in a certificate without end. They are not checked: a board without a battery starts in 1970."""
 
 _MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
 """Raised by `cryptography` when it parses a certificate, and when parts of the certificate are read."""
 _MAX_NAME = 64
-"""Characters, by X.520, of a common name and of an organizational unit."""
+"""Most characters of a common name and of an organizational unit, by X.520."""
 _NO_CHECK_TIME = 0x200000
-"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL, not named by the ssl module: node/identity/verifier.py judges the time."""
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which the ssl module lacks: node/identity/verifier.py checks the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def create_authority(path: Path) -> None:
 
 
 def load_authority(path: Path) -> Authority:
-    """Raises BadInputError, which names the file, where it is missing, unreadable or not an authority."""
+    """Raises BadInputError, which names the file, if it is missing, unreadable or not an authority."""
     try:
         data = secret_files.read(path)
     except FileNotFoundError as error:
@@ -75,12 +75,12 @@ def load_authority(path: Path) -> Authority:
     except ValueError as error:
         raise BadInputError(f"{path} holds no certificate beside its key") from error
     if certificate.public_key() != key.public_key() or not _is_authority(certificate):
-        raise BadInputError(f"the certificate in {path} is not that of the authority whose key stands beside it")
+        raise BadInputError(f"the certificate in {path} is not a CA certificate for the key in that file")
     return Authority(key, certificate)
 
 
 def own_authority(data_dir: Path) -> Authority:
-    """The authority of a cluster of this node alone, created if missing. Raises BadInputError."""
+    """The authority of a cluster that consists of this node only, created if missing. Raises BadInputError."""
     path = data_dir / FILE_NAME
     if not path.exists():
         secret_files.create(path, new_authority())
@@ -88,21 +88,21 @@ def own_authority(data_dir: Path) -> Authority:
 
 
 def open_authority() -> Authority:
-    """The authority of every node with `cluster.open`: its key is no secret, its certificate is the same everywhere."""
+    """The authority of all nodes with `cluster.open`: its key is public, and its certificate the same everywhere."""
     key = Ed25519PrivateKey.from_private_bytes(sha256(b"shoal open cluster").digest())
     return Authority(key, _ca_certificate(key, serial=1))
 
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """Unix time, in whole seconds. `end` None: without end. `start` is not checked: see docs/PROTOCOL.md."""
+    """Unix times in whole seconds. `end` None: no end. `start` is not checked: see docs/PROTOCOL.md."""
 
     start: int = 0
     end: int | None = None
 
     @classmethod
     def lasting(cls, start: float, lifetime_s: int) -> Validity:
-        """`lifetime_s` 0: without end."""
+        """`lifetime_s` 0: no end."""
         return cls(int(start), int(start) + lifetime_s) if lifetime_s else cls()
 
     @property
@@ -134,15 +134,15 @@ def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS) 
 
 
 def issue_to_key(authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity = ENDLESS) -> bytes:
-    """A certificate (DER) whose `name` need not follow from `key`: `peer_of` refuses it if it does not."""
+    """Issue a certificate (DER) with any `name`. `peer_of` refuses it if the common name is not the key's peer id."""
     certificate = _signed(authority.key, authority.certificate.subject, name, key, validity=validity)
     return certificate.public_bytes(Encoding.DER)
 
 
 def issued_by(certificate: bytes, authority: bytes) -> PeerId:
-    """The peer named in a certificate (DER) of this authority (DER), whatever its dates.
+    """The peer named in a certificate (DER) that this authority (DER) issued. The dates are not checked.
 
-    Raises NotAdmittedError for a certificate of any other authority.
+    Raises NotAdmittedError for a certificate of any other authority, else PeerMisbehavedError as `peer_of`.
     """
     parsed = _parse(certificate)
     try:
@@ -158,14 +158,14 @@ def key_of_authority(certificate: bytes) -> Ed25519PublicKey:
     try:
         key = parsed.public_key()
     except _MALFORMED as error:
-        raise PeerMisbehavedError("CA certificate with a malformed key") from error
+        raise PeerMisbehavedError("the CA certificate has a malformed key") from error
     if not isinstance(key, Ed25519PublicKey) or not _is_authority(parsed):
-        raise PeerMisbehavedError("the certificate of the cluster is not that of an authority")
+        raise PeerMisbehavedError("the cluster's certificate is not a CA certificate")
     return key
 
 
 def subject_of(certificate: bytes) -> Subject:
-    """The subject of a verified certificate (DER). Raises PeerMisbehavedError as `peer_of`."""
+    """The subject of a verified certificate (DER). Raises PeerMisbehavedError like `peer_of`."""
     names = _parse(certificate).subject
 
     def text(oid: x509.ObjectIdentifier) -> str:
@@ -194,7 +194,7 @@ class Credentials:
         return cls(identity, issue(authority, Subject(identity.peer_id, name, site)), authority.der)
 
     def server_context(self) -> ssl.SSLContext:
-        """Mutual TLS 1.3, without tickets: every connection proves both sides anew."""
+        """Mutual TLS 1.3, without tickets: each connection authenticates both sides again."""
         context = self._context(ssl.PROTOCOL_TLS_SERVER)
         context.num_tickets = 0
         return context
@@ -204,7 +204,7 @@ class Credentials:
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
 
     def show_in(self, context: ssl.SSLContext) -> None:
-        """Make the handshakes of a context show this certificate from now on."""
+        """Make all later handshakes of `context` show this certificate."""
         certificate = ssl.DER_cert_to_PEM_cert(self.certificate).encode("ascii")
         # The ssl module reads keys from files only; this file is in memory, and exists only during the call.
         with open(os.memfd_create("credentials", os.MFD_CLOEXEC), "wb", buffering=0) as file:
@@ -223,21 +223,21 @@ class Credentials:
 
 
 def peer_of(certificate: bytes) -> PeerId:
-    """The peer id that follows from the key in a certificate (DER) which TLS or `issued_by` has verified.
+    """The peer id of the key in a certificate (DER) that TLS or `issued_by` has verified.
 
-    Raises PeerMisbehavedError where the key is not an Ed25519 key or the common name is not its peer id.
+    Raises PeerMisbehavedError if the key is not an Ed25519 key, or the common name is not its peer id.
     """
     parsed = _parse(certificate)
     try:
         key = parsed.public_key()
         names = [attribute.value for attribute in parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     except _MALFORMED as error:
-        raise PeerMisbehavedError("certificate with a malformed key or subject") from error
+        raise PeerMisbehavedError("the certificate has a malformed key or subject") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise PeerMisbehavedError("certificate with a key of another kind than Ed25519")
+        raise PeerMisbehavedError("the certificate's key is not an Ed25519 key")
     peer = peer_id_of(key.public_bytes_raw())
     if names != [peer]:
-        raise PeerMisbehavedError(f"certificate of {peer} goes by another name: {names!r:.200}")
+        raise PeerMisbehavedError(f"the certificate of {peer} has another common name: {names!r:.200}")
     return peer
 
 
@@ -245,7 +245,7 @@ def _parse(certificate: bytes) -> x509.Certificate:
     if not certificate:
         raise NotAdmittedError("showed no certificate")
     if len(certificate) > MAX_CERTIFICATE:
-        raise PeerMisbehavedError(f"certificate of {len(certificate)} bytes")
+        raise PeerMisbehavedError(f"the certificate is too long: {len(certificate)} bytes")
     try:
         return x509.load_der_x509_certificate(certificate)
     except _MALFORMED as error:
@@ -299,7 +299,7 @@ def _signed(
 
 
 def _date(seconds: int) -> datetime:
-    """Clamp to our own bounds: the library writes no X.509 dates before 1950."""
+    """`seconds` limited to 1970 ... _NOT_AFTER: the library writes no X.509 dates before 1950."""
     return datetime.fromtimestamp(max(0, min(seconds, int(_NOT_AFTER.timestamp()))), UTC)
 
 

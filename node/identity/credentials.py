@@ -1,6 +1,6 @@
 """How this node belongs to its cluster: it holds the authority's key, or it joined, or it is a cluster of its own.
 
-docs/OPERATIONS.md, "Clusters"; bytes of `joined.json`: docs/FORMATS.md, "Joined".
+Use: docs/OPERATIONS.md, "Clusters". Format of `joined.json`: docs/FORMATS.md, "Joined".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE_NAME = "joined.json"
 
 
 class Joined(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of a join. Certificates are DER; `bootstrap` holds multiaddrs of the member that issued this one."""
+    """The result of a join. Certificates are DER. `bootstrap` holds multiaddrs of the member that issued the first."""
 
     version: Literal[1] = 1
     certificate: bytes
@@ -40,7 +40,7 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Enrollment:
-    """`authority` is None on a node that joined, which cannot admit others. `joined` is None on any other node."""
+    """`authority` is None on a node that joined: it cannot admit others. `joined` is None on a node that did not."""
 
     credentials: Credentials
     authority: Authority | None
@@ -49,12 +49,12 @@ class Enrollment:
 
     @property
     def bootstrap(self) -> tuple[str, ...]:
-        """Multiaddrs to dial beside the configured ones."""
+        """Multiaddrs to dial in addition to the configured ones."""
         return self.joined.bootstrap if self.joined else ()
 
 
 def load_joined(data_dir: Path, identity: Identity) -> Joined | None:
-    """None where the node never joined. Raises BadInputError for a file that is damaged or of another identity."""
+    """None if the node never joined. Raises BadInputError for a file that is damaged or of another identity."""
     path = data_dir / FILE_NAME
     try:
         joined = msgspec.json.decode(secret_files.read(path), type=Joined)
@@ -70,17 +70,17 @@ def load_joined(data_dir: Path, identity: Identity) -> Joined | None:
 
 
 def save_joined(data_dir: Path, joined: Joined) -> None:
-    """Replaces an earlier file. Raises BadInputError."""
+    """Write `joined.json`, and replace an earlier one. Raises BadInputError."""
     secret_files.replace(data_dir / FILE_NAME, msgspec.json.encode(joined) + b"\n", 0o644)
 
 
 def enroll(config: Config, data_dir: Path, identity: Identity) -> Enrollment:
-    """`cluster.key` takes precedence over a join, a join over a cluster of this node alone. Raises BadInputError."""
+    """`cluster.open` or `cluster.key` goes before a join, and a join before a cluster of one. Raises BadInputError."""
     authority, joined = authority_and_join(config, data_dir, identity)
     if config.cluster.open:
         log.warning(
-            "cluster.open: whoever reaches the ports of this node is a member, reads what it caches and may alter what"
-            " it serves. For a lab"
+            "cluster.open: anyone that reaches this node's ports is a member, can read its cache and can alter the"
+            " content that it serves. Use it in a lab only"
         )
     if authority is None and joined is not None:
         credentials = Credentials(identity, joined.certificate, joined.authority)
@@ -100,14 +100,14 @@ def authority_and_join(config: Config, data_dir: Path, identity: Identity) -> tu
         authority = certificates.load_authority(Path(config.cluster.key))
     if authority is not None and joined is not None and joined.authority != authority.der:
         raise BadInputError(
-            f"{data_dir / FILE_NAME} is of the cluster {cluster_id(joined.authority).hex()[:16]}, and what [cluster]"
-            f" says of {authority.cluster.hex()[:16]}: remove the one or the other"
+            f"{data_dir / FILE_NAME} is of the cluster {cluster_id(joined.authority).hex()[:16]}, but [cluster] is"
+            f" configured for {authority.cluster.hex()[:16]}: remove one of them"
         )
     return authority, joined
 
 
 def joined_site(part: NodePart, joined: str) -> str:
-    """The site that the token is for. Raises BadInputError where the configuration names another one."""
+    """The site that the token is for. Raises BadInputError if the configuration names another."""
     if part.site not in (joined, NodePart().site):
-        raise BadInputError(f'node.site = "{part.site}", and the token is for "{joined}": the two have to be the same')
+        raise BadInputError(f'node.site = "{part.site}", but the token is for "{joined}": the two must be the same')
     return joined

@@ -1,4 +1,4 @@
-"""The node's only key, an Ed25519 key in a file: its peer id, its certificate and its signatures derive from it."""
+"""The node's only key, an Ed25519 key in a file. Peer id, certificate and signatures of the node derive from it."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def load_or_create(data_dir: Path) -> Identity:
 
 
 def load(data_dir: Path) -> Identity:
-    """The identity of `data_dir`. Raises FileNotFoundError where there is none, else as `load_or_create`."""
+    """The identity of `data_dir`. Raises FileNotFoundError if there is none, and BadInputError as `load_or_create`."""
     path = data_dir / FILE_NAME
     data = secret_files.read(path)
     try:
         return Identity.of(from_pem(path, data))
     except BadInputError as error:
-        raise BadInputError(f"{error}; restore it, or remove it and the node takes a new identity") from error
+        raise BadInputError(f"{error}; restore it, or remove it to give the node a new identity") from error
 
 
 def to_pem(private_key: Ed25519PrivateKey) -> bytes:
@@ -69,5 +69,5 @@ def from_pem(path: Path, data: bytes) -> Ed25519PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise BadInputError(f"{path} is not an unencrypted private key in PEM") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise BadInputError(f"{path} holds a key of another kind than Ed25519")
+        raise BadInputError(f"the key in {path} is not an Ed25519 key")
     return key

@@ -1,7 +1,7 @@
-"""Both sides of a join, and the renewal of the certificate that a join gave. docs/PROTOCOL.md, "Joining".
+"""Both sides of a join, and the renewal of the certificate that a join issued. docs/PROTOCOL.md, "Joining".
 
-`Registrar` runs on every node; it refuses where the node does not hold the authority's key. `apply` is the new node's
-side, run by `p2pctl join`. Both are independent of what carries the messages: see `Line`.
+`Registrar` runs on every node. If the node does not hold the authority's key, it refuses. `apply` is the new node's
+side, run by `p2pctl join`. Both are independent of the transport of the messages: see `Line`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NO_KEY = (
     " configuration names it as [cluster] key"
 )
 MOST_WRONG, WRONG_S = 8, 60.0
-"""After MOST_WRONG wrong tokens a host is refused before it shows another, until WRONG_S seconds after the last."""
+"""After MOST_WRONG wrong tokens, a host is refused before it shows another, until WRONG_S seconds after the last."""
 _HOSTS = 1024
 MAX_TOKENS = 256
 """Tokens with a limited number of uses; each is remembered until it expires."""
@@ -46,9 +46,9 @@ FILE_NAME = "tokens.msgpack"
 
 
 class Line(Protocol):
-    """A stream of messages with a peer that has proved that it holds the key of its id.
+    """A stream of messages with a peer that has proved that it holds the key of its peer id.
 
-    Its methods raise PeerUnavailableError; `receive` PeerMisbehavedError for a message above `most` bytes.
+    Its methods raise PeerUnavailableError. `receive` raises PeerMisbehavedError for a message above `most` bytes.
     """
 
     peer: PeerId
@@ -69,16 +69,16 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Uses:
-    """The peers that this node admitted by tokens with a limited number of uses, in a file."""
+    """The peers that this node admitted by tokens with a limited number of uses. Kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._used = self._load()
 
     def take(self, token: Token, peer: PeerId, now: float) -> None:
-        """Count `peer` among the peers that the token admitted, durably. A peer is counted once.
+        """Record on disk that the token admitted `peer`. A peer counts once.
 
-        Raises NotAdmittedError where the token has no uses left, BadInputError where the file cannot be written.
+        Raises NotAdmittedError if the token has no uses left, BadInputError if the file cannot be written.
         """
         if not token.uses:
             return
@@ -87,9 +87,9 @@ class Uses:
         if peer in used.peers:
             return
         if len(used.peers) >= token.uses:
-            raise NotAdmittedError(f"the join token has admitted {token.uses} nodes, which is all it may")
+            raise NotAdmittedError(f"the join token has admitted {token.uses} nodes, its maximum")
         if token.subject not in self._used and len(self._used) >= MAX_TOKENS:
-            raise NotAdmittedError("too many join tokens of a limited number of uses are valid at once")
+            raise NotAdmittedError("too many join tokens with a limited number of uses are valid now")
         all_used = {**self._used, token.subject: _Used(used.expires, (*used.peers, peer))}
         secret_files.replace(self._path, msgspec.msgpack.encode(_File(1, all_used)))
         self._used = all_used
@@ -100,11 +100,11 @@ class Uses:
         except FileNotFoundError:
             return {}
         except UNDECODABLE as error:
-            raise BadInputError(f"{self._path} is damaged; without it used tokens count as new: remove it") from error
+            raise BadInputError(f"{self._path} is damaged: remove it; used tokens then count as new") from error
 
 
 class Registrar:
-    """Issues certificates for join tokens, and renews the certificates of members. `authority` None: refuses both."""
+    """Issues certificates for join tokens, and renews members' certificates. With `authority` None, refuses both."""
 
     def __init__(
         self, authority: Authority | None, revoked: Container[str], uses: Uses, now: Callable[[], float] = time.time
@@ -114,7 +114,7 @@ class Registrar:
         self._wrong: TTLCache[str, int] = TTLCache(_HOSTS, WRONG_S, timer=trio.current_time)
 
     async def serve(self, line: Line, host: str, own: PeerId) -> None:
-        """Serve one join; refusals go to the peer and to the log. Raises PeerUnavailableError, PeerMisbehavedError."""
+        """Serve one join. Refusals are sent and logged. Raises PeerUnavailableError and PeerMisbehavedError."""
         knock = join.decode_as(join.Knock, await line.receive(join.MAX_MESSAGE))
         refusal = self._refusal(host)
         if self._authority is None or refusal:
@@ -138,7 +138,7 @@ class Registrar:
             await line.send(join.encode(join.Admittance(certificate)))
 
     def _refusal(self, host: str) -> str:
-        """The reason to refuse every peer at `host`; empty where there is none."""
+        """The reason to refuse every peer at `host`; empty if there is none."""
         if self._authority is None:
             return NO_KEY
         return "too many wrong tokens; wait a minute" if self._wrong.get(host, 0) >= MOST_WRONG else ""
@@ -157,7 +157,7 @@ class Registrar:
         return certificates.issue(authority, Subject(peer, application.name, token.site), validity)
 
     async def handle(self, peer: PeerId, request: Renew) -> Answer:
-        """Renew a member's certificate. Raises DeniedError where it is not the certificate of `peer`."""
+        """Renew a member's certificate. Raises DeniedError if it is not the certificate of `peer`."""
         await trio.lowlevel.checkpoint()
         if self._authority is None:
             return Answer(Failed("not-held", NO_KEY))
@@ -172,8 +172,8 @@ class Registrar:
 async def apply(line: Line, own: PeerId, text: str, name: str) -> tuple[bytes, bytes]:
     """Join with the token `text`. Returns this node's certificate and the CA certificate.
 
-    Raises NotAdmittedError with the other side's reason, or where that side is not of the token's cluster; it is not
-    shown the token then. Raises BadInputError for a malformed token, PeerMisbehavedError and PeerUnavailableError.
+    Raises NotAdmittedError with the other side's reason, or if that side is not of the token's cluster: then the token
+    is not sent. Raises BadInputError for a malformed token, PeerMisbehavedError and PeerUnavailableError.
     """
     token = read_token(text)
     nonce = secrets.token_bytes(join.NONCE)
@@ -187,16 +187,16 @@ async def apply(line: Line, own: PeerId, text: str, name: str) -> tuple[bytes, b
     if admittance.refusal:
         raise NotAdmittedError(admittance.refusal)
     if certificates.issued_by(admittance.certificate, offer.authority) != own:
-        raise PeerMisbehavedError("gave a certificate for another node")
+        raise PeerMisbehavedError("sent a certificate for another node")
     return admittance.certificate, offer.authority
 
 
 def _check_offer(offer: join.Offer, token: Token, proven: bytes) -> None:
     cluster = cluster_id(offer.authority)
     if cluster != token.cluster:
-        text = f"it is of the cluster {cluster.hex()[:16]}, and the token of {token.cluster.hex()[:16]}"
+        text = f"it is of the cluster {cluster.hex()[:16]}, but the token is of {token.cluster.hex()[:16]}"
         raise NotAdmittedError(text)
     try:
         certificates.key_of_authority(offer.authority).verify(offer.proof, proven)
     except InvalidSignature as error:
-        raise NotAdmittedError("it does not hold the cluster's key: is somebody in between?") from error
+        raise NotAdmittedError("it does not hold the cluster's key: does another program relay the join?") from error

@@ -1,7 +1,7 @@
 """The revocations by the cluster's authority that reached this node, in a file. docs/FORMATS.md, "Revocations".
 
-A revocation shuts a peer id or a join token out for good, so the set only grows, and it counts even where the disk does
-not take it: members send all of it again.
+A revocation excludes a peer id or a join token permanently, so the set only grows. It is effective even if the file
+cannot be written: members send all revocations again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "revocations.msgpack"
 MAX_FILE = 256 * MAX_REVOCATIONS
-"""Bytes; a revocation has about 140."""
+"""Bytes. A revocation has about 140."""
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True):
@@ -31,7 +31,7 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Revocations:
-    """Contains the peer ids and the tokens' subjects that are revoked."""
+    """A container of the revoked peer ids and token subjects."""
 
     def __init__(self, path: Path, authority: bytes) -> None:
         """`authority`: the CA certificate (DER) whose key signs every revocation."""
@@ -52,9 +52,9 @@ class Revocations:
         return tuple(self._held.values())
 
     def add(self, revocations: Iterable[Revocation]) -> list[str]:
-        """Add revocations, on disk too where it can be written. Returns the subjects that are new.
+        """Add revocations, and save them if the disk can be written. Returns the subjects that are new.
 
-        Raises PeerMisbehavedError at the first that this authority did not sign; those before it count.
+        Raises PeerMisbehavedError at the first that this authority did not sign; earlier ones are added.
         """
         before = len(self._held)
         try:
@@ -82,7 +82,7 @@ class Revocations:
         except FileNotFoundError:
             return ()
         except (BadInputError, *UNDECODABLE) as error:
-            text = "the revocations are not readable; members send them again"
+            text = "the file of revocations cannot be read; members send them again"
             log.error(text, extra={"path": self._path, "reason": error})  # noqa: TRY400 # the reason says it all
             return ()
 
@@ -91,4 +91,4 @@ class Revocations:
         try:
             secret_files.replace(self._path, data, 0o644)
         except BadInputError as error:
-            log.error("revocations are lost at the next start", extra={"reason": error})  # noqa: TRY400 # as above
+            log.error("revocations are lost at a restart", extra={"reason": error})  # noqa: TRY400 # as above

@@ -23,14 +23,14 @@ from protocol.members import MAX_MEMBERS
 log = logging.getLogger(__name__)
 
 LEEWAY_S = 24 * 3600
-"""A certificate is accepted for this time after its end: clocks of edge nodes are wrong by hours, as by a time zone."""
+"""A certificate is accepted for this time after its end: clocks of edge nodes may be wrong by hours (time zones)."""
 LOOK_EVERY_S = 60.0
 REVOKED = "certificate revoked"
 """The reason that a refusal gives for a revoked certificate."""
 
 
 class Verifier:
-    """`now` is Unix time, in seconds."""
+    """`now` returns Unix time in seconds."""
 
     def __init__(
         self, credentials: Credentials, revoked: Container[str] = (), now: Callable[[], float] = time.time
@@ -40,13 +40,13 @@ class Verifier:
         self.server_context = credentials.server_context()
         self.client_context = credentials.client_context()
         self._ends: LRUCache[PeerId, int] = LRUCache(MAX_MEMBERS)
-        """When the certificates that peers showed here end, for those that end at all."""
+        """By peer, the end of the certificate that it showed, if that certificate has an end."""
 
     def is_revoked(self, peer: PeerId) -> bool:
         return peer in self._revoked
 
     def verify(self, certificate: bytes) -> PeerId:
-        """The member that a certificate (DER) names, which TLS has not verified.
+        """The member that a certificate (DER) names, for a certificate that TLS has not verified.
 
         Raises NotAdmittedError, and PeerMisbehavedError for a malformed certificate.
         """
@@ -54,7 +54,7 @@ class Verifier:
         return self.peer_of(certificate)
 
     def peer_of(self, certificate: bytes) -> PeerId:
-        """The member that a certificate names which TLS has verified. Raises as `verify`."""
+        """The member that a certificate (DER) names, for one that TLS has verified. Raises as `verify`."""
         peer = peer_of(certificate)
         if self.is_revoked(peer):
             raise NotAdmittedError(REVOKED, peer)
@@ -79,7 +79,7 @@ class Verifier:
     async def watch(
         self, disconnect: Callable[[PeerId], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Calls `disconnect` for peers whose certificate expires while they are connected."""
+        """Call `disconnect` for peers whose certificate expired after they connected."""
         task_status.started()
         while True:
             await trio.sleep(LOOK_EVERY_S)

@@ -1,7 +1,7 @@
-"""Addresses: those in the configuration, those that others can connect to, and those that peers were seen at.
+"""Addresses: parse those in the configuration, list this node's own, and order those of a peer.
 
-A configured address may be unspecified (0.0.0.0); other nodes need concrete ones, the likeliest first. A connection
-shows which address of a peer is routed here, so that address comes before those that the peer claims.
+A configured address may be unspecified (0.0.0.0). Other nodes need concrete addresses, the likeliest first. A peer's
+connection shows an address that is routed here, so that address is placed before those that the peer claims.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocol.members import MAX_ADDRESSES, Member
 from protocol.records import public_key_of
 
 _VIRTUAL = re.compile("docker|br-|veth|virbr|cni|flannel|cali|vxlan|kube|nodelocaldns|lxc|podman")
-"""Interfaces of container and VM bridges: the same 172.17.0.1 on every host, so their addresses come last."""
+"""Interfaces of container and VM bridges. They have the same 172.17.0.1 on every host, so they are listed last."""
 _HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
@@ -49,7 +49,7 @@ def parse_target(text: str) -> Target:
 
 
 def parse_join(text: str) -> tuple[HostPort, PeerId | None]:
-    """`10.0.0.5:4501`, `[fd00::5]:4501`, or a multiaddr; without `/p2p/...` it means any peer. Raises BadInputError."""
+    """`10.0.0.5:4501`, `[fd00::5]:4501`, or a multiaddr. Without `/p2p/...`: any peer. Raises BadInputError."""
     if not text.startswith("/"):
         return HostPort.read("ADDRESS", text), None
     if "/p2p/" in text:
@@ -79,9 +79,9 @@ def bulk_addresses(listen: HostPort) -> tuple[str, ...]:
 
 
 def concrete_hosts(host: str) -> tuple[str, ...]:
-    """`host` itself, or, for the unspecified address, those of the interfaces: likeliest first, at most MAX_ADDRESSES.
+    """`host` itself. For the unspecified address, the interfaces' addresses: likeliest first, at most MAX_ADDRESSES.
 
-    Loopback is included only where there is no other address, link-local addresses never (they need a zone).
+    Loopback is included only if there is no other address, link-local addresses never (they need a zone).
     """
     try:
         given = ip_address(host)
@@ -96,9 +96,9 @@ def concrete_hosts(host: str) -> tuple[str, ...]:
 
 
 def with_observed(member: Member, host: str) -> Member:
-    """The member with the address first that it was seen at, unless it claims that address itself.
+    """Put the observed address `host` first in the member's addresses, unless the member claims it already.
 
-    The observed address is known to be routed. Loopback is left out: on any other host it means another node.
+    An observed address is surely routed. Loopback is left out: on any other host it means another node.
     """
     seen = ip_address(host)
     if isinstance(seen, IPv6Address):

@@ -2,7 +2,7 @@
 
 Each configured bootstrap peer, and each peer that mDNS finds on the LAN, is dialled whenever it is not among the
 current members. Pauses between failed dials double. A node without any other member dials often, because nothing else
-brings it into its site; a node that has members dials rarely, because they name a peer that comes back.
+brings it into its site. A node that has members dials rarely, because they tell it of a peer that returns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_DISCOVERED = 256
 """Peers that mDNS may make this node dial: anyone on the LAN can announce any number."""
 
 Dial = Callable[[Target], Awaitable[bool]]
-"""Connects and introduces. False where either side refused the other. Raises PeerUnavailableError."""
+"""Connects and introduces. False if either side refused the other. Raises PeerUnavailableError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,16 @@ class Timing:
     last_retry: float = 10.0
     """Longest pause of a node that has no other member."""
     longest_retry: float = 600.0
-    """Longest pause of a node that has others: they name a peer that comes back, or it finds them by its peers file."""
+    """Longest pause of a node that has others: they tell it of a returned peer, or the peer's peers file leads here."""
     recheck: float = 6.5
     """How often this node looks for a peer among the current members, both after an introduction and in a pause."""
     linger: float = 1.0
-    """How long the side that speaks last waits until the other has read it."""
+    """How long the side that sends the last message waits for the other side to read it."""
     silence: float = 300.0
     """Shortest time between two equal warnings about the same peer."""
 
     def back_off(self, failures: int, *, alone: bool) -> float:
-        """The pause after a dial that failed, after `failures` earlier ones; `alone`: the node has no other member."""
+        """The pause after a failed dial that follows `failures` others. `alone`: the node has no other member."""
         return min(self.last_retry if alone else self.longest_retry, self.first_retry * 2.0 ** min(failures, 16))
 
 
@@ -91,7 +91,7 @@ class Bootstrap:
             await mdns.run(own, partial(self.discovered, nursery), self._lost)
 
     def prepared(self, addresses: Sequence[str]) -> Callable[[], None]:
-        """A function that makes these the configured peers, in place of all others. Raises BadInputError."""
+        """A function that replaces the configured peers by `addresses`. Raises BadInputError."""
         targets = self._parsed(addresses)
 
         def change() -> None:
@@ -103,7 +103,7 @@ class Bootstrap:
 
     @contextmanager
     def introducing(self, peer: PeerId) -> Iterator[None]:
-        """While an introduction to `peer` is under way, in either direction, it is not dialled."""
+        """Mark an introduction to `peer`, in either direction. Meanwhile bootstrap does not dial that peer."""
         self._busy.add(peer)
         try:
             yield
@@ -111,7 +111,7 @@ class Bootstrap:
             self._busy.discard(peer)
 
     def discovered(self, nursery: trio.Nursery, ways: tuple[Target, ...]) -> None:
-        """mDNS found a peer, or other addresses of a peer. Dials run in `nursery`."""
+        """Dial a peer that mDNS found, or whose addresses changed. `ways`: its addresses. Dials run in `nursery`."""
         peer = ways[0].peer
         if peer in self._discovered and self._discovered[peer][0] == ways:
             return
@@ -125,7 +125,7 @@ class Bootstrap:
             self._discovered.pop(peer)[1].cancel()
 
     async def _keep_discovered(self, ways: tuple[Target, ...], scope: trio.CancelScope) -> None:
-        """Starts at a random moment, because all nodes of a site hear of a new one at once."""
+        """Start at a random moment, because all nodes of a site find a new node at the same time."""
         with scope:
             await trio.sleep(self._rng.uniform(0, self._timing.first_retry))
             await self._keep_introduced(ways, logging.DEBUG)
@@ -135,9 +135,9 @@ class Bootstrap:
         return [target for target in map(parse_target, addresses) if target.peer != own]
 
     async def _keep_introduced(self, ways: Sequence[Target], level: int) -> None:
-        """Dial one peer, by its ways in turn, whenever it is not among the current members, until it is revoked.
+        """Dial one peer, at its addresses in turn, whenever it is not among the current members, until it is revoked.
 
-        Failures are logged at `level` where there is no other member, at level debug where there is one.
+        Failures are logged at `level` if this node has no other member, else at level debug.
         """
         peer, failures = ways[0].peer, 0
         while not self._verifier.is_revoked(peer):
@@ -151,7 +151,7 @@ class Bootstrap:
         self.refusals.tell(CHANNEL, peer, str(HostPort(ways[0].host, ways[0].port)), REVOKED)
 
     async def _dial(self, target: Target, level: int) -> bool:
-        """Whether the peer was introduced; a failure is logged at `level`, once in a while."""
+        """Whether the peer was introduced. A failure is logged at `level`, at most every `Timing.silence`."""
         if target.peer in self._busy:
             return False
         async with self._dials:
@@ -166,7 +166,7 @@ class Bootstrap:
                 return False
 
     async def _pause(self, peer: PeerId, failures: int) -> None:
-        """Wait until the next dial is due, or the peer came by itself. The other members may change meanwhile."""
+        """Wait until the next dial is due, or the peer has become a member. The pause changes with `alone`."""
         rested = 0.0
         while not self._is_current(peer):
             left = self._timing.back_off(failures, alone=self._is_alone()) - rested

@@ -1,6 +1,6 @@
 """Carries out SWIM's decisions: the I/O between `Membership`, which decides, and the exchange's control lane.
 
-Requests that fail are not repeated here. `Membership` hears of each failure and decides what follows.
+This module does not repeat failed requests. It reports a failed probe to `Membership`, which decides what to do next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocol.swim_values import Action, Disconnect, Gossip, Probe, SyncWith, Te
 log = logging.getLogger(__name__)
 
 HELPER_SHARE = 0.8
-"""Share of the probe timeout for a helper's ping, so that the helper can still report a missing answer in time."""
+"""Share of the probe timeout for a helper's ping. In the rest, the helper can still report a missing answer."""
 
 
 class Gossiper:
@@ -37,7 +37,7 @@ class Gossiper:
             membership.banish(PeerId(revocation.subject))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Runs until cancelled; a clean stop calls `leave` first."""
+        """Run until cancelled. For a clean stop, call `leave` first."""
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()
@@ -50,7 +50,7 @@ class Gossiper:
     def revoke(self, revocations: tuple[Revocation, ...]) -> list[str]:
         """Apply revocations and send them to other members. Returns the subjects that are new.
 
-        Raises PeerMisbehavedError at a revocation that the authority did not sign.
+        Raises PeerMisbehavedError for a revocation that the authority did not sign.
         """
         new = self._revocations.add(revocations)
         for subject in new:
@@ -162,7 +162,7 @@ class Gossiper:
         self._membership.synced(sync.peer)
 
     async def _request(self, peer: PeerId, request: Request, timeout_s: float) -> Reply | None:
-        """None where no answer came in time, for whatever reason."""
+        """The answer; None if none arrived in time, for whatever reason."""
         with trio.move_on_after(timeout_s):
             try:
                 answer = await self._exchange.request(peer, request, lane=Lane.CONTROL, silence_s=timeout_s)

@@ -1,7 +1,7 @@
-"""Introductions: how two nodes prove to each other that they are of one cluster, and name the members that they know.
+"""Introductions: two nodes prove to each other that they belong to one cluster, and name the members that they know.
 
-An introduction comes before anything on the bulk channel. `exchange_members` is the conversation over one stream,
-whatever carries it. docs/PROTOCOL.md, "Introduction".
+A new node needs an introduction before it uses the bulk channel. `exchange_members` is the conversation over one
+stream, independent of the transport. docs/PROTOCOL.md, "Introduction".
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CHANNEL = "introduction"
 async def exchange_members(
     line: Line, verifier: Verifier, members: Callable[[], bytes], *, dialled: bool
 ) -> tuple[Member, ...]:
-    """The members that the peer names, itself first; `members` encodes those that this node names.
+    """The members that the peer names, itself first. `members` returns this node's encoded list.
 
-    Certificates come first, the dialling side's before the other's. Raises PeerMisbehavedError for a peer of another
-    cluster before anything is said about members.
+    Certificates are exchanged first, the dialling side's before the other's. Raises PeerMisbehavedError (for a peer of
+    another cluster its subclass NotAdmittedError) before this node names any member.
     """
     if dialled:
         await line.send(encode_hello(verifier.credentials.certificate))

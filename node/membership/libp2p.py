@@ -1,11 +1,11 @@
 """Introductions and joins over libp2p: TCP, Noise, yamux. The only file that imports libp2p. docs/PROTOCOL.md,
 "Introduction".
 
-Only parts of libp2p's transport are used (multistream, Noise, yamux, peer ids), not its Host and Swarm: there an
-exception in one peer's task ends the whole service, a closed connection keeps its task and its place among the inbound
-connections for ever, a peer that could not be dialled is not dialled again for a minute, and identify runs in trio's
-system tasks, where an error ends the process. Here a connection lives for one introduction, under one deadline and one
-budget of bytes, and whatever libp2p raises ends that connection alone.
+Only parts of libp2p's transport are used (multistream, Noise, yamux, peer ids), not its Host and Swarm. In these, an
+exception in one peer's task ends the whole service; a closed connection keeps its task and its place among the inbound
+connections forever; a peer that could not be dialled is not dialled again for a minute; and identify runs in trio's
+system tasks, where an error ends the process. Here a connection lasts for one introduction, with one deadline and one
+budget of bytes, and any exception of libp2p ends only that connection.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ from protocol.introduction import PREFIX, body_length, encode_members
 from protocol.members import Member
 
 log = logging.getLogger(__name__)
-# libp2p's own log lines are dropped: this module logs the same events with the peer's id.
+# libp2p's own log lines are dropped: this module logs the same events, with the peer's id.
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
 logging.getLogger("libp2p").propagate = False
 
 PROTOCOL = TProtocol("/shoal/introduce/1")
 JOIN = TProtocol("/shoal/join/1")
 MAX_INBOUND = 32
-"""Inbound connections at once. Any more are closed at once, and their nodes try again."""
+"""Most inbound connections at a time. Further connections are closed immediately, and their nodes try again."""
 MAX_PER_ADDRESS = 16
-"""Inbound connections from one address at once, so that a single address keeps no new node out."""
+"""Most inbound connections from one address at a time: a single address must not keep new nodes out."""
 MAX_RECEIVED = 3 << 20
-"""Bytes received on one connection: a whole introduction is below 1.1 MiB, handshakes and framing included."""
+"""Most bytes received on one connection. An introduction is below 1.1 MiB, handshakes and framing included."""
 _READ = 1 << 16
 
 Joins = Callable[[Line, str, PeerId], Awaitable[None]]
-"""Serves one join: the line, the host at its other end, this node's peer id. Raises as `Registrar.serve`."""
+"""Serves one join, given the line, the host at its other end, and this node's peer id. Raises as `Registrar.serve`."""
 
 
 class LibP2PIntroducer:
-    """Finds peers (bootstrap addresses, mDNS), proves both sides to be of one cluster, and introduces them.
+    """Finds peers (bootstrap addresses, mDNS), verifies that both sides belong to one cluster, and introduces them.
 
-    Every introduction, in either direction, ends in one call of `introduced` with the members that the other side named
-    (itself first). A node of another cluster is never introduced; the refusal is logged with peer id and reason.
+    Each introduction, in either direction, ends with one call of `introduced` with the members that the other side
+    named (itself first). A node of another cluster is never introduced. The refusal is logged with peer id and reason.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class LibP2PIntroducer:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The multiaddrs that others can use; final once `run` has started, because a port 0 is chosen then."""
+        """The multiaddrs that others can use. Final once `run` has started: the kernel then has replaced a port 0."""
         return tuple(to_multiaddr(host, self._port, self._own_id) for host in self._hosts)
 
     @property
@@ -113,7 +113,7 @@ class LibP2PIntroducer:
         return self._verifier.credentials.identity.peer_id
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Raises BadInputError where it cannot listen."""
+        """Raises BadInputError if it cannot listen."""
         try:
             listeners = await trio.open_tcp_listeners(self._listen.port, host=self._listen.host)
         except OSError as error:
@@ -146,7 +146,7 @@ class LibP2PIntroducer:
 
     @contextmanager
     def _place_for(self, host: str) -> Iterator[None]:
-        """Count an inbound connection. Raises trio.WouldBlock where there are too many already."""
+        """Count an inbound connection. Raises trio.WouldBlock if there are too many already."""
         if self._inbound_by_host[host] >= MAX_PER_ADDRESS:
             raise trio.WouldBlock
         self._inbound.acquire_nowait()
@@ -160,9 +160,9 @@ class LibP2PIntroducer:
                 del self._inbound_by_host[host]
 
     async def _introduce(self, stream: trio.SocketStream, expected: PeerId | None) -> bool:
-        """Whether the peer was introduced; False where either side refuses the other, and after a join.
+        """Whether the peer was introduced; False if either side refuses the other, and after a join.
 
-        `expected` is the peer that this node dialled, None where it was dialled. Raises PeerUnavailableError.
+        `expected` is the peer that this node dialled, None if the peer dialled. Raises PeerUnavailableError.
         """
         remote = _remote(stream)
         async with secured_line(self._upgrader, stream, expected) as (line, protocol):
@@ -205,7 +205,7 @@ class LibP2PLine:
             await self._stream.write(message)
 
     async def receive(self, most: int) -> bytes:
-        """The body of one message. Raises PeerMisbehavedError above `most` bytes, before they are received."""
+        """The body of one message. Raises PeerMisbehavedError if its announced length is above `most` bytes."""
         prefix = await self._receive_exactly(PREFIX.size)
         return await self._receive_exactly(body_length(prefix, most))
 
@@ -229,7 +229,7 @@ class LibP2PLine:
 
 
 class _BoundedTcp(TrioTCPStream):
-    """Bounds each read and the total: libp2p reads as much at once, and as often, as a received length asks for."""
+    """Bounds each read and the total: libp2p itself reads as many bytes as the peer announces, in any number."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         super().__init__(stream)
@@ -251,9 +251,9 @@ def upgrader_of(identity: Identity) -> TransportUpgrader:
 
 
 async def join(identity: Identity, token: str, address: str, name: str) -> Joined:
-    """The network's part of `p2pctl join`: ask the member at `address` for a certificate, within `Timing().deadline`.
+    """The network part of `p2pctl join`: ask the member at `address` for a certificate, within `Timing().deadline`.
 
-    Raises BadInputError for a malformed token or address, UnavailableError if it fails.
+    Raises BadInputError for a malformed token or address, UnavailableError if the join fails.
     """
     where, expected = parse_join(address)
     try:
@@ -262,7 +262,7 @@ async def join(identity: Identity, token: str, address: str, name: str) -> Joine
             async with tcp, secured_line(upgrader_of(identity), tcp, expected, JOIN) as (line, _):
                 certificate, authority = await apply(line, identity.peer_id, token, name)
     except errors.PeerUnavailableError as error:
-        text = f"no answer from {address}: {error}; is p2pd up there, and is this its peers.listen?"
+        text = f"no answer from {address}: {error}; is p2pd running there, and is this its peers.listen?"
         raise errors.UnavailableError(text) from error
     except errors.NotAdmittedError as error:
         raise errors.UnavailableError(f"refused at {address}: {error}") from error
@@ -276,10 +276,10 @@ async def join(identity: Identity, token: str, address: str, name: str) -> Joine
 async def secured_line(
     upgrader: TransportUpgrader, tcp: trio.SocketStream, expected: PeerId | None, wanted: TProtocol | None = None
 ) -> AsyncIterator[tuple[LibP2PLine, TProtocol]]:
-    """Secure and multiplex `tcp`, then open or accept its one stream: the line, and the protocol it is for.
+    """Secure and multiplex `tcp`, then open or accept its only stream. Yields the line and the stream's protocol.
 
-    The side that dialled opens the stream: it names the peer that it expects, or the protocol that it wants with any
-    peer. Raises PeerUnavailableError.
+    The dialling side opens the stream. It passes the peer that it expects, or the protocol that it wants with any peer.
+    Raises PeerUnavailableError.
     """
     failure: errors.ShoalError | None = None
     dialled = wanted or (PROTOCOL if expected is not None else None)
@@ -292,7 +292,7 @@ async def secured_line(
                 stream, protocol = await _negotiate(connection, dialled)
             yield LibP2PLine(PeerId(connection.peer_id.to_base58()), stream), protocol
         except errors.ShoalError as error:
-            failure = error  # raised in here, the nursery would wrap it in a group
+            failure = error  # raised below: here the nursery would wrap it in a group
         nursery.cancel_scope.cancel()
     if failure:
         raise failure
@@ -303,12 +303,12 @@ async def _upgrade(
 ) -> Yamux:
     raw = RawConnection(_BoundedTcp(tcp), dialled)
     if dialled and expected is None:
-        # libp2p's own upgrade requires a peer id, its Noise does not. The handshake proves the peer's id all the same.
+        # libp2p's own upgrade requires a peer id, its Noise does not. The handshake proves the peer's id in any case.
         secured = await upgrader.security_multistream.secure_outbound(raw, None)  # type: ignore[arg-type]
     else:
         secured = await upgrader.upgrade_security(raw, dialled, ID.from_base58(expected) if expected else None)
     connection = await upgrader.upgrade_connection(secured, secured.get_remote_peer())
-    assert isinstance(connection, Yamux)  # the only muxer that is offered
+    assert isinstance(connection, Yamux)  # the only muxer offered
     return connection
 
 
@@ -321,7 +321,7 @@ async def _negotiate(connection: Yamux, dialled: TProtocol | None) -> tuple[Yamu
     accepted = await connection.accept_stream()
     assert isinstance(accepted, YamuxStream)
     protocol, _ = await Multiselect({PROTOCOL: None, JOIN: None}).negotiate(MultiselectCommunicator(accepted))
-    assert protocol is not None  # it is one of those
+    assert protocol is not None  # it is PROTOCOL or JOIN
     return accepted, protocol
 
 
@@ -352,12 +352,12 @@ def _remote(stream: trio.SocketStream) -> HostPort:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """libp2p documents nowhere what it raises for unexpected bytes: any Exception is possible, and groups of them."""
+    """libp2p does not document its exceptions for unexpected bytes: any Exception is possible, and groups of them."""
     try:
         yield
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__:  # the outermost error only says which step failed; the innermost says why
+        while cause.__cause__:  # the outermost error names only the failed step, the innermost its cause
             cause = cause.__cause__
         raise errors.PeerUnavailableError(f"{type(cause).__name__}: {cause}") from error
 

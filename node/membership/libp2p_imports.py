@@ -1,6 +1,6 @@
-"""Imported before anything of py-libp2p, so that parts of it can be used without the whole.
+"""Imported before any module of py-libp2p, so that parts of it can be used without the whole.
 
-The `__init__` files of these packages import everything: QUIC, a DHT, relays, an HTTP client. Some modules import a
+The `__init__` files of _PACKAGES import everything: QUIC, a DHT, relays, an HTTP client. Some modules import a
 library only for a class that node/membership/libp2p.py never uses. Together that costs 27 MiB of resident memory and
 1.2 s of every start. This module registers the packages without running their `__init__`, and puts empty classes in
 place of the unused ones; all other modules are imported as usual.
@@ -22,7 +22,7 @@ _CLASSES = {
 
 
 class _LeftOut:
-    """A member's key is an Ed25519 key: a handshake with a key of another kind fails here."""
+    """Replaces keys of other kinds: members have Ed25519 keys, so a handshake with another kind of key fails here."""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> NoReturn:

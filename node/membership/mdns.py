@@ -1,7 +1,7 @@
 """Discovery on the LAN by multicast DNS and DNS-SD (RFC 6762, RFC 6763): service `_shoal-p2p._udp.local.`.
 
-zeroconf runs in threads of its own; its reports enter the trio loop by the loop's token. The node also works without
-mDNS: a failure here costs one warning.
+zeroconf runs in threads of its own, and calls into the trio loop through a TrioToken. The node also works without mDNS:
+a failure here only logs a warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 SERVICE = "_shoal-p2p._udp.local."
 _LOOKUP_MS = 2000
 _CLOSE_S = 2.0
-"""How long a stop waits until the goodbye is sent."""
+"""Longest time that a stop waits for the goodbye to be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,14 @@ class Announcement:
 
 
 def cluster_tag(authority: bytes) -> str:
-    """A cluster's name, derived from its CA certificate (DER); a hint, not a proof."""
+    """A cluster's name, derived from its CA certificate (DER). Anyone can announce it, so it proves nothing."""
     return sha256(authority).hexdigest()[:16]
 
 
 async def run(mine: Announcement, on_found: OnFound, on_lost: Callable[[PeerId], None]) -> None:
-    """Announce this node on the interfaces of its hosts, and report others of its cluster, until cancelled.
+    """Announce this node on the interfaces of its hosts, and report other nodes of its cluster, until cancelled.
 
-    Returns early, after one warning, where multicast does not work. `on_found` is called again when addresses change.
+    Returns early, after one warning, if multicast does not work. `on_found` is called again when addresses change.
     """
     listener = _Listener(mine, on_found, on_lost, trio.lowlevel.current_trio_token())
     try:
@@ -85,7 +85,7 @@ def _start(mine: Announcement, listener: _Listener) -> zeroconf.Zeroconf:
 
 
 def _interfaces(hosts: Sequence[str]) -> list[str]:
-    """IPv4 where there is any: one family is enough, because the announcement carries the addresses of both."""
+    """IPv4 if there is any: one family is enough, because the announcement carries the addresses of both."""
     four = [host for host in hosts if ":" not in host]
     usable = four or [host for host in hosts if not ip_address(host).is_loopback]
     if not usable:
@@ -102,7 +102,7 @@ def _stop(responder: zeroconf.Zeroconf) -> None:
 
 @dataclass(eq=False)
 class _Listener(zeroconf.ServiceListener):
-    """zeroconf calls it in its browser thread, one call at a time; a look-up may block there."""
+    """zeroconf calls these methods in its browser thread, one at a time, so a look-up may block."""
 
     mine: Announcement
     on_found: OnFound

@@ -1,11 +1,11 @@
 """The membership of the site: SWIM (`protocol/swim.py`) driven over the exchange's control lane.
 
-`Membership` is what this node believes, and the `View` that the rest of the node asks; it does no I/O, so the exchange
-can be built with its `find` and `is_refused`. `Gossiper` does the I/O that it decides on, and answers other members.
+`Membership` holds this node's beliefs, and is the `View` that the rest of the node asks. It does no I/O, so the
+exchange can be built with its `find` and `is_refused`. `Gossiper` does the I/O and answers other members.
 
-A peer that misbehaved is in quarantine: out of the view for a time, for a reason that operators see. `Swim` keeps when
-that ends, because it neither probes nor believes such a peer; the reasons are here. A revocation, in contrast, is for
-good, needs no reason, and makes `Swim` forget the peer.
+A peer that misbehaved is in quarantine: out of the view for a time, with a reason that operators see. `Swim` stores the
+end of that time, because it neither probes nor believes such a peer; `Membership` stores the reason. A revocation, in
+contrast, is permanent, has no reason, and makes `Swim` forget the peer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from protocol.swim_values import Action, Event, Probe, SwimConfig
 log = logging.getLogger(__name__)
 
 QUARANTINE_S = 3600.0
-"""Long enough that a peer with bad memory or worse does not waste every pull, short enough to try it again."""
+"""Long enough that a peer with faulty memory (or a worse fault) does not slow every pull, short enough to recover."""
 
 
 class View(Protocol):
@@ -75,7 +75,7 @@ class Row:
 
 
 class Membership:
-    """Implements `View`. Built inside trio's loop. `incarnation`: Unix time in milliseconds, see `Swim`."""
+    """Implements `View`. Must be built inside trio's loop. `incarnation`: Unix time in milliseconds, see `Swim`."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Membership:
         self.swim = Swim(own, incarnation, config=self.config, rng=rng, now=self.changed_at)
         self._quarantine_s = quarantine_s
         self._reasons: dict[PeerId, str] = {}
-        """Those of the quarantines that have not ended."""
+        """The reasons of the current quarantines."""
         self.site = self.swim.site
         self.version = 0
         self._changed = trio.Event()
@@ -143,7 +143,7 @@ class Membership:
         self._settle()
 
     def quarantine(self, peer: PeerId, reason: str, seconds: float | None = None) -> None:
-        """`seconds`: the time that is left of a quarantine that began before this process."""
+        """`seconds`: the remaining time of a quarantine that began before this process."""
         if peer == self.own.peer_id or (self.is_quarantined(peer) and self._reasons.get(peer) == reason):
             return
         seconds = self._quarantine_s if seconds is None else seconds
@@ -153,7 +153,7 @@ class Membership:
         self._settle()
 
     def quarantines(self) -> tuple[tuple[PeerId, str, float], ...]:
-        """Each peer in quarantine, the reason, and the seconds that are left."""
+        """Each peer in quarantine, the reason, and the remaining seconds."""
         now = trio.current_time()
         return tuple((peer, self._reasons[peer], until - now) for peer, until in self.swim.excluded.items())
 
@@ -161,9 +161,9 @@ class Membership:
         return peer in self.swim.excluded
 
     def banish(self, peer: PeerId) -> None:
-        """Its certificate is revoked: cut it off, forget it, and never again believe a statement about it."""
+        """Disconnect and forget a peer whose certificate is revoked, and ignore all later statements about it."""
         if peer == self.own.peer_id:
-            log.error("the certificate of this very node is revoked: members refuse it. Join anew with a new identity")
+            log.error("the certificate of this node is revoked: members refuse it. Join again with a new identity")
         self.swim.banish(peer)
         self._settle()
 
@@ -173,14 +173,14 @@ class Membership:
     # Events
 
     def introduced(self, members: tuple[Member, ...]) -> None:
-        """The introducer met `members[0]`, which named the others. This is how a node enters a site."""
+        """Add `members[0]`, which was introduced and named the others. By this a node enters a site."""
         now = trio.current_time()
         for member in members[:1]:
             self.swim.introduced(member, now)
         self.remembered(members[1:])
 
     def remembered(self, members: Iterable[Member]) -> None:
-        """These were members before; they are asked, and enter the view only when they answer."""
+        """Ask former or named members. They enter the view only when they answer."""
         now = trio.current_time()
         for member in members:
             self.swim.hint(member, now)
@@ -207,12 +207,12 @@ class Membership:
         self._settle()
 
     async def next_actions(self) -> list[Action]:
-        """Waits until there is something to do."""
+        """Wait until actions are due, and return them."""
         while True:
             now = trio.current_time()
             due = self.swim.due(now)
             if due <= now:
-                await trio.lowlevel.checkpoint()  # before the tick: what it returns must not be lost
+                await trio.lowlevel.checkpoint()  # before the tick: a cancellation must not lose its actions
                 actions = self.swim.tick(now)
                 self._settle()
                 return actions
@@ -221,7 +221,7 @@ class Membership:
                 await self._touched.wait()
 
     def _settle(self) -> None:
-        """After every event: publish changes of the view, and look at the timers again."""
+        """After every event: publish changes of the view, and have `next_actions` check its timers again."""
         for change in self.swim.take_changes():
             level = logging.DEBUG if change.event is Event.REFUTED else logging.INFO
             log.log(level, change.event.value, extra={"peer": change.member.peer_id, "node": change.member.name})

@@ -1,6 +1,6 @@
-"""The members of the site, in a file, so that a restarted node finds its site when every bootstrap address is silent.
+"""The members of the site, in a file: a restarted node finds its site even if no bootstrap address answers.
 
-The file may be missing, old or wrong: its members are only asked, and enter the view when they answer. Bytes:
+The file may be missing, old or wrong: its members are only asked, and enter the view when they answer. Format:
 docs/FORMATS.md, "Remembered peers".
 """
 
@@ -17,9 +17,9 @@ from node.runtime.state_files import load, save
 from protocol.members import Member, State
 
 MAX_REMEMBERED = 1024
-"""One live member among them is enough."""
+"""Most members in the file. One live member among them is enough."""
 MAX_FILE = 4 << 20
-"""Bytes of MAX_REMEMBERED members whose texts are as long as the wire allows."""
+"""Bytes: enough for MAX_REMEMBERED members whose texts are as long as the wire allows."""
 SAVE_EVERY_S = 60.0
 """Changes come in bursts, and writes wear flash memory."""
 
@@ -35,7 +35,7 @@ class PeersFile:
         self._written = b""
 
     def load(self) -> tuple[Member, ...]:
-        """Empty where the file is missing or damaged."""
+        """Empty if the file is missing or damaged."""
         file = load(self._path, RememberedPeers, MAX_FILE, "remembered peers")
         return file.members[:MAX_REMEMBERED] if file else ()
 
@@ -53,7 +53,7 @@ class PeersFile:
     async def run(
         self, membership: Membership, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Has the members in the file asked, then saves: after changes, at most every SAVE_EVERY_S, and at the end."""
+        """Have `membership` ask the file's members. Then save changes, at most every SAVE_EVERY_S, and at the end."""
         membership.remembered(self.load())
         task_status.started()
         try:

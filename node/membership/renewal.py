@@ -1,4 +1,4 @@
-"""Renewal: before its certificate ends, a node asks a member that holds the authority's key for another.
+"""Renewal: before its certificate ends, a node asks a member that holds the authority's key for a new certificate.
 
 No list says which members hold the key. The node asks the member that issued its certificate first, then others in
 random order. docs/PROTOCOL.md, "Joining".
@@ -30,10 +30,10 @@ from protocol.messages import Renew, Renewed
 log = logging.getLogger(__name__)
 
 LAST_PART = 3
-"""A certificate is renewed in the last third of its lifetime. That is at least 8 h, followed by 24 h of leeway: longer
-than a clock is usually wrong by, and longer than members with the key are usually out of reach."""
+"""A certificate is renewed in the last third of its lifetime. That third is at least 8 h, followed by 24 h of leeway:
+longer than the usual error of a clock, and longer than the usual outage of the members with the key."""
 LOOK_EVERY_S = 600.0
-"""Longest pause, because the clock may be set at any time."""
+"""Longest pause between two checks, because the clock may be set at any time."""
 RETRY_S = 5.0
 """Pause after the first failure, doubled after each: a node that starts does not know any member yet."""
 MOST_ASKED = 32
@@ -58,7 +58,7 @@ class Renewal:
     now: Callable[[], float] = time.time
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Runs until cancelled; returns at once for a certificate without end."""
+        """Run until cancelled. Returns at once if the certificate has no end."""
         task_status.started()
         pause = RETRY_S
         while (end := validity_of(self.verifier.credentials.certificate).end) is not None:
@@ -102,10 +102,10 @@ class Renewal:
         return certificate
 
     def _check(self, certificate: bytes) -> None:
-        """Raises PeerMisbehavedError unless it is this node's and ends later than its present one."""
+        """Raises PeerMisbehavedError unless it is for this node and ends later than the current certificate."""
         verifier = self.verifier
         if issued_by(certificate, verifier.credentials.authority) != verifier.credentials.identity.peer_id:
-            raise PeerMisbehavedError("gave a certificate for another node")
+            raise PeerMisbehavedError("sent a certificate for another node")
         new, old = validity_of(certificate).end, validity_of(verifier.credentials.certificate).end
         if new is not None and old is not None and new <= old:
-            raise PeerMisbehavedError("gave a certificate that ends no later")
+            raise PeerMisbehavedError("sent a certificate that does not end later")

@@ -1,4 +1,4 @@
-"""Range requests (RFC 9110, section 14): the header as spans of bytes."""
+"""Range requests (RFC 9110, section 14): parse the Range header to spans of bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 MAX_RANGES = 1024
-"""The most that pulls of zstd:chunked layers request. More are answered with the whole object."""
+"""The most ranges that a pull of a zstd:chunked layer requests at once. For more, the whole object is sent."""
 _SPEC = re.compile(r"[ \t]*(\d{0,15})-(\d{0,15})[ \t]*", re.ASCII)
 
 
@@ -29,7 +29,7 @@ def parse_range(header: str, size: int) -> tuple[Span, ...] | None:
     """The spans of an object of `size` bytes that a Range header requests; None: ignore the header; empty: answer 416.
 
     Ignored, as 14.2 allows: other units, malformed headers, sets of ranges larger than the whole object, and ranges of
-    an empty object, since some clients send one with every request. A range that ends before it begins is refused
+    an empty object, since some clients send a range with every request. A range that ends before it begins gets 416
     (15.5.17), as the conformance suite demands. The server bounds the header's length.
     """
     unit, _, rest = header.partition("=")

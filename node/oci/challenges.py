@@ -16,9 +16,9 @@ import msgspec
 from protocol.errors import UNDECODABLE
 
 MAX_CHALLENGE = 8 << 10
-"""Characters of a WWW-Authenticate header that are parsed; the others are ignored."""
+"""Most characters of a WWW-Authenticate header that are parsed; the rest is ignored."""
 IDENTITY = "<token>"
-"""Stands for the user's name of an identity token, by the helper protocol."""
+"""The user name with which credential helpers mark an identity token."""
 DEFAULT_LIFETIME_S = 60.0
 """The token specification's default, and its lower bound."""
 MAX_LIFETIME_S = 3600.0
@@ -60,7 +60,7 @@ class Credentials:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the password is an identity token, which only a token service takes (OAuth2's refresh token)."""
+        """Whether the password is an identity token (OAuth2's refresh token), which only token services accept."""
         return self.username == IDENTITY
 
     @property
@@ -70,7 +70,7 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """The URL of a token service, and the query of a request for a Bearer token."""
+    """A request for a Bearer token: the URL of the token service, and the query."""
 
     realm: str
     query: Mapping[str, str]
@@ -82,7 +82,7 @@ class TokenRequest:
 
 
 def token_request(challenge: Challenge, *, insecure: bool, scope: str) -> TokenRequest | None:
-    """None if credentials may not go to the realm: it must be https, or http if the registry itself is."""
+    """None if credentials must not be sent to the realm: it must be https; http only if the registry is http too."""
     realm = challenge.parameters.get("realm", "")
     try:
         parts = urlsplit(realm)
@@ -96,9 +96,9 @@ def token_request(challenge: Challenge, *, insecure: bool, scope: str) -> TokenR
 
 
 def relayed(challenges: Sequence[Challenge], *, insecure: bool, repository: str, basic: bool) -> str:
-    """The challenge that a client should meet, as a header's value, or "".
+    """The challenge that a client should answer, as the value of WWW-Authenticate, or "".
 
-    `basic`: whether the client may be asked for a password; `insecure` as in `token_request`.
+    `basic`: whether the client may be asked for a password. `insecure`: whether the registry is http.
     """
     scope = f"repository:{repository}:pull"
     for challenge in challenges:

@@ -2,10 +2,10 @@
 
     oci-layout    index.json: the images and their names    blobs/<algorithm>/<hex>: manifests, configs, layers
 
-An index may name manifests of platforms that are not in the archive; a manifest in the archive needs its config and all
-its layers there. Names: `io.containerd.image.name` (containerd, docker save), or the layout's own
-`org.opencontainers.image.ref.name` if that is a full name with its registry. Archives may be hostile. So the walk over
-an archive refuses whatever a walk over a registry's image (node/content/image_walk.py) leaves out, and names the entry.
+An index may name manifests of platforms that are not in the archive, but a manifest in the archive needs its config and
+all its layers there. Names: `io.containerd.image.name` (containerd, docker save), or the layout's own
+`org.opencontainers.image.ref.name` if that is a full name with a registry. Archives may be hostile, so the walk refuses
+each malformed entry by name, while the walk over a registry's image (node/content/image_walk.py) skips such entries.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ MAX_INDEX = 4 << 20
 MAX_DESCRIPTORS = 1024
 """Descriptors in a document."""
 MAX_MANIFESTS = 4096
-"""Manifests that are read for an archive; a manifest that several images share counts for each."""
+"""Most manifests that are read from an archive. A manifest that several images share counts for each of them."""
 MAX_DEPTH = 2
-"""Levels below the root: an index of indexes of manifests is the deepest image."""
+"""Most levels below the root: the deepest image is an index of indexes of manifests."""
 
 _Document = TypeVar("_Document", bound=msgspec.Struct)
 
@@ -58,7 +58,7 @@ class ManifestFile(msgspec.Struct, frozen=True, rename="camel"):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """An object of an image. `offset` is where its bytes begin in the archive, if it is read from one."""
+    """An object of an image. `offset` is the position of its bytes in the archive, if it is read from an archive."""
 
     ref: ObjectRef
     kind: Kind
@@ -72,7 +72,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class PackedImage:
-    """`objects` contains each object once, the root first."""
+    """An image's name, and each of its objects once, the root first."""
 
     name: ImageName
     objects: tuple[Packed, ...]
@@ -94,7 +94,7 @@ def blob_name(digest: Digest) -> str:
 
 
 def layout_files(root: Packed, name: ImageName) -> dict[str, bytes]:
-    """The two small files at the beginning of an archive."""
+    """The files `oci-layout` and `index.json`, with which an archive begins."""
     descriptor = {
         "mediaType": root.media_type,
         "digest": str(root.ref.digest),
@@ -116,13 +116,13 @@ def read_layout(entries: Mapping[str, Entry], read: Read, name: ImageName | None
     reader = _Reader(entries, read)
     layout = reader.document(LAYOUT, _Layout, MAX_INDEX)
     if not layout.image_layout_version.startswith("1."):
-        raise BadInputError(f"{LAYOUT}: version {layout.image_layout_version[:20]!r} is not known here")
+        raise BadInputError(f"{LAYOUT}: version {layout.image_layout_version[:20]!r} is not supported")
     roots = reader.document(INDEX, ManifestFile, MAX_INDEX).manifests or ()
     if not 0 < len(roots) <= MAX_DESCRIPTORS:
-        raise BadInputError(f"{INDEX}: it names {len(roots)} images; 1 to {MAX_DESCRIPTORS} are taken")
+        raise BadInputError(f"{INDEX}: it names {len(roots)} images; 1 to {MAX_DESCRIPTORS} are allowed")
     for algorithm in (name.split("/")[1] for name in entries if name.startswith("blobs/") and name.count("/") > 1):
         if algorithm not in ("sha256", "sha512"):
-            raise BadInputError(f"blobs/{algorithm}: only sha256 and sha512 are known here")
+            raise BadInputError(f"blobs/{algorithm}: only sha256 and sha512 are supported")
     objects: dict[str, tuple[Packed, ...]] = {}
     images: dict[ImageName, PackedImage] = {}
     for root, called in _named(roots, name):
@@ -136,7 +136,7 @@ def read_layout(entries: Mapping[str, Entry], read: Read, name: ImageName | None
 
 def _named(roots: Sequence[Descriptor], name: ImageName | None) -> Iterator[tuple[Descriptor, ImageName]]:
     if name is not None and len({root.digest for root in roots}) > 1:
-        raise BadInputError(f"{INDEX}: it names {len(roots)} images, and one name was given for them")
+        raise BadInputError(f"{INDEX}: it names {len(roots)} images, but only one name was given")
     for root in roots:
         called = name or _own_name(root)
         if is_digest(called.reference) and called.reference != root.digest:
@@ -145,7 +145,7 @@ def _named(roots: Sequence[Descriptor], name: ImageName | None) -> Iterator[tupl
 
 
 def _own_name(root: Descriptor) -> ImageName:
-    """Only names with a registry count: others would be taken for names of docker.io, which may be wrong."""
+    """The root's annotated name, if it contains a registry: without it the name would wrongly mean docker.io."""
     annotations = root.annotations or {}
     for text in (annotations.get(IMAGE_NAME, ""), annotations.get(REF_NAME, "")):
         first, slash, _ = text.partition("/")
@@ -156,7 +156,7 @@ def _own_name(root: Descriptor) -> ImageName:
                 raise BadInputError(f"{INDEX}: {error}") from error
     called = annotations.get(REF_NAME) or "nothing"
     raise BadInputError(
-        f"{INDEX}: {root.digest[:160]} is called {called[:160]!r}, which is no whole name: say which, with"
+        f"{INDEX}: {root.digest[:160]} is called {called[:160]!r}, which is not a full name: give one with"
         " --name REGISTRY/REPOSITORY:TAG"
     )
 
@@ -171,12 +171,12 @@ class _Reader:
     def document(self, name: str, kind: type[_Document], most: int) -> _Document:
         entry = self.entries.get(name)
         if entry is None:
-            raise BadInputError(f"{name}: not in the archive: this is no OCI image layout")
+            raise BadInputError(f"{name}: not in the archive: this is not an OCI image layout")
         return _decode(name, self._small(entry, most), kind)
 
     def _small(self, entry: Entry, most: int) -> bytes:
         if entry.size > most:
-            raise BadInputError(f"{entry.name}: it has {entry.size} bytes, at most {most} are taken")
+            raise BadInputError(f"{entry.name}: it has {entry.size} bytes, at most {most} are allowed")
         return self.read(entry.offset, entry.size)
 
     def walk(self, root: Descriptor) -> Iterator[Packed]:
@@ -188,7 +188,7 @@ class _Reader:
         yield from self._below(packed, 0)
 
     def _below(self, packed: Packed, depth: int) -> Iterator[Packed]:
-        """The objects that a manifest names, and that were not named before."""
+        """The objects below a manifest, without those that the walk has already returned."""
         name = packed.entry
         document = self._manifest(packed)
         inner, blobs = document.manifests or (), [*filter(None, (document.config,)), *(document.layers or ())]
@@ -220,11 +220,11 @@ class _Reader:
             raise BadInputError(f"{INDEX}: it leads to more than {MAX_MANIFESTS} manifests")
         data = self._small(self.entries[packed.entry], MAX_MANIFEST)
         if hashlib.new(packed.ref.digest.algorithm, data).hexdigest() != packed.ref.digest.hex:
-            raise BadInputError(f"{packed.entry}: its bytes are not those of its digest")
+            raise BadInputError(f"{packed.entry}: its bytes do not match its digest")
         return _decode(packed.entry, data, ManifestFile)
 
     def _packed(self, descriptor: Descriptor, kind: Kind, source: str) -> Packed | None:
-        """The object in the archive, if it is there. Raises BadInputError if it contradicts its descriptor."""
+        """The object if it is in the archive, else None. Raises BadInputError if it contradicts its descriptor."""
         try:
             ref = ObjectRef(Digest.parse(descriptor.digest), descriptor.size)
         except BadInputError as error:
@@ -233,10 +233,10 @@ class _Reader:
         if entry is None:
             return None
         if entry.size != ref.size:
-            raise BadInputError(f"{entry.name}: it has {entry.size} bytes, and {source} says {ref.size}")
+            raise BadInputError(f"{entry.name}: it has {entry.size} bytes, but {ref.size} according to {source}")
         media_type = descriptor.media_type
         if not MEDIA_TYPE.fullmatch(media_type):
-            raise BadInputError(f"{source}: {descriptor.digest}: {media_type[:160]!r} is no media type")
+            raise BadInputError(f"{source}: {descriptor.digest}: {media_type[:160]!r} is not a media type")
         return self.seen.setdefault(ref.digest, Packed(ref, kind, media_type, entry.offset))
 
 
@@ -244,4 +244,4 @@ def _decode(name: str, data: bytes, kind: type[_Document]) -> _Document:
     try:
         return msgspec.json.decode(data, type=kind)
     except UNDECODABLE as error:
-        raise BadInputError(f"{name}: not the JSON that it should be: {error}") from error
+        raise BadInputError(f"{name}: not the expected JSON: {error}") from error

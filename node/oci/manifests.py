@@ -1,7 +1,7 @@
 """Image manifests and indexes: parsing, media types, descriptors.
 
 Formats: OCI image specification 1.1, and Docker's manifests (schemas 1 and 2), which share the fields that are read
-here. A manifest comes from a registry or a member: its entries are bounded, and checked before use.
+here. A manifest is sent by a registry or a member, so its entries are bounded, and checked before use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protocol.ids import Digest, ObjectRef
 log = logging.getLogger(__name__)
 
 MAX_MANIFEST = 4 << 20
-"""Bytes; containerd accepts no larger ones."""
+"""Bytes. containerd accepts no larger manifests."""
 MAX_MANIFEST_ENTRIES = 1024
 MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}", re.ASCII)
 UNTYPED = "application/octet-stream"
@@ -30,7 +30,7 @@ _TYPES = {
     "layers": (f"{_OCI}.manifest.v1+json", f"{_DOCKER}.v2+json"),
     "schema 1": (f"{_DOCKER}.v1+prettyjws", f"{_DOCKER}.v1+json"),
 }
-"""The media types that a manifest without a `mediaType` may have, by a field that it contains."""
+"""By a field that a manifest contains: the media types that it may have if it has no `mediaType`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def parse_manifest(body: bytes) -> Manifest:
-    """Empty if the bytes are no manifest of the two families. `descriptors` checks its entries."""
+    """An empty Manifest if the bytes are no manifest in either format. `descriptors` checks the entries."""
     try:
         return msgspec.json.decode(body, type=Manifest)
     except UNDECODABLE:
@@ -66,9 +66,9 @@ def parse_manifest(body: bytes) -> Manifest:
 
 
 def media_type_of(body: bytes, claimed: str) -> str | None:
-    """A manifest's own `mediaType`, else the one that its fields show; None if they show none.
+    """A manifest's own `mediaType`, else the media type that its fields imply; None if they imply none.
 
-    If its fields fit several media types, `claimed` decides where it is one of them.
+    If its fields fit several media types, the result is `claimed` if that fits, else the first.
     """
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])

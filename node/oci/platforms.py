@@ -14,7 +14,7 @@ _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "38
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """As in an index. Without a variant it fits every variant."""
+    """A platform with the fields of an index. Without a variant it fits every variant."""
 
     os: str
     architecture: str
@@ -47,5 +47,5 @@ def own_platform() -> Platform:
 
 def parse_platforms(texts: Sequence[str]) -> tuple[Platform, ...]:
     if len(texts) > MAX_PLATFORMS:
-        raise BadInputError(f"{len(texts)} platforms; at most {MAX_PLATFORMS} can be named, or --all-platforms")
+        raise BadInputError(f"{len(texts)} platforms; name at most {MAX_PLATFORMS}, or use --all-platforms")
     return tuple(map(Platform.parse, texts))

@@ -1,4 +1,4 @@
-"""Names of registries, repositories and images, parsed to values once; no unparsed text reaches a URL.
+"""Names of registries, repositories and images. Each is parsed to a value once, so no unparsed text reaches a URL.
 
 Grammar: OCI distribution specification 1.1, "Pulling manifests" (name and reference).
 """
@@ -21,14 +21,14 @@ MAX_NAME = 255
 
 
 def check_upstream(name: str) -> str:
-    """A registry's name in clients' image names: a host, with a port or without."""
+    """Check a registry's name as in clients' image names: a host, with or without a port."""
     if not _UPSTREAM.fullmatch(name):
         raise BadInputError(f"not a registry name (host or host:port): {name[:160]!r}")
     return name
 
 
 def check_reference(reference: str) -> str:
-    """A tag or a digest, as the specification's `<reference>`."""
+    """Check a tag or a digest, the specification's `<reference>`."""
     if ":" in reference:
         Digest.parse(reference)
     elif not _TAG.fullmatch(reference):
@@ -51,8 +51,8 @@ class Grant:
 class Locator:
     """Where objects are read: upstream, repository, and manifests or blobs.
 
-    As text (`docker.io/library/alpine#blobs`) it travels with block requests as an opaque hint for a node that
-    reads the upstream. `grant`, no part of the text, is set if a client reads what the registry gives only with one.
+    Block requests carry its text (`docker.io/library/alpine#blobs`) as an opaque hint for a node that reads the
+    upstream. `grant`, which is not in the text, is set if the registry requires a client's authorization.
     """
 
     upstream: str
@@ -69,7 +69,7 @@ class Locator:
 
     @classmethod
     def parse(cls, text: str) -> Locator:
-        """The inverse of `str`; raises BadInputError on anything else."""
+        """The inverse of `str`. Raises BadInputError for any other text."""
         path, _, kind = text.partition("#")
         upstream, _, repository = path.partition("/")
         return cls(upstream, repository, kind)  # type: ignore[arg-type] # checked in __post_init__
@@ -91,7 +91,7 @@ class ImageName:
 
     @classmethod
     def parse(cls, text: str) -> ImageName:
-        """Docker's defaults: docker.io, library/, latest; one name for each registry. Raises BadInputError."""
+        """Parse with Docker's defaults: docker.io, library/, latest. Registries get one name. Raises BadInputError."""
         rest, at, digest = text.partition("@")
         first, slash, remainder = rest.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost"):

@@ -1,7 +1,7 @@
 """Tar as image archives use it: plain files with short names. POSIX.1-2001 (ustar and pax), and GNU's long names.
 
 Archives may be hostile. Python's tarfile is not used to read them: it reads headers of any length into memory, follows
-links, and accepts archives that are cut short. Entries of kinds that an image layout does not use are refused, by name.
+links, and accepts truncated archives. An entry of a kind that an image layout does not use is refused with its name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from protocol.errors import BadInputError
 
 BLOCK = 512
 MAX_ENTRIES = 16_384
-"""Files, folders and extended headers; an image of all platforms has some hundreds."""
+"""Files, folders and extended headers. An image of all platforms has some hundreds."""
 MAX_EXTENSION = 64 << 10
 """Bytes of pax records or of a long name."""
 MAX_NAME = 255
 
 Read = Callable[[int, int], bytes]
-"""(offset, length): exactly that many bytes of the archive. Raises BadInputError."""
+"""Called with (offset, length), returns exactly `length` bytes of the archive. Raises BadInputError."""
 
 _RECORD = re.compile(rb"(\d{1,6}) ([^=]{1,255})=", re.DOTALL)
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a named pipe"}
@@ -38,7 +38,7 @@ class Entry:
 
 
 def read_entries(read: Read, length: int) -> dict[str, Entry]:
-    """The files of an archive of `length` bytes by name, in its order. Raises BadInputError naming the entry."""
+    """The files of an archive of `length` bytes, by name and in order. Raises BadInputError that names the entry."""
     entries: dict[str, Entry] = {}
     extension: dict[bytes, bytes] = {}
     offset = 0
@@ -57,7 +57,7 @@ def read_entries(read: Read, length: int) -> dict[str, Entry]:
             raise BadInputError(f"{name}: the archive is cut short: this entry should end at byte {offset}")
         if kind in (b"x", b"g", b"L"):
             if size > MAX_EXTENSION:
-                raise BadInputError(f"{name}: an extended header of {size} bytes; at most {MAX_EXTENSION} are taken")
+                raise BadInputError(f"{name}: an extended header of {size} bytes; at most {MAX_EXTENSION} are allowed")
             if kind != b"g":
                 extension |= _extension(kind, read(start, size), name)
             continue
@@ -84,7 +84,7 @@ def _check_sum(header: bytes, offset: int) -> None:
     for magic, name in _MAGIC.items():
         if offset == 0 and header.startswith(magic):
             raise BadInputError(f"this is compressed with {name}: decompress it first")
-    raise BadInputError(f"no tar header at byte {offset}: this is no tar archive, or it is damaged")
+    raise BadInputError(f"no tar header at byte {offset}: this is not a tar archive, or it is damaged")
 
 
 def _name(header: bytes, extension: dict[bytes, bytes], offset: int) -> str:
@@ -141,14 +141,14 @@ def _extension(kind: bytes, data: bytes, name: str) -> dict[bytes, bytes]:
         if not match or not match.end() < end <= len(data) or data[end - 1 : end] != b"\n":
             raise BadInputError(f"{name}: the extended header is malformed")
         if match[2].startswith(b"GNU.sparse"):
-            raise BadInputError(f"{name}: sparse files are not taken")
+            raise BadInputError(f"{name}: sparse files are not supported")
         records[match[2]] = data[match.end() : end - 1]
         position = end
     return records
 
 
 def header(name: str, size: int) -> bytes:
-    """A header for a file readable for all, with a fixed time and owner: archives of the same image are equal."""
+    """A file's header: readable for all, with fixed time and owner, so archives of the same image are equal."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     return info.tobuf(tarfile.PAX_FORMAT)

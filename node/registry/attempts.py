@@ -1,7 +1,7 @@
 """Attempts at one registry or mirror: what a failure means, when to try again, and when not to ask at all.
 
-A failed attempt raises FailedAttemptError; other errors (not found, denied) are answers and pass unchanged. The wrapper
-`Availability` repeats attempts and breaks the circuit (node/registry/retry.py); it ends a call with UnavailableError.
+A failed attempt raises FailedAttemptError. Other errors (not found, denied) are answers and pass unchanged.
+`Availability` and `Attempts` apply the policies of node/registry/retry.py, and end a call with UnavailableError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class FailedAttemptError(Exception):
-    """`again`: another attempt may help. `breaks`: the registry is out of reach for all calls. `status`: 0 for none."""
+    """`again`: another attempt may help. `breaks`: the registry fails for all calls. `status`: of HTTP, 0 for none."""
 
     reason: str
     again: bool
@@ -41,7 +41,7 @@ class FailedAttemptError(Exception):
 
 
 def unexpected(response: httpx.Response) -> FailedAttemptError:
-    """The failure of an attempt that was answered with a status that is no answer."""
+    """The failure of an attempt for which the registry's response has an unexpected status."""
     status, after = response.status_code, response.headers.get("retry-after", "")
     busy = status in RETRIED_STATUS
     retry_after_s = float(after) if after.isascii() and after.isdigit() else None
@@ -49,12 +49,12 @@ def unexpected(response: httpx.Response) -> FailedAttemptError:
 
 
 def reason(error: Exception) -> str:
-    """The cause without the text of httpx, which may contain a URL: URLs of blobs are signed."""
+    """The cause without httpx's text, which may contain a URL: URLs of blobs contain signatures that are secret."""
     names: dict[type[Exception], str] = {
         httpx.ConnectTimeout: "no connection in time",
         httpx.ReadTimeout: "silent for too long",
         httpx.ConnectError: "cannot be reached",
-        httpx.TooManyRedirects: "redirects without end",
+        httpx.TooManyRedirects: "too many redirects",
     }
     return names.get(type(error), f"the connection broke ({type(error).__name__})")
 
@@ -74,8 +74,8 @@ class Availability:
         self.probing.unpark_all()
 
     async def admitted(self, policy: RetryPolicy, subject: str) -> Attempts:
-        """Begin a call. Raises UnavailableError if the breaker lets no call through. While one call probes whether the
-        registry has recovered, the others wait for its outcome: the first pull after an outage makes many at once."""
+        """Begin a call. Raises UnavailableError if the breaker admits no call. While one call probes whether the
+        registry has recovered, others wait for its outcome: the first pull after an outage makes many calls at once."""
         wait_s = self.breaker.wait_s(trio.current_time())
         if wait_s and self.breaker.probing:
             with trio.move_on_after(PROBE_S):
@@ -106,7 +106,7 @@ class Attempts:
         self._failures = 0
 
     async def pause(self, failure: FailedAttemptError) -> None:
-        """Sleep until the next attempt. Raises UnavailableError if there is none."""
+        """Sleep until the next attempt. Raises UnavailableError if the call has no attempt left."""
         registry = self._registry
         self._failures += 1
         # A registry that keeps failing to answer gets fewer attempts than one that has answered until now.
@@ -116,7 +116,7 @@ class Attempts:
         if delay_s is None:
             if failure.breaks or registry.is_mirror:
                 if not registry.breaker.failing:
-                    log.warning("%s is passed over for a while: %s", registry.name, failure)
+                    log.warning("%s is not asked for a while: %s", registry.name, failure)
                 registry.problem = str(failure)
                 registry.breaker.failed(trio.current_time(), failure.retry_after_s or 0.0)
                 registry.probing.unpark_all()

@@ -1,7 +1,7 @@
-"""Authorization at one registry or mirror: its challenges, this node's credentials for it, and the tokens it gave.
+"""Authorization at one registry or mirror: its challenges, this node's credentials for it, and the tokens it issued.
 
-A call carries its client's grant, or the header last accepted for its repository. After a 401 one task meets the
-challenge and the others wait. With `access = "relay"` this node has no credentials: clients meet the challenges.
+A call carries its client's grant, or the header last accepted for its repository. After a 401, one task answers the
+challenge and the others wait. With `access = "relay"` this node has no credentials: clients answer the challenges.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MAX_AUTHORIZED = 256
 """Repositories of one registry whose authorization is remembered."""
 BASIC_LIFETIME_S = 300.0
 REFUSED_S = 10.0
-"""How long a private repository is not asked for without a client's grant: members ask for each of its blocks and
-names, not knowing that it is private."""
+"""How long calls without a grant are denied after the registry refused a repository: members that do not know that it
+is private would ask for each of its blocks and names."""
 TOKEN_FAILURE_S = 1.0
 """Tasks that waited while another failed to get a token fail with it, instead of trying one after the other."""
 Send = Callable[..., Awaitable[httpx.Response]]
@@ -36,7 +36,7 @@ Send = Callable[..., Awaitable[httpx.Response]]
 
 class Authorization:
     def __init__(self, name: str, url: httpx.URL, part: UpstreamPart, *, meter: Meter, send: Send) -> None:
-        """A mirror has another name than the upstream, and so other credentials. `send` is RegistryClient.send."""
+        """A mirror's name differs from the upstream's, so its credentials do too. `send` is RegistryClient.send."""
         self._names = (name, url.netloc.decode("ascii"))
         self._insecure = url.scheme == "http"
         self._meter, self._send = meter, send
@@ -45,7 +45,7 @@ class Authorization:
         self._helpers = CredentialHelpers()
         self._refused_header = ""
         self.challenges: LRUCache[str, list[Challenge]] = LRUCache(MAX_AUTHORIZED)
-        """Those of the registry's last 401, by repository."""
+        """By repository, the challenges of the registry's last 401."""
         self._refused: TTLCache[str, bool] = TTLCache(MAX_AUTHORIZED, REFUSED_S, timer=trio.current_time)
         self._accepted: LRUCache[str, tuple[Headers, float]] = LRUCache(MAX_AUTHORIZED)
         self._authorizing = trio.Lock()
@@ -60,7 +60,7 @@ class Authorization:
         return self._remembered(call.repository)
 
     def denied(self, call: Call, why: str) -> DeniedError:
-        """The error of a call that lacks authorization; without a grant the next calls are denied for REFUSED_S."""
+        """The error of a call without authorization. With `relays`, later calls without a grant fail for REFUSED_S."""
         if self.relays and call.grant is None:
             self._refused[call.repository] = True
         return DeniedError(f"{self._names[0]}: {call.subject}: {why}")
@@ -70,7 +70,7 @@ class Authorization:
         return relayed(challenges, insecure=self._insecure, repository=repository, basic=basic)
 
     async def renewed(self, call: Call, response: httpx.Response, used: Headers) -> Headers:
-        """Headers for a second request after a 401; {} if a grant was refused. Raises DeniedError."""
+        """Headers for the second request after a 401; {} if a grant was refused. Raises DeniedError."""
         challenges = parse_challenges(response.headers.get("www-authenticate", ""))
         self.challenges[call.repository] = challenges
         if call.grant:

@@ -1,8 +1,8 @@
 """Reads of single blocks, joined into few requests to the upstream.
 
-A connection that becomes free takes the block that has waited longest, together with those that follow it in the same
-object. As Nagle's algorithm does with bytes, a few blocks that follow a run in transit wait for its end or for more of
-them: a client reads in order and wants the next block as each one comes, which would cost a request for each.
+A worker that becomes free takes the block that has waited longest, together with those that follow it in the object.
+Like small packets in Nagle's algorithm, blocks that follow a run in transit wait until it ends or MAX_RUN of them wait:
+a client that reads in order asks for the next block as each arrives, which would cost one request per block.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from protocol.ids import BlockId, ObjectRef
 log = logging.getLogger(__name__)
 
 MAX_RUN = 16
-"""Blocks in one request: enough to spread its cost, and few enough that other objects soon have their turn."""
+"""Most blocks in one request: enough to spread its cost, and few enough that other objects soon get their turn."""
 
 
 class BlockRanges(Protocol):
-    """The part of node/registry/upstreams.py that is needed here."""
+    """The part of `Upstreams` (node/registry/upstreams.py) that batching uses."""
 
     def blocks(
         self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool, background: bool
@@ -48,16 +48,16 @@ class _Read:
 
 @dataclass(eq=False, slots=True)
 class _Queue:
-    """Reads from one upstream, either those that a client waits for or those in the background."""
+    """Reads from one upstream: either all that clients wait for, or all in the background."""
 
     background: bool
     waiting: OrderedDict[BlockId, _Read] = field(default_factory=OrderedDict)
     following: set[BlockId] = field(default_factory=set)
-    """The blocks behind the runs in transit."""
+    """For each run in transit, the block that follows it."""
     workers: int = 0
 
     def take_run(self) -> list[_Read]:
-        """Empty if all reads have to wait: the worker that reads the run before them comes back for them."""
+        """Empty if all reads have to wait: the worker that reads the run before them takes them afterwards."""
         for block in self.waiting:
             run = [block] if _beside(block, -1) not in self.waiting else []
             while run and len(run) < MAX_RUN and self._joins(following := _beside(run[-1], 1), run[0]):
@@ -67,25 +67,25 @@ class _Queue:
         return []
 
     def _joins(self, block: BlockId, first: BlockId) -> bool:
-        """Whether `block` is wanted and may be in a request with `first`: a grant is not used for another client."""
+        """Whether `block` waits and may share a request with `first`: a grant must not serve another client."""
         return block in self.waiting and self.waiting[block].locator.grant == self.waiting[first].locator.grant
 
 
 class BatchedReads:
-    """A second `read` of a block waits for the first and reads again: node/blocks/home.py shares one result."""
+    """A second `read` of a block waits for the first, then reads it again. node/blocks/home.py shares one result."""
 
     def __init__(
         self, upstreams: BlockRanges, nursery: trio.Nursery, *, sharing: Callable[[], int] = lambda: 1
     ) -> None:
-        """`sharing` gives the number of nodes of the site: they share the uplink and the connections over it."""
+        """`sharing` returns the number of nodes of the site: they share the uplink and the connections over it."""
         self._upstreams, self._nursery, self._sharing = upstreams, nursery, sharing
         self._queues: dict[tuple[str, bool], _Queue] = {}
 
     async def read(self, locator: Locator, ref: ObjectRef, index: int, *, background: bool = False) -> bytearray:
-        """Block `index` as the upstream gives it. Raises NotFoundError, DeniedError or UnavailableError.
+        """Block `index` as the upstream sends it. Raises NotFoundError, DeniedError or UnavailableError.
 
         `background` is for blocks that no client waits for: they are read on one connection, and only while nothing
-        else is read from the upstream. Such a read may never end; a foreground read of the block does not wait for it.
+        else is read from the upstream. Such a read may wait forever; foreground reads of the block do not wait for it.
         """
         # Raises for an unknown upstream before anything is queued.
         connections = self._upstreams.connections(locator.upstream)
@@ -110,7 +110,7 @@ class BatchedReads:
         return read.data
 
     async def read_certain(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
-        """Like `read`, but from the registry itself, whatever its mirrors give."""
+        """Like `read`, but from the registry itself and never from a mirror."""
         async with aclosing(self._upstreams.blocks(locator, ref, index, 1, certain=True, background=False)) as blocks:
             return await anext(blocks)
 

@@ -1,7 +1,7 @@
 """Bodies of answers: received into blocks, counted, and limited by the uplink.
 
-`MeteredBody` wraps a `Receiver`: it reserves bytes of the uplink's rate and daily budget, receives, and counts what
-came. Manifests, lists and tokens are read whole (`Meter.whole`) and never wait for the uplink, but count all the same.
+`MeteredBody` wraps a `Receiver`: it reserves bytes of the uplink's rate and daily budget, receives, and counts the
+bytes received. Manifests, lists and tokens are read whole (`Meter.whole`): they count, but never wait for the uplink.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASCI
 
 
 class _Portions:
-    """A body as httpx's own transport gives it, which the environment's proxies need."""
+    """A body from httpx's own transport, which is used for the proxies that the environment names."""
 
     def __init__(self, portions: AsyncIterator[bytes]) -> None:
         self._portions = portions
@@ -103,7 +103,7 @@ class MeteredBody:
 
 
 class BlockCutter:
-    """Cuts bytes into blocks, over any number of connections. `position` is the offset of the next byte to ask for."""
+    """Cuts bytes into blocks, across any number of responses. `position` is the offset of the next byte to request."""
 
     def __init__(self, ref: ObjectRef, first: int, count: int) -> None:
         self.ref = ref
@@ -122,7 +122,7 @@ class BlockCutter:
         return self._index >= self._stop_index
 
     def room(self) -> memoryview:
-        """The buffer for the block's missing bytes; allocated only when it is needed."""
+        """The buffer for the block's missing bytes, allocated at the block's first byte."""
         if not self._block:
             self._block = bytearray(self.ref.block_length(self._index))
         return memoryview(self._block)[self._filled :]
@@ -138,7 +138,7 @@ class BlockCutter:
 
 
 def body_start(response: httpx.Response, start: int, stop: int, size: int) -> int:
-    """The object's offset of the body's first byte, where [start, stop) was asked for. Raises FailedAttemptError."""
+    """The offset, in the object, of the body's first byte if [start, stop) was requested. Raises FailedAttemptError."""
     if response.status_code == 200:
         if response.headers.get("content-length", str(size)) != str(size):
             raise FailedAttemptError("the object has another size than expected", again=False)

@@ -1,4 +1,4 @@
-"""Values of the registry client: a request below /v2/, and the answers that other rooms see. No I/O."""
+"""Values of the registry client: a request below /v2/, and the results that other packages see. No I/O."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Call:
 
     @classmethod
     def tags(cls, locator: Locator) -> Call:
-        """The shortest list of tags: the answer shows who may read the repository."""
+        """Request the shortest list of tags: the answer shows whether the caller may read the repository."""
         subject = f"tags of {locator.repository}"
         return cls(locator.repository, "tags/list", subject, query={"n": "1"}, grant=locator.grant)
 
@@ -62,7 +62,7 @@ class Passed:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """State of a registry or mirror. `problem` is "" if its last answer was good; `received` is bytes of bodies."""
+    """State of a registry or mirror. `problem` is "" if its last answer was good; `received` counts bytes of bodies."""
 
     url: str
     problem: str

@@ -1,8 +1,8 @@
-"""One registry or mirror: names to descriptors, ranges of objects to blocks. Errors name the object, never a URL.
+"""Client of one registry or mirror: resolves names, and reads objects as blocks. Errors name the object, never a URL.
 
-Specification: OCI distribution 1.1 (pull), and what all clients do besides: Docker's token flow, redirects of blobs to
-other hosts (httpx drops Authorization on the way), 200 where a range was asked for. Each method makes one attempt,
-which `Availability.retrying` repeats; `blocks` makes several and continues a body where it broke off.
+Specification: OCI distribution 1.1 (pull). Like all clients, it also supports Docker's token flow, redirects of blobs
+to other hosts (httpx then drops Authorization), and 200 as the answer to a range. Each method makes one attempt, which
+`Availability.retrying` repeats. Only `blocks` makes several itself, and continues a body where it broke off.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from protocol.ids import Digest, ObjectRef
 log = logging.getLogger(__name__)
 
 BROKEN_S, MAX_BROKEN = 2.0, 1024
-"""An object that the registry fails to give (500) is not asked for again so soon: a pull wants many of its blocks."""
+"""After a 500 for an object, calls for it fail for BROKEN_S seconds: a pull asks for many blocks of it."""
 
 
 class RegistryClient:
@@ -45,10 +45,10 @@ class RegistryClient:
         self.http, self.retire = connect(part)
         self.authorization = Authorization(self.name, self.url, part, meter=meter, send=self.send)
         self.body_connections = max(1, part.connections - 1)
-        """Bodies read at once; one connection is left for names."""
+        """Most bodies read at once; one connection is left for names."""
         self._bodies = trio.Semaphore(self.body_connections)
         self._broken: TTLCache[tuple[str, str], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
-        """The status that answered a call, by its repository and tail."""
+        """By repository and tail of a call, the status that answered it."""
 
     def report(self) -> Endpoint:
         state = self.availability
@@ -56,7 +56,7 @@ class RegistryClient:
         return Endpoint(str(self.url), problem, state.breaker.rest_s(trio.current_time()), self.meter.received)
 
     async def blocks(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
-        """The blocks that `cutter` still lacks. Raises UnavailableError; the cutter keeps what was received."""
+        """The blocks that `cutter` still lacks. Raises UnavailableError; the cutter keeps the bytes received so far."""
         attempts: Attempts | None = None
         while not cutter.done:
             if background:
@@ -72,7 +72,7 @@ class RegistryClient:
                 except FailedAttemptError as failure:
                     await attempts.pause(failure)
                 except MakeWayError:
-                    log.debug("%s makes way", call.subject)  # closing its connection has freed the uplink
+                    log.debug("%s pauses for a client", call.subject)  # closing its connection has freed the uplink
 
     async def _body(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
         """Blocks from one response. Raises FailedAttemptError if it ends before the last block."""
@@ -88,12 +88,12 @@ class RegistryClient:
                 if block is not None:
                     yield block
             if response.status_code == 206 or stop == size:
-                # Only a body whose end was read leaves the connection fit for the next request.
+                # A connection can serve the next request only after the body's end was read.
                 with suppress(httpx.HTTPError):
                     await receiver.recv_into(memoryview(bytearray(1)))
 
     async def confirms(self, current: Resolved, call: Call) -> bool:
-        """Whether the registry says (by HEAD) that the call's reference still stands for `current`."""
+        """Ask (by HEAD) whether the call's reference still resolves to `current`."""
         async with self._response("HEAD", call, {"Accept": ACCEPT}) as response:
             if response.status_code in (404, *RETRIED_STATUS):
                 self._expect(response, call, 200)
@@ -113,7 +113,7 @@ class RegistryClient:
             return Resolved(ObjectRef(digest, len(body)), _media_type(response)), body
 
     async def size(self, call: Call) -> int:
-        """A blob's size in bytes, by HEAD; by a range of one byte if HEAD gives none (presigned URLs)."""
+        """A blob's size in bytes, by HEAD; by a range of one byte if HEAD returns none (presigned URLs)."""
         async with self._response("HEAD", call, {}) as response:
             length = response.headers.get("content-length", "")
             if response.status_code == 200 and length.isascii() and length.isdigit():
@@ -127,7 +127,7 @@ class RegistryClient:
             match = CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
             total = match[3] if match and response.status_code == 206 else response.headers.get("content-length", "")
             if (response.status_code == 206 and not match) or not total.isdigit():
-                raise FailedAttemptError("tells no size", again=False)
+                raise FailedAttemptError("answered without a size", again=False)
             return int(total)
 
     async def passed(self, call: Call) -> Passed:
@@ -135,13 +135,13 @@ class RegistryClient:
             if response.status_code == 400:
                 raise BadInputError(f"{self._subject(call)}: the registry does not accept the query")
             if response.status_code in (405, 501):
-                raise NotFoundError(f"{self._subject(call)}: the registry does not list that")
+                raise NotFoundError(f"{self._subject(call)}: the registry does not support this list")
             self._expect(response, call, 200)
             body = await self.meter.whole(response, MAX_MANIFEST, self._subject(call))
             return Passed(body, _media_type(response), response.headers.get("link", ""))
 
     async def admits(self, call: Call) -> bool | None:
-        """Whether the call may be made; None if the registry does not have its object. A redirect means yes."""
+        """Whether the registry allows the call; None if it does not have the object. A redirect means yes."""
         method = "GET" if call.tail == "tags/list" else "HEAD"
         try:
             async with self._response(method, call, {"Accept": ACCEPT}, follow=False) as response:
@@ -157,7 +157,7 @@ class RegistryClient:
     async def _response(
         self, method: str, call: Call, headers: Headers, *, follow: bool = True
     ) -> AsyncIterator[httpx.Response]:
-        """The answer after authorization and redirects; its body is not read yet."""
+        """The response after authorization and redirects; its body is not read yet."""
         authorization = self.authorization.headers(call)
         if (status := self._broken.get((call.repository, call.tail))) is not None:
             raise FailedAttemptError(f"answered {status} just now", again=False)
@@ -179,7 +179,7 @@ class RegistryClient:
     async def send(
         self, method: str, url: httpx.URL, headers: Headers, *, follow: bool = True, form: Headers | None = None
     ) -> httpx.Response:
-        """The head of the answer; the caller closes it. `follow`: whether redirects are followed."""
+        """The response, whose body is not read yet. The caller closes it. `follow`: whether to follow redirects."""
         request = self.http.build_request(method, url, headers=headers, data=form)
         try:
             response = await self.http.send(request, stream=True, follow_redirects=follow)

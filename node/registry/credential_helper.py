@@ -1,8 +1,8 @@
 """Credentials from docker's helper programs (`docker-credential-ecr-login`, `-gcr`, `-acr-env` ...).
 
 Protocol: docker/docker-credential-helpers, "Development": `docker-credential-NAME get`, the registry on standard input,
-JSON on standard output. A helper is a program that the operator named: it is started without a shell, and its time and
-output are bounded. Its output is never logged or shown.
+JSON on standard output. The operator names the helper in docker's config.json. It is started without a shell, its time
+and output are bounded, and its output is never logged or shown.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ LIMIT_S = 10.0
 """Longest run: some helpers ask a cloud's service; a client waits for 25 s."""
 MAX_OUTPUT = 64 << 10
 KEPT_S = 300.0
-"""How long an answer is used: the protocol gives no expiry."""
+"""How long an answer is used: the protocol has no field for an expiry."""
 AGAIN_S = 10.0
 """Pause before a helper is started again after a failure, or after the registry refused its answer."""
 MAX_KEPT = 64
 NOT_FOUND = b"credentials not found in native keychain"
-"""Helpers print this if they have no credentials for the registry, which is no failure."""
+"""Helpers print this if they have no credentials for the registry. That is not a failure."""
 
 
 class HelperError(Exception):
-    """The helper gave no answer. The text names the helper and the cause, and contains nothing of its output."""
+    """The helper returned no answer. The text names the helper and the cause, without any part of its output."""
 
 
 class _Answer(msgspec.Struct):
@@ -43,7 +43,7 @@ class _Answer(msgspec.Struct):
 
 
 class CredentialHelpers:
-    """Asks the helpers and keeps their answers for a while."""
+    """Asks the helpers and keeps their answers for KEPT_S."""
 
     def __init__(self) -> None:
         self._kept: TTLCache[tuple[str, str], tuple[float, Credentials | None]] = TTLCache(
@@ -87,7 +87,7 @@ async def _ask(name: str, registry: str) -> Credentials | None:
 
 
 async def _run(path: str, program: str, question: bytes) -> tuple[int | None, bytes]:
-    """Exit status and output. The program is killed at the end of its time, or when its output is too long."""
+    """Exit status and output. The program is killed after LIMIT_S, or if its output is too long."""
     output = bytearray()
     with trio.move_on_after(LIMIT_S) as limit:
         try:
@@ -105,7 +105,7 @@ async def _run(path: str, program: str, question: bytes) -> tuple[int | None, by
     if limit.cancelled_caught:
         raise HelperError(f"{program} did not answer in {LIMIT_S:.0f} s")
     if len(output) > MAX_OUTPUT:
-        raise HelperError(f"{program} said more than {MAX_OUTPUT} bytes")
+        raise HelperError(f"{program} printed more than {MAX_OUTPUT} bytes")
     return process.returncode, bytes(output)
 
 

@@ -1,4 +1,4 @@
-"""docker's config.json: credentials by registry, and the helper programs that know others (docker/cli, cli/config)."""
+"""docker's config.json: credentials by registry, and the helper programs that have others (docker/cli, cli/config)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 MAX_CONFIG = 1 << 20
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _DOCKER_HUB_KEYS = {"docker.io": "https://index.docker.io/v1/"}
-"""The keys under which docker's programs store credentials, for registries that have another name there."""
+"""The keys under which docker's programs store credentials, for registries whose key differs from their name."""
 
 
 class _Entry(msgspec.Struct):
@@ -39,7 +39,7 @@ class _ConfigFile(msgspec.Struct, rename="camel"):
 
 @dataclass(frozen=True, slots=True)
 class DockerCredentials:
-    """Credentials and helpers by registry host. `store` is the helper for hosts that have none of their own, or ""."""
+    """Credentials and helpers by registry host. `store` is the helper for all other hosts, or ""."""
 
     auths: Mapping[str, Credentials] = field(default_factory=dict)
     helpers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class DockerCredentials:
 
 
 def parse_docker_config(text: bytes) -> DockerCredentials:
-    """Raises ValueError, whose text contains nothing of the file."""
+    """Raises ValueError, whose text contains no part of the file."""
     try:
         config = msgspec.json.decode(text, type=_ConfigFile)
     except UNDECODABLE:
@@ -90,7 +90,7 @@ def _credentials(entry: _Entry) -> Credentials | None:
 
 
 class DockerConfig:
-    """A docker config.json that is read again when it changes. Reading is inline: a small file, in page cache."""
+    """A docker config.json, read again when it changes. Reads block the loop: the file is small and in page cache."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path) if path else None

@@ -1,4 +1,4 @@
-"""When to try again, and when not to try at all: decisions about time, without a clock or I/O of their own."""
+"""When to try again, and when not to try at all: decisions about time. Callers pass the time and do the I/O."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RetryPolicy:
     base_s: float
     cap_s: float
     retry_after_cap_s: float = 10.0
-    """A server that asks for a longer pause gets no second attempt: a client waits for the answer."""
+    """If a server asks for a longer pause, the call fails at once: a client waits for the answer."""
 
     def delay(self, failures: int, retry_after_s: float | None, rng: Random) -> float | None:
         """Seconds to wait after the `failures`th failure in a row; None: give up."""
@@ -27,26 +27,26 @@ class RetryPolicy:
 
 
 RESOLVE = RetryPolicy("resolve", attempts=3, base_s=0.2, cap_s=2.0)
-"""Names and sizes: a client waits for the headers, and gives up after 30 s."""
+"""Names and sizes: a client waits for the headers. Most clients give up after 30 s."""
 BODY = RetryPolicy("body", attempts=5, base_s=0.2, cap_s=5.0)
-"""Blocks: failures count from the last block received, so that a slow link may break often."""
+"""Blocks: each block received resets the count of failures, so a body may take many attempts on a bad link."""
 MIRROR = RetryPolicy("mirror", attempts=2, base_s=0.1, cap_s=0.1, retry_after_cap_s=0.0)
 """A mirror: only short interruptions are worth another attempt, since another registry can be asked."""
 RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
-"""Statuses that concern the registry and not the object: it is overloaded, or not there."""
+"""Statuses that concern the registry and not the object: the registry is overloaded or down."""
 
 
 class Breaker:
     """Circuit breaker (Nygard, "Release It!"): after a failure all calls fail at once, for a pause that doubles.
 
-    After the pause one call is let through as a probe; the others wait for its outcome, for as long as the next
-    pause at most, so that a probe that is cancelled does no harm.
+    After the pause one call is admitted as a probe, and the next pause begins. If the probe is cancelled, another call
+    becomes the probe after that pause.
     """
 
     FIRST_PAUSE_S = 2.0
     LONGEST_PAUSE_S = 16.0
     LONGEST_ASKED_S = 300.0
-    """A server that asks for a longer pause is asked again after this: it may be well sooner than it thought."""
+    """A server that asks for a longer pause is tried after this time: it may recover sooner than it expected."""
 
     def __init__(self) -> None:
         self._failures = 0
@@ -54,7 +54,7 @@ class Breaker:
         self._probing = False
 
     def wait_s(self, now: float) -> float:
-        """0: make the call, and report its outcome; else the seconds until the next probe."""
+        """0: make the call, and report its outcome. Otherwise the seconds until the next probe."""
         if not self._failures:
             return 0.0
         if now < self._closed_until:
@@ -72,7 +72,7 @@ class Breaker:
         return self._failures > 0
 
     def rest_s(self, now: float) -> float:
-        """Like `wait_s`, for display only: no call has to follow."""
+        """Like `wait_s`, for display only: it admits no probe."""
         return max(0.0, self._closed_until - now) if self._failures else 0.0
 
     def succeeded(self) -> None:

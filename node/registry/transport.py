@@ -1,8 +1,8 @@
 """HTTP/1.1 for httpx, on h11 and non-blocking sockets: a body's bytes are received directly into their final buffer.
 
 httpx decides (redirects, headers, proxies), and this transport moves the bytes: in httpx's own transport each byte
-passes six layers of Python, in portions of 64 KiB at most. Here h11 reads the head, and a body with Content-Length goes
-from the socket straight into the caller's buffer (`Body.recv_into`). Other framings are left to h11.
+passes six layers of Python, in portions of 64 KiB at most. Here h11 parses the head, and a body with Content-Length is
+received from the socket straight into the caller's buffer (`Body.recv_into`). h11 parses bodies with other framings.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TIMEOUT = httpx.Timeout(connect=5.0, read=10.0, write=10.0, pool=30.0)
 MAX_HEAD = 100 << 10
 RECEIVE_BYTES = 16 << 10
 IDLE_S = 5.0
-"""httpx's default: registries and their load balancers keep connections for longer."""
+"""How long an idle connection is kept; httpx's default. Registries and load balancers keep them for longer."""
 
 Connect = Callable[[UpstreamPart], tuple[httpx.AsyncClient, Callable[[], None]]]
-"""Makes a client, and a function after whose call the client keeps no idle connection."""
+"""Makes a client, and a function that closes the client's idle connections and makes it keep no more."""
 _PORTS = {"http": 80, "https": 443}
 _T = TypeVar("_T")
 _Origin = tuple[str, str, int]
@@ -39,7 +39,7 @@ _Origin = tuple[str, str, int]
 
 @contextmanager
 def _as(error: type[httpx.TransportError], late: type[httpx.TimeoutException], seconds: float | None) -> Iterator[None]:
-    """Translate errors of the system and of h11 into those of httpx; `late` after this many seconds."""
+    """Translate errors of the system and of h11 into those of httpx. Raises `late` after `seconds`."""
     try:
         with trio.fail_after(float("inf") if seconds is None else seconds):
             yield
@@ -89,12 +89,12 @@ class Wire:
             rest = rest[await self._do(lambda: self._sock.send(rest), writing=True) :]  # noqa: B023
 
     async def recv_into(self, view: memoryview, coming: int = 0) -> int:
-        """Wait for bytes and store those that are there; 0 at the end. `coming` as in `Readable.wait`."""
+        """Wait for bytes and store them. Returns their number, 0 at the end. `coming` as in `Readable.wait`."""
         return await self._do(lambda: self._received(view), coming)
 
     def _received(self, view: memoryview) -> int:
         count = more = self._sock.recv_into(view)
-        # OpenSSL hands out one record (16 KiB) at a time, and may hold one that the socket no longer shows.
+        # OpenSSL returns one record (16 KiB) at a time, and may hold one when the socket is no longer readable.
         with suppress(ssl.SSLWantReadError):
             while more and isinstance(self._sock, ssl.SSLSocket) and count < len(view):
                 more = self._sock.recv_into(view[count:])
@@ -102,7 +102,7 @@ class Wire:
         return count
 
     async def _do(self, operation: Callable[[], _T], coming: int = 0, *, writing: bool = False) -> _T:
-        """Repeat `operation` until it does not block. `writing`: what a plain socket waits for; TLS says it itself."""
+        """Repeat `operation` until it would not block. `writing`: on a plain socket, wait for writability."""
         waited = False
         while True:
             try:
@@ -119,7 +119,7 @@ class Wire:
             waited = True
 
     def usable(self) -> bool:
-        """Whether the other side has kept silent since the last answer, less than IDLE_S ago."""
+        """Whether the server sent nothing (no end either) since the last answer, and that was within IDLE_S."""
         try:
             socket.socket.recv(self._sock, 1, socket.MSG_PEEK)
         except OSError as error:
@@ -135,10 +135,10 @@ Release = Callable[[Wire, bool], None]
 
 
 class Body(httpx.AsyncByteStream):
-    """An answer's body. If its end was read when it is closed, the connection serves the next request."""
+    """A response's body. If it is closed after its end was read, the connection serves the next request."""
 
     def __init__(self, wire: Wire, parser: h11.Connection, *, length: int | None, release: Release) -> None:
-        """`length` is announced by the head; None: h11 finds the end. `release` takes the wire back."""
+        """`length` in bytes comes from the head. None: h11 finds the end. `release` gets the wire back."""
         self._wire, self._parser = wire, parser
         self._release: Release | None = release
         first = parser.next_event() if length else None
@@ -244,7 +244,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
             wire.close()
 
     def retire(self) -> None:
-        """Keep no connection from now on after its answer; requests are served as before."""
+        """From now on, close each connection after its response. Requests are served as before."""
         self._retired = True
         while self._idle:
             self._idle.pop().close()
@@ -272,7 +272,7 @@ def _announced(method: str, answer: h11.Response) -> int | None:
 def client_over(
     transport: httpx.AsyncBaseTransport, context: ssl.SSLContext, connections: int, *, environment: bool = True
 ) -> httpx.AsyncClient:
-    """`environment`: use the proxies that the environment names, by httpx's own transport and with this context."""
+    """`environment`: use the proxies that the environment names, through httpx's own transport with this context."""
     return httpx.AsyncClient(
         verify=context,
         mounts={"all://*": transport},  # the least specific pattern: those of proxies go before it

@@ -1,8 +1,8 @@
 """The uplink to an upstream: limits of bytes a second and bytes a day for the whole site, outside of free hours.
 
-Each of the site's n nodes has an n-th part: the blocks' homes, which read from the upstream, are spread evenly. Bodies
-wait for the rate in the order in which they ask (`Uplink.take`). Names never wait; bodies after them wait longer
-instead. Background bodies make way: none is read while a foreground body is, nor for a short time after it.
+Each of the site's n nodes gets an n-th part: the blocks' homes, which read from the upstream, are spread evenly. Bodies
+wait for the rate in the order in which they ask (`Uplink.take`). Names never wait, but count: bodies after them wait
+longer. Background bodies give way: none is read while a foreground body is read, and for QUIET_S after it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from node.runtime.state_files import load, save
 from protocol.errors import UnavailableError
 
 BURST_S = 0.25
-"""Unused time that may be made up for: a loop that runs late must not lower the rate."""
+"""Unused time that later bytes may use: an event loop that runs late must not lower the rate."""
 PORTION_S = 0.125
-"""Bytes taken at once, as time at the rate: no body waits long behind another's portion."""
+"""Most bytes taken at once, as seconds at the rate: no body waits long behind another's portion."""
 QUIET_S = 1.0
-"""Pause after a foreground body before a background one: a client that reads in order comes back at once."""
+"""Pause after a foreground body before a background body: a client that reads in order soon asks again."""
 SAVE_EVERY_S = 5.0
-"""A process that is killed forgets at most the use of this time."""
+"""A process that is killed loses the count of at most this time."""
 _MAX_FILE = 1 << 20
 
 
@@ -49,14 +49,14 @@ class UplinkUse:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Bytes that may be read now, and whether they count: not in free hours, nor without a limit."""
+    """Bytes that may be read now, and whether they count. They do not in free hours, or if there is no limit."""
 
     count: int
     counted: bool
 
 
 class MakeWayError(Exception):
-    """A background body must be closed because of one in the foreground; it continues later from where it was."""
+    """A background body must be closed because a foreground body is read. It continues later where it stopped."""
 
 
 Nodes = Callable[[], int]
@@ -67,7 +67,7 @@ class Uplink:
     def __init__(
         self, name: str, policy: UplinkPolicy | None = None, *, sharing: Nodes = lambda: 1, clock: Clock = local_time
     ) -> None:
-        """`sharing` gives the number of nodes of the site; `clock` the local time, which decides days and hours."""
+        """`sharing` returns the number of nodes of the site, `clock` the local time, for days and free hours."""
         self.name, self.policy = name, policy or UplinkPolicy()
         self._sharing, self._clock = sharing, clock
         self._paid_until = float("-inf")
@@ -78,7 +78,7 @@ class Uplink:
         self._changed = trio.Event()
 
     def change(self, policy: UplinkPolicy) -> None:
-        """Bodies that wait for the old rate proceed at once: that is one portion for each of them."""
+        """Bodies that wait for the old rate proceed at once, each with one portion."""
         if policy != self.policy:
             self.policy, self._paid_until = policy, float("-inf")
             self._changed.set()
@@ -164,7 +164,7 @@ class Uplink:
 
     @contextmanager
     def foreground(self) -> Iterator[None]:
-        """While a body is read that a client waits for."""
+        """Mark the time in which a body is read that a client waits for."""
         self._foreground += 1
         try:
             yield
@@ -175,7 +175,7 @@ class Uplink:
                 self._idle.unpark_all()
 
     async def turn(self) -> None:
-        """Wait until a background body may begin. Raises UnavailableError if none may now."""
+        """Wait until a background body may begin. Raises UnavailableError if the limits forbid it now."""
         while True:
             self.check(background=True)
             if self._foreground:
@@ -193,7 +193,7 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 
 
 class UplinkFile:
-    """The use of the day, kept over restarts. Bytes: docs/FORMATS.md, "Use of the uplink"."""
+    """The use of the day, kept across restarts. Format: docs/FORMATS.md, "Use of the uplink"."""
 
     def __init__(self, path: Path, uplinks: Collection[Uplink]) -> None:
         """`uplinks` and their policies may change."""

@@ -1,11 +1,11 @@
 """The configured upstreams: names to descriptors, and ranges of objects to blocks.
 
-An upstream is mirrors in order and last the registry itself, each with its own connections, tokens and breaker
-(node/registry/client.py). If a mirror does not give something, for whatever reason, the next one is asked: a mirror may
-lack what the registry has. The answer of the registry itself is final.
+An upstream is a list of mirrors in order, and last the registry itself, each with its own connections, tokens and
+breaker (node/registry/client.py). If a mirror fails for any reason, the next is asked: a mirror may lack an object that
+the registry has. The answer of the registry itself is final.
 
-Every request is bounded in time, size and number. A registry that is out of reach costs one connect timeout, and then
-nothing for some seconds (`Breaker`); an overloaded one costs some attempts, and then the pause that it asks for.
+Every request is bounded in time, size and number. An unreachable registry costs one connect timeout, and then no time
+for some seconds (`Breaker`). An overloaded registry costs some attempts, and then the pause that it asks for.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from protocol.ids import Digest, ObjectRef
 log = logging.getLogger(__name__)
 
 REMOVED_S = 300.0
-"""How long a removed upstream can still be read: a pull asks for one object after the other, and may end there."""
+"""How long a removed upstream can still be read: a pull asks for one object after another and should finish."""
 Count = Callable[[str, int], None]
 """Called with the upstream's name and the number of body bytes just read from it."""
 _T = TypeVar("_T")
 
 
 class _Upstream:
-    """`part` is without the settings of uplink and access: a change of those needs no new connections."""
+    """`part` lacks the uplink's settings and `access_grace`: a change of those needs no new connections."""
 
     def __init__(self, part: UpstreamPart, uplink: Uplink, connect: Connect, *, count: Count, rng: Random) -> None:
         self.part, self.uplink = _own(part), uplink
@@ -61,7 +61,7 @@ class _Upstream:
         return [self.registry] if grant else self.in_order
 
     def inherit(self, before: _Upstream) -> None:
-        """Take over the challenges that clients were just sent to meet, and the bytes read so far from each URL."""
+        """Take over the challenges that clients may be answering now, and the bytes read so far from each URL."""
         self.registry.authorization.challenges = before.registry.authorization.challenges
         received = {client.url: client.meter.received for client in before.in_order}
         for client in self.in_order:
@@ -81,7 +81,7 @@ class Upstreams:
         public: Callable[[Locator], None] = lambda _: None,
         connect: Connect | None = None,
     ) -> None:
-        """`uplinks`: those of upstreams that have limits; the others have none. `connect`: None for sockets.
+        """`uplinks` are those with limits; other upstreams have no limits. `connect`: None for real sockets.
 
         `public` is called when a registry resolved a name without credentials of this node or of a client.
         """
@@ -89,7 +89,7 @@ class Upstreams:
         self._upstream = partial(_Upstream, connect=connect or sockets(), count=count, rng=rng)
         self._upstreams: dict[str, _Upstream] = {}
         self._removed: dict[str, tuple[_Upstream, float]] = {}
-        """With the time until which they can be read."""
+        """By name, a removed upstream and the time until which it can be read."""
         self.prepared(parts, uplinks)()
 
     @property
@@ -100,8 +100,8 @@ class Upstreams:
     def prepared(self, parts: Sequence[UpstreamPart], uplinks: Iterable[Uplink] = ()) -> Callable[[], None]:
         """A function that replaces the upstreams by `parts`; it does not fail. Raises BadInputError.
 
-        An unchanged upstream keeps its connections, tokens and breaker. Reads that have begun end where they began; a
-        removed upstream can be read for another REMOVED_S.
+        An unchanged upstream keeps its connections, tokens and breaker. A read in progress continues on the upstream
+        where it began. A removed upstream can be read for another REMOVED_S.
         """
         limited = {uplink.name: uplink for uplink in uplinks}
         wanted = {canonical(part.name): self._current_or_new(part, limited) for part in parts}
@@ -128,11 +128,11 @@ class Upstreams:
         return upstream
 
     def connections(self, upstream: str) -> int:
-        """How many `blocks` of it can be read at once."""
+        """How many calls of `blocks` can read from the upstream at once."""
         return self._find(upstream).registry.body_connections
 
     def endpoints(self, upstream: str) -> tuple[Endpoint, ...]:
-        """In the order in which they are asked."""
+        """The states of its mirrors and of its registry, in the order in which they are asked."""
         return tuple(client.report() for client in self._find(upstream).in_order)
 
     def uplink(self, upstream: str) -> UplinkUse:
@@ -165,7 +165,7 @@ class Upstreams:
                 answer = Resolved(known.ref, known.media_type), None
             else:
                 answer = await retrying(call, client.manifest)
-            # A mirror may give to everyone what the registry does not.
+            # A mirror may serve objects to everyone that the registry does not.
             if locator.grant is None and client.authorization.relays and not client.availability.is_mirror:
                 self._public(locator)
             return answer
@@ -198,13 +198,13 @@ class Upstreams:
                 except ShoalError as error:
                     if client is upstream.registry:
                         raise
-                    log.debug("the next one is asked: %s", error)
+                    log.debug("the next URL is asked: %s", error)
 
     async def admits(self, locator: Locator, reference: str) -> bool:
         """Whether the registry lets the locator's grant, or without one everyone, read its repository.
 
-        It is asked for `reference`, and for its tags if it lacks that or if that is "". Raises NotFoundError if it has
-        neither, and UnavailableError.
+        The registry is asked for `reference`. If it lacks that, or `reference` is "", it is asked for the tags. Raises
+        NotFoundError if it has neither, and UnavailableError.
         """
         client = self._find(locator.upstream).registry
         for call in [Call.of(locator, reference), Call.tags(locator)] if reference else [Call.tags(locator)]:
@@ -214,7 +214,7 @@ class Upstreams:
         raise NotFoundError(f"{client.name}: {locator.repository}: neither {reference} nor tags found")
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
-        """The registry's last challenge for the repository, to be met by a client; "" for none."""
+        """The registry's last challenge for the repository, which a client should answer; "" for none."""
         return self._find(locator.upstream).registry.authorization.challenge(locator.repository, basic=basic)
 
     async def passthrough(self, locator: Locator, tail: str, query: Mapping[str, str]) -> Passed:
@@ -230,7 +230,7 @@ class Upstreams:
             try:
                 return await ask(mirror)
             except ShoalError as error:
-                log.debug("the next one is asked: %s", error)
+                log.debug("the next URL is asked: %s", error)
         return await ask(registry)
 
     def _find(self, name: str) -> _Upstream:

@@ -387,7 +387,7 @@ def test_an_address_that_another_member_took_over_is_skipped(tmp_path: Path) -> 
         cluster.locate(peer.peer, *addresses)
         assert await asker.ask(peer.peer, PING) == Answer(PONG)
         cluster.locate(other.peer, *addresses[:3], str(peer.exchange.address))
-        with pytest.raises(PeerUnavailableError, match="is there now"):
+        with pytest.raises(PeerUnavailableError, match="answers at this address now"):
             await asker.ask(other.peer, PING)
 
     play(tmp_path, scenario)

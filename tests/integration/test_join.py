@@ -250,4 +250,4 @@ def test_the_error_of_a_join_is_shown(folder: Path) -> None:
     place(node, load_authority(other), ENDLESS, address(alone))
     answer = run([*node.program, "--config", str(node.config)])
     assert answer.returncode == 2
-    assert "remove the one or the other" in answer.stderr
+    assert "remove one of them" in answer.stderr

@@ -136,7 +136,7 @@ def sized(field: bytes) -> bytes:
         (sized(b"-1"), ["file", "size"]),
         (sized(b"99"), ["file", "size"]),
         (b"\x1f\x8b" + bytes(600), ["gzip"]),
-        (b"hello" * 200, ["no tar archive"]),
+        (b"hello" * 200, ["not a tar archive"]),
         (b"", ["cut short"]),
     ],
 )
@@ -244,7 +244,7 @@ def write(name: str, data: bytes) -> Callable[[Layout], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop("oci-layout"), ["oci-layout", "no OCI image layout"]),
+        (drop("oci-layout"), ["oci-layout", "not an OCI image layout"]),
         (drop("index.json"), ["index.json"]),
         (write("oci-layout", b'{"imageLayoutVersion": "9"}'), ["oci-layout", "version"]),
         (write("index.json", b"{"), ["index.json", "JSON"]),

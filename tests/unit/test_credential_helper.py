@@ -82,7 +82,7 @@ def test_a_helper_may_have_no_credentials_for_a_registry(program: Callable[[str]
         ("#!/bin/sh\necho s3cr3t\n", "did not answer as"),
         ('#!/bin/sh\necho \'{"Username": 5, "Secret": "s3cr3t"}\'\n', "did not answer as"),
         ("#!/bin/sh\nkill -9 $$\n", "status -9"),
-        ("#!/bin/sh\nwhile :; do echo s3cr3ts3cr3ts3cr3t; done\n", "said more than"),
+        ("#!/bin/sh\nwhile :; do echo s3cr3ts3cr3ts3cr3t; done\n", "printed more than"),
         ("#!/bin/sh\nexec sleep 600\n", "did not answer in"),
         ("#!/nowhere/to/be/found\n", "cannot be run"),
         (None, "not in PATH"),

@@ -389,7 +389,7 @@ def test_a_node_logs_that_it_is_revoked(tmp_path: Path, caplog: pytest.LogCaptur
         assert site.nodes[0].membership.find(site.nodes[0].own.peer_id) is not None
 
     run(scenario, folder=tmp_path)
-    assert "this very node is revoked" in caplog.text
+    assert "the certificate of this node is revoked" in caplog.text
 
 
 def test_a_node_cannot_quarantine_itself() -> None:
