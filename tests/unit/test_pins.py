@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
 
+from cache.disk import DiskStore
+from cache.memory import MemoryStore
 from cache.store import StoreStatistics
+from cache.tiered import Tiers
+from node.api.documents import WorkResult
+from node.images.operations import ImageOperations
 from node.images.pins import Pins, digests_of, load_pins
 from node.oci.layout import Packed, PackedImage
-from node.oci.references import ImageName
+from node.oci.references import ImageName, Locator
 from protocol.errors import BadInputError, NotFoundError, UnavailableError
-from protocol.ids import Digest, ObjectRef
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+from tests.support.blobs import Blob
+from tests.support.memory_library import MemoryLibrary
 
 BUDGET = 100 << 20
 
@@ -152,3 +163,50 @@ def test_a_damaged_file_is_moved_aside(path: Path, data: bytes) -> None:
     assert load_pins(path) == ()
     assert path.with_suffix(".damaged").read_bytes() == data
     assert load_pins(path) == ()
+
+
+class LateLibrary(MemoryLibrary):
+    """Yields an empty chunk before each object, as a library does whose first block takes long."""
+
+    async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        yield b""
+        async with aclosing(super().read(locator, ref, start, stop)) as chunks:
+            async for chunk in chunks:
+                for at in range(0, len(chunk), BLOCK_SIZE):
+                    yield chunk[at : at + BLOCK_SIZE]
+
+
+def test_an_image_whose_first_block_is_late_is_pinned_whole(path: Path, tmp_path: Path) -> None:
+    layer = Blob.random(1, 2 * BLOCK_SIZE + 100)
+    descriptor = {"mediaType": "a/layer", "digest": str(layer.ref.digest), "size": layer.ref.size}
+    manifest = Blob(json.dumps({"layers": [descriptor]}).encode())
+    library = LateLibrary("app")
+    library.tag("v1", manifest.content, "application/vnd.oci.image.manifest.v1+json")
+    library.tag("layer", layer.content, "a/layer")
+
+    async def scenario() -> None:
+        unused: Any = SimpleNamespace(put=lambda *row: None)
+        memory, name = MemoryStore(BUDGET, trio.current_time), ImageName.parse("origin.test/app:v1")
+        async with DiskStore.open(tmp_path / "cache", BUDGET) as disk:
+            for blob in (manifest, layer):
+                for piece in blob.pieces:
+                    await memory.put(piece, blob.bytes_of(piece), blob.record(piece))
+            site: Any = SimpleNamespace(tiers=Tiers(memory, disk, None))
+            operations = ImageOperations(
+                site=site,
+                disk=disk,
+                library=library,
+                table=unused,
+                pinned=Pins(path, (), disk),
+                prefetcher=unused,
+                upstreams=(),
+                record_for=unused,
+                finished=unused,
+                public=unused,
+            )
+            events = [event async for event in operations.pin(name, ())]
+            assert isinstance(events[-1], WorkResult)
+            assert events[-1].ok
+            assert all(disk.holds(piece) for piece in layer.pieces)
+
+    play(scenario)
