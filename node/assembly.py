@@ -223,7 +223,9 @@ def site(
 
 
 async def registry(config: Config, network: Network, storage: Storage, stack: AsyncExitStack) -> Registry:
-    sharing = lambda: len(network.membership.site)  # noqa: E731
+    def sharing() -> int:
+        return len(network.membership.site)
+
     uplinks = {part.name: Uplink(part.name, uplink_policy(part), sharing=sharing) for part in config.upstream}
     upstreams = Upstreams(
         config.upstream,
