@@ -24,6 +24,11 @@ from typing import Protocol
 from protocol.ids import Buffer, Digest, PeerId, Piece, Shard
 from protocol.records import Record
 
+Askers = tuple[PeerId, ...]
+"""The members that had this node keep a piece."""
+READ_HERE: Askers = ()
+"""Instead of askers: a client of this node read the piece."""
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
