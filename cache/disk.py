@@ -26,10 +26,10 @@ import trio
 from cache.disk_flush import FLUSH_PIECES, WriteBack
 from cache.disk_table import Entry, File, PieceTable, Room
 from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
-from cache.pieces import check_bytes, eviction_policy
-from cache.pinned import PinnedPolicy
+from cache.pieces import MAX_ENTRIES, check_bytes
 from cache.recovery import Folder, open_folder, space
-from cache.store import Held, Holdings, StoreStatistics
+from cache.segments import SegmentedPolicy
+from cache.store import READ_HERE, Askers, Held, Holdings, StoreStatistics
 from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
 
@@ -62,7 +62,7 @@ class _LeasedFile(io.FileIO):
 class DiskStore:
     """A BlockStore of sparse files, made by `open`; see the module's docstring."""
 
-    def __init__(self, folder: Folder, policy: PinnedPolicy, timer: Callable[[], float]) -> None:
+    def __init__(self, folder: Folder, policy: SegmentedPolicy, timer: Callable[[], float]) -> None:
         self._folder, self._timer = folder, timer
         self._table = PieceTable(folder, policy)
         self._room = Room(self._table, timer)
@@ -86,7 +86,8 @@ class DiskStore:
         cannot be used, if another process uses it, or if its index is of another version."""
         folder, rows = await trio.to_thread.run_sync(open_folder, directory)
         try:
-            store = cls(folder, PinnedPolicy(eviction_policy(int, timer), pinned, budget_bytes), timer)
+            policy = SegmentedPolicy(timer, budget_bytes, max_entries=MAX_ENTRIES, pinned=pinned)
+            store = cls(folder, policy, timer)
             store.resize(budget_bytes, free_share=free_share, free_bytes=free_bytes)
             store._table.adopt(rows)
             del rows  # it is large
@@ -152,29 +153,43 @@ class DiskStore:
             file.checked |= 1 << entry.piece.block.index
         return None
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+    async def put(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers = READ_HERE) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
-        if piece in self._table.entries:
+        if self._has(piece, kept_for):
             return True
-        if self._table.is_derivable(piece) or not await self._make_room(piece, space(len(data))):
+        if self._table.is_derivable(piece) or not await self._make_room(piece, space(len(data)), kept_for):
             return False
-        if piece in self._table.entries:
+        if self._has(piece, kept_for):
             return True
         sha = record.sha256 if piece.shard is None else sha256(data).digest()
-        return not self._table.is_derivable(piece) and self._write(self._table.entry(piece, record, sha), data)
+        return not self._table.is_derivable(piece) and self._write(
+            self._table.entry(piece, record, sha, kept_for), data
+        )
 
-    async def _make_room(self, piece: Piece, need: int) -> bool:
+    def _has(self, piece: Piece, kept_for: Askers) -> bool:
+        """Whether the piece that is being put is held already."""
+        if not kept_for:
+            self.claim(piece)
+        return piece in self._table.entries
+
+    async def _make_room(self, piece: Piece, need: int, kept_for: Askers) -> bool:
         """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""
         table = self._table
-        if need > table.policy.budget_bytes or (self._write_back.stuck and len(table.unsynced) >= MAX_UNSYNCED_PIECES):
+        if kept_for:
+            table.policy.wanted(need)
+        kept_for = READ_HERE if table.policy.keeps(piece) else kept_for
+        stuck = self._write_back.stuck and len(table.unsynced) >= MAX_UNSYNCED_PIECES
+        if stuck or not self._room.may_have(need, kept_for):
             return False
+        if not kept_for:
+            self._room.turn_over(need)
         if piece in table.removed or len(table.unsynced) >= MAX_UNSYNCED_PIECES:
             await self.flush()
         for _ in range(MAKE_ROOM_ROUNDS):
             if self._room.has(need):
                 break
-            self._room.evict(need)
+            self._room.evict(need, kept_for)
             await self.flush()
         return self._room.has(need) and piece not in table.removed and len(table.unsynced) < MAX_UNSYNCED_PIECES
 
@@ -197,6 +212,13 @@ class DiskStore:
         if len(self._table.unsynced) >= FLUSH_PIECES:
             self._write_back.hurry()
         return True
+
+    def claim(self, piece: Piece) -> None:
+        if (entry := self._table.entries.get(piece)) is not None and entry.kept_for:
+            self._table.claim(entry)
+
+    def is_used_here(self, piece: Piece) -> bool:
+        return piece in self._table.entries and not self._table.entries[piece].kept_for
 
     async def discard(self, piece: Piece) -> None:
         await trio.lowlevel.checkpoint()
@@ -221,7 +243,8 @@ class DiskStore:
 
     def statistics(self) -> StoreStatistics:
         table, policy = self._table, self._table.policy
-        return StoreStatistics(table.charged, policy.budget_bytes, len(table.entries), policy.kept_bytes)
+        figures = table.charged, policy.budget_bytes, len(table.entries), policy.pinned_bytes
+        return StoreStatistics(*figures, probation_bytes=policy.probation_bytes)
 
     def resize(self, budget_bytes: int, *, free_share: float = 0.0, free_bytes: int = 0) -> None:
         """The bounds of `open`, from the next flush on: pieces beyond them are evicted then."""
@@ -229,7 +252,11 @@ class DiskStore:
 
     def pin(self, digest: Digest) -> None:
         """From now on no whole block of the object is evicted, whether it is held or will be."""
-        self._table.policy.pin(digest, self._table.bitmaps.pieces(digest))
+        pieces = self._table.bitmaps.pieces(digest)
+        for piece in pieces:
+            if piece.shard is None:
+                self.claim(piece)
+        self._table.policy.pin(digest, pieces)
 
     def unpin(self, digest: Digest) -> None:
         self._table.policy.unpin(digest, self._table.bitmaps.pieces(digest))

@@ -101,7 +101,7 @@ class WriteBack:
 
     async def flush(self, *, references: bool) -> None:
         async with self._flushing:
-            if self._table.unsynced or self._table.removed or references:
+            if self._table.unsynced or self._table.removed or self._table.claimed or references:
                 batch = self._batch()
                 with trio.CancelScope(shield=True):  # the batch has moved files: it must be carried out
                     outcome = await trio.to_thread.run_sync(carry_out, self._table.folder.index, batch)

@@ -72,7 +72,8 @@ def parse_row(row: Row) -> Stored:
         raise BadInputError(f"record in the row of {digest} #{block} is not readable: {error}") from error
     piece = Piece(BlockId(Digest.parse(digest), block), Shard(k, m, index) if k else None)
     check_piece(piece, record)
-    return Stored(piece, sha256, record, used, tuple(PeerId(peer) for peer in (kept_for or "").split()))
+    askers = tuple(PeerId(peer) for peer in dict.fromkeys((kept_for or "").split()))
+    return Stored(piece, sha256, record, used, askers)
 
 
 def _joined(askers: Askers) -> str | None:

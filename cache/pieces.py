@@ -93,12 +93,11 @@ class Bitmaps:
         return [Piece(block, shard) for shard, bits in shelves.items() if shard is not None and bits >> block.index & 1]
 
     def pieces(self, digest: Digest) -> list[Piece]:
-        return [
-            Piece(BlockId(digest, index), shard)
-            for shard, bits in self._objects.get(digest, {}).items()
-            for index in range(bits.bit_length())
-            if bits >> index & 1
-        ]
+        return [piece for shard in self._objects.get(digest, {}) for piece in self.pieces_of(digest, shard)]
+
+    def pieces_of(self, digest: Digest, shard: Shard | None) -> list[Piece]:
+        bits = f"{self.bitmap(digest, shard):b}"  # testing the bits of a large integer takes quadratic time
+        return [Piece(BlockId(digest, index), shard) for index, bit in enumerate(reversed(bits)) if bit == "1"]
 
     def objects(self) -> Iterable[Digest]:
         return list(self._objects)

@@ -9,6 +9,9 @@ keep these promises, which tests/conformance/test_store.py checks for each of th
 - `get` counts as a reference for the eviction policy; `holds` and `holdings` do not, and read no data.
 - `put` stores all or nothing and may decline (False): no space under the budget, no free disk, a read-only store.
   The caller still has the bytes. A full store evicts by its policy first. Putting a piece twice changes nothing.
+- A piece that was put `kept_for` members is on probation (`cache/segments.py`) until `claim`, or another put without
+  `kept_for`, says that a client of this node used it. Such a put evicts pieces on probation only. `is_used_here`: the
+  piece is held and not on probation.
 - `objects` returns the objects of which at least one piece is held, in any order.
 - The bytes held never exceed `budget_bytes`; space is reserved before it is written.
 - Every method may be cancelled at any await and leaves the store whole.
@@ -25,9 +28,9 @@ from protocol.ids import Buffer, Digest, PeerId, Piece, Shard
 from protocol.records import Record
 
 Askers = tuple[PeerId, ...]
-"""The members that had this node keep a piece."""
+"""The members that had this node keep a piece: the one that asked, then the one that it asked for, if it is another."""
 READ_HERE: Askers = ()
-"""Instead of askers: a client of this node read the piece."""
+"""Instead of askers: a client of this node used the piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,18 @@ class StoreStatistics:
     budget_bytes: int
     entries: int
     pinned_bytes: int = 0
+    probation_bytes: int = 0
+    """Of pieces that are kept for members only."""
 
 
 class BlockStore(Protocol):
     async def get(self, piece: Piece) -> Held | None: ...
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool: ...
+    async def put(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers = READ_HERE) -> bool: ...
+
+    def claim(self, piece: Piece) -> None: ...
+
+    def is_used_here(self, piece: Piece) -> bool: ...
 
     async def discard(self, piece: Piece) -> None: ...
 

@@ -25,7 +25,8 @@ class GetShard(_Message, frozen=True, tag=1):
     `hops` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the block's
     home, 3 and more also keepers nearer to the home. `source` says where the upstream has the object. `reader` is a
     peer id if the upstream restricts access: that member reads the block if no member holds it. It is "" if access is
-    public. A `background` request has no waiting client and yields on the uplink.
+    public. A `background` request has no waiting client and yields on the uplink. `asker` is the peer id of the member
+    on whose behalf the sender asks; "" if it asks for its own client.
     """
 
     digest: str
@@ -39,6 +40,7 @@ class GetShard(_Message, frozen=True, tag=1):
     exact: bool = False
     reader: str = ""
     background: bool = False
+    asker: str = ""
 
 
 class GetBlock(_Message, frozen=True, tag=2):

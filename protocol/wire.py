@@ -276,6 +276,7 @@ def _is_age(age_s: float) -> bool:
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "source": lambda source: len(source) <= MAX_SOURCE,
     "reader": lambda peer: not peer or _is_peer(peer),
+    "asker": lambda peer: not peer or _is_peer(peer),
     "digests": lambda digests: len(digests) <= MAX_ANNOUNCED and all(map(Digest.parse, digests)),
     "reference": lambda reference: len(reference) <= MAX_REFERENCE,
     "updates": lambda updates: len(updates) <= MAX_MEMBERS and all(map(_update, updates)),

@@ -15,7 +15,7 @@ from itertools import combinations, islice, takewhile
 import trio
 from cachetools import TTLCache
 
-from cache.store import Held
+from cache.store import READ_HERE, Held
 from node.blocks.keeper import Keeper, Kept
 from node.blocks.questions import Questions, carry_out
 from node.blocks.trust import Suspicion
@@ -88,7 +88,7 @@ class CodedReads:
             if held is not None:
                 peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
                 attempt.shards.clear()  # as large as the block: free them before waiting for the disk
-                await site.tiers.put(Piece(address.block), held.data, held.record)
+                await site.tiers.put(Piece(address.block), held.data, held.record, kept_for=READ_HERE)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
             if isinstance(attempt.failure, (DeniedError, NotFoundError)):
                 break

@@ -29,6 +29,7 @@ class HeldBlocks:
 
     async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | None:
         held = await self._tiers.get(Piece(address.block), address.ref.size)
+        self._tiers.claim(Piece(address.block))
         return Obtained(held[0], Source(held[1])) if held is not None else None
 
 

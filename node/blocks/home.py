@@ -13,7 +13,7 @@ from hashlib import sha256
 
 import trio
 
-from cache.store import Held
+from cache.store import Askers, Held
 from node.blocks.grants import Grants
 from node.blocks.holders import Holders
 from node.blocks.values import BlockAddress, Obtained, Site, Work
@@ -51,12 +51,13 @@ class Home:
     async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained:
         """The last `BlockSource` of the fetcher: the node acts as home for its own client."""
         obtained = await self.block(address)
+        self._site.tiers.claim(Piece(address.block))  # it may have joined a read on behalf of a member
         warmed()
         return obtained
 
     async def block(self, address: BlockAddress) -> Obtained:
         """The whole block, which is then also in the tiers if they have room. Concurrent calls share one read."""
-        held = await self._site.trusted(Piece(address.block), address.ref.size)
+        held = await self._site.trusted(Piece(address.block), address.ref.size, address.kept_for)
         if held is not None:
             return Obtained(held[0], Source(held[1]))
         return await self._reads.do(address.work, lambda: self._obtain(address))
@@ -72,10 +73,8 @@ class Home:
                 data = await self._origin.read(locator, address.ref, address.index)
                 self.times.came(address.length, began, trio.current_time())
             obtained = Obtained(self._signed(address, data), Source.ORIGIN)
-        tiers, piece = self._site.tiers, Piece(address.block)
-        if tiers.holds(piece):
-            await tiers.discard(piece)  # it is of an object of another size, or its record is not trusted
-        await tiers.put(piece, obtained.held.data, obtained.held.record)
+        held = obtained.held
+        await self._site.tiers.replace(Piece(address.block), held.data, held.record, kept_for=address.kept_for)
         return obtained
 
     async def _in_background(self, locator: Locator, address: BlockAddress) -> bytearray:
@@ -99,9 +98,9 @@ class Home:
             return False
         return claim.matches(data)
 
-    async def admit(self, locator: Locator, ref: ObjectRef, body: bytes) -> None:
+    async def admit(self, locator: Locator, ref: ObjectRef, body: bytes, *, kept_for: Askers) -> None:
         """Store an object that was read from the upstream as a whole. The caller has checked its digest."""
         for index in range(ref.block_count):
             address, start = BlockAddress(locator, ref, index), index * BLOCK_SIZE
             held = self._signed(address, body[start : start + address.length])
-            await self._site.tiers.put(Piece(address.block), held.data, held.record)
+            await self._site.tiers.put(Piece(address.block), held.data, held.record, kept_for=kept_for)

@@ -11,7 +11,7 @@ import logging
 
 import trio
 
-from cache.store import Held
+from cache.store import Askers, Held
 from node.blocks.grants import Grants
 from node.blocks.home import Home
 from node.blocks.questions import Questions, carry_out
@@ -45,19 +45,25 @@ class Keeper:
     async def handle(self, peer: PeerId, request: GetShard | GetBlock) -> Answer:
         ref = ObjectRef(Digest.parse(request.digest), request.size)
         if isinstance(request, GetShard):
-            return await self._answer_shard(request, ref)
-        held = await self._site.trusted(Piece(ref.block(request.index)), ref.size)
+            return await self._answer_shard(request, ref, self._askers(peer, request))
+        held = await self._site.trusted(Piece(ref.block(request.index)), ref.size, (peer,))
         return Answer(BlockFound(held[0].record), held[0].data) if held else _NOT_HELD
 
-    async def _answer_shard(self, request: GetShard, ref: ObjectRef) -> Answer:
+    def _askers(self, peer: PeerId, request: GetShard) -> Askers:
+        """For whom the request has this node keep a piece. `peer` may have named an invented member."""
+        asker = PeerId(request.asker)
+        return (peer,) if asker == peer or self._site.view.find(asker) is None else (peer, asker)
+
+    async def _answer_shard(self, request: GetShard, ref: ObjectRef, askers: Askers) -> Answer:
         shard = Shard(request.k, request.m, request.want)
-        answer = await self._held_shard(ref, request.index, shard, exact=request.exact)
+        answer = await self._held_shard(ref, request.index, shard, askers, exact=request.exact)
         if answer is None:
             if request.hops == 0:
                 return _NOT_HELD
             locator = Locator.parse(request.source)
             reader = "" if request.reader == self._site.own else request.reader
-            asked = BlockAddress(locator, ref, request.index, reader=reader, background=request.background)
+            background = request.background
+            asked = BlockAddress(locator, ref, request.index, reader=reader, background=background, kept_for=askers)
             address = self._grants.as_own_client(asked)
             if request.hops == 1:
                 answer = _cut((await self._home.block(address)).held, shard)
@@ -66,10 +72,12 @@ class Keeper:
         shard, held = answer
         return Answer(ShardFound(shard.k, shard.m, shard.index, held.record), held.data)
 
-    async def _held_shard(self, ref: ObjectRef, index: int, shard: Shard, *, exact: bool) -> Kept | None:
+    async def _held_shard(
+        self, ref: ObjectRef, index: int, shard: Shard, kept_for: Askers, *, exact: bool
+    ) -> Kept | None:
         """The held shard, or without `exact` another one of the same code, which this node kept in an earlier view."""
         block = ref.block(index)
-        whole = await self._site.trusted(Piece(block), ref.size)
+        whole = await self._site.trusted(Piece(block), ref.size, kept_for)
         if whole is not None:
             return _cut(whole[0], shard)
         held = self._site.tiers.holdings(block.digest).shards
@@ -78,13 +86,13 @@ class Keeper:
             if exact or not indices:
                 return None
             shard = Shard(shard.k, shard.m, indices[0])
-        kept = await self._site.trusted(Piece(block, shard), ref.size)
+        kept = await self._site.trusted(Piece(block, shard), ref.size, kept_for)
         return (shard, kept[0]) if kept is not None else None
 
     async def keep(self, address: BlockAddress, shard: Shard, hops: int, *, exact: bool) -> Kept:
         """This node's shard of a block, or without `exact` another as in `_held_shard`. If none is held, it obtains the
         shard within `hops` and stores it."""
-        held = await self._held_shard(address.ref, address.index, shard, exact=exact)
+        held = await self._held_shard(address.ref, address.index, shard, address.kept_for, exact=exact)
         if held is not None:
             return held
         return shard, await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard, hops))
@@ -141,7 +149,7 @@ class Keeper:
             raise failures[-1]
         if not site.tiers.holds(Piece(address.block)):
             piece = Piece(address.block, None if is_copy(shard) else shard)
-            await site.tiers.put(piece, shards[0].data, shards[0].record)
+            await site.tiers.put(piece, shards[0].data, shards[0].record, kept_for=address.kept_for)
         return shards[0]
 
     async def _ask_home(self, home: PeerId, address: BlockAddress, shard: Shard, *, hops: int, plan: ShardPlan) -> Held:

@@ -79,6 +79,7 @@ class Questions:
             exact=exact,
             reader=reader if hops else "",  # a peer that uses only its stores need not know the reader
             background=address.background and hops > 0,
+            asker=address.kept_for[-1] if address.kept_for and hops else "",
         )
 
     def checked(self, address: BlockAddress, answer: Answer) -> Held:

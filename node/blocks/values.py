@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from cache.store import Held
+from cache.store import READ_HERE, Askers, Held
 from cache.tiered import Tier, Tiers
 from node.blocks.trust import Trust
 from node.exchange.contract import Exchange
@@ -43,6 +43,8 @@ class BlockAddress:
     `locator` has one."""
     background: bool = False
     """No client waits for the block. Only its home reads it from the upstream, while no client needs the connection."""
+    kept_for: Askers = READ_HERE
+    """The members on whose behalf this node obtains the block."""
 
     @property
     def block(self) -> BlockId:
@@ -127,7 +129,8 @@ class Site:
     trust: Trust
     tiers: Tiers
 
-    async def trusted(self, piece: Piece, size: int) -> tuple[Held, Tier] | None:
-        """A held piece, if this node trusts its signer: other members may not know an unknown signer either."""
-        held = await self.tiers.get(piece, size)
+    async def trusted(self, piece: Piece, size: int, kept_for: Askers) -> tuple[Held, Tier] | None:
+        """A held piece, if this node trusts its signer: other members may not know an unknown signer either. It is read
+        on behalf of `kept_for`."""
+        held = await self.tiers.get(piece, size, kept_for=kept_for)
         return held if held and self.trust.accepts(held[0].record.signer) else None

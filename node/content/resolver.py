@@ -16,6 +16,7 @@ from typing import Protocol
 
 import trio
 
+from cache.store import READ_HERE, Askers
 from node.blocks.home import Home
 from node.blocks.questions import Questions
 from node.blocks.values import Site
@@ -81,7 +82,7 @@ class Resolver:
         locator, reference = Locator.parse(request.source), request.reference
         resolved = self.known.fresh(locator, reference)
         if resolved is None and request.hops:
-            resolved = await self.ask_registry(locator, reference)
+            resolved = await self.ask_registry(locator, reference, kept_for=(peer,))
         resolved = resolved or self.known.usable(locator, reference)
         if resolved is None:
             return Answer(messages.Failed("not-held", "not known here"))
@@ -169,11 +170,11 @@ class Resolver:
             for peer in others[:LAST_RESORT_MEMBERS]:
                 nursery.start_soon(try_to_ask, peer)
 
-    async def ask_registry(self, locator: Locator, reference: str) -> Resolved:
+    async def ask_registry(self, locator: Locator, reference: str, *, kept_for: Askers = READ_HERE) -> Resolved:
         """The registry's answer, or the youngest one of the site while the registry is out of reach."""
-        return await self._revalidating.do((locator, reference), lambda: self._revalidate(locator, reference))
+        return await self._revalidating.do((locator, reference), lambda: self._revalidate(locator, reference, kept_for))
 
-    async def _revalidate(self, locator: Locator, reference: str) -> Resolved:
+    async def _revalidate(self, locator: Locator, reference: str, kept_for: Askers) -> Resolved:
         previous, asked = self.known.get(locator, reference), trio.current_time()
         if previous is not None and self.known.is_doubted(locator, previous):
             previous = None
@@ -185,7 +186,7 @@ class Resolver:
             self.known.forget(locator, reference)
             raise
         if body is not None:
-            await self._home.admit(locator, resolved.ref, body)
+            await self._home.admit(locator, resolved.ref, body, kept_for=kept_for)
         # The registry's answer may be as old as the question.
         resolved = replace(resolved, age_s=trio.current_time() - asked)
         return self.known.confirm(locator, reference, resolved, body)

@@ -14,6 +14,7 @@ from zlib import crc32
 import trio
 from cachetools import TTLCache
 
+from cache.store import READ_HERE
 from node.blocks.fetcher import Fetcher
 from node.blocks.held_objects import hash_held, holds_all
 from node.blocks.home import Home
@@ -129,7 +130,7 @@ class ObjectVerifier:
             return False
         if is_false or not self._site.tiers.holds(piece):
             await self._site.tiers.discard(piece)
-            await self._site.tiers.put(piece, truth.data, truth.record)
+            await self._site.tiers.put(piece, truth.data, truth.record, kept_for=READ_HERE)
         if deceived:
             log.error("%s #%d: a mirror of %s sends wrong bytes", ref.digest, address.index, address.locator.upstream)
         elif is_false and claim.signer != self._site.own:

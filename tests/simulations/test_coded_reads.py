@@ -13,7 +13,7 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cache.store import Held
+from cache.store import READ_HERE, Held
 from node.blocks.home import BACKGROUND_S
 from node.blocks.values import LOOK_EVERY_S, BlockAddress
 from node.exchange.contract import Answer, Lane
@@ -190,7 +190,7 @@ def test_a_record_that_no_member_signed_is_not_accepted() -> None:
         signed = make_record(REF, 0, sha, signer=stranger.peer_id, sign=stranger.sign)
         record = msgspec.structs.replace(signed, signature=b"")
         for node in nodes[1:]:
-            await node.tiers.put(Piece(address.block), forged, record)
+            await node.tiers.put(Piece(address.block), forged, record, kept_for=READ_HERE)
         held: Held = (await nodes[0].read(0)).held
         assert bytes(held.data) == BODY[:BLOCK_SIZE]
 

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.store import READ_HERE
 from node.blocks.trust import Suspicion
 from node.content import library
 from node.content.library import SiteLibrary
@@ -101,7 +102,7 @@ async def poison(liar: Node, index: int) -> Record:
     """Have the liar keep a false block with a matching record, so that it answers with them."""
     false = bytes(REF.block_length(index))
     record = liar.signs(index, false)
-    await liar.tiers.put(Piece(REF.block(index)), false, record)
+    await liar.tiers.put(Piece(REF.block(index)), false, record, kept_for=READ_HERE)
     return record
 
 
@@ -236,7 +237,7 @@ def test_convinced_members_drop_the_blocks_of_a_liar() -> None:
         record = await poison(liar, 1)
         false = bytes(BLOCK_SIZE)
         for node in others:
-            await node.tiers.put(Piece(REF.block(1)), false, record)
+            await node.tiers.put(Piece(REF.block(1)), false, record, kept_for=READ_HERE)
         await others[0].tells(others[1], others[0].accuses(record))
         await until(lambda: all(node.view.is_quarantined(liar.own) for node in others[1:]))
         assert not any(node.tiers.holds(Piece(REF.block(1))) for node in others[1:])
@@ -256,10 +257,12 @@ def test_other_blocks_of_a_liar_are_dropped_except_those_of_verified_objects() -
         for index in range(right.block_count):
             data = whole[index * BLOCK_SIZE :][:BLOCK_SIZE]
             record = make_record(right, index, sha256(data).digest(), liar.own, sign=liar.identity.sign)
-            await holder.tiers.put(Piece(right.block(index)), data, record)
+            await holder.tiers.put(Piece(right.block(index)), data, record, kept_for=READ_HERE)
         for index, piece in ((0, Piece(other.block(0))), (1, shard)):
             record = make_record(other, index, sha256(bytes(BLOCK_SIZE)).digest(), liar.own, sign=liar.identity.sign)
-            await holder.tiers.put(piece, bytes(BLOCK_SIZE if index == 0 else BLOCK_SIZE // 4), record)
+            await holder.tiers.put(
+                piece, bytes(BLOCK_SIZE if index == 0 else BLOCK_SIZE // 4), record, kept_for=READ_HERE
+            )
         await finder.tells(holder, finder.accuses(liar.signs(0, bytes(BLOCK_SIZE))))
         await until(lambda: holder.view.is_quarantined(liar.own))
         await trio.sleep(1)

@@ -14,7 +14,7 @@ import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cache.memory import MemoryStore
-from cache.store import Held
+from cache.store import READ_HERE, Askers, Held
 from cache.tiered import Tiers
 from node import assembly
 from node.blocks.fetcher import Fetcher
@@ -260,7 +260,7 @@ class SlowDisk(MemoryStore):
         super().__init__(BLOCK_SIZE, trio.current_time)
         self.moves = trio.Event()
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+    async def put(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers = READ_HERE) -> bool:
         await self.moves.wait()
         return False
 

@@ -11,6 +11,7 @@ from random import Random
 import pytest
 import trio
 
+from cache.store import READ_HERE
 from node.config.schema import config_of, tag_policies
 from node.content.name_table import NameTable
 from node.exchange.memory import MemoryNetwork
@@ -135,7 +136,7 @@ def test_a_members_answer_about_a_manifest_is_compared_with_its_bytes(
         false = replace(right, media_type="application/vnd.oci.image.index.v1+json")
         if lie == "size":
             false = replace(right, ref=replace(right.ref, size=right.ref.size + 1))
-        await reader.blocks.home.admit(APP, right.ref, body)
+        await reader.blocks.home.admit(APP, right.ref, body, kept_for=READ_HERE)
         reader.table.put(str(APP), "latest", false, "a liar")
         down = site_in_memory.Registry()
         down.down, reader.registry.target = True, down
