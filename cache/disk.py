@@ -35,12 +35,8 @@ from protocol.records import Record
 
 logger = logging.getLogger(__name__)
 
-MAX_UNSYNCED_PIECES = 256
-"""Beyond this many, a put waits for the disk; else the kernel would stop the whole loop once its memory is full."""
 REMOVED_AT_ONCE = 1024
 """Pieces removed in one turn of the loop, 10 ms."""
-MAKE_ROOM_ROUNDS = 3
-"""A put declines if other puts took its room in this many flushes."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """A read that fails with one of these shows nothing about the piece."""
 
@@ -93,7 +89,7 @@ class DiskStore:
             del rows  # it is large
             await store.flush()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(store._flush_often)
+                nursery.start_soon(store._write_back.run)
                 try:
                     yield store
                 finally:
@@ -103,13 +99,6 @@ class DiskStore:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(folder.close)
-
-    async def _flush_often(self) -> None:
-        while True:
-            await self._write_back.wait_due()
-            if not self._room.has(0):
-                self._room.evict(0)
-            await self.flush()
 
     async def flush(self, *, references: bool = False) -> None:
         """Make held pieces durable and give back removed ones; with `references` even if these are the only change."""
@@ -156,42 +145,16 @@ class DiskStore:
     async def put(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers = READ_HERE) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
-        if self._has(piece, kept_for):
+        if self._table.has(piece, kept_for):
             return True
-        if self._table.is_derivable(piece) or not await self._make_room(piece, space(len(data)), kept_for):
+        if self._table.is_derivable(piece) or not await self._write_back.make_room(piece, space(len(data)), kept_for):
             return False
-        if self._has(piece, kept_for):
+        if self._table.has(piece, kept_for):
             return True
         sha = record.sha256 if piece.shard is None else sha256(data).digest()
         return not self._table.is_derivable(piece) and self._write(
             self._table.entry(piece, record, sha, kept_for), data
         )
-
-    def _has(self, piece: Piece, kept_for: Askers) -> bool:
-        """Whether the piece that is being put is held already."""
-        if not kept_for:
-            self.claim(piece)
-        return piece in self._table.entries
-
-    async def _make_room(self, piece: Piece, need: int, kept_for: Askers) -> bool:
-        """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""
-        table = self._table
-        if kept_for:
-            table.policy.wanted(need)
-        kept_for = READ_HERE if table.policy.keeps(piece) else kept_for
-        stuck = self._write_back.stuck and len(table.unsynced) >= MAX_UNSYNCED_PIECES
-        if stuck or not self._room.may_have(need, kept_for):
-            return False
-        if not kept_for:
-            self._room.turn_over(need)
-        if piece in table.removed or len(table.unsynced) >= MAX_UNSYNCED_PIECES:
-            await self.flush()
-        for _ in range(MAKE_ROOM_ROUNDS):
-            if self._room.has(need):
-                break
-            self._room.evict(need, kept_for)
-            await self.flush()
-        return self._room.has(need) and piece not in table.removed and len(table.unsynced) < MAX_UNSYNCED_PIECES
 
     def _write(self, entry: Entry, data: Buffer) -> bool:
         file = entry.file
@@ -214,8 +177,7 @@ class DiskStore:
         return True
 
     def claim(self, piece: Piece) -> None:
-        if (entry := self._table.entries.get(piece)) is not None and entry.kept_for:
-            self._table.claim(entry)
+        self._table.has(piece, READ_HERE)
 
     def is_used_here(self, piece: Piece) -> bool:
         return piece in self._table.entries and not self._table.entries[piece].kept_for

@@ -158,6 +158,13 @@ class PieceTable:
             for shard in self.bitmaps.shards_of(entry.piece.block):
                 self.remove(self.entries[shard])
 
+    def has(self, piece: Piece, kept_for: Askers) -> bool:
+        """Whether the piece is held. If it is and a client wants it, its probation ends."""
+        entry = self.entries.get(piece)
+        if entry is not None and entry.kept_for and not kept_for:
+            self.claim(entry)
+        return entry is not None
+
     def claim(self, entry: Entry) -> None:
         """End the piece's probation."""
         for piece in self._removed_with(entry):

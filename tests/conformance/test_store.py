@@ -200,7 +200,8 @@ def test_a_piece_kept_for_members_evicts_nothing_that_clients_use(open_store: Op
             assert await put(store, blob, blob.pieces[0])
         for blob in kept:
             assert await put(store, blob, blob.pieces[0], (ASKER, OTHER))
-            assert store.holds(blob.pieces[0]) and not store.is_used_here(blob.pieces[0])
+            assert store.holds(blob.pieces[0])
+            assert not store.is_used_here(blob.pieces[0])
         assert all(store.is_used_here(blob.pieces[0]) for blob in used)
         assert store.statistics().entries == 4
         assert 0 < store.statistics().probation_bytes < 2 * BLOCK_SIZE

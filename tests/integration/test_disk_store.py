@@ -462,7 +462,7 @@ def test_puts_do_not_wait_for_a_failing_index(tmp_path: Path, monkeypatch: pytes
         await store.flush()
         assert await put(store, OTHER, OTHER.pieces[0])
 
-    monkeypatch.setattr("cache.disk.MAX_UNSYNCED_PIECES", 3)
+    monkeypatch.setattr("cache.disk_flush.MAX_UNSYNCED_PIECES", 3)
     monkeypatch.setattr("cache.disk_flush.FLUSH_S", math.inf)
     run(tmp_path, test)
 
