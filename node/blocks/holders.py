@@ -36,6 +36,8 @@ UNSETTLED_S = 30.0
 before, and hold the block."""
 HOLDINGS_TTL_S = 2.0
 MAX_REMEMBERED = 4096
+MAX_HOLDINGS = 16 << 20
+"""Bytes of remembered holdings. One answer has up to 1 MiB of bitmaps; honest ones have some hundred bytes."""
 MAX_CANDIDATES = 8
 
 Reply = TypeVar("Reply", messages.Holders, messages.HoldingsFound)
@@ -44,9 +46,9 @@ Reply = TypeVar("Reply", messages.Holders, messages.HoldingsFound)
 class Holders:
     def __init__(self, site: Site, questions: Questions, directory: Directory) -> None:
         self._site, self._questions, self._directory = site, questions, directory
-        ttl = MAX_REMEMBERED, HOLDINGS_TTL_S, trio.current_time
-        self._holdings: TTLCache[tuple[PeerId, Digest], Holdings] = TTLCache(*ttl)
-        self._named: TTLCache[Digest, tuple[PeerId, ...]] = TTLCache(*ttl)
+        ttl = HOLDINGS_TTL_S, trio.current_time
+        self._holdings: TTLCache[tuple[PeerId, Digest], Holdings] = TTLCache(MAX_HOLDINGS, *ttl, getsizeof=_memory_of)
+        self._named: TTLCache[Digest, tuple[PeerId, ...]] = TTLCache(MAX_REMEMBERED, *ttl)
 
     async def handle(
         self, peer: PeerId, request: messages.GetHoldings | messages.FindHolders | messages.Announce
@@ -175,6 +177,12 @@ class Holders:
         code = next(iter(owners))
         data = decode_block(shards, code.k, code.m, address.length)
         return Held(data, records[0]) if records[0].matches(data) else None
+
+
+def _memory_of(holdings: Holdings) -> int:
+    """Bytes, about; never so few that there are more than MAX_REMEMBERED."""
+    bitmaps = (holdings.blocks, *holdings.shards.values())
+    return MAX_HOLDINGS // MAX_REMEMBERED + sum(bits.bit_length() // 8 for bits in bitmaps)
 
 
 def _pack(holdings: Holdings) -> messages.HoldingsFound:
