@@ -105,7 +105,8 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
     store = cache.containerd_store
     content = ContentStore(Path(store), record_for=admitted.record_for) if store else None
     pins = Pins(folder / "pins.json", pinned, disk)
-    public, table = PublicTable(folder / "access.sqlite", pins.has_of), NameTable(folder / "names.sqlite")
+    public = PublicTable(folder / "access.sqlite", pins.has_of)
+    table = NameTable(folder / "names.sqlite", pinned=disk.is_pinned)
     stack.callback(public.close)
     stack.callback(table.close)
     return Storage(Tiers(memory, disk, content), memory, disk, pins=pins, public=public, table=table)

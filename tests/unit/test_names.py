@@ -36,6 +36,22 @@ def test_a_clock_that_was_set_back_makes_a_name_old_not_young(tmp_path: Path) ->
     assert resolved.age_s > 1e6
 
 
+def test_digests_that_manifests_name_push_out_neither_tags_nor_pinned_objects(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("node.content.name_table._MAX_ROWS", 10)
+    now = [0.0]
+    table = NameTable(tmp_path / "names.sqlite", lambda: now[0], pinned=lambda digest: digest == named[0].ref.digest)
+    named = [Resolved(ObjectRef(Digest("sha256", f"{n:064x}"), n + 1), INDEX.media_type, 0.0) for n in range(100)]
+    table.put(SOURCE, "v1", INDEX)
+    for resolved in named:
+        now[0] += 1
+        table.put_many(SOURCE, [resolved])
+    for _ in range(3):
+        table.trim()
+    assert table.get(SOURCE, "v1") is not None
+    left = [n for n, resolved in enumerate(named) if table.get(SOURCE, str(resolved.ref.digest))]
+    assert left == [0, *range(92, 100)]
+
+
 def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "names.sqlite"
     path.write_bytes(b"this is no database" * 1000)
