@@ -42,6 +42,16 @@ _SCHEMA = (
     " link TEXT NOT NULL, confirmed REAL NOT NULL, size INTEGER NOT NULL);"
 )
 
+_REPOSITORY = "substr(key, 1, max(instr(key, '/tags/list?'), instr(key, '/referrers/')))"
+"""Of a row's key (`_key`)."""
+_DELETE_BEYOND = (
+    "DELETE FROM listing WHERE key IN (SELECT key FROM"
+    " (SELECT key, SUM(size) OVER (ORDER BY depth, confirmed DESC, key) AS total FROM"
+    f" (SELECT *, SUM(size) OVER (PARTITION BY {_REPOSITORY} ORDER BY confirmed DESC, key) AS depth FROM listing))"
+    " WHERE total > ?)"
+)
+"""A client may list much of one repository: the rows with the most later bytes of their own repository go first."""
+
 _T = TypeVar("_T")
 Passthrough = Callable[[Locator, str, Mapping[str, str]], Awaitable[Passed]]
 """`Upstreams.passthrough`."""
@@ -141,11 +151,7 @@ class Listings:
         size = len(key) + len(passed.body) + len(passed.link)
         row = (key, passed.body, passed.media_type, passed.link, time.time(), size)
         self._database.run("INSERT OR REPLACE INTO listing VALUES (?, ?, ?, ?, ?, ?)", row)
-        self._database.run(
-            "DELETE FROM listing WHERE key IN (SELECT key FROM (SELECT key, SUM(size) OVER (ORDER BY confirmed DESC)"
-            " AS total FROM listing) WHERE total > ?)",
-            (KEPT_BYTES,),
-        )
+        self._database.run(_DELETE_BEYOND, (KEPT_BYTES,))
 
 
 def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:

@@ -31,10 +31,15 @@ FRESH_S = 60.0
 REFUSED_S = 10.0
 """Lifetime of a negative verdict: short, because a client may be waiting for a right that was just granted."""
 MAX_VERDICTS = 4096
+"""Rights of clients, and as many refusals."""
 MAX_PUBLIC = 4096
+"""Public repositories in memory."""
+MAX_PUBLIC_ROWS = 1 << 16
+"""Public repositories on disk, 100 bytes each. A client that reads others makes the registry answer for each."""
 MAX_AUTHORIZATION = 16 << 10
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS public (repository TEXT PRIMARY KEY, seen REAL NOT NULL) WITHOUT ROWID;"
+_INDEX = "CREATE INDEX IF NOT EXISTS public_by_age ON public (seen);"
 
 SiteSays = Callable[[Locator, str], Awaitable[float | None]]
 """Seconds since a member of the site saw that the locator's repository is public; None if none has."""
@@ -71,6 +76,31 @@ class _Verdict:
     until: float
 
 
+class _Verdicts:
+    """The latest verdicts. Refusals have a table of their own: a client may invent credentials."""
+
+    def __init__(self) -> None:
+        self._allowed: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
+        self._refused: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
+
+    def __len__(self) -> int:
+        return len(self._allowed) + len(self._refused)
+
+    def __setitem__(self, key: _Key, verdict: _Verdict) -> None:
+        self.pop(key)
+        (self._allowed if verdict.allowed else self._refused)[key] = verdict
+
+    def get(self, key: _Key) -> _Verdict | None:
+        return self._allowed.get(key) or self._refused.get(key)
+
+    def pop(self, key: _Key) -> None:
+        self._allowed.pop(key, None)
+        self._refused.pop(key, None)
+
+    def items(self) -> list[tuple[_Key, _Verdict]]:
+        return [*self._allowed.items(), *self._refused.items()]
+
+
 class PublicTable:
     """The public repositories and when each was last seen to be public, in SQLite.
 
@@ -81,17 +111,15 @@ class PublicTable:
     def __init__(self, path: Path, pinned: Callable[[Locator], bool] = lambda locator: False) -> None:
         self._pinned = pinned
         self._seen: LRUCache[str, float] = LRUCache(MAX_PUBLIC)
-        self._database = Database(path, _SCHEMA)
-        rows = self._database.run("SELECT repository, seen FROM public ORDER BY seen DESC LIMIT ?", (MAX_PUBLIC,))
-        self._seen.update(reversed(rows))
-        self._database.run("DELETE FROM public WHERE seen < ?", (rows[-1][1] if len(rows) == MAX_PUBLIC else 0,))
+        self._database = Database(path, _SCHEMA + _INDEX)
+        self._trim()
 
     def close(self) -> None:
         self._database.close()
 
     def age(self, locator: Locator) -> float | None:
         """Seconds since the repository was seen to be public; None if unknown, also after the clock was set back."""
-        seen = self._seen.get(_repository(locator))
+        seen = self._last_seen(_repository(locator))
         age = -1.0 if seen is None else 0.0 if self._pinned(locator) else time.time() - seen
         return age if age >= 0 else None
 
@@ -101,10 +129,26 @@ class PublicTable:
             return
         self._seen[repository] = seen
         self._database.run("INSERT OR REPLACE INTO public VALUES (?, ?)", (repository, seen))
+        self._trim()
 
     def drop(self, locator: Locator) -> None:
-        if self._seen.pop(_repository(locator), None) is not None:
-            self._database.run("DELETE FROM public WHERE repository = ?", (_repository(locator),))
+        repository = _repository(locator)
+        if self._last_seen(repository) is not None:
+            del self._seen[repository]
+            self._database.run("DELETE FROM public WHERE repository = ?", (repository,))
+
+    def _last_seen(self, repository: str) -> float | None:
+        seen = self._seen.get(repository)
+        if seen is None:
+            for row in self._database.run("SELECT seen FROM public WHERE repository = ?", (repository,)):
+                seen = self._seen[repository] = row[0]
+        return seen
+
+    def _trim(self) -> None:
+        self._database.run(
+            "DELETE FROM public WHERE seen < (SELECT seen FROM public ORDER BY seen DESC LIMIT 1 OFFSET ?)",
+            (MAX_PUBLIC_ROWS,),
+        )
 
 
 def _repository(locator: Locator) -> str:
@@ -131,7 +175,7 @@ class Access:
         self.change(grace_s, public_grace_s)
         self._registries, self._public, self._site_says = registries, public, site_says
         self._loopback = loopback
-        self.verdicts: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
+        self.verdicts = _Verdicts()
         self._asking: SingleFlight[tuple[_Key, str], bool] = SingleFlight(nursery)
 
     def change(self, grace_s: Mapping[str, float], public_grace_s: float) -> None:
@@ -162,7 +206,7 @@ class Access:
 
     def refused(self, locator: Locator) -> DeniedError:
         """The error for a client whose grant the registry withdrew, or whose grant expired."""
-        self.verdicts.pop(_key(locator), None)
+        self.verdicts.pop(_key(locator))
         return self._challenged(locator)
 
     def _may_be_shown(self, authorization: str) -> bool:

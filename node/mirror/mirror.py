@@ -20,11 +20,11 @@ from typing import TypeVar
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import trio
-from cachetools import LRUCache
 
 from node.content.contract import Library
 from node.content.listings import Listings
 from node.mirror.access import Access, ChallengedError
+from node.mirror.missing import MissingNames, Name
 from node.oci.byte_ranges import Span, parse_range
 from node.oci.manifests import Resolved
 from node.oci.references import Kind, Locator, canonical, check_reference, is_digest
@@ -42,8 +42,6 @@ LIMITS = Limits(methods=("GET", "HEAD"), body_bytes=0)
 """For the server: a push is refused before its body is read."""
 BOUNDARY = f"shoal-{secrets.token_hex(12)}"
 """Random, so that no layer can be made to contain it."""
-MAX_MISSING = 4096
-"""Names remembered as absent, for answers while the registry is out of reach."""
 MAX_CURSOR = 2048
 """Longest query, in characters, of the link to a next page."""
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
@@ -69,6 +67,10 @@ class _Target:
     reference: str
 
     @property
+    def name(self) -> Name:
+        return self.locator, self.path_kind, self.reference
+
+    @property
     def unknown(self) -> str:
         """The error code for a missing object."""
         return {"blobs": "BLOB_UNKNOWN", "manifests": "MANIFEST_UNKNOWN"}.get(self.path_kind, "NAME_UNKNOWN")
@@ -81,8 +83,7 @@ class Mirror:
         self._library, self._access = library, access
         self._upstreams = upstreams
         self._listings = listings
-        self._missing: LRUCache[_Target, str] = LRUCache(MAX_MISSING)
-        """The text of the registry's error, by target."""
+        self._missing = MissingNames()
 
     async def handle(self, request: Request) -> Response:
         path = request.path[:300]
@@ -112,14 +113,15 @@ class Mirror:
         try:
             answer = await self._answer(request, target)
         except NotFoundError as error:
-            self._missing[target] = str(error)
+            self._missing.note(target.name, str(error))
             raise _ProblemError(404, target.unknown, str(error)) from error
         except UnavailableError:
             # While the registry is out of reach its last answer counts, for absent objects as for present ones.
-            if target in self._missing:
-                raise _ProblemError(404, target.unknown, self._missing[target]) from None
+            if (text := self._missing.get(target.name)) is not None:
+                raise _ProblemError(404, target.unknown, text) from None
             raise
-        self._missing.pop(target, None)
+        self._missing.read_from(target.locator)
+        self._missing.forget(target.name)
         return answer
 
     async def _answer(self, request: Request, target: _Target) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -11,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.mirror.access import FRESH_S, MAX_VERDICTS, REFUSED_S, Access, ChallengedError, PublicTable
+from node.mirror.access import FRESH_S, MAX_PUBLIC, MAX_VERDICTS, REFUSED_S, Access, ChallengedError, PublicTable
 from node.oci.references import Locator
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
 
@@ -284,6 +285,31 @@ def test_other_modes_ask_no_registry(tmp_path: Path) -> None:
         assert fixture.registry.asked == []
 
     play(tmp_path, scenario, upstream="elsewhere.test")
+
+
+def test_invented_credentials_push_out_no_right(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        fixture.registry.allowed.add((PRIVATE.repository, ALICE))
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+        for number in range(MAX_VERDICTS + 100):
+            with pytest.raises(ChallengedError):
+                await fixture.admit(PRIVATE, f"Bearer {number}")
+        fixture.registry.down = True
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+
+    play(tmp_path, scenario)
+
+
+def test_a_public_repository_stays_known_whatever_others_are_read(tmp_path: Path) -> None:
+    with closing(PublicTable(tmp_path / "access.sqlite")) as table:
+        table.note(OPEN)
+        for number in range(MAX_PUBLIC + 100):
+            table.note(Locator("origin.test", f"other/app-{number}", "blobs"))
+        assert table.age(OPEN) is not None
+    with closing(PublicTable(tmp_path / "access.sqlite")) as table:
+        assert table.age(OPEN) is not None
+        table.drop(OPEN)
+        assert table.age(OPEN) is None
 
 
 def test_verdicts_are_bounded_and_hold_no_secret(tmp_path: Path) -> None:
