@@ -12,6 +12,7 @@ from cache.pieces import UNBOUNDED, Bitmaps, check_bytes, eviction_policy
 from cache.store import Held, Holdings, StoreStatistics
 from protocol.ids import Buffer, Digest, PeerId, Piece
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 ENTRY_BYTES = 1024
 """Charged for the record, the key and the policy's state of each piece."""
@@ -53,12 +54,12 @@ class MemoryStore:
         await trio.lowlevel.checkpoint()
         return self._cache.get(piece)
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+    async def put(self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
         if piece in self._pieces:
             return True
-        held = Held(sole(data), record)
+        held = Held(sole(data), record, proof)
         need = _bytes_held(held)
         if need > self._budget:
             return False

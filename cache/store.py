@@ -1,7 +1,7 @@
 """The contract of everything that stores pieces.
 
-A store maps a `Piece` (a whole block or one shard of it) to its bytes and the signed `Record` of its block. All stores
-keep these promises, which tests/conformance/test_store.py checks for each of them:
+A store maps a `Piece` (a whole block or one shard of it) to its bytes, the signed `Record` of its block, and for a shard
+the `ShardProof` of its maker. All stores keep these promises, which tests/conformance/test_store.py checks for each of them:
 
 - `get` never returns a wrong byte. A whole block has been hashed against its record's sha256, a shard against the
   sha256 that was noted when it was put, since the bytes last could have changed outside this process. A piece that
@@ -23,14 +23,16 @@ from typing import Protocol
 
 from protocol.ids import Buffer, Digest, PeerId, Piece, Shard
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Checked bytes from a store, with the record of the block that they belong to."""
+    """Checked bytes from a store, with the record of the block that they belong to; of a shard also its maker's proof."""
 
     data: Buffer
     record: Record
+    proof: ShardProof | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class StoreStatistics:
 class BlockStore(Protocol):
     async def get(self, piece: Piece) -> Held | None: ...
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool: ...
+    async def put(self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None) -> bool: ...
 
     async def discard(self, piece: Piece) -> None: ...
 

@@ -9,6 +9,7 @@ from typing import BinaryIO, Literal, Protocol
 from cache.store import BlockStore, Held, Holdings, StoreStatistics
 from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 Tier = Literal["memory", "disk", "containerd"]
 
@@ -51,13 +52,13 @@ class Tiers:
                 return held, tier
         return None
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> None:
+    async def put(self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None) -> None:
         """Store in each tier that has room. If no tier stores it, nothing is lost: the caller has the bytes."""
-        await self._memory.put(piece, data, record)
+        await self._memory.put(piece, data, record, proof)
         if piece.shard is None:
             await self._drop_shards(piece.block)
         if not self._left_to_containerd(piece.block.digest):
-            await self._disk.put(piece, data, record)
+            await self._disk.put(piece, data, record, proof)
 
     async def _drop_shards(self, block: BlockId) -> None:
         """A block that is held whole makes its shards redundant; the disk does the same."""

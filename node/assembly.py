@@ -129,7 +129,7 @@ def blocks(
     questions, grants = Questions(site), Grants()
     holders = Holders(site, questions, directory)
     home = Home(site, holders, grants, identity=identity, origin=reads, nursery=nursery)
-    keeper = Keeper(site, home, questions, grants, nursery=nursery)
+    keeper = Keeper(site, home, questions, grants, identity=identity, nursery=nursery)
     fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 

@@ -97,7 +97,7 @@ class FixedView:
     """A view that the test sets."""
 
     def __init__(self, members: list[Member]) -> None:
-        self.site = self.known = tuple(sorted(members, key=lambda member: member.peer_id))
+        self.site = tuple(sorted(members, key=lambda member: member.peer_id))
         self._members = {member.peer_id: member for member in members}
         self.version = 0
         self.changed_at = -1000.0
