@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 import trio
 
-from cache.disk_index import DiskIndex, key_of
+from cache.disk_index import DiskIndex, Stored, key_of
 from cache.disk_table import Entry, File, PieceTable, Room
 from cache.files import CHANGE, READ, opened, punch
 from cache.recovery import TRASH
-from protocol.ids import Piece
 
 FLUSH_S = 1.0
 """A kill loses at most the puts of this time. Shorter means more syncs, which wear an eMMC."""
@@ -32,7 +31,7 @@ class Batch:
 
     added: list[Entry]
     removed: list[Entry]
-    used: list[tuple[Piece, int]]
+    referenced: list[Stored]
     trash: dict[File, str]
 
 
@@ -55,7 +54,7 @@ def carry_out(index: DiskIndex, batch: Batch) -> Outcome:
             outcome.problems.append(("cannot sync a file", error))
     synced = [entry.stored for entry in batch.added if entry.file not in outcome.unsynced]
     try:
-        index.apply([key_of(entry.piece) for entry in batch.removed], synced, batch.used)
+        index.apply([key_of(entry.piece) for entry in batch.removed], synced, batch.referenced)
         outcome.committed = True
     except sqlite3.Error as error:
         outcome.problems.append(("cannot write the index", error))
@@ -110,8 +109,8 @@ class WriteBack:
 
     def _batch(self) -> Batch:
         removed = [entry for entry in self._table.removed.values() if not entry.file.leases]
-        used = self._table.take_references()
-        return Batch(list(self._table.unsynced.values()), removed, used, self._clear_files(removed))
+        referenced = self._table.take_references()
+        return Batch(list(self._table.unsynced.values()), removed, referenced, self._clear_files(removed))
 
     def _clear_files(self, removed: list[Entry]) -> dict[File, str]:
         """Rename the files without pieces, so that new files can have their names."""

@@ -21,6 +21,7 @@ from cache.files import Identity
 from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, length_of
 from cache.pinned import PinnedPolicy
 from cache.recovery import Folder, offset_of, relative_path, space
+from cache.store import READ_HERE, Askers
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, PeerId, Piece, Shard
 from protocol.records import Record
 
@@ -64,6 +65,7 @@ class Entry:
     length: int
     used: int
     file: File
+    kept_for: Askers = READ_HERE
 
     @property
     def offset(self) -> int:
@@ -75,7 +77,7 @@ class Entry:
 
     @property
     def stored(self) -> Stored:
-        return Stored(self.piece, self.sha256, self.record, self.used)
+        return Stored(self.piece, self.sha256, self.record, self.used, self.kept_for)
 
 
 @dataclass(slots=True, eq=False)
@@ -156,10 +158,10 @@ class PieceTable:
             self.refer(self.entries[Piece(BlockId(file.digest, index))])
         file.next_reference = stop if stop < file.pieces else 0
 
-    def take_references(self) -> list[tuple[Piece, int]]:
-        """Pieces referenced since the last call whose rows exist, with their last use."""
+    def take_references(self) -> list[Stored]:
+        """Pieces referenced since the last call whose rows exist."""
         references, self._referenced = self._referenced, set()
-        return [(piece, self.entries[piece].used) for piece in references if piece not in self.unsynced]
+        return [self.entries[piece].stored for piece in references if piece not in self.unsynced]
 
     def remove(self, entry: Entry) -> None:
         """Forget a piece; if files cannot have holes, forget all pieces of its file."""

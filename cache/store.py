@@ -25,6 +25,11 @@ from protocol.ids import Buffer, Digest, PeerId, Piece, Shard
 from protocol.records import Record
 from protocol.shard_proofs import ShardProof
 
+Askers = tuple[PeerId, ...]
+"""The members that had this node keep a piece."""
+READ_HERE: Askers = ()
+"""Instead of askers: a client of this node read the piece."""
+
 
 @dataclass(frozen=True, slots=True)
 class Held:

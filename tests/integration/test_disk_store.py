@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -512,6 +513,27 @@ def test_refuses_an_index_that_it_does_not_know(tmp_path: Path, version: int) ->
     with pytest.raises(BadInputError, match=r"schema version .*index|index.*schema version"):
         run(tmp_path, lambda store: store.flush())
     assert sqlite3.connect(tmp_path / "index.sqlite").execute("PRAGMA user_version").fetchone() == (version,)
+
+
+def test_an_index_of_the_version_before_is_read_and_keeps_its_pieces(tmp_path: Path) -> None:
+    run(tmp_path, lambda store: put_all(store, BLOB))
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
+        (columns,) = database.execute("SELECT sql FROM sqlite_schema WHERE name = 'piece'").fetchone()
+        for row in database.execute("PRAGMA table_info(piece)").fetchall()[8:]:
+            database.execute(f"ALTER TABLE piece DROP COLUMN {row[1]}")
+        database.execute("PRAGMA user_version = 2")
+        database.commit()
+
+    async def check(store: DiskStore) -> None:
+        for piece in BLOB.pieces:
+            assert await got(store, BLOB, piece)
+        await put_all(store, OTHER)
+
+    run(tmp_path, check)
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
+        assert database.execute("SELECT sql FROM sqlite_schema WHERE name = 'piece'").fetchone() == (columns,)
+    run(tmp_path, lambda store: got(store, OTHER, OTHER.pieces[0]))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 4096])
