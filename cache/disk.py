@@ -32,6 +32,7 @@ from cache.recovery import Folder, open_folder, space
 from cache.store import Held, Holdings, StoreStatistics
 from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 logger = logging.getLogger(__name__)
 
@@ -128,14 +129,14 @@ class DiskStore:
                 self._folder.warn_once("cannot read a piece", error)
                 return None
         if self._table.entries.get(piece) is not entry:  # evicted meanwhile: the bytes read may be those of its hole
-            return Held(data, entry.record) if problem is None else None
+            return Held(data, entry.record, entry.proof) if problem is None else None
         if problem is not None:
             shard = f" {piece.shard}" if piece.shard else ""
             logger.warning("disk: %s #%d%s: %s: discarded", piece.block.digest, piece.block.index, shard, problem)
             self._table.remove(entry)
             return None
         self._table.refer(entry)
-        return Held(data, entry.record)
+        return Held(data, entry.record, entry.proof)
 
     async def _read(self, entry: Entry, data: bytearray) -> str | None:
         """Fill `data`; returns a text if the bytes are wrong, else None. Raises OSError."""
@@ -152,7 +153,7 @@ class DiskStore:
             file.checked |= 1 << entry.piece.block.index
         return None
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+    async def put(self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
         if piece in self._table.entries:
@@ -161,8 +162,10 @@ class DiskStore:
             return False
         if piece in self._table.entries:
             return True
-        sha = record.sha256 if piece.shard is None else sha256(data).digest()
-        return not self._table.is_derivable(piece) and self._write(self._table.entry(piece, record, sha), data)
+        statement = record if piece.shard is None else proof
+        sha = statement.sha256 if statement is not None else sha256(data).digest()
+        entry = self._table.entry(piece, record, sha, proof=proof)
+        return not self._table.is_derivable(piece) and self._write(entry, data)
 
     async def _make_room(self, piece: Piece, need: int) -> bool:
         """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""

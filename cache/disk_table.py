@@ -24,6 +24,7 @@ from cache.recovery import Folder, offset_of, relative_path, space
 from cache.store import READ_HERE, Askers
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, PeerId, Piece, Shard
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 MAX_REFERENCES = 1024
 """Blocks referenced at one opening of a sealed object (3 ms); the next opening of a larger object continues there."""
@@ -66,6 +67,7 @@ class Entry:
     used: int
     file: File
     kept_for: Askers = READ_HERE
+    proof: ShardProof | None = None
 
     @property
     def offset(self) -> int:
@@ -77,7 +79,7 @@ class Entry:
 
     @property
     def stored(self) -> Stored:
-        return Stored(self.piece, self.sha256, self.record, self.used, self.kept_for)
+        return Stored(self.piece, self.sha256, self.record, self.used, self.kept_for, self.proof)
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +105,7 @@ class PieceTable:
         """Hold the pieces in the index that fit the budget: pinned pieces first, then the most recently used."""
         self._last_used = max((row.used for row in rows), default=0)
         rows = sorted(rows, key=lambda row: not self.policy.keeps(row.piece))
-        entries = [self.entry(row.piece, row.record, row.sha256, row.used) for row in rows]
+        entries = [self.entry(row.piece, row.record, row.sha256, row.used, proof=row.proof) for row in rows]
         totals = accumulate(entry.space for entry in entries[:MAX_ENTRIES])
         kept = sum(total <= self.policy.budget_bytes for total in totals)
         for entry in reversed(entries[:kept]):
@@ -111,7 +113,9 @@ class PieceTable:
         for entry in entries[kept:]:
             self.retire(entry)
 
-    def entry(self, piece: Piece, record: Record, sha256: bytes, used: int | None = None) -> Entry:
+    def entry(
+        self, piece: Piece, record: Record, sha256: bytes, used: int | None = None, *, proof: ShardProof | None = None
+    ) -> Entry:
         """A new entry, not held yet. Long values are in memory once for all entries."""
         key = piece.block.digest, piece.shard
         file = self.files.get(key)
@@ -120,9 +124,12 @@ class PieceTable:
         digest, signer = intern(record.digest), PeerId(intern(record.signer))
         sha = sha256 if sha256 == record.sha256 else record.sha256
         record = msgspec.structs.replace(record, digest=digest, sha256=sha, signer=signer)
+        if proof is not None:
+            proof = ShardProof(PeerId(intern(proof.maker)), sha256, proof.signature)
         own = Piece(BlockId(file.digest, piece.block.index), file.shard)
         used = self._next_use() if used is None else used
-        return Entry(piece=own, record=record, sha256=sha256, length=length_of(own, record), used=used, file=file)
+        length = length_of(own, record)
+        return Entry(piece=own, record=record, sha256=sha256, length=length, used=used, file=file, proof=proof)
 
     def _next_use(self) -> int:
         """Unix milliseconds, so that the age of the last use can be derived, but different for each reference."""

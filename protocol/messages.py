@@ -26,8 +26,8 @@ class GetShard(_Message, frozen=True, tag=1):
     `hops` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the block's
     home, 3 and more also keepers nearer to the home. `source` says where the upstream has the object. `reader` is a
     peer id if the upstream restricts access: that member reads the block if no member holds it. It is "" if access is
-    public. A `background` request has no waiting client and yields on the uplink. `keep`: the sender will keep the shard
-    and pass it on, so it needs the maker's proof.
+    public. A `background` request has no waiting client and yields on the uplink. `keep`: the sender will keep the
+    shard and pass it on, so it needs the maker's proof.
     """
 
     digest: str

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 MAX_UNTANGLED = 64
 """Combinations of k shards that are tried in search of a wrong shard: 4 of 5 shards give 5, 10 of 12 give 66."""
 
+
 @dataclass(slots=True)
 class _Attempt:
     address: BlockAddress
@@ -171,6 +172,7 @@ class CodedReads:
             if (answer := await self._ask(attempt, ask)) is not None:
                 attempt.add(ask.peer, *answer)
         for chosen in islice(combinations(attempt.shards, shape.k), MAX_UNTANGLED):
+            await trio.lowlevel.checkpoint()
             if (held := self._decode(attempt, record, chosen)) is not None:
                 await self._blame(attempt, Obtained(held, Source.PEER))
                 return held
@@ -182,8 +184,8 @@ class CodedReads:
         return Held(data, record) if record.matches(data) else None
 
     async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
-        """Quarantine the members that answer for wrong shards: by their own signature, or because they sent them without
-        a maker's. Discard wrong shards of this node."""
+        """Quarantine the members that answer for wrong shards: by their signature, or because they sent them without
+        a right one. Discard wrong shards of this node."""
         site, shape, claim, right = self._site, attempt.route.shape, attempt.record, truth.held
         if claim is not None and claim.sha256 != right.record.sha256:
             # Two records: the registry's own bytes decide (node/evidence/judge.py), not those of a mirror or a member.

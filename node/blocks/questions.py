@@ -67,8 +67,8 @@ class Questions:
     def get_shard(
         self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True, keep: bool = False
     ) -> GetShard:
-        """A request for a shard, or without `exact` for any shard of its code. `hops` limits the peer's requests. `keep`:
-        this node will keep the shard."""
+        """A request for a shard, or without `exact` for any shard of its code. `hops` limits the peer's requests. With
+        `keep`, this node will keep the shard."""
         reader = self._site.own if address.locator.grant else address.reader
         return GetShard(
             digest=str(address.ref.digest),

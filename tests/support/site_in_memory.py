@@ -13,6 +13,7 @@ from hashlib import sha256
 from random import Random
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -31,9 +32,10 @@ from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry import batching
 from protocol.errors import DeniedError, UnavailableError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
-from protocol.messages import Request
+from protocol.messages import Request, ShardFound
+from protocol.shard_proofs import make_proof
 from tests.support.disk_like import DiskLike
 from tests.support.site_library import site_library
 
@@ -246,3 +248,28 @@ def flipped(answer: Answer) -> Answer:
     wrong = bytearray(answer.body)
     wrong[-1] ^= 128
     return Answer(answer.message, wrong)
+
+
+def signing(identity: Identity) -> Callable[[Answer], Answer]:
+    """Wrong shards with a proof that `identity` signed over their wrong bytes. Other answers are unchanged."""
+
+    def lie(answer: Answer) -> Answer:
+        message = answer.message
+        if not isinstance(message, ShardFound) or answer.body is None or message.k == 1:
+            return answer
+        wrong, shard = flipped(answer).body, Shard(message.k, message.m, message.index)
+        assert wrong is not None
+        proof = make_proof(message.record, shard, wrong, maker=identity.peer_id, sign=identity.sign)
+        return Answer(msgspec.structs.replace(message, proof=proof), wrong)
+
+    return lie
+
+
+def unsigned(answer: Answer) -> Answer:
+    """A wrong shard without a proof."""
+    message = answer.message
+    return (
+        flipped(Answer(msgspec.structs.replace(message, proof=None), answer.body))
+        if isinstance(message, ShardFound)
+        else answer
+    )
