@@ -47,6 +47,7 @@ from node.content.verification import ObjectVerifier
 from node.control.api import NodeControl, upstream_row
 from node.control.reload import Reloader, prepared
 from node.control.routes import Route, cluster_routes, control_routes, image_routes
+from node.evidence.findings import Findings
 from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.connection import Endpoint
@@ -190,10 +191,9 @@ def site(
     )
     judge = Judge(
         site=near,
-        home=home,
+        findings=Findings(near, home, questions, lambda upstream: len(upstreams.endpoints(upstream)) > 1),
         questions=questions,
         sign=identity.sign,
-        mirrored=lambda upstream: len(upstreams.endpoints(upstream)) > 1,
         nursery=nursery,
         rng=rng,
     )

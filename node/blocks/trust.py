@@ -24,12 +24,12 @@ _REMEMBERED = 8192
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """A record that may be false. `source` is the locator of its object. `other` contradicts it. `compared`: this node
-    has compared it with the registry's own bytes."""
+    """A record that may be false. `source` is the locator of its object. `other` contradicts it. `proven`: it differs
+    from bytes that have the object's digest."""
 
     record: Record
     source: str
-    compared: bool = False
+    proven: bool = False
     other: Record | None = None
 
 

@@ -38,6 +38,9 @@ class Verdict(StrEnum):
     SPARED = "not looked into, since another one is proven"
     VOID = "void"
     """The record is true, or a mirror sends the same bytes. The case is kept, so that it is not examined twice."""
+    REFUTED = "refuted by the registry"
+    """As VOID, but by one block from the registry only. This proves nothing against the finder, but it is not heard
+    any more for as long as evidence counts."""
 
 
 @dataclass(slots=True)
@@ -56,8 +59,12 @@ class Case:
         return self.verdict in (Verdict.UNPROVEN, Verdict.UNPROVABLE)
 
     @property
+    def is_recent(self) -> bool:
+        return trio.current_time() - self.found_at < QUARANTINE_S
+
+    @property
     def is_live(self) -> bool:
-        return self.verdict is not Verdict.VOID and trio.current_time() - self.found_at < QUARANTINE_S
+        return self.verdict not in (Verdict.VOID, Verdict.REFUTED) and self.is_recent
 
     @property
     def worth(self) -> tuple[bool, bool, float]:
@@ -84,8 +91,11 @@ class Cases(dict[Key, Case]):
         return [case for case in self.live() if case.evidence.record.signer == signer]
 
     def takes_from(self, finder: PeerId) -> bool:
-        """Whether the finder has fewer than MAX_UNDECIDED undecided cases."""
-        return sum(case.evidence.finder == finder for case in self.live() if case.is_undecided) < MAX_UNDECIDED
+        """Whether the finder has fewer than MAX_UNDECIDED undecided cases, and the registry has refuted none of it."""
+        cases = [case for case in self.values() if case.evidence.finder == finder and case.is_recent]
+        if any(case.verdict is Verdict.REFUTED for case in cases):
+            return False
+        return sum(case.is_undecided for case in cases) < MAX_UNDECIDED
 
     def to_tell(self) -> tuple[tuple[Evidence, float], ...]:
         """The live evidence that is worth most, as much as fits a message, each with its age in seconds."""

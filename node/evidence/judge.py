@@ -1,7 +1,8 @@
 """Judgement of evidence against members: evidence is found by this node or received, verified here, and passed on.
 
-No member is quarantined on the word of another. Evidence from others stays unproven until this node has compared the
-record with the registry's bytes itself, at a bounded rate. A member that accused falsely is itself quarantined.
+No member is quarantined on the word of another, nor on that of a registry: evidence stays unproven until this node has
+compared the record with bytes that have the object's digest. They come from its own store, from the finder, or from the
+registry, at a bounded rate. A member that accused falsely is itself quarantined, if that is as certain.
 docs/PROTOCOL.md, "Evidence".
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -17,20 +17,24 @@ from random import Random
 import trio
 from cachetools import LRUCache
 
-from node.blocks.held_objects import is_right, open_checked
-from node.blocks.home import Home
+from node.blocks.held_objects import is_right
 from node.blocks.questions import Questions
 from node.blocks.trust import Suspicion
-from node.blocks.values import SMALL_SILENCE_S, BlockAddress, Site
+from node.blocks.values import SMALL_SILENCE_S, Site
 from node.evidence.cases import MAX_KEPT, Case, Cases, Key, Verdict, key_of
+from node.evidence.findings import Finding, Findings
 from node.exchange.contract import Answer, Lane
 from node.membership.membership import QUARANTINE_S
-from node.oci.references import Locator
-from protocol.errors import DeniedError, PeerMisbehavedError, PeerUnavailableError, ShoalError, UnavailableError
+from protocol.errors import (
+    DeniedError,
+    PeerMisbehavedError,
+    PeerUnavailableError,
+    ShoalError,
+    UnavailableError,
+)
 from protocol.evidence import Evidence, check_evidence, make_evidence
-from protocol.ids import BLOCK_SIZE, ObjectRef, PeerId, Piece
+from protocol.ids import ObjectRef, PeerId, Piece
 from protocol.messages import Accusations, Accuse
-from protocol.records import Record
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +52,10 @@ UNDER_WAY_S = 60.0
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Judge:
-    """`mirrored` returns whether this node has mirrors for an upstream, whose bytes may differ from the registry's."""
-
     site: Site
-    home: Home
+    findings: Findings
     questions: Questions
     sign: Callable[[bytes], bytes]
-    mirrored: Callable[[str], bool]
     nursery: trio.Nursery
     rng: Random
     cases: Cases = field(default_factory=Cases)
@@ -94,7 +95,7 @@ class Judge:
     def _is_acceptable(self, evidence: Evidence) -> bool:
         """Whether the evidence is new, about a member, and by a trusted one. If not, no signature is checked."""
         record, finder = evidence.record, evidence.finder
-        if key_of(record, evidence.source) in self.cases or record.signer == self.site.own:
+        if key_of(record, evidence.source) in self.cases or record.signer in (self.site.own, finder):
             return False
         if self.site.view.find(record.signer) is None or not self.site.trust.accepts(finder):
             return False
@@ -129,18 +130,19 @@ class Judge:
             case = self.cases.get(key)
             if suspicion.record.signer == self.site.own or key in self._cleared or (case and not case.is_undecided):
                 continue
-            if suspicion.compared or await self._is_confirmed(suspicion):
+            if suspicion.proven or await self._is_confirmed(suspicion):
                 self._accuse(suspicion)
 
     async def _is_confirmed(self, suspicion: Suspicion) -> bool:
+        record, source, claims = suspicion.record, suspicion.source, (suspicion.record, suspicion.other)
         try:
-            is_false = await self._is_false(suspicion.record, suspicion.source, suspicion.other)
+            finding = await self.findings.shown(source, *claims) or await self.findings.by_registry(source, *claims)
         except ShoalError as error:
-            log.info("a suspected record of %s cannot be compared: %s", suspicion.record.block, error)
+            log.info("a suspected record of %s cannot be compared: %s", record.block, error)
             return False
-        if not is_false:
-            self._cleared[key_of(suspicion.record, suspicion.source)] = None
-        return is_false is True
+        if finding in (Finding.TRUE, Finding.SEEMS_TRUE):
+            self._cleared[key_of(record, source)] = None
+        return finding is Finding.FALSE
 
     def _accuse(self, suspicion: Suspicion) -> None:
         evidence = make_evidence(suspicion.record, suspicion.source, self.site.own, self.sign, other=suspicion.other)
@@ -161,34 +163,35 @@ class Judge:
 
     async def _judge(self, case: Case) -> None:
         evidence, now = case.evidence, trio.current_time()
+        source, claims = evidence.source, (evidence.record, evidence.other)
         if any(other.verdict is Verdict.PROVEN for other in self.cases.about(evidence.record.signer)):
             case.verdict = Verdict.SPARED
             return
         try:
-            if not case.spread and not self._needs_no_registry(evidence):
+            finding = await self.findings.shown(source, *claims, finder=evidence.finder)
+            if finding is None and not case.spread:
                 case.spread, case.due = True, now + self.rng.uniform(0, SPREAD_S * len(self.site.view.site))
                 return
-            is_false = await self._is_false(evidence.record, evidence.source, evidence.other)
+            self._settle(case, finding or await self.findings.by_registry(source, *claims))
         except (UnavailableError, PeerUnavailableError) as error:
             log.debug("%s is not proven yet: %s", evidence.record.block, error)
             case.due = now + RETRY_S
         except ShoalError as error:
             log.info("evidence about %s cannot be proven here: %s", evidence.record.block, error)
             case.verdict = Verdict.UNPROVABLE
-        else:
-            self._settle(case, is_false)
 
-    def _settle(self, case: Case, is_false: bool | None) -> None:
-        if is_false:
+    def _settle(self, case: Case, finding: Finding) -> None:
+        record, finder = case.evidence.record, case.evidence.finder
+        if finding is Finding.FALSE:
             self._convict(case)
             return
-        case.verdict = Verdict.VOID
-        if is_false is None:
-            return
-        record, finder = case.evidence.record, case.evidence.finder
-        reason = f"accused {record.signer} of a record of {record.digest} #{record.index} that is true"
-        self.site.view.quarantine(finder, reason)
-        self.cases.void_accusations_of(finder)
+        case.verdict = Verdict.VOID if finding is not Finding.SEEMS_TRUE else Verdict.REFUTED
+        if finding is Finding.TRUE:
+            reason = f"accused {record.signer} of a record of {record.digest} #{record.index} that is true"
+            self.site.view.quarantine(finder, reason)
+        if finding is not Finding.EXCUSED:
+            log.info("the accusation of %s by %s is unfounded", record.signer, finder)
+            self.cases.void_accusations_of(finder)
 
     def _convict(self, case: Case) -> None:
         case.verdict, record = Verdict.PROVEN, case.evidence.record
@@ -208,29 +211,3 @@ class Judge:
                 if not await is_right(tiers, ref):
                     for piece in pieces:
                         await tiers.discard(piece)
-
-    def _needs_no_registry(self, evidence: Evidence) -> bool:
-        alone = not self.mirrored(Locator.parse(evidence.source).upstream)
-        return (evidence.other is not None and alone) or self._own_copy(evidence.record) is not None
-
-    async def _is_false(self, record: Record, source: str, other: Record | None) -> bool | None:
-        """Whether the record, or one of the two, is false; None if a mirror of the registry sends the false bytes."""
-        locator = Locator.parse(source)
-        address = BlockAddress(locator, record.object, record.index)
-        mirrored = self.mirrored(locator.upstream)
-        if other is not None and not mirrored:
-            return True
-        truth = self._own_copy(record) or (await self.home.reread(address)).data
-        claims = (claim for claim in (record, other) if claim is not None)
-        false = next((claim for claim in claims if not claim.matches(truth)), None)
-        if false is not None and mirrored and await self.home.deceived(address, false):
-            return None
-        return false is not None
-
-    def _own_copy(self, record: Record) -> bytes | None:
-        """The block's bytes from a file of its object that was checked against its digest."""
-        file = open_checked(self.site.tiers, record.object)
-        if file is None:
-            return None
-        with file:
-            return os.pread(file.fileno(), record.length, record.index * BLOCK_SIZE)

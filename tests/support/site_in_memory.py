@@ -35,6 +35,7 @@ from protocol.errors import DeniedError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import Request, ShardFound
+from protocol.records import Record
 from protocol.shard_proofs import make_proof
 from tests.support.disk_like import DiskLike
 from tests.support.site_library import site_library
@@ -263,6 +264,16 @@ def signing(identity: Identity) -> Callable[[Answer], Answer]:
         return Answer(msgspec.structs.replace(message, proof=proof), wrong)
 
     return lie
+
+
+def under(record: Record, answer: Answer, identity: Identity) -> Answer:
+    """The shard of an answer under another record, with a proof by `identity`."""
+    message, body = answer.message, answer.body
+    assert isinstance(message, ShardFound)
+    assert body is not None
+    shard = Shard(message.k, message.m, message.index)
+    proof = make_proof(record, shard, body, maker=identity.peer_id, sign=identity.sign)
+    return Answer(msgspec.structs.replace(message, record=record, proof=proof), body)
 
 
 def unsigned(answer: Answer) -> Answer:
