@@ -32,6 +32,8 @@ def key_of(record: Record, source: str) -> Key:
 class Verdict(StrEnum):
     """This node's verdict on a piece of evidence."""
 
+    SUSPECTED = "suspected here"
+    """By this node's own reads. Others do not hear of it before it is proven."""
     UNPROVEN = "not proven here yet"
     UNPROVABLE = "cannot be proven here"
     PROVEN = "proven here"
@@ -51,12 +53,14 @@ class Case:
     found_at: float
     verdict: Verdict = Verdict.UNPROVEN
     due: float = -math.inf
+    blocks: int = 0
+    """Blocks of the object that this node held when it last looked."""
     spread: bool = False
     """Whether the case was already delayed once, to spread the members' questions to the registry."""
 
     @property
     def is_undecided(self) -> bool:
-        return self.verdict in (Verdict.UNPROVEN, Verdict.UNPROVABLE)
+        return self.verdict in (Verdict.SUSPECTED, Verdict.UNPROVEN, Verdict.UNPROVABLE)
 
     @property
     def is_recent(self) -> bool:
@@ -84,6 +88,13 @@ class Cases(dict[Key, Case]):
             del self[min(self, key=lambda key: self[key].worth)]
         self.added.unpark_all()
 
+    def told_again(self, evidence: Evidence, found_at: float) -> None:
+        """The liar itself may have been the first to tell of it, as of evidence that has nearly ended."""
+        case = self.get(key_of(evidence.record, evidence.source))
+        if case is not None and case.evidence == evidence and case.is_undecided and found_at > case.found_at:
+            case.found_at = found_at
+            self.added.unpark_all()
+
     def live(self) -> list[Case]:
         return [case for case in self.values() if case.is_live]
 
@@ -100,12 +111,13 @@ class Cases(dict[Key, Case]):
     def to_tell(self) -> tuple[tuple[Evidence, float], ...]:
         """The live evidence that is worth most, as much as fits a message, each with its age in seconds."""
         now = trio.current_time()
-        listed = sorted(self.live(), key=lambda case: case.worth, reverse=True)[:MAX_TOLD]
+        told = [case for case in self.live() if case.verdict is not Verdict.SUSPECTED]
+        listed = sorted(told, key=lambda case: case.worth, reverse=True)[:MAX_TOLD]
         return tuple((case.evidence, now - case.found_at) for case in listed)
 
     def next_due(self) -> Case | None:
-        """The unproven case that is due first."""
-        waiting = (case for case in self.live() if case.verdict is Verdict.UNPROVEN)
+        """The undecided case that is due first."""
+        waiting = (case for case in self.live() if case.verdict in (Verdict.SUSPECTED, Verdict.UNPROVEN))
         return min(waiting, key=lambda case: case.due, default=None)
 
     def void_accusations_of(self, finder: PeerId) -> None:

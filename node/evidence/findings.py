@@ -59,16 +59,21 @@ class Findings:
     questions: Questions
     mirrored: Callable[[str], bool]
 
-    async def shown(
-        self, source: str, record: Record, other: Record | None = None, *, finder: PeerId | None = None
-    ) -> Finding | None:
-        """The finding without the registry, by the object that this node or the finder holds; None if neither holds
-        all of it."""
+    async def held(self, source: str, record: Record, other: Record | None = None) -> Finding | None:
+        """The finding by the object that this node holds; None if it does not hold all of it."""
         if other is not None and not self._mirrored(source):
             return Finding.FALSE  # of two contradicting records one is, and no mirror can have deceived the signer
         truth = await self._held(record)
-        if truth is None and finder is not None:
-            truth = await self._verified(record, partial(self._block_of, finder))
+        return None if truth is None else await self._finding(source, truth, record, other)
+
+    def blocks_held(self, record: Record) -> int:
+        return self.site.tiers.holdings(record.object.digest).blocks.bit_count()
+
+    async def shown(
+        self, source: str, record: Record, other: Record | None = None, *, finder: PeerId
+    ) -> Finding | None:
+        """The finding by the object that the finder holds; None if it does not send all of it."""
+        truth = await self._verified(record, partial(self._block_of, finder))
         return None if truth is None else await self._finding(source, truth, record, other)
 
     async def by_registry(self, source: str, record: Record, other: Record | None = None) -> Finding:

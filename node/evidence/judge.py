@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 from random import Random
 
 import trio
-from cachetools import LRUCache
 
 from node.blocks.held_objects import is_right
 from node.blocks.questions import Questions
-from node.blocks.trust import Suspicion
 from node.blocks.values import SMALL_SILENCE_S, Site
-from node.evidence.cases import MAX_KEPT, Case, Cases, Key, Verdict, key_of
+from node.evidence.cases import Case, Cases, Verdict, key_of
 from node.evidence.findings import Finding, Findings
 from node.exchange.contract import Answer, Lane
 from node.membership.membership import QUARANTINE_S
@@ -46,6 +44,9 @@ SPREAD_S = 0.5
 """A judge waits a random time, up to SPREAD_S times the number of members, before it asks the registry. So all members
 together ask about twice a second, however many they are."""
 RETRY_S = 60.0
+PATIENCE_S, LOOK_S = 120.0, 5.0
+"""How long a node that reads the object waits until it holds all of it, to decide by its own bytes; and how often it
+looks whether more blocks have arrived."""
 UNDER_WAY_S = 60.0
 """Time after a conviction: all reads that accepted the liar's records before it have then stored their blocks."""
 
@@ -59,8 +60,6 @@ class Judge:
     nursery: trio.Nursery
     rng: Random
     cases: Cases = field(default_factory=Cases)
-    _cleared: LRUCache[Key, None] = field(default_factory=lambda: LRUCache(MAX_KEPT))
-    """This node's own suspicions that were wrong."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
@@ -81,7 +80,10 @@ class Judge:
 
     async def _hear(self, teller: PeerId, accusations: tuple[tuple[Evidence, float], ...]) -> None:
         for evidence, age_s in accusations:
-            if age_s >= QUARANTINE_S or not self._is_acceptable(evidence):
+            if age_s >= QUARANTINE_S:
+                continue
+            self.cases.told_again(evidence, trio.current_time() - age_s)
+            if not self._is_acceptable(evidence):
                 continue
             try:
                 check_evidence(evidence)
@@ -95,7 +97,8 @@ class Judge:
     def _is_acceptable(self, evidence: Evidence) -> bool:
         """Whether the evidence is new, about a member, and by a trusted one. If not, no signature is checked."""
         record, finder = evidence.record, evidence.finder
-        if key_of(record, evidence.source) in self.cases or record.signer in (self.site.own, finder):
+        case = self.cases.get(key_of(record, evidence.source))
+        if (case is not None and case.verdict is not Verdict.SUSPECTED) or record.signer in (self.site.own, finder):
             return False
         if self.site.view.find(record.signer) is None or not self.site.trust.accepts(finder):
             return False
@@ -125,31 +128,21 @@ class Judge:
                 await trio.sleep(EXCHANGE_S - PAUSE_S)
 
     async def _look_into(self) -> None:
+        """Make the suspicions of this node's reads cases of its own, of which others hear once they are proven."""
         async for suspicion in self.site.trust.suspicions:
-            key = key_of(suspicion.record, suspicion.source)
-            case = self.cases.get(key)
-            if suspicion.record.signer == self.site.own or key in self._cleared or (case and not case.is_undecided):
+            record, source, own = suspicion.record, suspicion.source, self.site.own
+            case = self.cases.get(key_of(record, source))
+            if record.signer == own or (case is not None and not (suspicion.proven or case.is_undecided)):
                 continue
-            if suspicion.proven or await self._is_confirmed(suspicion):
-                self._accuse(suspicion)
-
-    async def _is_confirmed(self, suspicion: Suspicion) -> bool:
-        record, source, claims = suspicion.record, suspicion.source, (suspicion.record, suspicion.other)
-        try:
-            finding = await self.findings.shown(source, *claims) or await self.findings.by_registry(source, *claims)
-        except ShoalError as error:
-            log.info("a suspected record of %s cannot be compared: %s", record.block, error)
-            return False
-        if finding in (Finding.TRUE, Finding.SEEMS_TRUE):
-            self._cleared[key_of(record, source)] = None
-        return finding is Finding.FALSE
-
-    def _accuse(self, suspicion: Suspicion) -> None:
-        evidence = make_evidence(suspicion.record, suspicion.source, self.site.own, self.sign, other=suspicion.other)
-        case = Case(evidence, trio.current_time())
-        self.cases.add(case)
-        self._convict(case)
-        self._tell(evidence)
+            if case is not None and case.verdict is Verdict.PROVEN:
+                continue
+            evidence = make_evidence(record, source, own, self.sign, other=suspicion.other)
+            case = Case(evidence, trio.current_time(), Verdict.SUSPECTED)
+            if suspicion.proven:
+                self.cases.add(case)
+                self._convict(case)
+            elif self.cases.takes_from(own):
+                self.cases.add(case)
 
     async def _decide(self) -> None:
         """Judge one case after the other, so that accusations, however many, cost a bounded part of the uplink."""
@@ -167,11 +160,18 @@ class Judge:
         if any(other.verdict is Verdict.PROVEN for other in self.cases.about(evidence.record.signer)):
             case.verdict = Verdict.SPARED
             return
+        is_own = case.verdict is Verdict.SUSPECTED
         try:
-            finding = await self.findings.shown(source, *claims, finder=evidence.finder)
-            if finding is None and not case.spread:
+            finding = await self.findings.held(source, *claims)
+            blocks = self.findings.blocks_held(evidence.record)
+            if finding is None and blocks > case.blocks and now < case.found_at + PATIENCE_S:
+                case.blocks, case.due = blocks, now + LOOK_S
+                return
+            if finding is None and not (is_own or case.spread):
                 case.spread, case.due = True, now + self.rng.uniform(0, SPREAD_S * len(self.site.view.site))
                 return
+            if finding is None and not is_own:
+                finding = await self.findings.shown(source, *claims, finder=evidence.finder)
             self._settle(case, finding or await self.findings.by_registry(source, *claims))
         except (UnavailableError, PeerUnavailableError) as error:
             log.debug("%s is not proven yet: %s", evidence.record.block, error)
@@ -179,25 +179,32 @@ class Judge:
         except ShoalError as error:
             log.info("evidence about %s cannot be proven here: %s", evidence.record.block, error)
             case.verdict = Verdict.UNPROVABLE
+            if is_own:
+                del self.cases[key_of(evidence.record, source)]
 
     def _settle(self, case: Case, finding: Finding) -> None:
         record, finder = case.evidence.record, case.evidence.finder
         if finding is Finding.FALSE:
             self._convict(case)
             return
-        case.verdict = Verdict.VOID if finding is not Finding.SEEMS_TRUE else Verdict.REFUTED
+        case.verdict = Verdict.VOID
+        if finder == self.site.own or finding is Finding.EXCUSED:
+            return
+        log.info("the accusation of %s by %s is unfounded", record.signer, finder)
         if finding is Finding.TRUE:
             reason = f"accused {record.signer} of a record of {record.digest} #{record.index} that is true"
             self.site.view.quarantine(finder, reason)
-        if finding is not Finding.EXCUSED:
-            log.info("the accusation of %s by %s is unfounded", record.signer, finder)
-            self.cases.void_accusations_of(finder)
+        else:
+            case.verdict = Verdict.REFUTED
+        self.cases.void_accusations_of(finder)
 
     def _convict(self, case: Case) -> None:
         case.verdict, record = Verdict.PROVEN, case.evidence.record
         log.warning("a false record", extra={"peer": record.signer, "block": record.block, "by": case.evidence.finder})
         self.site.view.quarantine(record.signer, f"signed a false record of {record.digest} #{record.index}")
         self.nursery.start_soon(self._clear, record.signer)
+        if case.evidence.finder == self.site.own:
+            self._tell(case.evidence)
 
     async def _clear(self, signer: PeerId) -> None:
         """Drop the blocks that a liar signed, except those of objects that are held whole and have their digest."""

@@ -616,6 +616,39 @@ def test_evidence_that_is_an_hour_old_is_neither_sent_nor_accepted() -> None:
     play(3, scenario)
 
 
+def test_a_liar_cannot_end_evidence_by_telling_of_it_as_old() -> None:
+    """S-16"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        registry.down = True
+        evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
+        old = Accuse(((evidence, QUARANTINE_S - 1.0),))
+        await liar.blocks.questions.ask(receiver.own, old, Lane.CONTROL, 1.0)
+        await trio.sleep(2.0)
+        assert not receiver.judge.cases.live()
+        registry.down = False
+        await finder.tells(receiver, evidence)
+        await until(lambda: receiver.view.is_quarantined(liar.own))
+
+    play(3, scenario, judging=3)
+
+
+def test_a_liar_cannot_keep_evidence_out_by_accusing_itself() -> None:
+    """S-16: of its false record, for the same source, as a finder that shows nothing."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        await finder.read_all()
+        registry.private = True
+        record = liar.signs(0, bytes(BLOCK_SIZE))
+        await liar.tells(receiver, liar.accuses(record))
+        await finder.tells(receiver, finder.accuses(record))
+        await until(lambda: receiver.view.is_quarantined(liar.own))
+
+    play(3, scenario)
+
+
 def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
     """S-17"""
     path = tmp_path / "evidence.msgpack"
