@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 
+import trio
+
 from node.blocks.held_objects import holds_all, open_checked
 from node.blocks.home import Home
 from node.blocks.questions import Questions
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 MAX_VERIFIED = 256 << 20
 """Bytes of the largest object that is read to verify its digest: nearly all layers are smaller. About records of larger
 objects, only nodes that hold their files whole decide."""
+SHOWING_S, READING_S = 30.0, 120.0
+"""How long the finder, or a registry, may take to send the object: cases wait for each other, and a liar is slow."""
 
 Read = Callable[[ObjectRef, int], Awaitable[Buffer | None]]
 """Returns a block, which may be wrong, or None."""
@@ -73,17 +77,21 @@ class Findings:
         self, source: str, record: Record, other: Record | None = None, *, finder: PeerId
     ) -> Finding | None:
         """The finding by the object that the finder holds; None if it does not send all of it."""
-        truth = await self._verified(record, partial(self._block_of, finder))
+        truth = None
+        with trio.move_on_after(SHOWING_S):
+            truth = await self._verified(record, partial(self._block_of, finder))
         return None if truth is None else await self._finding(source, truth, record, other)
 
     async def by_registry(self, source: str, record: Record, other: Record | None = None) -> Finding:
         """A block from the registry clears a record. To convict, all of the object is read. Raises ShoalError."""
         address = BlockAddress(Locator.parse(source), record.object, record.index)
-        if other is None and record.matches((await self.home.reread(address)).data):
-            return Finding.SEEMS_TRUE
-        if record.size > MAX_VERIFIED:
-            raise BadInputError(f"{record.digest} is too large to be read for its digest")
-        return await self._finding(source, await self.home.verified(address), record, other)
+        with trio.move_on_after(READING_S):
+            if other is None and record.matches((await self.home.reread(address)).data):
+                return Finding.SEEMS_TRUE
+            if record.size > MAX_VERIFIED:
+                raise BadInputError(f"{record.digest} is too large to be read for its digest")
+            return await self._finding(source, await self.home.verified(address), record, other)
+        raise BadInputError(f"{source} takes too long to send {record.digest}")
 
     async def _finding(self, source: str, truth: Buffer, *claims: Record | None) -> Finding:
         false = next((claim for claim in claims if claim is not None and not claim.matches(truth)), None)

@@ -25,7 +25,7 @@ from node.blocks.trust import Suspicion
 from node.content import library
 from node.content.library import SiteLibrary
 from node.evidence.cases import MAX_KEPT, MAX_UNDECIDED, Case, Verdict
-from node.evidence.findings import Findings
+from node.evidence.findings import READING_S, SHOWING_S, Findings
 from node.evidence.judge import EXCHANGE_S, PAUSE_S, RETRY_S, SPREAD_S, Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.contract import Answer, Lane
@@ -35,7 +35,7 @@ from node.membership.membership import QUARANTINE_S, Membership
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
-from protocol.messages import Accuse, Request, ShardFound
+from protocol.messages import Accuse, GetBlock, Request, ShardFound
 from protocol.records import Record, make_record
 from tests.support import site_in_memory
 from tests.support.site_in_memory import (
@@ -647,6 +647,29 @@ def test_a_liar_cannot_keep_evidence_out_by_accusing_itself() -> None:
         await until(lambda: receiver.view.is_quarantined(liar.own))
 
     play(3, scenario)
+
+
+def test_a_finder_that_shows_the_object_slowly_delays_other_cases_by_a_bounded_time() -> None:
+    """S-10"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, slow, finder, receiver = nodes
+        await finder.read_all()
+
+        async def never(peer: PeerId, request: Request) -> Answer:
+            if isinstance(request, GetBlock):
+                await trio.sleep_forever()
+            return await slow.handle(peer, request)
+
+        slow.handler = never
+        registry.block_s = 1e6
+        for number in range(MAX_UNDECIDED):
+            await slow.tells(receiver, slow.accuses(finder.signs(number % 2, bytes([number]) * BLOCK_SIZE)))
+        await finder.tells(receiver, finder.accuses(liar.signs(0, bytes(BLOCK_SIZE))))
+        within_s = MAX_UNDECIDED * (SHOWING_S + READING_S) + SPREAD_S * len(nodes) + 1
+        await until(lambda: receiver.view.is_quarantined(liar.own), within_s)
+
+    play(4, scenario, judging=4)
 
 
 def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
