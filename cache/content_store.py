@@ -27,6 +27,7 @@ from cache.files import READ, Identity, identity_of, opened, read_at
 from cache.store import READ_HERE, Askers, Held, Holdings, StoreStatistics
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,9 @@ class ContentStore:
             return None
         return file
 
-    async def put(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers = READ_HERE) -> bool:
+    async def put(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers = READ_HERE
+    ) -> bool:
         await trio.lowlevel.checkpoint()
         return False
 

@@ -32,6 +32,7 @@ from cache.segments import SegmentedPolicy
 from cache.store import READ_HERE, Askers, Held, Holdings, StoreStatistics
 from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +119,14 @@ class DiskStore:
                 self._folder.warn_once("cannot read a piece", error)
                 return None
         if self._table.entries.get(piece) is not entry:  # evicted meanwhile: the bytes read may be those of its hole
-            return Held(data, entry.record) if problem is None else None
+            return Held(data, entry.record, entry.proof) if problem is None else None
         if problem is not None:
             shard = f" {piece.shard}" if piece.shard else ""
             logger.warning("disk: %s #%d%s: %s: discarded", piece.block.digest, piece.block.index, shard, problem)
             self._table.remove(entry)
             return None
         self._table.refer(entry)
-        return Held(data, entry.record)
+        return Held(data, entry.record, entry.proof)
 
     async def _read(self, entry: Entry, data: bytearray) -> str | None:
         """Fill `data`; returns a text if the bytes are wrong, else None. Raises OSError."""
@@ -142,7 +143,9 @@ class DiskStore:
             file.checked |= 1 << entry.piece.block.index
         return None
 
-    async def put(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers = READ_HERE) -> bool:
+    async def put(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers = READ_HERE
+    ) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
         if self._table.has(piece, kept_for):
@@ -151,10 +154,10 @@ class DiskStore:
             return False
         if self._table.has(piece, kept_for):
             return True
-        sha = record.sha256 if piece.shard is None else sha256(data).digest()
-        return not self._table.is_derivable(piece) and self._write(
-            self._table.entry(piece, record, sha, kept_for), data
-        )
+        statement = record if piece.shard is None else proof
+        sha = statement.sha256 if statement is not None else sha256(data).digest()
+        entry = self._table.entry(piece, record, sha, kept_for, proof=proof)
+        return not self._table.is_derivable(piece) and self._write(entry, data)
 
     def _write(self, entry: Entry, data: Buffer) -> bool:
         file = entry.file

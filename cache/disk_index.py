@@ -18,6 +18,7 @@ from cache.store import READ_HERE, Askers
 from protocol.errors import UNDECODABLE, BadInputError
 from protocol.ids import BlockId, Digest, PeerId, Piece, Shard
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ CREATE TABLE piece (
     PRIMARY KEY (digest, block, k, m, shard)
 ) STRICT, WITHOUT ROWID
 """
-_ADDED = {"kept_for": "TEXT"}
+_ADDED = {"kept_for": "TEXT", "maker": "TEXT", "proof": "BLOB"}
 """Columns that version 2 did not have; NULL in its rows."""
 _COLUMNS = ", ".join(("digest, block, k, m, shard, sha256, record, used", *_ADDED))
 _WHERE_KEY = "digest = ? AND block = ? AND k = ? AND m = ? AND shard = ?"
@@ -41,9 +42,9 @@ _WHERE_KEY = "digest = ? AND block = ? AND k = ? AND m = ? AND shard = ?"
 Key = tuple[str, int, int, int, int]
 """digest, block, k, m, shard; the last three are 0 for a whole block."""
 
-Row = tuple[str, int, int, int, int, bytes, bytes, int, str | None]
-"""A key, the sha256 of the piece's bytes, the record in msgpack, its last reference, and the members that it is kept
-for, as peer ids with spaces between them (`Stored`)."""
+Row = tuple[str, int, int, int, int, bytes, bytes, int, str | None, str | None, bytes | None]
+"""A key, the sha256 of the piece's bytes, the record in msgpack, its last reference, the members that it is kept for as
+peer ids with spaces between them (`Stored`), and of a shard the maker and its signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Stored:
     record: Record
     used: int
     kept_for: Askers = READ_HERE
+    proof: ShardProof | None = None
 
 
 def key_of(piece: Piece) -> Key:
@@ -65,7 +67,7 @@ def key_of(piece: Piece) -> Key:
 
 def parse_row(row: Row) -> Stored:
     """Raises BadInputError on a row that no version of this program wrote."""
-    digest, block, k, m, index, sha256, raw, used, kept_for = row
+    digest, block, k, m, index, sha256, raw, used, kept_for, maker, signature = row
     try:
         record = msgspec.msgpack.decode(raw, type=Record)
     except UNDECODABLE as error:
@@ -73,7 +75,8 @@ def parse_row(row: Row) -> Stored:
     piece = Piece(BlockId(Digest.parse(digest), block), Shard(k, m, index) if k else None)
     check_piece(piece, record)
     askers = tuple(PeerId(peer) for peer in dict.fromkeys((kept_for or "").split()))
-    return Stored(piece, sha256, record, used, askers)
+    proof = ShardProof(PeerId(maker), sha256, signature) if maker is not None and signature is not None else None
+    return Stored(piece, sha256, record, used, askers, proof)
 
 
 def _joined(askers: Askers) -> str | None:
@@ -81,8 +84,9 @@ def _joined(askers: Askers) -> str | None:
 
 
 def _row(stored: Stored) -> Row:
-    raw = msgspec.msgpack.encode(stored.record)
-    return *key_of(stored.piece), stored.sha256, raw, stored.used, _joined(stored.kept_for)
+    raw, proof = msgspec.msgpack.encode(stored.record), stored.proof
+    signed = (proof.maker, proof.signature) if proof is not None else (None, None)
+    return *key_of(stored.piece), stored.sha256, raw, stored.used, _joined(stored.kept_for), *signed
 
 
 class DiskIndex:
@@ -167,6 +171,9 @@ def _migrate(database: sqlite3.Connection, path: Path) -> None:
         database.execute("BEGIN IMMEDIATE")
         if new:
             database.execute(_CREATE)
-        for name in _ADDED.keys() - present:
+        for name in [column for column in _ADDED if column not in present]:
             database.execute(f"ALTER TABLE piece ADD COLUMN {name} {_ADDED[name]}")
+        if not new and "maker" not in present:
+            # Nobody answers for these shards: a keeper that passed on a wrong one would be blamed as its maker.
+            database.execute("DELETE FROM piece WHERE k > 0")
         database.execute(f"PRAGMA user_version = {SCHEMA}")

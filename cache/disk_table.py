@@ -24,6 +24,7 @@ from cache.segments import SegmentedPolicy
 from cache.store import READ_HERE, Askers
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, PeerId, Piece, Shard
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 MAX_REFERENCES = 1024
 """Blocks referenced at one opening of a sealed object (3 ms); the next opening of a larger object continues there."""
@@ -66,6 +67,7 @@ class Entry:
     used: int
     file: File
     kept_for: Askers
+    proof: ShardProof | None = None
 
     @property
     def offset(self) -> int:
@@ -77,7 +79,7 @@ class Entry:
 
     @property
     def stored(self) -> Stored:
-        return Stored(self.piece, self.sha256, self.record, self.used, self.kept_for)
+        return Stored(self.piece, self.sha256, self.record, self.used, self.kept_for, self.proof)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,11 +119,13 @@ class PieceTable:
             self.retire(entry)
 
     def _entry_of(self, row: Stored) -> Entry:
-        entry = self.entry(row.piece, row.record, row.sha256, row.kept_for)
+        entry = self.entry(row.piece, row.record, row.sha256, row.kept_for, proof=row.proof)
         entry.used = row.used
         return entry
 
-    def entry(self, piece: Piece, record: Record, sha256: bytes, kept_for: Askers) -> Entry:
+    def entry(
+        self, piece: Piece, record: Record, sha256: bytes, kept_for: Askers, *, proof: ShardProof | None = None
+    ) -> Entry:
         """A new entry, not held yet. Long values are in memory once for all entries."""
         key = piece.block.digest, piece.shard
         file = self.files.get(key)
@@ -130,10 +134,20 @@ class PieceTable:
         digest, signer = intern(record.digest), PeerId(intern(record.signer))
         sha = sha256 if sha256 == record.sha256 else record.sha256
         record = msgspec.structs.replace(record, digest=digest, sha256=sha, signer=signer)
+        if proof is not None:
+            proof = ShardProof(PeerId(intern(proof.maker)), sha256, proof.signature)
         own = Piece(BlockId(file.digest, piece.block.index), file.shard)
         kept_for = tuple(PeerId(intern(peer)) for peer in kept_for)
-        length, used = length_of(own, record), self._next_use()
-        return Entry(piece=own, record=record, sha256=sha256, length=length, used=used, file=file, kept_for=kept_for)
+        return Entry(
+            piece=own,
+            record=record,
+            sha256=sha256,
+            length=length_of(own, record),
+            used=self._next_use(),
+            file=file,
+            kept_for=kept_for,
+            proof=proof,
+        )
 
     def _next_use(self) -> int:
         """Unix milliseconds, so that the age of the last use can be derived, but different for each reference."""

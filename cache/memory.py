@@ -12,6 +12,7 @@ from cache.segments import SegmentedPolicy
 from cache.store import READ_HERE, Askers, Held, Holdings, StoreStatistics
 from protocol.ids import Buffer, Digest, PeerId, Piece
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 ENTRY_BYTES = 1024
 """Charged for the record, the key and the policy's state of each piece."""
@@ -55,14 +56,16 @@ class MemoryStore:
             self._policy.refer(piece)
         return held
 
-    async def put(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers = READ_HERE) -> bool:
+    async def put(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers = READ_HERE
+    ) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
         if piece in self._held:
             if not kept_for:
                 self.claim(piece)
             return True
-        held = Held(sole(data), record)
+        held = Held(sole(data), record, proof)
         need = _bytes_held(held)
         if kept_for:
             self._policy.wanted(need)

@@ -9,6 +9,7 @@ from typing import BinaryIO, Literal, Protocol
 from cache.store import READ_HERE, Askers, BlockStore, Held, Holdings, StoreStatistics
 from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 Tier = Literal["memory", "disk", "containerd"]
 
@@ -55,23 +56,27 @@ class Tiers:
                 return held, tier
         return None
 
-    async def put(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers) -> None:
+    async def put(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers
+    ) -> None:
         """Store in each tier that has room, for the members that asked, or READ_HERE for a client of this node. If no
         tier stores it, nothing is lost: the caller has the bytes."""
-        await self._memory.put(piece, data, record, kept_for=kept_for)
+        await self._memory.put(piece, data, record, proof, kept_for=kept_for)
         if piece.shard is None:
             await self._drop_shards(piece.block)
         if not self._left_to_containerd(piece.block.digest):
-            await self._disk.put(piece, data, record, kept_for=kept_for)
+            await self._disk.put(piece, data, record, proof, kept_for=kept_for)
 
-    async def replace(self, piece: Piece, data: Buffer, record: Record, *, kept_for: Askers) -> None:
-        """`put` in place of a held piece, if any, that is of an object of another size or has an untrusted signer. On
-        behalf of members, only a piece on probation is replaced: they could choose such a size."""
+    async def replace(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers
+    ) -> None:
+        """`put` in place of a held piece, if any, that is of an object of another size, or has an untrusted signer or
+        maker. On behalf of members, only a piece on probation is replaced: they could choose such a size."""
         if kept_for and any(store.is_used_here(piece) for store in self.stores.values()):
             return
         if self.holds(piece):
             await self.discard(piece)
-        await self.put(piece, data, record, kept_for=kept_for)
+        await self.put(piece, data, record, proof, kept_for=kept_for)
 
     def claim(self, piece: Piece) -> None:
         """A client of this node uses the piece."""

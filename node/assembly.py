@@ -47,6 +47,7 @@ from node.content.verification import ObjectVerifier
 from node.control.api import NodeControl, upstream_row
 from node.control.reload import Reloader, prepared
 from node.control.routes import Route, cluster_routes, control_routes, image_routes
+from node.evidence.findings import Findings
 from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.connection import Endpoint
@@ -130,7 +131,7 @@ def blocks(
     questions, grants = Questions(site), Grants()
     holders = Holders(site, questions, directory)
     home = Home(site, holders, grants, identity=identity, origin=reads, nursery=nursery)
-    keeper = Keeper(site, home, questions, grants, nursery=nursery)
+    keeper = Keeper(site, home, questions, grants, identity=identity, nursery=nursery)
     fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
@@ -191,10 +192,9 @@ def site(
     )
     judge = Judge(
         site=near,
-        home=home,
+        findings=Findings(near, home, questions, lambda upstream: len(upstreams.endpoints(upstream)) > 1),
         questions=questions,
         sign=identity.sign,
-        mirrored=lambda upstream: len(upstreams.endpoints(upstream)) > 1,
         nursery=nursery,
         rng=rng,
     )

@@ -13,6 +13,7 @@ from protocol.evidence import Evidence
 from protocol.ids import PeerId
 from protocol.members import Update
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -26,7 +27,8 @@ class GetShard(_Message, frozen=True, tag=1):
     home, 3 and more also keepers nearer to the home. `source` says where the upstream has the object. `reader` is a
     peer id if the upstream restricts access: that member reads the block if no member holds it. It is "" if access is
     public. A `background` request has no waiting client and yields on the uplink. `asker` is the peer id of the member
-    on whose behalf the sender asks; "" if it asks for its own client.
+    on whose behalf the sender asks; "" if it asks for its own client. `keep`: the sender will keep the shard and pass
+    it on, so it needs the maker's proof.
     """
 
     digest: str
@@ -41,6 +43,7 @@ class GetShard(_Message, frozen=True, tag=1):
     reader: str = ""
     background: bool = False
     asker: str = ""
+    keep: bool = False
 
 
 class GetBlock(_Message, frozen=True, tag=2):
@@ -114,12 +117,14 @@ Request = (
 
 
 class ShardFound(_Message, frozen=True, tag=32):
-    """The body that follows is shard `index` of the code (k, m) of the record's block."""
+    """The body that follows is shard `index` of the code (k, m) of the record's block. Without `proof`, the sender made
+    it."""
 
     k: int
     m: int
     index: int
     record: Record
+    proof: ShardProof | None = None
 
 
 class BlockFound(_Message, frozen=True, tag=33):

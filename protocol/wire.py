@@ -25,6 +25,7 @@ from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, shard_length
 from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Member, Update
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 PREFIX = struct.Struct(">II")
 MAGIC = b"shoal-bulk"
@@ -247,6 +248,10 @@ def _record(record: Record) -> bool:
     return fits and len(record.sha256) == 32 and len(record.signature) == 64
 
 
+def _proof(proof: ShardProof | None) -> bool:
+    return proof is None or (_is_peer(proof.maker) and len(proof.sha256) == 32 and len(proof.signature) == 64)
+
+
 def _shards(shards: tuple[tuple[int, int, int, bytes], ...]) -> bool:
     for k, m, index, _ in shards:
         _code(k, m, index)
@@ -285,6 +290,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "certificate": lambda certificate: len(certificate) <= MAX_CERTIFICATE,
     "told": lambda pairs: len(pairs) <= MAX_TOLD and all(_evidence(*pair) for pair in pairs),
     "record": _record,
+    "proof": _proof,
     "blocks": lambda bitmap: len(bitmap) <= MAX_BITMAP,
     "shards": _shards,
     "peers": lambda peers: len(peers) <= MAX_HOLDERS and all(map(_is_peer, peers)),

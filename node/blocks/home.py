@@ -90,6 +90,11 @@ class Home:
         """The block as the upstream itself sends it now, with this node's record. No mirror or held copy is used."""
         return self._signed(address, await self._origin.read_certain(address.locator, address.ref, address.index))
 
+    async def verified(self, address: BlockAddress) -> Buffer:
+        """The block from the upstream itself, certainly right: the whole object is read and compared with its digest.
+        Raises CorruptObjectError."""
+        return await self._origin.read_verified(address.locator, address.ref, address.index)
+
     async def deceived(self, address: BlockAddress, claim: Record) -> bool:
         """Whether a mirror of the upstream sends the bytes of the false `claim`, so that its signer may be honest."""
         try:  # without a grant: mirrors are not asked with one

@@ -8,6 +8,7 @@ cell. A keeper asks a keeper in the cell above (`hops` 3 and more, one less at e
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import trio
 
@@ -17,6 +18,7 @@ from node.blocks.home import Home
 from node.blocks.questions import Questions, carry_out
 from node.blocks.values import SILENCE_S, BlockAddress, Site, Work, is_copy
 from node.exchange.contract import Answer, Lane
+from node.identity.identity import Identity
 from node.oci.references import Locator
 from node.runtime.single_flight import SingleFlight
 from protocol.erasure import encode_shard
@@ -24,6 +26,7 @@ from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.ids import Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.messages import BlockFound, Failed, GetBlock, GetShard, ShardFound
+from protocol.shard_proofs import make_proof
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +41,18 @@ _NOT_HELD = Answer(Failed("not-held", "not held"))
 
 
 class Keeper:
-    def __init__(self, site: Site, home: Home, questions: Questions, grants: Grants, *, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        site: Site,
+        home: Home,
+        questions: Questions,
+        grants: Grants,
+        *,
+        identity: Identity,
+        nursery: trio.Nursery,
+    ) -> None:
         self._site, self._home, self._questions, self._grants = site, home, questions, grants
+        self._identity = identity
         self._keeping: SingleFlight[tuple[Shard, Work], Held] = SingleFlight(nursery)
 
     async def handle(self, peer: PeerId, request: GetShard | GetBlock) -> Answer:
@@ -69,8 +82,8 @@ class Keeper:
                 answer = _cut((await self._home.block(address)).held, shard)
             else:
                 answer = await self.keep(address, shard, request.hops, exact=request.exact)
-        shard, held = answer
-        return Answer(ShardFound(shard.k, shard.m, shard.index, held.record), held.data)
+        shard, held = self._with_proof(*answer) if request.keep else answer
+        return Answer(ShardFound(shard.k, shard.m, shard.index, held.record, held.proof), held.data)
 
     async def _held_shard(
         self, ref: ObjectRef, index: int, shard: Shard, kept_for: Askers, *, exact: bool
@@ -149,16 +162,25 @@ class Keeper:
             raise failures[-1]
         if not site.tiers.holds(Piece(address.block)):
             piece = Piece(address.block, None if is_copy(shard) else shard)
-            await site.tiers.put(piece, shards[0].data, shards[0].record, kept_for=address.kept_for)
+            held = shards[0]
+            await site.tiers.replace(piece, held.data, held.record, held.proof, kept_for=address.kept_for)
         return shards[0]
 
     async def _ask_home(self, home: PeerId, address: BlockAddress, shard: Shard, *, hops: int, plan: ShardPlan) -> Held:
         if home == self._site.own:
             plan.heard(home, False, trio.current_time())  # as another home reports while it reads the block
-            return _cut((await self._home.block(address)).held, shard)[1]
-        question = self._questions.get_shard(address, shard, hops=hops)
+            return self._with_proof(*_cut((await self._home.block(address)).held, shard))[1]
+        question = self._questions.get_shard(address, shard, hops=hops, keep=True)
         answer = await self._questions.ask(home, question, Lane.URGENT, SILENCE_S, plan=plan)
-        return self._questions.checked(address, answer)
+        return self._questions.checked(address, answer, keep=True)
+
+    def _with_proof(self, shard: Shard, held: Held) -> Kept:
+        """A shard for a keeper. One that this node kept has its maker's proof; else this node just made it. A copy of
+        the block needs none, because the record shows whether it is right."""
+        if held.proof is not None or is_copy(shard):
+            return shard, held
+        proof = make_proof(held.record, shard, held.data, maker=self._site.own, sign=self._identity.sign)
+        return shard, replace(held, proof=proof)
 
 
 def _cut(held: Held, shard: Shard) -> Kept:

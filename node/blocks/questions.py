@@ -64,8 +64,11 @@ class Questions:
             raise _ERRORS.get(answer.message.code, errors.UnavailableError)(answer.message.text)
         return answer
 
-    def get_shard(self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True) -> GetShard:
-        """A request for a shard, or without `exact` for any shard of its code. `hops` limits the peer's requests."""
+    def get_shard(
+        self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True, keep: bool = False
+    ) -> GetShard:
+        """A request for a shard, or without `exact` for any shard of its code. `hops` limits the peer's requests. With
+        `keep`, this node will keep the shard."""
         reader = self._site.own if address.locator.grant else address.reader
         return GetShard(
             digest=str(address.ref.digest),
@@ -80,19 +83,24 @@ class Questions:
             reader=reader if hops else "",  # a peer that uses only its stores need not know the reader
             background=address.background and hops > 0,
             asker=address.kept_for[-1] if address.kept_for and hops else "",
+            keep=keep,
         )
 
-    def checked(self, address: BlockAddress, answer: Answer) -> Held:
-        """The shard or whole block of an answer that may be passed on. Raises as Trust.check, and PeerMisbehavedError
-        if the bytes of a whole block are wrong."""
+    def checked(self, address: BlockAddress, answer: Answer, *, keep: bool = False) -> Held:
+        """The shard or whole block of an answer; with `keep` it may be passed on. Raises as Trust.check, and
+        PeerMisbehavedError if the bytes of a whole block, or the proof of a shard to keep, are wrong."""
         message, body = answer.message, answer.body
         if not isinstance(message, ShardFound | BlockFound) or body is None:
             raise errors.UnavailableError("an answer without a block")
         self._site.trust.check(message.record, address.ref, address.index)
-        whole = isinstance(message, BlockFound) or is_copy(Shard(message.k, message.m, message.index))
-        if whole and not message.record.matches(body):
-            raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
-        return Held(body, message.record)
+        shard = Shard(message.k, message.m, message.index) if isinstance(message, ShardFound) else None
+        if not isinstance(message, ShardFound) or shard is None or is_copy(shard):
+            if not message.record.matches(body):
+                raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
+            return Held(body, message.record)
+        if keep:
+            self._site.trust.check_kept(message.proof, message.record, shard, body)
+        return Held(body, message.record, message.proof)
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
         """The peers that just became late, and the requests that replace those given up. Updates the health."""

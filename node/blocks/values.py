@@ -130,7 +130,10 @@ class Site:
     tiers: Tiers
 
     async def trusted(self, piece: Piece, size: int, kept_for: Askers) -> tuple[Held, Tier] | None:
-        """A held piece, if this node trusts its signer: other members may not know an unknown signer either. It is read
-        on behalf of `kept_for`."""
+        """A held piece, if this node trusts its signer, and of a shard also its maker: other members may not know an
+        unknown one either. It is read on behalf of `kept_for`."""
         held = await self.tiers.get(piece, size, kept_for=kept_for)
-        return held if held and self.trust.accepts(held[0].record.signer) else None
+        if held is None or not self.trust.accepts(held[0].record.signer):
+            return None
+        proof = held[0].proof
+        return held if piece.shard is None or (proof is not None and self.trust.accepts(proof.maker)) else None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from zlib import crc32
 
 import trio
-from cachetools import TTLCache
+from cachetools import LRUCache, TTLCache
 
 from cache.store import READ_HERE
 from node.blocks.fetcher import Fetcher
@@ -22,7 +22,7 @@ from node.blocks.trust import Suspicion
 from node.blocks.values import BlockAddress, Site
 from node.oci.references import Locator
 from protocol.errors import CorruptObjectError, ShoalError
-from protocol.ids import Buffer, Digest, ObjectRef, Piece
+from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ MAX_CHECKS = 64
 """Objects that were read in parts and wait for a check. Others are checked after a later read of a part of them."""
 MAX_LATELY = 4096
 """Objects for which the time of the last check is remembered."""
+MAX_DIFFERING = 16
+"""Objects of which a block differed from the registry's, and that are not right yet."""
 CHECK_AGAIN_S = 3600.0
 """Shortest time between two checks of an object: blocks that arrived since may be false, but a check reads all."""
 CHECK_PAUSE_S = 1.0
@@ -44,6 +46,8 @@ class ObjectVerifier:
         self._site, self._home, self._fetcher, self._finished = site, home, fetcher, finished
         self._check_later, self._to_check = trio.open_memory_channel[tuple[Locator, ObjectRef]](MAX_CHECKS)
         self._lately: TTLCache[Digest, None] = TTLCache(MAX_LATELY, CHECK_AGAIN_S, timer=trio.current_time)
+        self._differing: LRUCache[ObjectRef, dict[PeerId, Record]] = LRUCache(MAX_DIFFERING)
+        """By signer, a record that differs from the registry's block. This proves it false once the object is right."""
 
     def read_in_part(self, locator: Locator, ref: ObjectRef) -> None:
         """Queue a background check of an object if all of it is held: parts of it were sent to a client unchecked."""
@@ -78,10 +82,20 @@ class ObjectVerifier:
             log.error("%s has wrong bytes: reading it again from the registry", ref.digest)
             last = await self._repair(locator, ref, given)
             if last is None:
+                for claim in self._differing.get(ref, {}).values():
+                    self._site.trust.suspect(Suspicion(claim, str(locator)))
                 raise CorruptObjectError(f"{ref.digest}: its blocks do not make the object; false blocks are dropped")
         self._site.tiers.seal(ref)
         self._finished(ref)
+        await self._accuse(locator, ref)
         return last
+
+    async def _accuse(self, locator: Locator, ref: ObjectRef) -> None:
+        """The object is right, so the records that differ from its blocks are certainly false."""
+        for claim in self._differing.pop(ref, {}).values():
+            held = await self._site.tiers.get(Piece(ref.block(claim.index)), ref.size)
+            if held is not None and held[0].record.sha256 != claim.sha256:
+                self._site.trust.suspect(Suspicion(claim, str(locator), proven=True))
 
     async def _repair(self, locator: Locator, ref: ObjectRef, given: int) -> Buffer | None:
         """Compare blocks with the registry's and replace the false ones, until all of them make the object. The signer
@@ -135,7 +149,7 @@ class ObjectVerifier:
             log.error("%s #%d: a mirror of %s sends wrong bytes", ref.digest, address.index, address.locator.upstream)
         elif is_false and claim.signer != self._site.own:
             self._site.view.quarantine(claim.signer, f"signed a false record of {ref.digest} #{address.index}")
-            self._site.trust.suspect(Suspicion(claim, str(address.locator), compared=True))
+            self._differing.setdefault(ref, {})[claim.signer] = claim
         return is_false
 
     async def _if_right(self, ref: ObjectRef) -> Buffer | None:

@@ -34,7 +34,6 @@ class View(Protocol):
 
     - `site`: the alive members of the own site, this node among them, without those in quarantine; sorted by peer id.
     - `version` grows with every change of `site`; `changed_at` is trio.current_time() at the last change.
-    - `known`: all members of the own site that are not forgotten, this node among them, alive or not.
     - `find` returns any member that was introduced or gossiped and is not forgotten, alive or not, of any site.
     - `report_failure`: a read from the peer failed, so it is probed at once.
     - `quarantine` takes a peer out of the view for a time; operators see the reason.
@@ -48,9 +47,6 @@ class View(Protocol):
 
     @property
     def changed_at(self) -> float: ...
-
-    @property
-    def known(self) -> tuple[Member, ...]: ...
 
     def find(self, peer: PeerId) -> Member | None: ...
 
@@ -98,11 +94,6 @@ class Membership:
         self._touched = trio.Event()
 
     # The view
-
-    @property
-    def known(self) -> tuple[Member, ...]:
-        members = (entry.update.member for entry in self.swim.known.values())
-        return (self.own, *(member for member in members if member.site == self.own.site))
 
     async def wait_changed(self) -> None:
         """Wait until `site` changes next."""

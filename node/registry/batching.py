@@ -7,6 +7,7 @@ a client that reads in order asks for the next block as each arrives, which woul
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
@@ -17,7 +18,7 @@ from typing import Protocol
 import trio
 
 from node.oci.references import Locator
-from protocol.errors import ShoalError, UnavailableError
+from protocol.errors import CorruptObjectError, ShoalError, UnavailableError
 from protocol.ids import BlockId, ObjectRef
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,21 @@ class BatchedReads:
         """Like `read`, but from the registry itself and never from a mirror."""
         async with aclosing(self._upstreams.blocks(locator, ref, index, 1, certain=True, background=False)) as blocks:
             return await anext(blocks)
+
+    async def read_verified(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
+        """Like `read_certain`, but from the whole object, whose digest then shows that these are its bytes. It is read
+        in the background. Raises CorruptObjectError if the registry has sent other bytes than those of the digest."""
+        hasher, block = hashlib.new(ref.digest.algorithm), bytearray()
+        whole = self._upstreams.blocks(locator, ref, 0, ref.block_count, certain=True, background=True)
+        async with aclosing(whole) as blocks:
+            number = 0
+            async for data in blocks:
+                hasher.update(data)
+                block = data if number == index else block
+                number += 1
+        if hasher.hexdigest() != ref.digest.hex:
+            raise CorruptObjectError(f"{locator.upstream} sends other bytes than those of {ref.digest}")
+        return block
 
     async def _work(self, queue: _Queue) -> None:
         try:

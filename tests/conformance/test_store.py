@@ -68,7 +68,7 @@ def run(open_store: Open, test: Callable[[BlockStore], Awaitable[None]]) -> None
 
 
 async def put(store: BlockStore, blob: Blob, piece: Piece, kept_for: Askers = READ_HERE) -> bool:
-    return await store.put(piece, blob.bytes_of(piece), blob.record(piece), kept_for=kept_for)
+    return await store.put(piece, blob.bytes_of(piece), blob.record(piece), blob.proof(piece), kept_for=kept_for)
 
 
 async def got(store: BlockStore, blob: Blob, piece: Piece) -> bool:
@@ -77,7 +77,7 @@ async def got(store: BlockStore, blob: Blob, piece: Piece) -> bool:
     assert store.holds(piece) == (held is not None)
     if held is None:
         return False
-    assert (bytes(held.data), held.record) == (blob.bytes_of(piece), blob.record(piece))
+    assert (bytes(held.data), held.record, held.proof) == (blob.bytes_of(piece), blob.record(piece), blob.proof(piece))
     return True
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import msgspec
 
 from protocol import introduction, messages, wire
-from protocol.ids import ObjectRef
+from protocol.ids import ObjectRef, Shard
 from protocol.members import Member, State, Update
 from protocol.records import make_record
+from protocol.shard_proofs import make_proof
 from tests.fuzz.targets import CREDENTIALS, DIGEST, ME, TARGETS
 from tests.support.archives import Layout
 
@@ -19,6 +20,7 @@ CORPUS = Path(__file__).parent / "corpus"
 MEMBER = Member(ME.peer_id, "node-1", "site", ("10.0.0.1:4502",))
 UPDATES = (Update(MEMBER, State.ALIVE, 1),)
 RECORD = make_record(ObjectRef(DIGEST, 5), 0, bytes(32), signer=ME.peer_id, sign=ME.sign)
+PROOF = make_proof(RECORD, Shard(4, 1, 2), bytes(2), maker=ME.peer_id, sign=ME.sign)
 NAME = str(DIGEST)
 
 _SHARD = (NAME, 0, 5, 4, 1, 2, 1, "docker.io/org/app#blobs")
@@ -35,6 +37,7 @@ _REQUESTS: Sequence[messages.Request] = (
 )
 _REPLIES: Sequence[messages.Reply] = (
     messages.ShardFound(4, 1, 2, RECORD),
+    messages.ShardFound(4, 1, 2, RECORD, PROOF),
     messages.BlockFound(RECORD),
     messages.HoldingsFound(b"\x01", ((4, 1, 0, b"\x01"),)),
     messages.Holders((ME.peer_id,)),

@@ -44,6 +44,7 @@ from protocol.messages import (
     Waiting,
 )
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 B58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 DIGEST = "sha256:" + "0" * 64
@@ -86,6 +87,8 @@ accusations = st.lists(
     max_size=3,
 ).map(tuple)
 
+proofs = st.builds(ShardProof, peers, st.binary(min_size=32, max_size=32), signatures)
+
 
 REQUESTS: list[st.SearchStrategy[Request]] = [
     st.builds(
@@ -97,7 +100,9 @@ REQUESTS: list[st.SearchStrategy[Request]] = [
         source=texts,
         exact=st.booleans(),
         reader=st.just("") | peers,
+        background=st.booleans(),
         asker=st.just("") | peers,
+        keep=st.booleans(),
     ),
     st.builds(lambda digest, block: GetBlock(digest, *block), digests, blocks),
     st.builds(GetHoldings, digests),
@@ -110,7 +115,7 @@ REQUESTS: list[st.SearchStrategy[Request]] = [
     st.builds(Accuse, accusations),
 ]
 REPLIES: list[st.SearchStrategy[Reply]] = [
-    st.builds(lambda code, record: ShardFound(*code, record), codes, records()),
+    st.builds(lambda code, record, proof: ShardFound(*code, record, proof), codes, records(), st.none() | proofs),
     st.builds(BlockFound, records()),
     st.builds(
         HoldingsFound,
@@ -325,6 +330,9 @@ def with_member(**changes: Any) -> Update:
         PingRequest(PeerId(""), ()),
         Sync((UPDATE,) * (MAX_MEMBERS + 1)),
         ShardFound(4, 1, 5, RECORD),
+        ShardFound(4, 1, 0, RECORD, ShardProof(PEER, bytes(31), bytes(64))),
+        ShardFound(4, 1, 0, RECORD, ShardProof(PEER, bytes(32), bytes(65))),
+        ShardFound(4, 1, 0, RECORD, ShardProof(PeerId("0"), bytes(32), bytes(64))),
         BlockFound(altered(length=9)),
         BlockFound(altered(length=0, size=0)),
         BlockFound(altered(sha256=b"")),
