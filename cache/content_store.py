@@ -235,7 +235,13 @@ class ContentStore:
         return file
 
     async def put(
-        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers = READ_HERE
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
     ) -> bool:
         await trio.lowlevel.checkpoint()
         return False

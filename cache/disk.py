@@ -144,7 +144,13 @@ class DiskStore:
         return None
 
     async def put(
-        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers = READ_HERE
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
     ) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()

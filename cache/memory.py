@@ -57,7 +57,13 @@ class MemoryStore:
         return held
 
     async def put(
-        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers = READ_HERE
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
     ) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()

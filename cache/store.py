@@ -66,7 +66,13 @@ class BlockStore(Protocol):
     async def get(self, piece: Piece) -> Held | None: ...
 
     async def put(
-        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers = READ_HERE
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
     ) -> bool: ...
 
     def claim(self, piece: Piece) -> None: ...

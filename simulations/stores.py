@@ -32,7 +32,13 @@ class SharedStore(MemoryStore):
         self._shared = shared
 
     async def put(
-        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers = READ_HERE
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
     ) -> bool:
         return await super().put(piece, self._shared.shared(piece, data, record), record, proof, kept_for=kept_for)
 
