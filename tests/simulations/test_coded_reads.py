@@ -247,7 +247,7 @@ def test_a_keeper_passes_on_no_shard_for_which_no_accepted_member_answers(maker:
         proof = make_proof(record, Shard(4, 1, 1), wrong, maker=liar.own, sign=liar.identity.sign)
         await keeper.tiers.discard(Piece(REF.block(0)))
         await keeper.tiers.discard(piece)
-        await keeper.tiers.put(piece, wrong, record, proof if maker != "nobody" else None)
+        await keeper.tiers.put(piece, wrong, record, proof if maker != "nobody" else None, kept_for=READ_HERE)
         keeper.view.quarantine(liar.own, "a wrong shard")
         address = BlockAddress(LOCATOR, REF, 0)
         _, held = await keeper.blocks.keeper.keep(address, Shard(4, 1, 1), HOME_HOPS, exact=True)

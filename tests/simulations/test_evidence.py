@@ -442,11 +442,10 @@ def test_a_reader_accuses_nobody_before_the_objects_digest_is_right() -> None:
         registry.lies = False
         for index, record in enumerate(truths_of(honest)):
             block = BODY[index * BLOCK_SIZE :][:BLOCK_SIZE]
-            await reader.tiers.put(Piece(REF.block(index)), block, record)
+            await reader.tiers.put(Piece(REF.block(index)), block, record, kept_for=READ_HERE)
         await reader.forget(3)
-        await reader.tiers.put(
-            Piece(REF.block(3)), bytes(REF.block_length(3)), liar.signs(3, bytes(REF.block_length(3)))
-        )
+        zeros = bytes(REF.block_length(3))
+        await reader.tiers.put(Piece(REF.block(3)), zeros, liar.signs(3, zeros), kept_for=READ_HERE)
         registry.lies = True
         with pytest.raises(CorruptObjectError):
             await read_whole(reader.library)

@@ -15,6 +15,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cache.store import READ_HERE
 from node.blocks.values import BlockAddress
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryNetwork
@@ -184,7 +185,7 @@ def test_an_honest_shard_of_a_false_record_is_not_compared_with_the_true_block()
         data = encode_shard(false, 4, 1, 0)
         proof = make_proof(record, shard, data, maker=maker.own, sign=maker.identity.sign)
         await home.forget(0)
-        await home.tiers.put(Piece(REF.block(0), shard), data, record, proof)
+        await home.tiers.put(Piece(REF.block(0), shard), data, record, proof, kept_for=READ_HERE)
         await reader.read(0)
         assert set(reader.view.quarantined) == {liar.own}
 
