@@ -23,7 +23,8 @@ from node.oci.manifests import MAX_MANIFEST
 from node.oci.references import Locator
 from node.registry.calls import Passed
 from node.runtime.sqlite import Database
-from protocol.errors import UNDECODABLE, NotFoundError, UnavailableError
+from node.oci.strict_json import check_members, decode_strictly
+from protocol.errors import UNDECODABLE, BadInputError, NotFoundError, UnavailableError
 from protocol.ids import Digest
 
 log = logging.getLogger(__name__)
@@ -182,8 +183,12 @@ def referrers_of_type(passed: Passed, artifact_type: str) -> Passed:
 
 
 def _decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
-    """None for any other document: the caller then passes the answer on unchanged."""
+    """None for any other document, and for one that clients may read in another way (node/oci/strict_json.py): the
+    caller then passes the answer on unchanged."""
     try:
-        return msgspec.json.decode(data, type=kind)
-    except UNDECODABLE:
+        document = decode_strictly(bytes(data))
+        decoded = msgspec.json.decode(data, type=kind)
+        check_members(document, [field.encode_name for field in msgspec.structs.fields(kind)])
+    except (*UNDECODABLE, BadInputError):
         return None
+    return decoded

@@ -18,7 +18,7 @@ import trio
 from cachetools import TTLCache
 
 from node.config.schema import UpstreamPart
-from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved
+from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved, read_manifest
 from node.oci.references import is_digest
 from node.registry.attempts import Attempts, Availability, FailedAttemptError, reason, unexpected
 from node.registry.authorization import Authorization
@@ -110,6 +110,10 @@ class RegistryClient:
             digest = Digest(algorithm, hashlib.new(algorithm, body).hexdigest())
             if expected not in ("", str(digest)):
                 raise CorruptObjectError(f"{self._subject(call)}: the bytes do not hash to the digest")
+            try:
+                read_manifest(body)
+            except BadInputError as error:  # a page of a proxy, or bytes that clients could read in two ways
+                raise FailedAttemptError(f"answered with no manifest: {error}", again=False) from error
             return Resolved(ObjectRef(digest, len(body)), _media_type(response)), body
 
     async def size(self, call: Call) -> int:

@@ -30,7 +30,7 @@ from protocol.ids import Digest, ObjectRef
 from tests.support.access import Everybody
 
 BLOB = Random(1).randbytes((3 << 20) + 5)
-MANIFEST = b'{"schemaVersion": 2}'
+MANIFEST = b'{"schemaVersion": 2, "layers": []}'
 MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
 
 

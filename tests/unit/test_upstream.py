@@ -43,6 +43,10 @@ from tests.support.fake_registry import (
 )
 
 
+OTHER = b'{"schemaVersion": 2, "manifests": []}'
+"""A manifest that the registry does not have at first."""
+
+
 class Fixture:
     def __init__(self) -> None:
         self.registry = FakeRegistry()
@@ -98,13 +102,36 @@ def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>sign in</html>",
+        b"{}",
+        b"[]",
+        b'"text"',
+        b'{"schemaVersion": 2, "layers": [], "layers": []}',
+        b'{"schemaVersion": 2, "layers": [], "Layers": []}',
+        b'{"schemaVersion": 2, "layers": [], "manifests": []}',
+    ],
+)
+def test_an_answer_that_is_no_manifest_is_a_failed_answer(body: bytes) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.manifest = body
+        with pytest.raises(UnavailableError, match="no manifest"):
+            await upstreams.resolve(MANIFESTS, "latest")
+        fixture.registry.manifest = MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+
+    run(check)
+
+
 def test_a_manifest_is_resolved_and_revalidated() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         resolved, body = await upstreams.resolve(MANIFESTS, "latest")
         assert (resolved, body) == (Resolved(MANIFEST_REF, MEDIA_TYPE), MANIFEST)
         assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (resolved, None)
-        fixture.registry.manifest = b"{}"
-        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(Blob(b"{}").ref, MEDIA_TYPE), b"{}")
+        fixture.registry.manifest = OTHER
+        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(Blob(OTHER).ref, MEDIA_TYPE), OTHER)
         with pytest.raises(CorruptObjectError):
             await upstreams.resolve(MANIFESTS, str(MANIFEST_REF.digest))
         fixture.registry.manifest = b"forged"
@@ -122,10 +149,10 @@ def test_compressed_bodies_are_not_decompressed() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         headers = {"Content-Type": MEDIA_TYPE, "Content-Encoding": "gzip"}
         fixture.registry.answer_manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
-        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
-        assert (resolved.ref, body) == (Blob(bomb).ref, bomb)
+        with pytest.raises(UnavailableError, match="no manifest"):
+            await upstreams.resolve(MANIFESTS, "latest")
 
-    run(check)
+    assert run(check).counted == len(bomb)
 
 
 @pytest.mark.parametrize("fault", [None, "no head"])
