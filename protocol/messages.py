@@ -112,18 +112,21 @@ Request = (
 
 
 class ShardFound(_Message, frozen=True, tag=32):
-    """The body that follows is shard `index` of the code (k, m) of the record's block."""
+    """The body that follows is shard `index` of the code (k, m) of the record's block. `origin`: docs/PROTOCOL.md,
+    "Private blocks"."""
 
     k: int
     m: int
     index: int
     record: Record
+    origin: bytes = b""
 
 
 class BlockFound(_Message, frozen=True, tag=33):
-    """The body that follows is the record's block."""
+    """The body that follows is the record's block. `origin` as in ShardFound."""
 
     record: Record
+    origin: bytes = b""
 
 
 class HoldingsFound(_Message, frozen=True, tag=34):

@@ -147,6 +147,7 @@ class CodedReads:
             if not isinstance(message, ShardFound) or body is None:
                 raise PeerMisbehavedError("an answer without a shard")
             self._site.trust.check(message.record, address.ref, address.index)
+            self._site.facts.arrived(address.ref.digest, message.origin)
             return Shard(message.k, message.m, message.index), Held(body, message.record)
         except PeerMisbehavedError as error:
             self._site.view.quarantine(ask.peer, str(error))

@@ -44,10 +44,13 @@ class Keeper:
 
     async def handle(self, peer: PeerId, request: GetShard | GetBlock) -> Answer:
         ref = ObjectRef(Digest.parse(request.digest), request.size)
+        self._site.check_size(ref)
         if isinstance(request, GetShard):
             return await self._answer_shard(request, ref)
         held = await self._site.trusted(Piece(ref.block(request.index)), ref.size)
-        return Answer(BlockFound(held[0].record), held[0].data) if held else _NOT_HELD
+        if held is None:
+            return _NOT_HELD
+        return Answer(BlockFound(held[0].record, self._site.facts.origin(ref.digest)), held[0].data)
 
     async def _answer_shard(self, request: GetShard, ref: ObjectRef) -> Answer:
         shard = Shard(request.k, request.m, request.want)
@@ -64,7 +67,8 @@ class Keeper:
             else:
                 answer = await self.keep(address, shard, request.hops, exact=request.exact)
         shard, held = answer
-        return Answer(ShardFound(shard.k, shard.m, shard.index, held.record), held.data)
+        origin = self._site.facts.origin(ref.digest)
+        return Answer(ShardFound(shard.k, shard.m, shard.index, held.record, origin=origin), held.data)
 
     async def _held_shard(self, ref: ObjectRef, index: int, shard: Shard, *, exact: bool) -> Kept | None:
         """The held shard, or without `exact` another one of the same code, which this node kept in an earlier view."""

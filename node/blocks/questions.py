@@ -91,6 +91,7 @@ class Questions:
         whole = isinstance(message, BlockFound) or is_copy(Shard(message.k, message.m, message.index))
         if whole and not message.record.matches(body):
             raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
+        self._site.facts.arrived(address.ref.digest, message.origin)
         return Held(body, message.record)
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:

@@ -21,9 +21,9 @@ from node.content.contract import Library
 from node.content.image_walk import read_manifest
 from node.oci.manifests import MAX_MANIFEST
 from node.oci.references import Locator
+from node.oci.strict_json import check_members, decode_strictly
 from node.registry.calls import Passed
 from node.runtime.sqlite import Database
-from node.oci.strict_json import check_members, decode_strictly
 from protocol.errors import UNDECODABLE, BadInputError, NotFoundError, UnavailableError
 from protocol.ids import Digest
 
@@ -43,7 +43,7 @@ _SCHEMA = (
     " link TEXT NOT NULL, confirmed REAL NOT NULL, size INTEGER NOT NULL);"
 )
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=msgspec.Struct)
 Passthrough = Callable[[Locator, str, Mapping[str, str]], Awaitable[Passed]]
 """`Upstreams.passthrough`."""
 
@@ -188,7 +188,7 @@ def _decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
     try:
         document = decode_strictly(bytes(data))
         decoded = msgspec.json.decode(data, type=kind)
-        check_members(document, [field.encode_name for field in msgspec.structs.fields(kind)])
+        check_members(document, kind.__struct_encode_fields__)
     except (*UNDECODABLE, BadInputError):
         return None
     return decoded

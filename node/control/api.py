@@ -188,7 +188,7 @@ class NodeControl:
         objects = await self._held_image(resolved) if resolved else {}
         if resolved is None or not objects:
             raise NotFoundError(f"{image} was not pulled through this node")
-        listed = [doc.why_object(part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values()]
+        listed = ((part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values())
         return doc.why_report(str(image), str(resolved.ref.digest), listed)
 
     def _why_blocks(self, ref: ObjectRef) -> Mapping[int, doc.WhyBlock]:

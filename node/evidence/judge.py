@@ -229,8 +229,8 @@ class Judge:
 
     def _own_copy(self, record: Record) -> bytes | None:
         """The block's bytes from a file of its object that was checked against its digest."""
-        file = open_checked(self.site.tiers, record.object)
-        if file is None:
+        opened = open_checked(self.site.tiers, record.object)
+        if opened is None:
             return None
-        with file:
+        with opened[0] as file:
             return os.pread(file.fileno(), record.length, record.index * BLOCK_SIZE)

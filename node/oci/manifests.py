@@ -17,7 +17,7 @@ import msgspec
 
 from node.oci.strict_json import check_members, decode_strictly
 from protocol.errors import UNDECODABLE, BadInputError
-from protocol.ids import Digest, ObjectRef
+from protocol.ids import MAX_OBJECT_SIZE, Digest, ObjectRef, is_possible
 
 log = logging.getLogger(__name__)
 
@@ -141,12 +141,15 @@ def _checked(value: Any) -> Any:
     return {name: part for name, part in value.items() if part is not None}
 
 
-def descriptors(manifest: Manifest, kind: str) -> Iterator[Resolved]:
-    """The well-formed descriptors of one kind, at most MAX_MANIFEST_ENTRIES."""
+def descriptors(manifest: Manifest, kind: str, max_object: int = MAX_OBJECT_SIZE) -> Iterator[Resolved]:
+    """The well-formed descriptors of one kind, at most MAX_MANIFEST_ENTRIES, of objects up to `max_object` bytes."""
     entries = manifest.manifests if kind == "manifests" else (*filter(None, (manifest.config,)), *manifest.layers)
     for entry in entries[:MAX_MANIFEST_ENTRIES]:
         try:
             media_type = entry.media_type if MEDIA_TYPE.fullmatch(entry.media_type) else UNTYPED
-            yield Resolved(ObjectRef(Digest.parse(entry.digest), entry.size), media_type)
+            digest = Digest.parse(entry.digest)
+            if not is_possible(digest, entry.size, max_object):
+                raise BadInputError(f"{digest} with {entry.size} bytes")
+            yield Resolved(ObjectRef(digest, entry.size), media_type)
         except BadInputError as error:
             log.debug("descriptor left out: %s", error)
