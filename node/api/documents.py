@@ -16,7 +16,7 @@ import msgspec
 from protocol.ids import ObjectRef
 
 NOT_READ = "not read"
-MAX_UNREAD_ROWS = 1 << 16
+MAX_UNREAD_ROWS = 1 << 12
 """Rows of one report for blocks that were not read: their number follows from the sizes that a manifest claims."""
 
 

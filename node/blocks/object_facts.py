@@ -118,9 +118,14 @@ class ObjectFacts:
         """The verified size; None if this node never verified the object."""
         return self._get(digest).size
 
+    def true(self, ref: ObjectRef) -> ObjectRef:
+        """With the verified size, if there is one."""
+        size = self.size(ref.digest)
+        return ref if size is None else ObjectRef(ref.digest, size)
+
     def contradicts(self, ref: ObjectRef) -> bool:
         """Whether the object is known to have another size."""
-        return self.size(ref.digest) not in (None, ref.size)
+        return self.true(ref) != ref
 
     def verified(self, ref: ObjectRef) -> None:
         """All bytes of the object were just compared with its digest."""

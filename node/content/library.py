@@ -98,11 +98,10 @@ class SiteLibrary:
 
     def _true(self, resolved: Resolved) -> Resolved:
         """With the verified size, if there is one: the sizes in manifests and members' answers are claims."""
-        size = self.site.facts.size(resolved.ref.digest)
-        if size is None or size == resolved.ref.size:
-            return resolved
-        log.info("%s has %d bytes; %d were claimed", resolved.ref.digest, size, resolved.ref.size)
-        return replace(resolved, ref=ObjectRef(resolved.ref.digest, size))
+        ref = self.site.facts.true(resolved.ref)
+        if ref != resolved.ref:
+            log.info("%s has %d bytes; %d were claimed", ref.digest, ref.size, resolved.ref.size)
+        return replace(resolved, ref=ref)
 
     async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
         digest, names = resolved.ref.digest, self.resolver.known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -148,7 +149,8 @@ class NodeControl:
 
     async def _held_image(self, resolved: Resolved) -> Mapping[Digest, Packed]:
         """The objects of an image, as far as the manifests held here name them; empty if the first one is not held."""
-        return {packed.ref.digest: packed for packed in await walk(resolved, self._held_manifest)}
+        facts, objects = self._site.facts, await walk(resolved, self._held_manifest)
+        return {packed.ref.digest: replace(packed, ref=facts.true(packed.ref)) for packed in objects}
 
     async def _held_manifest(self, resolved: Resolved) -> bytes | None:
         return await held_body(self._site.tiers, resolved.ref) if resolved.ref.size <= MAX_MANIFEST else None

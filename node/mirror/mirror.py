@@ -133,7 +133,15 @@ class Mirror:
         try:
             if target.path_kind in ("tags", "referrers"):
                 return await self._listed(request, locator, target)
-            return await self._object(request, locator, await self._resolved(request, locator, target.reference))
+            resolved = await self._resolved(request, locator, target.reference)
+            try:
+                return await self._object(request, locator, resolved)
+            except UnavailableError:
+                # Its size may have been a false claim, which the failed read made doubtful: then another one counts.
+                again = await self._resolved(request, locator, target.reference)
+                if again.ref == resolved.ref:
+                    raise
+                return await self._object(request, locator, again)
         except DeniedError as error:
             if locator.grant is None:
                 raise
