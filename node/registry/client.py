@@ -178,7 +178,8 @@ class RegistryClient:
                         continue
                     if response.status_code >= 400:
                         self._expect(response, call)
-                    if response.headers.get("docker-content-digest", call.reference) != call.reference:
+                    shown, algorithm = response.headers.get("docker-content-digest", ""), call.reference.split(":")[0]
+                    if shown.startswith(algorithm) and shown != call.reference:  # it may show another algorithm's
                         raise NotFoundError(f"{self._subject(call)}: the registry has another object there")
                     break
         except DeniedError:
