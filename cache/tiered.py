@@ -105,6 +105,11 @@ class Tiers:
                 shards[shard] = shards.get(shard, 0) | bits
         return Holdings(blocks, shards)
 
+    def holds_part(self, digest: Digest) -> bool:
+        """Whether a tier holds a piece of the object."""
+        holdings = self.holdings(digest)
+        return bool(holdings.blocks or holdings.shards)
+
     def signed_by(self, signer: PeerId) -> dict[Piece, Record]:
         return {piece: record for store in self.stores.values() for piece, record in store.signed_by(signer)}
 

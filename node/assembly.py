@@ -31,13 +31,15 @@ from node.blocks.announcer import Announcer
 from node.blocks.coded_read import CodedReads
 from node.blocks.fetcher import Fetcher, HeldBlocks
 from node.blocks.grants import Grants
+from node.blocks.held_objects import holds_all
 from node.blocks.holders import Holders
 from node.blocks.home import Home
 from node.blocks.keeper import Keeper
+from node.blocks.object_facts import ObjectFacts
 from node.blocks.questions import Questions
 from node.blocks.trust import Trust
 from node.blocks.values import CurrentPlacement, Site
-from node.config.schema import Config, PeersPart, access_grace_s, tag_policies, uplink_policy
+from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
 from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
@@ -108,9 +110,12 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
     pins = Pins(folder / "pins.json", pinned, disk)
     public = PublicTable(folder / "access.sqlite", pins.has_of)
     table = NameTable(folder / "names.sqlite", pinned=disk.is_pinned)
+    tiers = Tiers(memory, disk, content)
+    facts = ObjectFacts(folder / "objects.sqlite", tiers.holds_part)
+    stack.callback(facts.close)
     stack.callback(public.close)
     stack.callback(table.close)
-    return Storage(Tiers(memory, disk, content), memory, disk, pins=pins, public=public, table=table)
+    return Storage(tiers, memory, disk, facts=facts, pins=pins, public=public, table=table)
 
 
 def blocks(
@@ -121,16 +126,23 @@ def blocks(
     *,
     upstream: batching.BlockRanges,
     nursery: trio.Nursery,
-    peers: PeersPart | None = None,
+    config: Config | None = None,
+    facts: ObjectFacts | None = None,
+    is_open: Callable[[str], bool] = lambda upstream: True,
 ) -> Blocks:
-    """Tasks that outlive a request run in `nursery`. `peers` has k and m, the numbers of shards in a large site."""
-    own, directory, peers = identity.peer_id, Directory(), peers or PeersPart()
+    """Tasks that outlive a request run in `nursery`. `facts` None: they are kept in memory only. `is_open` as for
+    `Home`."""
+    own, directory, config = identity.peer_id, Directory(), config or Config()
+    peers, max_object = config.peers, config.mirror.max_object.bytes
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
     placement, trust = CurrentPlacement(view, peers.k, peers.m), Trust(own, view)
-    site = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
+    facts = facts or ObjectFacts(holds=tiers.holds_part)
+    site = Site(
+        *(own, view, placement, exchange), health=Health(), trust=trust, tiers=tiers, facts=facts, max_object=max_object
+    )
     questions, grants = Questions(site), Grants()
     holders = Holders(site, questions, directory)
-    home = Home(site, holders, grants, identity=identity, origin=reads, nursery=nursery)
+    home = Home(site, holders, grants, identity=identity, origin=reads, is_open=is_open, nursery=nursery)
     keeper = Keeper(site, home, questions, grants, identity=identity, nursery=nursery)
     fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
@@ -175,20 +187,15 @@ def site(
     metrics: Metrics,
     nursery: trio.Nursery,
     rng: Random,
+    facts: ObjectFacts | None = None,
     public_age: Callable[[Locator], float | None] = lambda locator: None,
 ) -> Participant:
     """Build a member over `exchange`. It answers requests after `Participant.route`; its tasks are `services`."""
-    parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, peers=config.peers)
-    near, home, questions = parts.site, parts.home, parts.questions
+    given = identity, membership, exchange, tiers
+    parts = blocks(*given, upstream=upstreams, nursery=nursery, config=config, facts=facts, is_open=upstreams.is_open)
+    near, home, questions, served = parts.site, parts.home, parts.questions, metrics.tag_served
     resolver = Resolver(
-        near,
-        names,
-        upstreams,
-        questions=questions,
-        home=home,
-        nursery=nursery,
-        served=metrics.tag_served,
-        public_age=public_age,
+        near, names, upstreams, questions=questions, home=home, nursery=nursery, served=served, public_age=public_age
     )
     judge = Judge(
         site=near,
@@ -234,6 +241,7 @@ async def registry(config: Config, network: Network, storage: Storage, stack: As
         rng=Random(),
         uplinks=uplinks.values(),
         public=storage.public.note,
+        max_object=config.mirror.max_object.bytes,
     )
     return Registry(await stack.enter_async_context(upstreams), uplinks, sharing)
 
@@ -247,8 +255,11 @@ def participant(
         network.membership,
         network.exchange,
         tiers=storage.tiers,
+        facts=storage.facts,
         upstreams=registry.upstreams,
-        names=KnownNames(storage.table, tag_policies(config), pinned=storage.pins.names),
+        names=KnownNames(
+            storage.table, tag_policies(config), pinned=storage.pins.names, max_object=config.mirror.max_object.bytes
+        ),
         revocations=admitted.revocations,
         metrics=network.metrics,
         nursery=nursery,
@@ -275,6 +286,7 @@ def clients(
         access_grace_s(config),
         upstreams,
         storage.public,
+        storage.facts,
         site_says=member.resolver.public_age_s,
         nursery=nursery,
         public_grace_s=tag_max_age_s,
@@ -287,6 +299,7 @@ def clients(
         verifier=member.verifier,
         fetcher=member.blocks.fetcher,
         holds=storage.tiers.holds,
+        holds_all=partial(holds_all, storage.tiers),
     )
     images = ImageOperations(
         site=member.blocks.site,

@@ -14,6 +14,7 @@ from node.blocks.grants import Grants
 from node.blocks.holders import Holders
 from node.blocks.home import Home
 from node.blocks.keeper import Keeper
+from node.blocks.object_facts import ObjectFacts
 from node.blocks.questions import Questions
 from node.blocks.values import Site
 from node.content.library import SiteLibrary
@@ -70,6 +71,7 @@ class Storage:
     tiers: Tiers
     memory: MemoryStore
     disk: DiskStore
+    facts: ObjectFacts
     pins: Pins
     public: PublicTable
     table: NameTable

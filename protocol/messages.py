@@ -117,20 +117,22 @@ Request = (
 
 
 class ShardFound(_Message, frozen=True, tag=32):
-    """The body that follows is shard `index` of the code (k, m) of the record's block. Without `proof`, the sender made
-    it."""
+    """The body that follows is shard `index` of the code (k, m) of the record's block. `origin`: docs/PROTOCOL.md,
+    "Private blocks". Without `proof`, the sender made the shard."""
 
     k: int
     m: int
     index: int
     record: Record
+    origin: bytes = b""
     proof: ShardProof | None = None
 
 
 class BlockFound(_Message, frozen=True, tag=33):
-    """The body that follows is the record's block."""
+    """The body that follows is the record's block. `origin` as in ShardFound."""
 
     record: Record
+    origin: bytes = b""
 
 
 class HoldingsFound(_Message, frozen=True, tag=34):

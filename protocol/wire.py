@@ -49,6 +49,8 @@ MAX_BITMAPS = 64
 """Bitmaps of shards in one HoldingsFound: one for each index of each code that the site used as it grew, with room."""
 MAX_SOURCE = 600
 """A registry's name (259), a repository's (255) and the kind."""
+ORIGIN_LENGTH = 16
+"""Bytes of the mark of a private object, cut from a SHA-256: two repositories never have the same."""
 MAX_REFERENCE = 160
 """A tag has 128 characters at most, a sha512 digest 135."""
 MAX_MEDIA_TYPE = 255
@@ -280,6 +282,7 @@ def _is_age(age_s: float) -> bool:
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "source": lambda source: len(source) <= MAX_SOURCE,
+    "origin": lambda origin: len(origin) in (0, ORIGIN_LENGTH),
     "reader": lambda peer: not peer or _is_peer(peer),
     "asker": lambda peer: not peer or _is_peer(peer),
     "digests": lambda digests: len(digests) <= MAX_ANNOUNCED and all(map(Digest.parse, digests)),

@@ -139,6 +139,7 @@ class CodedReads:
                 raise PeerMisbehavedError("an answer without a shard")
             self._site.trust.check(message.record, address.ref, address.index)
             self._site.trust.check_maker(message.proof)
+            self._site.facts.arrived(address.ref.digest, message.origin)
             return Shard(message.k, message.m, message.index), Held(body, message.record, message.proof)
         except PeerMisbehavedError as error:
             self._site.view.quarantine(ask.peer, str(error))

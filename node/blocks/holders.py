@@ -83,7 +83,10 @@ class Holders:
         # The reader reads the block from the upstream and sends it as the only shard of the code 1+0.
         shard, peer = Shard(1, 0, 0), PeerId(address.reader)
         question = self._questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
-        return await self._block_from(peer, address, question, Lane.URGENT)
+        obtained = await self._block_from(peer, address, question, Lane.URGENT)
+        if obtained is not None:
+            self._site.facts.granted(ref.digest, address.locator)
+        return obtained
 
     async def _candidates(self, address: BlockAddress) -> list[PeerId]:
         site = self._site

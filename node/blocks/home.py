@@ -24,7 +24,7 @@ from node.runtime.single_flight import SingleFlight
 from node.telemetry.sources import Source
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
 from protocol.home_times import HomeTimes
-from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef, Piece
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.records import Record, make_record
 
 BACKGROUND_S = 60.0
@@ -32,7 +32,8 @@ BACKGROUND_S = 60.0
 
 
 class Home:
-    """`times`: how long homes take to read blocks from the upstream, this node among them."""
+    """`is_open`: whether everybody may read what an upstream gives to this node without a client's grant. `times`: how
+    long homes take to read blocks from the upstream, this node among them."""
 
     def __init__(
         self,
@@ -41,11 +42,13 @@ class Home:
         grants: Grants,
         *,
         origin: BatchedReads,
+        is_open: Callable[[str], bool],
         identity: Identity,
         nursery: trio.Nursery,
     ) -> None:
         self._site, self._holders, self._grants = site, holders, grants
-        self._origin, self._identity, self.times = origin, identity, HomeTimes()
+        self._origin, self._is_open = origin, is_open
+        self._identity, self.times = identity, HomeTimes()
         self._reads: SingleFlight[Work, Obtained] = SingleFlight(nursery)
 
     async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained:
@@ -57,6 +60,7 @@ class Home:
 
     async def block(self, address: BlockAddress) -> Obtained:
         """The whole block, which is then also in the tiers if they have room. Concurrent calls share one read."""
+        self._site.check_size(address.ref)
         held = await self._site.trusted(Piece(address.block), address.ref.size, address.kept_for)
         if held is not None:
             return Obtained(held[0], Source(held[1]))
@@ -73,9 +77,17 @@ class Home:
                 data = await self._origin.read(locator, address.ref, address.index)
                 self.times.came(address.length, began, trio.current_time())
             obtained = Obtained(self._signed(address, data), Source.ORIGIN)
+            self._note_origin(locator, address.ref.digest)
         held = obtained.held
         await self._site.tiers.replace(Piece(address.block), held.data, held.record, kept_for=address.kept_for)
         return obtained
+
+    def _note_origin(self, locator: Locator, digest: Digest) -> None:
+        """Note how the upstream gave the object, before any tier or member has a part of it."""
+        if locator.grant is None and self._is_open(locator.upstream):
+            self._site.facts.given_to_all(digest)
+        else:
+            self._site.facts.granted(digest, locator)
 
     async def _in_background(self, locator: Locator, address: BlockAddress) -> bytearray:
         with trio.move_on_after(BACKGROUND_S):
@@ -105,6 +117,8 @@ class Home:
 
     async def admit(self, locator: Locator, ref: ObjectRef, body: bytes, *, kept_for: Askers) -> None:
         """Store an object that was read from the upstream as a whole. The caller has checked its digest."""
+        self._note_origin(locator, ref.digest)
+        self._site.facts.verified(ref)
         for index in range(ref.block_count):
             address, start = BlockAddress(locator, ref, index), index * BLOCK_SIZE
             held = self._signed(address, body[start : start + address.length])

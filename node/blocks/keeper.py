@@ -57,10 +57,13 @@ class Keeper:
 
     async def handle(self, peer: PeerId, request: GetShard | GetBlock) -> Answer:
         ref = ObjectRef(Digest.parse(request.digest), request.size)
+        self._site.check_size(ref)
         if isinstance(request, GetShard):
             return await self._answer_shard(request, ref, self._askers(peer, request))
         held = await self._site.trusted(Piece(ref.block(request.index)), ref.size, (peer,))
-        return Answer(BlockFound(held[0].record), held[0].data) if held else _NOT_HELD
+        if held is None:
+            return _NOT_HELD
+        return Answer(BlockFound(held[0].record, self._site.facts.origin(ref.digest)), held[0].data)
 
     def _askers(self, peer: PeerId, request: GetShard) -> Askers:
         """For whom the request has this node keep a piece. `peer` may have named an invented member."""
@@ -83,7 +86,10 @@ class Keeper:
             else:
                 answer = await self.keep(address, shard, request.hops, exact=request.exact)
         shard, held = self._with_proof(*answer) if request.keep else answer
-        return Answer(ShardFound(shard.k, shard.m, shard.index, held.record, held.proof), held.data)
+        origin = self._site.facts.origin(ref.digest)
+        return Answer(
+            ShardFound(shard.k, shard.m, shard.index, held.record, origin=origin, proof=held.proof), held.data
+        )
 
     async def _held_shard(
         self, ref: ObjectRef, index: int, shard: Shard, kept_for: Askers, *, exact: bool

@@ -93,6 +93,7 @@ class Questions:
         if not isinstance(message, ShardFound | BlockFound) or body is None:
             raise errors.UnavailableError("an answer without a block")
         self._site.trust.check(message.record, address.ref, address.index)
+        self._site.facts.arrived(address.ref.digest, message.origin)
         shard = Shard(message.k, message.m, message.index) if isinstance(message, ShardFound) else None
         if not isinstance(message, ShardFound) or shard is None or is_copy(shard):
             if not message.record.matches(body):

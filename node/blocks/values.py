@@ -11,11 +11,13 @@ from typing import Protocol
 
 from cache.store import READ_HERE, Askers, Held
 from cache.tiered import Tier, Tiers
+from node.blocks.object_facts import ObjectFacts
 from node.blocks.trust import Trust
 from node.exchange.contract import Exchange
 from node.membership.membership import View
 from node.oci.references import Locator
 from node.telemetry.sources import Source
+from protocol.errors import UnavailableError
 from protocol.health import Health
 from protocol.ids import BlockId, ObjectRef, PeerId, Piece, Shard
 from protocol.placement import Placement
@@ -128,6 +130,16 @@ class Site:
     health: Health
     trust: Trust
     tiers: Tiers
+    facts: ObjectFacts
+    max_object: int
+    """Bytes of the largest object that is read or kept."""
+
+    def check_size(self, ref: ObjectRef) -> None:
+        """Raises UnavailableError if the object is too large, or is known to have another size: sizes are claims."""
+        if ref.size > self.max_object:
+            raise UnavailableError(f"{ref.digest}: {ref.size} bytes are more than max_object")
+        if self.facts.contradicts(ref):
+            raise UnavailableError(f"{ref.digest} has {self.facts.size(ref.digest)} bytes, not {ref.size}")
 
     async def trusted(self, piece: Piece, size: int, kept_for: Askers) -> tuple[Held, Tier] | None:
         """A held piece, if this node trusts its signer, and of a shard also its maker: other members may not know an

@@ -21,6 +21,7 @@ from node.config import quantities
 from node.config.tag_policy import TagPolicies, TagPolicy
 from node.oci.references import check_upstream
 from protocol.errors import BadInputError
+from protocol.ids import MAX_OBJECT_SIZE
 
 _PATH = re.compile(r"(\w+)(?:\[(\d+)\])?\.(\w+)(?:\[\d+\])?`")
 """The end of msgspec's message: `cache.disk`, `upstream[0].rate` or `upstream[0].hours[1]`."""
@@ -44,6 +45,7 @@ class MirrorPart(_Part, frozen=True):
     listen: quantities.HostPort = quantities.HostPort("127.0.0.1", 5050)
     tag_ttl: quantities.Duration = quantities.Duration("60s")
     tag_max_age: quantities.Duration = quantities.Duration("7d")
+    max_object: quantities.Size = quantities.Size("64GiB")
 
 
 class TagsPart(_Part, frozen=True):
@@ -186,6 +188,8 @@ def check(config: Config) -> None:
     for key, value in (("name", config.node.name), ("site", config.node.site), ("data_dir", config.node.data_dir)):
         if not value:
             raise BadInputError(f'node.{key} = "": must not be empty')
+    if not 0 < config.mirror.max_object.bytes <= MAX_OBJECT_SIZE:
+        raise BadInputError(f'mirror.max_object = "{config.mirror.max_object}": from 1 B to 1 TiB')
     if config.node.log not in ("debug", "info", "warning", "error"):
         raise BadInputError(f'node.log = "{config.node.log}": one of debug, info, warning, error')
 

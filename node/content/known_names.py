@@ -21,7 +21,7 @@ from node.config.tag_policy import TagPolicies, TagPolicy
 from node.content.name_table import MAX_RECENT, REGISTRY, Key, KnownTag, NameTable
 from node.oci.manifests import UNTYPED, Resolved, descriptors, media_type_of, parse_manifest
 from node.oci.references import Locator, is_digest
-from protocol.ids import Digest, ObjectRef
+from protocol.ids import MAX_OBJECT_SIZE, Digest, ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,13 @@ DOUBTED_S = 60.0
 
 class KnownNames:
     def __init__(
-        self, table: NameTable, policies: TagPolicies, pinned: Callable[[str, str], bool] = lambda source, ref: False
+        self,
+        table: NameTable,
+        policies: TagPolicies,
+        pinned: Callable[[str, str], bool] = lambda source, ref: False,
+        max_object: int = MAX_OBJECT_SIZE,
     ) -> None:
+        self.max_object = max_object
         self._table, self.policies, self._pinned, self.trim = table, policies, pinned, table.trim
         self._site_asked: LRUCache[Key, float] = LRUCache(MAX_RECENT)
         """When the members were last asked for a tag, since the registry last answered for it."""
@@ -74,11 +79,16 @@ class KnownNames:
         self._site_asked.pop((str(locator), reference), None)
         self._doubted.pop((str(locator), resolved.ref), None)
         if locator.kind == "manifests":
-            self._table.put(str(locator), str(resolved.ref.digest), resolved)
+            self._table.put(str(locator), str(resolved.ref.digest), resolved, REGISTRY)
         if body is not None:
             self._types[resolved.ref.digest] = resolved.media_type
             self.learn(locator, body)
         return self.note(locator, reference, resolved, REGISTRY)
+
+    def is_by_registry(self, locator: Locator, ref: ObjectRef) -> bool:
+        """Whether the registry told this node, since its start, that the object has this size."""
+        resolved, source = self.get(locator, str(ref.digest)), str(locator)
+        return resolved is not None and resolved.ref == ref and self._table.told_by(source, str(ref.digest)) == REGISTRY
 
     def forget(self, locator: Locator, reference: str) -> None:
         """The registry no longer has the name: do not serve it if the registry is later out of reach, unless pinned."""
@@ -104,9 +114,10 @@ class KnownNames:
     def learn(self, locator: Locator, body: bytes) -> None:
         """Note the sizes and types of the objects that a manifest names, so that nothing is asked about them."""
         manifest = parse_manifest(body)
-        self._table.put_many(str(locator.of_kind("blobs")), list(descriptors(manifest, "blobs")))
+        blobs, manifests = (list(descriptors(manifest, kind, self.max_object)) for kind in ("blobs", "manifests"))
+        self._table.put_many(str(locator.of_kind("blobs")), blobs)
         # Clients act on a manifest's media type: if the index has none, the registry is asked for it.
-        typed = [inner for inner in descriptors(manifest, "manifests") if inner.media_type != UNTYPED]
+        typed = [inner for inner in manifests if inner.media_type != UNTYPED]
         self._table.put_many(str(locator.of_kind("manifests")), typed)
 
     def typed(self, resolved: Resolved) -> Resolved | None:

@@ -22,7 +22,7 @@ import trio
 from cache.store import Held
 from node.blocks.fetcher import Fetcher
 from node.blocks.grants import Grants
-from node.blocks.held_objects import held_body
+from node.blocks.held_objects import held_body, is_right, open_checked
 from node.blocks.read_ahead import ReadAhead, Room
 from node.blocks.values import BlockAddress, Obtained, Site
 from node.content.resolver import Resolver
@@ -75,9 +75,14 @@ class SiteLibrary:
     _room: Room = field(default_factory=Room)
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
-        resolved = await self.resolver.resolve(locator, reference)
-        if locator.kind == "blobs" or resolved.ref.size > MAX_MANIFEST:
+        resolved = self._true(await self.resolver.resolve(locator, reference))
+        if locator.kind == "blobs":
             return resolved
+        if resolved.ref.size > MAX_MANIFEST:  # only a claim can be: the registry's own manifests are smaller
+            self.resolver.known.doubt(locator, resolved.ref)
+            resolved = self._true(await self.resolver.resolve(locator, reference))
+            if resolved.ref.size > MAX_MANIFEST:
+                raise UnavailableError(f"{resolved.ref.digest}: a manifest of {resolved.ref.size} bytes, by a claim")
         names = self.resolver.known
         if (typed := names.typed(resolved)) is not None:
             return typed
@@ -90,6 +95,26 @@ class SiteLibrary:
             names.check_type(locator, reference, resolved, body)
         # If the bytes cannot be read or do not show the type, the answer is in doubt now, and the registry is asked.
         return names.typed(resolved) or await self.resolver.resolve(locator, reference)
+
+    def _true(self, resolved: Resolved) -> Resolved:
+        """With the verified size, if there is one: the sizes in manifests and members' answers are claims."""
+        ref = self.site.facts.true(resolved.ref)
+        if ref != resolved.ref:
+            log.info("%s has %d bytes; %d were claimed", ref.digest, ref.size, resolved.ref.size)
+        return replace(resolved, ref=ref)
+
+    async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
+        digest, names = resolved.ref.digest, self.resolver.known
+        if self.site.facts.size(digest) is not None:
+            return self._true(resolved)
+        if not names.is_by_registry(locator, resolved.ref):
+            resolved = replace(await self.resolver.ask_registry(locator, str(digest)), media_type=resolved.media_type)
+            if not names.is_by_registry(locator, resolved.ref):
+                # A large object is not read for a question about it: it is verified when a client reads it.
+                if resolved.ref.size > CHECKED_FIRST or not await is_right(self.site.tiers, resolved.ref):
+                    raise UnavailableError(f"{digest}: its size is only claimed, and the registry is out of reach")
+                self.site.facts.verified(resolved.ref)
+        return resolved
 
     async def _manifest(self, request: _Request) -> bytes:
         """A manifest's verified bytes. Raises as `read`."""
@@ -113,6 +138,7 @@ class SiteLibrary:
     ) -> AsyncGenerator[Buffer, None]:
         if stop <= start:
             return
+        self.site.check_size(ref)
         request = _Request(locator, ref, ((start, stop), *more))
         verified: dict[int, Obtained] = {}
         with self._granted(locator, ref):
@@ -193,14 +219,20 @@ class SiteLibrary:
         blocks = (BlockAddress(request.locator, request.ref, index) for index in indices)
         return ReadAhead(self.fetcher, self._room, blocks, urgent=urgent)
 
-    def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
-        sealed = self.site.tiers.open_sealed(digest)
-        if sealed is None:
+    def holds_sealed(self, ref: ObjectRef) -> bool:
+        opened = open_checked(self.site.tiers, ref)
+        if opened is not None:
+            opened[0].close()
+        return opened is not None
+
+    def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None:
+        opened = open_checked(self.site.tiers, ref)
+        if opened is None:
             return None
-        file, tier = sealed
+        file, tier = opened
         read = Read(Source(tier), seconds=0.0, retries=0, peers=(), at=time.time())
-        for index, (part,) in _by_block([(start, stop)]):
-            self.ledger.note(digest, index, read, part.stop - part.start)
+        blocks = range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
+        self.ledger.note_run(ref.digest, blocks, read, stop - start)
         return file
 
     def _note(self, digest: Digest, index: int, obtained: Obtained, served: int) -> None:

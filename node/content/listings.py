@@ -21,9 +21,10 @@ from node.content.contract import Library
 from node.content.image_walk import read_manifest
 from node.oci.manifests import MAX_MANIFEST
 from node.oci.references import Locator
+from node.oci.strict_json import check_members, decode_strictly
 from node.registry.calls import Passed
 from node.runtime.sqlite import Database
-from protocol.errors import UNDECODABLE, NotFoundError, UnavailableError
+from protocol.errors import UNDECODABLE, BadInputError, NotFoundError, UnavailableError
 from protocol.ids import Digest
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ _DELETE_BEYOND = (
 )
 """A client may list much of one repository: the rows with the most later bytes of their own repository go first."""
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=msgspec.Struct)
 Passthrough = Callable[[Locator, str, Mapping[str, str]], Awaitable[Passed]]
 """`Upstreams.passthrough`."""
 
@@ -188,8 +189,12 @@ def referrers_of_type(passed: Passed, artifact_type: str) -> Passed:
 
 
 def _decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
-    """None for any other document: the caller then passes the answer on unchanged."""
+    """None for any other document, and for one that clients may read in another way (node/oci/strict_json.py): the
+    caller then passes the answer on unchanged."""
     try:
-        return msgspec.json.decode(data, type=kind)
-    except UNDECODABLE:
+        document = decode_strictly(bytes(data))
+        decoded = msgspec.json.decode(data, type=kind)
+        check_members(document, kind.__struct_encode_fields__)
+    except (*UNDECODABLE, BadInputError):
         return None
+    return decoded

@@ -27,7 +27,7 @@ from node.oci.references import Locator, is_digest
 from node.runtime.single_flight import SingleFlight
 from protocol import messages
 from protocol.errors import DeniedError, NotFoundError, ShoalError, UnavailableError
-from protocol.ids import Digest, ObjectRef, PeerId
+from protocol.ids import Digest, ObjectRef, PeerId, is_possible
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,8 @@ class Resolver:
         digest = Digest.parse(message.digest)
         if is_digest(reference) and str(digest) != reference:
             raise UnavailableError(f"{peer} answers with another digest than {reference}")
+        if not is_possible(digest, message.size, self.known.max_object):
+            raise UnavailableError(f"{peer} answers with {message.size} bytes for {digest}")
         # The answer's age may include part of the round trip. Too high an age only makes the node ask again too early.
         age_s = max(0.0, message.age_s) + trio.current_time() - asked
         resolved = Resolved(ObjectRef(digest, message.size), message.media_type, age_s)

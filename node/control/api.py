@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -148,7 +149,8 @@ class NodeControl:
 
     async def _held_image(self, resolved: Resolved) -> Mapping[Digest, Packed]:
         """The objects of an image, as far as the manifests held here name them; empty if the first one is not held."""
-        return {packed.ref.digest: packed for packed in await walk(resolved, self._held_manifest)}
+        facts, objects = self._site.facts, await walk(resolved, self._held_manifest)
+        return {packed.ref.digest: replace(packed, ref=facts.true(packed.ref)) for packed in objects}
 
     async def _held_manifest(self, resolved: Resolved) -> bytes | None:
         return await held_body(self._site.tiers, resolved.ref) if resolved.ref.size <= MAX_MANIFEST else None
@@ -188,7 +190,7 @@ class NodeControl:
         objects = await self._held_image(resolved) if resolved else {}
         if resolved is None or not objects:
             raise NotFoundError(f"{image} was not pulled through this node")
-        listed = [doc.why_object(part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values()]
+        listed = ((part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values())
         return doc.why_report(str(image), str(resolved.ref.digest), listed)
 
     def _why_blocks(self, ref: ObjectRef) -> Mapping[int, doc.WhyBlock]:

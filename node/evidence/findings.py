@@ -106,9 +106,9 @@ class Findings:
 
     async def _held(self, record: Record) -> Buffer | None:
         """The block's bytes, if this node holds the whole object with the right digest."""
-        file = open_checked(self.site.tiers, record.object)
-        if file is not None:
-            with file:
+        opened = open_checked(self.site.tiers, record.object)
+        if opened is not None:
+            with opened[0] as file:
                 return os.pread(file.fileno(), record.length, record.index * BLOCK_SIZE)
         return await self._verified(record, self._held_block) if holds_all(self.site.tiers, record.object) else None
 

@@ -138,6 +138,8 @@ class ImageOperations:
                     await self._store(archive, packed, index, sha)
                     for event in work.progress("storing", packed.ref.block_length(index), packed.ref.digest):
                         yield event
+                self.site.facts.given_to_all(packed.ref.digest)  # as `_remember` says of its repository
+                self.site.facts.verified(packed.ref)
                 self.site.tiers.seal(packed.ref)
             await self._settle(images, pin=pin)
         yield work.result(images)

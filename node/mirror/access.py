@@ -12,24 +12,23 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 import trio
 from cachetools import LRUCache
 
+from node.blocks.object_facts import ObjectFacts
+from node.mirror import object_access
+from node.mirror.object_access import FRESH_S, REFUSED_S, Key, ObjectAccess, key_of
 from node.oci.references import Grant, Locator, canonical
 from node.runtime.single_flight import SingleFlight
 from node.runtime.sqlite import Database
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
+from protocol.ids import Digest
 
 log = logging.getLogger(__name__)
 
-FRESH_S = 60.0
-"""Lifetime of a positive verdict: a withdrawn right takes effect after at most this time."""
-REFUSED_S = 10.0
-"""Lifetime of a negative verdict: short, because a client may be waiting for a right that was just granted."""
 MAX_VERDICTS = 4096
 """Rights of clients, and as many refusals."""
 MAX_PUBLIC = 4096
@@ -43,7 +42,6 @@ _INDEX = "CREATE INDEX IF NOT EXISTS public_by_age ON public (seen);"
 
 SiteSays = Callable[[Locator, str], Awaitable[float | None]]
 """Seconds since a member of the site saw that the locator's repository is public; None if none has."""
-_Key = tuple[str, str, bytes]
 
 
 class ChallengedError(DeniedError):
@@ -57,7 +55,7 @@ class ChallengedError(DeniedError):
         return str(self.args[0])
 
 
-class Registries(Protocol):
+class Registries(object_access.Registries, Protocol):
     """The part of node/registry/upstreams.py that is used here."""
 
     async def admits(self, locator: Locator, reference: str) -> bool:
@@ -80,24 +78,24 @@ class _Verdicts:
     """The latest verdicts. Refusals have a table of their own: a client may invent credentials."""
 
     def __init__(self) -> None:
-        self._allowed: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
-        self._refused: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
+        self._allowed: LRUCache[Key, _Verdict] = LRUCache(MAX_VERDICTS)
+        self._refused: LRUCache[Key, _Verdict] = LRUCache(MAX_VERDICTS)
 
     def __len__(self) -> int:
         return len(self._allowed) + len(self._refused)
 
-    def __setitem__(self, key: _Key, verdict: _Verdict) -> None:
+    def __setitem__(self, key: Key, verdict: _Verdict) -> None:
         self.pop(key)
         (self._allowed if verdict.allowed else self._refused)[key] = verdict
 
-    def get(self, key: _Key) -> _Verdict | None:
+    def get(self, key: Key) -> _Verdict | None:
         return self._allowed.get(key) or self._refused.get(key)
 
-    def pop(self, key: _Key) -> None:
+    def pop(self, key: Key) -> None:
         self._allowed.pop(key, None)
         self._refused.pop(key, None)
 
-    def items(self) -> list[tuple[_Key, _Verdict]]:
+    def items(self) -> list[tuple[Key, _Verdict]]:
         return [*self._allowed.items(), *self._refused.items()]
 
 
@@ -166,6 +164,7 @@ class Access:
         grace_s: Mapping[str, float],
         registries: Registries,
         public: PublicTable,
+        facts: ObjectFacts,
         *,
         site_says: SiteSays,
         nursery: trio.Nursery,
@@ -175,8 +174,9 @@ class Access:
         self.change(grace_s, public_grace_s)
         self._registries, self._public, self._site_says = registries, public, site_says
         self._loopback = loopback
+        self._objects = ObjectAccess(registries, facts, nursery)
         self.verdicts = _Verdicts()
-        self._asking: SingleFlight[tuple[_Key, str], bool] = SingleFlight(nursery)
+        self._asking: SingleFlight[tuple[Key, str], bool] = SingleFlight(nursery)
 
     def change(self, grace_s: Mapping[str, float], public_grace_s: float) -> None:
         self._grace_s = {canonical(name): seconds for name, seconds in grace_s.items()}
@@ -193,7 +193,7 @@ class Access:
         ways = [locator]
         if self._may_be_shown(authorization):
             granted = replace(locator, grant=Grant(authorization))
-            public = self.verdicts.get(_key(locator))
+            public = self.verdicts.get(key_of(locator))
             ways = [granted] if public and not public.allowed else [locator, granted]
         missing: NotFoundError | None = None
         for way in ways:
@@ -204,9 +204,21 @@ class Access:
                 missing = error
         raise missing or self._challenged(locator)
 
+    async def check(self, locator: Locator, digest: Digest) -> None:
+        """Check that a client which was admitted with this locator may read the object through its repository. Raises
+        as `admit`. It must be called before the client learns anything of the object, and again when a part of it has
+        arrived: the origin of the object may have come with it."""
+        grace_s = self._grace_s.get(canonical(locator.upstream))
+        if grace_s is None:
+            return
+        try:
+            await self._objects.check(locator, digest, grace_s if locator.grant else self._public_grace_s)
+        except DeniedError as error:
+            raise self._challenged(locator) from error
+
     def refused(self, locator: Locator) -> DeniedError:
         """The error for a client whose grant the registry withdrew, or whose grant expired."""
-        self.verdicts.pop(_key(locator))
+        self.verdicts.pop(key_of(locator))
         return self._challenged(locator)
 
     def _may_be_shown(self, authorization: str) -> bool:
@@ -215,7 +227,7 @@ class Access:
         return usable and (scheme == "bearer " or (scheme.startswith("basic ") and self._loopback))
 
     async def _allowed(self, way: Locator, reference: str) -> bool:
-        key, now = _key(way), trio.current_time()
+        key, now = key_of(way), trio.current_time()
         last = self.verdicts.get(key)
         if last is not None and now < last.until:
             return last.allowed
@@ -252,8 +264,3 @@ class Access:
         message = f"{_repository(locator)} is not public"
         challenge = self._registries.challenge(locator, basic=self._loopback)
         return ChallengedError(message, challenge) if challenge else DeniedError(message)
-
-
-def _key(locator: Locator) -> _Key:
-    shown = locator.grant.authorization.encode() if locator.grant else b""
-    return canonical(locator.upstream), locator.repository, sha256(shown).digest() if shown else b""

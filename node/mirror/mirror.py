@@ -45,6 +45,8 @@ BOUNDARY = f"shoal-{secrets.token_hex(12)}"
 MAX_CURSOR = 2048
 """Longest query, in characters, of the link to a next page."""
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
+_CONDITIONS = {"range", "if-match", "if-none-match"}
+"""Headers of requests that may be answered without the object's bytes."""
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
 
 _T = TypeVar("_T")
@@ -133,7 +135,15 @@ class Mirror:
         try:
             if target.path_kind in ("tags", "referrers"):
                 return await self._listed(request, locator, target)
-            return await self._object(request, locator, await self._library.resolve(locator, target.reference))
+            resolved = await self._resolved(request, locator, target.reference)
+            try:
+                return await self._object(request, locator, resolved)
+            except UnavailableError:
+                # Its size may have been a false claim, which the failed read made doubtful: then another one counts.
+                again = await self._resolved(request, locator, target.reference)
+                if again.ref == resolved.ref:
+                    raise
+                return await self._object(request, locator, again)
         except DeniedError as error:
             if locator.grant is None:
                 raise
@@ -166,6 +176,15 @@ class Mirror:
             names = ", ".join(self._upstreams)
             raise _ProblemError(404, "NAME_UNKNOWN", f"{asked[:255]!r} is not configured here; configured: {names}")
         return configured, repository
+
+    async def _resolved(self, request: Request, locator: Locator, reference: str) -> Resolved:
+        """The descriptor. An answer that shows anything of the object beside its bytes needs the right to read it, and
+        its true size, at once; a plain GET waits for both until the first bytes are there."""
+        resolved = await self._library.resolve(locator, reference)
+        if request.method == "HEAD" or _CONDITIONS & request.headers.keys() or not resolved.ref.size:
+            await self._access.check(locator, resolved.ref.digest)
+            resolved = await self._library.sized(locator, resolved)
+        return resolved
 
     async def _object(self, request: Request, locator: Locator, resolved: Resolved) -> Response:
         digest, size = str(resolved.ref.digest), resolved.ref.size
@@ -202,7 +221,10 @@ class Mirror:
         headers = {**headers, "Content-Length": str(span.length)}
         if not span.length:
             return Response(status, headers)
-        file = self._library.sealed(resolved.ref.digest, span.start, span.stop)
+        file = None
+        if self._library.holds_sealed(resolved.ref):
+            await self._access.check(locator, resolved.ref.digest)
+            file = self._library.sealed(resolved.ref, span.start, span.stop)
         if file is not None:
             return Response(status, headers, FileBody(file, span.start, span.stop))
         return await _begun(status, headers, self._read(locator, resolved, [span]))
@@ -234,7 +256,8 @@ class Mirror:
         return await _begun(206, headers | {"Content-Length": str(length)}, parts())
 
     async def _read(self, locator: Locator, resolved: Resolved, spans: Sequence[Span]) -> AsyncGenerator[Buffer, None]:
-        """The library's chunks: exactly the bytes of the spans, with at most STALL_S between chunks."""
+        """The library's chunks: exactly the bytes of the spans, with at most STALL_S between chunks. Before each chunk
+        is given away, the client's right to the object is checked by what is known of its origin then."""
         left = sum(span.length for span in spans)
         first, *more = ((span.start, span.stop) for span in spans)
         async with aclosing(self._library.read(locator, resolved.ref, *first, *more)) as chunks:
@@ -246,6 +269,7 @@ class Mirror:
                     raise UnavailableError(f"{resolved.ref.digest}: no progress for {STALL_S:.0f} s")
                 if chunk is None:
                     raise UnavailableError(f"{resolved.ref.digest}: {left} of the requested bytes are missing")
+                await self._access.check(locator, resolved.ref.digest)
                 left -= len(chunk)
                 yield chunk
 

@@ -18,11 +18,20 @@ import trio
 from cachetools import TTLCache
 
 from node.config.schema import UpstreamPart
-from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved
+from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved, read_manifest
 from node.oci.references import is_digest
 from node.registry.attempts import Attempts, Availability, FailedAttemptError, reason, unexpected
 from node.registry.authorization import Authorization
-from node.registry.bodies import CONTENT_RANGE, BlockCutter, Meter, MeteredBody, body_start, receiver_of
+from node.registry.bodies import (
+    CONTENT_RANGE,
+    BlockCutter,
+    Meter,
+    MeteredBody,
+    Receiver,
+    body_start,
+    other_size,
+    receiver_of,
+)
 from node.registry.calls import ACCEPT, Call, Endpoint, Headers, Passed
 from node.registry.retry import BODY, RETRIED_STATUS
 from node.registry.transport import Connect
@@ -83,14 +92,16 @@ class RegistryClient:
             self._expect(response, call, 200, 206)
             body = MeteredBody(receiver, self.meter, background=background)
             await body.skip(start - body_start(response, start, stop, size))
+            if "*" in response.headers.get("content-range", "") and await self.size(call) != size:
+                raise other_size()
+            ends = response.status_code == 206 or stop == size
             while not cutter.done:
                 block = cutter.filled(await body.recv_into(cutter.room()))
+                # A connection can serve the next request only after the body's end was read.
+                if ends and cutter.position >= stop and await _more(receiver) and stop == size:
+                    raise other_size()
                 if block is not None:
                     yield block
-            if response.status_code == 206 or stop == size:
-                # A connection can serve the next request only after the body's end was read.
-                with suppress(httpx.HTTPError):
-                    await receiver.recv_into(memoryview(bytearray(1)))
 
     async def confirms(self, current: Resolved, call: Call) -> bool:
         """Ask (by HEAD) whether the call's reference still resolves to `current`."""
@@ -110,6 +121,10 @@ class RegistryClient:
             digest = Digest(algorithm, hashlib.new(algorithm, body).hexdigest())
             if expected not in ("", str(digest)):
                 raise CorruptObjectError(f"{self._subject(call)}: the bytes do not hash to the digest")
+            try:
+                read_manifest(body)
+            except BadInputError as error:  # a page of a proxy, or bytes that clients could read in two ways
+                raise FailedAttemptError(f"answered with no manifest: {error}", again=False) from error
             return Resolved(ObjectRef(digest, len(body)), _media_type(response)), body
 
     async def size(self, call: Call) -> int:
@@ -152,6 +167,24 @@ class RegistryClient:
                 return True
         except DeniedError:
             return False
+
+    async def gives(self, call: Call) -> bool:
+        """Whether the registry gives the object of the call, by HEAD, or by GET if it does not support HEAD. A redirect
+        means yes. Raises NotFoundError."""
+        try:
+            for method in ("HEAD", "GET"):
+                async with self._response(method, call, {"Accept": ACCEPT}, follow=False) as response:
+                    if method == "HEAD" and response.status_code in (405, 501):
+                        continue
+                    if response.status_code >= 400:
+                        self._expect(response, call)
+                    shown, algorithm = response.headers.get("docker-content-digest", ""), call.reference.split(":")[0]
+                    if shown.startswith(algorithm) and shown != call.reference:  # it may show another algorithm's
+                        raise NotFoundError(f"{self._subject(call)}: the registry has another object there")
+                    break
+        except DeniedError:
+            return False
+        return True
 
     @asynccontextmanager
     async def _response(
@@ -207,6 +240,13 @@ class RegistryClient:
 
     def _subject(self, call: Call) -> str:
         return f"{self.name}: {call.subject}"
+
+
+async def _more(receiver: Receiver) -> bool:
+    """Whether a body has further bytes. A broken connection has none: its bytes are complete."""
+    with suppress(httpx.HTTPError):
+        return await receiver.recv_into(memoryview(bytearray(1))) > 0
+    return False
 
 
 def _media_type(response: httpx.Response) -> str:

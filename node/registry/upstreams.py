@@ -30,8 +30,8 @@ from node.registry.calls import Call, Endpoint, Passed
 from node.registry.client import RegistryClient
 from node.registry.transport import Connect, sockets
 from node.registry.uplink import Uplink, UplinkUse
-from protocol.errors import BadInputError, NotFoundError, ShoalError, UnavailableError
-from protocol.ids import Digest, ObjectRef
+from protocol.errors import NotFoundError, ShoalError, UnavailableError
+from protocol.ids import MAX_OBJECT_SIZE, Digest, ObjectRef, is_possible
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,15 @@ class Upstreams:
         rng: Random,
         uplinks: Iterable[Uplink] = (),
         public: Callable[[Locator], None] = lambda _: None,
+        max_object: int = MAX_OBJECT_SIZE,
         connect: Connect | None = None,
     ) -> None:
         """`uplinks` are those with limits; other upstreams have no limits. `connect`: None for real sockets.
 
-        `public` is called when a registry resolved a name without credentials of this node or of a client.
+        Objects of more than `max_object` bytes are not resolved. `public` is called when a registry resolved a name
+        without credentials of this node or of a client.
         """
-        self._public = public
+        self._public, self._max_object = public, max_object
         self._upstream = partial(_Upstream, connect=connect or sockets(), count=count, rng=rng)
         self._upstreams: dict[str, _Upstream] = {}
         self._removed: dict[str, tuple[_Upstream, float]] = {}
@@ -160,7 +162,7 @@ class Upstreams:
             answer: tuple[Resolved, bytes | None]
             if locator.kind == "blobs":
                 size = await retrying(call, client.size)
-                answer = Resolved(_sized(Digest.parse(reference), size), UNTYPED), None
+                answer = Resolved(self._sized(Digest.parse(reference), size, client.name), UNTYPED), None
             elif known is not None and await retrying(call, partial(client.confirms, known)):
                 answer = Resolved(known.ref, known.media_type), None
             else:
@@ -213,6 +215,18 @@ class Upstreams:
                 return admitted
         raise NotFoundError(f"{client.name}: {locator.repository}: neither {reference} nor tags found")
 
+    def is_open(self, upstream: str) -> bool:
+        """Whether a read without a client's grant shows that everybody may read the object: this node has no
+        credentials, and no mirror answers for the registry, since a mirror may have credentials."""
+        asked = self._find(upstream)
+        return asked.part.access != "node" and len(asked.in_order) == 1
+
+    async def gives(self, locator: Locator, digest: Digest) -> bool:
+        """Whether the registry itself gives this object of the locator's repository to the locator's grant, or without
+        one to everybody. Raises NotFoundError if the repository does not have it, and UnavailableError."""
+        client = self._find(locator.upstream).registry
+        return await client.availability.retrying(Call.of(locator, str(digest)), client.gives)
+
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         """The registry's last challenge for the repository, which a client should answer; "" for none."""
         return self._find(locator.upstream).registry.authorization.challenge(locator.repository, basic=basic)
@@ -233,6 +247,13 @@ class Upstreams:
                 log.debug("the next URL is asked: %s", error)
         return await ask(registry)
 
+    def _sized(self, digest: Digest, size: int, name: str) -> ObjectRef:
+        if not is_possible(digest, size, self._max_object):
+            raise UnavailableError(
+                f"{name}: {digest} has {size} bytes, by its answer; max_object is {self._max_object}"
+            )
+        return ObjectRef(digest, size)
+
     def _find(self, name: str) -> _Upstream:
         upstream = self._upstreams.get(canonical(name))
         if upstream is None:
@@ -245,10 +266,3 @@ class Upstreams:
 
 def _own(part: UpstreamPart) -> UpstreamPart:
     return msgspec.structs.replace(part, rate="", daily="", daily_spent="refuse", hours=(), access_grace="")
-
-
-def _sized(digest: Digest, size: int) -> ObjectRef:
-    try:
-        return ObjectRef(digest, size)
-    except BadInputError as error:
-        raise UnavailableError(str(error)) from error

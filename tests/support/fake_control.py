@@ -33,7 +33,6 @@ from node.api.documents import (
     UpstreamRow,
     WhyBlock,
     WhyReport,
-    why_object,
     why_report,
 )
 from node.control.routes import Route, control_routes, serve_control
@@ -170,7 +169,7 @@ class FakeControl:
             for index in range(30)
         }
         read[30] = WhyBlock(index=30, length=BLOCK_SIZE, source="origin", milliseconds=90.0, retries=2, when=1.0)
-        return why_report(str(image), str(DIGEST), [why_object(ref, "layer", read)])
+        return why_report(str(image), str(DIGEST), [(ref, "layer", read)])
 
     async def doctor(self) -> DoctorReport:
         await trio.lowlevel.checkpoint()

@@ -36,7 +36,7 @@ POLICIES = TagPolicies(
 
 
 def manifest(version: int) -> bytes:
-    return json.dumps({"schemaVersion": 2, "version": version}).encode()
+    return json.dumps({"schemaVersion": 2, "layers": [], "version": version}).encode()
 
 
 class Registry:

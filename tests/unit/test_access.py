@@ -12,9 +12,12 @@ import pytest
 import trio
 import trio.testing
 
-from node.mirror.access import FRESH_S, MAX_PUBLIC, MAX_VERDICTS, REFUSED_S, Access, ChallengedError, PublicTable
+from node.blocks.object_facts import ObjectFacts
+from node.mirror.access import MAX_PUBLIC, MAX_VERDICTS, Access, ChallengedError, PublicTable
+from node.mirror.object_access import FRESH_S, REFUSED_S
 from node.oci.references import Locator
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
+from protocol.ids import Digest
 
 GRACE_S, PUBLIC_GRACE_S = 3600.0, 7 * 86400.0
 SECRET = "s3cr3t-token-of-alice"
@@ -46,6 +49,9 @@ class Registry:
             raise NotFoundError("not found")
         return allowed
 
+    async def gives(self, locator: Locator, digest: Digest) -> bool:
+        raise AssertionError("these tests are about repositories")
+
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         if self.bearer:
             return f'Bearer realm="https://auth.test/token",scope="repository:{locator.repository}:pull"'
@@ -57,10 +63,12 @@ class Fixture:
         self.registry = Registry()
         self.site: dict[str, float] = {}
         self.public = PublicTable(folder / "access.sqlite")
+        self.facts = ObjectFacts(folder / "objects.sqlite")
         self.access = Access(
             {upstream: GRACE_S},
             self.registry,
             self.public,
+            self.facts,
             site_says=self.site_says,
             nursery=nursery,
             public_grace_s=PUBLIC_GRACE_S,
@@ -83,6 +91,7 @@ def play(folder: Path, scenario: Callable[[Fixture], Awaitable[None]], **options
             fixture = Fixture(folder, nursery, **options)  # type: ignore[arg-type]
             await scenario(fixture)
             fixture.public.close()
+            fixture.facts.close()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 

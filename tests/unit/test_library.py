@@ -93,7 +93,7 @@ class Block:
 
 def library(fetcher: object) -> SiteLibrary:
     unused: Any = None
-    holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time))
+    holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time), check_size=lambda ref: None)
     return site_library(holds_nothing, unused, unused, fetcher=cast(Fetcher, fetcher))[0]
 
 

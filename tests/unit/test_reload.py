@@ -35,6 +35,7 @@ EDITS = {
     'mirror.listen="127.0.0.1:5055"': 'mirror.listen: "127.0.0.1:5050" -> "127.0.0.1:5055"',
     'mirror.tag_ttl="5s"': 'mirror.tag_ttl: "60s" -> "5s"',
     'mirror.tag_max_age="1d"': 'mirror.tag_max_age: "7d" -> "1d"',
+    'mirror.max_object="1GiB"': 'mirror.max_object: "64GiB" -> "1GiB"',
     'tags=[{match="*:edge"}]': 'tags: [] -> [{"match":"*:edge","ttl":"","max_age":"","cache":true}]',
     'peers.listen="/ip4/127.0.0.1/tcp/1"': 'peers.listen: "/ip4/0.0.0.0/tcp/4501" -> "/ip4/127.0.0.1/tcp/1"',
     'peers.bulk="127.0.0.1:1"': 'peers.bulk: "0.0.0.0:4502" -> "127.0.0.1:1"',

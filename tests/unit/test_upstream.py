@@ -6,7 +6,7 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from random import Random
@@ -26,7 +26,7 @@ from node.registry.bodies import BlockCutter
 from node.registry.upstreams import Upstreams
 from node.web.server import Request, Response
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
-from protocol.ids import BLOCK_SIZE
+from protocol.ids import BLOCK_SIZE, ObjectRef
 from tests.support.blobs import Blob
 from tests.support.fake_registry import (
     BLOB,
@@ -41,6 +41,9 @@ from tests.support.fake_registry import (
     cut,
     serve,
 )
+
+OTHER = b'{"schemaVersion": 2, "manifests": []}'
+"""A manifest that the registry does not have at first."""
 
 
 class Fixture:
@@ -98,13 +101,36 @@ def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>sign in</html>",
+        b"{}",
+        b"[]",
+        b'"text"',
+        b'{"schemaVersion": 2, "layers": [], "layers": []}',
+        b'{"schemaVersion": 2, "layers": [], "Layers": []}',
+        b'{"schemaVersion": 2, "layers": [], "manifests": []}',
+    ],
+)
+def test_an_answer_that_is_no_manifest_is_a_failed_answer(body: bytes) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.manifest = body
+        with pytest.raises(UnavailableError, match="no manifest"):
+            await upstreams.resolve(MANIFESTS, "latest")
+        fixture.registry.manifest = MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+
+    run(check)
+
+
 def test_a_manifest_is_resolved_and_revalidated() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         resolved, body = await upstreams.resolve(MANIFESTS, "latest")
         assert (resolved, body) == (Resolved(MANIFEST_REF, MEDIA_TYPE), MANIFEST)
         assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (resolved, None)
-        fixture.registry.manifest = b"{}"
-        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(Blob(b"{}").ref, MEDIA_TYPE), b"{}")
+        fixture.registry.manifest = OTHER
+        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(Blob(OTHER).ref, MEDIA_TYPE), OTHER)
         with pytest.raises(CorruptObjectError):
             await upstreams.resolve(MANIFESTS, str(MANIFEST_REF.digest))
         fixture.registry.manifest = b"forged"
@@ -122,10 +148,51 @@ def test_compressed_bodies_are_not_decompressed() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         headers = {"Content-Type": MEDIA_TYPE, "Content-Encoding": "gzip"}
         fixture.registry.answer_manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
-        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
-        assert (resolved.ref, body) == (Blob(bomb).ref, bomb)
+        with pytest.raises(UnavailableError, match="no manifest"):
+            await upstreams.resolve(MANIFESTS, "latest")
 
-    run(check)
+    assert run(check).counted == len(bomb)
+
+
+@pytest.mark.parametrize("fault", ["length", "no length", "total", "no total", "no total, no head"])
+@pytest.mark.parametrize("size", [len(BLOB) - 1, len(BLOB) + 1, BLOCK_SIZE, 100, 1 << 36])
+def test_no_block_is_returned_for_a_size_that_the_registry_contradicts(fault: str, size: int) -> None:
+    """A claim that is too large fails at the latest at its last block: then no record of it was signed."""
+
+    async def answer(request: Request) -> Response:
+        if request.method == "HEAD" and "no head" in fault:
+            return Response(405)
+        answer = blob_answer(request, None if "total" in fault else "no ranges")
+        if request.method == "GET" and "no length" in fault:
+            return Response(answer.status, {}, _chunks(BLOB))
+        if "no total" in fault and "Content-Range" in answer.headers and request.headers["range"] != "bytes=0-0":
+            span = answer.headers["Content-Range"].partition("/")[0]
+            return Response(206, {**answer.headers, "Content-Range": f"{span}/*"}, answer.body)
+        return answer
+
+    async def received(url: str) -> list[bytearray]:
+        ref = ObjectRef(BLOB_REF.digest, size)
+        count = min(ref.block_count, 8)
+        first = ref.block_count - count if fault != "no length" else 0
+        part = UpstreamPart(name="fake", url=url)
+        async with (
+            Upstreams([part], count=lambda name, size: None, rng=Random(1)) as upstreams,
+            aclosing(upstreams.blocks(BLOBS, ref, first, count)) as blocks,
+        ):
+            return [block async for block in blocks]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            url = await serve(nursery, answer)
+            with trio.fail_after(60), pytest.raises(UnavailableError):
+                await received(url)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+async def _chunks(data: bytes) -> AsyncGenerator[bytes, None]:
+    yield data
 
 
 @pytest.mark.parametrize("fault", [None, "no head"])
