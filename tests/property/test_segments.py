@@ -174,25 +174,25 @@ def test_a_member_that_asks_through_others_displaces_no_more_than_its_quota(
 
 def test_members_have_their_part_although_clients_filled_the_store() -> None:
     store = Store()
-    for number in range(30):
-        store.put(pieces(number), 50, READ_HERE)
+    for number in range(60):
+        store.put(pieces(number), 25, READ_HERE)
     assert store.bytes == BUDGET, "alone, a node uses all its room"
     for number in range(100, 110):
-        assert not store.put(pieces(number), 50, (A,)), "nothing that is used here is evicted for a member"
+        assert not store.put(pieces(number), 25, (A,)), "nothing that is used here is evicted for a member"
     for number in range(200, 230):
-        assert store.put(pieces(number), 50, READ_HERE)
-        store.put(pieces(number + 100), 50, (A,))
+        assert store.put(pieces(number), 25, READ_HERE)
+        store.put(pieces(number + 100), 25, (A,))
     assert store.policy.probation_bytes == BUDGET // RESERVE
     for number in range(400, 430):
-        assert store.put(pieces(number), 50, READ_HERE)
+        assert store.put(pieces(number), 25, READ_HERE)
     assert store.policy.probation_bytes == BUDGET // RESERVE, "the reserve stays"
 
 
 def test_a_single_reader_may_have_all_room_that_nothing_uses() -> None:
     store = Store()
-    for number in range(30):
-        assert store.put(pieces(number), 50, (A,))
+    for number in range(60):
+        assert store.put(pieces(number), 25, (A,))
     assert store.kept(A) == BUDGET
-    for number in range(100, 130):
-        assert store.put(pieces(number), 50, READ_HERE)
+    for number in range(100, 160):
+        assert store.put(pieces(number), 25, READ_HERE)
     assert store.kept(A) == BUDGET // RESERVE
