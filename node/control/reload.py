@@ -29,7 +29,7 @@ from protocol.errors import BadInputError
 log = logging.getLogger(__name__)
 
 LIVE = frozenset(
-    {"node.log", "mirror.tag_ttl", "mirror.tag_max_age", "tags", "peers.bootstrap", "upstream"}
+    {"node.log", "mirror.tag_ttl", "mirror.tag_max_age", "mirror.tag_witnesses", "tags", "peers.bootstrap", "upstream"}
     | {"cache.memory", "cache.disk", "cache.min_free"}
 )
 
