@@ -25,7 +25,7 @@ from node.blocks.grants import Grants
 from node.blocks.held_objects import held_body
 from node.blocks.read_ahead import ReadAhead, Room
 from node.blocks.values import BlockAddress, Obtained, Site
-from node.content.resolver import Resolver
+from node.content.resolver import Accept, Resolver
 from node.content.verification import ObjectVerifier
 from node.oci.manifests import MAX_MANIFEST, Resolved
 from node.oci.references import Locator
@@ -74,14 +74,15 @@ class SiteLibrary:
     metrics: Metrics
     _room: Room = field(default_factory=Room)
 
-    async def resolve(self, locator: Locator, reference: str) -> Resolved:
-        resolved = await self.resolver.resolve(locator, reference)
+    async def resolve(self, locator: Locator, reference: str, accept: Accept | None = None) -> Resolved:
+        """`accept`: as for `Resolver.resolve`."""
+        resolved = await self.resolver.resolve(locator, reference, accept)
         if locator.kind == "blobs" or resolved.ref.size > MAX_MANIFEST:
             return resolved
         names = self.resolver.known
         if (typed := names.typed(resolved)) is not None:
             return typed
-        # The media type may be from a member, and clients act on it before they have the bytes: compare it with these.
+        # The media type is a claim, and clients act on it before they have the bytes: compare it with these.
         try:
             body = await self._manifest(_Request(locator, resolved.ref, ((0, resolved.ref.size),)))
         except UnavailableError as error:
@@ -89,7 +90,7 @@ class SiteLibrary:
         else:
             names.check_type(locator, reference, resolved, body)
         # If the bytes cannot be read or do not show the type, the answer is in doubt now, and the registry is asked.
-        return names.typed(resolved) or await self.resolver.resolve(locator, reference)
+        return names.typed(resolved) or await self.resolver.resolve(locator, reference, accept)
 
     async def _manifest(self, request: _Request) -> bytes:
         """A manifest's verified bytes. Raises as `read`."""

@@ -39,6 +39,8 @@ SITE_S = 10.0
 """Longest search for an agreement in a large site: clients wait 25 s for the head of an answer."""
 MAX_CANDIDATES = 8
 """Digests that members name for a signed tag and whose signatures are looked for: each costs questions and reads."""
+BETTER_S = 1.0
+"""Once an image has a signature, the wait for one that more hosts name: liars name images whose search never ends."""
 
 Accept = Callable[[Resolved], Awaitable[None]]
 """Raises ShoalError if an answer must not be used, because no signature that the operator wants is on it."""
@@ -158,14 +160,7 @@ class Resolver:
             return next(iter(agreements(witnesses, 1, doubted)), None)
         if accept is None:
             return decided(witnesses, self.known.policies.witnesses, doubted)
-        for agreement in list(agreements(witnesses, 1, doubted))[:MAX_CANDIDATES]:
-            try:
-                await accept(agreement.resolved)
-            except ShoalError as error:
-                log.debug("%s is not %s: %s", f"{locator}@{reference}", agreement.resolved.ref.digest, error)
-            else:
-                return agreement
-        return None
+        return await _best_accepted(list(agreements(witnesses, 1, doubted))[:MAX_CANDIDATES], accept)
 
     async def _witness(self, peer: PeerId, locator: Locator, reference: str) -> Witness:
         asked = trio.current_time()
@@ -222,3 +217,26 @@ class Resolver:
         async with trio.open_nursery() as nursery:
             for peer in peers:
                 nursery.start_soon(try_to_ask, peer)
+
+
+async def _best_accepted(ranked: Sequence[Agreement], accept: Accept) -> Agreement | None:
+    """The first of the answers that is accepted; the checks run at the same time."""
+    open_numbers, accepted = set(range(len(ranked))), set[int]()
+
+    async def check(number: int) -> None:
+        try:
+            await accept(ranked[number].resolved)
+        except ShoalError as error:
+            log.debug("%s is not used: %s", ranked[number].resolved.ref.digest, error)
+        else:
+            accepted.add(number)
+        open_numbers.discard(number)
+        if accepted and min(accepted) < min(open_numbers, default=len(ranked)):
+            nursery.cancel_scope.cancel()
+        elif accepted:
+            nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, trio.current_time() + BETTER_S)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(ranked)):
+            nursery.start_soon(check, number)
+    return ranked[min(accepted)] if accepted else None

@@ -53,6 +53,7 @@ class NodeControl:
             node.registry,
         )
         self._member, self._site, self._membership = node.member, node.member.blocks.site, node.member.membership
+        self._library = node.clients.library
         self._started_at = trio.current_time()
 
     async def status(self) -> doc.Status:
@@ -209,7 +210,7 @@ class NodeControl:
         }
 
     def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[doc.PullEvent, None]:
-        return Pull(self._member.library, self._member.ledger, image, all_platforms=all_platforms).events()
+        return Pull(self._library, self._member.ledger, image, all_platforms=all_platforms).events()
 
     async def doctor(self) -> doc.DoctorReport:
         config = self._reloader.config
