@@ -41,7 +41,7 @@ BROKEN_S, MAX_BROKEN = 2.0, 1024
 """After a 500 for an object, calls for it fail for BROKEN_S seconds: a pull asks for many blocks of it."""
 
 
-_FINAL_STATUS = frozenset({401, 404}) | RETRIED_STATUS
+_FINAL_STATUS = frozenset({401, 404, 500}) | RETRIED_STATUS
 """Answers to a HEAD that a GET would also get. After any other one a GET is tried: some registries refuse HEAD."""
 
 

@@ -170,7 +170,7 @@ def test_memory_disk_and_uplink_change_together_and_held_bytes_stay_right(tmp_pa
                 network=SimpleNamespace(introducer=introducer),
                 registry=Registry(upstreams, {"r.test": link}, lambda: 1),
                 member=SimpleNamespace(resolver=SimpleNamespace(known=some)),
-                clients=SimpleNamespace(access=some, listings=some),
+                clients=SimpleNamespace(access=some, library=some, listings=some),
             )
             await put(memory, disk)
             change = prepared(node, config(room // 2, room // 2, rate="8MiB", daily="1GiB"))

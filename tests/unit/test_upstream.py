@@ -214,7 +214,7 @@ def test_a_manifest_is_read_in_blocks_too() -> None:
         ([404], NotFoundError, 1),
         ([403, 403], DeniedError, 2),
         ([401], DeniedError, 1),
-        ([500, 500], UnavailableError, 2),
+        ([500], UnavailableError, 1),
         ([503] * 9, UnavailableError, 3),
         ([416, 416], UnavailableError, 2),
     ],
