@@ -6,6 +6,7 @@ import json
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
@@ -18,6 +19,8 @@ from protocol.ids import Digest, ObjectRef
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
+CONFIG = b"{}"
+"""The blob of a manifest's `config`."""
 TYPE, PREDICATE = "cosign container image signature", "https://sigstore.dev/cosign/sign/v1"
 
 
@@ -79,7 +82,8 @@ def manifest_of(*layers: tuple[ObjectRef, str, str], artifact_type: str = "") ->
         }
         for ref, media_type, signature in layers
     ]
-    config = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": "sha256:" + "0" * 64, "size": 2}
+    digest = f"sha256:{sha256(CONFIG).hexdigest()}"
+    config = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": len(CONFIG)}
     fields = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": described}
     return json.dumps({**fields, **({"artifactType": artifact_type} if artifact_type else {})}).encode()
 
