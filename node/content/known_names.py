@@ -84,8 +84,9 @@ class KnownNames:
         known answer: a late answer must not bring back an earlier state of a tag."""
         source = str(locator)
         self._forget_outage(locator, reference)
-        if body is not None:
+        if body is not None or locator.kind == "blobs":
             self._doubted.pop((source, resolved.ref), None)
+        if body is not None:
             self._types[resolved.ref.digest] = resolved.media_type
             self.learn(locator, body)
         if locator.kind == "manifests":

@@ -32,7 +32,7 @@ from protocol.ids import Digest, ObjectRef, PeerId
 log = logging.getLogger(__name__)
 
 ASK_S = 2.0
-"""A member answers from memory: one that is silent for this time has failed."""
+"""Longest wait for a member, which answers from memory. It may not ask for more: a liar would never end."""
 LAST_RESORT_MEMBERS = 64
 """Members that are asked at a time for the answers that they hold if the registry does not answer."""
 SITE_S = 10.0
@@ -185,10 +185,11 @@ class Resolver:
 
     async def _question(self, peer: PeerId, locator: Locator, reference: str) -> messages.Resolved:
         question = messages.Resolve(str(locator), reference)
-        answer = await self._questions.ask(peer, question, Lane.CONTROL, ASK_S)
-        if not isinstance(answer.message, messages.Resolved):
-            raise UnavailableError(f"{peer} has no answer for {reference}")
-        return answer.message
+        with trio.move_on_after(ASK_S):
+            answer = await self._questions.ask(peer, question, Lane.CONTROL, ASK_S)
+            if isinstance(answer.message, messages.Resolved):
+                return answer.message
+        raise UnavailableError(f"{peer} has no answer for {reference}")
 
     async def public_age_s(self, locator: Locator, reference: str) -> float | None:
         """How long ago a member saw that anybody may read the repository, for when the registry is out of reach."""

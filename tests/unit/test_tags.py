@@ -16,7 +16,7 @@ from node.blocks.held_objects import held_body
 from node.config.schema import config_of, tag_policies
 from node.config.tag_policy import TagPolicies, TagPolicy
 from node.content.name_table import NameTable
-from node.content.resolver import LAST_RESORT_MEMBERS
+from node.content.resolver import ASK_S, LAST_RESORT_MEMBERS
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryNetwork
 from node.oci.manifests import Resolved
@@ -422,6 +422,22 @@ def test_a_tag_that_the_registry_lacks_is_an_error_on_every_node(tmp_path: Path)
                 await node.names.resolve(APP, "none")
 
     play(tmp_path, 3, scenario)
+
+
+def test_a_member_that_never_answers_delays_an_answer_little(tmp_path: Path) -> None:
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        async def never(peer: PeerId, request: Request) -> Answer:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        for node in nodes[2:]:
+            await node.version()
+        nodes[1].handler = never
+        registry.cut = {nodes[0].own}
+        with trio.fail_after(ASK_S + 1):
+            assert await nodes[0].version() == 1
+
+    play(tmp_path, 5, scenario)
 
 
 def test_members_that_die_delay_an_answer_little(tmp_path: Path) -> None:
