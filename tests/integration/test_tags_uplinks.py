@@ -249,6 +249,10 @@ def test_a_tag_is_given_only_with_a_signature_of_a_configured_key(
             assert answer.returncode == 1
             for part in (f"{SIGNED}:{tag}", version.index.digest, str(key)):
                 assert part in answer.stderr
+        signatures = signature_tag(Digest.parse(versions[0].index.digest))
+        for tag in ("good", signatures):
+            answer = nodes[0].ctl("export", f"{UPSTREAM}/{SIGNED}:{tag}", str(folder / f"{tag}.tar"))
+            assert answer.returncode == 0, answer.stderr
         proxy.cut()
         assert digest_of(nodes[1], "good", SIGNED) == versions[0].index.digest, "one member's word and the signature"
         assert digest_of(nodes[1], "bad", SIGNED) == 503, "its signature does not help, and others may be out of reach"
@@ -265,6 +269,12 @@ def test_a_tag_is_given_only_with_a_signature_of_a_configured_key(
         assert nodes[0].ctl("reload").returncode == 0
         wait_for("the other key counts", lambda: digest_of(nodes[0], "bad", SIGNED) == versions[1].index.digest)
         assert digest_of(nodes[0], "good", SIGNED) == 403
+    with site(folder / "cut-off", proxy.url, 1, start=False) as nodes:
+        configured(nodes, tags=verified_by(key))
+        assert nodes[0].ctl("import", str(folder / "good.tar")).returncode == 0
+        assert digest_of(nodes[0], "good", SIGNED) == 503, "its signature is not here"
+        assert nodes[0].ctl("import", str(folder / f"{signatures}.tar")).returncode == 0
+        assert digest_of(nodes[0], "good", SIGNED) == versions[0].index.digest
 
 
 @pytest.mark.skipif(shutil.which("cosign") is None, reason="cosign is not installed")
