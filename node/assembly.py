@@ -45,6 +45,7 @@ from node.content.library import SiteLibrary
 from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.content.resolver import Resolver
+from node.content.signatures import SignedLibrary, Verified, load_keys
 from node.content.verification import ObjectVerifier
 from node.control.api import NodeControl, upstream_row
 from node.control.reload import Reloader, prepared
@@ -115,7 +116,9 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
     stack.callback(facts.close)
     stack.callback(public.close)
     stack.callback(table.close)
-    return Storage(tiers, memory, disk, facts=facts, pins=pins, public=public, table=table)
+    verified = Verified(folder / "signatures.sqlite")
+    stack.callback(verified.close)
+    return Storage(tiers, memory, disk, facts=facts, pins=pins, public=public, table=table, verified=verified)
 
 
 def blocks(
@@ -281,7 +284,7 @@ def clients(
     nursery: trio.Nursery,
 ) -> Clients:
     tag_max_age_s = config.mirror.tag_max_age.seconds
-    library, upstreams = member.library, registry.upstreams
+    upstreams = registry.upstreams
     access = Access(
         access_grace_s(config),
         upstreams,
@@ -292,7 +295,8 @@ def clients(
         public_grace_s=tag_max_age_s,
         loopback=config.mirror.listen.is_loopback,
     )
-    listings = Listings(upstreams.passthrough, library, folder / "listings.sqlite", tag_max_age_s)
+    listings = Listings(upstreams.passthrough, member.library, folder / "listings.sqlite", tag_max_age_s)
+    library = SignedLibrary(member.library, listings.referrers, load_keys(config.tags), storage.verified)
     prefetcher = Prefetcher(
         folder / "prefetch.json",
         library=library,
@@ -314,7 +318,7 @@ def clients(
         public=storage.public.note,
     )
     mirror = Mirror(library, upstreams.names, listings, access)
-    return Clients(access, listings, mirror, prefetcher, images=images)
+    return Clients(access, library, listings, mirror, prefetcher=prefetcher, images=images)
 
 
 def operator(node: Node, config: Config, path: Path | None, notifier: Notifier) -> tuple[Reloader, list[Route]]:

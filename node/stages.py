@@ -21,6 +21,7 @@ from node.content.library import SiteLibrary
 from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.content.resolver import Resolver
+from node.content.signatures import SignedLibrary, Verified
 from node.content.verification import ObjectVerifier
 from node.evidence.judge import Judge
 from node.exchange.contract import Exchange
@@ -75,6 +76,7 @@ class Storage:
     pins: Pins
     public: PublicTable
     table: NameTable
+    verified: Verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class Clients:
     """Stage 4: the parts that only a node with clients of its own needs."""
 
     access: Access
+    library: SignedLibrary
     listings: Listings
     mirror: Mirror
     prefetcher: Prefetcher

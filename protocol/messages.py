@@ -71,11 +71,10 @@ class Announce(_Message, frozen=True, tag=5):
 
 
 class Resolve(_Message, frozen=True, tag=6):
-    """The descriptor of a reference. `hops` 1: the receiver may ask the upstream; 0: it answers from memory."""
+    """The descriptor of a reference, as the upstream told it to the receiver, or as its operator imported it."""
 
     source: str
     reference: str
-    hops: int
 
 
 class Ping(_Message, frozen=True, tag=7):

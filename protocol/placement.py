@@ -174,10 +174,6 @@ class Placement:
         """The members that store the announcements of an object's holders."""
         return self._ranked(str(digest), DIRECTORY_MEMBERS)
 
-    def name_homes(self, name: str) -> tuple[PeerId, ...]:
-        """The members that resolve a name at the upstream, in this order."""
-        return self._ranked(name, DIRECTORY_MEMBERS)
-
     def _ranked(self, key: str, count: int, among: slice = slice(None)) -> tuple[PeerId, ...]:
         peers = self._peers[among]
         return tuple(peers[i] for i in _nearest(self._hashes[among], self._weights[among], key, count))

@@ -321,7 +321,6 @@ _MORE: dict[type[Any], Callable[[Any], object]] = {
     msg.GetBlock: _block,
     msg.GetHoldings: lambda message: Digest.parse(message.digest),
     msg.FindHolders: lambda message: Digest.parse(message.digest),
-    msg.Resolve: lambda message: _need(0 <= message.hops <= 1, "hops"),
     msg.Ping: _piggyback,
     msg.PingRequest: _piggyback,
     msg.Pong: _piggyback,

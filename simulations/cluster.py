@@ -184,7 +184,7 @@ class Cluster:
                 identity.peer_id,
                 f"n{number}",
                 f"site-{number % sites}",
-                ("192.0.2.1:1",),
+                (f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:1",),
                 weight=float(number >= readers),
             )
             for number, identity in enumerate(self._identities)

@@ -67,6 +67,8 @@ class Registry:
         """Returns the answer to a request during a fault, or None if there is no fault."""
         self.attempts: list[tuple[float, PeerId]] = []
         """Time and node of each request, also of those that did not reach the registry."""
+        self.methods: Counter[str] = Counter()
+        """Requests that arrived, by method and path."""
         self.requests: list[float] = []
         """The time when each request arrived."""
         self.sent: list[tuple[float, int]] = []
@@ -81,8 +83,12 @@ class Registry:
         refs = tuple(self.add(self.rng.randbytes(size)) for size in layers)
         described = [{"mediaType": LAYER, "digest": str(ref.digest), "size": ref.size} for ref in refs]
         manifest = self.add(json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "layers": described}).encode())
-        self._tags[tag] = str(manifest.digest)
+        self.tag(tag, manifest)
         return Image(tag, manifest, refs)
+
+    def tag(self, tag: str, manifest: ObjectRef) -> None:
+        """Let the tag stand for this manifest from now on."""
+        self._tags[tag] = str(manifest.digest)
 
     def add(self, body: bytes) -> ObjectRef:
         digest = Digest("sha256", sha256(body).hexdigest())
@@ -121,6 +127,7 @@ class Wire(httpx.AsyncBaseTransport):
             await trio.sleep(timeout["connect"])
             raise httpx.ConnectTimeout("out of reach")
         registry.requests.append(trio.current_time())
+        registry.methods[f"{request.method} {request.url.path}"] += 1
         answer = registry.answer(request.method, request.url.path, request.headers.get("range", ""))
         latency_s = registry.latency(registry.rng)
         if latency_s > timeout["read"]:

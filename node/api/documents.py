@@ -181,7 +181,8 @@ TagState = Literal["fresh", "due", "stale", "too old"]
 
 
 class TagRow(Document, frozen=True):
-    """`age_s` is the time since the registry's last answer; `told_by` is the member that sent it, by name or peer id.
+    """`age_s` is the time since the answer. `source`: the registry told it to this node, this node imported it, or the
+    registry is out of reach and the members in `told_by` (names or peer ids) agree on it.
 
     `state`: a `fresh` tag is served without asking; for a `due` one the next pull asks the registry; if it was out of
     reach at the last pull, a `stale` tag is served and a `too old` one is not. `rule` is the policy's pattern, "" for
@@ -192,11 +193,11 @@ class TagRow(Document, frozen=True):
     digest: str
     age_s: float
     state: TagState
-    source: Literal["registry", "member", "remembered"]
+    source: Literal["registry", "import", "members"]
     ttl_s: float
     max_age_s: float
     cache: bool = True
-    told_by: str = ""
+    told_by: tuple[str, ...] = ()
     rule: str = ""
 
 

@@ -22,7 +22,7 @@ from node.blocks.values import SILENCE_S, BlockAddress, Miss, Obtained, Site
 from node.exchange.contract import Lane
 from node.telemetry.sources import Source
 from protocol.erasure import decode_block, encode_shard
-from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, ShoalError, UnavailableError
+from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.evidence import contradict
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
@@ -81,8 +81,6 @@ class CodedReads:
                 attempt.shards.clear()  # as large as the block: free them before waiting for the disk
                 await site.tiers.put(Piece(address.block), held.data, held.record, kept_for=READ_HERE)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
-            if isinstance(attempt.failure, (DeniedError, NotFoundError)):
-                break
         if address.background:  # only its home reads such a block, and it cannot now
             raise attempt.failure or UnavailableError(f"{address.block} cannot be obtained now")
         return Miss(attempt.plan.retries + 1, partial(self._blame, attempt))

@@ -20,7 +20,6 @@ from protocol.fetch_plan import Ask, ShardPlan
 from protocol.ids import PeerId, Shard
 from protocol.messages import BlockFound, Failed, GetShard, Request, ShardFound
 
-_ERRORS: dict[str, type[errors.ShoalError]] = {"not-found": errors.NotFoundError, "denied": errors.DeniedError}
 T = TypeVar("T")
 
 
@@ -38,8 +37,9 @@ class Questions:
         plan: ShardPlan | None = None,
         ready: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """Raises NotFoundError, DeniedError or UnavailableError if the answer is `Failed`, else as Exchange.request.
-        `plan` follows the peer's progress and measures its time. `ready` is called once the peer has the answer."""
+        """Raises UnavailableError if the answer is `Failed`, else as Exchange.request. The code of a failure does not
+        matter: only the registry itself can say that an object does not exist, or is denied. `plan` follows the peer's
+        progress and measures its time. `ready` is called once the peer has the answer."""
 
         def heard(is_ready: bool) -> None:
             if plan is not None:
@@ -61,7 +61,7 @@ class Questions:
         now = trio.current_time()
         site.health.answered(peer, plan.took_s(peer, now) if plan is not None else None, now)
         if isinstance(answer.message, Failed):
-            raise _ERRORS.get(answer.message.code, errors.UnavailableError)(answer.message.text)
+            raise errors.UnavailableError(f"{peer}: {answer.message.code}: {answer.message.text}")
         return answer
 
     def get_shard(

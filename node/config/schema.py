@@ -28,6 +28,10 @@ _PATH = re.compile(r"(\w+)(?:\[(\d+)\])?\.(\w+)(?:\[\d+\])?`")
 
 MAX_PATTERN = 512
 MAX_URLS = 8
+MAX_WITNESSES = 64
+"""As many as are asked at a time: more would never be found at once."""
+MAX_KEYS = 16
+"""Public keys for one pattern: each is tried on each signature of an image."""
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -46,6 +50,7 @@ class MirrorPart(_Part, frozen=True):
     tag_ttl: quantities.Duration = quantities.Duration("60s")
     tag_max_age: quantities.Duration = quantities.Duration("7d")
     max_object: quantities.Size = quantities.Size("64GiB")
+    tag_witnesses: Annotated[int, msgspec.Meta(ge=1, le=MAX_WITNESSES)] = 2
 
 
 class TagsPart(_Part, frozen=True):
@@ -53,6 +58,12 @@ class TagsPart(_Part, frozen=True):
     ttl: quantities.OptionalDuration = quantities.OptionalDuration()
     max_age: quantities.OptionalDuration = quantities.OptionalDuration()
     cache: bool = True
+    verify: str | Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=MAX_KEYS)] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Paths of public keys in PEM."""
+        return (self.verify,) if isinstance(self.verify, str) else self.verify
 
 
 class PeersPart(_Part, frozen=True):
@@ -233,7 +244,8 @@ def access_grace_s(config: Config) -> dict[str, float]:
 def tag_policies(config: Config) -> TagPolicies:
     """Raises BadInputError naming the key."""
     default = TagPolicy("", config.mirror.tag_ttl.seconds, config.mirror.tag_max_age.seconds)
-    return TagPolicies(default, [_tag_policy(part, default) for part in config.tags])
+    rules = [_tag_policy(part, default) for part in config.tags]
+    return TagPolicies(default, rules, config.mirror.tag_witnesses)
 
 
 def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
@@ -245,9 +257,10 @@ def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
     if not part.cache:
         if part.ttl or part.max_age:
             raise BadInputError(f"{key}: ttl and max_age have no effect with cache = false; remove them")
-        return TagPolicy(part.match, 0.0, 0.0)
+        return TagPolicy(part.match, 0.0, 0.0, part.keys)
     ttl_s = part.ttl.seconds if part.ttl else default.ttl_s
-    return TagPolicy(part.match, ttl_s, part.max_age.seconds if part.max_age else default.max_age_s)
+    max_age_s = part.max_age.seconds if part.max_age else default.max_age_s
+    return TagPolicy(part.match, ttl_s, max_age_s, part.keys)
 
 
 def _check_urls(upstream: UpstreamPart) -> None:

@@ -18,7 +18,7 @@ class Library(Protocol):
 
     - `resolve` accepts a tag or a digest (of a manifest or a blob, as the locator says). Tags are revalidated after
       their time to live, and served stale within an age limit while the registry is out of reach. Raises NotFoundError,
-      DeniedError or UnavailableError.
+      DeniedError, UnsignedError or UnavailableError.
     - `read` yields the bytes [start, stop) of an object in order, and then those of each range in `more`, while later
       blocks still arrive. A chunk is part of one block and of one range. The first chunk is empty if the first block is
       so late that a client would give up. Closing the generator (`aclosing`) ends all its work. The digest of a small

@@ -25,7 +25,7 @@ from node.blocks.grants import Grants
 from node.blocks.held_objects import held_body, is_right, open_checked
 from node.blocks.read_ahead import ReadAhead, Room
 from node.blocks.values import BlockAddress, Obtained, Site
-from node.content.resolver import Resolver
+from node.content.resolver import Accept, Resolver
 from node.content.verification import ObjectVerifier
 from node.oci.manifests import MAX_MANIFEST, Resolved
 from node.oci.references import Locator
@@ -74,19 +74,20 @@ class SiteLibrary:
     metrics: Metrics
     _room: Room = field(default_factory=Room)
 
-    async def resolve(self, locator: Locator, reference: str) -> Resolved:
-        resolved = self._true(await self.resolver.resolve(locator, reference))
+    async def resolve(self, locator: Locator, reference: str, accept: Accept | None = None) -> Resolved:
+        """`accept`: as for `Resolver.resolve`."""
+        resolved = self._true(await self.resolver.resolve(locator, reference, accept))
         if locator.kind == "blobs":
             return resolved
         if resolved.ref.size > MAX_MANIFEST:  # only a claim can be: the registry's own manifests are smaller
             self.resolver.known.doubt(locator, resolved.ref)
-            resolved = self._true(await self.resolver.resolve(locator, reference))
+            resolved = self._true(await self.resolver.resolve(locator, reference, accept))
             if resolved.ref.size > MAX_MANIFEST:
                 raise UnavailableError(f"{resolved.ref.digest}: a manifest of {resolved.ref.size} bytes, by a claim")
         names = self.resolver.known
         if (typed := names.typed(resolved)) is not None:
             return typed
-        # The media type may be from a member, and clients act on it before they have the bytes: compare it with these.
+        # The media type is a claim, and clients act on it before they have the bytes: compare it with these.
         try:
             body = await self._manifest(_Request(locator, resolved.ref, ((0, resolved.ref.size),)))
         except UnavailableError as error:
@@ -94,7 +95,7 @@ class SiteLibrary:
         else:
             names.check_type(locator, reference, resolved, body)
         # If the bytes cannot be read or do not show the type, the answer is in doubt now, and the registry is asked.
-        return names.typed(resolved) or await self.resolver.resolve(locator, reference)
+        return names.typed(resolved) or await self.resolver.resolve(locator, reference, accept)
 
     def _true(self, resolved: Resolved) -> Resolved:
         """With the verified size, if there is one: the sizes in manifests and members' answers are claims."""

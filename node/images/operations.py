@@ -93,8 +93,8 @@ class ImageOperations:
         table, name, root = self.table, image.name, image.root
         for packed in image.objects:
             resolved = Resolved(packed.ref, packed.media_type, age_s)
-            table.put(str(locator_of(name, packed)), str(packed.ref.digest), resolved)
-        table.put(str(name.manifests), name.reference, Resolved(root.ref, root.media_type, age_s))
+            table.put(str(locator_of(name, packed)), str(packed.ref.digest), resolved, "import")
+        table.put(str(name.manifests), name.reference, Resolved(root.ref, root.media_type, age_s), "import")
 
     async def export_image(
         self, image: ImageName, platforms: Sequence[Platform], descriptor: int

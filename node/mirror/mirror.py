@@ -29,7 +29,14 @@ from node.oci.byte_ranges import Span, parse_range
 from node.oci.manifests import Resolved
 from node.oci.references import Kind, Locator, canonical, check_reference, is_digest
 from node.web.server import FileBody, Limits, Request, Response, error_response
-from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
+from protocol.errors import (
+    BadInputError,
+    CorruptObjectError,
+    DeniedError,
+    NotFoundError,
+    UnavailableError,
+    UnsignedError,
+)
 from protocol.ids import Buffer, Digest
 
 log = logging.getLogger(__name__)
@@ -96,7 +103,7 @@ class Mirror:
             return problem.response
         except ChallengedError as error:
             return error_response(401, "UNAUTHORIZED", str(error), _VERSION | {"WWW-Authenticate": error.challenge})
-        except DeniedError as error:
+        except (DeniedError, UnsignedError) as error:
             return _problem(403, "DENIED", error)
         except BadInputError as error:
             return _problem(400, "UNSUPPORTED", error)

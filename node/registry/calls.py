@@ -44,6 +44,10 @@ class Call:
     def reference(self) -> str:
         return self.tail.partition("/")[2]
 
+    @property
+    def names_manifest(self) -> bool:
+        return self.tail.startswith("manifests/")
+
     def url(self, registry: httpx.URL) -> httpx.URL:
         path = f"{registry.path.rstrip('/')}/v2/{self.repository}/{self.tail}"
         url = registry.copy_with(raw_path=path.encode("ascii"))

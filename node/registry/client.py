@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import httpx
@@ -41,8 +43,15 @@ from protocol.ids import Digest, ObjectRef
 
 log = logging.getLogger(__name__)
 
+_DIGITS = re.compile(r"[0-9]{1,15}", re.ASCII)
+CLAIM_S, MAX_CLAIMS = 1.0, 1024
+"""A client that is admitted by a HEAD for a tag then asks for that tag at once: a second HEAD would be for nothing."""
 BROKEN_S, MAX_BROKEN = 2.0, 1024
 """After a 500 for an object, calls for it fail for BROKEN_S seconds: a pull asks for many blocks of it."""
+
+
+_FINAL_STATUS = frozenset({401, 404, 500}) | RETRIED_STATUS
+"""Answers to a HEAD that a GET would also get. After any other one a GET is tried: some registries refuse HEAD."""
 
 
 class RegistryClient:
@@ -58,6 +67,8 @@ class RegistryClient:
         self._bodies = trio.Semaphore(self.body_connections)
         self._broken: TTLCache[tuple[str, str], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
         """By repository and tail of a call, the status that answered it."""
+        self._claims: TTLCache[Call, tuple[Resolved, float]] = TTLCache(MAX_CLAIMS, CLAIM_S, timer=trio.current_time)
+        """Descriptors that answers to `admits` showed, and when these were asked for. Each is used once."""
 
     def report(self) -> Endpoint:
         state = self.availability
@@ -86,7 +97,7 @@ class RegistryClient:
     async def _body(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
         """Blocks from one response. Raises FailedAttemptError if it ends before the last block."""
         start, stop, size = cutter.position, cutter.stop, cutter.ref.size
-        whole = (start, stop) == (0, size) or call.tail.startswith("manifests/")
+        whole = (start, stop) == (0, size) or call.names_manifest
         headers = {"Accept": ACCEPT} | ({} if whole else {"Range": f"bytes={start}-{stop - 1}"})
         async with self._response("GET", call, headers) as response, receiver_of(response) as receiver:
             self._expect(response, call, 200, 206)
@@ -103,13 +114,15 @@ class RegistryClient:
                 if block is not None:
                     yield block
 
-    async def confirms(self, current: Resolved, call: Call) -> bool:
-        """Ask (by HEAD) whether the call's reference still resolves to `current`."""
+    async def described(self, call: Call) -> Resolved | None:
+        """A manifest's descriptor as the registry claims it, by HEAD; None if only the bytes can show it. If `admits`
+        has just asked the same question, its answer is used."""
+        if (claimed := self._claims.pop(call, None)) is not None:
+            return replace(claimed[0], age_s=trio.current_time() - claimed[1])
         async with self._response("HEAD", call, {"Accept": ACCEPT}) as response:
-            if response.status_code in (404, *RETRIED_STATUS):
+            if response.status_code in _FINAL_STATUS and not response.history:
                 self._expect(response, call, 200)
-            digest = response.headers.get("docker-content-digest", "")
-            return bool(response.status_code == 200 and digest == str(current.ref.digest))
+            return _claimed(response, call) if response.status_code == 200 else None
 
     async def manifest(self, call: Call) -> tuple[Resolved, bytes]:
         async with self._response("GET", call, {"Accept": ACCEPT}) as response:
@@ -157,13 +170,15 @@ class RegistryClient:
 
     async def admits(self, call: Call) -> bool | None:
         """Whether the registry allows the call; None if it does not have the object. A redirect means yes."""
-        method = "GET" if call.tail == "tags/list" else "HEAD"
+        method, asked = "GET" if call.tail == "tags/list" else "HEAD", trio.current_time()
         try:
             async with self._response(method, call, {"Accept": ACCEPT}, follow=False) as response:
                 if response.status_code in (404, 405):
                     return None
                 if response.status_code >= 400:
                     self._expect(response, call)
+                if response.status_code == 200 and call.names_manifest and (claimed := _claimed(response, call)):
+                    self._claims[call] = claimed, asked
                 return True
         except DeniedError:
             return False
@@ -247,6 +262,17 @@ async def _more(receiver: Receiver) -> bool:
     with suppress(httpx.HTTPError):
         return await receiver.recv_into(memoryview(bytearray(1))) > 0
     return False
+
+
+def _claimed(response: httpx.Response, call: Call) -> Resolved | None:
+    digest, length = response.headers.get("docker-content-digest", ""), response.headers.get("content-length", "")
+    if (is_digest(call.reference) and digest != call.reference) or not _DIGITS.fullmatch(length):
+        return None
+    try:
+        ref = ObjectRef(Digest.parse(digest), int(length))
+    except BadInputError:
+        return None
+    return Resolved(ref, _media_type(response)) if 0 < ref.size <= MAX_MANIFEST else None
 
 
 def _media_type(response: httpx.Response) -> str:

@@ -148,10 +148,9 @@ class Upstreams:
             for client in upstream.in_order:
                 await client.http.aclose()
 
-    async def resolve(
-        self, locator: Locator, reference: str, known: Resolved | None = None
-    ) -> tuple[Resolved, bytes | None]:
-        """The descriptor that `reference` stands for, and the manifest's bytes unless it is still `known`.
+    async def resolve(self, locator: Locator, reference: str, *, whole: bool = False) -> tuple[Resolved, bytes | None]:
+        """The descriptor that `reference` stands for, and the manifest's bytes if `whole`, or if the registry does not
+        show the descriptor without them. A descriptor without bytes is a claim: its size and type are not checked.
 
         Raises NotFoundError, DeniedError, UnavailableError, or CorruptObjectError if the bytes do not have the digest.
         """
@@ -163,8 +162,8 @@ class Upstreams:
             if locator.kind == "blobs":
                 size = await retrying(call, client.size)
                 answer = Resolved(self._sized(Digest.parse(reference), size, client.name), UNTYPED), None
-            elif known is not None and await retrying(call, partial(client.confirms, known)):
-                answer = Resolved(known.ref, known.media_type), None
+            elif not whole and (claimed := await retrying(call, client.described)) is not None:
+                answer = claimed, None
             else:
                 answer = await retrying(call, client.manifest)
             # A mirror may serve objects to everyone that the registry does not.

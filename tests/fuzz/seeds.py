@@ -30,7 +30,7 @@ _REQUESTS: Sequence[messages.Request] = (
     messages.GetHoldings(NAME),
     messages.FindHolders(NAME),
     messages.Announce((NAME,)),
-    messages.Resolve("docker.io/org/app#manifests", "latest", 1),
+    messages.Resolve("docker.io/org/app#manifests", "latest"),
     messages.Ping(UPDATES),
     messages.PingRequest(ME.peer_id, UPDATES),
     messages.Sync(UPDATES),

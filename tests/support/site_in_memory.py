@@ -112,6 +112,11 @@ class FixedView:
         self.site = tuple(members)
         self.version += 1
 
+    def replace(self, members: Iterable[Member]) -> None:
+        """Change what the members say of themselves."""
+        self._members = {member.peer_id: member for member in members}
+        self.see(self._members.values())
+
     def forget(self, peer: PeerId) -> None:
         del self._members[peer]
 
@@ -198,7 +203,8 @@ def site_of(count: int) -> tuple[list[Identity], list[Member]]:
     keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
     identities = [Identity.of(key) for key in keys]
     return identities, [
-        Member(identity.peer_id, f"n{number}", "site", ("192.0.2.1:1",)) for number, identity in enumerate(identities)
+        Member(identity.peer_id, f"n{number}", "site", (f"192.0.2.{number}:1",))
+        for number, identity in enumerate(identities)
     ]
 
 

@@ -52,6 +52,27 @@ def test_digests_that_manifests_name_push_out_neither_tags_nor_pinned_objects(tm
     assert left == [0, *range(92, 100)]
 
 
+def test_the_former_table_gives_its_digests_but_no_tags(tmp_path: Path) -> None:
+    """Its tags may be the answers of other members."""
+    path, digest = tmp_path / "names.sqlite", str(INDEX.ref.digest)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "CREATE TABLE name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
+            " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID"
+        )
+        for reference in ("v1", digest):
+            row = (SOURCE, reference, digest, INDEX.ref.size, INDEX.media_type, 5.0)
+            connection.execute("INSERT INTO name VALUES (?, ?, ?, ?, ?, ?)", row)
+    for _ in range(2):
+        table = NameTable(path)
+        assert table.get(SOURCE, "v1") is None
+        resolved = table.get(SOURCE, digest)
+        assert resolved is not None
+        assert resolved.ref == INDEX.ref
+        assert table.origin(SOURCE, digest) == "manifest"
+        table.close()
+
+
 def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "names.sqlite"
     path.write_bytes(b"this is no database" * 1000)
@@ -88,7 +109,7 @@ def test_a_row_that_the_disk_altered_is_unknown(tmp_path: Path) -> None:
     table.put(SOURCE, "v2", INDEX)
     table.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE name SET digest = 'sha256:no' WHERE reference = 'v1'")
+        connection.execute("UPDATE answer SET digest = 'sha256:no' WHERE reference = 'v1'")
     table = NameTable(path)
     assert table.get(SOURCE, "v1") is None
     assert [reference for _, reference, _ in table.images()] == ["v2"]

@@ -117,28 +117,67 @@ def test_an_answer_that_is_no_manifest_is_a_failed_answer(body: bytes) -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.manifest = body
         with pytest.raises(UnavailableError, match="no manifest"):
-            await upstreams.resolve(MANIFESTS, "latest")
+            await upstreams.resolve(MANIFESTS, "latest", whole=True)
         fixture.registry.manifest = MANIFEST
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
 
     run(check)
 
 
 def test_a_manifest_is_resolved_and_revalidated() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
-        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
-        assert (resolved, body) == (Resolved(MANIFEST_REF, MEDIA_TYPE), MANIFEST)
-        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (resolved, None)
-        fixture.registry.manifest = OTHER
-        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(Blob(OTHER).ref, MEDIA_TYPE), OTHER)
+        described = Resolved(MANIFEST_REF, MEDIA_TYPE)
+        for reference in ("latest", str(MANIFEST_REF.digest)):
+            assert await upstreams.resolve(MANIFESTS, reference) == (described, None)
+            assert await upstreams.resolve(MANIFESTS, reference, whole=True) == (described, MANIFEST)
+        fixture.registry.manifest = b"{}"
+        assert await upstreams.resolve(MANIFESTS, "latest") == (Resolved(Blob(b"{}").ref, MEDIA_TYPE), None)
         with pytest.raises(CorruptObjectError):
             await upstreams.resolve(MANIFESTS, str(MANIFEST_REF.digest))
         fixture.registry.manifest = b"forged"
         with pytest.raises(CorruptObjectError):
-            await upstreams.resolve(MANIFESTS, "latest")
+            await upstreams.resolve(MANIFESTS, "latest", whole=True)
 
     methods = [request.method for request in run(check).registry.requests]
-    assert methods == ["GET", "HEAD", "HEAD", "GET", "GET", "GET"]
+    assert methods == ["HEAD", "GET"] * 2 + ["HEAD"] + ["HEAD", "GET"] + ["GET"]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (405, {}),
+        (501, {}),
+        (403, {}),
+        (200, {}),
+        (200, {"Docker-Content-Digest": "sha256:no", "Content-Length": "7"}),
+        (200, {"Docker-Content-Digest": str(MANIFEST_REF.digest), "Content-Length": str(5 << 20)}),
+        (200, {"Docker-Content-Digest": str(MANIFEST_REF.digest), "Content-Length": "0"}),
+    ],
+)
+def test_a_manifest_is_read_if_head_does_not_describe_it(status: int, headers: dict[str, str]) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        answer = fixture.registry.answer_manifest
+
+        def head(request: Request) -> Response:
+            return Response(status, headers) if request.method == "HEAD" else answer(request)
+
+        fixture.registry.answer_manifest = head  # type: ignore[method-assign]
+        assert await upstreams.resolve(MANIFESTS, "latest") == (Resolved(MANIFEST_REF, MEDIA_TYPE), MANIFEST)
+
+    assert [request.method for request in run(check).registry.requests] == ["HEAD", "GET"]
+
+
+def test_the_question_that_admits_a_client_also_resolves_its_tag() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        assert await upstreams.admits(MANIFESTS, "latest")
+        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
+        assert (resolved.ref, body) == (MANIFEST_REF, None)
+        assert resolved.age_s > 0, "it is as old as the question"
+        assert len(fixture.registry.requests) == 1
+        await upstreams.resolve(MANIFESTS, "latest")
+        assert len(fixture.registry.requests) == 2
+
+    run(check)
 
 
 def test_compressed_bodies_are_not_decompressed() -> None:
@@ -149,7 +188,7 @@ def test_compressed_bodies_are_not_decompressed() -> None:
         headers = {"Content-Type": MEDIA_TYPE, "Content-Encoding": "gzip"}
         fixture.registry.answer_manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
         with pytest.raises(UnavailableError, match="no manifest"):
-            await upstreams.resolve(MANIFESTS, "latest")
+            await upstreams.resolve(MANIFESTS, "latest", whole=True)
 
     assert run(check).counted == len(bomb)
 
@@ -223,7 +262,7 @@ def test_an_environments_proxy_is_asked_for_blocks_and_names(monkeypatch) -> Non
         async with fixture.upstreams() as behind:
             fixture.registry.faults = ["breaks", "no ranges"]
             assert await fixture.read(behind, 1, 2) == cut(1, 2)
-            assert (await behind.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+            assert (await behind.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
 
     assert {request.headers["host"] for request in run(check).registry.requests} == {"registry.invalid"}
 
@@ -240,11 +279,11 @@ def test_a_manifest_is_read_in_blocks_too() -> None:
     ("faults", "error", "requests"),
     [
         ([404], NotFoundError, 1),
-        ([403], DeniedError, 1),
+        ([403, 403], DeniedError, 2),
         ([401], DeniedError, 1),
         ([500], UnavailableError, 1),
         ([503] * 9, UnavailableError, 3),
-        ([416], UnavailableError, 1),
+        ([416, 416], UnavailableError, 2),
     ],
 )
 def test_errors_name_the_registry_and_the_object(faults, error: type[ShoalError], requests: int) -> None:
@@ -317,10 +356,10 @@ def test_a_helper_is_asked_for_credentials_and_again_when_they_are_refused(tmp_p
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.scheme, fixture.registry.password = "Basic", "hunter2"
         helper_on_path(tmp_path, monkeypatch, {"Username": "u", "Secret": "hunter2"})
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         fixture.registry.password = "hunter3"
         helper_on_path(tmp_path, monkeypatch, {"Username": "u", "Secret": "hunter3"})
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         (tmp_path / "docker-credential-test").unlink()
         fixture.registry.password = "hunter4"
         with pytest.raises(UnavailableError, match="not in PATH"):
@@ -333,7 +372,7 @@ def test_an_identity_token_goes_to_the_token_service_in_a_form(tmp_path, monkeyp
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.scheme, fixture.registry.identity = "Bearer", "refresh me"
         helper_on_path(tmp_path, monkeypatch, {"Username": "<token>", "Secret": "refresh me"})
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         assert fixture.registry.tokens == 1
 
     run(check, access="node", docker_config=str(tmp_path / "config.json"))
@@ -348,7 +387,7 @@ def test_basic_needs_credentials(tmp_path) -> None:
         with pytest.raises(DeniedError, match="no credentials"):
             await upstreams.resolve(MANIFESTS, "latest")
         path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         assert await fixture.read(upstreams) == cut(0, 4)
         assert len(fixture.registry.requests) == 4, "the header is remembered"
 
@@ -431,7 +470,7 @@ def test_admission_is_checked_with_only_the_clients_grant(tmp_path) -> None:
         assert await upstreams.admits(granted(BLOBS, "Bearer of-alice"), str(BLOB_REF.digest))
         with pytest.raises(DeniedError):
             await fixture.read(upstreams)
-        assert (await upstreams.resolve(granted(MANIFESTS, "Bearer of-alice"), "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(granted(MANIFESTS, "Bearer of-alice"), "latest", whole=True))[1] == MANIFEST
         async with aclosing(upstreams.blocks(granted(BLOBS, "Bearer of-alice"), BLOB_REF, 0, 4)) as blocks:
             assert [bytes(block) async for block in blocks] == cut(0, 4)
         with pytest.raises(DeniedError) as caught:
@@ -499,7 +538,7 @@ def test_bodies_leave_a_connection_for_names_and_are_bounded() -> None:
             with trio.move_on_after(0.1) as waited:
                 await anext(second)
             assert waited.cancelled_caught
-            assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+            assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         assert await fixture.read(upstreams) == cut(0, 4)
 
     run(check, connections=2)
