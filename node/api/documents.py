@@ -29,6 +29,8 @@ class TierRow(Document, frozen=True):
     budget_bytes: int
     entries: int
     pinned_bytes: int = 0
+    probation_bytes: int = 0
+    """Kept for other members only."""
 
 
 class BulkTotals(Document, frozen=True):

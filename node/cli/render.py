@@ -179,6 +179,7 @@ def show_tiers(out: Console, tiers: Mapping[str, documents.TierRow]) -> None:
             ">budget": size(tier.budget_bytes) if tier.budget_bytes else "-",
             ">entries": tier.entries,
             ">pinned": size(tier.pinned_bytes) if tier.pinned_bytes else "-",
+            ">for members": size(tier.probation_bytes) if tier.probation_bytes else "-",
         }
         for name, tier in tiers.items()
     ]

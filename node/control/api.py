@@ -263,7 +263,11 @@ def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> doc.UpstreamRow:
 def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, doc.TierRow]:
     return {
         tier: doc.TierRow(
-            bytes=row.bytes, budget_bytes=row.budget_bytes, entries=row.entries, pinned_bytes=row.pinned_bytes
+            bytes=row.bytes,
+            budget_bytes=row.budget_bytes,
+            entries=row.entries,
+            pinned_bytes=row.pinned_bytes,
+            probation_bytes=row.probation_bytes,
         )
         for tier, row in statistics.items()
     }
