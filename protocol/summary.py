@@ -1,7 +1,8 @@
 """Comparison of two tables of members. One side sends a summary of 16 bytes for each member, the other what differs.
 
-A row of a summary is the key of a member (`key_of`), and its incarnation and state in one integer. Who receives a
-summary answers with the statements that the other side lacks or has older, with the members that it cannot reach
+A row of a summary is the key of a member (`key_of`), and in one integer its incarnation, its state, and a byte of the
+signature (a member that signs two statements of one incarnation must not divide the others). Who receives a summary
+answers with the statements that the other side lacks or has older, with the members that it cannot reach
 itself, and with the keys of those about which the other side has a later statement. What does not fit one answer is
 drawn at random, so that repeated comparisons make progress even if the other side refuses some of it.
 """
@@ -22,7 +23,7 @@ MAX_STATEMENTS = 128
 """Statements, and keys of each kind, in one message: some 80 KB with certificates. Checking them takes a few turns of
 the event loop, and a peer that asks and does not read makes this node hold few of them."""
 
-_STATE_BITS = 2
+_STATE_BITS, _TIE_BITS = 2, 8
 _T = TypeVar("_T")
 
 
@@ -46,7 +47,7 @@ def summary_of(table: MemberTable) -> bytes:
 def state_in(summary: bytes, key: bytes) -> tuple[int, State] | None:
     """Incarnation and state of a member in a summary; None if it is not in it."""
     value = dict(ROW.iter_unpack(summary)).get(key)
-    return None if value is None else _read(value)
+    return None if value is None else (value >> _TIE_BITS + _STATE_BITS, _state(value))
 
 
 def difference(table: MemberTable, summary: bytes) -> Difference:
@@ -61,8 +62,8 @@ def difference(table: MemberTable, summary: bytes) -> Difference:
             if state < State.DEAD:
                 statements.append(statement)
             continue
-        incarnation, their_state = _read(value)
-        mine, their = (statement.incarnation, statement.leaving), (incarnation, their_state is State.LEFT)
+        their, their_state = _rank(value), _state(value)
+        mine = _rank(_value(statement, state))
         if mine > their:
             statements.append(statement)
         elif mine < their:
@@ -70,7 +71,7 @@ def difference(table: MemberTable, summary: bytes) -> Difference:
         if state in (State.SUSPECT, State.DEAD) and mine >= their and their_state < State.DEAD:
             doubts.append(key)
     banished = {key_of(peer) for peer in table.banished} if theirs else set()
-    wanted += [key for key, value in theirs.items() if key not in banished and _read(value)[1] < State.DEAD]
+    wanted += [key for key, value in theirs.items() if key not in banished and _state(value) < State.DEAD]
     more = max(len(statements), len(wanted)) > MAX_STATEMENTS
     doubts, wanted = _some(table.rng, doubts), _some(table.rng, wanted)
     return Difference(tuple(_some(table.rng, statements)), b"".join(doubts), b"".join(wanted), more)
@@ -92,8 +93,14 @@ def _some(rng: Random, values: list[_T]) -> list[_T]:
 
 
 def _value(statement: Statement, state: State) -> int:
-    return statement.incarnation << _STATE_BITS | state
+    return (statement.incarnation << _TIE_BITS | statement.signature[0]) << _STATE_BITS | state
 
 
-def _read(value: int) -> tuple[int, State]:
-    return value >> _STATE_BITS, State(value & (1 << _STATE_BITS) - 1)
+def _state(value: int) -> State:
+    return State(value & (1 << _STATE_BITS) - 1)
+
+
+def _rank(value: int) -> tuple[int, bool, int]:
+    """In the order of `Statement.rank`."""
+    incarnation, tie = divmod(value >> _STATE_BITS, 1 << _TIE_BITS)
+    return incarnation, _state(value) is State.LEFT, tie
