@@ -80,7 +80,7 @@ class Gossiper:
                 self._received(peer, request.revocations)
                 await self._learn(peer, request.news)
                 proof = self._membership.passports.author.prove(request.nonce) if request.nonce else b""
-                return Answer(Pong(self._swim.news_for(peer), proof))
+                return Answer(Pong(self._swim.news_for(peer, request.news), proof))
             case PingRequest():
                 await self._learn(peer, request.news)
                 return Answer(await self._ping_for(peer, request))
@@ -176,7 +176,7 @@ class Gossiper:
             return Failed("not-found", "no such member")
         pong = await self._ping(target, HELPER_SHARE * self._timeout_s, request.nonce)
         if pong is not None:
-            return Pong(self._swim.news_for(asker), pong.proof)
+            return Pong(self._swim.news_for(asker, request.news), pong.proof)
         return Failed("unavailable", "no answer")
 
     async def _sync(self, sync: SyncWith) -> None:
