@@ -1,7 +1,8 @@
 """SWIM's failure detection: when each member is probed, and what follows if it does not answer.
 
-It uses SWIM's suspicion (section 4.2) and the simplest form of Lifeguard's local health (Dadgar et al., 2018): *strain*
-counts probes whose helpers were silent too. This points to this node's own link, and slows its probes.
+It uses SWIM's suspicion (section 4.2) with a last check: each node pings a suspect itself before it counts as dead, so
+that no accusation outweighs an answer. It also uses the simplest form of Lifeguard's local health (Dadgar et al.,
+2018): *strain* counts probes whose helpers were silent too. This points to this node's own link, and slows its probes.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class FailureDetector:
         self._table, self._config, self._rng = table, config, rng
         self._suspects: dict[PeerId, float] = {}
         """Each with the time at which it counts as dead."""
+        self._checked: set[PeerId] = set()
+        """Suspects whose last check began."""
         self.probing: dict[PeerId, Probe] = {}
         self._wanted: dict[PeerId, None] = {}
         self._ring: list[PeerId] = []
@@ -62,7 +65,14 @@ class FailureDetector:
 
     def due(self) -> float:
         can_probe = self._wanted and len(self.probing) < self._config.parallel_probes
-        return -math.inf if can_probe else min((self._next_probe, *self._suspects.values()))
+        if can_probe:
+            return -math.inf
+        ends = (end if peer in self._checked else end - self._timeout_s for peer, end in self._suspects.items())
+        return min((self._next_probe, *ends))
+
+    @property
+    def _timeout_s(self) -> float:
+        return self._config.probe_timeout_s * (1 + self._strain)
 
     def resume(self, now: float) -> bool:
         """Whether this process was paused until now. If so, all timers restart, because no answer could arrive. The
@@ -72,22 +82,24 @@ class FailureDetector:
         self.probing.clear()
         self._next_probe = now
         for peer in self._suspects:
-            self._suspects[peer] = now + self._suspicion_s()
+            self._suspects[peer] = now + self.suspicion_s()
+        self._checked.clear()
         return True
 
-    def _suspicion_s(self) -> float:
+    def suspicion_s(self) -> float:
         return self._config.suspicion_s(len(self._table.site))
 
     def noted(self, peer: PeerId, state: State, now: float) -> None:
         """`peer` is in this state from now on: start or end its suspicion."""
+        self._checked.discard(peer)
         if state is State.SUSPECT:
-            self._suspects[peer] = now + self._suspicion_s()
+            self._suspects[peer] = now + self.suspicion_s()
         else:
             self._suspects.pop(peer, None)
 
     def condemned(self, now: float) -> list[PeerId]:
-        """Suspects that did not refute in time."""
-        return [peer for peer, end in self._suspects.items() if end <= now]
+        """Suspects that neither refuted nor answered the last check in time."""
+        return [peer for peer, end in self._suspects.items() if end <= now and peer in self._checked]
 
     def doubt(self, peer: PeerId, now: float) -> None:
         """Another part of the node, or another member, found `peer` failing: probe it at once, at most once in each
@@ -120,6 +132,7 @@ class FailureDetector:
 
     def forget(self, peer: PeerId) -> None:
         self._suspects.pop(peer, None)
+        self._checked.discard(peer)
         self.probing.pop(peer, None)
         self._wanted.pop(peer, None)
 
@@ -133,12 +146,23 @@ class FailureDetector:
             target = self._next_target()
             if target is not None:
                 peers[target] = None
-        return [self._probe(p, now) for p in peers if self._table.is_near(p) and p not in self.probing]
+        probes = [self._probe(p, now) for p in peers if self._table.is_near(p) and p not in self.probing]
+        return [*self._last_checks(now), *probes]
+
+    def _last_checks(self, now: float) -> list[Probe]:
+        """The suspects themselves bound their number. A late tick gives a suspect its time all the same."""
+        due = [p for p, end in self._suspects.items() if p not in self._checked and end - self._timeout_s <= now]
+        for peer in due:
+            self._checked.add(peer)
+            self._suspects[peer] = max(self._suspects[peer], now + self._timeout_s)
+        checks = [Probe(peer, (), self._timeout_s, now) for peer in due if peer not in self._table.excluded]
+        self.probing.update({check.peer: check for check in checks})
+        return checks
 
     def _probe(self, peer: PeerId, now: float) -> Probe:
         via = [helper for helper in self._table.sample(self._config.indirect_probes + 1) if helper != peer]
-        timeout = self._config.probe_timeout_s * (1 + self._strain)
-        probe = self.probing[peer] = Probe(peer, tuple(via[: self._config.indirect_probes]), timeout, now)
+        helpers = tuple(via[: self._config.indirect_probes])
+        probe = self.probing[peer] = Probe(peer, helpers, self._timeout_s, now)
         return probe
 
     def _next_target(self) -> PeerId | None:

@@ -33,6 +33,7 @@ KEY = 8
 class Entry:
     """One other member. Times are values of `now`: `seen` is its last answer, None for never.
 
+    `trusted`: until then a suspicion by others leads to a probe only, because it answered this node in spite of one.
     `is_new`: its certificate was new here with this statement, and is passed on with it. `shown`: the incarnation of
     this node that the member says it has. `observed`: the host from which it was seen to connect, or "".
     """
@@ -50,6 +51,7 @@ class Entry:
     rtt_s: float | None = None
     tried: float = -math.inf
     doubted: float = -math.inf
+    trusted: float = -math.inf
 
     @property
     def member(self) -> Member:

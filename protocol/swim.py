@@ -51,7 +51,7 @@ class Swim:
         self.excluded: Mapping[PeerId, float] = self._table.excluded
         self.banished: Container[PeerId] = self._table.banished
         self.news_for = self._gossip.news_for
-        self.acked, self.doubt = self._detector.acked, self._detector.doubt
+        self.doubt = self._detector.doubt
         self.is_news = self._table.is_news
 
     @property
@@ -114,6 +114,8 @@ class Swim:
             if self.heeds(suspicion, now) and self._accusers.take(suspicion.accuser, now):
                 if suspicion.peer_id == self.own.peer_id:
                     self._refute()
+                elif now < self.known[suspicion.peer_id].trusted:
+                    self.doubt(suspicion.peer_id, now)
                 else:
                     self._suspect(suspicion, now)
 
@@ -156,8 +158,10 @@ class Swim:
             self._doubted_by(peer, mine[0], now)
         return difference(self._table, summary)
 
-    def doubt_all(self, keys: bytes, now: float) -> None:
-        """Another member cannot reach these: this node finds out for itself."""
+    def doubt_all(self, accuser: PeerId, keys: bytes, now: float) -> None:
+        """`accuser` cannot reach these: this node finds out for itself, and refutes what concerns itself."""
+        if self._table.own_key in keys_in(keys):
+            self._doubted_by(accuser, self.own.incarnation, now)
         for peer in self._peers(keys):
             self.doubt(peer, now)
 
@@ -176,6 +180,15 @@ class Swim:
         return [by_key[key] for key in keys_in(keys) if key in by_key]
 
     # Results of I/O
+
+    def acked(self, peer: PeerId, now: float, rtt_s: float | None = None) -> None:
+        """`peer` answered, by itself (with the round trip) or through a helper. This ends a suspicion here, whoever
+        had it. It is passed on all the same, so that the member hears of it and refutes it."""
+        self._detector.acked(peer, now, rtt_s)
+        entry = self.known.get(peer)
+        if entry is not None and entry.state is State.SUSPECT:
+            entry.trusted = now + self._detector.suspicion_s()
+            self._conclude(peer, State.ALIVE, now)
 
     def failed(self, probe: Probe, now: float, *, helpers_answered: bool) -> None:
         """Neither `probe.peer` nor any helper on its behalf answered. Nothing is concluded across a pause."""

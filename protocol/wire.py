@@ -358,6 +358,7 @@ _MORE: dict[type[Any], Callable[[Any], object]] = {
     msg.GetHoldings: lambda message: Digest.parse(message.digest),
     msg.FindHolders: lambda message: Digest.parse(message.digest),
     msg.Resolve: lambda message: _need(0 <= message.hops <= 1, "hops"),
+    msg.PingRequest: lambda message: _need(len(message.nonce) == NONCE, "nonce"),
     msg.ShardFound: lambda message: _code(message.k, message.m, message.index),
     msg.Resolved: lambda message: ObjectRef(Digest.parse(message.digest), message.size),
 }

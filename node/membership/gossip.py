@@ -197,7 +197,7 @@ class Gossiper:
         self._membership.acked(sync.peer, trio.current_time() - started)
         count = await self._membership.received(sync.peer, reply.statements)
         self._swim.shown(sync.peer, own.incarnation)
-        self._membership.doubted(reply.doubts)
+        self._membership.doubted(sync.peer, reply.doubts)
         news = self._swim.wanted_by(sync.peer, reply.wanted)
         if news.statements:
             await self._send(sync.peer, Ping(news), sync.timeout_s)

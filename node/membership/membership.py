@@ -248,8 +248,8 @@ class Membership:
         self._settle()
         return difference
 
-    def doubted(self, keys: bytes) -> None:
-        self.swim.doubt_all(keys, trio.current_time())
+    def doubted(self, accuser: PeerId, keys: bytes) -> None:
+        self.swim.doubt_all(accuser, keys, trio.current_time())
         self._settle()
 
     def renewed(self) -> None:

@@ -37,7 +37,7 @@ class RememberedPeers(msgspec.Struct, frozen=True, array_like=True):
     statements: msgspec.Raw
 
 
-_STATEMENTS = msgspec.msgpack.Decoder(tuple[Statement, ...])
+STATEMENTS = msgspec.msgpack.Decoder(tuple[Statement, ...])
 
 
 class PeersFile:
@@ -55,7 +55,7 @@ class PeersFile:
             log.warning(text, extra={"path": self._path})
             return ()
         try:
-            return _STATEMENTS.decode(file.statements)[:MAX_REMEMBERED]
+            return STATEMENTS.decode(file.statements)[:MAX_REMEMBERED]
         except UNDECODABLE as error:
             log.warning("remembered peers not readable", extra={"path": self._path, "reason": error})
             return ()

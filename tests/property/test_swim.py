@@ -116,7 +116,7 @@ def sync(asker: Swim, replier: Swim, now: float = 0.0) -> None:
     """One comparison, as `Gossiper` does it."""
     answer = replier.compared(asker.own.peer_id, asker.summary(), now)
     asker.learned(answer.statements, now)
-    asker.doubt_all(answer.doubts, now)
+    asker.doubt_all(replier.own.peer_id, answer.doubts, now)
     replier.learned(map(vouched, asker.wanted_by(replier.own.peer_id, answer.wanted).statements), now)
 
 
@@ -285,7 +285,7 @@ def test_statements_go_before_suspicions() -> None:
 
 def test_doubts_of_others_cause_a_bounded_number_of_probes() -> None:
     swim = make(peers=100)
-    swim.doubt_all(b"".join(key_of(PeerId(f"p{index:04}")) for index in range(100)), 0.0)
+    swim.doubt_all(PeerId("p0000"), b"".join(key_of(PeerId(f"p{index:04}")) for index in range(100)), 0.0)
     probes = [action for action in swim.tick(0.0) if isinstance(action, Probe)]
     assert CONFIG.parallel_probes <= len(probes) <= CONFIG.parallel_probes + 1
     assert swim.due(0.0) > 0.0

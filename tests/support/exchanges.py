@@ -36,7 +36,7 @@ from protocol.messages import BlockFound, GetBlock, Ping, Pong, Request, Resolve
 from protocol.records import Record
 
 DIGEST = "sha256:" + "ab" * 32
-PING, PONG = Ping(()), Pong(())
+PING, PONG = Ping(), Pong()
 NAME, NAMED = Resolve("secret", "latest", 1), Resolved(DIGEST, 1, "secret", 0.0)
 GET = GetBlock(DIGEST, 0, BLOCK_SIZE)
 SIGNED = {"sha256": bytes(32), "signer": PeerId("12D3KooW"), "signature": bytes(64)}
