@@ -465,7 +465,7 @@ Lie = Callable[[LibP2PLine, Credentials], Awaitable[None]]
 async def say(line: LibP2PLine, credentials: Credentials, *members: Member) -> None:
     await line.send(introduction.encode_hello(credentials.certificate))
     await line.receive(introduction.MAX_HELLO)
-    author = Author(line.peer, credentials.identity.sign, lambda: credentials.certificate)
+    author = Author(credentials.identity.peer_id, credentials.identity.sign, lambda: credentials.certificate)
     await line.send(introduction.encode_members([author.state(member, 1) for member in members]))
 
 
@@ -495,7 +495,7 @@ async def earlier_version(line: LibP2PLine, credentials: Credentials) -> None:
 async def invents_a_member(line: LibP2PLine, credentials: Credentials) -> None:
     """The invented member has a key and a statement of its own, but no certificate of the cluster."""
     invented = Member(Identity.of(Ed25519PrivateKey.generate()).peer_id, "y", "s", ())
-    await say(line, credentials, Member(line.peer, "x", "s", ()), invented)
+    await say(line, credentials, Member(credentials.identity.peer_id, "x", "s", ()), invented)
 
 
 async def false_name(line: LibP2PLine, credentials: Credentials) -> None:
