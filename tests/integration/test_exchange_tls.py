@@ -685,7 +685,7 @@ def test_a_node_that_does_not_know_plain_mode_is_asked_over_tls(tmp_path: Path) 
         raw = await cluster.dial_raw(node)
         assert await raw.read_frame() == [b"shoal-bulk", 3, "bulk", True]
         await raw.say(1, PING)
-        assert await raw.read_frame() == [1, [38, []]]
+        assert await raw.read_frame() == [1, [38, [[], [], 0, False], b""]]
 
     play(tmp_path, scenario)
 
