@@ -70,6 +70,7 @@ from node.membership.addresses import bulk_addresses
 from node.membership.gossip import Gossiper
 from node.membership.libp2p import LibP2PIntroducer
 from node.membership.membership import Membership, View
+from node.membership.passports import Passports
 from node.membership.peers_file import PeersFile
 from node.membership.renewal import Renewal
 from node.mirror.access import Access, PublicTable
@@ -87,6 +88,7 @@ from node.telemetry.provenance import Provenance
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.members import Member
+from protocol.statements import Author
 
 
 def admitted(config: Config, folder: Path) -> Admitted:
@@ -154,13 +156,15 @@ def blocks(
 def network(config: Config, admitted: Admitted) -> Network:
     peers, verifier, place = config.peers, admitted.verifier, admitted.place
     own = Member(admitted.identity.peer_id, config.node.name, place.site, bulk_addresses(peers.bulk))
-    membership, dispatcher = Membership(own, int(time.time() * 1000), Random()), Dispatcher()
+    author = Author(own.peer_id, admitted.identity.sign, lambda: verifier.credentials.certificate)
+    passports = Passports(author, verifier.subject_of, verifier.refusal)
+    membership, dispatcher = Membership(own, int(time.time() * 1000), Random(), passports), Dispatcher()
     endpoint = Endpoint(
         verifier.server_context,
         verifier.client_context,
         verifier.peer_of,
         listen=peers.bulk,
-        locate=membership.find,
+        locate=membership.locate,
         refused=membership.is_refused,
         handler=dispatcher,
         plain=peers.plain,
@@ -173,6 +177,8 @@ def network(config: Config, admitted: Admitted) -> Network:
         mdns=peers.mdns,
         introduced=membership.introduced,
         current=membership.current,
+        named=membership.named,
+        passports=passports,
     )
     return Network(membership, TlsExchange(endpoint), dispatcher, introducer, metrics=Metrics())
 
@@ -338,14 +344,18 @@ def services(node: Node, folder: Path) -> list[Callable[..., Awaitable[None]]]:
     """The tasks of a node, for `nursery.start` in this order: files of earlier runs before the tasks that use them."""
     admitted, member, joined = node.admitted, node.member, node.admitted.place.joined
     membership, exchange, verifier = member.membership, member.exchange, admitted.verifier
-    save = partial(save_joined, folder)
+    save, renewed = partial(save_joined, folder), membership.renewed
     return [
         UplinkFile(folder / "uplink.msgpack", node.registry.uplinks.values()).run,
         partial(PeersFile(folder / "peers.msgpack").run, membership),
         partial(EvidenceFile(folder / "evidence.msgpack").run, membership, member.judge.cases),
         *member.services,
         partial(verifier.watch, exchange.disconnect),
-        *([Renewal(verifier, joined, membership, exchange, save=save, rng=Random()).run] if joined else []),
+        *(
+            [Renewal(verifier, joined, membership, exchange, save=save, renewed=renewed, rng=Random()).run]
+            if joined
+            else []
+        ),
         member.verifier.run,
         node.network.introducer.run,
         node.clients.prefetcher.run,

@@ -11,7 +11,7 @@ import msgspec
 from protocol.admission import Revocation
 from protocol.evidence import Evidence
 from protocol.ids import PeerId
-from protocol.members import Update
+from protocol.members import NO_NEWS, News, Statement
 from protocol.records import Record
 from protocol.shard_proofs import ShardProof
 
@@ -78,23 +78,27 @@ class Resolve(_Message, frozen=True, tag=6):
 
 
 class Ping(_Message, frozen=True, tag=7):
-    """SWIM probe with piggybacked `updates`. `revocations`: all that the sender holds, while one of them is new."""
+    """SWIM probe. `nonce`: the receiver proves in its answer that it is alive, for another member that asked the sender
+    to ping it. `revocations`: all that the sender holds, while one of them is new."""
 
-    updates: tuple[Update, ...]
+    news: News = NO_NEWS
+    nonce: bytes = b""
     revocations: tuple[Revocation, ...] = ()
 
 
 class PingRequest(_Message, frozen=True, tag=8):
-    """SWIM indirect probe: ping `target` for the sender. Answered by Pong or Failed."""
+    """SWIM indirect probe: ping `target` for the sender, with this nonce. Answered by Pong or Failed."""
 
     target: PeerId
-    updates: tuple[Update, ...]
+    nonce: bytes
+    news: News = NO_NEWS
 
 
 class Sync(_Message, frozen=True, tag=9):
-    """The sender's whole view, and all revocations that it holds; answered by the receiver's."""
+    """The sender's own statement, a summary of its view (protocol/summary.py), and all revocations that it holds."""
 
-    updates: tuple[Update, ...]
+    own: Statement
+    summary: bytes
     revocations: tuple[Revocation, ...] = ()
 
 
@@ -161,11 +165,20 @@ class Resolved(_Message, frozen=True, tag=37):
 
 
 class Pong(_Message, frozen=True, tag=38):
-    updates: tuple[Update, ...]
+    """`liveness`: the signature of the member that was pinged with a nonce, as that member or its helper sends it."""
+
+    news: News = NO_NEWS
+    liveness: bytes = b""
 
 
 class SyncReply(_Message, frozen=True, tag=39):
-    updates: tuple[Update, ...]
+    """What the asker lacks; the keys of members that the sender cannot reach, and of those whose statements it wants;
+    whether there is `more` of them; and all revocations that the sender holds."""
+
+    statements: tuple[Statement, ...]
+    doubts: bytes = b""
+    wanted: bytes = b""
+    more: bool = False
     revocations: tuple[Revocation, ...] = ()
 
 

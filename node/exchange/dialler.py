@@ -198,6 +198,7 @@ class Dialler:
             plain = self._endpoint.wants_plain(lane)
             await channel.send_all(wire.encode_hello(lane, plain))
             hello = await reader.hello()
+            self._endpoint.check_version(peer, hello)
             return await reader.to_plain() if plain and hello.plain else reader
         except BaseException:
             channel.close()

@@ -39,6 +39,7 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.messages import Accuse, GetBlock, Request, ShardFound
 from protocol.records import Record, make_record
 from tests.support import site_in_memory
+from tests.support.passports import passports_of
 from tests.support.site_in_memory import (
     BODY,
     LOCATOR,
@@ -686,7 +687,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
         def clock() -> float:
             return wall + trio.current_time()
 
-        before, file = Membership(own, 1, Random(1)), EvidenceFile(path, clock)
+        before, file = Membership(own, 1, Random(1), passports_of(own)), EvidenceFile(path, clock)
         file.save(before, node.judge.cases)
         assert not path.exists()
         evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
@@ -698,7 +699,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
         file.save(before, node.judge.cases)
         assert path.read_bytes() == written, "an unchanged state is not written"
 
-        after, again = Membership(own, 2, Random(2)), nodes[3]
+        after, again = Membership(own, 2, Random(2), passports_of(own)), nodes[3]
         EvidenceFile(path, clock).load(after, again.judge.cases)
         ((peer, reason, left),) = after.quarantines()
         assert (peer, reason) == (liar.own, "signed a false record")
@@ -707,7 +708,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
         assert (case.evidence, case.verdict) == (evidence, Verdict.PROVEN)
 
         wall += QUARANTINE_S  # the quarantine is over, or the clock jumped
-        ended, last = Membership(own, 3, Random(3)), nodes[4]
+        ended, last = Membership(own, 3, Random(3), passports_of(own)), nodes[4]
         EvidenceFile(path, clock).load(ended, last.judge.cases)
         assert not ended.quarantines()
         assert not last.judge.cases.about(liar.own)
@@ -724,7 +725,7 @@ def test_a_damaged_file_of_evidence_is_ignored(tmp_path: Path, data: bytes) -> N
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         own = nodes[0].view.site[0]
-        membership = Membership(own, 1, Random(1))
+        membership = Membership(own, 1, Random(1), passports_of(own))
         EvidenceFile(path).load(membership, nodes[0].judge.cases)
         assert not membership.quarantines()
         assert not nodes[0].judge.cases

@@ -166,6 +166,7 @@ def test_a_certificate_is_renewed_in_its_last_third_by_a_member_with_the_key(aut
     begun = certificate(authority, own, Validity(NOW, NOW + 90 * DAY))
     later = certificate(authority, own, Validity(NOW + 60 * DAY, NOW + 150 * DAY))
     saved: list[Joined] = []
+    used: list[bytes] = []
     up = False
 
     async def main() -> None:
@@ -182,7 +183,16 @@ def test_a_certificate_is_renewed_in_its_last_third_by_a_member_with_the_key(aut
                 own.peer_id: lambda _: Renewed(later),
             }
         )
-        renewal = Renewal(verifier, joined, members, members, save=saved.append, rng=Random(1), now=now)  # type: ignore[arg-type]
+        renewal = Renewal(
+            verifier,
+            joined,
+            members,  # type: ignore[arg-type]
+            members,  # type: ignore[arg-type]
+            save=saved.append,
+            renewed=lambda: used.append(verifier.credentials.certificate),
+            rng=Random(1),
+            now=now,
+        )
         async with trio.open_nursery() as nursery:
             await nursery.start(renewal.run)
             await trio.sleep(60 * DAY - 2)
@@ -196,6 +206,7 @@ def test_a_certificate_is_renewed_in_its_last_third_by_a_member_with_the_key(aut
             await trio.sleep(2 * RENEWAL_EVERY_S)
             nursery.cancel_scope.cancel()
         assert verifier.credentials.certificate == later
+        assert used == [later]
         assert saved == [msgspec.structs.replace(joined, certificate=later)]
 
     def now() -> float:
@@ -211,7 +222,7 @@ def test_a_certificate_without_end_is_never_renewed(authority: Authority) -> Non
         members = Members({})
         joined = Joined(certificate=der, authority=authority.der)
         verifier = Verifier(Credentials(own, der, authority.der))
-        await Renewal(verifier, joined, members, members, save=print, rng=Random(1)).run()  # type: ignore[arg-type]
+        await Renewal(verifier, joined, members, members, save=print, renewed=print, rng=Random(1)).run()  # type: ignore[arg-type]
         assert not members.asked
 
     run(main)

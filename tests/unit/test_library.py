@@ -30,6 +30,7 @@ from protocol.members import Member
 from protocol.records import Record
 from protocol.shard_proofs import ShardProof
 from protocol.window import MOST, RAMP, ReadWindow
+from tests.support.passports import passports_of
 from tests.support.site_library import site_library
 
 LOCATOR = Locator("origin.test", "app", "blobs")
@@ -279,7 +280,7 @@ def test_a_stalled_disk_stops_reads_from_the_registry() -> None:
         registry, disk = Registry(), SlowDisk()
         identity = Identity.of(Ed25519PrivateKey.generate())
         own = Member(identity.peer_id, "one", "site", ())
-        view = Membership(own, 1, Random(1))
+        view = Membership(own, 1, Random(1), passports_of(own, identity))
         unused: Any = None
         tiers = Tiers(MemoryStore(4 * BLOCK_SIZE, trio.current_time), cast(Any, disk), None)
         async with trio.open_nursery() as nursery:
