@@ -184,5 +184,6 @@ class Probation(Segment):
         beyond = [(account.bytes, peer) for peer, account in self._by_peer.items() if not account.load.fits(quota)]
         for _, peer in sorted(beyond, reverse=True):
             name(self._by_peer[peer].pieces, peer)
-        name(self.victims(short))
+        if not short.fits(freed):
+            name(self.victims(short))
         return list(chosen)

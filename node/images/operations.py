@@ -158,6 +158,7 @@ class ImageOperations:
         if self.disk.holds(piece):
             held = await self.disk.get(piece)
             if held and held.record.sha256 == sha and self.site.trust.accepts(held.record.signer):
+                tiers.claim(piece)
                 return
             await tiers.discard(piece)
         data = await archive.block(packed, index, sha)
