@@ -21,9 +21,10 @@ LIMIT_S = 0.1
 DESCRIPTOR = b'{"digest":"sha256:' + b"ab" * 32 + b'","size":5,"artifactType":"x/y","mediaType":"a/b"}'
 
 
-def filled(start: bytes, unit: bytes, end: bytes, most: int = MAX_MANIFEST, marks: int = 1) -> bytes:
+def filled(start: bytes, unit: bytes, end: bytes, most: int = MAX_MANIFEST, marks: int = 0) -> bytes:
     """`unit`, which has so many marks, as often as the bounds allow."""
-    count = min((most - len(start) - len(end)) // len(unit), (MAX_MARKS - 100) // marks)
+    count = (most - len(start) - len(end)) // len(unit)
+    count = min(count, (MAX_MARKS - 100) // marks) if marks else count
     return start + unit * count + end
 
 
@@ -32,8 +33,8 @@ BODIES = {
     "objects": filled(b'{"layers":[],"x":[', b"{},", b"0]}", marks=2),
     "too many objects": filled(b'{"layers":[],"x":[', b"{},", b"0]}", marks=2) + b"{" * MAX_MARKS,
     "digits": filled(b'{"layers":[],"x":', b"9", b"}"),
-    "integers": filled(b'{"layers":[],"x":[', b"9" * 4000 + b",", b"0]}"),
-    "fractions": filled(b'{"layers":[],"x":[', b"9" * 120 + b".5e99,", b"0]}"),
+    "integers": filled(b'{"layers":[],"x":[', b"9" * 4000 + b",", b"0]}", marks=1),
+    "fractions": filled(b'{"layers":[],"x":[', b"9" * 120 + b".5e99,", b"0]}", marks=1),
     "nested": b"[" * MAX_MARKS,
     "deep": filled(b'{"layers":[],"x":', b'{"a":', b"}", marks=2),
     "escapes": filled(b'{"layers":[],"x":"', b"\\u00e9", b'"}'),
