@@ -31,6 +31,13 @@ def bytes_held(holdings: Holdings, ref: ObjectRef) -> int:
     return full.bit_count() * BLOCK_SIZE + (holdings.blocks >> last & 1) * ref.block_length(last)
 
 
+async def has_record(tiers: Tiers, ref: ObjectRef) -> bool:
+    """Whether a block is held whose signer read it from an object of this size. The first held block is looked at."""
+    blocks = tiers.holdings(ref.digest).blocks
+    first = (blocks & -blocks).bit_length() - 1
+    return 0 <= first < ref.block_count and await tiers.get(Piece(ref.block(first)), ref.size) is not None
+
+
 async def held_body(tiers: Tiers, ref: ObjectRef) -> bytes | None:
     """The bytes of a small object, not compared with its digest; None if a block is missing."""
     blocks = [await tiers.get(Piece(ref.block(index)), ref.size) for index in range(ref.block_count)]

@@ -25,7 +25,7 @@ from protocol import messages
 from protocol.directory import Directory
 from protocol.erasure import decode_block
 from protocol.errors import PeerMisbehavedError, ShoalError
-from protocol.ids import Buffer, Digest, PeerId, Shard
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, PeerId, Shard
 from protocol.records import Record
 from protocol.wire import MAX_BITMAPS
 
@@ -122,7 +122,8 @@ class Holders:
     async def _learn_holdings(self, peer: PeerId, digest: Digest) -> None:
         if (peer, digest) not in self._holdings:
             reply = await self._ask(peer, messages.GetHoldings(str(digest)), messages.HoldingsFound)
-            self._holdings[peer, digest] = _unpack(reply) if reply else Holdings()
+            most = self._site.max_object // BLOCK_SIZE // 8 + 1
+            self._holdings[peer, digest] = _unpack(reply, most) if reply else Holdings()
 
     async def _ask(self, peer: PeerId, question: messages.Request, kind: type[Reply]) -> Reply | None:
         try:
@@ -197,6 +198,7 @@ def _pack(holdings: Holdings) -> messages.HoldingsFound:
     return messages.HoldingsFound(bits(holdings.blocks), rows)
 
 
-def _unpack(reply: messages.HoldingsFound) -> Holdings:
-    shards = {Shard(k, m, index): int.from_bytes(bits, "little") for k, m, index, bits in reply.shards}
-    return Holdings(int.from_bytes(reply.blocks, "little"), shards)
+def _unpack(reply: messages.HoldingsFound, most: int) -> Holdings:
+    """The bitmaps up to the bit of the last block that an object may have, in the first `most` bytes."""
+    shards = {Shard(k, m, index): int.from_bytes(bits[:most], "little") for k, m, index, bits in reply.shards}
+    return Holdings(int.from_bytes(reply.blocks[:most], "little"), shards)

@@ -22,7 +22,7 @@ import trio
 from cache.store import Held
 from node.blocks.fetcher import Fetcher
 from node.blocks.grants import Grants
-from node.blocks.held_objects import held_body, is_right, open_checked
+from node.blocks.held_objects import has_record, held_body, open_checked
 from node.blocks.read_ahead import ReadAhead, Room
 from node.blocks.values import BlockAddress, Obtained, Site
 from node.content.resolver import Accept, Resolver
@@ -110,11 +110,8 @@ class SiteLibrary:
             return self._true(resolved)
         if not names.is_by_registry(locator, resolved.ref):
             resolved = replace(await self.resolver.ask_registry(locator, str(digest)), media_type=resolved.media_type)
-            if not names.is_by_registry(locator, resolved.ref):
-                # A large object is not read for a question about it: it is verified when a client reads it.
-                if resolved.ref.size > CHECKED_FIRST or not await is_right(self.site.tiers, resolved.ref):
-                    raise UnavailableError(f"{digest}: its size is only claimed, and the registry is out of reach")
-                self.site.facts.verified(resolved.ref)
+            if not names.is_by_registry(locator, resolved.ref) and not await has_record(self.site.tiers, resolved.ref):
+                raise UnavailableError(f"{digest}: its size is only claimed, and the registry is out of reach")
         return resolved
 
     async def _manifest(self, request: _Request) -> bytes:

@@ -185,11 +185,12 @@ class Mirror:
         return configured, repository
 
     async def _resolved(self, request: Request, locator: Locator, reference: str) -> Resolved:
-        """The descriptor. An answer that shows anything of the object beside its bytes needs the right to read it, and
-        its true size, at once; a plain GET waits for both until the first bytes are there."""
+        """The descriptor. An answer that shows anything of the object beside its bytes needs the right to read it at
+        once, and an answer without bytes its true size; a plain GET waits for both until the first bytes are there."""
         resolved = await self._library.resolve(locator, reference)
         if request.method == "HEAD" or _CONDITIONS & request.headers.keys() or not resolved.ref.size:
             await self._access.check(locator, resolved.ref.digest)
+        if request.method == "HEAD" or not resolved.ref.size:
             resolved = await self._library.sized(locator, resolved)
         return resolved
 
@@ -215,6 +216,9 @@ class Mirror:
         if spans is None:
             return await self._one(200, headers, locator, resolved, span=Span(0, size))
         if not spans:
+            sized = await self._library.sized(locator, resolved)
+            if sized.ref != resolved.ref:
+                return await self._object(request, locator, sized)
             unsatisfied = {"Content-Range": f"bytes */{size}"}
             raise _ProblemError(416, "RANGE_INVALID", f"{digest} has {size} bytes", unsatisfied)
         if len(spans) == 1:
