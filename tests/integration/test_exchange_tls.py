@@ -76,6 +76,20 @@ def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -
     play(tmp_path, scenario)
 
 
+def test_a_member_counts_where_it_was_reached_and_not_where_it_says_it_is(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        asker, peer, other = await cluster.start(), await cluster.start(), await cluster.start()
+        assert asker.exchange.reached(peer.peer) is None
+        cluster.locate(peer.peer, "127.0.0.1:1", str(other.exchange.address), str(peer.exchange.address))
+        assert await asker.ask(peer.peer, PING) == Answer(PONG)
+        assert asker.exchange.reached(peer.peer) == peer.exchange.address
+        peer.scope.cancel()
+        asker.exchange.disconnect(peer.peer)
+        assert asker.exchange.reached(peer.peer) == peer.exchange.address, "closing a connection hides no address"
+
+    play(tmp_path, scenario)
+
+
 def test_a_request_number_in_use_cannot_be_used_again(tmp_path: Path) -> None:
     """S-22"""
 
