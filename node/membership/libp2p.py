@@ -178,7 +178,7 @@ class LibP2PIntroducer:
                     return False
                 with self.bootstrap.introducing(line.peer):
                     statements = await self._exchange(line, dialled=expected is not None)
-                    vouched = await self._passports.check_all(statements, held=lambda peer: None)
+                    vouched = await self._passports.check_all(statements)
                     if not vouched or vouched[0].peer_id != line.peer:
                         raise errors.NotAdmittedError("shows no valid statement of its own", line.peer)
             except errors.PeerMisbehavedError as error:

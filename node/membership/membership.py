@@ -20,7 +20,7 @@ from typing import Protocol
 import trio
 
 from node.membership.addresses import with_observed
-from node.membership.passports import Passports
+from node.membership.passports import CHECKS_IN_A_TURN, Passports
 from protocol.errors import PeerMisbehavedError
 from protocol.ids import PeerId
 from protocol.introduction import MAX_INTRODUCED
@@ -211,9 +211,7 @@ class Membership:
         """Check and learn what `peer` sent; returns how many statements were news. A peer that sends what no honest
         member passes on is quarantined."""
         try:
-            news = [statement for statement in statements if self.swim.is_news(statement)]
-            vouched = await self.passports.check_all(news, self._held) if news else []
-            count = self.swim.learned(vouched, trio.current_time())
+            count = await self._learn(statements)
             for suspicion in suspicions:
                 if self.swim.heeds(suspicion, trio.current_time()):
                     self.passports.check_suspicion(suspicion)
@@ -222,6 +220,20 @@ class Membership:
             self.quarantine(peer, str(error))
             return 0
         self._settle()
+        return count
+
+    async def _learn(self, statements: Iterable[Statement]) -> int:
+        """Check and learn statements a few at a time: what another message brought meanwhile is not checked again."""
+        count = checks = 0
+        for statement in statements:
+            if not self.swim.is_news(statement):
+                continue
+            checked = self.passports.check(statement, self._held(statement.peer_id))
+            if checked is not None:
+                count += self.swim.learned((checked,), trio.current_time())
+            checks += 1
+            if not checks % CHECKS_IN_A_TURN:
+                await trio.lowlevel.checkpoint()
         return count
 
     def _held(self, peer: PeerId) -> Vouched | None:
