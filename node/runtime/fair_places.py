@@ -18,8 +18,11 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from ipaddress import IPv6Address, ip_address
+from typing import TypeVar
 
 import trio
+
+T = TypeVar("T")
 
 
 class Client:
@@ -143,16 +146,25 @@ class Wish:
 
 
 class FairPlaces:
-    """`total` places, of which the clients of one address may hold `most_each` at a time."""
+    """`total` places. The queue gives at most `most_queued` of them, and `most_each` to the clients of one address; the
+    others are for `take_now`."""
 
-    def __init__(self, total: int, most_each: int = 0) -> None:
-        self.free = self._total = total
-        self._most_each = most_each or total
+    def __init__(self, total: int, *, most_each: int = 0, most_queued: int = 0) -> None:
+        self.free = total
+        self._most_queued = most_queued or total
+        self._most_each = most_each or self._most_queued
+        self._queued: Counter[str] = Counter()
+        """Places from the queue by address."""
         self._by_client: Counter[Client] = Counter()
         self.by_address: Counter[str] = Counter()
         """Places held. An address that holds none is left out."""
         self._waiting: dict[str, dict[Client, dict[Wish, None]]] = {}
         """By address and client, in the order in which they began to wait."""
+
+    @property
+    def holders(self) -> int:
+        """The number of clients that hold places."""
+        return len(self._by_client)
 
     @contextmanager
     def asking(self) -> Iterator[Wish]:
@@ -185,17 +197,18 @@ class FairPlaces:
 
     def take_now(self, client: Client, *, leaving: int = 0) -> bool:
         """Take a place for `client` if more than `leaving` are free, even if others wait."""
-        if self.free <= leaving or self.by_address[client.address] >= self._most_each:
+        if self.free <= leaving:
             return False
         self._hold(client)
         return True
 
-    def give(self, client: Client) -> None:
+    def give(self, client: Client, *, queued: bool = True) -> None:
+        """Give a place back. `queued`: it came from the queue and not from `take_now`."""
         self.free += 1
-        self._by_client[client] -= 1
-        self.by_address[client.address] -= 1
-        self._by_client += Counter()  # drops what is zero
-        self.by_address += Counter()
+        _less(self._by_client, client)
+        _less(self.by_address, client.address)
+        if queued:
+            _less(self._queued, client.address)
         self._grant()
 
     def enlist(self, wish: Wish, client: Client) -> None:
@@ -221,15 +234,22 @@ class FairPlaces:
         self.by_address[client.address] += 1
 
     def _grant(self) -> None:
-        while self.free and self._waiting:
-            address = min(self._waiting, key=self.by_address.__getitem__)
-            if self.by_address[address] >= self._most_each:
+        while self.free and self._waiting and self._queued.total() < self._most_queued:
+            address = min(self._waiting, key=self._queued.__getitem__)
+            if self._queued[address] >= self._most_each:
                 return
             clients = self._waiting[address]
-            crowded = len(clients) > self._total
+            crowded = len(clients) > self._most_queued
             client = min(reversed(clients) if crowded else clients, key=self._by_client.__getitem__)
             wish = next(iter(clients[client]))
             self._end(wish)
             self._hold(client)
+            self._queued[address] += 1
             wish.client = client
             wish.granted.set()
+
+
+def _less(count: Counter[T], key: T) -> None:
+    count[key] -= 1
+    if not count[key]:
+        del count[key]

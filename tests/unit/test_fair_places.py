@@ -70,11 +70,21 @@ def test_the_newest_connection_goes_first_when_more_wait_than_there_are_places()
 
 
 def test_an_address_holds_at_most_its_part() -> None:
-    places = FairPlaces(6, 4)
+    places = FairPlaces(6, most_each=4)
     crowd = [wished(places, Client("10.0.0.1")) for _ in range(10)]
     assert sum(wish.granted.is_set() for wish in crowd) == 4
     assert wished(places, Client("10.0.0.2")).granted.is_set()
-    assert not places.take_now(Client("10.0.0.1"))
+
+
+def test_the_queue_leaves_places_to_those_that_do_not_wait() -> None:
+    places, quick = FairPlaces(5, most_queued=2), Client("10.0.0.1")
+    crowd = [wished(places, Client("10.0.0.1")) for _ in range(10)]
+    assert sum(wish.granted.is_set() for wish in crowd) == 2
+    assert [places.take_now(quick, leaving=1) for _ in range(3)] == [True, True, False]
+    places.give(quick, queued=False)
+    assert sum(wish.granted.is_set() for wish in crowd) == 2
+    places.give(client_of(crowd[0]))
+    assert sum(wish.granted.is_set() for wish in crowd) == 3
 
 
 @given(
