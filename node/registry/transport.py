@@ -12,6 +12,7 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar, cast
 
 import h11
@@ -19,6 +20,7 @@ import httpx
 import trio
 
 from node.config.schema import UpstreamPart
+from node.runtime.fair_places import FairPlaces
 from node.runtime.sockets import Readable
 from protocol.errors import BadInputError
 
@@ -26,6 +28,8 @@ MAX_REDIRECTS = 5
 TIMEOUT = httpx.Timeout(connect=5.0, read=10.0, write=10.0, pool=30.0)
 MAX_HEAD = 100 << 10
 RECEIVE_BYTES = 16 << 10
+TOKEN_CONNECTIONS = 8
+"""Connections to token services, beside those to the registry: a slow token service must not hold up its answers."""
 IDLE_S = 5.0
 """How long an idle connection is kept; httpx's default. Registries and load balancers keep them for longer."""
 
@@ -176,29 +180,33 @@ class Body(httpx.AsyncByteStream):
 
 
 class DirectTransport(httpx.AsyncBaseTransport):
-    """Has at most `connections`, idle ones included. The extension `body` of a response is its `Body`."""
+    """Has at most `connections`, and TOKEN_CONNECTIONS for requests with the extension `token`, idle ones included. The
+    extension `body` of a response is its `Body`."""
 
     def __init__(self, context: ssl.SSLContext, connections: int) -> None:
         self._context = context
-        self._slots = trio.Semaphore(connections)
+        self._slots, self._token_slots = FairPlaces(connections), FairPlaces(TOKEN_CONNECTIONS)
         self._idle: deque[Wire] = deque()
         """In the order in which they became idle."""
         self._retired = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         timeout = request.extensions["timeout"]
+        slots = self._token_slots if "token" in request.extensions else self._slots
         with _as(httpx.ConnectError, httpx.PoolTimeout, timeout["pool"]):
-            await self._slots.acquire()
+            give = await slots.take()
         wire: Wire | None = None
         try:
             wire = self._reused(origin_of(request.url)) or await self.connect(request.url, timeout["connect"])
             wire.read_s = timeout["read"]
-            return await self._asked(wire, request, timeout["write"])
+            return await self._asked(wire, request, timeout["write"], release=partial(self._release, give))
         except BaseException:
-            self._release(wire, False)
+            self._release(give, wire, False)
             raise
 
-    async def _asked(self, wire: Wire, request: httpx.Request, write_s: float | None) -> httpx.Response:
+    async def _asked(
+        self, wire: Wire, request: httpx.Request, write_s: float | None, *, release: Release
+    ) -> httpx.Response:
         parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
         with _as(httpx.WriteError, httpx.WriteTimeout, write_s):
             head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
@@ -207,7 +215,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         while isinstance(event := await wire.next_event(parser), h11.InformationalResponse):
             pass
         answer = cast(h11.Response, event)
-        body = Body(wire, parser, length=_announced(request.method, answer), release=self._release)
+        body = Body(wire, parser, length=_announced(request.method, answer), release=release)
         headers = list(answer.headers.raw_items())
         return httpx.Response(answer.status_code, headers=headers, stream=body, extensions={"body": body})
 
@@ -220,7 +228,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         return None
 
     async def connect(self, url: httpx.URL, connect_s: float | None) -> Wire:
-        while len(self._idle) > self._slots.value:
+        while len(self._idle) > self._slots.free:
             self._idle.popleft().close()
         scheme, host, port = origin = origin_of(url)
         with _as(httpx.ConnectError, httpx.ConnectTimeout, connect_s):
@@ -235,8 +243,8 @@ class DirectTransport(httpx.AsyncBaseTransport):
                 raise httpx.ConnectError("not a host name") from error
         return wire
 
-    def _release(self, wire: Wire | None, reusable: bool) -> None:
-        self._slots.release()
+    def _release(self, give: Callable[[], None], wire: Wire | None, reusable: bool) -> None:
+        give()
         if wire is not None and reusable and not self._retired:
             wire.idle_since = trio.current_time()
             self._idle.append(wire)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from ipaddress import IPv6Address, ip_address
 from typing import TypeVar
 
@@ -185,15 +186,20 @@ class FairPlaces:
         finally:
             self._end(wish)
 
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def take(self) -> Callable[[], None]:
+        """Wait for a place. Returns a function that gives it back."""
         with self.asking() as wish:
             await wish.granted.wait()
         assert wish.client is not None
+        return partial(self.give, wish.client)
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        give = await self.take()
         try:
             yield
         finally:
-            self.give(wish.client)
+            give()
 
     def take_now(self, client: Client, *, leaving: int = 0) -> bool:
         """Take a place for `client` if more than `leaving` are free, even if others wait."""
