@@ -21,10 +21,12 @@ from cachetools import TTLCache
 from node.config.schema import UpstreamPart
 from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved
 from node.oci.references import is_digest
+from node.registry import transport
 from node.registry.attempts import Attempts, Availability, FailedAttemptError, reason, unexpected
 from node.registry.authorization import Authorization
 from node.registry.bodies import CONTENT_RANGE, BlockCutter, Meter, MeteredBody, body_start, receiver_of
 from node.registry.calls import ACCEPT, Call, Endpoint, Headers, Passed
+from node.registry.reach import Reach, UnreachableHostError
 from node.registry.retry import BODY, RETRIED_STATUS
 from node.registry.transport import Connect
 from node.registry.uplink import MakeWayError
@@ -46,7 +48,8 @@ class RegistryClient:
     ) -> None:
         self.url = httpx.URL(url.rstrip("/"))
         self.name, self.availability, self.meter = availability.name, availability, meter
-        self.http, self.retire = connect(part)
+        self._reach = Reach(part)
+        self.http, self.retire = connect(part, self._reach)
         self.authorization = Authorization(self.availability, self.url, part, meter=meter, send=self.send)
         self.body_connections = max(1, part.connections - 1)
         """Most bodies read at once; one connection is left for names."""
@@ -206,7 +209,10 @@ class RegistryClient:
         extensions = {"token": True} if token else {}
         request = self.http.build_request(method, url, headers=headers, data=form, extensions=extensions)
         try:
-            response = await self.http.send(request, stream=True, follow_redirects=follow)
+            self._reach.check_literal(url)
+            response = await transport.send(self.http, request, self._reach, follow=follow)
+        except UnreachableHostError as error:
+            raise FailedAttemptError(str(error), again=False) from error
         except (httpx.PoolTimeout, httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise FailedAttemptError(reason(error), again=False) from error
         except httpx.TimeoutException as error:
