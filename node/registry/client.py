@@ -36,8 +36,8 @@ from protocol.ids import Digest, ObjectRef
 
 log = logging.getLogger(__name__)
 
-FAILED_S, MAX_FAILED = 2.0, 4096
-"""After a 500 or 404, the same call fails for FAILED_S seconds: a pull asks for many blocks of an object, and clients
+BROKEN_S, MAX_BROKEN = 2.0, 4096
+"""After a 500 or 404, the same call fails for BROKEN_S seconds: a pull asks for many blocks of an object, and clients
 that look for an object that does not exist soon look again."""
 _T = TypeVar("_T")
 
@@ -56,7 +56,7 @@ class RegistryClient:
         self._bodies = FairPlaces(self.body_connections)
         self._names = FairPlaces(part.connections, most_each=max(1, part.connections * 2 // 3))
         """Other requests. One address of clients does not have all connections: registries answer some slowly."""
-        self._failed: TTLCache[tuple[str, Call], int] = TTLCache(MAX_FAILED, FAILED_S, timer=trio.current_time)
+        self._failed: TTLCache[tuple[str, Call], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
         """By method and call, the status that answered it."""
 
     def report(self) -> Endpoint:
