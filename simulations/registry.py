@@ -16,6 +16,7 @@ import trio
 
 from node.config.schema import UpstreamPart
 from node.oci.references import Locator
+from node.registry.reach import Reach
 from node.registry.transport import Connect, client_over
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from simulations.network import Latency, SimulatedNetwork
@@ -183,7 +184,7 @@ class Body(httpx.AsyncByteStream):
 def wired(registry: Registry, network: SimulatedNetwork, peer: PeerId, site: str) -> Connect:
     """The argument `connect` of a node's Upstreams."""
 
-    def connect(part: UpstreamPart) -> tuple[httpx.AsyncClient, Callable[[], None]]:
+    def connect(part: UpstreamPart, _: Reach) -> tuple[httpx.AsyncClient, Callable[[], None]]:
         wire = Wire(registry, network, peer, site)
         return client_over(wire, _CONTEXT, part.connections, environment=False), lambda: None
 

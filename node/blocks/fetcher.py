@@ -43,7 +43,7 @@ class Fetcher:
 
     async def idle(self) -> None:
         """Returns when no client reads."""
-        while self.window.clients:
+        while self.window.busy:
             await self.turned.park()
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket[Work, Obtained]:

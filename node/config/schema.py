@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ from protocol.ids import MAX_OBJECT_SIZE
 _PATH = re.compile(r"(\w+)(?:\[(\d+)\])?\.(\w+)(?:\[\d+\])?`")
 """The end of msgspec's message: `cache.disk`, `upstream[0].rate` or `upstream[0].hours[1]`."""
 
+_HOST_PATTERN = re.compile(r"(?:\*\.)?[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?|[0-9a-f:]+", re.ASCII | re.IGNORECASE)
 MAX_PATTERN = 512
 MAX_URLS = 8
 MAX_WITNESSES = 64
@@ -88,6 +90,7 @@ class UpstreamPart(_Part, frozen=True):
     daily: quantities.OptionalSize = quantities.OptionalSize()
     daily_spent: Literal["refuse", "allow"] = "refuse"
     hours: Annotated[tuple[quantities.Window, ...], msgspec.Meta(max_length=16)] = ()
+    redirects: Annotated[tuple[str, ...], msgspec.Meta(max_length=32)] = ()
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -188,6 +191,7 @@ def check(config: Config) -> None:
     for upstream in config.upstream:
         check_upstream(upstream.name)
         _check_urls(upstream)
+        _check_redirects(upstream)
         if upstream.docker_config and upstream.access != "node":
             raise BadInputError(
                 f'upstream "{upstream.name}": docker_config needs access = "node", with which every client may read'
@@ -272,6 +276,19 @@ def _check_urls(upstream: UpstreamPart) -> None:
             raise BadInputError(f"{key}: credentials belong in docker_config, not in a URL")
         if not _is_registry_url(url):
             raise BadInputError(f'{key} = "{url}": write for example "https://{upstream.name}"')
+
+
+def _check_redirects(upstream: UpstreamPart) -> None:
+    for entry in upstream.redirects:
+        try:
+            valid = bool(ip_network(entry)) if "/" in entry else bool(_HOST_PATTERN.fullmatch(entry))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise BadInputError(
+                f'upstream "{upstream.name}": redirects = "{entry[:255]}": a host, "*." and a suffix of hosts,'
+                ' or a network such as "10.0.0.0/8"'
+            )
 
 
 def _is_registry_url(url: str) -> bool:

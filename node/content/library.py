@@ -23,7 +23,8 @@ from cache.store import Held
 from node.blocks.fetcher import Fetcher
 from node.blocks.grants import Grants
 from node.blocks.held_objects import has_record, held_body, open_checked
-from node.blocks.read_ahead import ReadAhead, Room
+from node.blocks.read_ahead import ReadAhead
+from node.blocks.room import Room
 from node.blocks.values import BlockAddress, Obtained, Site
 from node.content.resolver import Accept, Resolver
 from node.content.verification import ObjectVerifier
@@ -72,7 +73,10 @@ class SiteLibrary:
     verifier: ObjectVerifier
     ledger: Provenance
     metrics: Metrics
-    _room: Room = field(default_factory=Room)
+    _room: Room = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._room = Room(self.fetcher.window)
 
     async def resolve(self, locator: Locator, reference: str, accept: Accept | None = None) -> Resolved:
         """`accept`: as for `Resolver.resolve`."""

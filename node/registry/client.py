@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import httpx
 import trio
@@ -22,6 +23,7 @@ from cachetools import TTLCache
 from node.config.schema import UpstreamPart
 from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved, read_manifest
 from node.oci.references import is_digest
+from node.registry import transport
 from node.registry.attempts import Attempts, Availability, FailedAttemptError, reason, unexpected
 from node.registry.authorization import Authorization
 from node.registry.bodies import (
@@ -35,9 +37,11 @@ from node.registry.bodies import (
     receiver_of,
 )
 from node.registry.calls import ACCEPT, Call, Endpoint, Headers, Passed
+from node.registry.reach import Reach, UnreachableHostError
 from node.registry.retry import BODY, RETRIED_STATUS
 from node.registry.transport import Connect
 from node.registry.uplink import MakeWayError
+from node.runtime.fair_places import FairPlaces
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError
 from protocol.ids import Digest, ObjectRef
 
@@ -46,8 +50,10 @@ log = logging.getLogger(__name__)
 _DIGITS = re.compile(r"[0-9]{1,15}", re.ASCII)
 CLAIM_S, MAX_CLAIMS = 1.0, 1024
 """A client that is admitted by a HEAD for a tag then asks for that tag at once: a second HEAD would be for nothing."""
-BROKEN_S, MAX_BROKEN = 2.0, 1024
-"""After a 500 for an object, calls for it fail for BROKEN_S seconds: a pull asks for many blocks of it."""
+BROKEN_S, MAX_BROKEN = 2.0, 4096
+"""After a 500 or 404, the same call fails for BROKEN_S seconds: a pull asks for many blocks of an object, and clients
+that look for an object that does not exist soon look again."""
+_T = TypeVar("_T")
 
 
 _FINAL_STATUS = frozenset({401, 404, 500}) | RETRIED_STATUS
@@ -60,13 +66,16 @@ class RegistryClient:
     ) -> None:
         self.url = httpx.URL(url.rstrip("/"))
         self.name, self.availability, self.meter = availability.name, availability, meter
-        self.http, self.retire = connect(part)
-        self.authorization = Authorization(self.name, self.url, part, meter=meter, send=self.send)
+        self._reach = Reach(part)
+        self.http, self.retire = connect(part, self._reach)
+        self.authorization = Authorization(self.availability, self.url, part, meter=meter, send=self.send)
         self.body_connections = max(1, part.connections - 1)
         """Most bodies read at once; one connection is left for names."""
-        self._bodies = trio.Semaphore(self.body_connections)
-        self._broken: TTLCache[tuple[str, str], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
-        """By repository and tail of a call, the status that answered it."""
+        self._bodies = FairPlaces(self.body_connections)
+        self._names = FairPlaces(part.connections, most_each=max(1, part.connections * 2 // 3))
+        """Other requests. One address of clients does not have all connections: registries answer some slowly."""
+        self._failed: TTLCache[tuple[str, Call], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
+        """By method and call, the status that answered it."""
         self._claims: TTLCache[Call, tuple[Resolved, float]] = TTLCache(MAX_CLAIMS, CLAIM_S, timer=trio.current_time)
         """Descriptors that answers to `admits` showed, and when these were asked for. Each is used once."""
 
@@ -75,13 +84,22 @@ class RegistryClient:
         problem = state.problem if state.breaker.failing else ""
         return Endpoint(str(self.url), problem, state.breaker.rest_s(trio.current_time()), self.meter.received)
 
+    async def ask(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
+        """The result of one of the methods below, each attempt in its turn among the clients'."""
+
+        async def in_turn(call: Call) -> _T:
+            async with self._names.place():
+                return await attempt(call)
+
+        return await self.availability.retrying(call, in_turn)
+
     async def blocks(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
         """The blocks that `cutter` still lacks. Raises UnavailableError; the cutter keeps the bytes received so far."""
         attempts: Attempts | None = None
         while not cutter.done:
             if background:
                 await self.meter.uplink.turn()
-            async with self._bodies:
+            async with self._bodies.place():
                 self.meter.uplink.check(background=background)
                 attempts = attempts or await self.availability.admitted(BODY, call.subject)
                 try:
@@ -207,37 +225,49 @@ class RegistryClient:
     ) -> AsyncIterator[httpx.Response]:
         """The response after authorization and redirects; its body is not read yet."""
         authorization = self.authorization.headers(call)
-        if (status := self._broken.get((call.repository, call.tail))) is not None:
+        if (status := self._failed.get((method, call))) == 404:
+            raise NotFoundError(f"{self._subject(call)}: not found")
+        if status is not None:
             raise FailedAttemptError(f"answered {status} just now", again=False)
         send = partial(self.send, method, call.url(self.url), follow=follow)
+        response = await send(headers | authorization)
         try:
-            response = await send(headers | authorization)
-            try:
-                if response.status_code == 401 and not response.history:
-                    renewed = await self.authorization.renewed(call, response, authorization)
-                    response = await send(headers | renewed) if renewed else response
-                yield response
-            finally:
-                await response.aclose()
-        except FailedAttemptError as failure:
-            if failure.status >= 500 and not failure.again:
-                self._broken[call.repository, call.tail] = failure.status
-            raise
+            if response.status_code == 401 and not response.history:
+                renewed = await self.authorization.renewed(call, response, authorization)
+                response = await send(headers | renewed) if renewed else response
+            status = response.status_code
+            if status == 404 or (status >= 500 and status not in RETRIED_STATUS):
+                self._failed[method, call] = status
+            yield response
+        finally:
+            await response.aclose()
 
     async def send(
-        self, method: str, url: httpx.URL, headers: Headers, *, follow: bool = True, form: Headers | None = None
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: Headers,
+        *,
+        follow: bool = True,
+        form: Headers | None = None,
+        token: bool = False,
     ) -> httpx.Response:
-        """The response, whose body is not read yet. The caller closes it. `follow`: whether to follow redirects."""
-        request = self.http.build_request(method, url, headers=headers, data=form)
+        """The response, whose body is not read yet. The caller closes it. `follow`: whether to follow redirects.
+        `token`: the request is for a token service, whose answer says nothing about the registry."""
+        extensions = {"token": True} if token else {}
+        request = self.http.build_request(method, url, headers=headers, data=form, extensions=extensions)
         try:
-            response = await self.http.send(request, stream=True, follow_redirects=follow)
+            self._reach.check_literal(url)
+            response = await transport.send(self.http, request, self._reach, follow=follow)
+        except UnreachableHostError as error:
+            raise FailedAttemptError(str(error), again=False) from error
         except (httpx.PoolTimeout, httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise FailedAttemptError(reason(error), again=False) from error
         except httpx.TimeoutException as error:
             raise FailedAttemptError(reason(error), again=False, breaks=True) from error
         except httpx.HTTPError as error:
             raise FailedAttemptError(reason(error), True, breaks=isinstance(error, httpx.ConnectError)) from error
-        if response.status_code not in RETRIED_STATUS:
+        if response.status_code not in RETRIED_STATUS and not token:
             self.availability.answered()
         return response
 
