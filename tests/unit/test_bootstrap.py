@@ -78,7 +78,6 @@ def seed(host: str = SEED_HOST) -> str:
 
 @pytest.mark.parametrize("hosts", [1, 256], ids=["one host", "a host each"])
 def test_256_announced_peers_that_hang_delay_neither_the_configured_peer_nor_a_true_find(hosts: int) -> None:
-    """S-67"""
 
     async def scenario(nursery: trio.Nursery) -> None:
         lan = Lan(seed())
@@ -100,7 +99,7 @@ def test_256_announced_peers_that_hang_delay_neither_the_configured_peer_nor_a_t
 
 
 def test_a_true_find_among_256_that_are_announced_with_it_is_soon_met() -> None:
-    """S-67: the worst case: hosts of their own, announced before the true one."""
+    """The worst case: hosts of their own, announced before the true one."""
 
     async def scenario(nursery: trio.Nursery) -> None:
         lan = Lan()
@@ -114,7 +113,6 @@ def test_a_true_find_among_256_that_are_announced_with_it_is_soon_met() -> None:
 
 
 def test_an_announcement_of_the_configured_peer_at_an_address_that_hangs_does_not_keep_this_node_from_it() -> None:
-    """S-67"""
 
     async def scenario(nursery: trio.Nursery) -> None:
         lan = Lan(seed())

@@ -233,7 +233,7 @@ class Connection:
 @pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.2"], ids=["same address", "other address"])
 @pytest.mark.parametrize("seconds", [30.0, 1e6], ids=["slow", "stalled"])
 def test_slow_connections_of_a_client_hardly_slow_another(address: str, seconds: float) -> None:
-    """S-64: 80 of them hold all first places. They make way, and leave their places beyond the first. Those of another
+    """80 of them hold all first places. They make way, and leave their places beyond the first. Those of another
     address ask again at once."""
 
     async def scenario() -> None:

@@ -121,7 +121,6 @@ def leading_to(location: str, body: bytes = b"") -> Callable[[Request], Response
 
 @pytest.mark.parametrize("host", ["169.254.169.254", "10.0.0.7", "[fd00::7]", "[fe80::7]", "224.0.0.7", "0xA9FEA9FE"])
 def test_a_manifest_is_not_read_from_a_private_address_to_which_the_registry_redirects(host: str) -> None:
-    """S-66"""
 
     async def check(registry: FakeRegistry, upstreams: Upstreams) -> None:
         registry.answer_manifest = leading_to(f"http://{host}/secret?signature=hush")  # type: ignore[method-assign]
@@ -134,7 +133,6 @@ def test_a_manifest_is_not_read_from_a_private_address_to_which_the_registry_red
 
 
 def test_a_token_is_not_fetched_from_a_private_address_that_the_registry_names() -> None:
-    """S-66"""
 
     async def check(registry: FakeRegistry, upstreams: Upstreams) -> None:
         challenge = Response(401, {"WWW-Authenticate": 'Bearer realm="http://169.254.169.254/token"'})
@@ -188,7 +186,6 @@ class Rebinding(trio.abc.HostnameResolver):
 
 
 def test_a_name_that_leads_elsewhere_at_the_connect_gets_no_request() -> None:
-    """S-66"""
     received: list[bytes] = []
 
     async def main() -> None:

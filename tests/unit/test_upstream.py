@@ -24,6 +24,7 @@ from node.oci.references import Grant, Locator
 from node.registry import credential_helper, transport
 from node.registry.bodies import BlockCutter
 from node.registry.upstreams import Upstreams
+from node.runtime.fair_places import Client, Demand, working_for
 from node.web.server import Request, Response
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, ObjectRef
@@ -72,7 +73,7 @@ def run(check: Callable[[Fixture, Upstreams], Awaitable[None]], **part: object) 
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            fixture.url = await serve(nursery, fixture.registry.handle)
+            fixture.url = await serve(nursery, lambda request: fixture.registry.handle(request))
             with trio.fail_after(60):
                 async with fixture.upstreams() as upstreams:
                     await check(fixture, upstreams)
@@ -339,6 +340,111 @@ def test_one_token_serves_all_reads_until_it_is_refused(tmp_path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
     run(check, access="node", docker_config=str(path))
+
+
+def test_tokens_of_repositories_do_not_wait_for_each_other_and_their_failures_stay_apart() -> None:
+    """A 500 of the token service says nothing about the object or the registry."""
+    waiting: dict[str, trio.Event] = {}
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        answer = fixture.registry.handle
+
+        async def handle(request: Request) -> Response:
+            if request.path == "/token":
+                repository = request.query["scope"].split(":")[1]
+                if repository == "org/broken":
+                    return Response(500)
+                if repository == "org/slow":
+                    waiting["slow"].set()
+                    await trio.sleep_forever()
+                fixture.registry.tokens += 1
+                fixture.registry.valid_token = "t1"
+                return Response(200, {}, b'{"token": "t1"}')
+            return await answer(request)
+
+        fixture.registry.handle = handle  # type: ignore[method-assign]
+        fixture.registry.scheme = "Bearer"
+        waiting["slow"] = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upstreams.resolve, Locator("fake", "org/slow", "manifests"), "latest")
+            await waiting["slow"].wait()
+            for _ in range(3):
+                with pytest.raises(UnavailableError, match=r"token service .* answered 500"):
+                    await upstreams.resolve(Locator("fake", "org/broken", "manifests"), "latest")
+            assert (await upstreams.resolve(MANIFESTS, "latest"))[0].ref == MANIFEST_REF
+            (endpoint,) = upstreams.endpoints("fake")
+            assert not endpoint.problem
+            nursery.cancel_scope.cancel()
+
+    run(check)
+
+
+def test_a_token_service_in_trouble_has_a_breaker_of_its_own() -> None:
+    tokens: list[int] = []
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        answer = fixture.registry.handle
+
+        async def handle(request: Request) -> Response:
+            if request.path == "/token":
+                tokens.append(1)
+                return Response(503, {"Retry-After": "3600"})
+            return await answer(request)
+
+        fixture.registry.handle = handle  # type: ignore[method-assign]
+        fixture.registry.scheme = "Bearer"
+        for number in range(5):
+            with pytest.raises(UnavailableError, match="token service"):
+                await upstreams.resolve(Locator("fake", f"org/app{number}", "manifests"), "latest")
+        (endpoint,) = upstreams.endpoints("fake")
+        assert not endpoint.problem
+        fixture.registry.scheme = ""
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[0].ref == MANIFEST_REF
+
+    run(check)
+    assert len(tokens) == 1
+
+
+def test_lookups_of_one_address_leave_connections_and_the_next_turn_to_another() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        answer, hanging = fixture.registry.handle, trio.Semaphore(0)
+
+        async def handle(request: Request) -> Response:
+            if "/none/" in request.path:
+                hanging.release()
+                await trio.sleep_forever()
+            return await answer(request)
+
+        fixture.registry.handle = handle  # type: ignore[method-assign]
+
+        async def look(number: int) -> None:
+            with working_for(Demand(Client("10.0.0.1"))):
+                await upstreams.resolve(Locator("fake", f"none/n{number}", "manifests"), "latest")
+
+        async with trio.open_nursery() as nursery:
+            for number in range(150):
+                nursery.start_soon(look, number)
+            for _ in range(4):
+                await hanging.acquire()
+            with working_for(Demand(Client("10.0.0.2"))):
+                assert (await upstreams.resolve(MANIFESTS, "latest"))[0].ref == MANIFEST_REF
+            assert hanging.value == 0, "of six connections they have four"
+            nursery.cancel_scope.cancel()
+
+    run(check)
+
+
+def test_a_missing_object_is_asked_for_once_in_a_while() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        for _ in range(5):
+            with pytest.raises(NotFoundError):
+                await upstreams.resolve(MANIFESTS, "missing")
+        assert len(fixture.registry.requests) == 1
+        with pytest.raises(NotFoundError):
+            await upstreams.resolve(MANIFESTS, "also-missing")
+        assert len(fixture.registry.requests) == 2
+
+    run(check)
 
 
 def helper_on_path(folder, monkeypatch, answer: dict[str, str]) -> None:
