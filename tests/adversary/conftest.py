@@ -36,9 +36,10 @@ def siege(registry: registries.Registry) -> Iterator[Siege]:
 
 @pytest.fixture(autouse=True)
 def truthful(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test of the shared site the liar is honest, and the registry answers."""
+    """After each test of the shared site the liar is honest and in good standing, and the registry answers."""
     yield
     if "siege" in request.fixturenames:
         siege: Siege = request.getfixturevalue("siege")
         siege.lies()
         siege.proxy.restore()
+        siege.renew_liar()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import itertools
-from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -35,18 +34,16 @@ def tags_of(siege: Siege) -> list[Published]:
 
 
 @pytest.fixture
-def evil(siege: Siege) -> Iterator[Published]:
+def evil(siege: Siege) -> Published:
     """An image that the liar holds, and would like others to run."""
     image = siege.fresh("evil/app", size=2000)
     siege.pull(siege.liar, image)
-    yield image
+    return image
 
 
 def have_it_named(siege: Siege, evil: Published) -> None:
     index = evil.image.index
-    tell_lies(
-        siege.liar.folder, lies={"Resolve": "own image"}, image=[index.digest, index.size, index.media_type]
-    )
+    tell_lies(siege.liar.folder, lies={"Resolve": "own image"}, image=[index.digest, index.size, index.media_type])
 
 
 def test_a_tag_is_what_the_registry_says_whatever_its_home_says(siege: Siege, evil: Published) -> None:

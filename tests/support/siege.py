@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 from tests.support import image as images
 from tests.support import registry as registries
-from tests.support.adversary import Attacker
+from tests.support.adversary import Attacker, ClosedError
 from tests.support.image import Image
 from tests.support.lying_daemon import tell_lies
 from tests.support.processes import tail, wait_for
@@ -35,6 +36,8 @@ SIZE = 1_300_000
 """Bytes of a layer: three blocks, of which each is cut into shards."""
 LYING = [sys.executable, "-m", "tests.support.lying_daemon"]
 LIAR = "liar"
+SEEN_S = 20.0
+"""Time for the honest members to see each other after an attack: longer than a member that was dropped needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,26 @@ class Siege:
     def attacker(self) -> Attacker:
         """The liar's identity, for connections that the test makes itself."""
         return Attacker.as_node(self.liar, self.key)
+
+    def renew_liar(self) -> None:
+        """If an honest member shut the liar out, begin with another one: a new key, certificate and name."""
+        if not any(self.liar.name in quarantined(node) for node in self.honest):
+            return
+        self.liar.stop()
+        shutil.rmtree(self.liar.data)
+        text, old = self.liar.config.read_text(), self.liar.name
+        self.liar.name = f"{LIAR}-{next(self._numbers)}"
+        self.liar.config.write_text(text.replace(f'name = "{old}"', f'name = "{self.liar.name}"'))
+        self.liar.start()
+        for node in self.honest:
+            wait_for("the new liar is seen", lambda node=node: self.liar.name in alive(node))  # type: ignore[misc]
+
+    def tell(self, *messages: object, nodes: Sequence[Node] = ()) -> None:
+        """Send the messages to each honest node in the liar's name. A node may refuse to hear more of them."""
+        for node in nodes or self.honest:
+            with contextlib.suppress(ClosedError), self.attacker.line(node) as line:
+                for message in messages:
+                    line.ask(message)
 
     def lies(self, **lies: str) -> None:
         """Give the liar a new plan, by the names of requests. `every` is for all requests but membership."""
@@ -103,11 +126,16 @@ class Siege:
             yield
         names = {node.name for node in self.honest}
         for node in self.honest:
-            wait_for(f"{node.name} sees all honest members", lambda node=node: names - {node.name} <= alive(node))  # type: ignore[misc]
+            wait_for(
+                f"{node.name} sees all honest members",
+                lambda node=node: names - {node.name} <= alive(node),  # type: ignore[misc]
+                seconds=SEEN_S,
+                every=0.2,
+            )
             shut = quarantined(node)
             assert not names & shut.keys(), f"{node.name} shut out {shut}"
             if shut_out is not None:
-                assert (LIAR in shut) == shut_out, f"{node.name}: {shut}"
+                assert (self.liar.name in shut) == shut_out, f"{node.name}: {shut}"
 
 
 @contextlib.contextmanager
@@ -169,6 +197,7 @@ def besieged(
                     assert old in text, old
                     text = text.replace(old, new)
                 node.config.write_text(text.replace(f'name = "{liar.name}"', f'name = "{LIAR}"'))
+            liar.name = LIAR
             prepare(nodes)
             start_all(nodes)
             yield Siege(watched, liar, folder / "site" / "cluster.key", folder, registry=registry, proxy=proxy)
