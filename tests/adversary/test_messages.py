@@ -30,8 +30,8 @@ DEFAULTS: dict[str, Any] = {
 """Values that the bounds allow, by the field's name. The others are empty."""
 HOSTILE: list[Any] = [
     -1, 1 << 40, (1 << 40) + 1, 1 << 53, (1 << 63) - 1, (1 << 64) - 1, -(1 << 63), 1.5, float("nan"), float("inf"),
-    None, True, "", "x" * 300, "\x00\x1b[2J", "../../etc/passwd", "x" * 100_000, b"", b"\xff" * 131_072, [], [[]] * 20_000,
-    [[[[[[[[]]]]]]]], {}, {"a": 1}, ["sha256:" + "cd" * 32] * 1025, [0] * 100_000,
+    None, True, "", "x" * 300, "\x00\x1b[2J", "../../etc/passwd", "x" * 100_000, b"", b"\xff" * 131_072, [],
+    [[]] * 20_000,    [[[[[[[[]]]]]]]], {}, {"a": 1}, ["sha256:" + "cd" * 32] * 1025, [0] * 100_000,
 ]  # fmt: skip
 
 

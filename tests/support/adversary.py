@@ -72,6 +72,8 @@ class Line:
             raise ClosedError(str(error)) from error
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # also ends a write of another thread
         self._sock.close()
 
     def __enter__(self) -> Line:
