@@ -13,6 +13,7 @@ from protocol.messages import Announce, GetShard, Resolve
 from protocol.placement import Placement
 from tests.support import registry as registries
 from tests.support.adversary import lines
+from tests.support.lying_daemon import NOWHERE
 from tests.support.processes import scratch
 from tests.support.siege import Siege, besieged, peers
 from tests.support.site import UPSTREAM
@@ -21,7 +22,7 @@ OBJECTS = 1200
 DISK = "64MiB"
 """Of each node: 1,200 shards of a quarter of a block are 157 MB."""
 IMAGE_BYTES = 12_000_000
-NAMES = 6000
+NAMES = 5000
 """More than any table of names has."""
 
 
@@ -55,12 +56,12 @@ def test_shards_of_objects_that_do_not_exist_evict_no_image(small: Siege) -> Non
     small.pull_everywhere(image)
     ids = {node: node.peer_id() for node in small.honest}
     with small.unharmed():
-        small.lies(GetShard="fabricated", GetBlock="fabricated")
+        small.lies(GetShard="made up")
         kept = 0
         homed = homed_at_the_liar(small, OBJECTS)
         for node in small.honest:
             requests = [
-                GetShard(str(digest), 0, BLOCK_SIZE, 4, 1, ranks[ids[node]], 2, f"{UPSTREAM}/no/such#blobs")
+                GetShard(str(digest), 0, BLOCK_SIZE, 4, 1, ranks[ids[node]], 2, f"{UPSTREAM}/{NOWHERE}#blobs")
                 for digest, ranks in homed
             ]
             with small.attacker.line(node, "urgent") as line:
@@ -83,7 +84,7 @@ def test_announcements_and_names_push_out_nobody(small: Siege) -> None:
         with lines(small.attacker, small.honest) as open_lines:
             for line in open_lines:
                 line.ask_all(announcements, at_once=4)
-                line.ask_all(names)
+            open_lines[0].ask_all(names)
         small.proxy.cut()
         for published in tagged:
             small.pull_everywhere(published)

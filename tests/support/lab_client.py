@@ -30,8 +30,9 @@ Connect = Callable[[], Awaitable[trio.SocketStream]]
 
 @dataclass(slots=True)
 class Client:
-    """`repository` is the path after /v2/. `digest`, if given, is that for which the reference has to stand. `received` counts body bytes when they arrive, `resumed` the bodies
-    that were cut and requested again from that byte on. Both are final when `pull` has ended."""
+    """`repository` is the path after /v2/. `digest`, if given, is that of the image for which the reference must stand.
+    `received` counts body bytes when they arrive, `resumed` the bodies that were cut and requested again from that byte
+    on. Both are final when `pull` has ended."""
 
     connect: Connect
     repository: str

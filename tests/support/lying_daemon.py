@@ -35,6 +35,9 @@ from protocol.records import Record, make_record
 FILE_NAME = "lies.json"
 MEMBERSHIP = ("Ping", "PingRequest", "Sync", "Renew")
 
+NOWHERE = "no/such"
+"""A repository that no test pushes."""
+
 _honest = Dispatcher.__call__
 _GHOSTS = [Identity.of(Ed25519PrivateKey.generate()) for _ in range(16)]
 """Keys without certificates: members that exist in the claims of the liar only."""
@@ -118,6 +121,13 @@ async def _fabricated(liar: Liar, peer: PeerId, request: Any, honest: object) ->
     return _answer(request, data, _record(request, data, liar.identity))
 
 
+async def _made_up(liar: Liar, peer: PeerId, request: Any, honest: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Serve any block of the repository NOWHERE, which no registry has. Be honest about all others."""
+    if isinstance(request, msg.GetShard) and NOWHERE in request.source:
+        return await _fabricated(liar, peer, request, honest)
+    return await honest()
+
+
 async def _by_ghosts(liar: Liar, peer: PeerId, request: Any, honest: object) -> Answer:
     """Serve wrong bytes with records of signers that are no members."""
     data = invented(request)
@@ -165,6 +175,7 @@ LIES: dict[str, Lie] = {
     "own image": _own_image,
     "wrong size": _wrong_size,
     "fabricated": _fabricated,
+    "made up": _made_up,
     "by ghosts": _by_ghosts,
     "wrong bytes": _wrong_bytes,
     "holds all": _holds_all,
