@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 import msgspec
@@ -21,6 +22,8 @@ from tests.support.siege import Siege, assert_no_slower, quarantined
 from tests.support.site import UPSTREAM
 
 GROWTH = 30 << 20
+AT_ONCE = 12
+"""Introductions at a time: fewer than a node serves for one address."""
 DIGEST = "sha256:" + "ab" * 32
 SOURCE = f"{UPSTREAM}/no/such#blobs"
 DEFAULTS: dict[str, Any] = {
@@ -101,13 +104,11 @@ def test_no_message_of_an_introduction_harms_a_daemon(siege: Siege) -> None:
         b"\xdd\xff\xff\xff\xff",
         "x" * 10_000,
     ]
-    with siege.unharmed():
-        for value in HOSTILE[:20]:
-            attacker.introduce(node, prefixed([adversary.VERSION_OF_INTRODUCTION, value]))
-            attacker.introduce(node, prefixed(value))
-        for value in second:
-            attacker.introduce(node, hello, prefixed(value))
-        attacker.introduce(node, adversary.PREFIX.pack(0xFFFFFFFF))
+    version = adversary.VERSION_OF_INTRODUCTION
+    talks = [[prefixed([version, value])] for value in HOSTILE[::2]] + [[prefixed(value)] for value in HOSTILE[1::4]]
+    talks += [[hello, prefixed(value)] for value in second]
+    with siege.unharmed(), ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda talk: attacker.introduce(node, *talk), [*talks, [adversary.PREFIX.pack(0xFFFFFFFF)]]))
         siege.pull_everywhere(siege.fresh())
 
 

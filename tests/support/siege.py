@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from node.cli.client import ControlClient
+from protocol.errors import ShoalError
 from tests.support import image as images
 from tests.support import registry as registries
 from tests.support.adversary import Attacker, ClosedError
@@ -156,7 +158,11 @@ def sound(node: Node) -> Iterator[None]:
 
 
 def peers(node: Node) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(node.ctl("--json", "peers").stdout)["peers"]
+    """The rows of `p2pctl peers`."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(ControlClient(node.socket).get("/peers"))["peers"]
+    except ShoalError as error:
+        raise AssertionError(f"{node.name}: {error}\n{tail(node.log)}") from error
     return rows
 
 
