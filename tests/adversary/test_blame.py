@@ -15,7 +15,8 @@ from protocol.evidence import Evidence, make_evidence
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.messages import Accuse, GetShard
 from protocol.records import Record, make_record
-from tests.support import adversary
+from tests.support.adversary import Hole
+from tests.support.forgery import own_statement, ping
 from tests.support.processes import wait_for
 from tests.support.siege import Published, Siege, assert_no_slower, quarantined
 from tests.support.site import UPSTREAM
@@ -56,27 +57,14 @@ def test_the_signer_of_false_records_is_shut_out_by_all_and_alone(siege: Siege) 
 
 def test_a_liar_that_changes_its_weight_and_leaves_blames_no_honest_member(siege: Siege) -> None:
     """It is home of more blocks, sends their keepers wrong shards, and says that it was never there."""
-    rng = random.Random(2)
-    with adversary.Hole() as hole, siege.unharmed():
+    rng, attacker = random.Random(2), siege.attacker
+    with Hole() as hole, siege.unharmed():
         for _ in range(3):
-            siege.tell(
-                adversary.ping(
-                    siege.attacker, [adversary.own_statement(siege.attacker, rng, [siege_address(siege)], weight=2.0)]
-                )
-            )
+            siege.tell(ping([own_statement(attacker, [siege.liar_address], rng, weight=2.0, leaving=False)]))
             siege.lies(GetShard="wrong bytes", GetBlock="wrong bytes")
             siege.cold_pulls(1)
-            siege.tell(
-                adversary.ping(
-                    siege.attacker,
-                    [adversary.own_statement(siege.attacker, rng, hole.addresses, weight=0.5, left=True)],
-                )
-            )
+            siege.tell(ping([own_statement(attacker, hole.addresses, rng, weight=0.5, leaving=True)]))
             siege.cold_pulls(1)
-
-
-def siege_address(siege: Siege) -> str:
-    return f"{siege.liar.host}:{siege.liar.bulk_port}"
 
 
 def true_records(siege: Siege, published: Published) -> list[Record]:

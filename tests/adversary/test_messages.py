@@ -17,6 +17,7 @@ from protocol import messages, wire
 from protocol.ids import BLOCK_SIZE
 from tests.support import adversary
 from tests.support.adversary import ClosedError, Line, frame, prefixed, stranger
+from tests.support.forgery import ping, sync
 from tests.support.processes import wait_for
 from tests.support.siege import Siege, assert_no_slower, quarantined
 from tests.support.site import UPSTREAM
@@ -149,8 +150,8 @@ def test_a_flood_of_requests_hardly_slows_pulls(siege: Siege, kind: str) -> None
             for number in range(500)
         ],
         "Announce": [messages.Announce(tuple("sha256:" + f"{number:064x}" for number in range(100)))],
-        "Sync": [adversary.sync(siege.attacker, ())],
-        "Ping": [adversary.ping(siege.attacker, ())],
+        "Sync": [sync(siege.statement)],
+        "Ping": [ping()],
         "FindHolders": [messages.FindHolders(DIGEST)],
         "GetHoldings": [messages.GetHoldings(DIGEST)],
     }[kind]

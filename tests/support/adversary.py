@@ -8,7 +8,6 @@ liar of a site (tests/support/lying_daemon.py), or a new key with a certificate 
 from __future__ import annotations
 
 import contextlib
-import random
 import socket
 import ssl
 import struct
@@ -29,9 +28,8 @@ from node.membership.addresses import parse_target
 from node.membership.libp2p import secured_line, upgrader_of
 from protocol import wire
 from protocol.errors import ShoalError
+from protocol.ids import PeerId
 from protocol.introduction import PREFIX
-from protocol.introduction import VERSION as VERSION_OF_INTRODUCTION
-from protocol.members import State
 from tests.support.site import Node
 
 MAGIC = b"shoal-bulk"
@@ -178,7 +176,7 @@ class Attacker:
         return self.credentials.identity
 
     @property
-    def peer(self) -> str:
+    def peer(self) -> PeerId:
         return self.identity.peer_id
 
     def line(self, node: Node, lane: str = "control", *, hello: object = None) -> Line:
@@ -265,84 +263,3 @@ def until(seconds: float, every: float = 0.05) -> Iterator[float]:
     while (passed := time.monotonic() - began) < seconds:
         yield passed
         time.sleep(every)
-
-
-# Membership: what this protocol version says of a member
-
-
-def said_of(attacker: Attacker, row: dict[str, Any], state: State, incarnation: int) -> object:
-    """A statement about the member in a row of `p2pctl peers`, made by the attacker."""
-    member = [row["peer_id"], row["name"], row["site"], row["addresses"], 1.0]
-    return [member, int(state), incarnation]
-
-
-def ping(attacker: Attacker, statements: Sequence[object]) -> list[object]:
-    return [7, list(statements)]
-
-
-def sync(attacker: Attacker, statements: Sequence[object]) -> list[object]:
-    return [9, list(statements)]
-
-
-def statements_of(reply: list[Any]) -> list[object]:
-    """The statements in a SyncReply."""
-    statements: list[object] = reply[1]
-    return statements
-
-
-def suspicions(attacker: Attacker, line: Line, rows: object) -> list[object]:
-    """Suspicions of all members at their present incarnations."""
-    return [
-        [member, int(State.SUSPECT), incarnation]
-        for member, _, incarnation in statements_of(line.ask(sync(attacker, ())))
-    ]
-
-
-def invented_members(attacker: Attacker, count: int, addresses: Sequence[str], *, fat: bool) -> list[object]:
-    """Statements about members that do not exist, signed with keys of their own where statements are signed."""
-    long = ["x" * 200 + f":{port}" for port in range(7)] if fat else []
-    name = "n" * 255 if fat else "ghost"
-    return [
-        [
-            [
-                Identity.of(Ed25519PrivateKey.generate()).peer_id,
-                name,
-                "loopback",
-                [addresses[number % len(addresses)], *long],
-                2.0,
-            ],
-            0,
-            1 << 42,
-        ]
-        for number in range(count)
-    ]
-
-
-def messages_with(attacker: Attacker, statements: Sequence[object]) -> Iterator[object]:
-    """Messages that carry these statements, in each of the ways that the protocol has."""
-    yield ping(attacker, statements[:256])
-    size = len(msgspec.msgpack.encode(statements)) // max(1, len(statements)) + 16
-    most = wire.MAX_HEADER // size - 1
-    for begin in range(0, len(statements), most):
-        yield sync(attacker, statements[begin : begin + most])
-
-
-def introduction(attacker: Attacker, count: int, addresses: Sequence[str]) -> list[bytes]:
-    me = [attacker.peer, "newcomer", "loopback", [addresses[0]], 1.0]
-    others = [statement[0] for statement in invented_members(attacker, count, addresses, fat=False)]  # type: ignore[index]
-    return [prefixed([VERSION_OF_INTRODUCTION, attacker.credentials.certificate]), prefixed([me, *others])]
-
-
-def own_statement(
-    attacker: Attacker,
-    rng: random.Random,
-    addresses: Sequence[str],
-    *,
-    weight: float | None = None,
-    left: bool | None = None,
-) -> object:
-    """The attacker about itself, later than all that it said before."""
-    weight = rng.choice((0.5, 1.0, 2.0)) if weight is None else weight
-    left = rng.random() < 0.3 if left is None else left
-    member = [attacker.peer, "liar", "loopback", [rng.choice(addresses)], weight]
-    return [member, int(State.LEFT if left else State.ALIVE), int(time.time() * 1000)]

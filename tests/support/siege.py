@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import random
 import shutil
 import statistics
 import sys
@@ -20,9 +21,11 @@ from typing import Any
 
 from node.cli.client import ControlClient
 from protocol.errors import ShoalError
+from protocol.members import Statement
 from tests.support import image as images
 from tests.support import registry as registries
 from tests.support.adversary import Attacker, ClosedError
+from tests.support.forgery import gathered, own_statement
 from tests.support.image import Image
 from tests.support.lying_daemon import tell_lies
 from tests.support.processes import tail, wait_for
@@ -83,12 +86,27 @@ class Siege:
         for node in self.honest:
             wait_for("the new liar is seen", lambda node=node: self.liar.name in alive(node))  # type: ignore[misc]
 
-    def tell(self, *messages: object, nodes: Sequence[Node] = ()) -> None:
-        """Send the messages to each honest node in the liar's name. A node may refuse to hear more of them."""
+    def tell(self, *messages: object, nodes: Sequence[Node] = (), attacker: Attacker | None = None) -> None:
+        """Send the messages to each honest node in the liar's name, or as another member. A node may refuse to hear
+        more of them."""
+        attacker = attacker or self.attacker
         for node in nodes or self.honest:
-            with contextlib.suppress(ClosedError), self.attacker.line(node) as line:
+            with contextlib.suppress(ClosedError), attacker.line(node) as line:
                 for message in messages:
                     line.ask(message)
+
+    @property
+    def statement(self) -> Statement:
+        """What the liar says of itself, as its daemon would: where it is, and that it lives."""
+        return own_statement(self.attacker, [self.liar_address], random.Random(), weight=1.0, leaving=False)
+
+    @property
+    def liar_address(self) -> str:
+        return f"{self.liar.host}:{self.liar.bulk_port}"
+
+    def gathered(self) -> list[Statement]:
+        """What the honest members say of themselves, with certificates: any member is given it."""
+        return gathered(self.attacker, self.honest[0], self.statement)
 
     def lies(self, **lies: str) -> None:
         """Give the liar a new plan, by the names of requests. `every` is for all requests but membership."""
