@@ -13,7 +13,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from protocol import messages, wire
+from protocol import introduction, messages, wire
 from protocol.ids import BLOCK_SIZE
 from tests.support import adversary
 from tests.support.adversary import ClosedError, Line, frame, prefixed, stranger
@@ -95,7 +95,7 @@ def test_no_frame_harms_a_daemon(siege: Siege) -> None:
 
 def test_no_message_of_an_introduction_harms_a_daemon(siege: Siege) -> None:
     node, attacker = siege.honest[0], adversary.Attacker.new(siege.key)
-    hello = prefixed([adversary.VERSION_OF_INTRODUCTION, attacker.credentials.certificate])
+    hello = prefixed([introduction.VERSION, attacker.credentials.certificate])
     second: list[object] = [
         [],
         None,
@@ -105,11 +105,11 @@ def test_no_message_of_an_introduction_harms_a_daemon(siege: Siege) -> None:
         b"\xdd\xff\xff\xff\xff",
         "x" * 10_000,
     ]
-    version = adversary.VERSION_OF_INTRODUCTION
+    version = introduction.VERSION
     talks = [[prefixed([version, value])] for value in HOSTILE[::2]] + [[prefixed(value)] for value in HOSTILE[1::4]]
     talks += [[hello, prefixed(value)] for value in second]
     with siege.unharmed(), ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda talk: attacker.introduce(node, *talk), [*talks, [adversary.PREFIX.pack(0xFFFFFFFF)]]))
+        list(pool.map(lambda talk: attacker.introduce(node, *talk), [*talks, [introduction.PREFIX.pack(0xFFFFFFFF)]]))
         siege.pull_everywhere(siege.fresh())
 
 
@@ -121,9 +121,7 @@ def test_another_version_is_refused_clearly_and_is_no_crime(siege: Siege, versio
         for _ in range(5):
             with pytest.raises(ClosedError), siege.attacker.line(node, hello=[adversary.MAGIC, version, "control"]):
                 pass
-        siege.attacker.introduce(
-            node, prefixed([adversary.VERSION_OF_INTRODUCTION - 1, siege.attacker.credentials.certificate])
-        )
+        siege.attacker.introduce(node, prefixed([introduction.VERSION - 1, siege.attacker.credentials.certificate]))
         siege.pull_everywhere(siege.fresh())
     new = node.log.read_bytes()[logged:].decode()
     if version:

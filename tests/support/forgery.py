@@ -15,12 +15,13 @@ from node.identity.certificates import Credentials, open_authority
 from node.identity.identity import Identity
 from protocol import messages as msg
 from protocol.ids import PeerId
+from protocol.introduction import VERSION
 from protocol.member_table import KEY
 from protocol.members import Member, News, Statement, Suspicion
 from protocol.statements import Author
 from protocol.summary import ROW
 from protocol.wire import MAX_SUSPICIONS
-from tests.support.adversary import VERSION_OF_INTRODUCTION, Attacker, Line, prefixed
+from tests.support.adversary import Attacker, Line, prefixed
 from tests.support.site import Node
 
 LATEST = 1 << 53
@@ -117,7 +118,7 @@ def messages_with(own: Statement, statements: Sequence[Statement]) -> Iterator[o
 
 
 def introduction(attacker: Attacker, own: Statement, others: Sequence[Statement]) -> list[bytes]:
-    hello = prefixed([VERSION_OF_INTRODUCTION, attacker.credentials.certificate])
+    hello = prefixed([VERSION, attacker.credentials.certificate])
     return [hello, prefixed([own, *others])]
 
 
