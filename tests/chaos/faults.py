@@ -7,9 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -18,6 +19,7 @@ import trio
 from tests.chaos.schedule import Fault
 from tests.support.lab import Lab
 from tests.support.loss import losing
+from tests.support.lying_daemon import tell_lies
 from tests.support.proxy import CountingProxy
 from tests.support.site import P2PD, Node
 
@@ -25,17 +27,31 @@ LOSS = 0.05
 SLOW_BITS = 5e6
 SLOW_UPLINK_BITS = 10e6
 BLOCK = 4096
-LIAR = [sys.executable, "-m", "tests.support.liar"]
+LIAR = [sys.executable, "-m", "tests.support.lying_daemon"]
+LIE_S = 2.0
+"""Time for which a liar tells the same lies."""
+LIES: tuple[dict[str, str], ...] = (
+    {"GetShard": "wrong bytes", "GetBlock": "wrong bytes"},
+    {"Resolve": "own image"},
+    {"*": "not-found"},
+    {"GetShard": "by ghosts", "GetBlock": "by ghosts", "GetHoldings": "holds all", "FindHolders": "holds all"},
+    {"*": "denied", "Resolve": "wrong size"},
+    {"*": "bomb"},
+    {"GetShard": "fabricated", "GetBlock": "fabricated", "Resolve": "own image"},
+)
+"""What a liar answers to requests, one after the other. The last ones have it shut out by the whole site."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The site that faults strike. `down`: nodes whose processes are stopped on purpose."""
+    """The site that faults strike. `down`: nodes whose processes are stopped on purpose. `images`: by tag, the
+    registry's digest, size and media type."""
 
     lab: Lab
     proxy: CountingProxy
     nodes: list[Node]
     down: set[int]
+    images: Mapping[str, tuple[str, int, str]]
 
     @asynccontextmanager
     async def struck_by(self, fault: Fault) -> AsyncIterator[None]:
@@ -87,18 +103,27 @@ class Site:
 
     @asynccontextmanager
     async def _lying(self, fault: Fault) -> AsyncIterator[None]:
-        """Restart the node with its key as a liar: every shard that it serves has a wrong bit."""
+        """Restart the node with its key as a liar, which changes its lies every LIE_S."""
         await self._end(fault)
         (index,) = fault.nodes
         self.nodes[index].program = LIAR
         await self._restart(index)
         try:
-            yield
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._lie, self.nodes[index].folder, Random(fault.seed))
+                yield
+                nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await self._end(fault)
                 self.nodes[index].program = P2PD
                 await self._restart(index)
+
+    async def _lie(self, folder: Path, rng: Random) -> None:
+        """In the order of LIES, from one of the first: the last ones have the liar shut out."""
+        for number in count(rng.randrange(len(LIES) // 2)):
+            tell_lies(folder, lies=LIES[number % len(LIES)], image=rng.choice([*self.images.values()]))
+            await trio.sleep(LIE_S)
 
     @asynccontextmanager
     async def _paused(self, fault: Fault) -> AsyncIterator[None]:

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import h11
@@ -59,10 +60,12 @@ class Settings:
     seed: int
     seconds: float
     nodes: int
+    liars: int = 1
 
     @property
     def again(self) -> str:
-        return f"python -m tests.chaos --seed {self.seed} --minutes {self.seconds / 60:g} --nodes {self.nodes}"
+        run = f"python -m tests.chaos --seed {self.seed} --minutes {self.seconds / 60:g}"
+        return f"{run} --nodes {self.nodes} --liars {self.liars}"
 
 
 @dataclass(slots=True)
@@ -119,11 +122,13 @@ def made(scratch: Path, count: int, **values: object) -> Iterator[Site]:
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(lab(count, RATES))
         registry = stack.enter_context(registries.docker_registry(scratch / "registry", network.wan))
+        pushed: dict[str, tuple[str, int, str]] = {}
         with network.wan.entered():
             for number, size in enumerate(IMAGES_MB):
                 layers = [[(f"n-{part}", images.noise(10 * number + part, size * MB // 2))] for part in range(2)]
                 image = images.build(scratch / f"image-{number}", layers)
                 registries.push(registry, image, REPOSITORY, tag_of(number))
+                pushed[tag_of(number)] = (image.index.digest, image.index.size, image.index.media_type)
                 shutil.rmtree(scratch / f"image-{number}")
         proxy = stack.enter_context(
             CountingProxy(registry.host, registry.port, delay_s=0.005, namespace=network.wan, listen=WAN)
@@ -133,7 +138,7 @@ def made(scratch: Path, count: int, **values: object) -> Iterator[Site]:
             stack.enter_context(_disk(folder / f"node-{index + 1}" / "data"))
         nodes = stack.enter_context(site(folder, proxy.url, count, start=False, lab=network, memory=MEMORY, **values))
         start_all(nodes)
-        yield Site(network, proxy, nodes, set())
+        yield Site(network, proxy, nodes, set(), pushed)
 
 
 @contextlib.contextmanager
@@ -152,7 +157,7 @@ def tag_of(number: int) -> str:
 
 
 async def _play(settings: Settings, struck: Site, seen: Seen) -> None:
-    schedule = faults(settings.seed, settings.nodes, settings.seconds)
+    schedule = faults(settings.seed, settings.nodes, settings.seconds, settings.liars)
     this = Run(settings, struck, seen, schedule, began=trio.current_time())
     async with trio.open_nursery() as watching:
         watching.start_soon(_watch, struck, seen)
@@ -162,7 +167,7 @@ async def _play(settings: Settings, struck: Site, seen: Seen) -> None:
             for index in range(settings.nodes):
                 nursery.start_soon(_client, this, index)
         ended = trio.current_time()
-        await _heal(struck, seen)
+        await _heal(struck, seen, settings.liars)
         console.print(f"all well again after {trio.current_time() - ended:.1f} s")
         watching.cancel_scope.cancel()
 
@@ -200,7 +205,8 @@ async def _client(this: Run, index: int) -> None:
 async def pull(struck: Site, index: int, tag: str) -> str:
     """Returns the problem, "" if there was none. A problem that begins with WRONG has no excuse."""
     namespace, node = struck.lab.nodes[index], struck.nodes[index]
-    client = Client(lambda: namespace.connect(node.host, node.mirror_port), f"{UPSTREAM}/{REPOSITORY}", tag)
+    connect = partial(namespace.connect, node.host, node.mirror_port)
+    client = Client(connect, f"{UPSTREAM}/{REPOSITORY}", tag, digest=struck.images[tag][0])
     problem = ""
     with trio.move_on_after(DEADLINE_S) as deadline:
         try:
@@ -210,6 +216,7 @@ async def pull(struck: Site, index: int, tag: str) -> str:
         except* PullFailedError as group:
             problem = str(_first(group))
             problem = f"WRONG BYTES: {problem}" if "has the bytes of" in problem else problem
+            problem = f"WRONG IMAGE: {problem}" if "stands for" in problem else problem
     return f"WRONG: not over after {DEADLINE_S:.0f} s" if deadline.cancelled_caught else problem
 
 
@@ -238,9 +245,9 @@ async def _watch(struck: Site, seen: Seen) -> None:
             seen.files[pid].append(len(os.listdir(f"/proc/{pid}/fd")))
 
 
-async def _heal(struck: Site, seen: Seen) -> None:
+async def _heal(struck: Site, seen: Seen, liars: int) -> None:
     """After all faults: members see each other, and every node pulls every image."""
-    honest = len(struck.nodes) - 1
+    honest = len(struck.nodes) - liars
     for node in struck.nodes[:honest]:
         try:
             await trio.to_thread.run_sync(wait_joined, [node], honest, HEALED_S)

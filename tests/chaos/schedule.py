@@ -25,6 +25,8 @@ QUIET_S = 10.0
 """Time without faults at the start, so that nodes hold some blocks, and at the end."""
 EVERY_S = 4.0
 """Mean time between faults of nodes; faults of the uplink are half as frequent."""
+APART_S = 5.0
+"""Time between the end of the lies and the restart of all nodes: the liars have become honest nodes by then."""
 SHORTEST_S, LONGEST_S = 2.0, 15.0
 AT_ONCE = 3
 """Most nodes with a fault at the same time: more than the shards that a block may lose. Five of 8 nodes are left."""
@@ -50,14 +52,20 @@ class Fault:
         return meets and (self.kind in EXCUSES_ALL or (self.kind in EXCUSES_ITS_NODE and node in self.nodes))
 
 
-def faults(seed: int, nodes: int, seconds: float) -> list[Fault]:
-    """Faults sorted by start. At any time a node has at most one fault, and the site one partition or uplink fault."""
+def faults(seed: int, nodes: int, seconds: float, liars: int = 1) -> list[Fault]:
+    """Faults sorted by start. At any time a node has at most one fault, and the site one partition or uplink fault.
+
+    The last `liars` nodes have no fault but that they lie, all at the same time for a part of the run.
+    """
     rng = Random(f"{seed}/faults")
     last = seconds - QUIET_S
     at = rng.uniform(0.5 * last, 0.8 * last)
     cold = Fault(at, min(last, at + LONGEST_S), "all cold", tuple(range(nodes)))
-    lies = Fault(rng.uniform(QUIET_S, 0.3 * last), rng.uniform(0.35 * last, 0.48 * last), "liar", (nodes - 1,))
-    drawn = [lies, *_of_nodes(rng, nodes - 1, last), *_of_the_uplink(rng, nodes, last)]
+    lies = [
+        Fault(rng.uniform(QUIET_S, 0.3 * last), at - APART_S, "liar", (liar,), seed=rng.getrandbits(32))
+        for liar in range(nodes - liars, nodes)
+    ]
+    drawn = [*lies, *_of_nodes(rng, nodes - liars, last), *_of_the_uplink(rng, nodes, last)]
     # No other fault overlaps the cold restart, whose load on the registry is measured alone.
     apart = [fault for fault in drawn if fault.end < cold.start or fault.start > cold.end]
     return sorted([cold, *apart], key=lambda fault: fault.start)

@@ -10,11 +10,11 @@ from tests.support.lab import NoLabError, check_lab
 
 
 def test_a_site_survives_faults() -> None:
-    """The seed has a liar, a partition, a paused daemon, and a restart of all daemons at once with empty caches."""
+    """The seed has two liars in eight, a partition, a paused daemon, and a restart of all daemons with empty caches."""
     try:
         check_lab()
     except NoLabError as error:
         pytest.skip(str(error))
     if not registries.installed():
         pytest.skip("docker-registry is not installed: run .ci/packages as root")
-    assert run(Settings(seed=10, seconds=45, nodes=5)) == []
+    assert run(Settings(seed=81, seconds=45, nodes=8, liars=2)) == []

@@ -30,12 +30,14 @@ Connect = Callable[[], Awaitable[trio.SocketStream]]
 
 @dataclass(slots=True)
 class Client:
-    """`repository` is the path after /v2/. `received` counts body bytes when they arrive, `resumed` the bodies
-    that were cut and requested again from that byte on. Both are final when `pull` has ended."""
+    """`repository` is the path after /v2/. `digest`, if given, is that of the image for which the reference must stand.
+    `received` counts body bytes when they arrive, `resumed` the bodies that were cut and requested again from that byte
+    on. Both are final when `pull` has ended."""
 
     connect: Connect
     repository: str
     reference: str
+    digest: str = ""
     received: int = 0
     resumed: int = 0
     started: float = 0.0
@@ -65,6 +67,8 @@ class Client:
         actual = f"sha256:{hashlib.sha256(body).hexdigest()}"
         if ":" in reference and actual != reference:
             raise PullFailedError(f"{reference} has the bytes of {actual}")
+        if reference == self.reference and self.digest not in ("", actual):
+            raise PullFailedError(f"{reference} stands for {actual}, not for {self.digest}")
         document: dict[str, Any] = json.loads(body)
         return document
 
