@@ -202,7 +202,8 @@ class Cluster:
         if not life:
             nursery.start_soon(self.network.alarms.run)
         for node in self.nodes:
-            node.membership.settled(statements)
+            node.membership.swim.settled(statements, trio.current_time())
+            node.membership.settle()
             await nursery.start(node.run)
 
     def _node(self, number: int, life: int) -> Node:

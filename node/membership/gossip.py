@@ -62,7 +62,8 @@ class Gossiper:
             log.warning("revoked", extra={"subject": subject})
             self._membership.banish(PeerId(subject))
         if new:
-            self._membership.spread()
+            self._swim.spread()
+            self._membership.settle()
         return new
 
     def _received(self, peer: PeerId, revocations: tuple[Revocation, ...]) -> None:
@@ -94,10 +95,12 @@ class Gossiper:
     async def _learn(self, peer: PeerId, news: News) -> None:
         if news.statements or news.suspicions:
             await self._membership.received(peer, news.statements, news.suspicions)
-        self._membership.contacted(peer, news)
+        self._swim.contacted(peer, news, trio.current_time())
+        self._membership.settle()
 
     def _sync_reply(self, peer: PeerId, summary: bytes) -> SyncReply:
-        difference = self._membership.compared(peer, summary)
+        difference = self._swim.compared(peer, summary, trio.current_time())
+        self._membership.settle()
         return SyncReply(
             difference.statements,
             difference.doubts,
@@ -184,7 +187,8 @@ class Gossiper:
         for _ in range(SYNC_ROUNDS):
             if not await self._sync_once(sync):
                 break
-        self._membership.synced(sync.peer)
+        self._swim.synced(sync.peer)
+        self._membership.settle()
 
     async def _sync_once(self, sync: SyncWith) -> bool:
         """Whether there is more to compare, and this made progress."""
@@ -197,7 +201,8 @@ class Gossiper:
         self._membership.acked(sync.peer, trio.current_time() - started)
         count = await self._membership.received(sync.peer, reply.statements)
         self._swim.shown(sync.peer, own.incarnation)
-        self._membership.doubted(sync.peer, reply.doubts)
+        self._swim.doubt_all(sync.peer, reply.doubts, trio.current_time())
+        self._membership.settle()
         news = self._swim.wanted_by(sync.peer, reply.wanted)
         if news.statements:
             await self._send(sync.peer, Ping(news), sync.timeout_s)

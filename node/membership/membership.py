@@ -24,8 +24,7 @@ from node.membership.passports import CHECKS_IN_A_TURN, Passports
 from protocol.errors import PeerMisbehavedError
 from protocol.ids import PeerId
 from protocol.introduction import MAX_INTRODUCED
-from protocol.members import Member, News, State, Statement, Suspicion, Vouched
-from protocol.summary import Difference
+from protocol.members import Member, State, Statement, Suspicion, Vouched
 from protocol.swim import Swim
 from protocol.swim_values import Action, Event, Probe, SwimConfig
 
@@ -158,7 +157,7 @@ class Membership:
 
     def report_failure(self, peer: PeerId) -> None:
         self.swim.doubt(peer, trio.current_time())
-        self._settle()
+        self.settle()
 
     def quarantine(self, peer: PeerId, reason: str, seconds: float | None = None) -> None:
         """`seconds`: the remaining time of a quarantine that began before this process."""
@@ -168,7 +167,7 @@ class Membership:
         log.info("quarantined", extra={"peer": peer, "reason": reason, "seconds": seconds})
         self.swim.exclude(peer, trio.current_time() + seconds)
         self._reasons[peer] = reason
-        self._settle()
+        self.settle()
 
     def quarantines(self) -> tuple[tuple[PeerId, str, float], ...]:
         """Each peer in quarantine, the reason, and the remaining seconds."""
@@ -183,7 +182,7 @@ class Membership:
         if peer == self.own.peer_id:
             log.error("the certificate of this node is revoked: members refuse it. Join again with a new identity")
         self.swim.banish(peer)
-        self._settle()
+        self.settle()
 
     def is_refused(self, peer: PeerId) -> bool:
         return self.is_quarantined(peer) or peer in self.swim.banished
@@ -203,7 +202,7 @@ class Membership:
         now = trio.current_time()
         for statement in statements:
             self.swim.hint(statement, now)
-        self._settle()
+        self.settle()
 
     async def received(
         self, peer: PeerId, statements: Iterable[Statement], suspicions: Iterable[Suspicion] = ()
@@ -219,7 +218,7 @@ class Membership:
         except PeerMisbehavedError as error:
             self.quarantine(peer, str(error))
             return 0
-        self._settle()
+        self.settle()
         return count
 
     async def _learn(self, statements: Iterable[Statement]) -> int:
@@ -242,44 +241,17 @@ class Membership:
             return entry.statement
         return self.swim.own if peer == self.own.peer_id else None
 
-    def contacted(self, peer: PeerId, news: News) -> None:
-        self.swim.contacted(peer, news, trio.current_time())
-        self._settle()
-
-    def compared(self, peer: PeerId, summary: bytes) -> Difference:
-        difference = self.swim.compared(peer, summary, trio.current_time())
-        self._settle()
-        return difference
-
-    def doubted(self, accuser: PeerId, keys: bytes) -> None:
-        self.swim.doubt_all(accuser, keys, trio.current_time())
-        self._settle()
-
     def renewed(self) -> None:
         """This node has a new certificate."""
         self.swim.renewed()
-        self._settle()
-
-    def settled(self, statements: Iterable[Vouched]) -> None:
-        """Accept statements that all members have for a long time: as news they would be passed on for minutes."""
-        self.swim.settled(statements, trio.current_time())
-        self._settle()
+        self.settle()
 
     def acked(self, peer: PeerId, rtt_s: float | None) -> None:
         self.swim.acked(peer, trio.current_time(), rtt_s)
 
     def failed(self, probe: Probe, *, helpers_answered: bool) -> None:
         self.swim.failed(probe, trio.current_time(), helpers_answered=helpers_answered)
-        self._settle()
-
-    def synced(self, peer: PeerId) -> None:
-        self.swim.synced(peer)
-        self._settle()
-
-    def spread(self) -> None:
-        """Send the revocations to some members at once."""
-        self.swim.spread()
-        self._settle()
+        self.settle()
 
     async def next_actions(self) -> list[Action]:
         """Wait until actions are due, and return them."""
@@ -289,14 +261,14 @@ class Membership:
             if due <= now:
                 await trio.lowlevel.checkpoint()  # before the tick: a cancellation must not lose its actions
                 actions = self.swim.tick(now)
-                self._settle()
+                self.settle()
                 return actions
             self._touched = trio.Event()
             with trio.move_on_at(due):
                 await self._touched.wait()
 
-    def _settle(self) -> None:
-        """After every event: publish changes of the view, and have `next_actions` check its timers again."""
+    def settle(self) -> None:
+        """After every event of `swim`: publish changes of the view, and have `next_actions` check its timers again."""
         for change in self.swim.take_changes():
             level = logging.DEBUG if change.event is Event.REFUTED else logging.INFO
             log.log(level, change.event.value, extra={"peer": change.member.peer_id, "node": change.member.name})
