@@ -22,8 +22,8 @@ from cache.store import READ_HERE, Askers
 from protocol.ids import Digest, Piece
 
 RESERVE = 8
-"""1 / RESERVE of the room that pins leave is for pieces on probation. With less, keepers forget blocks during a pull;
-with more, a site reads more from the registry in the long run (docs/SIMULATIONS.md)."""
+"""1 / RESERVE of the room that pins leave is for pieces on probation. With less, keepers forget blocks while an image
+is pulled; with more, a site reads more from the registry in the long run (docs/SIMULATIONS.md)."""
 
 
 class SegmentedPolicy:
