@@ -11,7 +11,8 @@ contrast, is permanent, has no reason, and makes `Swim` forget the peer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -24,10 +25,9 @@ from node.membership.passports import CHECKS_IN_A_TURN, Passports
 from protocol.errors import PeerMisbehavedError
 from protocol.ids import PeerId
 from protocol.introduction import MAX_INTRODUCED
-from protocol.members import Member, News, State, Statement, Suspicion, Vouched
-from protocol.summary import Difference
+from protocol.members import Member, State, Statement, Suspicion, Vouched
 from protocol.swim import Swim
-from protocol.swim_values import Action, Event, Probe, SwimConfig
+from protocol.swim_values import Action, Event, SwimConfig
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +199,12 @@ class Membership:
 
     # Events
 
+    @contextmanager
+    def event(self) -> Iterator[float]:
+        """Tell `swim` of an event, with the time that this yields. Afterwards the changes are published."""
+        yield trio.current_time()
+        self._settle()
+
     def introduced(self, statements: Sequence[Vouched], observed: str = "") -> None:
         """Add the member of `statements[0]`, which was seen to connect from the host `observed` and named the others.
         By this a node enters a site."""
@@ -251,19 +257,6 @@ class Membership:
             return entry.statement
         return self.swim.own if peer == self.own.peer_id else None
 
-    def contacted(self, peer: PeerId, news: News) -> None:
-        self.swim.contacted(peer, news, trio.current_time())
-        self._settle()
-
-    def compared(self, peer: PeerId, summary: bytes) -> Difference:
-        difference = self.swim.compared(peer, summary, trio.current_time())
-        self._settle()
-        return difference
-
-    def doubted(self, accuser: PeerId, keys: bytes) -> None:
-        self.swim.doubt_all(accuser, keys, trio.current_time())
-        self._settle()
-
     def renewed(self) -> None:
         """This node has a new certificate."""
         self.swim.renewed()
@@ -272,22 +265,6 @@ class Membership:
     def settled(self, statements: Iterable[Vouched]) -> None:
         """Accept statements that all members have for a long time: as news they would be passed on for minutes."""
         self.swim.settled(statements, trio.current_time())
-        self._settle()
-
-    def acked(self, peer: PeerId, rtt_s: float | None) -> None:
-        self.swim.acked(peer, trio.current_time(), rtt_s)
-
-    def failed(self, probe: Probe, *, helpers_answered: bool) -> None:
-        self.swim.failed(probe, trio.current_time(), helpers_answered=helpers_answered)
-        self._settle()
-
-    def synced(self, peer: PeerId) -> None:
-        self.swim.synced(peer)
-        self._settle()
-
-    def spread(self) -> None:
-        """Send the revocations to some members at once."""
-        self.swim.spread()
         self._settle()
 
     async def next_actions(self) -> list[Action]:
