@@ -202,8 +202,7 @@ class Cluster:
         if not life:
             nursery.start_soon(self.network.alarms.run)
         for node in self.nodes:
-            node.membership.swim.settled(statements, trio.current_time())
-            node.membership.settle()
+            node.membership.settled(statements)
             await nursery.start(node.run)
 
     def _node(self, number: int, life: int) -> Node:

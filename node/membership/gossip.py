@@ -62,8 +62,8 @@ class Gossiper:
             log.warning("revoked", extra={"subject": subject})
             self._membership.banish(PeerId(subject))
         if new:
-            self._swim.spread()
-            self._membership.settle()
+            with self._membership.event():
+                self._swim.spread()
         return new
 
     def _received(self, peer: PeerId, revocations: tuple[Revocation, ...]) -> None:
@@ -95,12 +95,12 @@ class Gossiper:
     async def _learn(self, peer: PeerId, news: News) -> None:
         if news.statements or news.suspicions:
             await self._membership.received(peer, news.statements, news.suspicions)
-        self._swim.contacted(peer, news, trio.current_time())
-        self._membership.settle()
+        with self._membership.event() as now:
+            self._swim.contacted(peer, news, now)
 
     def _sync_reply(self, peer: PeerId, summary: bytes) -> SyncReply:
-        difference = self._swim.compared(peer, summary, trio.current_time())
-        self._membership.settle()
+        with self._membership.event() as now:
+            difference = self._swim.compared(peer, summary, now)
         return SyncReply(
             difference.statements,
             difference.doubts,
@@ -136,10 +136,11 @@ class Gossiper:
             return
         nonce = os.urandom(NONCE)
         replies = await self._ask_helpers(probe, nonce)
-        if any(_proves(reply, probe.peer, nonce) for reply in replies):
-            self._membership.acked(probe.peer, None)
-        else:
-            self._membership.failed(probe, helpers_answered=bool(replies))
+        with self._membership.event() as now:
+            if any(_proves(reply, probe.peer, nonce) for reply in replies):
+                self._swim.acked(probe.peer, now)
+            else:
+                self._swim.failed(probe, now, helpers_answered=bool(replies))
 
     async def _ask_helpers(self, probe: Probe, nonce: bytes) -> list[Reply]:
         """The helpers' answers; the first proof that the probed member is alive ends the wait."""
@@ -168,7 +169,8 @@ class Gossiper:
         reply = await self._request(peer, ping, timeout_s)
         if not isinstance(reply, Pong):
             return None
-        self._membership.acked(peer, trio.current_time() - started)
+        with self._membership.event() as now:
+            self._swim.acked(peer, now, now - started)
         await self._learn(peer, reply.news)
         return reply
 
@@ -179,7 +181,7 @@ class Gossiper:
             return Failed("not-found", "no such member")
         pong = await self._ping(target, HELPER_SHARE * self._timeout_s, request.nonce)
         if pong is not None:
-            return Pong(self._swim.news_for(asker, request.news), pong.liveness)
+            return Pong(self._swim.news_for(asker, request.news), pong.proof)
         return Failed("unavailable", "no answer")
 
     async def _sync(self, sync: SyncWith) -> None:
@@ -187,8 +189,8 @@ class Gossiper:
         for _ in range(SYNC_ROUNDS):
             if not await self._sync_once(sync):
                 break
-        self._swim.synced(sync.peer)
-        self._membership.settle()
+        with self._membership.event():
+            self._swim.synced(sync.peer)
 
     async def _sync_once(self, sync: SyncWith) -> bool:
         """Whether there is more to compare, and this made progress."""
@@ -198,12 +200,13 @@ class Gossiper:
         if not isinstance(reply, SyncReply):
             return False
         self._received(sync.peer, reply.revocations)
-        self._membership.acked(sync.peer, trio.current_time() - started)
+        with self._membership.event() as now:
+            self._swim.acked(sync.peer, now, now - started)
         count = await self._membership.received(sync.peer, reply.statements)
-        self._swim.shown(sync.peer, own.incarnation)
-        self._swim.doubt_all(sync.peer, reply.doubts, trio.current_time())
-        self._membership.settle()
-        news = self._swim.wanted_by(sync.peer, reply.wanted)
+        with self._membership.event() as now:
+            self._swim.shown(sync.peer, own.incarnation)
+            self._swim.doubt_all(sync.peer, reply.doubts, now)
+            news = self._swim.wanted_by(sync.peer, reply.wanted)
         if news.statements:
             await self._send(sync.peer, Ping(news), sync.timeout_s)
         return reply.more and (count > 0 or bool(news.statements))
@@ -225,7 +228,7 @@ def _proves(reply: Reply, peer: PeerId, nonce: bytes) -> bool:
     if not isinstance(reply, Pong):
         return False
     try:
-        check_alive(peer, nonce, reply.liveness)
+        check_alive(peer, nonce, reply.proof)
     except BadInputError:
         return False
     return True

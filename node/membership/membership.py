@@ -11,7 +11,8 @@ contrast, is permanent, has no reason, and makes `Swim` forget the peer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -26,7 +27,7 @@ from protocol.ids import PeerId
 from protocol.introduction import MAX_INTRODUCED
 from protocol.members import Member, State, Statement, Suspicion, Vouched
 from protocol.swim import Swim
-from protocol.swim_values import Action, Event, Probe, SwimConfig
+from protocol.swim_values import Action, Event, SwimConfig
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Membership:
 
     def report_failure(self, peer: PeerId) -> None:
         self.swim.doubt(peer, trio.current_time())
-        self.settle()
+        self._settle()
 
     def quarantine(self, peer: PeerId, reason: str, seconds: float | None = None) -> None:
         """`seconds`: the remaining time of a quarantine that began before this process."""
@@ -167,7 +168,7 @@ class Membership:
         log.info("quarantined", extra={"peer": peer, "reason": reason, "seconds": seconds})
         self.swim.exclude(peer, trio.current_time() + seconds)
         self._reasons[peer] = reason
-        self.settle()
+        self._settle()
 
     def quarantines(self) -> tuple[tuple[PeerId, str, float], ...]:
         """Each peer in quarantine, the reason, and the remaining seconds."""
@@ -182,12 +183,18 @@ class Membership:
         if peer == self.own.peer_id:
             log.error("the certificate of this node is revoked: members refuse it. Join again with a new identity")
         self.swim.banish(peer)
-        self.settle()
+        self._settle()
 
     def is_refused(self, peer: PeerId) -> bool:
         return self.is_quarantined(peer) or peer in self.swim.banished
 
     # Events
+
+    @contextmanager
+    def event(self) -> Iterator[float]:
+        """Tell `swim` of an event, with the time that this yields. Afterwards the changes are published."""
+        yield trio.current_time()
+        self._settle()
 
     def introduced(self, statements: Sequence[Vouched], observed: str = "") -> None:
         """Add the member of `statements[0]`, which was seen to connect from the host `observed` and named the others.
@@ -202,7 +209,7 @@ class Membership:
         now = trio.current_time()
         for statement in statements:
             self.swim.hint(statement, now)
-        self.settle()
+        self._settle()
 
     async def received(
         self, peer: PeerId, statements: Iterable[Statement], suspicions: Iterable[Suspicion] = ()
@@ -218,7 +225,7 @@ class Membership:
         except PeerMisbehavedError as error:
             self.quarantine(peer, str(error))
             return 0
-        self.settle()
+        self._settle()
         return count
 
     async def _learn(self, statements: Iterable[Statement]) -> int:
@@ -244,14 +251,12 @@ class Membership:
     def renewed(self) -> None:
         """This node has a new certificate."""
         self.swim.renewed()
-        self.settle()
+        self._settle()
 
-    def acked(self, peer: PeerId, rtt_s: float | None) -> None:
-        self.swim.acked(peer, trio.current_time(), rtt_s)
-
-    def failed(self, probe: Probe, *, helpers_answered: bool) -> None:
-        self.swim.failed(probe, trio.current_time(), helpers_answered=helpers_answered)
-        self.settle()
+    def settled(self, statements: Iterable[Vouched]) -> None:
+        """Accept statements that all members have for a long time: as news they would be passed on for minutes."""
+        self.swim.settled(statements, trio.current_time())
+        self._settle()
 
     async def next_actions(self) -> list[Action]:
         """Wait until actions are due, and return them."""
@@ -261,14 +266,14 @@ class Membership:
             if due <= now:
                 await trio.lowlevel.checkpoint()  # before the tick: a cancellation must not lose its actions
                 actions = self.swim.tick(now)
-                self.settle()
+                self._settle()
                 return actions
             self._touched = trio.Event()
             with trio.move_on_at(due):
                 await self._touched.wait()
 
-    def settle(self) -> None:
-        """After every event of `swim`: publish changes of the view, and have `next_actions` check its timers again."""
+    def _settle(self) -> None:
+        """After every event: publish changes of the view, and have `next_actions` check its timers again."""
         for change in self.swim.take_changes():
             level = logging.DEBUG if change.event is Event.REFUTED else logging.INFO
             log.log(level, change.event.value, extra={"peer": change.member.peer_id, "node": change.member.name})
