@@ -181,7 +181,7 @@ class Gossiper:
             return Failed("not-found", "no such member")
         pong = await self._ping(target, HELPER_SHARE * self._timeout_s, request.nonce)
         if pong is not None:
-            return Pong(self._swim.news_for(asker, request.news), pong.proof)
+            return Pong(self._swim.news_for(asker, request.news), pong.liveness)
         return Failed("unavailable", "no answer")
 
     async def _sync(self, sync: SyncWith) -> None:
@@ -228,7 +228,7 @@ def _proves(reply: Reply, peer: PeerId, nonce: bytes) -> bool:
     if not isinstance(reply, Pong):
         return False
     try:
-        check_alive(peer, nonce, reply.proof)
+        check_alive(peer, nonce, reply.liveness)
     except BadInputError:
         return False
     return True
