@@ -21,31 +21,39 @@ RTT_GAIN = 0.2
 """Weight of a new round-trip sample: about the last five count."""
 
 
-MAX_ACCUSED = 8
-"""Suspicions of one member that count in ACCUSED_S. An honest node probes one member in each second, and a few more
-after failed reads. A liar that accuses all members has this many of them refute, so that it delays no news."""
-ACCUSED_S = 5.0
+MAX_ACCUSED, ACCUSED_S = 8, 5.0
+"""Suspicions of one member that count in this time. An honest node probes one member in each second, and a few more
+after failed reads."""
+MAX_FALSE, FALSE_S = 16, 600.0
+"""After this many suspicions that turned out false, no more of the accuser count until the time is over. At 5 % loss an
+honest node has four. A liar that accuses all members then causes few refutations, and delays no news."""
 
 
 class Accusers:
-    """Counts the suspicions of each member in the current ACCUSED_S. Only members may be counted: they bound it."""
+    """Counts the suspicions of each member, and the false ones. Only members may be counted: they bound it."""
 
     def __init__(self) -> None:
-        self._counts: Counter[PeerId] = Counter()
-        self._until = -math.inf
+        self._all, self._false = Counter[PeerId](), Counter[PeerId]()
+        self._all_until = self._false_until = -math.inf
 
     def may(self, accuser: PeerId, now: float) -> bool:
-        if now >= self._until:
-            self._counts.clear()
-            self._until = now + ACCUSED_S
-        return self._counts[accuser] < MAX_ACCUSED
+        if now >= self._all_until:
+            self._all.clear()
+            self._all_until = now + ACCUSED_S
+        if now >= self._false_until:
+            self._false.clear()
+            self._false_until = now + FALSE_S
+        return self._all[accuser] < MAX_ACCUSED and self._false[accuser] < MAX_FALSE
 
     def take(self, accuser: PeerId, now: float) -> bool:
         """Count a suspicion of `accuser`. Returns whether it is heeded."""
         if not self.may(accuser, now):
             return False
-        self._counts[accuser] += 1
+        self._all[accuser] += 1
         return True
+
+    def note_false(self, accuser: PeerId) -> None:
+        self._false[accuser] += 1
 
 
 class FailureDetector:

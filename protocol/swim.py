@@ -188,6 +188,7 @@ class Swim:
         entry = self.known.get(peer)
         if entry is not None and entry.state is State.SUSPECT:
             entry.trusted = now + self._detector.suspicion_s()
+            self._disprove(entry)
             self._conclude(peer, State.ALIVE, now)
 
     def failed(self, probe: Probe, now: float, *, helpers_answered: bool) -> None:
@@ -288,6 +289,11 @@ class Swim:
         self.known[suspicion.peer_id].suspicion = suspicion
         self._gossip.suspicions.add(suspicion.peer_id)
 
+    def _disprove(self, entry: Entry) -> None:
+        """A suspect turned out to be alive."""
+        if entry.suspicion is not None and entry.suspicion.accuser != self.own.peer_id:
+            self._accusers.note_false(entry.suspicion.accuser)
+
     def _conclude(self, peer: PeerId, state: State, now: float) -> None:
         is_stale = self._table.conclude(peer, state, now)
         self._detector.noted(peer, state, now)  # its timeout depends on the members before this change
@@ -301,6 +307,8 @@ class Swim:
             return
         if entry is not None and entry.is_hint:
             self._syncs.wanted.pop(peer, None)  # a confirmed hint needs no sync any more
+        if entry is not None and entry.state is State.SUSPECT and not statement.leaving:
+            self._disprove(entry)
         self._gossip.forget(peer)
         is_stale = self._table.hold(statement, now)
         self._detector.noted(peer, statement.state, now)

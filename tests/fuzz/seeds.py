@@ -40,7 +40,7 @@ _REQUESTS: Sequence[messages.Request] = (
 )
 _REPLIES: Sequence[messages.Reply] = (
     messages.ShardFound(4, 1, 2, RECORD),
-    messages.ShardFound(4, 1, 2, RECORD, PROOF),
+    messages.ShardFound(4, 1, 2, RECORD, origin=bytes(16), proof=PROOF),
     messages.BlockFound(RECORD),
     messages.HoldingsFound(b"\x01", ((4, 1, 0, b"\x01"),)),
     messages.Holders((ME.peer_id,)),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from protocol import wire
 from protocol.dissemination import Rumours
-from protocol.failure_detector import ACCUSED_S, MAX_ACCUSED
+from protocol.failure_detector import ACCUSED_S, FALSE_S, MAX_ACCUSED, MAX_FALSE
 from protocol.ids import PeerId
 from protocol.member_table import key_of
 from protocol.members import Member, News, State, Statement, Suspicion, Vouched
@@ -267,6 +267,25 @@ def test_a_liar_that_accuses_all_is_heeded_a_few_times_and_others_still_are() ->
     swim.accused([suspicion("p0095", by="p0098")], 0.1)
     assert held(swim, "p0095") == (State.SUSPECT, 1)
     assert swim.heeds(accusations[50], ACCUSED_S + 0.1)
+
+
+def test_an_accuser_that_was_wrong_too_often_is_not_heeded_for_a_while() -> None:
+    """S-24"""
+    swim, now = make(peers=30), 0.0
+    for number in range(MAX_FALSE):
+        accused = suspicion(f"p{number:04}", by="p0029")
+        assert swim.heeds(accused, now)
+        swim.accused([accused], now)
+        if number % 2:
+            swim.acked(accused.peer_id, now, 0.01)
+        else:
+            swim.learned([alive(accused.peer_id, 2)], now)
+        assert held(swim, accused.peer_id)[0] is State.ALIVE
+        now += ACCUSED_S / 4
+    now += ACCUSED_S
+    assert not swim.heeds(suspicion("p0020", by="p0029"), now)
+    assert swim.heeds(suspicion("p0020", by="p0028"), now)
+    assert swim.heeds(suspicion("p0020", by="p0029"), FALSE_S)
 
 
 def test_statements_go_before_suspicions() -> None:

@@ -134,7 +134,7 @@ REQUESTS: list[st.SearchStrategy[Request]] = [
     st.builds(Accuse, accusations),
 ]
 REPLIES: list[st.SearchStrategy[Reply]] = [
-    st.builds(lambda code, record, proof: ShardFound(*code, record, proof), codes, records(), st.none() | proofs),
+    st.builds(lambda code, record, proof: ShardFound(*code, record, proof=proof), codes, records(), st.none() | proofs),
     st.builds(BlockFound, records()),
     st.builds(
         HoldingsFound,
@@ -384,9 +384,9 @@ def suspecting(**changes: Any) -> Ping:
         SyncReply((), doubts=bytes(7)),
         SyncReply((), wanted=bytes(8 * (MAX_STATEMENTS + 1))),
         ShardFound(4, 1, 5, RECORD),
-        ShardFound(4, 1, 0, RECORD, ShardProof(PEER, bytes(31), bytes(64))),
-        ShardFound(4, 1, 0, RECORD, ShardProof(PEER, bytes(32), bytes(65))),
-        ShardFound(4, 1, 0, RECORD, ShardProof(PeerId("0"), bytes(32), bytes(64))),
+        ShardFound(4, 1, 0, RECORD, proof=ShardProof(PEER, bytes(31), bytes(64))),
+        ShardFound(4, 1, 0, RECORD, proof=ShardProof(PEER, bytes(32), bytes(65))),
+        ShardFound(4, 1, 0, RECORD, proof=ShardProof(PeerId("0"), bytes(32), bytes(64))),
         BlockFound(altered(length=9)),
         BlockFound(altered(length=0, size=0)),
         BlockFound(altered(sha256=b"")),
