@@ -24,7 +24,6 @@ from node.content.library import SiteLibrary
 from node.oci.manifests import MAX_MANIFEST, UNTYPED, Resolved
 from node.oci.references import Locator, is_digest
 from node.oci.signatures import (
-    BUNDLE,
     MAX_KEY_FILE,
     Carried,
     VerifyKey,
@@ -185,7 +184,7 @@ class SignedLibrary:
     async def _bundle_signer(self, locator: Locator, digest: Digest, keys: Sequence[VerifyKey]) -> VerifyKey | None:
         """The key that made a signature in a bundle that refers to the image, if there is one."""
         try:
-            listed = await self._referrers(locator, digest, {"artifactType": BUNDLE})
+            listed = await self._referrers(locator, digest, {})
         except NotFoundError:
             return None
         failure: ShoalError | None = None

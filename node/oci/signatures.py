@@ -38,6 +38,8 @@ _ANNOTATION = "dev.cosignproject.cosign/signature"
 _SIGNATURE_OF_IMAGE = "cosign container image signature"
 _STATEMENT, _STATEMENT_TYPE = "application/vnd.in-toto+json", "https://in-toto.io/Statement/v1"
 _PREDICATE_OF_IMAGE = "https://sigstore.dev/cosign/sign/v1"
+_LISTED_AS = (BUNDLE, "application/vnd.oci.empty.v1+json")
+"""Types of bundles in lists of referrers: in the list that it keeps at a tag, cosign writes that of their config."""
 _ACCESSORY = re.compile(r"sha256-[0-9a-f]{64}(\.(sig|att|sbom))?", re.ASCII)
 
 _Key = ec.EllipticCurvePublicKey | Ed25519PublicKey | rsa.RSAPublicKey
@@ -140,12 +142,13 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def bundles(referrers: bytes, most: int) -> Iterator[ObjectRef]:
-    """The manifests of bundles, of at most `most` bytes, in a list of referrers; at most MAX_SIGNATURES."""
+    """The manifests that may carry bundles, of at most `most` bytes, in a list of referrers; at most MAX_SIGNATURES."""
     try:
         entries = msgspec.json.decode(referrers, type=_Index).manifests
     except UNDECODABLE:
         return
-    for entry in [entry for entry in entries if entry.artifact_type == BUNDLE][:MAX_SIGNATURES]:
+    fitting = sorted((e for e in entries if e.artifact_type in _LISTED_AS), key=lambda e: e.artifact_type != BUNDLE)
+    for entry in fitting[:MAX_SIGNATURES]:
         try:
             ref = ObjectRef(Digest.parse(entry.digest), entry.size)
         except BadInputError:

@@ -13,7 +13,7 @@ from node.content.listings import Listings
 from node.content.signatures import SignedLibrary, Verified, load_keys
 from node.exchange.contract import Answer
 from node.oci.manifests import Resolved
-from node.oci.signatures import signature_tag
+from node.oci.signatures import BUNDLE, signature_tag
 from protocol.errors import NotFoundError, UnavailableError, UnsignedError
 from protocol.ids import ObjectRef, PeerId
 from protocol.messages import Resolve
@@ -110,12 +110,13 @@ def test_a_signature_of_another_image_does_not_count(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_bundle_that_refers_to_the_image_counts_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed_as", [BUNDLE, "application/vnd.oci.empty.v1+json"])
+def test_a_bundle_that_refers_to_the_image_counts_too(tmp_path: Path, listed_as: str) -> None:
     async def scenario(site: Site) -> None:
         digest = site.image.manifest.digest
         site.registry.tag(f"sha256-{digest.hex}", sign_in_bundle(site.registry.add, digest, STRANGER))
         await site.refuses(0)
-        site.registry.tag(f"sha256-{digest.hex}", sign_in_bundle(site.registry.add, digest, OWNER))
+        site.registry.tag(f"sha256-{digest.hex}", sign_in_bundle(site.registry.add, digest, OWNER, listed_as))
         assert await site.resolve(1) == site.image.manifest
 
     play(tmp_path, scenario)

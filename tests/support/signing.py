@@ -97,8 +97,10 @@ def sign_simply(add: Callable[[bytes], ObjectRef], digest: Digest, *signers: Sig
     return add(manifest_of(*(simple_layer(signer, add, simple_payload(digest)) for signer in signers)))
 
 
-def sign_in_bundle(add: Callable[[bytes], ObjectRef], digest: Digest, signer: Signer) -> ObjectRef:
+def sign_in_bundle(
+    add: Callable[[bytes], ObjectRef], digest: Digest, signer: Signer, listed_as: str = BUNDLE
+) -> ObjectRef:
     """Add the objects of a bundle to a registry. Returns the index for the referrers tag."""
     carrier = add(manifest_of((add(bundle(signer, statement(digest))), BUNDLE, ""), artifact_type=BUNDLE))
-    entry = {"mediaType": MANIFEST, "digest": str(carrier.digest), "size": carrier.size, "artifactType": BUNDLE}
+    entry = {"mediaType": MANIFEST, "digest": str(carrier.digest), "size": carrier.size, "artifactType": listed_as}
     return add(json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}).encode())
