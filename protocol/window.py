@@ -59,19 +59,20 @@ class ReadWindow:
         if not self._reads[address]:
             del self._reads[address]
 
-    def share(self, address: str) -> int:
-        return self._part(self._most, address)
+    def share(self, address: str, *, joins: bool = False) -> int:
+        """Blocks under way that a read of the address may have. `joins`: the read has no part yet."""
+        return self._part(self._most, address, joins)
 
-    def _part(self, most: int, address: str) -> int:
+    def _part(self, most: int, address: str, joins: bool) -> int:
         others = self.addresses - (address in self._reads)
-        return -(-most // ((others + 1) * max(1, self._reads[address])))
+        return -(-most // ((others + 1) * max(1, self._reads[address] + joins)))
 
-    def has_room(self, address: str, *, under_way: int, cold: int, warm: int) -> bool:
+    def has_room(self, address: str, *, under_way: int, cold: int, warm: int, joins: bool = False) -> bool:
         """Whether a read with `under_way` blocks, `cold` of them cold, and `warm` received may ask for another."""
-        # The parts bound the sum. Reads of clients that have no part yet must not fill a part that is not theirs.
-        full = len(self._under_way) >= self._most and address not in self._reads
-        cold_part = self._part(self._cold_most, address)
-        return not full and under_way < self.share(address) and cold < min(RAMP + warm, cold_part)
+        # The parts bound the sum. A read that has no part yet must not fill a part that is not its own.
+        full = joins and len(self._under_way) >= self._most
+        most_cold = min(RAMP + warm, self._part(self._cold_most, address, joins))
+        return not full and under_way < self.share(address, joins=joins) and cold < most_cold
 
     def is_cold(self, key: Hashable) -> bool:
         return key in self._cold

@@ -98,13 +98,11 @@ class ReadAhead:
         self._room.give(reading.holder, first=reading.first)
 
     def _may_begin(self) -> bool:
-        window, address = self._fetcher.window, self.client.address
         for reading in self._readings:
-            if reading.cold and not window.is_cold(reading.address.key):
+            if reading.cold and not self._fetcher.window.is_cold(reading.address.key):
                 reading.cold = False
                 self._warm += 1
         under_way = sum(not reading.ticket.ended for reading in self._readings)
-        cold = sum(reading.cold for reading in self._readings)
-        fair = len(self._readings) < self._room.part(self)
-        wanted = fair and window.has_room(address, under_way=under_way, cold=cold, warm=self._warm)
-        return wanted and self._room.take_more(self)
+        cold, warm, room = sum(reading.cold for reading in self._readings), self._warm, self._room
+        wanted = room.has_room(self, len(self._readings), under_way=under_way, cold=cold, warm=warm)
+        return wanted and room.take_more(self)

@@ -90,6 +90,8 @@ def test_addresses_share_the_window_whatever_the_number_of_their_reads() -> None
     for number in range(30):
         window.began(number, 0.0)  # the window is full
     assert not window.has_room(HOST, under_way=1, cold=1, warm=9)
+    assert not window.has_room(HOST, under_way=0, cold=0, warm=9, joins=True)
+    assert not window.has_room("10.0.0.2", under_way=0, cold=0, warm=9, joins=True)
     window.entered("10.0.0.2")
     half = COLD_FIRST // 2
     assert window.has_room("10.0.0.2", under_way=half - 1, cold=half - 1, warm=9)
