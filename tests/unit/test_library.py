@@ -28,6 +28,7 @@ from node.telemetry.sources import Source
 from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.members import Member
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 from protocol.window import MOST, RAMP, ReadWindow
 from tests.support.site_library import site_library
 
@@ -260,7 +261,7 @@ class SlowDisk(MemoryStore):
         super().__init__(BLOCK_SIZE, trio.current_time)
         self.moves = trio.Event()
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+    async def put(self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None) -> bool:
         await self.moves.wait()
         return False
 
