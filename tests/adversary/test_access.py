@@ -179,7 +179,7 @@ def test_a_public_repository_gives_away_no_private_image(guarded: Guarded) -> No
                 if other != repository:
                     assert leaks(siege.honest[2], guarded.private, other, {}, refused=REFUSED) == []
         for node in siege.honest:
-            read_all(node, guarded.private, PRIVATE, guarded.bearer(ALICE))
+            read_all(node, guarded.private, PRIVATE, alice)
             read_all(node, guarded.public, OPEN, {})
         siege.proxy.cut()
         try:

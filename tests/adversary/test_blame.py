@@ -44,7 +44,7 @@ def test_a_maker_of_wrong_shards_is_shut_out_alone(siege: Siege) -> None:
 
 
 def test_the_signer_of_false_records_is_shut_out_by_all_and_alone(siege: Siege) -> None:
-    with siege.unharmed(shut_out=True):
+    with siege.unharmed(shut_out=True, expected="has wrong bytes"):
         siege.lies(GetShard="fabricated", GetBlock="fabricated")
         siege.cold_pulls(4)
         wait_for(

@@ -22,7 +22,6 @@ PLACES = {
     "loopback-6": "http://[::1]:{port}/x",
     "unspecified": "http://0.0.0.0:{port}/x",
     "link-local": "http://169.254.169.254:{port}/latest/meta-data",
-    "private": "http://10.9.9.9:{port}/x",
     "chain": "/v2/loopback/{rest}",
     "scheme-less": "//127.0.0.1:{port}/x",
     "user": "http://registry@127.0.0.1:{port}/x",
