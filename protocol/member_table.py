@@ -148,7 +148,8 @@ class MemberTable:
         if before is None:
             self.by_key[entry.key] = peer
         else:
-            entry.seen, entry.rtt_s, entry.tried, entry.shown = before.seen, before.rtt_s, before.tried, before.shown
+            entry.seen, entry.rtt_s, entry.tried = before.seen, before.rtt_s, before.tried
+            # `shown` begins at 0: after a restart the member has no statement of this node.
             entry.is_new = before.is_hint or before.statement.seal != statement.seal
             if before.member.addresses == entry.member.addresses:
                 entry.observed = before.observed

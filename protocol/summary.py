@@ -10,20 +10,27 @@ drawn at random, so that repeated comparisons make progress even if the other si
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
+
+import msgspec
 
 from protocol.member_table import KEY, MemberTable, key_of
 from protocol.members import State, Statement, Vouched
 
 ROW = struct.Struct(f">{KEY}sQ")
 MAX_STATEMENTS = 128
-"""Statements, and keys of each kind, in one message: some 80 KB with certificates. Checking them takes a few turns of
-the event loop, and a peer that asks and does not read makes this node hold few of them."""
+"""Statements, and keys of each kind, that one message may have: checking them takes a few turns of the event loop."""
+ANSWER_BYTES = 7 << 10
+"""An answer takes no further statement beyond these: it carries some 12, with certificates. On a busy or slow link it
+must arrive within the timeout of a sync, and a peer that asks and does not read makes this node hold little."""
+MAX_WANTED = 12
+"""Keys of statements that one answer asks for: about as many bytes."""
 
 _STATE_BITS, _TIE_BITS = 2, 8
+_ENCODER = msgspec.msgpack.Encoder()
 _T = TypeVar("_T")
 
 
@@ -72,9 +79,10 @@ def difference(table: MemberTable, summary: bytes) -> Difference:
             doubts.append(key)
     banished = {key_of(peer) for peer in table.banished} if theirs else set()
     wanted += [key for key, value in theirs.items() if key not in banished and _state(value) < State.DEAD]
-    more = max(len(statements), len(wanted)) > MAX_STATEMENTS
-    doubts, wanted = _some(table.rng, doubts), _some(table.rng, wanted)
-    return Difference(tuple(_some(table.rng, statements)), b"".join(doubts), b"".join(wanted), more)
+    chosen = tuple(_fitting(_some(table.rng, statements, MAX_STATEMENTS)))
+    more = len(chosen) < len(statements) or len(wanted) > MAX_WANTED
+    doubts, wanted = _some(table.rng, doubts, MAX_STATEMENTS), _some(table.rng, wanted, MAX_WANTED)
+    return Difference(chosen, b"".join(doubts), b"".join(wanted), more)
 
 
 def keys_in(keys: bytes) -> Iterator[bytes]:
@@ -88,8 +96,19 @@ def _held(table: MemberTable) -> Iterator[tuple[bytes, Vouched, State]]:
             yield entry.key, entry.statement, entry.state
 
 
-def _some(rng: Random, values: list[_T]) -> list[_T]:
-    return values if len(values) <= MAX_STATEMENTS else rng.sample(values, MAX_STATEMENTS)
+def _some(rng: Random, values: Sequence[_T], most: int) -> list[_T]:
+    """In random order."""
+    return rng.sample(values, min(most, len(values)))
+
+
+def _fitting(statements: list[Vouched]) -> Iterator[Vouched]:
+    """At least one of `statements`, and as many as fit into ANSWER_BYTES."""
+    room = ANSWER_BYTES
+    for statement in statements:
+        yield statement
+        room -= len(_ENCODER.encode(statement))
+        if room <= 0:
+            return
 
 
 def _value(statement: Statement, state: State) -> int:

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 HELPER_SHARE = 0.8
 """Share of the probe timeout for a helper's ping. In the rest, the helper can still report a missing answer."""
-SYNC_ROUNDS = 64
-"""Comparisons in one sync: 8,192 statements each way. Larger differences are left to the next sync."""
+SYNC_ROUNDS = 256
+"""Comparisons in one sync: some 3,000 statements each way. Larger differences are left to the next sync."""
 
 
 class Gossiper:
