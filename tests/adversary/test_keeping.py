@@ -38,7 +38,7 @@ def homed_at_the_liar(siege: Siege, count: int) -> list[tuple[Digest, dict[str, 
     """Objects of one block that exist nowhere and whose home is the liar, with the rank of each keeper."""
     members = [Member(row["peer_id"], row["name"], row["site"], ()) for row in peers(siege.liar)]
     members = [member for member in members if member.peer_id != siege.attacker.peer]
-    placement = Placement([*members, Member(siege.attacker.peer, "liar", "loopback", ())], 4, 1)  # type: ignore[arg-type]
+    placement = Placement([*members, Member(siege.attacker.peer, "liar", "loopback", ())], 4, 1)
     homed: list[tuple[Digest, dict[str, int]]] = []
     number = 0
     while len(homed) < count:

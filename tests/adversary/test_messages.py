@@ -6,7 +6,7 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
@@ -141,7 +141,7 @@ def flood(stop: threading.Event, line: Line, requests: list[bytes]) -> None:
 @pytest.mark.parametrize("kind", ["Resolve", "GetShard", "Announce", "Sync", "Ping", "FindHolders", "GetHoldings"])
 def test_a_flood_of_requests_hardly_slows_pulls(siege: Siege, kind: str) -> None:
     """On as many connections as a member may have."""
-    made = {
+    made: dict[str, Sequence[object]] = {
         "Resolve": [messages.Resolve(f"{UPSTREAM}/flood/a#manifests", f"t{number}", 0) for number in range(500)],
         "GetShard": [
             messages.GetShard("sha256:" + f"{number:064x}", 0, 1 << 19, 4, 1, number % 5, 2, SOURCE)
@@ -152,10 +152,10 @@ def test_a_flood_of_requests_hardly_slows_pulls(siege: Siege, kind: str) -> None
         "Ping": [ping()],
         "FindHolders": [messages.FindHolders(DIGEST)],
         "GetHoldings": [messages.GetHoldings(DIGEST)],
-    }[kind]
+    }
     calm = siege.cold_pulls(1)
     stop = threading.Event()
-    requests = [frame((number, message)) for number, message in enumerate(made)]
+    requests = [frame((number, message)) for number, message in enumerate(made[kind])]
     with siege.unharmed(), contextlib.ExitStack() as stack:
         threads = []
         for node in siege.honest[:2]:
