@@ -26,21 +26,18 @@ import trio
 from cache.disk_flush import FLUSH_PIECES, WriteBack
 from cache.disk_table import Entry, File, PieceTable, Room
 from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
-from cache.pieces import check_bytes, eviction_policy
-from cache.pinned import PinnedPolicy
+from cache.pieces import MAX_ENTRIES, check_bytes
 from cache.recovery import Folder, open_folder, space
-from cache.store import Held, Holdings, StoreStatistics
+from cache.segments import SegmentedPolicy
+from cache.store import READ_HERE, Askers, Held, Holdings, StoreStatistics
 from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 logger = logging.getLogger(__name__)
 
-MAX_UNSYNCED_PIECES = 256
-"""Beyond this many, a put waits for the disk; else the kernel would stop the whole loop once its memory is full."""
 REMOVED_AT_ONCE = 1024
 """Pieces removed in one turn of the loop, 10 ms."""
-MAKE_ROOM_ROUNDS = 3
-"""A put declines if other puts took its room in this many flushes."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """A read that fails with one of these shows nothing about the piece."""
 
@@ -62,7 +59,7 @@ class _LeasedFile(io.FileIO):
 class DiskStore:
     """A BlockStore of sparse files, made by `open`; see the module's docstring."""
 
-    def __init__(self, folder: Folder, policy: PinnedPolicy, timer: Callable[[], float]) -> None:
+    def __init__(self, folder: Folder, policy: SegmentedPolicy, timer: Callable[[], float]) -> None:
         self._folder, self._timer = folder, timer
         self._table = PieceTable(folder, policy)
         self._room = Room(self._table, timer)
@@ -86,13 +83,14 @@ class DiskStore:
         cannot be used, if another process uses it, or if its index is of another version."""
         folder, rows = await trio.to_thread.run_sync(open_folder, directory)
         try:
-            store = cls(folder, PinnedPolicy(eviction_policy(int, timer), pinned, budget_bytes), timer)
+            policy = SegmentedPolicy(timer, budget_bytes, max_entries=MAX_ENTRIES, pinned=pinned)
+            store = cls(folder, policy, timer)
             store.resize(budget_bytes, free_share=free_share, free_bytes=free_bytes)
             store._table.adopt(rows)
             del rows  # it is large
             await store.flush()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(store._flush_often)
+                nursery.start_soon(store._write_back.run)
                 try:
                     yield store
                 finally:
@@ -102,13 +100,6 @@ class DiskStore:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(folder.close)
-
-    async def _flush_often(self) -> None:
-        while True:
-            await self._write_back.wait_due()
-            if not self._room.has(0):
-                self._room.evict(0)
-            await self.flush()
 
     async def flush(self, *, references: bool = False) -> None:
         """Make held pieces durable and give back removed ones; with `references` even if these are the only change."""
@@ -128,14 +119,14 @@ class DiskStore:
                 self._folder.warn_once("cannot read a piece", error)
                 return None
         if self._table.entries.get(piece) is not entry:  # evicted meanwhile: the bytes read may be those of its hole
-            return Held(data, entry.record) if problem is None else None
+            return Held(data, entry.record, entry.proof) if problem is None else None
         if problem is not None:
             shard = f" {piece.shard}" if piece.shard else ""
             logger.warning("disk: %s #%d%s: %s: discarded", piece.block.digest, piece.block.index, shard, problem)
             self._table.remove(entry)
             return None
         self._table.refer(entry)
-        return Held(data, entry.record)
+        return Held(data, entry.record, entry.proof)
 
     async def _read(self, entry: Entry, data: bytearray) -> str | None:
         """Fill `data`; returns a text if the bytes are wrong, else None. Raises OSError."""
@@ -152,31 +143,27 @@ class DiskStore:
             file.checked |= 1 << entry.piece.block.index
         return None
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+    async def put(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
-        if piece in self._table.entries:
+        if self._table.has(piece, kept_for):
             return True
-        if self._table.is_derivable(piece) or not await self._make_room(piece, space(len(data))):
+        if self._table.is_derivable(piece) or not await self._write_back.make_room(piece, space(len(data)), kept_for):
             return False
-        if piece in self._table.entries:
+        if self._table.has(piece, kept_for):
             return True
-        sha = record.sha256 if piece.shard is None else sha256(data).digest()
-        return not self._table.is_derivable(piece) and self._write(self._table.entry(piece, record, sha), data)
-
-    async def _make_room(self, piece: Piece, need: int) -> bool:
-        """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""
-        table = self._table
-        if need > table.policy.budget_bytes or (self._write_back.stuck and len(table.unsynced) >= MAX_UNSYNCED_PIECES):
-            return False
-        if piece in table.removed or len(table.unsynced) >= MAX_UNSYNCED_PIECES:
-            await self.flush()
-        for _ in range(MAKE_ROOM_ROUNDS):
-            if self._room.has(need):
-                break
-            self._room.evict(need)
-            await self.flush()
-        return self._room.has(need) and piece not in table.removed and len(table.unsynced) < MAX_UNSYNCED_PIECES
+        statement = record if piece.shard is None else proof
+        sha = statement.sha256 if statement is not None else sha256(data).digest()
+        entry = self._table.entry(piece, record, sha, kept_for, proof=proof)
+        return not self._table.is_derivable(piece) and self._write(entry, data)
 
     def _write(self, entry: Entry, data: Buffer) -> bool:
         file = entry.file
@@ -197,6 +184,12 @@ class DiskStore:
         if len(self._table.unsynced) >= FLUSH_PIECES:
             self._write_back.hurry()
         return True
+
+    def claim(self, piece: Piece) -> None:
+        self._table.has(piece, READ_HERE)
+
+    def is_used_here(self, piece: Piece) -> bool:
+        return piece in self._table.entries and not self._table.entries[piece].kept_for
 
     async def discard(self, piece: Piece) -> None:
         await trio.lowlevel.checkpoint()
@@ -221,7 +214,8 @@ class DiskStore:
 
     def statistics(self) -> StoreStatistics:
         table, policy = self._table, self._table.policy
-        return StoreStatistics(table.charged, policy.budget_bytes, len(table.entries), policy.kept_bytes)
+        figures = table.charged, policy.budget_bytes, len(table.entries), policy.pinned_bytes
+        return StoreStatistics(*figures, probation_bytes=policy.probation_bytes)
 
     def resize(self, budget_bytes: int, *, free_share: float = 0.0, free_bytes: int = 0) -> None:
         """The bounds of `open`, from the next flush on: pieces beyond them are evicted then."""
@@ -229,7 +223,11 @@ class DiskStore:
 
     def pin(self, digest: Digest) -> None:
         """From now on no whole block of the object is evicted, whether it is held or will be."""
-        self._table.policy.pin(digest, self._table.bitmaps.pieces(digest))
+        pieces = self._table.bitmaps.pieces(digest)
+        for piece in pieces:
+            if piece.shard is None:
+                self.claim(piece)
+        self._table.policy.pin(digest, pieces)
 
     def unpin(self, digest: Digest) -> None:
         self._table.policy.unpin(digest, self._table.bitmaps.pieces(digest))

@@ -14,16 +14,22 @@ from dataclasses import dataclass, field
 
 import trio
 
-from cache.disk_index import DiskIndex, key_of
+from cache.disk_index import DiskIndex, Stored, key_of
 from cache.disk_table import Entry, File, PieceTable, Room
 from cache.files import CHANGE, READ, opened, punch
 from cache.recovery import TRASH
+from cache.store import READ_HERE, Askers
 from protocol.ids import Piece
 
 FLUSH_S = 1.0
 """A kill loses at most the puts of this time. Shorter means more syncs, which wear an eMMC."""
 FLUSH_PIECES = 64
 """Puts after which a flush does not wait for FLUSH_S: 32 MiB of blocks."""
+
+MAX_UNSYNCED_PIECES = 256
+"""Beyond this many, a put waits for the disk; else the kernel would stop the whole loop once its memory is full."""
+MAKE_ROOM_ROUNDS = 3
+"""A put declines if other puts took its room in this many flushes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Batch:
 
     added: list[Entry]
     removed: list[Entry]
-    used: list[tuple[Piece, int]]
+    referenced: list[Stored]
     trash: dict[File, str]
 
 
@@ -55,7 +61,7 @@ def carry_out(index: DiskIndex, batch: Batch) -> Outcome:
             outcome.problems.append(("cannot sync a file", error))
     synced = [entry.stored for entry in batch.added if entry.file not in outcome.unsynced]
     try:
-        index.apply([key_of(entry.piece) for entry in batch.removed], synced, batch.used)
+        index.apply([key_of(entry.piece) for entry in batch.removed], synced, batch.referenced)
         outcome.committed = True
     except sqlite3.Error as error:
         outcome.problems.append(("cannot write the index", error))
@@ -92,17 +98,45 @@ class WriteBack:
         self.stuck = False
 
     def hurry(self) -> None:
-        """End `wait_due` at once."""
+        """Flush soon."""
         self._wanted.set()
 
-    async def wait_due(self) -> None:
+    async def run(self) -> None:
+        """Flush when it is due, until cancelled."""
+        while True:
+            await self._wait_due()
+            if not self._room.has(0):
+                self._room.evict(0)
+            await self.flush()
+
+    async def make_room(self, piece: Piece, need: int, kept_for: Askers) -> bool:
+        """Whether `piece` may now be written to its slot: no older bytes are there, and the room for it is free."""
+        table = self._table
+        if kept_for:
+            table.policy.wanted(need)
+        kept_for = READ_HERE if table.policy.keeps(piece) else kept_for
+        stuck = self.stuck and len(table.unsynced) >= MAX_UNSYNCED_PIECES
+        if stuck or not self._room.may_have(need, kept_for):
+            return False
+        if not kept_for:
+            self._room.turn_over(need)
+        if piece in table.removed or len(table.unsynced) >= MAX_UNSYNCED_PIECES:
+            await self.flush()
+        for _ in range(MAKE_ROOM_ROUNDS):
+            if self._room.has(need):
+                break
+            self._room.evict(need, kept_for)
+            await self.flush()
+        return self._room.has(need) and piece not in table.removed and len(table.unsynced) < MAX_UNSYNCED_PIECES
+
+    async def _wait_due(self) -> None:
         with trio.move_on_after(FLUSH_S):
             await self._wanted.wait()
         self._wanted = trio.Event()
 
-    async def flush(self, *, references: bool) -> None:
+    async def flush(self, *, references: bool = False) -> None:
         async with self._flushing:
-            if self._table.unsynced or self._table.removed or references:
+            if self._table.unsynced or self._table.removed or self._table.claimed or references:
                 batch = self._batch()
                 with trio.CancelScope(shield=True):  # the batch has moved files: it must be carried out
                     outcome = await trio.to_thread.run_sync(carry_out, self._table.folder.index, batch)
@@ -110,8 +144,8 @@ class WriteBack:
 
     def _batch(self) -> Batch:
         removed = [entry for entry in self._table.removed.values() if not entry.file.leases]
-        used = self._table.take_references()
-        return Batch(list(self._table.unsynced.values()), removed, used, self._clear_files(removed))
+        referenced = self._table.take_references()
+        return Batch(list(self._table.unsynced.values()), removed, referenced, self._clear_files(removed))
 
     def _clear_files(self, removed: list[Entry]) -> dict[File, str]:
         """Rename the files without pieces, so that new files can have their names."""

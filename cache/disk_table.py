@@ -19,10 +19,12 @@ import msgspec
 from cache.disk_index import Stored
 from cache.files import Identity
 from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, length_of
-from cache.pinned import PinnedPolicy
 from cache.recovery import Folder, offset_of, relative_path, space
+from cache.segments import SegmentedPolicy
+from cache.store import READ_HERE, Askers
 from protocol.ids import BLOCK_SIZE, BlockId, Digest, PeerId, Piece, Shard
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 MAX_REFERENCES = 1024
 """Blocks referenced at one opening of a sealed object (3 ms); the next opening of a larger object continues there."""
@@ -64,6 +66,8 @@ class Entry:
     length: int
     used: int
     file: File
+    kept_for: Askers
+    proof: ShardProof | None = None
 
     @property
     def offset(self) -> int:
@@ -75,21 +79,23 @@ class Entry:
 
     @property
     def stored(self) -> Stored:
-        return Stored(self.piece, self.sha256, self.record, self.used)
+        return Stored(self.piece, self.sha256, self.record, self.used, self.kept_for, self.proof)
 
 
 @dataclass(slots=True, eq=False)
 class PieceTable:
-    """`unsynced` are pieces in the page cache without a row; the bytes of `removed` are not given back yet."""
+    """`unsynced` are pieces in the page cache without a row; the bytes of `removed` are not given back yet. Some have
+    left probation since the last flush, if `claimed`."""
 
     folder: Folder
-    policy: PinnedPolicy
+    policy: SegmentedPolicy
     entries: dict[Piece, Entry] = field(default_factory=dict)
     bitmaps: Bitmaps = field(default_factory=Bitmaps)
     files: dict[tuple[Digest, Shard | None], File] = field(default_factory=dict)
     unsynced: dict[Piece, Entry] = field(default_factory=dict)
     removed: dict[Piece, Entry] = field(default_factory=dict)
     removed_bytes: int = 0
+    claimed: bool = False
     _referenced: set[Piece] = field(default_factory=set)
     _last_used: int = 0
 
@@ -98,18 +104,28 @@ class PieceTable:
         return self.policy.bytes + self.removed_bytes
 
     def adopt(self, rows: list[Stored]) -> None:
-        """Hold the pieces in the index that fit the budget: pinned pieces first, then the most recently used."""
+        """Hold the pieces in the index that fit the budget: pinned pieces first, then those used here, then those on
+        probation, of each the most recently used."""
         self._last_used = max((row.used for row in rows), default=0)
-        rows = sorted(rows, key=lambda row: not self.policy.keeps(row.piece))
-        entries = [self.entry(row.piece, row.record, row.sha256, row.used) for row in rows]
+        rows = sorted(rows, key=lambda row: (not self.policy.keeps(row.piece), bool(row.kept_for)))
+        entries = [self._entry_of(row) for row in rows]
         totals = accumulate(entry.space for entry in entries[:MAX_ENTRIES])
         kept = sum(total <= self.policy.budget_bytes for total in totals)
         for entry in reversed(entries[:kept]):
+            if entry.kept_for:
+                self.policy.wanted(entry.space)
             self.add(entry)
         for entry in entries[kept:]:
             self.retire(entry)
 
-    def entry(self, piece: Piece, record: Record, sha256: bytes, used: int | None = None) -> Entry:
+    def _entry_of(self, row: Stored) -> Entry:
+        entry = self.entry(row.piece, row.record, row.sha256, row.kept_for, proof=row.proof)
+        entry.used = row.used
+        return entry
+
+    def entry(
+        self, piece: Piece, record: Record, sha256: bytes, kept_for: Askers, *, proof: ShardProof | None = None
+    ) -> Entry:
         """A new entry, not held yet. Long values are in memory once for all entries."""
         key = piece.block.digest, piece.shard
         file = self.files.get(key)
@@ -118,9 +134,20 @@ class PieceTable:
         digest, signer = intern(record.digest), PeerId(intern(record.signer))
         sha = sha256 if sha256 == record.sha256 else record.sha256
         record = msgspec.structs.replace(record, digest=digest, sha256=sha, signer=signer)
+        if proof is not None:
+            proof = ShardProof(PeerId(intern(proof.maker)), sha256, proof.signature)
         own = Piece(BlockId(file.digest, piece.block.index), file.shard)
-        used = self._next_use() if used is None else used
-        return Entry(piece=own, record=record, sha256=sha256, length=length_of(own, record), used=used, file=file)
+        kept_for = tuple(PeerId(intern(peer)) for peer in kept_for)
+        return Entry(
+            piece=own,
+            record=record,
+            sha256=sha256,
+            length=length_of(own, record),
+            used=self._next_use(),
+            file=file,
+            kept_for=kept_for,
+            proof=proof,
+        )
 
     def _next_use(self) -> int:
         """Unix milliseconds, so that the age of the last use can be derived, but different for each reference."""
@@ -128,7 +155,11 @@ class PieceTable:
         return self._last_used
 
     def add(self, entry: Entry) -> None:
-        self.policy.add(entry.piece, entry.space)
+        if self.policy.keeps(entry.piece):
+            entry.kept_for = READ_HERE
+        if not self.folder.punching:
+            self._assimilate(entry)
+        self.policy.add(entry.piece, entry.space, entry.kept_for)
         self.entries[entry.piece] = entry
         self.bitmaps.add(entry.piece)
         entry.file.pieces += 1
@@ -140,6 +171,36 @@ class PieceTable:
         if entry.piece.shard is None and self.folder.punching:
             for shard in self.bitmaps.shards_of(entry.piece.block):
                 self.remove(self.entries[shard])
+
+    def has(self, piece: Piece, kept_for: Askers) -> bool:
+        """Whether the piece is held. If it is and a client wants it, its probation ends."""
+        entry = self.entries.get(piece)
+        if entry is not None and entry.kept_for and not kept_for:
+            self.claim(entry)
+        return entry is not None
+
+    def claim(self, entry: Entry) -> None:
+        """End the piece's probation."""
+        for piece in self._removed_with(entry):
+            if piece.kept_for:
+                self.policy.claim(piece.piece)
+                piece.kept_for, self.claimed = READ_HERE, True
+                self._referenced.add(piece.piece)
+
+    def _assimilate(self, entry: Entry) -> None:
+        """Pieces of a file without holes are removed together: all of them are on probation, or none."""
+        others = self._of_file(entry.file)
+        if others and not others[0].kept_for:
+            entry.kept_for = READ_HERE
+        elif others and not entry.kept_for:
+            self.claim(others[0])
+
+    def _removed_with(self, entry: Entry) -> list[Entry]:
+        """The piece; if files cannot have holes, all pieces of its file."""
+        return [entry] if self.folder.punching else self._of_file(entry.file)
+
+    def _of_file(self, file: File) -> list[Entry]:
+        return [self.entries[piece] for piece in self.bitmaps.pieces_of(file.digest, file.shard)]
 
     def refer(self, entry: Entry) -> None:
         self.policy.refer(entry.piece)
@@ -153,18 +214,19 @@ class PieceTable:
         file.referenced_at = now
         stop = min(file.next_reference + MAX_REFERENCES, file.pieces)
         for index in range(file.next_reference, stop):
-            self.refer(self.entries[Piece(BlockId(file.digest, index))])
+            entry = self.entries[Piece(BlockId(file.digest, index))]
+            self.claim(entry)
+            self.refer(entry)
         file.next_reference = stop if stop < file.pieces else 0
 
-    def take_references(self) -> list[tuple[Piece, int]]:
-        """Pieces referenced since the last call whose rows exist, with their last use."""
-        references, self._referenced = self._referenced, set()
-        return [(piece, self.entries[piece].used) for piece in references if piece not in self.unsynced]
+    def take_references(self) -> list[Stored]:
+        """Pieces referenced since the last call whose rows exist."""
+        references, self._referenced, self.claimed = self._referenced, set(), False
+        return [self.entries[piece].stored for piece in references if piece not in self.unsynced]
 
     def remove(self, entry: Entry) -> None:
         """Forget a piece; if files cannot have holes, forget all pieces of its file."""
-        together = [entry] if self.folder.punching else [e for e in self.entries.values() if e.file is entry.file]
-        for gone in together:
+        for gone in self._removed_with(entry):
             self.policy.remove(gone.piece)
             del self.entries[gone.piece]
             self.bitmaps.remove(gone.piece)
@@ -224,20 +286,37 @@ class Room:
                 self._table.folder.warn_once("cannot tell how much disk is free", error)
         return self._spare
 
-    def evict(self, need: int) -> None:
+    def turn_over(self, need: int) -> None:
+        """Remove pieces used here to make place for one of `need` bytes, if they have their full part of the room."""
+        budget = min(self._table.policy.budget_bytes, self._table.charged + self._spare_bytes())
+        self._remove(self._table.policy.turnover(need, self._extra(budget), budget))
+
+    def may_have(self, need: int, kept_for: Askers) -> bool:
+        """Whether `need` bytes for this purpose can fit once others of their kind are evicted."""
+        policy = self._table.policy
+        shortage = max(0, policy.budget_bytes - self._table.charged - self._spare_bytes())
+        return need <= policy.room(kept_for) - (shortage if kept_for else 0)
+
+    def evict(self, need: int, kept_for: Askers = READ_HERE) -> None:
         """Remove the policy's victims, so that after the next flush `need` fits, and a little more."""
-        table, budget = self._table, self._table.policy.budget_bytes
+        table, policy = self._table, self._table.policy
         leased = sum(entry.space for entry in table.removed.values() if entry.file.leases)
-        room = budget - table.policy.bytes
+        room = policy.budget_bytes - policy.bytes
         wanted = max(
-            need + min(budget // EVICTION_SHARE, MAX_EVICTION) + leased,
+            need + self._extra(policy.room(kept_for)) + leased,
             room + need - self._spare_bytes() - (table.removed_bytes - leased),
-            room + (len(table.entries) >= MAX_ENTRIES),
         )
         served = sum(file.pieces * BLOCK_SIZE for file in table.files.values() if file.leases)
-        for victim in table.policy.victims(min(wanted + served, budget)):
-            if budget - table.policy.bytes >= wanted:
+        for victim in policy.victims(min(wanted + served, policy.budget_bytes), kept_for, entries=1):
+            if policy.budget_bytes - policy.bytes >= wanted and len(table.entries) < MAX_ENTRIES:
                 break
-            entry = table.entries.get(victim)
+            self._remove([victim])
+
+    def _extra(self, room: int) -> int:
+        return min(room // EVICTION_SHARE, MAX_EVICTION)
+
+    def _remove(self, victims: list[Piece]) -> None:
+        for victim in victims:
+            entry = self._table.entries.get(victim)
             if entry is not None and not entry.file.leases:
-                table.remove(entry)
+                self._table.remove(entry)

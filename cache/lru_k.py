@@ -102,17 +102,24 @@ class LRUKCache(Cache[K, V]):
         the same keys until these are deleted. Raises ValueError if `need` can never fit."""
         if need > self.maxsize:
             raise ValueError("value too large")
-        room = self.maxsize - self.currsize
+        return self.worth(need - (self.maxsize - self.currsize))
+
+    def worth(self, size: float, count: int = 0) -> list[K]:
+        """As `victims`: at least `count` keys, of at least `size` in total; all keys if they are less."""
         named: dict[K, tuple[float, int, K]] = {}
-        while room < need and len(named) < len(self):
+        while (size > 0 or len(named) < count) and len(named) < len(self):
             key = self._oldest()
             entry = heappop(self.heap)
             if key not in named:
                 named[key] = entry
-                room += self.getsizeof(super().__getitem__(key))
+                size -= self.getsizeof(super().__getitem__(key))
         for entry in named.values():
             heappush(self.heap, entry)
         return list(named)
+
+    def peek(self, key: K) -> V:
+        """The value; this is not a reference. Raises KeyError."""
+        return super().__getitem__(key)
 
     def clear(self) -> None:
         super().clear()

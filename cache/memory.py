@@ -1,4 +1,4 @@
-"""The memory tier: pieces under a budget of bytes, evicted by LRU-K."""
+"""The memory tier: pieces under a budget of bytes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 
 import trio
 
-from cache.lru_k import LRUKCache
-from cache.pieces import UNBOUNDED, Bitmaps, check_bytes, eviction_policy
-from cache.store import Held, Holdings, StoreStatistics
+from cache.pieces import Bitmaps, check_bytes
+from cache.segments import SegmentedPolicy
+from cache.store import READ_HERE, Askers, Held, Holdings, StoreStatistics
 from protocol.ids import Buffer, Digest, PeerId, Piece
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 ENTRY_BYTES = 1024
 """Charged for the record, the key and the policy's state of each piece."""
@@ -39,60 +40,83 @@ class MemoryStore:
     that the process really holds: whole buffers, and ENTRY_BYTES for each piece."""
 
     def __init__(self, budget_bytes: int, timer: Callable[[], float]) -> None:
-        self._cache: LRUKCache[Piece, Held] = eviction_policy(_bytes_held, timer)
-        self._budget = budget_bytes
+        self._policy = SegmentedPolicy(timer, budget_bytes)
+        self._held: dict[Piece, Held] = {}
         self._pieces = Bitmaps()
-        self._records: dict[Piece, Record] = {}
 
     def resize(self, budget_bytes: int) -> None:
         """Pieces that do not fit any more are evicted at once."""
-        self._budget = budget_bytes
-        self._evict(0)
+        self._policy.budget_bytes = budget_bytes
+        self._remove_all(self._policy.victims(0))
 
     async def get(self, piece: Piece) -> Held | None:
         await trio.lowlevel.checkpoint()
-        return self._cache.get(piece)
+        held = self._held.get(piece)
+        if held is not None:
+            self._policy.refer(piece)
+        return held
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+    async def put(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
-        if piece in self._pieces:
+        if piece in self._held:
+            if not kept_for:
+                self.claim(piece)
             return True
-        held = Held(sole(data), record)
+        held = Held(sole(data), record, proof)
         need = _bytes_held(held)
-        if need > self._budget:
+        if kept_for:
+            self._policy.wanted(need)
+        if need > self._policy.room(kept_for):
             return False
-        self._evict(need)
-        self._cache[piece] = held
+        if not kept_for:
+            self._remove_all(self._policy.turnover(need))
+        self._remove_all(self._policy.victims(need, kept_for, entries=1))
+        self._policy.add(piece, need, kept_for)
+        self._held[piece] = held
         self._pieces.add(piece)
-        self._records[piece] = record
         return True
+
+    def claim(self, piece: Piece) -> None:
+        if piece in self._held:
+            self._policy.claim(piece)
+
+    def is_used_here(self, piece: Piece) -> bool:
+        return piece in self._held and not self._policy.kept_for(piece)
 
     async def discard(self, piece: Piece) -> None:
         await trio.lowlevel.checkpoint()
-        if piece in self._pieces:
-            self._remove(piece)
+        if piece in self._held:
+            self._remove_all([piece])
 
-    def _evict(self, need: int) -> None:
-        for victim in self._cache.victims(need + UNBOUNDED - self._budget):
-            self._remove(victim)
-
-    def _remove(self, piece: Piece) -> None:
-        del self._cache[piece]
-        self._pieces.remove(piece)
-        del self._records[piece]
+    def _remove_all(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            self._policy.remove(piece)
+            del self._held[piece]
+            self._pieces.remove(piece)
 
     def holds(self, piece: Piece) -> bool:
-        return piece in self._pieces
+        return piece in self._held
 
     def holdings(self, digest: Digest) -> Holdings:
         return self._pieces.holdings(digest)
 
     def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
-        return [(piece, record) for piece, record in self._records.items() if record.signer == signer]
+        return [(piece, held.record) for piece, held in self._held.items() if held.record.signer == signer]
 
     def objects(self) -> Iterable[Digest]:
         return self._pieces.objects()
 
     def statistics(self) -> StoreStatistics:
-        return StoreStatistics(int(self._cache.currsize), self._budget, len(self._cache))
+        policy = self._policy
+        return StoreStatistics(
+            policy.bytes, policy.budget_bytes, len(self._held), probation_bytes=policy.probation_bytes
+        )

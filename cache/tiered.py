@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Literal, Protocol
 
-from cache.store import BlockStore, Held, Holdings, StoreStatistics
+from cache.store import READ_HERE, Askers, BlockStore, Held, Holdings, StoreStatistics
 from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 Tier = Literal["memory", "disk", "containerd"]
 
@@ -40,24 +41,47 @@ class Tiers:
         if containerd is not None:
             self.stores = {**self.stores, "containerd": containerd}
 
-    async def get(self, piece: Piece, size: int | None = None, *, to_memory: bool = True) -> tuple[Held, Tier] | None:
-        """A piece of an object of `size` bytes. With another size, even under the same digest, it is another object."""
+    async def get(
+        self, piece: Piece, size: int | None = None, *, kept_for: Askers = READ_HERE, to_memory: bool = True
+    ) -> tuple[Held, Tier] | None:
+        """A piece of an object of `size` bytes. With another size, even under the same digest, it is another object. A
+        copy of it is put into memory, for the members that asked, or for a client of this node. This alone ends no
+        probation on the disk."""
         for tier, store in self.stores.items():
             # Most reads miss: a miss must not cost a turn of the loop for each tier.
             held = await store.get(piece) if store.holds(piece) else None
             if held is not None and size in (None, held.record.size):
                 if to_memory and tier != "memory" and piece.shard is None:
-                    await self._memory.put(piece, held.data, held.record)
+                    await self._memory.put(piece, held.data, held.record, kept_for=kept_for)
                 return held, tier
         return None
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> None:
-        """Store in each tier that has room. If no tier stores it, nothing is lost: the caller has the bytes."""
-        await self._memory.put(piece, data, record)
+    async def put(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers
+    ) -> None:
+        """Store in each tier that has room, for the members that asked, or READ_HERE for a client of this node. If no
+        tier stores it, nothing is lost: the caller has the bytes."""
+        await self._memory.put(piece, data, record, proof, kept_for=kept_for)
         if piece.shard is None:
             await self._drop_shards(piece.block)
         if not self._left_to_containerd(piece.block.digest):
-            await self._disk.put(piece, data, record)
+            await self._disk.put(piece, data, record, proof, kept_for=kept_for)
+
+    async def replace(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers
+    ) -> None:
+        """`put` in place of a held piece, if any, that is of an object of another size, or has an untrusted signer or
+        maker. On behalf of members, only a piece on probation is replaced: they could choose such a size."""
+        if kept_for and any(store.is_used_here(piece) for store in self.stores.values()):
+            return
+        if self.holds(piece):
+            await self.discard(piece)
+        await self.put(piece, data, record, proof, kept_for=kept_for)
+
+    def claim(self, piece: Piece) -> None:
+        """A client of this node uses the piece."""
+        for store in self.stores.values():
+            store.claim(piece)
 
     async def _drop_shards(self, block: BlockId) -> None:
         """A block that is held whole makes its shards redundant; the disk does the same."""
@@ -80,6 +104,11 @@ class Tiers:
             for shard, bits in held.shards.items():
                 shards[shard] = shards.get(shard, 0) | bits
         return Holdings(blocks, shards)
+
+    def holds_part(self, digest: Digest) -> bool:
+        """Whether a tier holds a piece of the object."""
+        holdings = self.holdings(digest)
+        return bool(holdings.blocks or holdings.shards)
 
     def signed_by(self, signer: PeerId) -> dict[Piece, Record]:
         return {piece: record for store in self.stores.values() for piece, record in store.signed_by(signer)}

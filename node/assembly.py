@@ -31,22 +31,26 @@ from node.blocks.announcer import Announcer
 from node.blocks.coded_read import CodedReads
 from node.blocks.fetcher import Fetcher, HeldBlocks
 from node.blocks.grants import Grants
+from node.blocks.held_objects import holds_all
 from node.blocks.holders import Holders
 from node.blocks.home import Home
 from node.blocks.keeper import Keeper
+from node.blocks.object_facts import ObjectFacts
 from node.blocks.questions import Questions
 from node.blocks.trust import Trust
 from node.blocks.values import CurrentPlacement, Site
-from node.config.schema import Config, PeersPart, access_grace_s, tag_policies, uplink_policy
+from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
 from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.content.resolver import Resolver
+from node.content.signatures import SignedLibrary, Verified, load_keys
 from node.content.verification import ObjectVerifier
 from node.control.api import NodeControl, upstream_row
 from node.control.reload import Reloader, prepared
 from node.control.routes import Route, cluster_routes, control_routes, image_routes
+from node.evidence.findings import Findings
 from node.evidence.judge import Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.connection import Endpoint
@@ -66,6 +70,7 @@ from node.membership.addresses import bulk_addresses
 from node.membership.gossip import Gossiper
 from node.membership.libp2p import LibP2PIntroducer
 from node.membership.membership import Membership, View
+from node.membership.passports import Passports
 from node.membership.peers_file import PeersFile
 from node.membership.renewal import Renewal
 from node.mirror.access import Access, PublicTable
@@ -83,6 +88,7 @@ from node.telemetry.provenance import Provenance
 from protocol.directory import Directory
 from protocol.health import Health
 from protocol.members import Member
+from protocol.statements import Author
 
 
 def admitted(config: Config, folder: Path) -> Admitted:
@@ -105,10 +111,16 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
     store = cache.containerd_store
     content = ContentStore(Path(store), record_for=admitted.record_for) if store else None
     pins = Pins(folder / "pins.json", pinned, disk)
-    public, table = PublicTable(folder / "access.sqlite", pins.has_of), NameTable(folder / "names.sqlite")
+    public = PublicTable(folder / "access.sqlite", pins.has_of)
+    table = NameTable(folder / "names.sqlite", pinned=disk.is_pinned)
+    tiers = Tiers(memory, disk, content)
+    facts = ObjectFacts(folder / "objects.sqlite", tiers.holds_part)
+    stack.callback(facts.close)
     stack.callback(public.close)
     stack.callback(table.close)
-    return Storage(Tiers(memory, disk, content), memory, disk, pins=pins, public=public, table=table)
+    verified = Verified(folder / "signatures.sqlite")
+    stack.callback(verified.close)
+    return Storage(tiers, memory, disk, facts=facts, pins=pins, public=public, table=table, verified=verified)
 
 
 def blocks(
@@ -119,17 +131,24 @@ def blocks(
     *,
     upstream: batching.BlockRanges,
     nursery: trio.Nursery,
-    peers: PeersPart | None = None,
+    config: Config | None = None,
+    facts: ObjectFacts | None = None,
+    is_open: Callable[[str], bool] = lambda upstream: True,
 ) -> Blocks:
-    """Tasks that outlive a request run in `nursery`. `peers` has k and m, the numbers of shards in a large site."""
-    own, directory, peers = identity.peer_id, Directory(), peers or PeersPart()
+    """Tasks that outlive a request run in `nursery`. `facts` None: they are kept in memory only. `is_open` as for
+    `Home`."""
+    own, directory, config = identity.peer_id, Directory(), config or Config()
+    peers, max_object = config.peers, config.mirror.max_object.bytes
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
     placement, trust = CurrentPlacement(view, peers.k, peers.m), Trust(own, view)
-    site = Site(own, view, placement, exchange, health=Health(), trust=trust, tiers=tiers)
+    facts = facts or ObjectFacts(holds=tiers.holds_part)
+    site = Site(
+        *(own, view, placement, exchange), health=Health(), trust=trust, tiers=tiers, facts=facts, max_object=max_object
+    )
     questions, grants = Questions(site), Grants()
     holders = Holders(site, questions, directory)
-    home = Home(site, holders, grants, identity=identity, origin=reads, nursery=nursery)
-    keeper = Keeper(site, home, questions, grants, nursery=nursery)
+    home = Home(site, holders, grants, identity=identity, origin=reads, is_open=is_open, nursery=nursery)
+    keeper = Keeper(site, home, questions, grants, identity=identity, nursery=nursery)
     fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
@@ -137,13 +156,15 @@ def blocks(
 def network(config: Config, admitted: Admitted) -> Network:
     peers, verifier, place = config.peers, admitted.verifier, admitted.place
     own = Member(admitted.identity.peer_id, config.node.name, place.site, bulk_addresses(peers.bulk))
-    membership, dispatcher = Membership(own, int(time.time() * 1000), Random()), Dispatcher()
+    author = Author(own.peer_id, admitted.identity.sign, lambda: verifier.credentials.certificate)
+    passports = Passports(author, verifier.subject_of, verifier.refusal)
+    membership, dispatcher = Membership(own, int(time.time() * 1000), Random(), passports), Dispatcher()
     endpoint = Endpoint(
         verifier.server_context,
         verifier.client_context,
         verifier.peer_of,
         listen=peers.bulk,
-        locate=membership.find,
+        locate=membership.locate,
         refused=membership.is_refused,
         handler=dispatcher,
         plain=peers.plain,
@@ -156,6 +177,8 @@ def network(config: Config, admitted: Admitted) -> Network:
         mdns=peers.mdns,
         introduced=membership.introduced,
         current=membership.current,
+        named=membership.named,
+        passports=passports,
     )
     return Network(membership, TlsExchange(endpoint), dispatcher, introducer, metrics=Metrics())
 
@@ -173,27 +196,21 @@ def site(
     metrics: Metrics,
     nursery: trio.Nursery,
     rng: Random,
+    facts: ObjectFacts | None = None,
     public_age: Callable[[Locator], float | None] = lambda locator: None,
 ) -> Participant:
     """Build a member over `exchange`. It answers requests after `Participant.route`; its tasks are `services`."""
-    parts = blocks(identity, membership, exchange, tiers, upstream=upstreams, nursery=nursery, peers=config.peers)
-    near, home, questions = parts.site, parts.home, parts.questions
+    given = identity, membership, exchange, tiers
+    parts = blocks(*given, upstream=upstreams, nursery=nursery, config=config, facts=facts, is_open=upstreams.is_open)
+    near, home, questions, served = parts.site, parts.home, parts.questions, metrics.tag_served
     resolver = Resolver(
-        near,
-        names,
-        upstreams,
-        questions=questions,
-        home=home,
-        nursery=nursery,
-        served=metrics.tag_served,
-        public_age=public_age,
+        near, names, upstreams, questions=questions, home=home, nursery=nursery, served=served, public_age=public_age
     )
     judge = Judge(
         site=near,
-        home=home,
+        findings=Findings(near, home, questions, lambda upstream: len(upstreams.endpoints(upstream)) > 1),
         questions=questions,
         sign=identity.sign,
-        mirrored=lambda upstream: len(upstreams.endpoints(upstream)) > 1,
         nursery=nursery,
         rng=rng,
     )
@@ -233,6 +250,7 @@ async def registry(config: Config, network: Network, storage: Storage, stack: As
         rng=Random(),
         uplinks=uplinks.values(),
         public=storage.public.note,
+        max_object=config.mirror.max_object.bytes,
     )
     return Registry(await stack.enter_async_context(upstreams), uplinks, sharing)
 
@@ -246,8 +264,11 @@ def participant(
         network.membership,
         network.exchange,
         tiers=storage.tiers,
+        facts=storage.facts,
         upstreams=registry.upstreams,
-        names=KnownNames(storage.table, tag_policies(config), pinned=storage.pins.names),
+        names=KnownNames(
+            storage.table, tag_policies(config), pinned=storage.pins.names, max_object=config.mirror.max_object.bytes
+        ),
         revocations=admitted.revocations,
         metrics=network.metrics,
         nursery=nursery,
@@ -269,23 +290,26 @@ def clients(
     nursery: trio.Nursery,
 ) -> Clients:
     tag_max_age_s = config.mirror.tag_max_age.seconds
-    library, upstreams = member.library, registry.upstreams
+    upstreams = registry.upstreams
     access = Access(
         access_grace_s(config),
         upstreams,
         storage.public,
+        storage.facts,
         site_says=member.resolver.public_age_s,
         nursery=nursery,
         public_grace_s=tag_max_age_s,
         loopback=config.mirror.listen.is_loopback,
     )
-    listings = Listings(upstreams.passthrough, library, folder / "listings.sqlite", tag_max_age_s)
+    listings = Listings(upstreams.passthrough, member.library, folder / "listings.sqlite", tag_max_age_s)
+    library = SignedLibrary(member.library, listings.referrers, load_keys(config.tags), storage.verified)
     prefetcher = Prefetcher(
         folder / "prefetch.json",
         library=library,
         verifier=member.verifier,
         fetcher=member.blocks.fetcher,
         holds=storage.tiers.holds,
+        holds_all=partial(holds_all, storage.tiers),
     )
     images = ImageOperations(
         site=member.blocks.site,
@@ -300,7 +324,7 @@ def clients(
         public=storage.public.note,
     )
     mirror = Mirror(library, upstreams.names, listings, access)
-    return Clients(access, listings, mirror, prefetcher, images=images)
+    return Clients(access, library, listings, mirror, prefetcher=prefetcher, images=images)
 
 
 def operator(node: Node, config: Config, path: Path | None, notifier: Notifier) -> tuple[Reloader, list[Route]]:
@@ -320,14 +344,18 @@ def services(node: Node, folder: Path) -> list[Callable[..., Awaitable[None]]]:
     """The tasks of a node, for `nursery.start` in this order: files of earlier runs before the tasks that use them."""
     admitted, member, joined = node.admitted, node.member, node.admitted.place.joined
     membership, exchange, verifier = member.membership, member.exchange, admitted.verifier
-    save = partial(save_joined, folder)
+    save, renewed = partial(save_joined, folder), membership.renewed
     return [
         UplinkFile(folder / "uplink.msgpack", node.registry.uplinks.values()).run,
         partial(PeersFile(folder / "peers.msgpack").run, membership),
         partial(EvidenceFile(folder / "evidence.msgpack").run, membership, member.judge.cases),
         *member.services,
         partial(verifier.watch, exchange.disconnect),
-        *([Renewal(verifier, joined, membership, exchange, save=save, rng=Random()).run] if joined else []),
+        *(
+            [Renewal(verifier, joined, membership, exchange, save=save, renewed=renewed, rng=Random()).run]
+            if joined
+            else []
+        ),
         member.verifier.run,
         node.network.introducer.run,
         node.clients.prefetcher.run,

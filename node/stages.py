@@ -14,12 +14,14 @@ from node.blocks.grants import Grants
 from node.blocks.holders import Holders
 from node.blocks.home import Home
 from node.blocks.keeper import Keeper
+from node.blocks.object_facts import ObjectFacts
 from node.blocks.questions import Questions
 from node.blocks.values import Site
 from node.content.library import SiteLibrary
 from node.content.listings import Listings
 from node.content.name_table import NameTable
 from node.content.resolver import Resolver
+from node.content.signatures import SignedLibrary, Verified
 from node.content.verification import ObjectVerifier
 from node.evidence.judge import Judge
 from node.exchange.contract import Exchange
@@ -70,9 +72,11 @@ class Storage:
     tiers: Tiers
     memory: MemoryStore
     disk: DiskStore
+    facts: ObjectFacts
     pins: Pins
     public: PublicTable
     table: NameTable
+    verified: Verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,7 @@ class Clients:
     """Stage 4: the parts that only a node with clients of its own needs."""
 
     access: Access
+    library: SignedLibrary
     listings: Listings
     mirror: Mirror
     prefetcher: Prefetcher

@@ -45,5 +45,9 @@ class DeniedError(ShoalError):
     """The registry refused access (401 or 403) with the credentials that were used."""
 
 
+class UnsignedError(ShoalError):
+    """An image has no signature that the configuration requires."""
+
+
 class CorruptObjectError(ShoalError):
     """The bytes of a whole object do not hash to its digest."""

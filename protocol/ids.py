@@ -7,6 +7,7 @@ what a store holds: a whole block or one shard of it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import NewType
@@ -68,6 +69,12 @@ class ObjectRef:
 
     def block_length(self, index: int) -> int:
         return min(BLOCK_SIZE, self.size - index * BLOCK_SIZE)
+
+
+def is_possible(digest: Digest, size: int, most: int) -> bool:
+    """Whether an object may have this size by what is known before its bytes: only the digest of nothing has none."""
+    is_empty = hashlib.new(digest.algorithm).hexdigest() == digest.hex
+    return size == 0 if is_empty else 0 < size <= most
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -12,18 +12,18 @@ import msgspec
 
 from protocol.errors import BadInputError, PeerMisbehavedError
 from protocol.ids import PeerId
-from protocol.members import Member
+from protocol.members import Statement
 from protocol.records import public_key_of
-from protocol.wire import check_member, decode
+from protocol.wire import check_statement, check_version, decode
 
-VERSION = 1
+VERSION = 2
 PREFIX = struct.Struct(">I")
 MAX_HELLO = 8192
 """A certificate of at most 4 KiB, and room for fields of later versions."""
-MAX_MEMBERS_BYTES = 1 << 20
-"""1024 members at some 200 bytes are 0.2 MB."""
-MAX_INTRODUCED = 1024
-"""Members that one introduction may name: one site and its neighbours, well under a message's bound."""
+MAX_MEMBERS_BYTES = 1 << 18
+"""64 statements with certificates at some 650 bytes are 42 KB."""
+MAX_INTRODUCED = 64
+"""Members that one introduction may name. The first of them that answers names the others by a sync."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
@@ -35,20 +35,20 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
 
 _ENCODER = msgspec.msgpack.Encoder()
 _HELLOS = msgspec.msgpack.Decoder(Hello)
-_MEMBERS = msgspec.msgpack.Decoder(tuple[Member, ...])
+_MEMBERS = msgspec.msgpack.Decoder(tuple[Statement, ...])
 
 
 def encode_hello(certificate: bytes) -> bytes:
     return frame(_ENCODER.encode(Hello(VERSION, certificate)))
 
 
-def encode_members(me: Member, members: Sequence[Member]) -> bytes:
-    """The sender first, then the others of `members`: as many as the bounds allow."""
-    others = [member for member in members if member.peer_id != me.peer_id][: MAX_INTRODUCED - 1]
-    body = _ENCODER.encode((me, *others))
+def encode_members(statements: Sequence[Statement]) -> bytes:
+    """The sender's own first: as many as the bounds allow. All have their certificates."""
+    statements = statements[:MAX_INTRODUCED]
+    body = _ENCODER.encode(statements)
     while len(body) > MAX_MEMBERS_BYTES:
-        others = others[: len(others) // 2]
-        body = _ENCODER.encode((me, *others))
+        statements = statements[: (len(statements) + 1) // 2]
+        body = _ENCODER.encode(statements)
     return frame(body)
 
 
@@ -60,36 +60,35 @@ def body_length(prefix: bytes, most: int) -> int:
     return length
 
 
-def decode_hello(body: bytes) -> bytes:
-    """The certificate (DER, not verified yet). Raises PeerMisbehavedError."""
+def decode_hello(body: bytes, peer: PeerId) -> bytes:
+    """The certificate (DER, not verified yet) that `peer` shows. Raises PeerMisbehavedError."""
     hello = decode(_HELLOS, body)
-    if hello.version != VERSION:
-        raise PeerMisbehavedError(f"speaks version {hello.version} of the introduction, not {VERSION}")
+    check_version("introduction", hello.version, VERSION, peer)
     return hello.certificate
 
 
-def decode_members(body: bytes, peer: PeerId) -> tuple[Member, ...]:
-    """The members that `peer` named, itself first. Raises PeerMisbehavedError."""
-    members = decode(_MEMBERS, body)
-    if not 1 <= len(members) <= MAX_INTRODUCED:
-        raise PeerMisbehavedError(f"introduction that names {len(members)} members")
-    for member in members:
-        _check(member)
-    if members[0].peer_id != peer:
-        raise PeerMisbehavedError(f"introduces itself as {members[0].peer_id}, which it is not")
-    return members
+def decode_members(body: bytes, peer: PeerId) -> tuple[Statement, ...]:
+    """The statements that `peer` showed, its own first; none is verified. Raises PeerMisbehavedError."""
+    statements = decode(_MEMBERS, body)
+    if not 1 <= len(statements) <= MAX_INTRODUCED:
+        raise PeerMisbehavedError(f"introduction that names {len(statements)} members")
+    for statement in statements:
+        _check(statement)
+    if statements[0].peer_id != peer:
+        raise PeerMisbehavedError(f"introduces itself as {statements[0].peer_id}, which it is not")
+    return statements
 
 
 def frame(body: bytes) -> bytes:
     return PREFIX.pack(len(body)) + body
 
 
-def _check(member: Member) -> None:
+def _check(statement: Statement) -> None:
     try:
-        public_key_of(member.peer_id)
+        public_key_of(statement.peer_id)
     except BadInputError as error:
         raise PeerMisbehavedError(f"names a member by a false id: {error}") from error
     try:
-        check_member(member)
+        check_statement(statement)
     except BadInputError as error:
-        raise PeerMisbehavedError(f"member {member.peer_id}: {error}") from error
+        raise PeerMisbehavedError(f"member {statement.peer_id}: {error}") from error

@@ -1,8 +1,9 @@
-"""The statements that a node believes about every member, and the view of its site that follows from them.
+"""What a node believes of every member, and the view of its site that follows from it.
 
-Statements about a member form a total order (`supersedes`: SWIM, section 4.2). The table holds the greatest statement
-heard about each member, so the order in which gossip arrives does not matter. A *hint* is a member that has sent no
-statement itself yet (incarnation 0). Hints are not passed on.
+The statements of a member form a total order (`Statement.rank`). The table holds the greatest statement of each member,
+so the order in which they arrive does not matter. Beside it stands this node's own conclusion, which lasts until a
+greater statement comes: the member is suspected, or dead. A *hint* is a member that was named by another or read from a
+file, and did not answer yet. Hints are not passed on.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from random import Random
 
-import msgspec
-
 from protocol.ids import PeerId
-from protocol.members import MAX_MEMBERS, Member, State, Update
+from protocol.members import MAX_MEMBERS, Member, State, Statement, Suspicion, Vouched
 from protocol.swim_values import Change, Event
-from protocol.wire import MAX_INCARNATION
 
 _EVENTS = {
     State.ALIVE: Event.REFUTED,
@@ -26,38 +25,45 @@ _EVENTS = {
     State.LEFT: Event.LEFT,
 }
 """The change that is reported when a live member gets another state."""
+KEY = 8
+"""Bytes that stand for a peer id where two tables are compared."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """One other member. Times are values of `now`: `seen` is its last answer, None for never."""
+    """One other member. Times are values of `now`: `seen` is its last answer, None for never.
 
-    update: Update
+    `trusted`: until then a suspicion by others leads to a probe only, because it answered this node in spite of one.
+    `is_new`: its certificate was new here with this statement, and is passed on with it. `shown`: the incarnation of
+    this node that the member says it has. `observed`: the host from which it was seen to connect, or "".
+    """
+
+    statement: Vouched
+    state: State
     since: float
+    key: bytes
+    is_hint: bool = False
+    is_new: bool = True
+    suspicion: Suspicion | None = None
+    shown: int = 0
+    observed: str = ""
     seen: float | None = None
     rtt_s: float | None = None
     tried: float = -math.inf
     doubted: float = -math.inf
+    trusted: float = -math.inf
+
+    @property
+    def member(self) -> Member:
+        return self.statement.member
 
     @property
     def is_live(self) -> bool:
-        return self.update.state < State.DEAD
-
-    @property
-    def is_hint(self) -> bool:
-        return self.update.incarnation == 0
+        return self.state < State.DEAD
 
 
-def supersedes(new: Update, old: Update) -> bool:
-    """Whether `new` overrides `old`, both of one member: later incarnation, then graver state. Two that differ only in
-    the addresses can only come from an introduction or a lie; any fixed choice makes all agree."""
-    if (new.incarnation, new.state) != (old.incarnation, old.state):
-        return (new.incarnation, new.state) > (old.incarnation, old.state)
-    return msgspec.structs.astuple(new.member) > msgspec.structs.astuple(old.member)
-
-
-def in_state(update: Update, state: State) -> Update:
-    return Update(update.member, state, update.incarnation)
+def key_of(peer: PeerId) -> bytes:
+    return blake2b(peer.encode(), digest_size=KEY).digest()
 
 
 class MemberTable:
@@ -66,13 +72,15 @@ class MemberTable:
     without the excluded, sorted by peer id; it is the same object until something changes. `neighbours` are their peer
     ids without this node."""
 
-    def __init__(self, own: Update, rng: Random) -> None:
+    def __init__(self, own: Vouched, rng: Random) -> None:
         self.own = own
+        self.own_key = key_of(own.peer_id)
         self.entries: dict[PeerId, Entry] = {}
+        self.by_key: dict[bytes, PeerId] = {}
         self.excluded: dict[PeerId, float] = {}
         self.banished: set[PeerId] = set()
         self.changes: list[Change] = []
-        self._rng = rng
+        self.rng = rng
         self._site: tuple[Member, ...] = (own.member,)
         self._neighbours: tuple[PeerId, ...] = ()
         self.stale = False
@@ -90,7 +98,7 @@ class MemberTable:
     def _rebuild(self) -> None:
         if self.stale:
             own = self.own.member
-            others = [entry.update.member for peer, entry in self.entries.items() if self.is_near(peer)]
+            others = [entry.member for peer, entry in self.entries.items() if self.is_near(peer)]
             self._site = tuple(sorted([own, *others], key=lambda member: member.peer_id))
             self._neighbours = tuple(member.peer_id for member in self._site if member is not own)
             self.stale = False
@@ -98,7 +106,7 @@ class MemberTable:
     def is_near(self, peer: PeerId) -> bool:
         """Whether `peer` is in the site and not this node."""
         entry = self.entries.get(peer)
-        near = entry is not None and entry.is_live and entry.update.member.site == self.own.member.site
+        near = entry is not None and entry.is_live and entry.member.site == self.own.member.site
         return near and peer not in self.excluded
 
     def sample(self, count: int) -> list[PeerId]:
@@ -106,59 +114,72 @@ class MemberTable:
 
     def sample_far(self, count: int) -> list[PeerId]:
         """Live members of other sites."""
-        far = [p for p, e in self.entries.items() if e.is_live and e.update.member.site != self.own.member.site]
+        far = [p for p, e in self.entries.items() if e.is_live and e.member.site != self.own.member.site]
         return self._draw(far, count)
 
     def _draw(self, peers: Sequence[PeerId], count: int) -> list[PeerId]:
-        return self._rng.sample(peers, min(count, len(peers)))
+        return self.rng.sample(peers, min(count, len(peers)))
 
     def lost(self) -> dict[PeerId, Entry]:
         """The dead and departed members of all sites, and hints that did not answer yet."""
         return {peer: entry for peer, entry in self.entries.items() if not entry.is_live}
 
-    def refute(self, update: Update) -> bool:
-        """If `update` would override this node's own statement, give that a later incarnation."""
-        if self.own.state is State.LEFT or not supersedes(update, self.own):
+    def is_news(self, statement: Statement) -> bool:
+        """Whether the table would hold `statement`, if it is vouched for."""
+        peer = statement.peer_id
+        if peer == self.own.peer_id:
+            return not self.own.leaving and statement.rank > self.own.rank
+        if peer in self.banished:
             return False
-        self.own = Update(self.own.member, State.ALIVE, min(update.incarnation + 1, MAX_INCARNATION))
-        return True
-
-    def news_in(self, update: Update, *, whole_view: bool) -> Update | None:
-        """The statement to hold after `update` was heard; None if the table stays as it is."""
-        entry = self.entries.get(update.member.peer_id)
-        if entry is None:
-            # Deaths of unknown members are ignored, else nodes would remind each other of them for ever.
-            return update if update.state < State.DEAD else None
-        if whole_view and update.state is State.DEAD and entry.is_live:
-            update = in_state(update, State.SUSPECT)
-        return update if supersedes(update, entry.update) else None
-
-    def hold(self, update: Update, now: float) -> bool:
-        """Returns whether the site may differ now: the caller then sets `stale`."""
-        peer = update.member.peer_id
         entry = self.entries.get(peer)
-        before = None if entry is None else entry.update
         if entry is None:
-            entry = self.entries[peer] = Entry(update, now)
-        entry.update = update
-        if before is None or before.state is not update.state:
-            entry.since = now
-        was_live = before is not None and before.state < State.DEAD
-        if before is not None and was_live:
-            if before.state is not update.state:
-                self.note(update.member, _EVENTS[update.state])
-        elif entry.is_live:
-            was_shown = before is not None and before.incarnation > 0
-            self.note(update.member, Event.READMITTED if was_shown else Event.JOINED)
-        return before is None or before.member != update.member or was_live != entry.is_live
+            # Departures of unknown members are ignored, else nodes would remind each other of them for ever.
+            return not statement.leaving
+        if entry.is_hint:
+            return statement.rank >= entry.statement.rank
+        return statement.rank > entry.statement.rank
 
-    def move(self, member: Member) -> None:
-        entry = self.entries[member.peer_id]
-        entry.update = Update(member, entry.update.state, entry.update.incarnation)
-        self.stale = True
+    def hold(self, statement: Vouched, now: float) -> bool:
+        """Hold the statement of another member. Returns whether the site may differ now: the caller then sets `stale`,
+        as after `conclude`."""
+        peer = statement.peer_id
+        before = self.entries.get(peer)
+        entry = Entry(statement, statement.state, now, key_of(peer))
+        if before is None:
+            self.by_key[entry.key] = peer
+        else:
+            entry.seen, entry.rtt_s, entry.tried = before.seen, before.rtt_s, before.tried
+            # `shown` begins at 0: after a restart the member has no statement of this node.
+            entry.is_new = before.is_hint or before.statement.seal != statement.seal
+            if before.member.addresses == entry.member.addresses:
+                entry.observed = before.observed
+            if before.state is entry.state:
+                entry.since = before.since
+        self.entries[peer] = entry
+        was_live = before is not None and before.is_live
+        if before is not None and was_live:
+            if before.state is not entry.state:
+                self.note(before.member, _EVENTS[entry.state])
+        elif entry.is_live:
+            self.note(entry.member, Event.JOINED if before is None or before.is_hint else Event.READMITTED)
+        return before is None or before.member != entry.member or was_live != entry.is_live
+
+    def hint(self, statement: Vouched, now: float) -> None:
+        peer = statement.peer_id
+        entry = self.entries[peer] = Entry(statement, State.DEAD, now, key_of(peer), is_hint=True)
+        self.by_key[entry.key] = peer
+
+    def conclude(self, peer: PeerId, state: State, now: float) -> bool:
+        """This node concludes that a live `peer` is SUSPECT or DEAD. Returns as `hold`."""
+        entry = self.entries[peer]
+        entry.state, entry.since = state, now
+        self.note(entry.member, _EVENTS[state])
+        return not entry.is_live
 
     def drop(self, peer: PeerId) -> None:
-        self.stale |= self.entries.pop(peer).is_live
+        entry = self.entries.pop(peer)
+        del self.by_key[entry.key]
+        self.stale |= entry.is_live
 
     def note(self, member: Member, event: Event) -> None:
         if member.site == self.own.member.site:
@@ -176,4 +197,4 @@ class MemberTable:
             del self.excluded[peer]
             self.stale = True
             if self.is_near(peer):
-                self.note(self.entries[peer].update.member, Event.READMITTED)
+                self.note(self.entries[peer].member, Event.READMITTED)

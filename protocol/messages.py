@@ -11,8 +11,9 @@ import msgspec
 from protocol.admission import Revocation
 from protocol.evidence import Evidence
 from protocol.ids import PeerId
-from protocol.members import Update
+from protocol.members import NO_NEWS, News, Statement
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -25,7 +26,9 @@ class GetShard(_Message, frozen=True, tag=1):
     `hops` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the block's
     home, 3 and more also keepers nearer to the home. `source` says where the upstream has the object. `reader` is a
     peer id if the upstream restricts access: that member reads the block if no member holds it. It is "" if access is
-    public. A `background` request has no waiting client and yields on the uplink.
+    public. A `background` request has no waiting client and yields on the uplink. `asker` is the peer id of the member
+    on whose behalf the sender asks; "" if it asks for its own client. `keep`: the sender will keep the shard and pass
+    it on, so it needs the maker's proof.
     """
 
     digest: str
@@ -39,6 +42,8 @@ class GetShard(_Message, frozen=True, tag=1):
     exact: bool = False
     reader: str = ""
     background: bool = False
+    asker: str = ""
+    keep: bool = False
 
 
 class GetBlock(_Message, frozen=True, tag=2):
@@ -66,31 +71,34 @@ class Announce(_Message, frozen=True, tag=5):
 
 
 class Resolve(_Message, frozen=True, tag=6):
-    """The descriptor of a reference. `hops` 1: the receiver may ask the upstream; 0: it answers from memory."""
+    """The descriptor of a reference, as the upstream told it to the receiver, or as its operator imported it."""
 
     source: str
     reference: str
-    hops: int
 
 
 class Ping(_Message, frozen=True, tag=7):
-    """SWIM probe with piggybacked `updates`. `revocations`: all that the sender holds, while one of them is new."""
+    """SWIM probe. `nonce`: the receiver proves in its answer that it is alive, for another member that asked the sender
+    to ping it. `revocations`: all that the sender holds, while one of them is new."""
 
-    updates: tuple[Update, ...]
+    news: News = NO_NEWS
+    nonce: bytes = b""
     revocations: tuple[Revocation, ...] = ()
 
 
 class PingRequest(_Message, frozen=True, tag=8):
-    """SWIM indirect probe: ping `target` for the sender. Answered by Pong or Failed."""
+    """SWIM indirect probe: ping `target` for the sender, with this nonce. Answered by Pong or Failed."""
 
     target: PeerId
-    updates: tuple[Update, ...]
+    nonce: bytes
+    news: News = NO_NEWS
 
 
 class Sync(_Message, frozen=True, tag=9):
-    """The sender's whole view, and all revocations that it holds; answered by the receiver's."""
+    """The sender's own statement, a summary of its view (protocol/summary.py), and all revocations that it holds."""
 
-    updates: tuple[Update, ...]
+    own: Statement
+    summary: bytes
     revocations: tuple[Revocation, ...] = ()
 
 
@@ -112,18 +120,22 @@ Request = (
 
 
 class ShardFound(_Message, frozen=True, tag=32):
-    """The body that follows is shard `index` of the code (k, m) of the record's block."""
+    """The body that follows is shard `index` of the code (k, m) of the record's block. `origin`: docs/PROTOCOL.md,
+    "Private blocks". Without `proof`, the sender made the shard."""
 
     k: int
     m: int
     index: int
     record: Record
+    origin: bytes = b""
+    proof: ShardProof | None = None
 
 
 class BlockFound(_Message, frozen=True, tag=33):
-    """The body that follows is the record's block."""
+    """The body that follows is the record's block. `origin` as in ShardFound."""
 
     record: Record
+    origin: bytes = b""
 
 
 class HoldingsFound(_Message, frozen=True, tag=34):
@@ -153,11 +165,20 @@ class Resolved(_Message, frozen=True, tag=37):
 
 
 class Pong(_Message, frozen=True, tag=38):
-    updates: tuple[Update, ...]
+    """`liveness`: the signature of the member that was pinged with a nonce, as that member or its helper sends it."""
+
+    news: News = NO_NEWS
+    liveness: bytes = b""
 
 
 class SyncReply(_Message, frozen=True, tag=39):
-    updates: tuple[Update, ...]
+    """What the asker lacks; the keys of members that the sender cannot reach, and of those whose statements it wants;
+    whether there is `more` of them; and all revocations that the sender holds."""
+
+    statements: tuple[Statement, ...]
+    doubts: bytes = b""
+    wanted: bytes = b""
+    more: bool = False
     revocations: tuple[Revocation, ...] = ()
 
 

@@ -97,11 +97,6 @@ class Route:
         """The `hops` that a keeper of the member's own cell needs for a block that no member has."""
         return HOME_HOPS + self.depth
 
-    def makers(self, sender: PeerId, index: int) -> frozenset[PeerId]:
-        """The members that may have corrupted a shard that `sender` sent: itself, its sources, and the home."""
-        above = (peer for cell in self.cells[1:] for peer in _pair(cell, index))
-        return frozenset((sender, *above, self.home))
-
 
 def _pair(cell: tuple[PeerId, ...], index: int) -> tuple[PeerId, PeerId]:
     """The members asked for shard `index` in a cell above: its keeper, and the next one if that fails."""
@@ -135,9 +130,6 @@ class Placement:
         self._remembered: cachetools.LRUCache[tuple[PeerId, BlockId, int], Route] = cachetools.LRUCache(
             _REMEMBERED_BLOCKS
         )
-
-    def of(self, members: Sequence[Member]) -> Placement:
-        return Placement(members, self._k, self._m)
 
     def _cut(self, first: int, members: slice, bit: int, least: int) -> Iterator[tuple[int, int, slice]]:
         """Cells of the members whose hashes share the bits of `first` above `bit`, halved while both have `least`."""
@@ -181,10 +173,6 @@ class Placement:
     def directory(self, digest: Digest) -> tuple[PeerId, ...]:
         """The members that store the announcements of an object's holders."""
         return self._ranked(str(digest), DIRECTORY_MEMBERS)
-
-    def name_homes(self, name: str) -> tuple[PeerId, ...]:
-        """The members that resolve a name at the upstream, in this order."""
-        return self._ranked(name, DIRECTORY_MEMBERS)
 
     def _ranked(self, key: str, count: int, among: slice = slice(None)) -> tuple[PeerId, ...]:
         peers = self._peers[among]

@@ -16,13 +16,14 @@ class SwimConfig:
 
     - `probe_interval_s`: each node probes one member in each. Halving it halves detection and doubles idle traffic.
     - `probe_timeout_s`: for the ping, and again for the indirect one; above the round trip of a busy board.
+    - `parallel_probes`: bounds the pings that other members' doubts can cause.
     - `indirect_probes`: helpers asked when a ping fails. More of them forgive more loss.
     - `suspicion_base`: a suspect has `probe_interval_s * (suspicion_base + log10(N))` to refute. Gossip reaches a
       site in about a second, so 2.7 s at 5 nodes and 4.5 s at 300 leave room for the way there and back.
     - `gossip_interval_s`, `gossip_fanout`: while there is news, each interval sends it to this many members.
-    - `piggyback`: statements in one message; bounds it to a few KiB.
+    - `piggyback`: statements and suspicions in one message; bounds it to a few KiB.
     - `retransmit_factor`: each node passes a statement on `retransmit_factor * ceil(log10(N + 1))` times.
-    - `sync_interval_s`: between syncs of whole views, which repair missed gossip; scaled up beyond 32 nodes.
+    - `sync_interval_s`: between comparisons of whole views, which repair missed gossip; scaled up beyond 32 nodes.
     - `sync_timeout_s`, `parallel_syncs`: bound the work that a list of stale addresses can cause.
     - `retry_interval_s`: each interval tries one dead or departed member again, so that partitions heal.
     - `forget_s`: how long a dead member is remembered.
@@ -33,6 +34,7 @@ class SwimConfig:
 
     probe_interval_s: float = 1.0
     probe_timeout_s: float = 0.5
+    parallel_probes: int = 16
     indirect_probes: int = 3
     suspicion_base: float = 2.0
     gossip_interval_s: float = 0.2
@@ -79,14 +81,14 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Gossip:
-    """Ping `peer` to deliver the piggybacked statements; a failure means nothing."""
+    """Ping `peer` to deliver the piggybacked news; a failure means nothing."""
 
     peer: PeerId
 
 
 @dataclass(frozen=True, slots=True)
 class SyncWith:
-    """Exchange whole views with `peer`."""
+    """Compare whole views with `peer`."""
 
     peer: PeerId
     timeout_s: float

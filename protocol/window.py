@@ -5,10 +5,13 @@ of them arrives, and before the first arrive the nodes have nothing to exchange.
 after each that arrived soon, and one less after each that arrived late (additive increase and decrease, as in TCP
 Vegas: Brakmo and Peterson, 1995). All blocks share the node's own link: if blocks in the site take long to arrive,
 fewer are under way, so that each client's next block arrives in time.
+
+Addresses of clients have equal parts of both, and the reads of an address have equal parts of what it has.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 
 MOST = 32
@@ -30,25 +33,46 @@ class ReadWindow:
     def __init__(self) -> None:
         self._most = FIRST
         self._cold_most = COLD_FIRST
-        self.clients = 0
+        self._reads: Counter[str] = Counter()
+        """Reads of clients that take their blocks in time, by address."""
         self._under_way: dict[Hashable, float | None] = {}
         """Each with the time at which it reached the site, None before."""
         self._cold: dict[Hashable, float] = {}
 
-    def entered(self) -> None:
-        self.clients += 1
-
-    def left(self) -> None:
-        self.clients -= 1
+    @property
+    def clients(self) -> int:
+        return self._reads.total()
 
     @property
-    def share(self) -> int:
-        return -(-self._most // max(1, self.clients))
+    def busy(self) -> bool:
+        return bool(self._reads or self._under_way)
 
-    def has_room(self, under_way: int, cold: int, warm: int) -> bool:
-        """Whether a client with `under_way` blocks, `cold` of them cold, and `warm` received may ask for another."""
-        cold_share = -(-self._cold_most // max(1, self.clients))
-        return len(self._under_way) < self._most and under_way < self.share and cold < min(RAMP + warm, cold_share)
+    @property
+    def addresses(self) -> int:
+        return len(self._reads)
+
+    def entered(self, address: str) -> None:
+        self._reads[address] += 1
+
+    def left(self, address: str) -> None:
+        self._reads[address] -= 1
+        if not self._reads[address]:
+            del self._reads[address]
+
+    def share(self, address: str, *, joins: bool = False) -> int:
+        """Blocks under way that a read of the address may have. `joins`: the read has no part yet."""
+        return self._part(self._most, address, joins)
+
+    def _part(self, most: int, address: str, joins: bool) -> int:
+        others = self.addresses - (address in self._reads)
+        return -(-most // ((others + 1) * max(1, self._reads[address] + joins)))
+
+    def has_room(self, address: str, *, under_way: int, cold: int, warm: int, joins: bool = False) -> bool:
+        """Whether a read with `under_way` blocks, `cold` of them cold, and `warm` received may ask for another."""
+        # The parts bound the sum. A read that has no part yet must not fill a part that is not its own.
+        full = joins and len(self._under_way) >= self._most
+        most_cold = min(RAMP + warm, self._part(self._cold_most, address, joins))
+        return not full and under_way < self.share(address, joins=joins) and cold < most_cold
 
     def is_cold(self, key: Hashable) -> bool:
         return key in self._cold

@@ -20,18 +20,30 @@ import msgspec
 
 from protocol import messages as msg
 from protocol.admission import MAX_REVOCATIONS, MAX_SUBJECT, Revocation
-from protocol.errors import UNDECODABLE, BadInputError, PeerMisbehavedError
+from protocol.errors import UNDECODABLE, BadInputError, NotAdmittedError, PeerMisbehavedError
 from protocol.evidence import Evidence
-from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, shard_length
-from protocol.members import MAX_ADDRESSES, MAX_MEMBERS, Member, Update
+from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Buffer, Digest, ObjectRef, PeerId, shard_length
+from protocol.member_table import KEY
+from protocol.members import (
+    MAX_ADDRESSES,
+    MAX_MEMBERS,
+    MAX_WEIGHT,
+    MIN_WEIGHT,
+    Member,
+    News,
+    Statement,
+    Suspicion,
+)
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
+from protocol.statements import NONCE, SEAL
+from protocol.summary import MAX_STATEMENTS, ROW
 
 PREFIX = struct.Struct(">II")
 MAGIC = b"shoal-bulk"
-VERSION = 2
+VERSION = 3
 MAX_HEADER = 4 << 20
-"""The largest message is a whole view: 16384 members at some 160 bytes are 2.6 MB. The bitmaps of an object of 1 TiB,
-blocks and 14 shards of each, fit too."""
+"""The largest message is a HoldingsFound: the bitmaps of an object of 1 TiB, blocks and 14 shards of each, are 2 MB."""
 MAX_HELLO = 64
 MAX_K = 32
 MAX_M = 8
@@ -41,20 +53,21 @@ MAX_ANNOUNCED = 1024
 """Digests in one Announce: a node with more of them sends several."""
 MAX_HOLDERS = 1024
 """Peers in one Holders: more than any reader asks."""
-MAX_PIGGYBACK = 256
-"""Updates in a Ping, PingRequest or Pong, so that a probe stays small (Sync carries the whole view)."""
+MAX_SUSPICIONS = 64
+"""Suspicions in one message: a node sends at most SwimConfig.piggyback of them."""
 MAX_BITMAP = MAX_OBJECT_SIZE // BLOCK_SIZE // 8
 MAX_BITMAPS = 64
 """Bitmaps of shards in one HoldingsFound: one for each index of each code that the site used as it grew, with room."""
 MAX_SOURCE = 600
 """A registry's name (259), a repository's (255) and the kind."""
+ORIGIN_LENGTH = 16
+"""Bytes of the mark of a private object, cut from a SHA-256: two repositories never have the same."""
 MAX_REFERENCE = 160
 """A tag has 128 characters at most, a sha512 digest 135."""
 MAX_MEDIA_TYPE = 255
 MAX_NAME = 255
 MAX_ADDRESS = 262
 """A DNS name of 253 characters, or an IPv6 address in brackets, and a port."""
-MAX_WEIGHT = 1e6
 MAX_INCARNATION = 1 << 53
 MAX_FAILURE_TEXT = 500
 MAX_CERTIFICATE = 4096
@@ -131,12 +144,13 @@ class Heads(Generic[Message]):
         self._buffer += data
 
     def hello(self) -> Hello | None:
+        """The caller checks the version."""
         frame = self._next_frame(MAX_HELLO)
         if frame is None:
             return None
         hello = decode(_HELLOS, frame[0])
-        if hello.magic != MAGIC or hello.version != VERSION or frame[1]:
-            raise PeerMisbehavedError(f"not the bulk channel's version {VERSION}: {hello.magic[:16]!r} {hello.version}")
+        if hello.magic != MAGIC or frame[1]:
+            raise PeerMisbehavedError(f"not the bulk channel: {hello.magic[:16]!r}")
         return hello
 
     def next(self) -> Head[Message] | None:
@@ -216,12 +230,29 @@ def is_text(text: str, most: int) -> bool:
     return len(text) <= most and text.isprintable()
 
 
+def check_version(protocol: str, theirs: int, ours: int, peer: PeerId) -> None:
+    """Raises NotAdmittedError, with a text for the log, unless the versions of `peer` and this node are equal."""
+    if theirs != ours:
+        remedy = "it" if theirs < ours else "this node"
+        text = f"it speaks version {theirs} of the {protocol}, this node speaks {ours}: upgrade {remedy}"
+        raise NotAdmittedError(text, peer)
+
+
 def check_member(member: Member) -> None:
     """Raises BadInputError. The peer id is not checked."""
     _need(is_text(member.name, MAX_NAME) and is_text(member.site, MAX_NAME), "name or site")
     _need(len(member.addresses) <= MAX_ADDRESSES, "addresses")
     _need(all(is_text(address, MAX_ADDRESS) for address in member.addresses), "address")
-    _need(0 <= member.weight <= MAX_WEIGHT, "weight")
+    _need(member.weight == 0 or MIN_WEIGHT <= member.weight <= MAX_WEIGHT, "weight")
+
+
+def check_statement(statement: Statement) -> None:
+    """Raises BadInputError. Neither signature nor certificate is checked."""
+    check_member(statement.member)
+    _need(_is_peer(statement.peer_id), "peer id")
+    _need(1 <= statement.incarnation <= MAX_INCARNATION, "incarnation")
+    _need(len(statement.seal) == SEAL and len(statement.signature) == 64, "seal or signature")
+    _need(len(statement.certificate) <= MAX_CERTIFICATE, "certificate")
 
 
 def _need(condition: bool, part: str) -> None:
@@ -247,15 +278,34 @@ def _record(record: Record) -> bool:
     return fits and len(record.sha256) == 32 and len(record.signature) == 64
 
 
+def _proof(proof: ShardProof | None) -> bool:
+    return proof is None or (_is_peer(proof.maker) and len(proof.sha256) == 32 and len(proof.signature) == 64)
+
+
 def _shards(shards: tuple[tuple[int, int, int, bytes], ...]) -> bool:
     for k, m, index, _ in shards:
         _code(k, m, index)
     return len(shards) <= MAX_BITMAPS and all(len(bitmap) <= MAX_BITMAP for *_, bitmap in shards)
 
 
-def _update(update: Update) -> bool:
-    check_member(update.member)
-    return _is_peer(update.member.peer_id) and 0 <= update.incarnation <= MAX_INCARNATION
+def _statements(statements: tuple[Statement, ...]) -> bool:
+    for statement in statements:
+        check_statement(statement)
+    return len(statements) <= MAX_STATEMENTS
+
+
+def _suspicion(suspicion: Suspicion) -> bool:
+    is_about = _is_peer(suspicion.peer_id) and 1 <= suspicion.incarnation <= MAX_INCARNATION
+    return is_about and _is_peer(suspicion.accuser) and len(suspicion.signature) == 64
+
+
+def _news(news: News) -> bool:
+    are_suspicions = len(news.suspicions) <= MAX_SUSPICIONS and all(map(_suspicion, news.suspicions))
+    return are_suspicions and _statements(news.statements) and 0 <= news.held <= MAX_INCARNATION
+
+
+def _keys(keys: bytes) -> bool:
+    return len(keys) <= KEY * MAX_STATEMENTS and not len(keys) % KEY
 
 
 def _revocation(revocation: Revocation) -> bool:
@@ -275,15 +325,25 @@ def _is_age(age_s: float) -> bool:
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "source": lambda source: len(source) <= MAX_SOURCE,
+    "origin": lambda origin: len(origin) in (0, ORIGIN_LENGTH),
     "reader": lambda peer: not peer or _is_peer(peer),
+    "asker": lambda peer: not peer or _is_peer(peer),
     "digests": lambda digests: len(digests) <= MAX_ANNOUNCED and all(map(Digest.parse, digests)),
     "reference": lambda reference: len(reference) <= MAX_REFERENCE,
-    "updates": lambda updates: len(updates) <= MAX_MEMBERS and all(map(_update, updates)),
+    "news": _news,
+    "own": lambda statement: _statements((statement,)),
+    "statements": _statements,
+    "summary": lambda summary: len(summary) <= ROW.size * MAX_MEMBERS and not len(summary) % ROW.size,
+    "doubts": _keys,
+    "wanted": _keys,
+    "nonce": lambda nonce: len(nonce) in (0, NONCE),
+    "liveness": lambda proof: len(proof) in (0, 64),
     "revocations": lambda values: len(values) <= MAX_REVOCATIONS and all(map(_revocation, values)),
     "target": _is_peer,
     "certificate": lambda certificate: len(certificate) <= MAX_CERTIFICATE,
     "told": lambda pairs: len(pairs) <= MAX_TOLD and all(_evidence(*pair) for pair in pairs),
     "record": _record,
+    "proof": _proof,
     "blocks": lambda bitmap: len(bitmap) <= MAX_BITMAP,
     "shards": _shards,
     "peers": lambda peers: len(peers) <= MAX_HOLDERS and all(map(_is_peer, peers)),
@@ -302,19 +362,12 @@ def _get_shard(message: msg.GetShard) -> None:
     _need(0 <= message.hops <= MAX_HOPS, "hops")
 
 
-def _piggyback(message: msg.Ping | msg.PingRequest | msg.Pong) -> None:
-    _need(len(message.updates) <= MAX_PIGGYBACK, "updates")
-
-
 _MORE: dict[type[Any], Callable[[Any], object]] = {
     msg.GetShard: _get_shard,
     msg.GetBlock: _block,
     msg.GetHoldings: lambda message: Digest.parse(message.digest),
     msg.FindHolders: lambda message: Digest.parse(message.digest),
-    msg.Resolve: lambda message: _need(0 <= message.hops <= 1, "hops"),
-    msg.Ping: _piggyback,
-    msg.PingRequest: _piggyback,
-    msg.Pong: _piggyback,
+    msg.PingRequest: lambda message: _need(len(message.nonce) == NONCE, "nonce"),
     msg.ShardFound: lambda message: _code(message.k, message.m, message.index),
     msg.Resolved: lambda message: ObjectRef(Digest.parse(message.digest), message.size),
 }

@@ -11,6 +11,7 @@ from simulations.flash_crowd import flash_crowd
 from simulations.fleet_start import fleet_start
 from simulations.liar import liar
 from simulations.run import fix_hashes
+from simulations.site_cache import site_cache
 from simulations.tail import tail
 from simulations.two_sites import two_sites
 from simulations.uplink_cut import uplink_cut
@@ -22,6 +23,7 @@ def main() -> None:
 
 
 main.add_command(cache)
+main.add_command(site_cache)
 main.add_command(flash_crowd)
 main.add_command(uplink_cut)
 main.add_command(two_sites)

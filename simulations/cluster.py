@@ -24,7 +24,6 @@ from node.content.name_table import NameTable
 from node.exchange.contract import Answer
 from node.exchange.memory import MemoryExchange
 from node.exchange.requests import Dispatcher
-from node.identity.certificates import open_authority
 from node.identity.identity import Identity
 from node.identity.registrar import Registrar, Uses
 from node.identity.revocations import Revocations
@@ -32,9 +31,10 @@ from node.membership.membership import Membership
 from node.registry.upstreams import Upstreams
 from node.telemetry.metrics import Metrics
 from protocol.ids import ObjectRef, PeerId
-from protocol.members import Member, State, Update
+from protocol.members import Member
 from protocol.messages import Request
 from simulations.network import Port, SimulatedNetwork
+from simulations.passports import Office
 from simulations.registry import PART, Image, Registry, locator, wired
 from simulations.stores import SharedBytes, tiers
 
@@ -70,7 +70,8 @@ class Node:
         self.scope = trio.CancelScope()
         self.clients: set[trio.CancelScope] = set()
         """Reads that are broken off when the node stops."""
-        self.membership = Membership(own, BORN_MS + life, self._rng("membership"))
+        self.passports = cluster.office.passports(identity, own, serial=number + 1)
+        self.membership = Membership(own, BORN_MS + life, self._rng("membership"), self.passports)
         self.dispatcher = Dispatcher()
         self.exchange = MemoryExchange(
             cluster.network, self.peer, refused=self.membership.is_refused, handler=self.handle
@@ -176,7 +177,8 @@ class Cluster:
         """The first `readers` nodes keep nothing for others. `report`: as for `Setting.cluster`."""
         self.seed, self.network, self.registry, self.machine = seed, network, registry, machine
         self.shared, self.metrics = SharedBytes(), Metrics()
-        self.revocations = Revocations(NOWHERE, open_authority().der)
+        self.office = Office()
+        self.revocations = Revocations(NOWHERE, self.office.authority.der)
         self.note_read = report
         self._identities = [identity_of(seed, number) for number in range(count)]
         self._members = [
@@ -184,7 +186,7 @@ class Cluster:
                 identity.peer_id,
                 f"n{number}",
                 f"site-{number % sites}",
-                ("192.0.2.1:1",),
+                (f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:1",),
                 weight=float(number >= readers),
             )
             for number, identity in enumerate(self._identities)
@@ -196,11 +198,11 @@ class Cluster:
     async def start(self, nursery: trio.Nursery, life: int = 0) -> None:
         """Start all nodes as if they had known each other for a long time."""
         self.nodes[:] = [self._node(number, life) for number in range(len(self._members))]
-        updates = [Update(member, State.ALIVE, BORN_MS + life) for member in self._members]
+        statements = [node.membership.swim.own for node in self.nodes]
         if not life:
             nursery.start_soon(self.network.alarms.run)
         for node in self.nodes:
-            settle(node.membership, updates)
+            node.membership.settled(statements)
             await nursery.start(node.run)
 
     def _node(self, number: int, life: int) -> Node:
@@ -214,7 +216,7 @@ class Cluster:
         before.stop()
         node = self.nodes[number] = self._node(number, before.life + 1)
         for other in met:
-            node.membership.introduced((other.own,))
+            node.membership.introduced((other.membership.swim.own,))
         await nursery.start(node.run)
         return node
 
@@ -227,8 +229,3 @@ class Cluster:
     def sent(self) -> Iterator[int]:
         """Bytes sent by each node."""
         return (self.network.port(node.peer).up.carried for node in self.nodes)
-
-
-def settle(membership: Membership, updates: list[Update]) -> None:
-    """Accept these statements as long known: as news they would be gossiped for minutes."""
-    membership.received(tuple(updates), whole_view=True, settled=True)

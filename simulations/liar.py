@@ -8,14 +8,16 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 from rich.table import Table
 
 from node.exchange.contract import Answer
 from node.oci.references import Locator
 from node.registry.upstreams import Upstreams
-from protocol.ids import Buffer, ObjectRef, PeerId
+from protocol.ids import Buffer, ObjectRef, PeerId, Shard
 from protocol.messages import Request, ShardFound
+from protocol.shard_proofs import make_proof
 from simulations.cluster import Node
 from simulations.registry import Image
 from simulations.run import Report, play
@@ -82,13 +84,18 @@ class _LyingNode(Node):
 
 
 class _OfShards(_LyingNode):
-    """Flips one bit of each shard that it sends to others."""
+    """Flips one bit of each shard that it sends to others, and signs that for keepers, which so pass the lie on."""
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         answer = await super().handle(peer, request)
-        if not isinstance(answer.message, ShardFound) or answer.body is None:
+        message = answer.message
+        if not isinstance(message, ShardFound) or answer.body is None:
             return answer
-        return Answer(answer.message, self.lie(answer.body))
+        wrong, proof = self.lie(answer.body), message.proof
+        if proof is not None:
+            shard, signer = Shard(message.k, message.m, message.index), self._identity
+            proof = make_proof(message.record, shard, wrong, maker=signer.peer_id, sign=signer.sign)
+        return Answer(msgspec.structs.replace(message, proof=proof), wrong)
 
 
 class _OfRecords(_LyingNode):

@@ -16,6 +16,7 @@ import trio
 
 from node.config.schema import UpstreamPart
 from node.oci.references import Locator
+from node.registry.reach import Reach
 from node.registry.transport import Connect, client_over
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from simulations.network import Latency, SimulatedNetwork
@@ -67,6 +68,8 @@ class Registry:
         """Returns the answer to a request during a fault, or None if there is no fault."""
         self.attempts: list[tuple[float, PeerId]] = []
         """Time and node of each request, also of those that did not reach the registry."""
+        self.methods: Counter[str] = Counter()
+        """Requests that arrived, by method and path."""
         self.requests: list[float] = []
         """The time when each request arrived."""
         self.sent: list[tuple[float, int]] = []
@@ -81,8 +84,12 @@ class Registry:
         refs = tuple(self.add(self.rng.randbytes(size)) for size in layers)
         described = [{"mediaType": LAYER, "digest": str(ref.digest), "size": ref.size} for ref in refs]
         manifest = self.add(json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "layers": described}).encode())
-        self._tags[tag] = str(manifest.digest)
+        self.tag(tag, manifest)
         return Image(tag, manifest, refs)
+
+    def tag(self, tag: str, manifest: ObjectRef) -> None:
+        """Let the tag stand for this manifest from now on."""
+        self._tags[tag] = str(manifest.digest)
 
     def add(self, body: bytes) -> ObjectRef:
         digest = Digest("sha256", sha256(body).hexdigest())
@@ -121,6 +128,7 @@ class Wire(httpx.AsyncBaseTransport):
             await trio.sleep(timeout["connect"])
             raise httpx.ConnectTimeout("out of reach")
         registry.requests.append(trio.current_time())
+        registry.methods[f"{request.method} {request.url.path}"] += 1
         answer = registry.answer(request.method, request.url.path, request.headers.get("range", ""))
         latency_s = registry.latency(registry.rng)
         if latency_s > timeout["read"]:
@@ -176,7 +184,7 @@ class Body(httpx.AsyncByteStream):
 def wired(registry: Registry, network: SimulatedNetwork, peer: PeerId, site: str) -> Connect:
     """The argument `connect` of a node's Upstreams."""
 
-    def connect(part: UpstreamPart) -> tuple[httpx.AsyncClient, Callable[[], None]]:
+    def connect(part: UpstreamPart, _: Reach) -> tuple[httpx.AsyncClient, Callable[[], None]]:
         wire = Wire(registry, network, peer, site)
         return client_over(wire, _CONTEXT, part.connections, environment=False), lambda: None
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import trio
 
 from cache.memory import MemoryStore
+from cache.store import READ_HERE, Askers
 from cache.tiered import Tiers
 from protocol.ids import Buffer, Digest, ObjectRef, Piece
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 
 
 class SharedBytes:
@@ -29,8 +31,16 @@ class SharedStore(MemoryStore):
         super().__init__(budget_bytes, trio.current_time)
         self._shared = shared
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
-        return await super().put(piece, self._shared.shared(piece, data, record), record)
+    async def put(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool:
+        return await super().put(piece, self._shared.shared(piece, data, record), record, proof, kept_for=kept_for)
 
 
 class DiskLike(SharedStore):

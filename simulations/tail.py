@@ -19,6 +19,7 @@ import click
 import trio
 from rich.table import Table
 
+from cache.store import READ_HERE
 from node.blocks.values import BlockAddress
 from node.exchange.contract import Lane
 from protocol.errors import UnavailableError
@@ -142,7 +143,7 @@ async def _fill(cluster: Cluster, address: BlockAddress, keepers: Sequence[PeerI
     nodes = {node.peer: node for node in cluster.nodes}
     held = (await nodes[keepers[0]].blocks.home.block(address)).held
     for peer in keepers[1:]:
-        await nodes[peer].tiers.put(Piece(address.block), held.data, held.record)
+        await nodes[peer].tiers.put(Piece(address.block), held.data, held.record, kept_for=READ_HERE)
 
 
 async def _timed(policy: Policy, reader: Reader, address: BlockAddress) -> float:

@@ -8,6 +8,7 @@ block that this node did not read, `NOT_READ`. A value that is not known is null
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -15,6 +16,8 @@ import msgspec
 from protocol.ids import ObjectRef
 
 NOT_READ = "not read"
+MAX_UNREAD_ROWS = 1 << 12
+"""Rows of one report for blocks that were not read: their number follows from the sizes that a manifest claims."""
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +29,8 @@ class TierRow(Document, frozen=True):
     budget_bytes: int
     entries: int
     pinned_bytes: int = 0
+    probation_bytes: int = 0
+    """Kept for other members only."""
 
 
 class BulkTotals(Document, frozen=True):
@@ -178,7 +183,8 @@ TagState = Literal["fresh", "due", "stale", "too old"]
 
 
 class TagRow(Document, frozen=True):
-    """`age_s` is the time since the registry's last answer; `told_by` is the member that sent it, by name or peer id.
+    """`age_s` is the time since the answer. `source`: the registry told it to this node, this node imported it, or the
+    registry is out of reach and the members in `told_by` (names or peer ids) agree on it.
 
     `state`: a `fresh` tag is served without asking; for a `due` one the next pull asks the registry; if it was out of
     reach at the last pull, a `stale` tag is served and a `too old` one is not. `rule` is the policy's pattern, "" for
@@ -189,11 +195,11 @@ class TagRow(Document, frozen=True):
     digest: str
     age_s: float
     state: TagState
-    source: Literal["registry", "member", "remembered"]
+    source: Literal["registry", "import", "members"]
     ttl_s: float
     max_age_s: float
     cache: bool = True
-    told_by: str = ""
+    told_by: tuple[str, ...] = ()
     rule: str = ""
 
 
@@ -267,7 +273,8 @@ class WhyTotal(Document, frozen=True):
 
 
 class WhyReport(Document, frozen=True):
-    """Contains every block of the image once; `totals` are by source."""
+    """Contains every block of the image once, except blocks that were not read, of which MAX_UNREAD_ROWS are listed.
+    `totals` are by source, of all blocks."""
 
     image: str
     digest: str
@@ -389,19 +396,29 @@ class GcReport(Document, frozen=True):
     pinned_bytes: int
 
 
-def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock]) -> WhyObject:
-    """All blocks of an object: those in `read` as given, the others as not read."""
-    blocks = (
-        read.get(index) or WhyBlock(index=index, length=ref.block_length(index), source=NOT_READ)
-        for index in range(ref.block_count)
-    )
-    return WhyObject(digest=str(ref.digest), media_type=media_type, size=ref.size, blocks=tuple(blocks))
+def why_object(ref: ObjectRef, media_type: str, read: Mapping[int, WhyBlock], unread_rows: int) -> WhyObject:
+    """The blocks of an object: those in `read` as given, and up to `unread_rows` others as not read."""
+    unread = islice((index for index in range(ref.block_count) if index not in read), unread_rows)
+    rows = {index: WhyBlock(index=index, length=ref.block_length(index), source=NOT_READ) for index in unread}
+    blocks = tuple(block for _, block in sorted({**rows, **read}.items()))
+    return WhyObject(digest=str(ref.digest), media_type=media_type, size=ref.size, blocks=blocks)
 
 
-def why_report(image: str, digest: str, objects: Iterable[WhyObject]) -> WhyReport:
-    listed = tuple(objects)
+def why_report(image: str, digest: str, objects: Iterable[tuple[ObjectRef, str, Mapping[int, WhyBlock]]]) -> WhyReport:
+    """`objects`: each with its media type and the blocks that were read."""
+    listed: list[WhyObject] = []
     totals: dict[str, WhyTotal] = {}
-    for block in (block for listing in listed for block in listing.blocks):
-        total = totals.get(block.source, WhyTotal())
-        totals[block.source] = WhyTotal(blocks=total.blocks + 1, bytes=total.bytes + block.length)
-    return WhyReport(image=image, digest=digest, objects=listed, totals=totals)
+
+    def count(source: str, blocks: int, size: int) -> None:
+        total = totals.get(source, WhyTotal())
+        if blocks:
+            totals[source] = WhyTotal(blocks=total.blocks + blocks, bytes=total.bytes + size)
+
+    room = MAX_UNREAD_ROWS
+    for ref, media_type, read in objects:
+        listed.append(why_object(ref, media_type, read, room))
+        room -= len(listed[-1].blocks) - len(read)
+        for block in read.values():
+            count(block.source, 1, block.length)
+        count(NOT_READ, ref.block_count - len(read), ref.size - sum(block.length for block in read.values()))
+    return WhyReport(image=image, digest=digest, objects=tuple(listed), totals=totals)

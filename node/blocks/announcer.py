@@ -12,7 +12,7 @@ from node.blocks.questions import Questions
 from node.blocks.values import SMALL_SILENCE_S, Site
 from node.exchange.contract import Lane
 from node.membership.membership import Membership
-from protocol.directory import Directory
+from protocol.directory import MAX_ANNOUNCED, Directory
 from protocol.errors import ShoalError
 from protocol.ids import Digest, ObjectRef, PeerId
 from protocol.messages import Announce
@@ -23,7 +23,6 @@ EVERY_S = 30.0
 """A quarter of a directory entry's time to live."""
 BATCH = 256
 """Digests in one message."""
-MAX_ANNOUNCED = 8192
 
 
 class Announcer:

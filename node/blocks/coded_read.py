@@ -10,12 +10,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations, islice, takewhile
+from itertools import combinations, islice
 
 import trio
-from cachetools import TTLCache
 
-from cache.store import Held
+from cache.store import READ_HERE, Held
 from node.blocks.keeper import Keeper, Kept
 from node.blocks.questions import Questions, carry_out
 from node.blocks.trust import Suspicion
@@ -23,39 +22,20 @@ from node.blocks.values import SILENCE_S, BlockAddress, Miss, Obtained, Site
 from node.exchange.contract import Lane
 from node.telemetry.sources import Source
 from protocol.erasure import decode_block, encode_shard
-from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, ShoalError, UnavailableError
+from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.evidence import contradict
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.health import SpareBudget
-from protocol.ids import Buffer, PeerId, Piece, Shard
+from protocol.ids import PeerId, Piece, Shard
 from protocol.messages import ShardFound
 from protocol.placement import Route
 from protocol.records import Record
+from protocol.shard_proofs import answerable_for
 
 log = logging.getLogger(__name__)
 
 MAX_UNTANGLED = 64
 """Combinations of k shards that are tried in search of a wrong shard: 4 of 5 shards give 5, 10 of 12 give 66."""
-REMEMBERED_S = 3600.0
-MAX_EVENTS = 256
-
-
-class Faults:
-    """Finds the member that makes wrong shards. Shards are not signed: the keeper that sent a wrong shard may have made
-    it, or any member that passed it on between the block's home and that keeper.
-
-    One wrong shard does not show which of these members lies. Two wrong shards do, if exactly one member can have made
-    both. So a single liar cannot cause the quarantine of an honest member.
-    """
-
-    def __init__(self) -> None:
-        self._events: TTLCache[frozenset[PeerId], None] = TTLCache(MAX_EVENTS, REMEMBERED_S, timer=trio.current_time)
-
-    def wrong(self, makers: frozenset[PeerId]) -> PeerId | None:
-        """Note that one of `makers` made a wrong shard. Returns the liar if it is certain now."""
-        self._events[makers] = None
-        common = (makers & others for others in self._events)
-        return next((liar for few in common if len(few) == 1 for liar in few), None)
 
 
 @dataclass(slots=True)
@@ -65,9 +45,20 @@ class _Attempt:
     plan: ShardPlan
     lane: Lane
     warmed: Callable[[], None]
-    shards: dict[int, tuple[PeerId, Buffer]] = field(default_factory=dict)
+    shards: dict[int, tuple[PeerId, Held]] = field(default_factory=dict)
+    """By index, each with its sender."""
     record: Record | None = None
     failure: ShoalError | None = None
+
+    def add(self, peer: PeerId, shard: Shard, held: Held) -> bool:
+        """Whether the shard is of the same block as those before it. Shards under a record with other bytes may be
+        right, but are of no use here, and must not be compared with this block."""
+        if self.record is None:
+            self.record = held.record
+        if self.record.sha256 != held.record.sha256:
+            return False
+        self.shards.setdefault(shard.index, (peer, held))
+        return True
 
 
 class CodedReads:
@@ -75,7 +66,7 @@ class CodedReads:
 
     def __init__(self, site: Site, questions: Questions, keeper: Keeper) -> None:
         self._site, self._questions, self._keeper = site, questions, keeper
-        self._budget, self._faults = SpareBudget(), Faults()
+        self._budget = SpareBudget()
 
     async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | Miss | None:
         site = self._site
@@ -88,10 +79,8 @@ class CodedReads:
             if held is not None:
                 peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
                 attempt.shards.clear()  # as large as the block: free them before waiting for the disk
-                await site.tiers.put(Piece(address.block), held.data, held.record)
+                await site.tiers.put(Piece(address.block), held.data, held.record, kept_for=READ_HERE)
                 return Obtained(held, Source.PEER, peers, attempt.plan.retries)
-            if isinstance(attempt.failure, (DeniedError, NotFoundError)):
-                break
         if address.background:  # only its home reads such a block, and it cannot now
             raise attempt.failure or UnavailableError(f"{address.block} cannot be obtained now")
         return Miss(attempt.plan.retries + 1, partial(self._blame, attempt))
@@ -147,7 +136,9 @@ class CodedReads:
             if not isinstance(message, ShardFound) or body is None:
                 raise PeerMisbehavedError("an answer without a shard")
             self._site.trust.check(message.record, address.ref, address.index)
-            return Shard(message.k, message.m, message.index), Held(body, message.record)
+            self._site.trust.check_maker(message.proof)
+            self._site.facts.arrived(address.ref.digest, message.origin)
+            return Shard(message.k, message.m, message.index), Held(body, message.record, message.proof)
         except PeerMisbehavedError as error:
             self._site.view.quarantine(ask.peer, str(error))
         except ShoalError as error:
@@ -160,15 +151,12 @@ class CodedReads:
         if answer is None:
             return attempt.plan.failed(peer, now)
         shard, held = answer
-        if attempt.record is None:
-            attempt.record = held.record
-        elif attempt.record.sha256 != held.record.sha256:
+        if not attempt.add(peer, shard, held):
             log.warning("two records of %s disagree", attempt.address.block)
-            if contradict(attempt.record, held.record):
+            if attempt.record is not None and contradict(attempt.record, held.record):
                 self._suspect(attempt, attempt.record, held.record)
             return attempt.plan.failed(peer, now)
         attempt.warmed()
-        attempt.shards.setdefault(shard.index, (peer, held.data))
         return attempt.plan.got(peer, shard.index, now)
 
     async def _assemble(self, attempt: _Attempt) -> Held | None:
@@ -181,40 +169,35 @@ class CodedReads:
         log.warning("shards of %s do not make the block: looking for the wrong one", attempt.address.block)
         for ask in attempt.plan.spare(trio.current_time()):
             if (answer := await self._ask(attempt, ask)) is not None:
-                attempt.shards.setdefault(answer[0].index, (ask.peer, answer[1].data))
+                attempt.add(ask.peer, *answer)
         for chosen in islice(combinations(attempt.shards, shape.k), MAX_UNTANGLED):
+            await trio.lowlevel.checkpoint()
             if (held := self._decode(attempt, record, chosen)) is not None:
                 await self._blame(attempt, Obtained(held, Source.PEER))
                 return held
         return None
 
     def _decode(self, attempt: _Attempt, record: Record, chosen: tuple[int, ...]) -> Held | None:
-        shape, shards = attempt.route.shape, {index: attempt.shards[index][1] for index in chosen}
+        shape, shards = attempt.route.shape, {index: attempt.shards[index][1].data for index in chosen}
         data = decode_block(shards, shape.k, shape.m, attempt.address.length)
         return Held(data, record) if record.matches(data) else None
 
     async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
-        """Quarantine the maker of wrong shards if it is certain (`Faults`). Discard wrong shards of this node."""
+        """Quarantine the members that answer for wrong shards: by their signature, or because they sent them without
+        a right one. Discard wrong shards of this node."""
         site, shape, claim, right = self._site, attempt.route.shape, attempt.record, truth.held
         if claim is not None and claim.sha256 != right.record.sha256:
             # Two records: the registry's own bytes decide (node/evidence/judge.py), not those of a mirror or a member.
             self._suspect(attempt, claim, right.record if contradict(claim, right.record) else None)
             return
-        for index, (peer, body) in attempt.shards.items():
-            if memoryview(body) == memoryview(encode_shard(right.data, shape.k, shape.m, index)):
+        for index, (peer, held) in attempt.shards.items():
+            shard = Shard(shape.k, shape.m, index)
+            if memoryview(held.data) == memoryview(encode_shard(right.data, shape.k, shape.m, index)):
                 continue
             if peer == site.own:
-                await site.tiers.discard(Piece(attempt.address.block, Shard(shape.k, shape.m, index)))
-            liar = self._faults.wrong(attempt.route.makers(peer, index) | self._former_makers(attempt, peer, index))
-            if liar is not None:
-                site.view.quarantine(liar, f"wrong shards of {attempt.address.ref.digest} #{attempt.address.index}")
+                await site.tiers.discard(Piece(attempt.address.block, shard))
+            liar = answerable_for(peer, held.proof, held.record, shard, held.data)
+            site.view.quarantine(liar, f"a wrong shard of {attempt.address.ref.digest} #{attempt.address.index}")
 
     def _suspect(self, attempt: _Attempt, record: Record, other: Record | None) -> None:
         self._site.trust.suspect(Suspicion(record, str(attempt.address.locator), other=other))
-
-    def _former_makers(self, attempt: _Attempt, peer: PeerId, index: int) -> frozenset[PeerId]:
-        """Members that could make the shard before some left or were quarantined: a keeper may have stored it then."""
-        address, site = attempt.address, self._site
-        former = site.placement().of(site.view.known).route(site.own, address.block, address.length)
-        homes = takewhile(lambda peer: peer != attempt.route.home, former.cells[-1])
-        return frozenset(homes) | former.makers(peer, index)

@@ -29,6 +29,7 @@ class HeldBlocks:
 
     async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | None:
         held = await self._tiers.get(Piece(address.block), address.ref.size)
+        self._tiers.claim(Piece(address.block))
         return Obtained(held[0], Source(held[1])) if held is not None else None
 
 
@@ -42,7 +43,7 @@ class Fetcher:
 
     async def idle(self) -> None:
         """Returns when no client reads."""
-        while self.window.clients:
+        while self.window.busy:
             await self.turned.park()
 
     def begin(self, address: BlockAddress, urgent: bool) -> Ticket[Work, Obtained]:

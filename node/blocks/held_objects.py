@@ -12,16 +12,30 @@ from contextlib import ExitStack
 from typing import BinaryIO
 
 from cache.store import Holdings
-from cache.tiered import Tiers
-from protocol.ids import Buffer, ObjectRef, Piece
+from cache.tiered import Tier, Tiers
+from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef, Piece
 
 
 def holds_all(tiers: Tiers, ref: ObjectRef) -> bool:
-    return tiers.holdings(ref.digest).blocks == (1 << ref.block_count) - 1
+    blocks = tiers.holdings(ref.digest).blocks
+    return blocks.bit_count() == blocks.bit_length() == ref.block_count
 
 
 def bytes_held(holdings: Holdings, ref: ObjectRef) -> int:
-    return sum(ref.block_length(index) for index in range(ref.block_count) if holdings.blocks >> index & 1)
+    """Bytes of the blocks that an object of this size has, and that are held. The work depends on what is held, since
+    the size may be a claim."""
+    if not ref.size:
+        return 0
+    last = ref.block_count - 1
+    full = holdings.blocks & ~(-1 << min(last, holdings.blocks.bit_length()))
+    return full.bit_count() * BLOCK_SIZE + (holdings.blocks >> last & 1) * ref.block_length(last)
+
+
+async def has_record(tiers: Tiers, ref: ObjectRef) -> bool:
+    """Whether a block is held whose signer read it from an object of this size. The first held block is looked at."""
+    blocks = tiers.holdings(ref.digest).blocks
+    first = (blocks & -blocks).bit_length() - 1
+    return 0 <= first < ref.block_count and await tiers.get(Piece(ref.block(first)), ref.size) is not None
 
 
 async def held_body(tiers: Tiers, ref: ObjectRef) -> bytes | None:
@@ -48,8 +62,8 @@ async def hash_held(
     return hasher.hexdigest(), data
 
 
-def open_checked(tiers: Tiers, ref: ObjectRef) -> BinaryIO | None:
-    """A file of exactly this object, whose digest this process has checked; the caller closes it."""
+def open_checked(tiers: Tiers, ref: ObjectRef) -> tuple[BinaryIO, Tier] | None:
+    """A file of exactly this object, whose digest this process has checked, and its tier; the caller closes it."""
     sealed = tiers.open_sealed(ref.digest)
     if sealed is None:
         return None
@@ -58,13 +72,13 @@ def open_checked(tiers: Tiers, ref: ObjectRef) -> BinaryIO | None:
         if os.fstat(file.fileno()).st_size != ref.size:
             return None
         stack.pop_all()
-        return file
+        return file, sealed[1]
 
 
 async def is_right(tiers: Tiers, ref: ObjectRef) -> bool:
     """Whether all of the object is held and has its digest."""
-    if (file := open_checked(tiers, ref)) is not None:
-        file.close()
+    if (opened := open_checked(tiers, ref)) is not None:
+        opened[0].close()
         return True
     hashed = await hash_held(tiers, ref) if holds_all(tiers, ref) else None
     return hashed is not None and hashed[0] == ref.digest.hex

@@ -25,7 +25,7 @@ from protocol import messages
 from protocol.directory import Directory
 from protocol.erasure import decode_block
 from protocol.errors import PeerMisbehavedError, ShoalError
-from protocol.ids import Buffer, Digest, PeerId, Shard
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, PeerId, Shard
 from protocol.records import Record
 from protocol.wire import MAX_BITMAPS
 
@@ -36,6 +36,8 @@ UNSETTLED_S = 30.0
 before, and hold the block."""
 HOLDINGS_TTL_S = 2.0
 MAX_REMEMBERED = 4096
+MAX_HOLDINGS = 16 << 20
+"""Bytes of remembered holdings. One answer has up to 1 MiB of bitmaps; honest ones have some hundred bytes."""
 MAX_CANDIDATES = 8
 
 Reply = TypeVar("Reply", messages.Holders, messages.HoldingsFound)
@@ -44,9 +46,9 @@ Reply = TypeVar("Reply", messages.Holders, messages.HoldingsFound)
 class Holders:
     def __init__(self, site: Site, questions: Questions, directory: Directory) -> None:
         self._site, self._questions, self._directory = site, questions, directory
-        ttl = MAX_REMEMBERED, HOLDINGS_TTL_S, trio.current_time
-        self._holdings: TTLCache[tuple[PeerId, Digest], Holdings] = TTLCache(*ttl)
-        self._named: TTLCache[Digest, tuple[PeerId, ...]] = TTLCache(*ttl)
+        ttl = HOLDINGS_TTL_S, trio.current_time
+        self._holdings: TTLCache[tuple[PeerId, Digest], Holdings] = TTLCache(MAX_HOLDINGS, *ttl, getsizeof=_memory_of)
+        self._named: TTLCache[Digest, tuple[PeerId, ...]] = TTLCache(MAX_REMEMBERED, *ttl)
 
     async def handle(
         self, peer: PeerId, request: messages.GetHoldings | messages.FindHolders | messages.Announce
@@ -81,7 +83,10 @@ class Holders:
         # The reader reads the block from the upstream and sends it as the only shard of the code 1+0.
         shard, peer = Shard(1, 0, 0), PeerId(address.reader)
         question = self._questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
-        return await self._block_from(peer, address, question, Lane.URGENT)
+        obtained = await self._block_from(peer, address, question, Lane.URGENT)
+        if obtained is not None:
+            self._site.facts.granted(ref.digest, address.locator)
+        return obtained
 
     async def _candidates(self, address: BlockAddress) -> list[PeerId]:
         site = self._site
@@ -117,7 +122,8 @@ class Holders:
     async def _learn_holdings(self, peer: PeerId, digest: Digest) -> None:
         if (peer, digest) not in self._holdings:
             reply = await self._ask(peer, messages.GetHoldings(str(digest)), messages.HoldingsFound)
-            self._holdings[peer, digest] = _unpack(reply) if reply else Holdings()
+            most = self._site.max_object // BLOCK_SIZE // 8 + 1
+            self._holdings[peer, digest] = _unpack(reply, most) if reply else Holdings()
 
     async def _ask(self, peer: PeerId, question: messages.Request, kind: type[Reply]) -> Reply | None:
         try:
@@ -177,6 +183,12 @@ class Holders:
         return Held(data, records[0]) if records[0].matches(data) else None
 
 
+def _memory_of(holdings: Holdings) -> int:
+    """Bytes, about; never so few that there are more than MAX_REMEMBERED."""
+    bitmaps = (holdings.blocks, *holdings.shards.values())
+    return MAX_HOLDINGS // MAX_REMEMBERED + sum(bits.bit_length() // 8 for bits in bitmaps)
+
+
 def _pack(holdings: Holdings) -> messages.HoldingsFound:
     def bits(value: int) -> bytes:
         return value.to_bytes((value.bit_length() + 7) // 8, "little")
@@ -186,6 +198,7 @@ def _pack(holdings: Holdings) -> messages.HoldingsFound:
     return messages.HoldingsFound(bits(holdings.blocks), rows)
 
 
-def _unpack(reply: messages.HoldingsFound) -> Holdings:
-    shards = {Shard(k, m, index): int.from_bytes(bits, "little") for k, m, index, bits in reply.shards}
-    return Holdings(int.from_bytes(reply.blocks, "little"), shards)
+def _unpack(reply: messages.HoldingsFound, most: int) -> Holdings:
+    """The bitmaps up to the bit of the last block that an object may have, in the first `most` bytes."""
+    shards = {Shard(k, m, index): int.from_bytes(bits[:most], "little") for k, m, index, bits in reply.shards}
+    return Holdings(int.from_bytes(reply.blocks[:most], "little"), shards)

@@ -13,7 +13,7 @@ from hashlib import sha256
 
 import trio
 
-from cache.store import Held
+from cache.store import Askers, Held
 from node.blocks.grants import Grants
 from node.blocks.holders import Holders
 from node.blocks.values import BlockAddress, Obtained, Site, Work
@@ -24,7 +24,7 @@ from node.runtime.single_flight import SingleFlight
 from node.telemetry.sources import Source
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
 from protocol.home_times import HomeTimes
-from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef, Piece
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.records import Record, make_record
 
 BACKGROUND_S = 60.0
@@ -32,7 +32,8 @@ BACKGROUND_S = 60.0
 
 
 class Home:
-    """`times`: how long homes take to read blocks from the upstream, this node among them."""
+    """`is_open`: whether everybody may read what an upstream gives to this node without a client's grant. `times`: how
+    long homes take to read blocks from the upstream, this node among them."""
 
     def __init__(
         self,
@@ -41,22 +42,26 @@ class Home:
         grants: Grants,
         *,
         origin: BatchedReads,
+        is_open: Callable[[str], bool],
         identity: Identity,
         nursery: trio.Nursery,
     ) -> None:
         self._site, self._holders, self._grants = site, holders, grants
-        self._origin, self._identity, self.times = origin, identity, HomeTimes()
+        self._origin, self._is_open = origin, is_open
+        self._identity, self.times = identity, HomeTimes()
         self._reads: SingleFlight[Work, Obtained] = SingleFlight(nursery)
 
     async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained:
         """The last `BlockSource` of the fetcher: the node acts as home for its own client."""
         obtained = await self.block(address)
+        self._site.tiers.claim(Piece(address.block))  # it may have joined a read on behalf of a member
         warmed()
         return obtained
 
     async def block(self, address: BlockAddress) -> Obtained:
         """The whole block, which is then also in the tiers if they have room. Concurrent calls share one read."""
-        held = await self._site.trusted(Piece(address.block), address.ref.size)
+        self._site.check_size(address.ref)
+        held = await self._site.trusted(Piece(address.block), address.ref.size, address.kept_for)
         if held is not None:
             return Obtained(held[0], Source(held[1]))
         return await self._reads.do(address.work, lambda: self._obtain(address))
@@ -72,11 +77,17 @@ class Home:
                 data = await self._origin.read(locator, address.ref, address.index)
                 self.times.came(address.length, began, trio.current_time())
             obtained = Obtained(self._signed(address, data), Source.ORIGIN)
-        tiers, piece = self._site.tiers, Piece(address.block)
-        if tiers.holds(piece):
-            await tiers.discard(piece)  # it is of an object of another size, or its record is not trusted
-        await tiers.put(piece, obtained.held.data, obtained.held.record)
+            self._note_origin(locator, address.ref.digest)
+        held = obtained.held
+        await self._site.tiers.replace(Piece(address.block), held.data, held.record, kept_for=address.kept_for)
         return obtained
+
+    def _note_origin(self, locator: Locator, digest: Digest) -> None:
+        """Note how the upstream gave the object, before any tier or member has a part of it."""
+        if locator.grant is None and self._is_open(locator.upstream):
+            self._site.facts.given_to_all(digest)
+        else:
+            self._site.facts.granted(digest, locator)
 
     async def _in_background(self, locator: Locator, address: BlockAddress) -> bytearray:
         with trio.move_on_after(BACKGROUND_S):
@@ -91,6 +102,11 @@ class Home:
         """The block as the upstream itself sends it now, with this node's record. No mirror or held copy is used."""
         return self._signed(address, await self._origin.read_certain(address.locator, address.ref, address.index))
 
+    async def verified(self, address: BlockAddress) -> Buffer:
+        """The block from the upstream itself, certainly right: the whole object is read and compared with its digest.
+        Raises CorruptObjectError."""
+        return await self._origin.read_verified(address.locator, address.ref, address.index)
+
     async def deceived(self, address: BlockAddress, claim: Record) -> bool:
         """Whether a mirror of the upstream sends the bytes of the false `claim`, so that its signer may be honest."""
         try:  # without a grant: mirrors are not asked with one
@@ -99,9 +115,11 @@ class Home:
             return False
         return claim.matches(data)
 
-    async def admit(self, locator: Locator, ref: ObjectRef, body: bytes) -> None:
+    async def admit(self, locator: Locator, ref: ObjectRef, body: bytes, *, kept_for: Askers) -> None:
         """Store an object that was read from the upstream as a whole. The caller has checked its digest."""
+        self._note_origin(locator, ref.digest)
+        self._site.facts.verified(ref)
         for index in range(ref.block_count):
             address, start = BlockAddress(locator, ref, index), index * BLOCK_SIZE
             held = self._signed(address, body[start : start + address.length])
-            await self._site.tiers.put(Piece(address.block), held.data, held.record)
+            await self._site.tiers.put(Piece(address.block), held.data, held.record, kept_for=kept_for)

@@ -8,15 +8,17 @@ cell. A keeper asks a keeper in the cell above (`hops` 3 and more, one less at e
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import trio
 
-from cache.store import Held
+from cache.store import Askers, Held
 from node.blocks.grants import Grants
 from node.blocks.home import Home
 from node.blocks.questions import Questions, carry_out
 from node.blocks.values import SILENCE_S, BlockAddress, Site, Work, is_copy
 from node.exchange.contract import Answer, Lane
+from node.identity.identity import Identity
 from node.oci.references import Locator
 from node.runtime.single_flight import SingleFlight
 from protocol.erasure import encode_shard
@@ -24,6 +26,7 @@ from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.fetch_plan import Ask, ShardPlan
 from protocol.ids import Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.messages import BlockFound, Failed, GetBlock, GetShard, ShardFound
+from protocol.shard_proofs import make_proof
 
 log = logging.getLogger(__name__)
 
@@ -38,38 +41,62 @@ _NOT_HELD = Answer(Failed("not-held", "not held"))
 
 
 class Keeper:
-    def __init__(self, site: Site, home: Home, questions: Questions, grants: Grants, *, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        site: Site,
+        home: Home,
+        questions: Questions,
+        grants: Grants,
+        *,
+        identity: Identity,
+        nursery: trio.Nursery,
+    ) -> None:
         self._site, self._home, self._questions, self._grants = site, home, questions, grants
+        self._identity = identity
         self._keeping: SingleFlight[tuple[Shard, Work], Held] = SingleFlight(nursery)
 
     async def handle(self, peer: PeerId, request: GetShard | GetBlock) -> Answer:
         ref = ObjectRef(Digest.parse(request.digest), request.size)
+        self._site.check_size(ref)
         if isinstance(request, GetShard):
-            return await self._answer_shard(request, ref)
-        held = await self._site.trusted(Piece(ref.block(request.index)), ref.size)
-        return Answer(BlockFound(held[0].record), held[0].data) if held else _NOT_HELD
+            return await self._answer_shard(request, ref, self._askers(peer, request))
+        held = await self._site.trusted(Piece(ref.block(request.index)), ref.size, (peer,))
+        if held is None:
+            return _NOT_HELD
+        return Answer(BlockFound(held[0].record, self._site.facts.origin(ref.digest)), held[0].data)
 
-    async def _answer_shard(self, request: GetShard, ref: ObjectRef) -> Answer:
+    def _askers(self, peer: PeerId, request: GetShard) -> Askers:
+        """For whom the request has this node keep a piece. `peer` may have named an invented member."""
+        asker = PeerId(request.asker)
+        return (peer,) if asker == peer or self._site.view.find(asker) is None else (peer, asker)
+
+    async def _answer_shard(self, request: GetShard, ref: ObjectRef, askers: Askers) -> Answer:
         shard = Shard(request.k, request.m, request.want)
-        answer = await self._held_shard(ref, request.index, shard, exact=request.exact)
+        answer = await self._held_shard(ref, request.index, shard, askers, exact=request.exact)
         if answer is None:
             if request.hops == 0:
                 return _NOT_HELD
             locator = Locator.parse(request.source)
             reader = "" if request.reader == self._site.own else request.reader
-            asked = BlockAddress(locator, ref, request.index, reader=reader, background=request.background)
+            background = request.background
+            asked = BlockAddress(locator, ref, request.index, reader=reader, background=background, kept_for=askers)
             address = self._grants.as_own_client(asked)
             if request.hops == 1:
                 answer = _cut((await self._home.block(address)).held, shard)
             else:
                 answer = await self.keep(address, shard, request.hops, exact=request.exact)
-        shard, held = answer
-        return Answer(ShardFound(shard.k, shard.m, shard.index, held.record), held.data)
+        shard, held = self._with_proof(*answer) if request.keep else answer
+        origin = self._site.facts.origin(ref.digest)
+        return Answer(
+            ShardFound(shard.k, shard.m, shard.index, held.record, origin=origin, proof=held.proof), held.data
+        )
 
-    async def _held_shard(self, ref: ObjectRef, index: int, shard: Shard, *, exact: bool) -> Kept | None:
+    async def _held_shard(
+        self, ref: ObjectRef, index: int, shard: Shard, kept_for: Askers, *, exact: bool
+    ) -> Kept | None:
         """The held shard, or without `exact` another one of the same code, which this node kept in an earlier view."""
         block = ref.block(index)
-        whole = await self._site.trusted(Piece(block), ref.size)
+        whole = await self._site.trusted(Piece(block), ref.size, kept_for)
         if whole is not None:
             return _cut(whole[0], shard)
         held = self._site.tiers.holdings(block.digest).shards
@@ -78,13 +105,13 @@ class Keeper:
             if exact or not indices:
                 return None
             shard = Shard(shard.k, shard.m, indices[0])
-        kept = await self._site.trusted(Piece(block, shard), ref.size)
+        kept = await self._site.trusted(Piece(block, shard), ref.size, kept_for)
         return (shard, kept[0]) if kept is not None else None
 
     async def keep(self, address: BlockAddress, shard: Shard, hops: int, *, exact: bool) -> Kept:
         """This node's shard of a block, or without `exact` another as in `_held_shard`. If none is held, it obtains the
         shard within `hops` and stores it."""
-        held = await self._held_shard(address.ref, address.index, shard, exact=exact)
+        held = await self._held_shard(address.ref, address.index, shard, address.kept_for, exact=exact)
         if held is not None:
             return held
         return shard, await self._keeping.do((shard, address.work), lambda: self._obtain_shard(address, shard, hops))
@@ -141,16 +168,25 @@ class Keeper:
             raise failures[-1]
         if not site.tiers.holds(Piece(address.block)):
             piece = Piece(address.block, None if is_copy(shard) else shard)
-            await site.tiers.put(piece, shards[0].data, shards[0].record)
+            held = shards[0]
+            await site.tiers.replace(piece, held.data, held.record, held.proof, kept_for=address.kept_for)
         return shards[0]
 
     async def _ask_home(self, home: PeerId, address: BlockAddress, shard: Shard, *, hops: int, plan: ShardPlan) -> Held:
         if home == self._site.own:
             plan.heard(home, False, trio.current_time())  # as another home reports while it reads the block
-            return _cut((await self._home.block(address)).held, shard)[1]
-        question = self._questions.get_shard(address, shard, hops=hops)
+            return self._with_proof(*_cut((await self._home.block(address)).held, shard))[1]
+        question = self._questions.get_shard(address, shard, hops=hops, keep=True)
         answer = await self._questions.ask(home, question, Lane.URGENT, SILENCE_S, plan=plan)
-        return self._questions.checked(address, answer)
+        return self._questions.checked(address, answer, keep=True)
+
+    def _with_proof(self, shard: Shard, held: Held) -> Kept:
+        """A shard for a keeper. One that this node kept has its maker's proof; else this node just made it. A copy of
+        the block needs none, because the record shows whether it is right."""
+        if held.proof is not None or is_copy(shard):
+            return shard, held
+        proof = make_proof(held.record, shard, held.data, maker=self._site.own, sign=self._identity.sign)
+        return shard, replace(held, proof=proof)
 
 
 def _cut(held: Held, shard: Shard) -> Kept:

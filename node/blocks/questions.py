@@ -20,7 +20,6 @@ from protocol.fetch_plan import Ask, ShardPlan
 from protocol.ids import PeerId, Shard
 from protocol.messages import BlockFound, Failed, GetShard, Request, ShardFound
 
-_ERRORS: dict[str, type[errors.ShoalError]] = {"not-found": errors.NotFoundError, "denied": errors.DeniedError}
 T = TypeVar("T")
 
 
@@ -38,8 +37,9 @@ class Questions:
         plan: ShardPlan | None = None,
         ready: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """Raises NotFoundError, DeniedError or UnavailableError if the answer is `Failed`, else as Exchange.request.
-        `plan` follows the peer's progress and measures its time. `ready` is called once the peer has the answer."""
+        """Raises UnavailableError if the answer is `Failed`, else as Exchange.request. The code of a failure does not
+        matter: only the registry itself can say that an object does not exist, or is denied. `plan` follows the peer's
+        progress and measures its time. `ready` is called once the peer has the answer."""
 
         def heard(is_ready: bool) -> None:
             if plan is not None:
@@ -61,11 +61,14 @@ class Questions:
         now = trio.current_time()
         site.health.answered(peer, plan.took_s(peer, now) if plan is not None else None, now)
         if isinstance(answer.message, Failed):
-            raise _ERRORS.get(answer.message.code, errors.UnavailableError)(answer.message.text)
+            raise errors.UnavailableError(f"{peer}: {answer.message.code}: {answer.message.text}")
         return answer
 
-    def get_shard(self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True) -> GetShard:
-        """A request for a shard, or without `exact` for any shard of its code. `hops` limits the peer's requests."""
+    def get_shard(
+        self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True, keep: bool = False
+    ) -> GetShard:
+        """A request for a shard, or without `exact` for any shard of its code. `hops` limits the peer's requests. With
+        `keep`, this node will keep the shard."""
         reader = self._site.own if address.locator.grant else address.reader
         return GetShard(
             digest=str(address.ref.digest),
@@ -79,19 +82,26 @@ class Questions:
             exact=exact,
             reader=reader if hops else "",  # a peer that uses only its stores need not know the reader
             background=address.background and hops > 0,
+            asker=address.kept_for[-1] if address.kept_for and hops else "",
+            keep=keep,
         )
 
-    def checked(self, address: BlockAddress, answer: Answer) -> Held:
-        """The shard or whole block of an answer that may be passed on. Raises as Trust.check, and PeerMisbehavedError
-        if the bytes of a whole block are wrong."""
+    def checked(self, address: BlockAddress, answer: Answer, *, keep: bool = False) -> Held:
+        """The shard or whole block of an answer; with `keep` it may be passed on. Raises as Trust.check, and
+        PeerMisbehavedError if the bytes of a whole block, or the proof of a shard to keep, are wrong."""
         message, body = answer.message, answer.body
         if not isinstance(message, ShardFound | BlockFound) or body is None:
             raise errors.UnavailableError("an answer without a block")
         self._site.trust.check(message.record, address.ref, address.index)
-        whole = isinstance(message, BlockFound) or is_copy(Shard(message.k, message.m, message.index))
-        if whole and not message.record.matches(body):
-            raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
-        return Held(body, message.record)
+        self._site.facts.arrived(address.ref.digest, message.origin)
+        shard = Shard(message.k, message.m, message.index) if isinstance(message, ShardFound) else None
+        if not isinstance(message, ShardFound) or shard is None or is_copy(shard):
+            if not message.record.matches(body):
+                raise errors.PeerMisbehavedError(f"wrong bytes for {address.ref.digest} #{address.index}")
+            return Held(body, message.record)
+        if keep:
+            self._site.trust.check_kept(message.proof, message.record, shard, body)
+        return Held(body, message.record, message.proof)
 
     def note_overdue(self, plan: ShardPlan) -> tuple[list[PeerId], list[Ask]]:
         """The peers that just became late, and the requests that replace those given up. Updates the health."""

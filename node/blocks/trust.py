@@ -1,4 +1,4 @@
-"""Which records this node trusts: those with the signature of a member that is not in quarantine."""
+"""Which records and shards this node trusts: those signed by a member that is not in quarantine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import trio
 
 from node.membership.membership import View
 from protocol.errors import PeerMisbehavedError, UnavailableError
-from protocol.ids import ObjectRef, PeerId
+from protocol.ids import Buffer, ObjectRef, PeerId, Shard
 from protocol.records import Record, check_record
+from protocol.shard_proofs import ShardProof, check_proof
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +24,12 @@ _REMEMBERED = 8192
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """A record that may be false. `source` is the locator of its object. `other` contradicts it. `compared`: this node
-    has compared it with the registry's own bytes."""
+    """A record that may be false. `source` is the locator of its object. `other` contradicts it. `proven`: it differs
+    from bytes that have the object's digest."""
 
     record: Record
     source: str
-    compared: bool = False
+    proven: bool = False
     other: Record | None = None
 
 
@@ -53,6 +54,18 @@ class Trust:
             self._good[record] = True
         elif (record.digest, record.index, record.size) != (str(ref.digest), index, ref.size):
             raise PeerMisbehavedError(f"record of another block than {ref.digest} #{index}")
+
+    def check_maker(self, proof: ShardProof | None) -> None:
+        """Raises UnavailableError if this node does not trust the maker of a shard, as `check` for a signer."""
+        if proof is not None and not self.accepts(proof.maker):
+            raise UnavailableError(f"shard made by {proof.maker}: not trusted here")
+
+    def check_kept(self, proof: ShardProof | None, record: Record, shard: Shard, data: Buffer) -> None:
+        """A shard that this node is about to keep. Raises as `check`; the sender had to check the proof too."""
+        if proof is None:
+            raise PeerMisbehavedError(f"a shard of {record.digest} #{record.index} to keep, without its maker's proof")
+        self.check_maker(proof)
+        check_proof(proof, record, shard, data)
 
     def suspect(self, suspicion: Suspicion) -> None:
         try:

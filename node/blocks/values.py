@@ -9,13 +9,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from cache.store import Held
+from cache.store import READ_HERE, Askers, Held
 from cache.tiered import Tier, Tiers
+from node.blocks.object_facts import ObjectFacts
 from node.blocks.trust import Trust
 from node.exchange.contract import Exchange
 from node.membership.membership import View
 from node.oci.references import Locator
 from node.telemetry.sources import Source
+from protocol.errors import UnavailableError
 from protocol.health import Health
 from protocol.ids import BlockId, ObjectRef, PeerId, Piece, Shard
 from protocol.placement import Placement
@@ -43,6 +45,8 @@ class BlockAddress:
     `locator` has one."""
     background: bool = False
     """No client waits for the block. Only its home reads it from the upstream, while no client needs the connection."""
+    kept_for: Askers = READ_HERE
+    """The members on whose behalf this node obtains the block."""
 
     @property
     def block(self) -> BlockId:
@@ -126,8 +130,22 @@ class Site:
     health: Health
     trust: Trust
     tiers: Tiers
+    facts: ObjectFacts
+    max_object: int
+    """Bytes of the largest object that is read or kept."""
 
-    async def trusted(self, piece: Piece, size: int) -> tuple[Held, Tier] | None:
-        """A held piece, if this node trusts its signer: other members may not know an unknown signer either."""
-        held = await self.tiers.get(piece, size)
-        return held if held and self.trust.accepts(held[0].record.signer) else None
+    def check_size(self, ref: ObjectRef) -> None:
+        """Raises UnavailableError if the object is too large, or is known to have another size: sizes are claims."""
+        if ref.size > self.max_object:
+            raise UnavailableError(f"{ref.digest}: {ref.size} bytes are more than max_object")
+        if self.facts.contradicts(ref):
+            raise UnavailableError(f"{ref.digest} has {self.facts.size(ref.digest)} bytes, not {ref.size}")
+
+    async def trusted(self, piece: Piece, size: int, kept_for: Askers) -> tuple[Held, Tier] | None:
+        """A held piece, if this node trusts its signer, and of a shard also its maker: other members may not know an
+        unknown one either. It is read on behalf of `kept_for`."""
+        held = await self.tiers.get(piece, size, kept_for=kept_for)
+        if held is None or not self.trust.accepts(held[0].record.signer):
+            return None
+        proof = held[0].proof
+        return held if piece.shard is None or (proof is not None and self.trust.accepts(proof.maker)) else None

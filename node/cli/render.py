@@ -179,6 +179,7 @@ def show_tiers(out: Console, tiers: Mapping[str, documents.TierRow]) -> None:
             ">budget": size(tier.budget_bytes) if tier.budget_bytes else "-",
             ">entries": tier.entries,
             ">pinned": size(tier.pinned_bytes) if tier.pinned_bytes else "-",
+            ">for members": size(tier.probation_bytes) if tier.probation_bytes else "-",
         }
         for name, tier in tiers.items()
     ]
@@ -246,6 +247,10 @@ def _images(report: documents.ImagesReport, out: Console) -> None:
     show_table(out, rows, empty="no image was asked for yet")
 
 
+def _teller(name: str) -> str:
+    return short_peer(name) if name.startswith("12D3") else name
+
+
 @show.register
 def _tags(report: documents.TagsReport, out: Console) -> None:
     rows = [
@@ -254,7 +259,7 @@ def _tags(report: documents.TagsReport, out: Console) -> None:
             "digest": row.digest[:SHORT_DIGEST],
             ">confirmed": duration(row.age_s),
             "state": row.state,
-            "told by": short_peer(row.told_by) if row.told_by.startswith("12D3") else row.told_by or row.source,
+            "told by": ", ".join(map(_teller, row.told_by)) or row.source,
             ">asked again after": duration(row.ttl_s) if row.cache else "always",
             ">offline up to": duration(row.max_age_s) if row.cache else "never",
             "rule": row.rule or "-",

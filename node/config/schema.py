@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -21,12 +22,18 @@ from node.config import quantities
 from node.config.tag_policy import TagPolicies, TagPolicy
 from node.oci.references import check_upstream
 from protocol.errors import BadInputError
+from protocol.ids import MAX_OBJECT_SIZE
 
 _PATH = re.compile(r"(\w+)(?:\[(\d+)\])?\.(\w+)(?:\[\d+\])?`")
 """The end of msgspec's message: `cache.disk`, `upstream[0].rate` or `upstream[0].hours[1]`."""
 
+_HOST_PATTERN = re.compile(r"(?:\*\.)?[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?|[0-9a-f:]+", re.ASCII | re.IGNORECASE)
 MAX_PATTERN = 512
 MAX_URLS = 8
+MAX_WITNESSES = 64
+"""As many as are asked at a time: more would never be found at once."""
+MAX_KEYS = 16
+"""Public keys for one pattern: each is tried on each signature of an image."""
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,6 +51,8 @@ class MirrorPart(_Part, frozen=True):
     listen: quantities.HostPort = quantities.HostPort("127.0.0.1", 5050)
     tag_ttl: quantities.Duration = quantities.Duration("60s")
     tag_max_age: quantities.Duration = quantities.Duration("7d")
+    max_object: quantities.Size = quantities.Size("64GiB")
+    tag_witnesses: Annotated[int, msgspec.Meta(ge=1, le=MAX_WITNESSES)] = 2
 
 
 class TagsPart(_Part, frozen=True):
@@ -51,6 +60,12 @@ class TagsPart(_Part, frozen=True):
     ttl: quantities.OptionalDuration = quantities.OptionalDuration()
     max_age: quantities.OptionalDuration = quantities.OptionalDuration()
     cache: bool = True
+    verify: str | Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=MAX_KEYS)] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Paths of public keys in PEM."""
+        return (self.verify,) if isinstance(self.verify, str) else self.verify
 
 
 class PeersPart(_Part, frozen=True):
@@ -75,6 +90,7 @@ class UpstreamPart(_Part, frozen=True):
     daily: quantities.OptionalSize = quantities.OptionalSize()
     daily_spent: Literal["refuse", "allow"] = "refuse"
     hours: Annotated[tuple[quantities.Window, ...], msgspec.Meta(max_length=16)] = ()
+    redirects: Annotated[tuple[str, ...], msgspec.Meta(max_length=32)] = ()
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -175,6 +191,7 @@ def check(config: Config) -> None:
     for upstream in config.upstream:
         check_upstream(upstream.name)
         _check_urls(upstream)
+        _check_redirects(upstream)
         if upstream.docker_config and upstream.access != "node":
             raise BadInputError(
                 f'upstream "{upstream.name}": docker_config needs access = "node", with which every client may read'
@@ -186,6 +203,8 @@ def check(config: Config) -> None:
     for key, value in (("name", config.node.name), ("site", config.node.site), ("data_dir", config.node.data_dir)):
         if not value:
             raise BadInputError(f'node.{key} = "": must not be empty')
+    if not 0 < config.mirror.max_object.bytes <= MAX_OBJECT_SIZE:
+        raise BadInputError(f'mirror.max_object = "{config.mirror.max_object}": from 1 B to 1 TiB')
     if config.node.log not in ("debug", "info", "warning", "error"):
         raise BadInputError(f'node.log = "{config.node.log}": one of debug, info, warning, error')
 
@@ -229,7 +248,8 @@ def access_grace_s(config: Config) -> dict[str, float]:
 def tag_policies(config: Config) -> TagPolicies:
     """Raises BadInputError naming the key."""
     default = TagPolicy("", config.mirror.tag_ttl.seconds, config.mirror.tag_max_age.seconds)
-    return TagPolicies(default, [_tag_policy(part, default) for part in config.tags])
+    rules = [_tag_policy(part, default) for part in config.tags]
+    return TagPolicies(default, rules, config.mirror.tag_witnesses)
 
 
 def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
@@ -241,9 +261,10 @@ def _tag_policy(part: TagsPart, default: TagPolicy) -> TagPolicy:
     if not part.cache:
         if part.ttl or part.max_age:
             raise BadInputError(f"{key}: ttl and max_age have no effect with cache = false; remove them")
-        return TagPolicy(part.match, 0.0, 0.0)
+        return TagPolicy(part.match, 0.0, 0.0, part.keys)
     ttl_s = part.ttl.seconds if part.ttl else default.ttl_s
-    return TagPolicy(part.match, ttl_s, part.max_age.seconds if part.max_age else default.max_age_s)
+    max_age_s = part.max_age.seconds if part.max_age else default.max_age_s
+    return TagPolicy(part.match, ttl_s, max_age_s, part.keys)
 
 
 def _check_urls(upstream: UpstreamPart) -> None:
@@ -255,6 +276,19 @@ def _check_urls(upstream: UpstreamPart) -> None:
             raise BadInputError(f"{key}: credentials belong in docker_config, not in a URL")
         if not _is_registry_url(url):
             raise BadInputError(f'{key} = "{url}": write for example "https://{upstream.name}"')
+
+
+def _check_redirects(upstream: UpstreamPart) -> None:
+    for entry in upstream.redirects:
+        try:
+            valid = bool(ip_network(entry)) if "/" in entry else bool(_HOST_PATTERN.fullmatch(entry))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise BadInputError(
+                f'upstream "{upstream.name}": redirects = "{entry[:255]}": a host, "*." and a suffix of hosts,'
+                ' or a network such as "10.0.0.0/8"'
+            )
 
 
 def _is_registry_url(url: str) -> bool:

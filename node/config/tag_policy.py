@@ -17,11 +17,13 @@ _REMEMBERED = 4096
 @dataclass(frozen=True, slots=True)
 class TagPolicy:
     """`match` is the pattern, "" for the defaults. The registry is asked again `ttl_s` after its last answer, which is
-    served until it is `max_age_s` old while the registry is out of reach. Both are 0 for a tag that is not cached."""
+    served until it is `max_age_s` old while the registry is out of reach. Both are 0 for a tag that is not cached.
+    `verify`: paths of public keys; an image of the tag needs a signature by one of them."""
 
     match: str
     ttl_s: float
     max_age_s: float
+    verify: tuple[str, ...] = ()
 
     @property
     def cached(self) -> bool:
@@ -29,8 +31,10 @@ class TagPolicy:
 
 
 class TagPolicies:
-    def __init__(self, default: TagPolicy, rules: Sequence[TagPolicy] = ()) -> None:
-        self._default = default
+    """`witnesses`: hosts whose members must agree on a tag while the registry is out of reach."""
+
+    def __init__(self, default: TagPolicy, rules: Sequence[TagPolicy] = (), witnesses: int = 2) -> None:
+        self._default, self.witnesses = default, witnesses
         self._rules = [(re.compile(translate(rule.match)), rule) for rule in rules]
         self._remembered: LRUCache[tuple[Locator, str], TagPolicy] = LRUCache(_REMEMBERED)
 

@@ -22,10 +22,11 @@ import trio
 from cache.store import Held
 from node.blocks.fetcher import Fetcher
 from node.blocks.grants import Grants
-from node.blocks.held_objects import held_body
-from node.blocks.read_ahead import ReadAhead, Room
+from node.blocks.held_objects import has_record, held_body, open_checked
+from node.blocks.read_ahead import ReadAhead
+from node.blocks.room import Room
 from node.blocks.values import BlockAddress, Obtained, Site
-from node.content.resolver import Resolver
+from node.content.resolver import Accept, Resolver
 from node.content.verification import ObjectVerifier
 from node.oci.manifests import MAX_MANIFEST, Resolved
 from node.oci.references import Locator
@@ -72,16 +73,25 @@ class SiteLibrary:
     verifier: ObjectVerifier
     ledger: Provenance
     metrics: Metrics
-    _room: Room = field(default_factory=Room)
+    _room: Room = field(init=False)
 
-    async def resolve(self, locator: Locator, reference: str) -> Resolved:
-        resolved = await self.resolver.resolve(locator, reference)
-        if locator.kind == "blobs" or resolved.ref.size > MAX_MANIFEST:
+    def __post_init__(self) -> None:
+        self._room = Room(self.fetcher.window)
+
+    async def resolve(self, locator: Locator, reference: str, accept: Accept | None = None) -> Resolved:
+        """`accept`: as for `Resolver.resolve`."""
+        resolved = self._true(await self.resolver.resolve(locator, reference, accept))
+        if locator.kind == "blobs":
             return resolved
+        if resolved.ref.size > MAX_MANIFEST:  # only a claim can be: the registry's own manifests are smaller
+            self.resolver.known.doubt(locator, resolved.ref)
+            resolved = self._true(await self.resolver.resolve(locator, reference, accept))
+            if resolved.ref.size > MAX_MANIFEST:
+                raise UnavailableError(f"{resolved.ref.digest}: a manifest of {resolved.ref.size} bytes, by a claim")
         names = self.resolver.known
         if (typed := names.typed(resolved)) is not None:
             return typed
-        # The media type may be from a member, and clients act on it before they have the bytes: compare it with these.
+        # The media type is a claim, and clients act on it before they have the bytes: compare it with these.
         try:
             body = await self._manifest(_Request(locator, resolved.ref, ((0, resolved.ref.size),)))
         except UnavailableError as error:
@@ -89,7 +99,24 @@ class SiteLibrary:
         else:
             names.check_type(locator, reference, resolved, body)
         # If the bytes cannot be read or do not show the type, the answer is in doubt now, and the registry is asked.
-        return names.typed(resolved) or await self.resolver.resolve(locator, reference)
+        return names.typed(resolved) or await self.resolver.resolve(locator, reference, accept)
+
+    def _true(self, resolved: Resolved) -> Resolved:
+        """With the verified size, if there is one: the sizes in manifests and members' answers are claims."""
+        ref = self.site.facts.true(resolved.ref)
+        if ref != resolved.ref:
+            log.info("%s has %d bytes; %d were claimed", ref.digest, ref.size, resolved.ref.size)
+        return replace(resolved, ref=ref)
+
+    async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
+        digest, names = resolved.ref.digest, self.resolver.known
+        if self.site.facts.size(digest) is not None:
+            return self._true(resolved)
+        if not names.is_by_registry(locator, resolved.ref):
+            resolved = replace(await self.resolver.ask_registry(locator, str(digest)), media_type=resolved.media_type)
+            if not names.is_by_registry(locator, resolved.ref) and not await has_record(self.site.tiers, resolved.ref):
+                raise UnavailableError(f"{digest}: its size is only claimed, and the registry is out of reach")
+        return resolved
 
     async def _manifest(self, request: _Request) -> bytes:
         """A manifest's verified bytes. Raises as `read`."""
@@ -113,6 +140,7 @@ class SiteLibrary:
     ) -> AsyncGenerator[Buffer, None]:
         if stop <= start:
             return
+        self.site.check_size(ref)
         request = _Request(locator, ref, ((start, stop), *more))
         verified: dict[int, Obtained] = {}
         with self._granted(locator, ref):
@@ -193,14 +221,20 @@ class SiteLibrary:
         blocks = (BlockAddress(request.locator, request.ref, index) for index in indices)
         return ReadAhead(self.fetcher, self._room, blocks, urgent=urgent)
 
-    def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
-        sealed = self.site.tiers.open_sealed(digest)
-        if sealed is None:
+    def holds_sealed(self, ref: ObjectRef) -> bool:
+        opened = open_checked(self.site.tiers, ref)
+        if opened is not None:
+            opened[0].close()
+        return opened is not None
+
+    def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None:
+        opened = open_checked(self.site.tiers, ref)
+        if opened is None:
             return None
-        file, tier = sealed
+        file, tier = opened
         read = Read(Source(tier), seconds=0.0, retries=0, peers=(), at=time.time())
-        for index, (part,) in _by_block([(start, stop)]):
-            self.ledger.note(digest, index, read, part.stop - part.start)
+        blocks = range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
+        self.ledger.note_run(ref.digest, blocks, read, stop - start)
         return file
 
     def _note(self, digest: Digest, index: int, obtained: Obtained, served: int) -> None:

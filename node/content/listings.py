@@ -21,9 +21,10 @@ from node.content.contract import Library
 from node.content.image_walk import read_manifest
 from node.oci.manifests import MAX_MANIFEST
 from node.oci.references import Locator
+from node.oci.strict_json import check_members, decode_strictly
 from node.registry.calls import Passed
 from node.runtime.sqlite import Database
-from protocol.errors import UNDECODABLE, NotFoundError, UnavailableError
+from protocol.errors import UNDECODABLE, BadInputError, NotFoundError, UnavailableError
 from protocol.ids import Digest
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,17 @@ _SCHEMA = (
     " link TEXT NOT NULL, confirmed REAL NOT NULL, size INTEGER NOT NULL);"
 )
 
-_T = TypeVar("_T")
+_REPOSITORY = "substr(key, 1, max(instr(key, '/tags/list?'), instr(key, '/referrers/')))"
+"""Of a row's key (`_key`)."""
+_DELETE_BEYOND = (
+    "DELETE FROM listing WHERE key IN (SELECT key FROM"
+    " (SELECT key, SUM(size) OVER (ORDER BY depth, confirmed DESC, key) AS total FROM"
+    f" (SELECT *, SUM(size) OVER (PARTITION BY {_REPOSITORY} ORDER BY confirmed DESC, key) AS depth FROM listing))"
+    " WHERE total > ?)"
+)
+"""A client may list much of one repository: the rows with the most later bytes of their own repository go first."""
+
+_T = TypeVar("_T", bound=msgspec.Struct)
 Passthrough = Callable[[Locator, str, Mapping[str, str]], Awaitable[Passed]]
 """`Upstreams.passthrough`."""
 
@@ -141,11 +152,7 @@ class Listings:
         size = len(key) + len(passed.body) + len(passed.link)
         row = (key, passed.body, passed.media_type, passed.link, time.time(), size)
         self._database.run("INSERT OR REPLACE INTO listing VALUES (?, ?, ?, ?, ?, ?)", row)
-        self._database.run(
-            "DELETE FROM listing WHERE key IN (SELECT key FROM (SELECT key, SUM(size) OVER (ORDER BY confirmed DESC)"
-            " AS total FROM listing) WHERE total > ?)",
-            (KEPT_BYTES,),
-        )
+        self._database.run(_DELETE_BEYOND, (KEPT_BYTES,))
 
 
 def _key(locator: Locator, tail: str, query: Mapping[str, str]) -> str:
@@ -182,8 +189,12 @@ def referrers_of_type(passed: Passed, artifact_type: str) -> Passed:
 
 
 def _decoded(data: bytes | msgspec.Raw, kind: type[_T]) -> _T | None:
-    """None for any other document: the caller then passes the answer on unchanged."""
+    """None for any other document, and for one that clients may read in another way (node/oci/strict_json.py): the
+    caller then passes the answer on unchanged."""
     try:
-        return msgspec.json.decode(data, type=kind)
-    except UNDECODABLE:
+        document = decode_strictly(bytes(data))
+        decoded = msgspec.json.decode(data, type=kind)
+        check_members(document, kind.__struct_encode_fields__)
+    except (*UNDECODABLE, BadInputError):
         return None
+    return decoded

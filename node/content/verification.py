@@ -12,8 +12,9 @@ from collections.abc import Callable
 from zlib import crc32
 
 import trio
-from cachetools import TTLCache
+from cachetools import LRUCache, TTLCache
 
+from cache.store import READ_HERE
 from node.blocks.fetcher import Fetcher
 from node.blocks.held_objects import hash_held, holds_all
 from node.blocks.home import Home
@@ -21,7 +22,7 @@ from node.blocks.trust import Suspicion
 from node.blocks.values import BlockAddress, Site
 from node.oci.references import Locator
 from protocol.errors import CorruptObjectError, ShoalError
-from protocol.ids import Buffer, Digest, ObjectRef, Piece
+from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,12 @@ MAX_CHECKS = 64
 """Objects that were read in parts and wait for a check. Others are checked after a later read of a part of them."""
 MAX_LATELY = 4096
 """Objects for which the time of the last check is remembered."""
+MAX_DIFFERING = 16
+"""Objects of which a block differed from the registry's, and that are not right yet."""
 CHECK_AGAIN_S = 3600.0
 """Shortest time between two checks of an object: blocks that arrived since may be false, but a check reads all."""
+CHECKPOINT_EVERY = 1024
+"""Blocks that are looked for in one turn of the loop, 5 ms."""
 CHECK_PAUSE_S = 1.0
 """Longest wait before each block of a background check while clients read."""
 
@@ -43,6 +48,8 @@ class ObjectVerifier:
         self._site, self._home, self._fetcher, self._finished = site, home, fetcher, finished
         self._check_later, self._to_check = trio.open_memory_channel[tuple[Locator, ObjectRef]](MAX_CHECKS)
         self._lately: TTLCache[Digest, None] = TTLCache(MAX_LATELY, CHECK_AGAIN_S, timer=trio.current_time)
+        self._differing: LRUCache[ObjectRef, dict[PeerId, Record]] = LRUCache(MAX_DIFFERING)
+        """By signer, a record that differs from the registry's block. This proves it false once the object is right."""
 
     def read_in_part(self, locator: Locator, ref: ObjectRef) -> None:
         """Queue a background check of an object if all of it is held: parts of it were sent to a client unchecked."""
@@ -77,21 +84,33 @@ class ObjectVerifier:
             log.error("%s has wrong bytes: reading it again from the registry", ref.digest)
             last = await self._repair(locator, ref, given)
             if last is None:
+                for claim in self._differing.get(ref, {}).values():
+                    self._site.trust.suspect(Suspicion(claim, str(locator)))
                 raise CorruptObjectError(f"{ref.digest}: its blocks do not make the object; false blocks are dropped")
+        self._site.facts.verified(ref)
         self._site.tiers.seal(ref)
         self._finished(ref)
+        await self._accuse(locator, ref)
         return last
+
+    async def _accuse(self, locator: Locator, ref: ObjectRef) -> None:
+        """The object is right, so the records that differ from its blocks are certainly false."""
+        for claim in self._differing.pop(ref, {}).values():
+            held = await self._site.tiers.get(Piece(ref.block(claim.index)), ref.size)
+            if held is not None and held[0].record.sha256 != claim.sha256:
+                self._site.trust.suspect(Suspicion(claim, str(locator), proven=True))
 
     async def _repair(self, locator: Locator, ref: ObjectRef, given: int) -> Buffer | None:
         """Compare blocks with the registry's and replace the false ones, until all of them make the object. The signer
         of a false block is quarantined, and the other blocks that it signed are compared next. Returns the last block
         if all blocks make the object now. If one of the first `given` blocks was false, the read fails in any case:
         then the liar's blocks are dropped."""
-        claims = {
-            index: block[0].record
-            for index in range(ref.block_count)
-            if (block := await self._site.tiers.get(Piece(ref.block(index)), ref.size)) is not None
-        }
+        claims: dict[int, Record] = {}
+        for index in range(ref.block_count):
+            if index % CHECKPOINT_EVERY == 0:
+                await trio.lowlevel.checkpoint()  # a block that no tier holds costs no checkpoint
+            if (block := await self._site.tiers.get(Piece(ref.block(index)), ref.size)) is not None:
+                claims[index] = block[0].record
         # All nodes of a site read a false object at about the same time. They begin at different blocks, so that one
         # node soon compares a false one.
         begin = crc32(self._site.own.encode()) % ref.block_count
@@ -129,12 +148,12 @@ class ObjectVerifier:
             return False
         if is_false or not self._site.tiers.holds(piece):
             await self._site.tiers.discard(piece)
-            await self._site.tiers.put(piece, truth.data, truth.record)
+            await self._site.tiers.put(piece, truth.data, truth.record, kept_for=READ_HERE)
         if deceived:
             log.error("%s #%d: a mirror of %s sends wrong bytes", ref.digest, address.index, address.locator.upstream)
         elif is_false and claim.signer != self._site.own:
             self._site.view.quarantine(claim.signer, f"signed a false record of {ref.digest} #{address.index}")
-            self._site.trust.suspect(Suspicion(claim, str(address.locator), compared=True))
+            self._differing.setdefault(ref, {})[claim.signer] = claim
         return is_false
 
     async def _if_right(self, ref: ObjectRef) -> Buffer | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ from node.blocks.held_objects import bytes_held, held_body
 from node.config.schema import UpstreamPart
 from node.config.tag_policy import TagPolicy
 from node.content.image_walk import walk
-from node.content.name_table import REGISTRY, KnownTag
+from node.content.name_table import KnownTag
 from node.control.doctor import Facts, certificate_shown, disk_space, examine, probe_upstreams, writable_error
 from node.control.reload import Reloader
 from node.control.routes import cluster_row
@@ -31,10 +32,12 @@ from node.runtime.disk_writes import written_bytes
 from node.runtime.version import version
 from node.stages import Node
 from protocol.errors import NotFoundError
-from protocol.ids import Digest, ObjectRef, PeerId
+from protocol.ids import Digest, ObjectRef
 from protocol.members import State
 
 MAX_CACHE_ROWS = 1000
+MAX_NAMED = 8
+"""Members that a row names: more would not fit on a line, and two decide by default."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -51,6 +54,7 @@ class NodeControl:
             node.registry,
         )
         self._member, self._site, self._membership = node.member, node.member.blocks.site, node.member.membership
+        self._library = node.clients.library
         self._started_at = trio.current_time()
 
     async def status(self) -> doc.Status:
@@ -148,7 +152,8 @@ class NodeControl:
 
     async def _held_image(self, resolved: Resolved) -> Mapping[Digest, Packed]:
         """The objects of an image, as far as the manifests held here name them; empty if the first one is not held."""
-        return {packed.ref.digest: packed for packed in await walk(resolved, self._held_manifest)}
+        facts, objects = self._site.facts, await walk(resolved, self._held_manifest)
+        return {packed.ref.digest: replace(packed, ref=facts.true(packed.ref)) for packed in objects}
 
     async def _held_manifest(self, resolved: Resolved) -> bytes | None:
         return await held_body(self._site.tiers, resolved.ref) if resolved.ref.size <= MAX_MANIFEST else None
@@ -157,14 +162,14 @@ class NodeControl:
         return doc.TagsReport(tags=tuple(self._tag_row(*row) for row in self._member.resolver.known.tags(pattern)))
 
     def _tag_row(self, tag: KnownTag, policy: TagPolicy, state: doc.TagState) -> doc.TagRow:
-        member = self._membership.find(PeerId(tag.told_by)) if tag.told_by not in ("", REGISTRY) else None
+        members = ((peer, self._membership.find(peer)) for peer in tag.told_by[:MAX_NAMED])
         return doc.TagRow(
             tag=str(ImageName(tag.locator.upstream, tag.locator.repository, tag.tag)),
             digest=str(tag.resolved.ref.digest),
             age_s=tag.resolved.age_s,
             state=state,
-            source="registry" if tag.told_by == REGISTRY else "member" if tag.told_by else "remembered",
-            told_by="" if tag.told_by == REGISTRY else member.name if member else tag.told_by,
+            source="registry" if tag.origin == "manifest" else tag.origin,
+            told_by=tuple(member.name if member else peer for peer, member in members),
             rule=policy.match,
             ttl_s=policy.ttl_s,
             max_age_s=policy.max_age_s,
@@ -188,7 +193,7 @@ class NodeControl:
         objects = await self._held_image(resolved) if resolved else {}
         if resolved is None or not objects:
             raise NotFoundError(f"{image} was not pulled through this node")
-        listed = [doc.why_object(part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values()]
+        listed = ((part.ref, part.media_type, self._why_blocks(part.ref)) for part in objects.values())
         return doc.why_report(str(image), str(resolved.ref.digest), listed)
 
     def _why_blocks(self, ref: ObjectRef) -> Mapping[int, doc.WhyBlock]:
@@ -207,7 +212,7 @@ class NodeControl:
         }
 
     def pull(self, image: ImageName, *, all_platforms: bool) -> AsyncGenerator[doc.PullEvent, None]:
-        return Pull(self._member.library, self._member.ledger, image, all_platforms=all_platforms).events()
+        return Pull(self._library, self._member.ledger, image, all_platforms=all_platforms).events()
 
     async def doctor(self) -> doc.DoctorReport:
         config = self._reloader.config
@@ -258,7 +263,11 @@ def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> doc.UpstreamRow:
 def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, doc.TierRow]:
     return {
         tier: doc.TierRow(
-            bytes=row.bytes, budget_bytes=row.budget_bytes, entries=row.entries, pinned_bytes=row.pinned_bytes
+            bytes=row.bytes,
+            budget_bytes=row.budget_bytes,
+            entries=row.entries,
+            pinned_bytes=row.pinned_bytes,
+            probation_bytes=row.probation_bytes,
         )
         for tier, row in statistics.items()
     }

@@ -18,6 +18,7 @@ import trio
 
 from node.api.documents import ReloadReport
 from node.config.schema import Config, UpstreamPart, access_grace_s, load, tag_policies, uplink_policy
+from node.content.signatures import load_keys
 from node.control.routes import Route, document_of
 from node.membership.addresses import parse_listen
 from node.runtime.logs import set_level
@@ -29,7 +30,7 @@ from protocol.errors import BadInputError
 log = logging.getLogger(__name__)
 
 LIVE = frozenset(
-    {"node.log", "mirror.tag_ttl", "mirror.tag_max_age", "tags", "peers.bootstrap", "upstream"}
+    {"node.log", "mirror.tag_ttl", "mirror.tag_max_age", "mirror.tag_witnesses", "tags", "peers.bootstrap", "upstream"}
     | {"cache.memory", "cache.disk", "cache.min_free"}
 )
 
@@ -44,6 +45,7 @@ def prepared(node: Node, config: Config) -> Change:
     registries = node.registry.upstreams.prepared(config.upstream, uplinks)
     addresses = [*config.peers.bootstrap, *node.admitted.place.bootstrap]
     bootstrap = node.network.introducer.bootstrap.prepared(addresses)
+    keys = load_keys(config.tags)
 
     def change() -> None:
         registries()
@@ -51,7 +53,7 @@ def prepared(node: Node, config: Config) -> Change:
         for uplink, part in zip(uplinks, config.upstream, strict=True):
             uplink.change(uplink_policy(part))
         set_level(config.node.log)
-        node.member.resolver.known.policies = tag_policies(config)
+        node.member.resolver.known.policies, clients.library.keys = tag_policies(config), keys
         clients.access.change(access_grace_s(config), config.mirror.tag_max_age.seconds)
         clients.listings.max_age_s = config.mirror.tag_max_age.seconds
         storage.memory.resize(cache.memory.bytes)

@@ -45,7 +45,13 @@ LIMITS = Limits(connections=64, descriptors=1)
 """p2pctl opens an archive and sends the open file, because p2pd may lack the rights of p2pctl's user."""
 METRICS_LIMITS = Limits(connections=16, body_bytes=0, methods=("GET", "HEAD"))
 """A few scrapers, each of which keeps its connection open."""
-_STATUS_CODES = {BadInputError: 400, errors.DeniedError: 403, errors.NotFoundError: 404, errors.UnavailableError: 503}
+_STATUS_CODES = {
+    BadInputError: 400,
+    errors.DeniedError: 403,
+    errors.UnsignedError: 403,
+    errors.NotFoundError: 404,
+    errors.UnavailableError: 503,
+}
 _OTHER_ERROR = 502
 """For all other errors: a peer or a registry is at fault."""
 

@@ -32,12 +32,17 @@ def key_of(record: Record, source: str) -> Key:
 class Verdict(StrEnum):
     """This node's verdict on a piece of evidence."""
 
+    SUSPECTED = "suspected here"
+    """By this node's own reads. Others do not hear of it before it is proven."""
     UNPROVEN = "not proven here yet"
     UNPROVABLE = "cannot be proven here"
     PROVEN = "proven here"
     SPARED = "not looked into, since another one is proven"
     VOID = "void"
     """The record is true, or a mirror sends the same bytes. The case is kept, so that it is not examined twice."""
+    REFUTED = "refuted by the registry"
+    """As VOID, but by one block from the registry only. This proves nothing against the finder, but it is not heard
+    any more for as long as evidence counts."""
 
 
 @dataclass(slots=True)
@@ -48,16 +53,22 @@ class Case:
     found_at: float
     verdict: Verdict = Verdict.UNPROVEN
     due: float = -math.inf
+    blocks: int = 0
+    """Blocks of the object that this node held when it last looked."""
     spread: bool = False
     """Whether the case was already delayed once, to spread the members' questions to the registry."""
 
     @property
     def is_undecided(self) -> bool:
-        return self.verdict in (Verdict.UNPROVEN, Verdict.UNPROVABLE)
+        return self.verdict in (Verdict.SUSPECTED, Verdict.UNPROVEN, Verdict.UNPROVABLE)
+
+    @property
+    def is_recent(self) -> bool:
+        return trio.current_time() - self.found_at < QUARANTINE_S
 
     @property
     def is_live(self) -> bool:
-        return self.verdict is not Verdict.VOID and trio.current_time() - self.found_at < QUARANTINE_S
+        return self.verdict not in (Verdict.VOID, Verdict.REFUTED) and self.is_recent
 
     @property
     def worth(self) -> tuple[bool, bool, float]:
@@ -77,6 +88,13 @@ class Cases(dict[Key, Case]):
             del self[min(self, key=lambda key: self[key].worth)]
         self.added.unpark_all()
 
+    def told_again(self, evidence: Evidence, found_at: float) -> None:
+        """The liar itself may have been the first to tell of it, as of evidence that has nearly ended."""
+        case = self.get(key_of(evidence.record, evidence.source))
+        if case is not None and case.evidence == evidence and case.is_undecided and found_at > case.found_at:
+            case.found_at = found_at
+            self.added.unpark_all()
+
     def live(self) -> list[Case]:
         return [case for case in self.values() if case.is_live]
 
@@ -84,18 +102,22 @@ class Cases(dict[Key, Case]):
         return [case for case in self.live() if case.evidence.record.signer == signer]
 
     def takes_from(self, finder: PeerId) -> bool:
-        """Whether the finder has fewer than MAX_UNDECIDED undecided cases."""
-        return sum(case.evidence.finder == finder for case in self.live() if case.is_undecided) < MAX_UNDECIDED
+        """Whether the finder has fewer than MAX_UNDECIDED undecided cases, and the registry has refuted none of it."""
+        cases = [case for case in self.values() if case.evidence.finder == finder and case.is_recent]
+        if any(case.verdict is Verdict.REFUTED for case in cases):
+            return False
+        return sum(case.is_undecided for case in cases) < MAX_UNDECIDED
 
     def to_tell(self) -> tuple[tuple[Evidence, float], ...]:
         """The live evidence that is worth most, as much as fits a message, each with its age in seconds."""
         now = trio.current_time()
-        listed = sorted(self.live(), key=lambda case: case.worth, reverse=True)[:MAX_TOLD]
+        told = [case for case in self.live() if case.verdict is not Verdict.SUSPECTED]
+        listed = sorted(told, key=lambda case: case.worth, reverse=True)[:MAX_TOLD]
         return tuple((case.evidence, now - case.found_at) for case in listed)
 
     def next_due(self) -> Case | None:
-        """The unproven case that is due first."""
-        waiting = (case for case in self.live() if case.verdict is Verdict.UNPROVEN)
+        """The undecided case that is due first."""
+        waiting = (case for case in self.live() if case.verdict in (Verdict.SUSPECTED, Verdict.UNPROVEN))
         return min(waiting, key=lambda case: case.due, default=None)
 
     def void_accusations_of(self, finder: PeerId) -> None:

@@ -1,7 +1,8 @@
 """Judgement of evidence against members: evidence is found by this node or received, verified here, and passed on.
 
-No member is quarantined on the word of another. Evidence from others stays unproven until this node has compared the
-record with the registry's bytes itself, at a bounded rate. A member that accused falsely is itself quarantined.
+No member is quarantined on the word of another, nor on that of a registry: evidence stays unproven until this node has
+compared the record with bytes that have the object's digest. They come from its own store, from the finder, or from the
+registry, at a bounded rate. A member that accused falsely is itself quarantined, if that is as certain.
 docs/PROTOCOL.md, "Evidence".
 """
 
@@ -9,28 +10,29 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
 import trio
-from cachetools import LRUCache
 
-from node.blocks.held_objects import is_right, open_checked
-from node.blocks.home import Home
+from node.blocks.held_objects import is_right
 from node.blocks.questions import Questions
-from node.blocks.trust import Suspicion
-from node.blocks.values import SMALL_SILENCE_S, BlockAddress, Site
-from node.evidence.cases import MAX_KEPT, Case, Cases, Key, Verdict, key_of
+from node.blocks.values import SMALL_SILENCE_S, Site
+from node.evidence.cases import Case, Cases, Verdict, key_of
+from node.evidence.findings import Finding, Findings
 from node.exchange.contract import Answer, Lane
 from node.membership.membership import QUARANTINE_S
-from node.oci.references import Locator
-from protocol.errors import DeniedError, PeerMisbehavedError, PeerUnavailableError, ShoalError, UnavailableError
+from protocol.errors import (
+    DeniedError,
+    PeerMisbehavedError,
+    PeerUnavailableError,
+    ShoalError,
+    UnavailableError,
+)
 from protocol.evidence import Evidence, check_evidence, make_evidence
-from protocol.ids import BLOCK_SIZE, ObjectRef, PeerId, Piece
+from protocol.ids import ObjectRef, PeerId, Piece
 from protocol.messages import Accusations, Accuse
-from protocol.records import Record
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +44,22 @@ SPREAD_S = 0.5
 """A judge waits a random time, up to SPREAD_S times the number of members, before it asks the registry. So all members
 together ask about twice a second, however many they are."""
 RETRY_S = 60.0
+PATIENCE_S, LOOK_S = 120.0, 5.0
+"""How long a node that reads the object waits until it holds all of it, to decide by its own bytes; and how often it
+looks whether more blocks have arrived."""
 UNDER_WAY_S = 60.0
 """Time after a conviction: all reads that accepted the liar's records before it have then stored their blocks."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Judge:
-    """`mirrored` returns whether this node has mirrors for an upstream, whose bytes may differ from the registry's."""
-
     site: Site
-    home: Home
+    findings: Findings
     questions: Questions
     sign: Callable[[bytes], bytes]
-    mirrored: Callable[[str], bool]
     nursery: trio.Nursery
     rng: Random
     cases: Cases = field(default_factory=Cases)
-    _cleared: LRUCache[Key, None] = field(default_factory=lambda: LRUCache(MAX_KEPT))
-    """This node's own suspicions that were wrong."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
@@ -80,7 +80,10 @@ class Judge:
 
     async def _hear(self, teller: PeerId, accusations: tuple[tuple[Evidence, float], ...]) -> None:
         for evidence, age_s in accusations:
-            if age_s >= QUARANTINE_S or not self._is_acceptable(evidence):
+            if age_s >= QUARANTINE_S:
+                continue
+            self.cases.told_again(evidence, trio.current_time() - age_s)
+            if not self._is_acceptable(evidence):
                 continue
             try:
                 check_evidence(evidence)
@@ -94,7 +97,8 @@ class Judge:
     def _is_acceptable(self, evidence: Evidence) -> bool:
         """Whether the evidence is new, about a member, and by a trusted one. If not, no signature is checked."""
         record, finder = evidence.record, evidence.finder
-        if key_of(record, evidence.source) in self.cases or record.signer == self.site.own:
+        case = self.cases.get(key_of(record, evidence.source))
+        if (case is not None and case.verdict is not Verdict.SUSPECTED) or record.signer in (self.site.own, finder):
             return False
         if self.site.view.find(record.signer) is None or not self.site.trust.accepts(finder):
             return False
@@ -124,30 +128,21 @@ class Judge:
                 await trio.sleep(EXCHANGE_S - PAUSE_S)
 
     async def _look_into(self) -> None:
+        """Make the suspicions of this node's reads cases of its own, of which others hear once they are proven."""
         async for suspicion in self.site.trust.suspicions:
-            key = key_of(suspicion.record, suspicion.source)
-            case = self.cases.get(key)
-            if suspicion.record.signer == self.site.own or key in self._cleared or (case and not case.is_undecided):
+            record, source, own = suspicion.record, suspicion.source, self.site.own
+            case = self.cases.get(key_of(record, source))
+            if record.signer == own or (case is not None and not (suspicion.proven or case.is_undecided)):
                 continue
-            if suspicion.compared or await self._is_confirmed(suspicion):
-                self._accuse(suspicion)
-
-    async def _is_confirmed(self, suspicion: Suspicion) -> bool:
-        try:
-            is_false = await self._is_false(suspicion.record, suspicion.source, suspicion.other)
-        except ShoalError as error:
-            log.info("a suspected record of %s cannot be compared: %s", suspicion.record.block, error)
-            return False
-        if not is_false:
-            self._cleared[key_of(suspicion.record, suspicion.source)] = None
-        return is_false is True
-
-    def _accuse(self, suspicion: Suspicion) -> None:
-        evidence = make_evidence(suspicion.record, suspicion.source, self.site.own, self.sign, other=suspicion.other)
-        case = Case(evidence, trio.current_time())
-        self.cases.add(case)
-        self._convict(case)
-        self._tell(evidence)
+            if case is not None and case.verdict is Verdict.PROVEN:
+                continue
+            evidence = make_evidence(record, source, own, self.sign, other=suspicion.other)
+            case = Case(evidence, trio.current_time(), Verdict.SUSPECTED)
+            if suspicion.proven:
+                self.cases.add(case)
+                self._convict(case)
+            elif self.cases.takes_from(own):
+                self.cases.add(case)
 
     async def _decide(self) -> None:
         """Judge one case after the other, so that accusations, however many, cost a bounded part of the uplink."""
@@ -161,33 +156,46 @@ class Judge:
 
     async def _judge(self, case: Case) -> None:
         evidence, now = case.evidence, trio.current_time()
+        source, claims = evidence.source, (evidence.record, evidence.other)
         if any(other.verdict is Verdict.PROVEN for other in self.cases.about(evidence.record.signer)):
             case.verdict = Verdict.SPARED
             return
+        is_own = case.verdict is Verdict.SUSPECTED
         try:
-            if not case.spread and not self._needs_no_registry(evidence):
+            finding = await self.findings.held(source, *claims)
+            blocks = self.findings.blocks_held(evidence.record)
+            if finding is None and blocks > case.blocks and now < case.found_at + PATIENCE_S:
+                case.blocks, case.due = blocks, now + LOOK_S
+                return
+            if finding is None and not (is_own or case.spread):
                 case.spread, case.due = True, now + self.rng.uniform(0, SPREAD_S * len(self.site.view.site))
                 return
-            is_false = await self._is_false(evidence.record, evidence.source, evidence.other)
+            if finding is None and not is_own:
+                finding = await self.findings.shown(source, *claims, finder=evidence.finder)
+            self._settle(case, finding or await self.findings.by_registry(source, *claims))
         except (UnavailableError, PeerUnavailableError) as error:
             log.debug("%s is not proven yet: %s", evidence.record.block, error)
             case.due = now + RETRY_S
         except ShoalError as error:
             log.info("evidence about %s cannot be proven here: %s", evidence.record.block, error)
             case.verdict = Verdict.UNPROVABLE
-        else:
-            self._settle(case, is_false)
+            if is_own:
+                del self.cases[key_of(evidence.record, source)]
 
-    def _settle(self, case: Case, is_false: bool | None) -> None:
-        if is_false:
+    def _settle(self, case: Case, finding: Finding) -> None:
+        record, finder = case.evidence.record, case.evidence.finder
+        if finding is Finding.FALSE:
             self._convict(case)
             return
         case.verdict = Verdict.VOID
-        if is_false is None:
+        if finder == self.site.own or finding is Finding.EXCUSED:
             return
-        record, finder = case.evidence.record, case.evidence.finder
-        reason = f"accused {record.signer} of a record of {record.digest} #{record.index} that is true"
-        self.site.view.quarantine(finder, reason)
+        log.info("the accusation of %s by %s is unfounded", record.signer, finder)
+        if finding is Finding.TRUE:
+            reason = f"accused {record.signer} of a record of {record.digest} #{record.index} that is true"
+            self.site.view.quarantine(finder, reason)
+        else:
+            case.verdict = Verdict.REFUTED
         self.cases.void_accusations_of(finder)
 
     def _convict(self, case: Case) -> None:
@@ -195,6 +203,8 @@ class Judge:
         log.warning("a false record", extra={"peer": record.signer, "block": record.block, "by": case.evidence.finder})
         self.site.view.quarantine(record.signer, f"signed a false record of {record.digest} #{record.index}")
         self.nursery.start_soon(self._clear, record.signer)
+        if case.evidence.finder == self.site.own:
+            self._tell(case.evidence)
 
     async def _clear(self, signer: PeerId) -> None:
         """Drop the blocks that a liar signed, except those of objects that are held whole and have their digest."""
@@ -208,29 +218,3 @@ class Judge:
                 if not await is_right(tiers, ref):
                     for piece in pieces:
                         await tiers.discard(piece)
-
-    def _needs_no_registry(self, evidence: Evidence) -> bool:
-        alone = not self.mirrored(Locator.parse(evidence.source).upstream)
-        return (evidence.other is not None and alone) or self._own_copy(evidence.record) is not None
-
-    async def _is_false(self, record: Record, source: str, other: Record | None) -> bool | None:
-        """Whether the record, or one of the two, is false; None if a mirror of the registry sends the false bytes."""
-        locator = Locator.parse(source)
-        address = BlockAddress(locator, record.object, record.index)
-        mirrored = self.mirrored(locator.upstream)
-        if other is not None and not mirrored:
-            return True
-        truth = self._own_copy(record) or (await self.home.reread(address)).data
-        claims = (claim for claim in (record, other) if claim is not None)
-        false = next((claim for claim in claims if not claim.matches(truth)), None)
-        if false is not None and mirrored and await self.home.deceived(address, false):
-            return None
-        return false is not None
-
-    def _own_copy(self, record: Record) -> bytes | None:
-        """The block's bytes from a file of its object that was checked against its digest."""
-        file = open_checked(self.site.tiers, record.object)
-        if file is None:
-            return None
-        with file:
-            return os.pread(file.fileno(), record.length, record.index * BLOCK_SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,11 @@ import trio
 from node.evidence.cases import MAX_KEPT, Case, Cases, Verdict
 from node.membership.membership import QUARANTINE_S, Membership
 from node.runtime.state_files import load, save
-from protocol.evidence import Evidence
+from protocol.errors import PeerMisbehavedError
+from protocol.evidence import Evidence, check_evidence
 from protocol.ids import PeerId
+
+log = logging.getLogger(__name__)
 
 MAX_QUARANTINES, MAX_REASON = 1024, 300
 MAX_FILE = 1 << 20
@@ -56,6 +60,11 @@ class EvidenceFile:
             if 0 < row.until - now <= QUARANTINE_S:
                 membership.quarantine(row.peer, row.reason, row.until - now)
         for kept in read.evidence[:MAX_KEPT]:
+            try:
+                check_evidence(kept.evidence)
+            except PeerMisbehavedError as error:
+                log.warning("%s: %s: dropped, because members would blame this node for it", self._path, error)
+                continue
             cases.add(Case(kept.evidence, here - max(0.0, now - kept.found_at), kept.verdict))
 
     def save(self, membership: Membership, cases: Cases) -> None:

@@ -79,6 +79,10 @@ class Endpoint:
         channel.traffic = self.traffic.setdefault(peer, Traffic())
         return peer
 
+    def check_version(self, peer: PeerId, hello: wire.Hello) -> None:
+        """Raises NotAdmittedError unless `peer` speaks this node's version of the bulk channel."""
+        wire.check_version("bulk channel", hello.version, wire.VERSION, peer)
+
     def wants_plain(self, lane: str) -> bool:
         return self.plain and lane != Lane.CONTROL
 

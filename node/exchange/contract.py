@@ -13,6 +13,7 @@ from typing import Protocol
 
 import trio
 
+from node.config.quantities import HostPort
 from protocol.ids import Buffer, PeerId
 from protocol.messages import Reply, Request
 
@@ -55,6 +56,7 @@ class Exchange(Protocol):
       and never after that. It must not raise.
     - `run` listens and answers until it is cancelled; it calls `started()` once it listens. A request whose handler
       takes longer is kept alive with `Waiting`. A peer never disturbs the requests of another.
+    - `reached`: the address at which the peer was last reached and proved who it is; None if it was not, or long ago.
     - `disconnect` closes all connections with a peer. New ones from it are refused while `refused(peer)` is true.
     """
 
@@ -63,5 +65,7 @@ class Exchange(Protocol):
     ) -> Answer: ...
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
+
+    def reached(self, peer: PeerId) -> HostPort | None: ...
 
     def disconnect(self, peer: PeerId) -> None: ...

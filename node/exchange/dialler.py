@@ -14,6 +14,7 @@ from itertools import count, filterfalse
 from typing import NoReturn
 
 import trio
+from cachetools import LRUCache
 
 from node.config.quantities import HostPort
 from node.exchange.channel import TlsChannel
@@ -98,6 +99,8 @@ class Dialler:
         self.connections: dict[tuple[PeerId, Lane], Outgoing] = {}
         self._failures: dict[PeerId, tuple[float, Member, str]] = {}
         """By peer: until when it is not dialled again, the member (with addresses) that was dialled, and the reason."""
+        self.reached: LRUCache[PeerId, HostPort] = LRUCache(endpoint.limits.connections)
+        """Where each peer last proved who it is."""
         # Unbounded: every entry is in `connections` too, which is bounded.
         self._to_dial, self._dials = trio.open_memory_channel[Outgoing](math.inf)
 
@@ -186,13 +189,16 @@ class Dialler:
         raise PeerUnavailableError("no handshake in time")
 
     async def _introduce(self, sock: socket.socket, peer: PeerId, lane: Lane) -> Reader[Reply]:
+        where = HostPort(*sock.getpeername()[:2])
         channel = await TlsChannel.open(sock, self._endpoint.client_context, self._timing.stall_s)
         try:
             self._endpoint.identify(channel, expected=peer)
+            self.reached[peer] = where
             reader = Reader(channel, wire.REPLIES)
             plain = self._endpoint.wants_plain(lane)
             await channel.send_all(wire.encode_hello(lane, plain))
             hello = await reader.hello()
+            self._endpoint.check_version(peer, hello)
             return await reader.to_plain() if plain and hello.plain else reader
         except BaseException:
             channel.close()

@@ -124,6 +124,7 @@ class Listener:
                 self._admit(peer)
                 plain = self._endpoint.wants_plain(hello.lane)
                 await channel.send_all(wire.encode_hello(hello.lane, plain))
+                self._endpoint.check_version(peer, hello)  # after the answer: it tells the other side why
                 return peer, await reader.to_plain() if plain and hello.plain else reader
             except BaseException:
                 channel.close()

@@ -14,6 +14,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
+from node.config.quantities import HostPort
 from node.exchange.contract import Answer, Handler, Heard, Into, Lane
 from node.exchange.requests import REQUESTS_PER_CONNECTION, AtWork, Call, answer
 from protocol import wire
@@ -128,6 +129,9 @@ class MemoryExchange:
             raise PeerUnavailableError(f"{self._own} refuses {line.asker}")
         self._answering[line] = None
         self._arrivals.send_nowait(line)
+
+    def reached(self, peer: PeerId) -> HostPort | None:
+        """Always None: members in one process have no addresses."""
 
     def disconnect(self, peer: PeerId) -> None:
         for line in [*self._asked, *self._answering]:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from node.exchange.contract import Answer, Handler, Heard, Into
+from node.runtime.fair_places import Client, Demand, working_for
 from protocol import errors, wire
 from protocol.ids import Buffer, PeerId
 from protocol.messages import Failed, Reply, Request
@@ -151,7 +152,8 @@ class Dispatcher:
         handler = self._handlers.get(type(request))
         if handler is None:
             return Answer(Failed("bad-request", f"no part of this node answers {type(request).__name__}"))
-        return await handler(peer, request)
+        with working_for(Demand(Client(f"member {peer}"))):  # its requests to a registry take turns with clients'
+            return await handler(peer, request)
 
 
 async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) -> tuple[bytes, Buffer | None]:

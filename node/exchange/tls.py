@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import trio
 
+from node.config.quantities import HostPort
 from node.exchange.channel import Traffic
 from node.exchange.connection import Endpoint, is_for_block
 from node.exchange.contract import Answer, Heard, Into, Lane
@@ -60,6 +61,9 @@ class TlsExchange:
             answer_bytes_free=self._listener.answer_bytes.free,
             small_frames_waiting=sum(len(connection.small) for connection in incoming),
         )
+
+    def reached(self, peer: PeerId) -> HostPort | None:
+        return self._dialler.reached.get(peer)
 
     def disconnect(self, peer: PeerId) -> None:
         self._dialler.disconnect(peer)

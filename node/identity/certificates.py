@@ -122,20 +122,24 @@ class Subject:
     site: str = ""
 
 
-def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS) -> bytes:
-    """Issue a node's certificate (DER). Its common name is the peer id; it also names the node and its site."""
+def issue(authority: Authority, subject: Subject, validity: Validity = ENDLESS, serial: int = 0) -> bytes:
+    """Issue a node's certificate (DER). Its common name is the peer id; it also names the node and its site. `serial`
+    0: a random number."""
     attributes = [x509.NameAttribute(NameOID.COMMON_NAME, subject.peer)]
     if subject.name:
         attributes.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, subject.name[:_MAX_NAME]))
     if is_site(subject.site):
         attributes.append(x509.NameAttribute(NameOID.LOCALITY_NAME, subject.site))
     key = Ed25519PublicKey.from_public_bytes(public_key_of(subject.peer))
-    return issue_to_key(authority, x509.Name(attributes), key, validity)
+    return issue_to_key(authority, x509.Name(attributes), key, validity, serial=serial)
 
 
-def issue_to_key(authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity = ENDLESS) -> bytes:
+def issue_to_key(
+    authority: Authority, name: x509.Name, key: Ed25519PublicKey, validity: Validity = ENDLESS, *, serial: int = 0
+) -> bytes:
     """Issue a certificate (DER) with any `name`. `peer_of` refuses it if the common name is not the key's peer id."""
-    certificate = _signed(authority.key, authority.certificate.subject, name, key, validity=validity)
+    issuer = authority.certificate.subject
+    certificate = _signed(authority.key, issuer, name, key, serial=serial, validity=validity)
     return certificate.public_bytes(Encoding.DER)
 
 

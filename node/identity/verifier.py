@@ -14,7 +14,7 @@ from dataclasses import replace
 import trio
 from cachetools import LRUCache
 
-from node.identity.certificates import Credentials, issued_by, peer_of, validity_of
+from node.identity.certificates import Credentials, Subject, issued_by, peer_of, subject_of, validity_of
 from protocol.admission import date
 from protocol.errors import NotAdmittedError
 from protocol.ids import PeerId
@@ -56,16 +56,26 @@ class Verifier:
     def peer_of(self, certificate: bytes) -> PeerId:
         """The member that a certificate (DER) names, for one that TLS has verified. Raises as `verify`."""
         peer = peer_of(certificate)
-        if self.is_revoked(peer):
-            raise NotAdmittedError(REVOKED, peer)
-        end = validity_of(certificate).end
-        if end is not None and self._is_over(end):
-            raise NotAdmittedError(f"certificate expired at {date(end)}", peer)
+        reason, end = self.refusal(certificate), validity_of(certificate).end
+        if reason:
+            raise NotAdmittedError(reason, peer)
         if end is not None:
             self._ends[peer] = end
         else:
             self._ends.pop(peer, None)
         return peer
+
+    def subject_of(self, certificate: bytes) -> Subject:
+        """The subject of a certificate (DER) of this cluster, whether it counts now or not. Raises as `verify`."""
+        issued_by(certificate, self.credentials.authority)
+        return subject_of(certificate)
+
+    def refusal(self, certificate: bytes) -> str:
+        """Why a certificate (DER) of this cluster does not count here and now; "" if it does."""
+        if self.is_revoked(peer_of(certificate)):
+            return REVOKED
+        end = validity_of(certificate).end
+        return f"certificate expired at {date(end)}" if end is not None and self._is_over(end) else ""
 
     def renew(self, certificate: bytes) -> None:
         """Show this certificate from now on. Open connections keep the earlier one."""

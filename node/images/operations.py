@@ -93,8 +93,8 @@ class ImageOperations:
         table, name, root = self.table, image.name, image.root
         for packed in image.objects:
             resolved = Resolved(packed.ref, packed.media_type, age_s)
-            table.put(str(locator_of(name, packed)), str(packed.ref.digest), resolved)
-        table.put(str(name.manifests), name.reference, Resolved(root.ref, root.media_type, age_s))
+            table.put(str(locator_of(name, packed)), str(packed.ref.digest), resolved, "import")
+        table.put(str(name.manifests), name.reference, Resolved(root.ref, root.media_type, age_s), "import")
 
     async def export_image(
         self, image: ImageName, platforms: Sequence[Platform], descriptor: int
@@ -138,6 +138,8 @@ class ImageOperations:
                     await self._store(archive, packed, index, sha)
                     for event in work.progress("storing", packed.ref.block_length(index), packed.ref.digest):
                         yield event
+                self.site.facts.given_to_all(packed.ref.digest)  # as `_remember` says of its repository
+                self.site.facts.verified(packed.ref)
                 self.site.tiers.seal(packed.ref)
             await self._settle(images, pin=pin)
         yield work.result(images)
@@ -156,6 +158,7 @@ class ImageOperations:
         if self.disk.holds(piece):
             held = await self.disk.get(piece)
             if held and held.record.sha256 == sha and self.site.trust.accepts(held.record.signer):
+                tiers.claim(piece)
                 return
             await tiers.discard(piece)
         data = await archive.block(packed, index, sha)

@@ -32,7 +32,7 @@ from node.oci.references import ImageName
 from node.runtime.single_flight import Ticket
 from node.runtime.state_files import save
 from protocol.errors import UNDECODABLE, BadInputError, ShoalError, UnavailableError
-from protocol.ids import Piece
+from protocol.ids import ObjectRef, Piece
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class Prefetcher:
     verifier: ObjectVerifier
     fetcher: Fetcher
     holds: Callable[[Piece], bool]
+    holds_all: Callable[[ObjectRef], bool]
     _items: list[_Item] = field(default_factory=list)
     _over: deque[_Item] = field(default_factory=lambda: deque(maxlen=MAX_ORDERED))
     _pace: Pace | None = None
@@ -200,7 +201,7 @@ class Prefetcher:
     async def _object(self, item: _Item, packed: Packed, pace: Pace) -> None:
         """Fetch an object's missing blocks and verify its digest, as for a client."""
         ref, locator = packed.ref, locator_of(item.name, packed)
-        if all(self.holds(Piece(ref.block(index))) for index in range(ref.block_count)):
+        if self.holds_all(ref):
             item.done += ref.size
             return
         hasher = hashlib.new(ref.digest.algorithm)

@@ -6,16 +6,17 @@ stream, independent of the transport. docs/PROTOCOL.md, "Introduction".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from node.identity.registrar import Line
 from node.identity.verifier import Verifier
 from protocol.errors import PeerMisbehavedError
 from protocol.ids import PeerId
 from protocol.introduction import MAX_HELLO, MAX_MEMBERS_BYTES, decode_hello, decode_members, encode_hello
-from protocol.members import Member
+from protocol.members import Member, Statement, Vouched
 
-Introduced = Callable[[tuple[Member, ...]], None]
+Introduced = Callable[[Sequence[Vouched], str], None]
+"""Called with the statements that a member showed, its own first, and the host from which it connected."""
 Current = Callable[[], tuple[Member, ...]]
 """The members of the site, this node first."""
 
@@ -25,8 +26,8 @@ CHANNEL = "introduction"
 
 async def exchange_members(
     line: Line, verifier: Verifier, members: Callable[[], bytes], *, dialled: bool
-) -> tuple[Member, ...]:
-    """The members that the peer names, itself first. `members` returns this node's encoded list.
+) -> tuple[Statement, ...]:
+    """The statements that the peer shows, its own first, not verified. `members` returns this node's encoded list.
 
     Certificates are exchanged first, the dialling side's before the other's. Raises PeerMisbehavedError (for a peer of
     another cluster its subclass NotAdmittedError) before this node names any member.
@@ -45,6 +46,6 @@ async def exchange_members(
 
 
 def _verify(verifier: Verifier, peer: PeerId, hello: bytes) -> None:
-    subject = verifier.verify(decode_hello(hello))
+    subject = verifier.verify(decode_hello(hello, peer))
     if subject != peer:
         raise PeerMisbehavedError(f"shows the certificate of {subject}")

@@ -41,13 +41,14 @@ from node.identity.identity import Identity
 from node.identity.registrar import Line, apply
 from node.identity.verifier import Verifier
 from node.membership import mdns
-from node.membership.addresses import Target, concrete_hosts, parse_join, parse_listen, to_multiaddr, with_observed
+from node.membership.addresses import Target, concrete_hosts, parse_join, parse_listen, to_multiaddr
 from node.membership.bootstrap import Bootstrap, Timing
 from node.membership.introduction import CHANNEL, Current, Introduced, exchange_members
+from node.membership.passports import Passports
 from protocol import errors
 from protocol.ids import PeerId
 from protocol.introduction import PREFIX, body_length, encode_members
-from protocol.members import Member
+from protocol.members import Statement, Vouched
 
 log = logging.getLogger(__name__)
 # libp2p's own log lines are dropped: this module logs the same events, with the peer's id.
@@ -60,8 +61,8 @@ MAX_INBOUND = 32
 """Most inbound connections at a time. Further connections are closed immediately, and their nodes try again."""
 MAX_PER_ADDRESS = 16
 """Most inbound connections from one address at a time: a single address must not keep new nodes out."""
-MAX_RECEIVED = 3 << 20
-"""Most bytes received on one connection. An introduction is below 1.1 MiB, handshakes and framing included."""
+MAX_RECEIVED = 1 << 20
+"""Most bytes received on one connection. An introduction is below 0.3 MiB, handshakes and framing included."""
 _READ = 1 << 16
 
 Joins = Callable[[Line, str, PeerId], Awaitable[None]]
@@ -71,8 +72,9 @@ Joins = Callable[[Line, str, PeerId], Awaitable[None]]
 class LibP2PIntroducer:
     """Finds peers (bootstrap addresses, mDNS), verifies that both sides belong to one cluster, and introduces them.
 
-    Each introduction, in either direction, ends with one call of `introduced` with the members that the other side
-    named (itself first). A node of another cluster is never introduced. The refusal is logged with peer id and reason.
+    Each introduction, in either direction, ends with one call of `introduced` with the statements that the other side
+    showed (its own first), all checked. `named` returns those that this node shows. A node of another cluster is never
+    introduced. The refusal is logged with peer id and reason.
     """
 
     def __init__(
@@ -85,12 +87,15 @@ class LibP2PIntroducer:
         mdns: bool,
         introduced: Introduced,
         current: Current,
+        named: Callable[[], Sequence[Vouched]],
+        passports: Passports,
         timing: Timing | None = None,
         rng: Random | None = None,
     ) -> None:
         """`listen` and `bootstrap` are multiaddrs; raises BadInputError for a malformed one."""
         self._verifier = verifier
-        self._members = lambda: encode_members(current()[0], current())
+        self._members = lambda: encode_members(named())
+        self._passports = passports
         self._joins = joins
         self._listen = parse_listen(listen)
         self._hosts = concrete_hosts(self._listen.host)
@@ -172,16 +177,19 @@ class LibP2PIntroducer:
                     await self._linger(line)
                     return False
                 with self.bootstrap.introducing(line.peer):
-                    members = await self._exchange(line, dialled=expected is not None)
+                    statements = await self._exchange(line, dialled=expected is not None)
+                    vouched = await self._passports.check_all(statements)
+                    if not vouched or vouched[0].peer_id != line.peer:
+                        raise errors.NotAdmittedError("shows no valid statement of its own", line.peer)
             except errors.PeerMisbehavedError as error:
                 self.bootstrap.refusals.tell("join" if protocol == JOIN else CHANNEL, line.peer, str(remote), error)
                 return False
-        peer = f"{members[0].name} ({line.peer}) at {remote}"
-        log.info("introduced to %s, which named %d others", peer, len(members) - 1)
-        self._introduced((with_observed(members[0], remote.host), *members[1:]))
+        peer = f"{vouched[0].member.name} ({line.peer}) at {remote}"
+        log.info("introduced to %s, which named %d others", peer, len(vouched) - 1)
+        self._introduced(vouched, remote.host)
         return True
 
-    async def _exchange(self, line: LibP2PLine, *, dialled: bool) -> tuple[Member, ...]:
+    async def _exchange(self, line: LibP2PLine, *, dialled: bool) -> tuple[Statement, ...]:
         try:
             return await exchange_members(line, self._verifier, self._members, dialled=dialled)
         finally:

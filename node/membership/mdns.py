@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from ipaddress import ip_address
+from threading import BoundedSemaphore
 
 import trio
 import zeroconf
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 
 SERVICE = "_shoal-p2p._udp.local."
 _LOOKUP_MS = 2000
+_LOOKUPS, _MAX_WAITING_LOOKUPS = 8, 64
+"""Look-ups at a time, and waiting ones; further peers are found when they announce themselves again. Nodes announce
+all records at once, so that only others' announcements, or lost packets, need one."""
 _CLOSE_S = 2.0
 """Longest time that a stop waits for the goodbye to be sent."""
 
@@ -62,6 +67,7 @@ async def run(mine: Announcement, on_found: OnFound, on_lost: Callable[[PeerId],
         await trio.sleep_forever()
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_S):
+            listener.lookups.shutdown(wait=False, cancel_futures=True)
             await trio.to_thread.run_sync(_stop, responder, abandon_on_cancel=True)
 
 
@@ -102,23 +108,39 @@ def _stop(responder: zeroconf.Zeroconf) -> None:
 
 @dataclass(eq=False)
 class _Listener(zeroconf.ServiceListener):
-    """zeroconf calls these methods in its browser thread, one at a time, so a look-up may block."""
+    """zeroconf calls these methods in its browser thread, one at a time, so none may block: announcements that lack an
+    address would delay the others."""
 
     mine: Announcement
     on_found: OnFound
     on_lost: Callable[[PeerId], None]
     loop: trio.lowlevel.TrioToken
+    lookups: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, _LOOKUPS, "mdns-lookup"))
+    waiting: BoundedSemaphore = field(default_factory=partial(BoundedSemaphore, _MAX_WAITING_LOOKUPS))
 
     def add_service(self, zc: zeroconf.Zeroconf, type_: str, name: str) -> None:
         peer = self._other(name)
         if peer is None:
             return
+        info = zeroconf.ServiceInfo(type_, name)
+        if info.load_from_cache(zc):
+            self._found(peer, info)
+        elif self.waiting.acquire(blocking=False):
+            self.lookups.submit(self._look_up, zc, peer, info)
+        else:
+            log.debug("too many mDNS look-ups wait: %s is not looked up", peer)
+
+    def _look_up(self, zc: zeroconf.Zeroconf, peer: PeerId, info: zeroconf.ServiceInfo) -> None:
         try:
-            info = zc.get_service_info(type_, name, timeout=_LOOKUP_MS)
+            if info.request(zc, _LOOKUP_MS):
+                self._found(peer, info)
         except (OSError, zeroconf.Error, RuntimeError) as error:
             log.debug("mDNS look-up of %s failed: %s", peer, error)
-            return
-        ways = self._ways(peer, info) if info else ()
+        finally:
+            self.waiting.release()
+
+    def _found(self, peer: PeerId, info: zeroconf.ServiceInfo) -> None:
+        ways = self._ways(peer, info)
         if ways:
             self._in_loop(partial(self.on_found, ways))
 

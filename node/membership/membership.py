@@ -1,7 +1,7 @@
 """The membership of the site: SWIM (`protocol/swim.py`) driven over the exchange's control lane.
 
 `Membership` holds this node's beliefs, and is the `View` that the rest of the node asks. It does no I/O, so the
-exchange can be built with its `find` and `is_refused`. `Gossiper` does the I/O and answers other members.
+exchange can be built with its `locate` and `is_refused`. `Gossiper` does the I/O and answers other members.
 
 A peer that misbehaved is in quarantine: out of the view for a time, with a reason that operators see. `Swim` stores the
 end of that time, because it neither probes nor believes such a peer; `Membership` stores the reason. A revocation, in
@@ -11,17 +11,23 @@ contrast, is permanent, has no reason, and makes `Swim` forget the peer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import Protocol
 
 import trio
 
+from node.membership.addresses import with_observed
+from node.membership.passports import CHECKS_IN_A_TURN, Passports
+from protocol.errors import PeerMisbehavedError
 from protocol.ids import PeerId
-from protocol.members import Member, State, Update
+from protocol.introduction import MAX_INTRODUCED
+from protocol.members import Member, State, Statement, Suspicion, Vouched
 from protocol.swim import Swim
-from protocol.swim_values import Action, Event, Probe, SwimConfig
+from protocol.swim_values import Action, Event, SwimConfig
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +40,6 @@ class View(Protocol):
 
     - `site`: the alive members of the own site, this node among them, without those in quarantine; sorted by peer id.
     - `version` grows with every change of `site`; `changed_at` is trio.current_time() at the last change.
-    - `known`: all members of the own site that are not forgotten, this node among them, alive or not.
     - `find` returns any member that was introduced or gossiped and is not forgotten, alive or not, of any site.
     - `report_failure`: a read from the peer failed, so it is probed at once.
     - `quarantine` takes a peer out of the view for a time; operators see the reason.
@@ -48,9 +53,6 @@ class View(Protocol):
 
     @property
     def changed_at(self) -> float: ...
-
-    @property
-    def known(self) -> tuple[Member, ...]: ...
 
     def find(self, peer: PeerId) -> Member | None: ...
 
@@ -82,13 +84,15 @@ class Membership:
         own: Member,
         incarnation: int,
         rng: Random,
+        passports: Passports,
         config: SwimConfig | None = None,
         quarantine_s: float = QUARANTINE_S,
     ) -> None:
         self.own = own
         self.config = config or SwimConfig()
         self.changed_at = trio.current_time()
-        self.swim = Swim(own, incarnation, config=self.config, rng=rng, now=self.changed_at)
+        self.passports = passports
+        self.swim = Swim(own, incarnation, passports.author, config=self.config, rng=rng, now=self.changed_at)
         self._quarantine_s = quarantine_s
         self._reasons: dict[PeerId, str] = {}
         """The reasons of the current quarantines."""
@@ -99,11 +103,6 @@ class Membership:
 
     # The view
 
-    @property
-    def known(self) -> tuple[Member, ...]:
-        members = (entry.update.member for entry in self.swim.known.values())
-        return (self.own, *(member for member in members if member.site == self.own.site))
-
     async def wait_changed(self) -> None:
         """Wait until `site` changes next."""
         await self._changed.wait()
@@ -112,21 +111,40 @@ class Membership:
         if peer == self.own.peer_id:
             return self.own
         entry = self.swim.known.get(peer)
-        return None if entry is None else entry.update.member
+        return None if entry is None else entry.member
+
+    def locate(self, peer: PeerId) -> Member | None:
+        """As `find`, but with the address from which this node saw the member connect: it is surely routed here."""
+        entry = self.swim.known.get(peer)
+        if entry is None or not entry.observed:
+            return self.find(peer)
+        return with_observed(entry.member, entry.observed)
 
     def current(self) -> tuple[Member, ...]:
-        """The members of the site, quarantined or not, this node first: those that an introduction names."""
-        others = (entry.update.member for entry in self.swim.known.values() if entry.is_live)
+        """The members of the site, quarantined or not, this node first."""
+        others = (entry.member for entry in self.swim.known.values() if entry.is_live)
         return (self.own, *(member for member in others if member.site == self.own.site))
+
+    def named(self) -> tuple[Vouched, ...]:
+        """The statements that an introduction shows, this node's own first."""
+        others = (entry.statement for entry in self.swim.known.values() if entry.is_live)
+        near = (statement for statement in others if statement.member.site == self.own.site)
+        return (self.swim.own, *islice(near, MAX_INTRODUCED - 1))
+
+    def to_remember(self, most: int) -> tuple[Vouched, ...]:
+        """The statements of the site's other members, live ones first."""
+        near = [entry for entry in self.swim.known.values() if entry.member.site == self.own.site]
+        near.sort(key=lambda entry: (not entry.is_live, -entry.since))
+        return tuple(entry.statement for entry in near[:most])
 
     def table(self) -> tuple[Row, ...]:
         """All other members that are remembered, by name."""
         now = trio.current_time()
         rows = [
             Row(
-                member=entry.update.member,
-                state=entry.update.state,
-                incarnation=entry.update.incarnation,
+                member=entry.member,
+                state=entry.state,
+                incarnation=entry.statement.incarnation,
                 since_s=now - entry.since,
                 seen_s=None if entry.seen is None else now - entry.seen,
                 rtt_s=entry.rtt_s,
@@ -172,38 +190,72 @@ class Membership:
 
     # Events
 
-    def introduced(self, members: tuple[Member, ...]) -> None:
-        """Add `members[0]`, which was introduced and named the others. By this a node enters a site."""
-        now = trio.current_time()
-        for member in members[:1]:
-            self.swim.introduced(member, now)
-        self.remembered(members[1:])
+    @contextmanager
+    def event(self) -> Iterator[float]:
+        """Tell `swim` of an event, with the time that this yields. Afterwards the changes are published."""
+        yield trio.current_time()
+        self._settle()
 
-    def remembered(self, members: Iterable[Member]) -> None:
+    def introduced(self, statements: Sequence[Vouched], observed: str = "") -> None:
+        """Add the member of `statements[0]`, which was seen to connect from the host `observed` and named the others.
+        By this a node enters a site."""
+        now = trio.current_time()
+        for statement in statements[:1]:
+            self.swim.introduced(statement, now, observed)
+        self.remembered(statements[1:])
+
+    def remembered(self, statements: Iterable[Vouched]) -> None:
         """Ask former or named members. They enter the view only when they answer."""
         now = trio.current_time()
-        for member in members:
-            self.swim.hint(member, now)
+        for statement in statements:
+            self.swim.hint(statement, now)
         self._settle()
 
-    def received(self, updates: tuple[Update, ...], *, whole_view: bool = False, settled: bool = False) -> None:
-        self.swim.received(updates, trio.current_time(), whole_view=whole_view, settled=settled)
+    async def received(
+        self, peer: PeerId, statements: Iterable[Statement], suspicions: Iterable[Suspicion] = ()
+    ) -> int:
+        """Check and learn what `peer` sent; returns how many statements were news. A peer that sends what no honest
+        member passes on is quarantined."""
+        try:
+            count = await self._learn(statements)
+            for suspicion in suspicions:
+                if self.swim.heeds(suspicion, trio.current_time()):
+                    self.passports.check_suspicion(suspicion)
+                    self.swim.accused((suspicion,), trio.current_time())
+        except PeerMisbehavedError as error:
+            self.quarantine(peer, str(error))
+            return 0
+        self._settle()
+        return count
+
+    async def _learn(self, statements: Iterable[Statement]) -> int:
+        """Check and learn statements a few at a time: what another message brought meanwhile is not checked again."""
+        count = checks = 0
+        for statement in statements:
+            if not self.swim.is_news(statement):
+                continue
+            checked = self.passports.check(statement, self._held(statement.peer_id))
+            if checked is not None:
+                count += self.swim.learned((checked,), trio.current_time())
+            checks += 1
+            if not checks % CHECKS_IN_A_TURN:
+                await trio.lowlevel.checkpoint()
+        return count
+
+    def _held(self, peer: PeerId) -> Vouched | None:
+        entry = self.swim.known.get(peer)
+        if entry is not None:
+            return entry.statement
+        return self.swim.own if peer == self.own.peer_id else None
+
+    def renewed(self) -> None:
+        """This node has a new certificate."""
+        self.swim.renewed()
         self._settle()
 
-    def acked(self, peer: PeerId, rtt_s: float | None) -> None:
-        self.swim.acked(peer, trio.current_time(), rtt_s)
-
-    def failed(self, probe: Probe, *, helpers_answered: bool) -> None:
-        self.swim.failed(probe, trio.current_time(), helpers_answered=helpers_answered)
-        self._settle()
-
-    def synced(self, peer: PeerId) -> None:
-        self.swim.synced(peer)
-        self._settle()
-
-    def spread(self) -> None:
-        """Send the revocations to some members at once."""
-        self.swim.spread()
+    def settled(self, statements: Iterable[Vouched]) -> None:
+        """Accept statements that all members have for a long time: as news they would be passed on for minutes."""
+        self.swim.settled(statements, trio.current_time())
         self._settle()
 
     async def next_actions(self) -> list[Action]:

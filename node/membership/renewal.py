@@ -47,13 +47,15 @@ def due_at(validity: Validity) -> float:
 
 @dataclass(slots=True)
 class Renewal:
-    """For a node that joined. `save` writes the new certificate to disk; `now` is Unix time."""
+    """For a node that joined. `save` writes the new certificate to disk; `renewed` is called once it is in use. `now`
+    is Unix time."""
 
     verifier: Verifier
     joined: Joined
     view: View
     exchange: Exchange
     save: Callable[[Joined], None]
+    renewed: Callable[[], None]
     rng: Random
     now: Callable[[], float] = time.time
 
@@ -77,6 +79,7 @@ class Renewal:
                 self.joined = msgspec.structs.replace(self.joined, certificate=certificate)
                 self.save(self.joined)
                 self.verifier.renew(certificate)
+                self.renewed()
                 log.info("certificate renewed", extra={"by": peer})
                 return True
         return False

@@ -12,33 +12,36 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 import trio
 from cachetools import LRUCache
 
+from node.blocks.object_facts import ObjectFacts
+from node.mirror import object_access
+from node.mirror.object_access import FRESH_S, REFUSED_S, Key, ObjectAccess, key_of
 from node.oci.references import Grant, Locator, canonical
 from node.runtime.single_flight import SingleFlight
 from node.runtime.sqlite import Database
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
+from protocol.ids import Digest
 
 log = logging.getLogger(__name__)
 
-FRESH_S = 60.0
-"""Lifetime of a positive verdict: a withdrawn right takes effect after at most this time."""
-REFUSED_S = 10.0
-"""Lifetime of a negative verdict: short, because a client may be waiting for a right that was just granted."""
 MAX_VERDICTS = 4096
+"""Rights of clients, and as many refusals."""
 MAX_PUBLIC = 4096
+"""Public repositories in memory."""
+MAX_PUBLIC_ROWS = 1 << 16
+"""Public repositories on disk, 100 bytes each. A client that reads others makes the registry answer for each."""
 MAX_AUTHORIZATION = 16 << 10
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS public (repository TEXT PRIMARY KEY, seen REAL NOT NULL) WITHOUT ROWID;"
+_INDEX = "CREATE INDEX IF NOT EXISTS public_by_age ON public (seen);"
 
 SiteSays = Callable[[Locator, str], Awaitable[float | None]]
 """Seconds since a member of the site saw that the locator's repository is public; None if none has."""
-_Key = tuple[str, str, bytes]
 
 
 class ChallengedError(DeniedError):
@@ -52,7 +55,7 @@ class ChallengedError(DeniedError):
         return str(self.args[0])
 
 
-class Registries(Protocol):
+class Registries(object_access.Registries, Protocol):
     """The part of node/registry/upstreams.py that is used here."""
 
     async def admits(self, locator: Locator, reference: str) -> bool:
@@ -71,6 +74,31 @@ class _Verdict:
     until: float
 
 
+class _Verdicts:
+    """The latest verdicts. Refusals have a table of their own: a client may invent credentials."""
+
+    def __init__(self) -> None:
+        self._allowed: LRUCache[Key, _Verdict] = LRUCache(MAX_VERDICTS)
+        self._refused: LRUCache[Key, _Verdict] = LRUCache(MAX_VERDICTS)
+
+    def __len__(self) -> int:
+        return len(self._allowed) + len(self._refused)
+
+    def __setitem__(self, key: Key, verdict: _Verdict) -> None:
+        self.pop(key)
+        (self._allowed if verdict.allowed else self._refused)[key] = verdict
+
+    def get(self, key: Key) -> _Verdict | None:
+        return self._allowed.get(key) or self._refused.get(key)
+
+    def pop(self, key: Key) -> None:
+        self._allowed.pop(key, None)
+        self._refused.pop(key, None)
+
+    def items(self) -> list[tuple[Key, _Verdict]]:
+        return [*self._allowed.items(), *self._refused.items()]
+
+
 class PublicTable:
     """The public repositories and when each was last seen to be public, in SQLite.
 
@@ -81,17 +109,15 @@ class PublicTable:
     def __init__(self, path: Path, pinned: Callable[[Locator], bool] = lambda locator: False) -> None:
         self._pinned = pinned
         self._seen: LRUCache[str, float] = LRUCache(MAX_PUBLIC)
-        self._database = Database(path, _SCHEMA)
-        rows = self._database.run("SELECT repository, seen FROM public ORDER BY seen DESC LIMIT ?", (MAX_PUBLIC,))
-        self._seen.update(reversed(rows))
-        self._database.run("DELETE FROM public WHERE seen < ?", (rows[-1][1] if len(rows) == MAX_PUBLIC else 0,))
+        self._database = Database(path, _SCHEMA + _INDEX)
+        self._trim()
 
     def close(self) -> None:
         self._database.close()
 
     def age(self, locator: Locator) -> float | None:
         """Seconds since the repository was seen to be public; None if unknown, also after the clock was set back."""
-        seen = self._seen.get(_repository(locator))
+        seen = self._last_seen(_repository(locator))
         age = -1.0 if seen is None else 0.0 if self._pinned(locator) else time.time() - seen
         return age if age >= 0 else None
 
@@ -101,10 +127,26 @@ class PublicTable:
             return
         self._seen[repository] = seen
         self._database.run("INSERT OR REPLACE INTO public VALUES (?, ?)", (repository, seen))
+        self._trim()
 
     def drop(self, locator: Locator) -> None:
-        if self._seen.pop(_repository(locator), None) is not None:
-            self._database.run("DELETE FROM public WHERE repository = ?", (_repository(locator),))
+        repository = _repository(locator)
+        if self._last_seen(repository) is not None:
+            del self._seen[repository]
+            self._database.run("DELETE FROM public WHERE repository = ?", (repository,))
+
+    def _last_seen(self, repository: str) -> float | None:
+        seen = self._seen.get(repository)
+        if seen is None:
+            for row in self._database.run("SELECT seen FROM public WHERE repository = ?", (repository,)):
+                seen = self._seen[repository] = row[0]
+        return seen
+
+    def _trim(self) -> None:
+        self._database.run(
+            "DELETE FROM public WHERE seen < (SELECT seen FROM public ORDER BY seen DESC LIMIT 1 OFFSET ?)",
+            (MAX_PUBLIC_ROWS,),
+        )
 
 
 def _repository(locator: Locator) -> str:
@@ -122,6 +164,7 @@ class Access:
         grace_s: Mapping[str, float],
         registries: Registries,
         public: PublicTable,
+        facts: ObjectFacts,
         *,
         site_says: SiteSays,
         nursery: trio.Nursery,
@@ -131,8 +174,9 @@ class Access:
         self.change(grace_s, public_grace_s)
         self._registries, self._public, self._site_says = registries, public, site_says
         self._loopback = loopback
-        self.verdicts: LRUCache[_Key, _Verdict] = LRUCache(MAX_VERDICTS)
-        self._asking: SingleFlight[tuple[_Key, str], bool] = SingleFlight(nursery)
+        self._objects = ObjectAccess(registries, facts, nursery)
+        self.verdicts = _Verdicts()
+        self._asking: SingleFlight[tuple[Key, str], bool] = SingleFlight(nursery)
 
     def change(self, grace_s: Mapping[str, float], public_grace_s: float) -> None:
         self._grace_s = {canonical(name): seconds for name, seconds in grace_s.items()}
@@ -149,7 +193,7 @@ class Access:
         ways = [locator]
         if self._may_be_shown(authorization):
             granted = replace(locator, grant=Grant(authorization))
-            public = self.verdicts.get(_key(locator))
+            public = self.verdicts.get(key_of(locator))
             ways = [granted] if public and not public.allowed else [locator, granted]
         missing: NotFoundError | None = None
         for way in ways:
@@ -160,9 +204,21 @@ class Access:
                 missing = error
         raise missing or self._challenged(locator)
 
+    async def check(self, locator: Locator, digest: Digest) -> None:
+        """Check that a client which was admitted with this locator may read the object through its repository. Raises
+        as `admit`. It must be called before the client learns anything of the object, and again when a part of it has
+        arrived: the origin of the object may have come with it."""
+        grace_s = self._grace_s.get(canonical(locator.upstream))
+        if grace_s is None:
+            return
+        try:
+            await self._objects.check(locator, digest, grace_s if locator.grant else self._public_grace_s)
+        except DeniedError as error:
+            raise self._challenged(locator) from error
+
     def refused(self, locator: Locator) -> DeniedError:
         """The error for a client whose grant the registry withdrew, or whose grant expired."""
-        self.verdicts.pop(_key(locator), None)
+        self.verdicts.pop(key_of(locator))
         return self._challenged(locator)
 
     def _may_be_shown(self, authorization: str) -> bool:
@@ -171,7 +227,7 @@ class Access:
         return usable and (scheme == "bearer " or (scheme.startswith("basic ") and self._loopback))
 
     async def _allowed(self, way: Locator, reference: str) -> bool:
-        key, now = _key(way), trio.current_time()
+        key, now = key_of(way), trio.current_time()
         last = self.verdicts.get(key)
         if last is not None and now < last.until:
             return last.allowed
@@ -208,8 +264,3 @@ class Access:
         message = f"{_repository(locator)} is not public"
         challenge = self._registries.challenge(locator, basic=self._loopback)
         return ChallengedError(message, challenge) if challenge else DeniedError(message)
-
-
-def _key(locator: Locator) -> _Key:
-    shown = locator.grant.authorization.encode() if locator.grant else b""
-    return canonical(locator.upstream), locator.repository, sha256(shown).digest() if shown else b""

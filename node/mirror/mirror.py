@@ -20,16 +20,23 @@ from typing import TypeVar
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import trio
-from cachetools import LRUCache
 
 from node.content.contract import Library
 from node.content.listings import Listings
 from node.mirror.access import Access, ChallengedError
+from node.mirror.missing import MissingNames, Name
 from node.oci.byte_ranges import Span, parse_range
 from node.oci.manifests import Resolved
 from node.oci.references import Kind, Locator, canonical, check_reference, is_digest
 from node.web.server import FileBody, Limits, Request, Response, error_response
-from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, UnavailableError
+from protocol.errors import (
+    BadInputError,
+    CorruptObjectError,
+    DeniedError,
+    NotFoundError,
+    UnavailableError,
+    UnsignedError,
+)
 from protocol.ids import Buffer, Digest
 
 log = logging.getLogger(__name__)
@@ -42,11 +49,11 @@ LIMITS = Limits(methods=("GET", "HEAD"), body_bytes=0)
 """For the server: a push is refused before its body is read."""
 BOUNDARY = f"shoal-{secrets.token_hex(12)}"
 """Random, so that no layer can be made to contain it."""
-MAX_MISSING = 4096
-"""Names remembered as absent, for answers while the registry is out of reach."""
 MAX_CURSOR = 2048
 """Longest query, in characters, of the link to a next page."""
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.DOTALL)
+_CONDITIONS = {"range", "if-match", "if-none-match"}
+"""Headers of requests that may be answered without the object's bytes."""
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
 
 _T = TypeVar("_T")
@@ -69,6 +76,10 @@ class _Target:
     reference: str
 
     @property
+    def name(self) -> Name:
+        return self.locator, self.path_kind, self.reference
+
+    @property
     def unknown(self) -> str:
         """The error code for a missing object."""
         return {"blobs": "BLOB_UNKNOWN", "manifests": "MANIFEST_UNKNOWN"}.get(self.path_kind, "NAME_UNKNOWN")
@@ -81,8 +92,7 @@ class Mirror:
         self._library, self._access = library, access
         self._upstreams = upstreams
         self._listings = listings
-        self._missing: LRUCache[_Target, str] = LRUCache(MAX_MISSING)
-        """The text of the registry's error, by target."""
+        self._missing = MissingNames()
 
     async def handle(self, request: Request) -> Response:
         path = request.path[:300]
@@ -93,7 +103,7 @@ class Mirror:
             return problem.response
         except ChallengedError as error:
             return error_response(401, "UNAUTHORIZED", str(error), _VERSION | {"WWW-Authenticate": error.challenge})
-        except DeniedError as error:
+        except (DeniedError, UnsignedError) as error:
             return _problem(403, "DENIED", error)
         except BadInputError as error:
             return _problem(400, "UNSUPPORTED", error)
@@ -112,14 +122,15 @@ class Mirror:
         try:
             answer = await self._answer(request, target)
         except NotFoundError as error:
-            self._missing[target] = str(error)
+            self._missing.note(target.name, str(error))
             raise _ProblemError(404, target.unknown, str(error)) from error
         except UnavailableError:
             # While the registry is out of reach its last answer counts, for absent objects as for present ones.
-            if target in self._missing:
-                raise _ProblemError(404, target.unknown, self._missing[target]) from None
+            if (text := self._missing.get(target.name)) is not None:
+                raise _ProblemError(404, target.unknown, text) from None
             raise
-        self._missing.pop(target, None)
+        self._missing.read_from(target.locator)
+        self._missing.forget(target.name)
         return answer
 
     async def _answer(self, request: Request, target: _Target) -> Response:
@@ -131,7 +142,15 @@ class Mirror:
         try:
             if target.path_kind in ("tags", "referrers"):
                 return await self._listed(request, locator, target)
-            return await self._object(request, locator, await self._library.resolve(locator, target.reference))
+            resolved = await self._resolved(request, locator, target.reference)
+            try:
+                return await self._object(request, locator, resolved)
+            except UnavailableError:
+                # Its size may have been a false claim, which the failed read made doubtful: then another one counts.
+                again = await self._resolved(request, locator, target.reference)
+                if again.ref == resolved.ref:
+                    raise
+                return await self._object(request, locator, again)
         except DeniedError as error:
             if locator.grant is None:
                 raise
@@ -165,6 +184,16 @@ class Mirror:
             raise _ProblemError(404, "NAME_UNKNOWN", f"{asked[:255]!r} is not configured here; configured: {names}")
         return configured, repository
 
+    async def _resolved(self, request: Request, locator: Locator, reference: str) -> Resolved:
+        """The descriptor. An answer that shows anything of the object beside its bytes needs the right to read it at
+        once, and an answer without bytes its true size; a plain GET waits for both until the first bytes are there."""
+        resolved = await self._library.resolve(locator, reference)
+        if request.method == "HEAD" or _CONDITIONS & request.headers.keys() or not resolved.ref.size:
+            await self._access.check(locator, resolved.ref.digest)
+        if request.method == "HEAD" or not resolved.ref.size:
+            resolved = await self._library.sized(locator, resolved)
+        return resolved
+
     async def _object(self, request: Request, locator: Locator, resolved: Resolved) -> Response:
         digest, size = str(resolved.ref.digest), resolved.ref.size
         etag = f'"{digest}"'
@@ -187,6 +216,9 @@ class Mirror:
         if spans is None:
             return await self._one(200, headers, locator, resolved, span=Span(0, size))
         if not spans:
+            sized = await self._library.sized(locator, resolved)
+            if sized.ref != resolved.ref:
+                return await self._object(request, locator, sized)
             unsatisfied = {"Content-Range": f"bytes */{size}"}
             raise _ProblemError(416, "RANGE_INVALID", f"{digest} has {size} bytes", unsatisfied)
         if len(spans) == 1:
@@ -200,7 +232,10 @@ class Mirror:
         headers = {**headers, "Content-Length": str(span.length)}
         if not span.length:
             return Response(status, headers)
-        file = self._library.sealed(resolved.ref.digest, span.start, span.stop)
+        file = None
+        if self._library.holds_sealed(resolved.ref):
+            await self._access.check(locator, resolved.ref.digest)
+            file = self._library.sealed(resolved.ref, span.start, span.stop)
         if file is not None:
             return Response(status, headers, FileBody(file, span.start, span.stop))
         return await _begun(status, headers, self._read(locator, resolved, [span]))
@@ -232,7 +267,8 @@ class Mirror:
         return await _begun(206, headers | {"Content-Length": str(length)}, parts())
 
     async def _read(self, locator: Locator, resolved: Resolved, spans: Sequence[Span]) -> AsyncGenerator[Buffer, None]:
-        """The library's chunks: exactly the bytes of the spans, with at most STALL_S between chunks."""
+        """The library's chunks: exactly the bytes of the spans, with at most STALL_S between chunks. Before each chunk
+        is given away, the client's right to the object is checked by what is known of its origin then."""
         left = sum(span.length for span in spans)
         first, *more = ((span.start, span.stop) for span in spans)
         async with aclosing(self._library.read(locator, resolved.ref, *first, *more)) as chunks:
@@ -244,6 +280,7 @@ class Mirror:
                     raise UnavailableError(f"{resolved.ref.digest}: no progress for {STALL_S:.0f} s")
                 if chunk is None:
                     raise UnavailableError(f"{resolved.ref.digest}: {left} of the requested bytes are missing")
+                await self._access.check(locator, resolved.ref.digest)
                 left -= len(chunk)
                 yield chunk
 

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from protocol.errors import UNDECODABLE
+from node.oci.strict_json import check_members, decode_strictly
+from protocol.errors import UNDECODABLE, BadInputError
 
 MAX_CHALLENGE = 8 << 10
 """Most characters of a WWW-Authenticate header that are parsed; the rest is ignored."""
@@ -122,8 +123,10 @@ class _TokenReply(msgspec.Struct):
 def parse_token(body: bytes) -> tuple[str, float] | None:
     """The token and the seconds for which it may be used; None if the body is not a token reply."""
     try:
-        reply = msgspec.json.decode(body, type=_TokenReply)
-    except UNDECODABLE:
+        document = decode_strictly(body)
+        reply = msgspec.convert(document, _TokenReply)
+        check_members(document, _TokenReply.__struct_fields__)
+    except (*UNDECODABLE, BadInputError):
         return None
     token = reply.token or reply.access_token
     if not token or not token.isascii() or not token.isprintable():

@@ -1,14 +1,16 @@
 """Reads of single blocks, joined into few requests to the upstream.
 
-A worker that becomes free takes the block that has waited longest, together with those that follow it in the object.
+A worker that becomes free takes a block for the address of clients that has the fewest runs in transit, of several
+blocks the one that has waited longest, together with those that follow it in the object.
 Like small packets in Nagle's algorithm, blocks that follow a run in transit wait until it ends or MAX_RUN of them wait:
 a client that reads in order asks for the next block as each arrives, which would cost one request per block.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -17,7 +19,8 @@ from typing import Protocol
 import trio
 
 from node.oci.references import Locator
-from protocol.errors import ShoalError, UnavailableError
+from node.runtime.fair_places import Demand, current_demand, working_for
+from protocol.errors import CorruptObjectError, ShoalError, UnavailableError
 from protocol.ids import BlockId, ObjectRef
 
 log = logging.getLogger(__name__)
@@ -41,9 +44,13 @@ class _Read:
     locator: Locator
     ref: ObjectRef
     index: int
+    demand: Demand = field(default_factory=current_demand)
     done: trio.Event = field(default_factory=trio.Event)
     data: bytearray | None = None
     error: ShoalError | None = None
+
+    def address(self, in_transit: Counter[str]) -> str:
+        return min((client.address for client in self.demand.clients), key=in_transit.__getitem__)
 
 
 @dataclass(eq=False, slots=True)
@@ -55,16 +62,22 @@ class _Queue:
     following: set[BlockId] = field(default_factory=set)
     """For each run in transit, the block that follows it."""
     workers: int = 0
+    in_transit: Counter[str] = field(default_factory=Counter)
+    """Runs by the address of the client for whom each was begun."""
 
     def take_run(self) -> list[_Read]:
         """Empty if all reads have to wait: the worker that reads the run before them takes them afterwards."""
-        for block in self.waiting:
+        for block in sorted(self.waiting, key=self._in_transit):
             run = [block] if _beside(block, -1) not in self.waiting else []
             while run and len(run) < MAX_RUN and self._joins(following := _beside(run[-1], 1), run[0]):
                 run.append(following)
             if len(run) == MAX_RUN or (run and block not in self.following):
                 return [self.waiting.pop(member) for member in run]
         return []
+
+    def _in_transit(self, block: BlockId) -> int:
+        """For the client of the block that has the fewest."""
+        return self.in_transit[self.waiting[block].address(self.in_transit)]
 
     def _joins(self, block: BlockId, first: BlockId) -> bool:
         """Whether `block` waits and may share a request with `first`: a grant must not serve another client."""
@@ -114,17 +127,36 @@ class BatchedReads:
         async with aclosing(self._upstreams.blocks(locator, ref, index, 1, certain=True, background=False)) as blocks:
             return await anext(blocks)
 
+    async def read_verified(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
+        """Like `read_certain`, but from the whole object, whose digest then shows that these are its bytes. It is read
+        in the background. Raises CorruptObjectError if the registry has sent other bytes than those of the digest."""
+        hasher, block = hashlib.new(ref.digest.algorithm), bytearray()
+        whole = self._upstreams.blocks(locator, ref, 0, ref.block_count, certain=True, background=True)
+        async with aclosing(whole) as blocks:
+            number = 0
+            async for data in blocks:
+                hasher.update(data)
+                block = data if number == index else block
+                number += 1
+        if hasher.hexdigest() != ref.digest.hex:
+            raise CorruptObjectError(f"{locator.upstream} sends other bytes than those of {ref.digest}")
+        return block
+
     async def _work(self, queue: _Queue) -> None:
         try:
             # Let every task of this tick queue its read, so that neighbours share a request.
             await trio.lowlevel.checkpoint()
             while run := queue.take_run():
-                following = _beside(run[-1].ref.block(run[-1].index), 1)
+                following, address = _beside(run[-1].ref.block(run[-1].index), 1), run[0].address(queue.in_transit)
                 queue.following.add(following)
+                queue.in_transit[address] += 1
                 try:
-                    await self._fetch(run, queue.background)
+                    with working_for(run[0].demand):
+                        await self._fetch(run, queue.background)
                 finally:
                     queue.following.discard(following)
+                    queue.in_transit[address] -= 1
+                    queue.in_transit += Counter()  # forget addresses without a run
         finally:
             queue.workers -= 1
 

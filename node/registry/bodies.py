@@ -137,11 +137,16 @@ class BlockCutter:
         return block
 
 
+def other_size() -> FailedAttemptError:
+    """Sizes in requests are claims: no block is returned, and no record signed, for a size that is contradicted."""
+    return FailedAttemptError("the object has another size than expected", again=False)
+
+
 def body_start(response: httpx.Response, start: int, stop: int, size: int) -> int:
     """The offset, in the object, of the body's first byte if [start, stop) was requested. Raises FailedAttemptError."""
     if response.status_code == 200:
         if response.headers.get("content-length", str(size)) != str(size):
-            raise FailedAttemptError("the object has another size than expected", again=False)
+            raise other_size()
         return 0
     match = CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
     if not match or int(match[1]) != start or not start < int(match[2]) + 1 <= stop or match[3] not in ("*", str(size)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -25,7 +24,7 @@ class Call:
     repository: str
     tail: str
     subject: str
-    query: Mapping[str, str] | None = None
+    query: tuple[tuple[str, str], ...] = ()
     grant: Grant | None = None
 
     @classmethod
@@ -38,16 +37,20 @@ class Call:
     def tags(cls, locator: Locator) -> Call:
         """Request the shortest list of tags: the answer shows whether the caller may read the repository."""
         subject = f"tags of {locator.repository}"
-        return cls(locator.repository, "tags/list", subject, query={"n": "1"}, grant=locator.grant)
+        return cls(locator.repository, "tags/list", subject, query=(("n", "1"),), grant=locator.grant)
 
     @property
     def reference(self) -> str:
         return self.tail.partition("/")[2]
 
+    @property
+    def names_manifest(self) -> bool:
+        return self.tail.startswith("manifests/")
+
     def url(self, registry: httpx.URL) -> httpx.URL:
         path = f"{registry.path.rstrip('/')}/v2/{self.repository}/{self.tail}"
         url = registry.copy_with(raw_path=path.encode("ascii"))
-        return url.copy_merge_params(self.query) if self.query else url
+        return url.copy_merge_params(dict(self.query)) if self.query else url
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,31 +9,55 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import httpx
 import trio
 from cachetools import TTLCache
 
 from node.config.schema import UpstreamPart
-from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved
+from node.oci.manifests import MAX_MANIFEST, MEDIA_TYPE, UNTYPED, Resolved, read_manifest
 from node.oci.references import is_digest
+from node.registry import transport
 from node.registry.attempts import Attempts, Availability, FailedAttemptError, reason, unexpected
 from node.registry.authorization import Authorization
-from node.registry.bodies import CONTENT_RANGE, BlockCutter, Meter, MeteredBody, body_start, receiver_of
+from node.registry.bodies import (
+    CONTENT_RANGE,
+    BlockCutter,
+    Meter,
+    MeteredBody,
+    Receiver,
+    body_start,
+    other_size,
+    receiver_of,
+)
 from node.registry.calls import ACCEPT, Call, Endpoint, Headers, Passed
+from node.registry.reach import Reach, UnreachableHostError
 from node.registry.retry import BODY, RETRIED_STATUS
 from node.registry.transport import Connect
 from node.registry.uplink import MakeWayError
+from node.runtime.fair_places import FairPlaces
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError
 from protocol.ids import Digest, ObjectRef
 
 log = logging.getLogger(__name__)
 
-BROKEN_S, MAX_BROKEN = 2.0, 1024
-"""After a 500 for an object, calls for it fail for BROKEN_S seconds: a pull asks for many blocks of it."""
+_DIGITS = re.compile(r"[0-9]{1,15}", re.ASCII)
+CLAIM_S, MAX_CLAIMS = 1.0, 1024
+"""A client that is admitted by a HEAD for a tag then asks for that tag at once: a second HEAD would be for nothing."""
+BROKEN_S, MAX_BROKEN = 2.0, 4096
+"""After a 500 or 404, the same call fails for BROKEN_S seconds: a pull asks for many blocks of an object, and clients
+that look for an object that does not exist soon look again."""
+_T = TypeVar("_T")
+
+
+_FINAL_STATUS = frozenset({401, 404, 500}) | RETRIED_STATUS
+"""Answers to a HEAD that a GET would also get. After any other one a GET is tried: some registries refuse HEAD."""
 
 
 class RegistryClient:
@@ -42,18 +66,32 @@ class RegistryClient:
     ) -> None:
         self.url = httpx.URL(url.rstrip("/"))
         self.name, self.availability, self.meter = availability.name, availability, meter
-        self.http, self.retire = connect(part)
-        self.authorization = Authorization(self.name, self.url, part, meter=meter, send=self.send)
+        self._reach = Reach(part)
+        self.http, self.retire = connect(part, self._reach)
+        self.authorization = Authorization(self.availability, self.url, part, meter=meter, send=self.send)
         self.body_connections = max(1, part.connections - 1)
         """Most bodies read at once; one connection is left for names."""
-        self._bodies = trio.Semaphore(self.body_connections)
-        self._broken: TTLCache[tuple[str, str], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
-        """By repository and tail of a call, the status that answered it."""
+        self._bodies = FairPlaces(self.body_connections)
+        self._names = FairPlaces(part.connections, most_each=max(1, part.connections * 2 // 3))
+        """Other requests. One address of clients does not have all connections: registries answer some slowly."""
+        self._failed: TTLCache[tuple[str, Call], int] = TTLCache(MAX_BROKEN, BROKEN_S, timer=trio.current_time)
+        """By method and call, the status that answered it."""
+        self._claims: TTLCache[Call, tuple[Resolved, float]] = TTLCache(MAX_CLAIMS, CLAIM_S, timer=trio.current_time)
+        """Descriptors that answers to `admits` showed, and when these were asked for. Each is used once."""
 
     def report(self) -> Endpoint:
         state = self.availability
         problem = state.problem if state.breaker.failing else ""
         return Endpoint(str(self.url), problem, state.breaker.rest_s(trio.current_time()), self.meter.received)
+
+    async def ask(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
+        """The result of one of the methods below, each attempt in its turn among the clients'."""
+
+        async def in_turn(call: Call) -> _T:
+            async with self._names.place():
+                return await attempt(call)
+
+        return await self.availability.retrying(call, in_turn)
 
     async def blocks(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
         """The blocks that `cutter` still lacks. Raises UnavailableError; the cutter keeps the bytes received so far."""
@@ -61,7 +99,7 @@ class RegistryClient:
         while not cutter.done:
             if background:
                 await self.meter.uplink.turn()
-            async with self._bodies:
+            async with self._bodies.place():
                 self.meter.uplink.check(background=background)
                 attempts = attempts or await self.availability.admitted(BODY, call.subject)
                 try:
@@ -77,28 +115,32 @@ class RegistryClient:
     async def _body(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
         """Blocks from one response. Raises FailedAttemptError if it ends before the last block."""
         start, stop, size = cutter.position, cutter.stop, cutter.ref.size
-        whole = (start, stop) == (0, size) or call.tail.startswith("manifests/")
+        whole = (start, stop) == (0, size) or call.names_manifest
         headers = {"Accept": ACCEPT} | ({} if whole else {"Range": f"bytes={start}-{stop - 1}"})
         async with self._response("GET", call, headers) as response, receiver_of(response) as receiver:
             self._expect(response, call, 200, 206)
             body = MeteredBody(receiver, self.meter, background=background)
             await body.skip(start - body_start(response, start, stop, size))
+            if "*" in response.headers.get("content-range", "") and await self.size(call) != size:
+                raise other_size()
+            ends = response.status_code == 206 or stop == size
             while not cutter.done:
                 block = cutter.filled(await body.recv_into(cutter.room()))
+                # A connection can serve the next request only after the body's end was read.
+                if ends and cutter.position >= stop and await _more(receiver) and stop == size:
+                    raise other_size()
                 if block is not None:
                     yield block
-            if response.status_code == 206 or stop == size:
-                # A connection can serve the next request only after the body's end was read.
-                with suppress(httpx.HTTPError):
-                    await receiver.recv_into(memoryview(bytearray(1)))
 
-    async def confirms(self, current: Resolved, call: Call) -> bool:
-        """Ask (by HEAD) whether the call's reference still resolves to `current`."""
+    async def described(self, call: Call) -> Resolved | None:
+        """A manifest's descriptor as the registry claims it, by HEAD; None if only the bytes can show it. If `admits`
+        has just asked the same question, its answer is used."""
+        if (claimed := self._claims.pop(call, None)) is not None:
+            return replace(claimed[0], age_s=trio.current_time() - claimed[1])
         async with self._response("HEAD", call, {"Accept": ACCEPT}) as response:
-            if response.status_code in (404, *RETRIED_STATUS):
+            if response.status_code in _FINAL_STATUS and not response.history:
                 self._expect(response, call, 200)
-            digest = response.headers.get("docker-content-digest", "")
-            return bool(response.status_code == 200 and digest == str(current.ref.digest))
+            return _claimed(response, call) if response.status_code == 200 else None
 
     async def manifest(self, call: Call) -> tuple[Resolved, bytes]:
         async with self._response("GET", call, {"Accept": ACCEPT}) as response:
@@ -110,6 +152,10 @@ class RegistryClient:
             digest = Digest(algorithm, hashlib.new(algorithm, body).hexdigest())
             if expected not in ("", str(digest)):
                 raise CorruptObjectError(f"{self._subject(call)}: the bytes do not hash to the digest")
+            try:
+                read_manifest(body)
+            except BadInputError as error:  # a page of a proxy, or bytes that clients could read in two ways
+                raise FailedAttemptError(f"answered with no manifest: {error}", again=False) from error
             return Resolved(ObjectRef(digest, len(body)), _media_type(response)), body
 
     async def size(self, call: Call) -> int:
@@ -142,16 +188,36 @@ class RegistryClient:
 
     async def admits(self, call: Call) -> bool | None:
         """Whether the registry allows the call; None if it does not have the object. A redirect means yes."""
-        method = "GET" if call.tail == "tags/list" else "HEAD"
+        method, asked = "GET" if call.tail == "tags/list" else "HEAD", trio.current_time()
         try:
             async with self._response(method, call, {"Accept": ACCEPT}, follow=False) as response:
                 if response.status_code in (404, 405):
                     return None
                 if response.status_code >= 400:
                     self._expect(response, call)
+                if response.status_code == 200 and call.names_manifest and (claimed := _claimed(response, call)):
+                    self._claims[call] = claimed, asked
                 return True
         except DeniedError:
             return False
+
+    async def gives(self, call: Call) -> bool:
+        """Whether the registry gives the object of the call, by HEAD, or by GET if it does not support HEAD. A redirect
+        means yes. Raises NotFoundError."""
+        try:
+            for method in ("HEAD", "GET"):
+                async with self._response(method, call, {"Accept": ACCEPT}, follow=False) as response:
+                    if method == "HEAD" and response.status_code in (405, 501):
+                        continue
+                    if response.status_code >= 400:
+                        self._expect(response, call)
+                    shown, algorithm = response.headers.get("docker-content-digest", ""), call.reference.split(":")[0]
+                    if shown.startswith(algorithm) and shown != call.reference:  # it may show another algorithm's
+                        raise NotFoundError(f"{self._subject(call)}: the registry has another object there")
+                    break
+        except DeniedError:
+            return False
+        return True
 
     @asynccontextmanager
     async def _response(
@@ -159,37 +225,49 @@ class RegistryClient:
     ) -> AsyncIterator[httpx.Response]:
         """The response after authorization and redirects; its body is not read yet."""
         authorization = self.authorization.headers(call)
-        if (status := self._broken.get((call.repository, call.tail))) is not None:
+        if (status := self._failed.get((method, call))) == 404:
+            raise NotFoundError(f"{self._subject(call)}: not found")
+        if status is not None:
             raise FailedAttemptError(f"answered {status} just now", again=False)
         send = partial(self.send, method, call.url(self.url), follow=follow)
+        response = await send(headers | authorization)
         try:
-            response = await send(headers | authorization)
-            try:
-                if response.status_code == 401 and not response.history:
-                    renewed = await self.authorization.renewed(call, response, authorization)
-                    response = await send(headers | renewed) if renewed else response
-                yield response
-            finally:
-                await response.aclose()
-        except FailedAttemptError as failure:
-            if failure.status >= 500 and not failure.again:
-                self._broken[call.repository, call.tail] = failure.status
-            raise
+            if response.status_code == 401 and not response.history:
+                renewed = await self.authorization.renewed(call, response, authorization)
+                response = await send(headers | renewed) if renewed else response
+            status = response.status_code
+            if status == 404 or (status >= 500 and status not in RETRIED_STATUS):
+                self._failed[method, call] = status
+            yield response
+        finally:
+            await response.aclose()
 
     async def send(
-        self, method: str, url: httpx.URL, headers: Headers, *, follow: bool = True, form: Headers | None = None
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: Headers,
+        *,
+        follow: bool = True,
+        form: Headers | None = None,
+        token: bool = False,
     ) -> httpx.Response:
-        """The response, whose body is not read yet. The caller closes it. `follow`: whether to follow redirects."""
-        request = self.http.build_request(method, url, headers=headers, data=form)
+        """The response, whose body is not read yet. The caller closes it. `follow`: whether to follow redirects.
+        `token`: the request is for a token service, whose answer says nothing about the registry."""
+        extensions = {"token": True} if token else {}
+        request = self.http.build_request(method, url, headers=headers, data=form, extensions=extensions)
         try:
-            response = await self.http.send(request, stream=True, follow_redirects=follow)
+            self._reach.check_literal(url)
+            response = await transport.send(self.http, request, self._reach, follow=follow)
+        except UnreachableHostError as error:
+            raise FailedAttemptError(str(error), again=False) from error
         except (httpx.PoolTimeout, httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise FailedAttemptError(reason(error), again=False) from error
         except httpx.TimeoutException as error:
             raise FailedAttemptError(reason(error), again=False, breaks=True) from error
         except httpx.HTTPError as error:
             raise FailedAttemptError(reason(error), True, breaks=isinstance(error, httpx.ConnectError)) from error
-        if response.status_code not in RETRIED_STATUS:
+        if response.status_code not in RETRIED_STATUS and not token:
             self.availability.answered()
         return response
 
@@ -207,6 +285,24 @@ class RegistryClient:
 
     def _subject(self, call: Call) -> str:
         return f"{self.name}: {call.subject}"
+
+
+async def _more(receiver: Receiver) -> bool:
+    """Whether a body has further bytes. A broken connection has none: its bytes are complete."""
+    with suppress(httpx.HTTPError):
+        return await receiver.recv_into(memoryview(bytearray(1))) > 0
+    return False
+
+
+def _claimed(response: httpx.Response, call: Call) -> Resolved | None:
+    digest, length = response.headers.get("docker-content-digest", ""), response.headers.get("content-length", "")
+    if (is_digest(call.reference) and digest != call.reference) or not _DIGITS.fullmatch(length):
+        return None
+    try:
+        ref = ObjectRef(Digest.parse(digest), int(length))
+    except BadInputError:
+        return None
+    return Resolved(ref, _media_type(response)) if 0 < ref.size <= MAX_MANIFEST else None
 
 
 def _media_type(response: httpx.Response) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import socket
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from typing import TypeVar, cast
 
 import h11
@@ -19,18 +20,25 @@ import httpx
 import trio
 
 from node.config.schema import UpstreamPart
+from node.registry.reach import Reach
+from node.runtime.fair_places import FairPlaces
 from node.runtime.sockets import Readable
 from protocol.errors import BadInputError
 
 MAX_REDIRECTS = 5
+MAX_REDIRECT_BODY = 16 << 10
+"""The bodies of redirects are a short text. A connection whose body is longer is closed."""
 TIMEOUT = httpx.Timeout(connect=5.0, read=10.0, write=10.0, pool=30.0)
 MAX_HEAD = 100 << 10
 RECEIVE_BYTES = 16 << 10
+TOKEN_CONNECTIONS = 8
+"""Connections to token services, beside those to the registry: a slow token service must not hold up its answers."""
 IDLE_S = 5.0
 """How long an idle connection is kept; httpx's default. Registries and load balancers keep them for longer."""
 
-Connect = Callable[[UpstreamPart], tuple[httpx.AsyncClient, Callable[[], None]]]
-"""Makes a client, and a function that closes the client's idle connections and makes it keep no more."""
+Connect = Callable[[UpstreamPart, Reach], tuple[httpx.AsyncClient, Callable[[], None]]]
+"""Makes a client that connects within a reach, and a function that closes the client's idle connections and makes it
+keep no more."""
 _PORTS = {"http": 80, "https": 443}
 _T = TypeVar("_T")
 _Origin = tuple[str, str, int]
@@ -176,29 +184,34 @@ class Body(httpx.AsyncByteStream):
 
 
 class DirectTransport(httpx.AsyncBaseTransport):
-    """Has at most `connections`, idle ones included. The extension `body` of a response is its `Body`."""
+    """Has at most `connections`, and TOKEN_CONNECTIONS for requests with the extension `token`, idle ones included. The
+    extension `body` of a response is its `Body`."""
 
-    def __init__(self, context: ssl.SSLContext, connections: int) -> None:
-        self._context = context
-        self._slots = trio.Semaphore(connections)
+    def __init__(self, context: ssl.SSLContext, connections: int, reach: Reach | None = None) -> None:
+        """`reach`: None to connect to all addresses."""
+        self._context, self._reach = context, reach
+        self._slots, self._token_slots = FairPlaces(connections), FairPlaces(TOKEN_CONNECTIONS)
         self._idle: deque[Wire] = deque()
         """In the order in which they became idle."""
         self._retired = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         timeout = request.extensions["timeout"]
+        slots = self._token_slots if "token" in request.extensions else self._slots
         with _as(httpx.ConnectError, httpx.PoolTimeout, timeout["pool"]):
-            await self._slots.acquire()
+            give = await slots.take()
         wire: Wire | None = None
         try:
             wire = self._reused(origin_of(request.url)) or await self.connect(request.url, timeout["connect"])
             wire.read_s = timeout["read"]
-            return await self._asked(wire, request, timeout["write"])
+            return await self._asked(wire, request, timeout["write"], release=partial(self._release, give))
         except BaseException:
-            self._release(wire, False)
+            self._release(give, wire, False)
             raise
 
-    async def _asked(self, wire: Wire, request: httpx.Request, write_s: float | None) -> httpx.Response:
+    async def _asked(
+        self, wire: Wire, request: httpx.Request, write_s: float | None, *, release: Release
+    ) -> httpx.Response:
         parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
         with _as(httpx.WriteError, httpx.WriteTimeout, write_s):
             head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
@@ -207,7 +220,7 @@ class DirectTransport(httpx.AsyncBaseTransport):
         while isinstance(event := await wire.next_event(parser), h11.InformationalResponse):
             pass
         answer = cast(h11.Response, event)
-        body = Body(wire, parser, length=_announced(request.method, answer), release=self._release)
+        body = Body(wire, parser, length=_announced(request.method, answer), release=release)
         headers = list(answer.headers.raw_items())
         return httpx.Response(answer.status_code, headers=headers, stream=body, extensions={"body": body})
 
@@ -220,12 +233,16 @@ class DirectTransport(httpx.AsyncBaseTransport):
         return None
 
     async def connect(self, url: httpx.URL, connect_s: float | None) -> Wire:
-        while len(self._idle) > self._slots.value:
+        while len(self._idle) > self._slots.free:
             self._idle.popleft().close()
         scheme, host, port = origin = origin_of(url)
         with _as(httpx.ConnectError, httpx.ConnectTimeout, connect_s):
             try:
+                if self._reach is not None and not self._reach.is_free(host):
+                    entries = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                    self._reach.check(host, [str(entry[4][0]) for entry in entries])
                 stream = await trio.open_tcp_stream(host, port)
+                await self._check_connected(host, stream)
                 wire = Wire(socket.socket(fileno=stream.socket.detach()), origin)
                 if scheme == "https":
                     await wire.secure(self._context)
@@ -235,8 +252,17 @@ class DirectTransport(httpx.AsyncBaseTransport):
                 raise httpx.ConnectError("not a host name") from error
         return wire
 
-    def _release(self, wire: Wire | None, reusable: bool) -> None:
-        self._slots.release()
+    async def _check_connected(self, host: str, stream: trio.SocketStream) -> None:
+        """The name may have led elsewhere than when it was looked up. Nothing has been sent yet."""
+        try:
+            if self._reach is not None:
+                self._reach.connected(host, stream.socket.getpeername()[0])
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+
+    def _release(self, give: Callable[[], None], wire: Wire | None, reusable: bool) -> None:
+        give()
         if wire is not None and reusable and not self._retired:
             wire.idle_since = trio.current_time()
             self._idle.append(wire)
@@ -269,6 +295,36 @@ def _announced(method: str, answer: h11.Response) -> int | None:
     return int(fields[b"content-length"])
 
 
+async def send(client: httpx.AsyncClient, request: httpx.Request, reach: Reach, *, follow: bool) -> httpx.Response:
+    """The response after redirects, whose body is not read yet. httpx itself would read the whole body of a redirect,
+    of any size, and follow it anywhere."""
+    history: list[httpx.Response] = []
+    while True:
+        response = await client.send(request, stream=True, follow_redirects=False)
+        response.history = list(history)
+        if not follow or response.next_request is None:
+            return response
+        try:
+            await _drain(response)
+        finally:
+            await response.aclose()
+        history.append(response)
+        if len(history) > MAX_REDIRECTS:
+            raise httpx.TooManyRedirects("too many redirects", request=request)
+        reach.check_redirect(request.url, response.next_request.url)
+        request = response.next_request
+
+
+async def _drain(response: httpx.Response) -> None:
+    """Read a small body, so that its connection can serve another request."""
+    count = 0
+    async with aclosing(cast(AsyncGenerator[bytes, None], response.aiter_raw())) as portions:
+        async for portion in portions:
+            count += len(portion)
+            if count > MAX_REDIRECT_BODY:
+                return
+
+
 def client_over(
     transport: httpx.AsyncBaseTransport, context: ssl.SSLContext, connections: int, *, environment: bool = True
 ) -> httpx.AsyncClient:
@@ -279,8 +335,6 @@ def client_over(
         trust_env=environment,
         timeout=TIMEOUT,
         limits=httpx.Limits(max_connections=connections),
-        follow_redirects=True,
-        max_redirects=MAX_REDIRECTS,
         headers={"User-Agent": "shoal", "Accept-Encoding": "identity"},
     )
 
@@ -289,7 +343,7 @@ def sockets() -> Connect:
     """Clients over real sockets, which trust the system's authorities or those of the upstream's `ca`."""
     default = ssl.create_default_context()
 
-    def connect(part: UpstreamPart) -> tuple[httpx.AsyncClient, Callable[[], None]]:
+    def connect(part: UpstreamPart, reach: Reach) -> tuple[httpx.AsyncClient, Callable[[], None]]:
         try:
             context = ssl.create_default_context(cafile=part.ca) if part.ca else default
             if part.ca and len(part.urls) > 1:
@@ -297,7 +351,7 @@ def sockets() -> Connect:
         except (OSError, ssl.SSLError) as error:
             raise BadInputError(f'upstream "{part.name}": ca = "{part.ca}": {error}') from error
         context.set_alpn_protocols(["http/1.1"])
-        transport = DirectTransport(context, part.connections)
+        transport = DirectTransport(context, part.connections, reach)
         return client_over(transport, context, part.connections), transport.retire
 
     return connect

@@ -30,8 +30,8 @@ from node.registry.calls import Call, Endpoint, Passed
 from node.registry.client import RegistryClient
 from node.registry.transport import Connect, sockets
 from node.registry.uplink import Uplink, UplinkUse
-from protocol.errors import BadInputError, NotFoundError, ShoalError, UnavailableError
-from protocol.ids import Digest, ObjectRef
+from protocol.errors import NotFoundError, ShoalError, UnavailableError
+from protocol.ids import MAX_OBJECT_SIZE, Digest, ObjectRef, is_possible
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,15 @@ class Upstreams:
         rng: Random,
         uplinks: Iterable[Uplink] = (),
         public: Callable[[Locator], None] = lambda _: None,
+        max_object: int = MAX_OBJECT_SIZE,
         connect: Connect | None = None,
     ) -> None:
         """`uplinks` are those with limits; other upstreams have no limits. `connect`: None for real sockets.
 
-        `public` is called when a registry resolved a name without credentials of this node or of a client.
+        Objects of more than `max_object` bytes are not resolved. `public` is called when a registry resolved a name
+        without credentials of this node or of a client.
         """
-        self._public = public
+        self._public, self._max_object = public, max_object
         self._upstream = partial(_Upstream, connect=connect or sockets(), count=count, rng=rng)
         self._upstreams: dict[str, _Upstream] = {}
         self._removed: dict[str, tuple[_Upstream, float]] = {}
@@ -146,25 +148,23 @@ class Upstreams:
             for client in upstream.in_order:
                 await client.http.aclose()
 
-    async def resolve(
-        self, locator: Locator, reference: str, known: Resolved | None = None
-    ) -> tuple[Resolved, bytes | None]:
-        """The descriptor that `reference` stands for, and the manifest's bytes unless it is still `known`.
+    async def resolve(self, locator: Locator, reference: str, *, whole: bool = False) -> tuple[Resolved, bytes | None]:
+        """The descriptor that `reference` stands for, and the manifest's bytes if `whole`, or if the registry does not
+        show the descriptor without them. A descriptor without bytes is a claim: its size and type are not checked.
 
         Raises NotFoundError, DeniedError, UnavailableError, or CorruptObjectError if the bytes do not have the digest.
         """
         call = Call.of(locator, reference)
 
         async def ask(client: RegistryClient) -> tuple[Resolved, bytes | None]:
-            retrying = client.availability.retrying
             answer: tuple[Resolved, bytes | None]
             if locator.kind == "blobs":
-                size = await retrying(call, client.size)
-                answer = Resolved(_sized(Digest.parse(reference), size), UNTYPED), None
-            elif known is not None and await retrying(call, partial(client.confirms, known)):
-                answer = Resolved(known.ref, known.media_type), None
+                size = await client.ask(call, client.size)
+                answer = Resolved(self._sized(Digest.parse(reference), size, client.name), UNTYPED), None
+            elif not whole and (claimed := await client.ask(call, client.described)) is not None:
+                answer = claimed, None
             else:
-                answer = await retrying(call, client.manifest)
+                answer = await client.ask(call, client.manifest)
             # A mirror may serve objects to everyone that the registry does not.
             if locator.grant is None and client.authorization.relays and not client.availability.is_mirror:
                 self._public(locator)
@@ -208,10 +208,22 @@ class Upstreams:
         """
         client = self._find(locator.upstream).registry
         for call in [Call.of(locator, reference), Call.tags(locator)] if reference else [Call.tags(locator)]:
-            admitted = await client.availability.retrying(call, client.admits)
+            admitted = await client.ask(call, client.admits)
             if admitted is not None:
                 return admitted
         raise NotFoundError(f"{client.name}: {locator.repository}: neither {reference} nor tags found")
+
+    def is_open(self, upstream: str) -> bool:
+        """Whether a read without a client's grant shows that everybody may read the object: this node has no
+        credentials, and no mirror answers for the registry, since a mirror may have credentials."""
+        asked = self._find(upstream)
+        return asked.part.access != "node" and len(asked.in_order) == 1
+
+    async def gives(self, locator: Locator, digest: Digest) -> bool:
+        """Whether the registry itself gives this object of the locator's repository to the locator's grant, or without
+        one to everybody. Raises NotFoundError if the repository does not have it, and UnavailableError."""
+        client = self._find(locator.upstream).registry
+        return await client.ask(Call.of(locator, str(digest)), client.gives)
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         """The registry's last challenge for the repository, which a client should answer; "" for none."""
@@ -220,9 +232,9 @@ class Upstreams:
     async def passthrough(self, locator: Locator, tail: str, query: Mapping[str, str]) -> Passed:
         """`tags/list` or `referrers/<digest>` of a repository. Raises as `resolve`; BadInputError for a bad query."""
         repository, grant = locator.repository, locator.grant
-        call = Call(repository, tail, f"{tail} of {repository}", query=query, grant=grant)
+        call = Call(repository, tail, f"{tail} of {repository}", query=tuple(sorted(query.items())), grant=grant)
         clients = self._find(locator.upstream).asked(grant)
-        return await self._first(clients, lambda client: client.availability.retrying(call, client.passed))
+        return await self._first(clients, lambda client: client.ask(call, client.passed))
 
     async def _first(self, clients: list[RegistryClient], ask: Callable[[RegistryClient], Awaitable[_T]]) -> _T:
         *mirrors, registry = clients
@@ -232,6 +244,13 @@ class Upstreams:
             except ShoalError as error:
                 log.debug("the next URL is asked: %s", error)
         return await ask(registry)
+
+    def _sized(self, digest: Digest, size: int, name: str) -> ObjectRef:
+        if not is_possible(digest, size, self._max_object):
+            raise UnavailableError(
+                f"{name}: {digest} has {size} bytes, by its answer; max_object is {self._max_object}"
+            )
+        return ObjectRef(digest, size)
 
     def _find(self, name: str) -> _Upstream:
         upstream = self._upstreams.get(canonical(name))
@@ -245,10 +264,3 @@ class Upstreams:
 
 def _own(part: UpstreamPart) -> UpstreamPart:
     return msgspec.structs.replace(part, rate="", daily="", daily_spent="refuse", hours=(), access_grace="")
-
-
-def _sized(digest: Digest, size: int) -> ObjectRef:
-    try:
-        return ObjectRef(digest, size)
-    except BadInputError as error:
-        raise UnavailableError(str(error)) from error

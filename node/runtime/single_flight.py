@@ -1,7 +1,8 @@
 """Single flight: one piece of work for each key, shared by all tasks that wait for it.
 
 The work runs in a nursery that outlives the waiting tasks: a task that gives up does not end the work for the others,
-and the work is cancelled when the last one gives up. Results go to the waiting tasks and are then forgotten.
+and the work is cancelled when the last one gives up. Results go to the waiting tasks and are then forgotten. The work
+is done for the clients of all tasks that wait (node/runtime/fair_places.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 
 import trio
 
+from node.runtime.fair_places import Demand, current_demand, working_for
 from protocol.errors import UnavailableError
 
 K = TypeVar("K", bound=Hashable)
@@ -22,6 +24,7 @@ V = TypeVar("V")
 class _Flight(Generic[V]):
     done: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    demand: Demand = field(default_factory=Demand)
     waiting: int = 0
     value: V | None = None
     error: Exception | None = None
@@ -30,11 +33,13 @@ class _Flight(Generic[V]):
 class Ticket(Generic[K, V]):
     """One task's share of a flight. `release` gives it up, and must be called, also after `wait`."""
 
-    __slots__ = ("_flight", "_flights", "_key", "_released")
+    __slots__ = ("_demand", "_flight", "_flights", "_key", "_released")
 
     def __init__(self, flights: SingleFlight[K, V], key: K, flight: _Flight[V]) -> None:
         self._flights, self._key, self._flight = flights, key, flight
         self._released = False
+        self._demand = current_demand()
+        self._demand.support(flight.demand)
         flight.waiting += 1
 
     async def wait(self) -> V:
@@ -56,6 +61,7 @@ class Ticket(Generic[K, V]):
         if self._released:
             return
         self._released = True
+        self._demand.leave(self._flight.demand)
         self._flight.waiting -= 1
         if not self._flight.waiting and not self._flight.done.is_set():
             self._flights.abandon(self._key, self._flight)
@@ -94,7 +100,7 @@ class SingleFlight(Generic[K, V]):
     async def _run(self, key: K, flight: _Flight[V], work: Callable[[], Awaitable[V]]) -> None:
         flight.error = UnavailableError("the node is stopping")
         try:
-            with flight.scope:
+            with flight.scope, working_for(flight.demand):
                 flight.value = await work()
                 flight.error = None
         except Exception as error:  # noqa: BLE001 - raised again, with the same type, in every task that waits

@@ -29,11 +29,14 @@ class Database:
         self._connection.close()
 
     def run(self, statement: str, *rows: Iterable[object]) -> list[Any]:
-        """Run the statement once for each row of parameters. Returns all rows that it selects."""
+        """Run the statement once for each row of parameters, in one transaction. Returns all rows that it selects."""
         selected: list[Any] = []
         try:
-            for row in rows:
-                selected += self._connection.execute(statement, tuple(row)).fetchall()
+            if len(rows) > 1:
+                self._connection.execute("BEGIN")
+            with self._connection:  # commits, or rolls back after an error
+                for row in rows:
+                    selected += self._connection.execute(statement, tuple(row)).fetchall()
         except sqlite3.Error as error:
             if _is_damage(error):
                 self._connection.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from node.telemetry.sources import Source
 from protocol.ids import Digest, PeerId
@@ -41,10 +42,25 @@ class Provenance:
         self._objects.move_to_end(digest)
         self._blocks += index not in reads
         reads[index] = read
+        self._forget(reads)
+
+    def note_run(self, digest: Digest, blocks: range, read: Read, served: int) -> None:
+        """Like `note` for blocks that follow each other, of which `served` bytes were sent together. Of a longer run
+        than MAX_BLOCKS only the first blocks are noted each for itself."""
+        self.bytes_served[read.source] += served
+        self.requests[read.source] += len(blocks)
+        reads = self._objects.setdefault(digest, {})
+        self._objects.move_to_end(digest)
+        before = len(reads)
+        reads.update(dict.fromkeys(blocks[:MAX_BLOCKS], read))
+        self._blocks += len(reads) - before
+        self._forget(reads)
+
+    def _forget(self, reads: dict[int, Read]) -> None:
         while len(self._objects) > MAX_OBJECTS or (self._blocks > MAX_BLOCKS and len(self._objects) > 1):
             self._blocks -= len(self._objects.popitem(last=False)[1])
-        if self._blocks > MAX_BLOCKS:
-            del reads[next(iter(reads))]
+        for index in list(islice(reads, max(0, self._blocks - MAX_BLOCKS))):
+            del reads[index]
             self._blocks -= 1
 
     def reads(self, digest: Digest) -> Mapping[int, Read]:

@@ -31,6 +31,8 @@ class Output:
         self._stream = stream
         self._stall_s = stall_s
         self._slow = False
+        self.waits_since: float | None = None
+        """When the wait began, if this waits for the client to read."""
 
     async def write(self, *parts: Buffer) -> None:
         """Write all of `parts`. More than JOINED_BYTES are not copied."""
@@ -72,9 +74,12 @@ class Output:
                 await self._room()
 
     async def _room(self) -> None:
-        since = trio.current_time()
-        with trio.move_on_after(self._stall_s) as stalled:
-            await trio.lowlevel.wait_writable(self._stream.socket)
+        self.waits_since = since = trio.current_time()
+        try:
+            with trio.move_on_after(self._stall_s) as stalled:
+                await trio.lowlevel.wait_writable(self._stream.socket)
+        finally:
+            self.waits_since = None
         if stalled.cancelled_caught:
             raise ClientLeftError(f"the client read nothing for {self._stall_s:.0f} s")
         if trio.current_time() - since > SLOW_S and not self._slow:

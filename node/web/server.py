@@ -1,9 +1,9 @@
 """A small HTTP/1.1 server on trio and h11: for the mirror (TCP), the control socket (unix) and /metrics.
 
-A handler maps a `Request` to a `Response`. The server keeps every bound of `Limits`, sends bodies without copying them
-(node/web/output.py) and closes body generators whatever happens; the handler never sees clients that leave or send
-garbage. When a body breaks off, the connection ends with FIN, never with a reset: after a FIN clients resume with a
-Range request, after a reset they fail the pull.
+A handler maps a `Request` to a `Response`, and works for the connection's `Client` (node/runtime/fair_places.py). The
+server keeps every bound of `Limits`, sends bodies without copying them (node/web/output.py) and closes body generators
+whatever happens; the handler never sees clients that leave or send garbage. When a body breaks off, the connection ends
+with FIN, never with a reset: after a FIN clients resume with a Range request, after a reset they fail the pull.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from functools import lru_cache, partial
@@ -24,6 +24,8 @@ from urllib.parse import parse_qsl, unquote
 import h11
 import trio
 
+from node.runtime.fair_places import Client, Demand, host_of, working_for
+from node.web.connections import OpenConnections, Phase
 from node.web.output import JOINED_BYTES, ClientLeftError, Output
 from protocol.errors import ShoalError
 from protocol.ids import Buffer
@@ -46,7 +48,7 @@ class Limits:
     """Bounds on the resources that clients may use. Times in seconds."""
 
     connections: int = 1024
-    """Beyond it the longest idle connection is closed; with none idle the new connection is answered 503."""
+    """Beyond it another connection makes way (node/web/connections.py), or the new one is answered 503."""
     head_bytes: int = 32 << 10
     """Request line and headers. Kubelet's registry tokens reach several KiB."""
     body_bytes: int = 1 << 20
@@ -131,35 +133,19 @@ class Server:
         self.handler = handler
         self.limits = limits
         self.stopping = False
-        self._open = 0
-        self._idle: dict[trio.CancelScope, None] = {}
-        """In the order in which they became idle."""
+        self._open: OpenConnections[_Connection] = OpenConnections(limits.connections)
 
     async def serve(self, stream: trio.SocketStream) -> None:
-        full = self._open >= self.limits.connections
-        if full and self._idle:
-            next(iter(self._idle)).cancel()
-            full = False
-        self._open += 1
-        try:
-            await _Connection(self, stream, refuse=full).run()
-        finally:
-            self._open -= 1
-
-    async def idle(self, receive: Callable[[], Awaitable[None]]) -> bool:
-        """Whether `receive` ended within the idle time, and before another connection needed this one's place."""
-        with trio.move_on_after(LINGER_S if self.stopping else self.limits.idle_s) as scope:
-            self._idle[scope] = None
-            try:
-                await receive()
-            finally:
-                del self._idle[scope]
-        return not scope.cancelled_caught
+        address = _address(stream)
+        connection = _Connection(self, stream, address, refuse=not self._open.makes_way(address, trio.current_time()))
+        with self._open.holding(connection), working_for(Demand(connection.client)):
+            await connection.run()
 
     def stop(self) -> None:
         self.stopping = True
-        for scope in self._idle:
-            scope.deadline = min(scope.deadline, trio.current_time() + LINGER_S)
+        for connection in self._open:
+            if connection.phase is Phase.IDLE:
+                connection.end_within(LINGER_S)
 
 
 async def serve_http(
@@ -188,7 +174,8 @@ async def serve_http(
 
 
 class _Connection:
-    def __init__(self, server: Server, stream: trio.SocketStream, *, refuse: bool) -> None:
+    def __init__(self, server: Server, stream: trio.SocketStream, address: str, *, refuse: bool) -> None:
+        self.address, self.client = address, Client(address, self.cut)
         self._server = server
         self._limits = server.limits
         self._stream = stream
@@ -198,6 +185,36 @@ class _Connection:
         self._method = b""
         self._request_until = 0.0
         self._descriptors: list[int] = []
+        self._phase, self._since = Phase.WORK, trio.current_time()
+        self._scope = trio.CancelScope()
+        self.is_cut = False
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase if self._output.waits_since is None else Phase.CLIENT
+
+    @property
+    def since(self) -> float:
+        return self._since if self._output.waits_since is None else self._output.waits_since
+
+    def cut(self) -> bool:
+        """End what this connection does now. Returns False if it ends already."""
+        first, self.is_cut = not self.is_cut, True
+        self._scope.cancel()
+        return first
+
+    def end_within(self, seconds: float) -> None:
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + seconds)
+
+    @contextmanager
+    def _during(self, phase: Phase, seconds: float = float("inf")) -> Iterator[trio.CancelScope]:
+        """A part of a request that ends after `seconds`, or when the connection is cut."""
+        self._phase, self._since = phase, trio.current_time()
+        with trio.CancelScope(deadline=self._since + seconds) as self._scope:
+            if self.is_cut:
+                self._scope.cancel()
+            yield self._scope
+        self._phase = Phase.WORK
 
     async def run(self) -> None:
         try:
@@ -226,7 +243,8 @@ class _Connection:
             status = error.error_status_hint if error.error_status_hint in _MALFORMED else 400
             response = _refused(status, "UNSUPPORTED", f"malformed request: {error}").response
         try:
-            await self._send(response)
+            with self._during(Phase.WORK):
+                await self._send(response)
         except ShoalError as error:
             log.warning("a body ends early: %s", error)
             return False
@@ -235,6 +253,9 @@ class _Connection:
         except Exception:
             # A handler's bug, as in `_answer`. The head may have been sent: the client only sees that the body ends.
             log.exception("a response with status %d broke off", response.status)
+            return False
+        if self.is_cut:
+            log.debug("a body for %s ends early: it makes way for another client", self.address)
             return False
         return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
 
@@ -254,8 +275,11 @@ class _Connection:
         event = self._h11.next_event()
         if event is not h11.NEED_DATA:
             await trio.lowlevel.checkpoint()  # between requests that arrived together, other tasks run
-        elif not await self._server.idle(self._fill):
-            return None
+        else:
+            with self._during(Phase.IDLE, LINGER_S if self._server.stopping else self._limits.idle_s) as idle:
+                await self._fill()
+            if idle.cancelled_caught:
+                return None
         self._request_until = trio.current_time() + self._limits.request_s
         if event is h11.NEED_DATA:
             event = await self._next_event()
@@ -288,7 +312,7 @@ class _Connection:
 
     async def _next_event(self) -> h11.Event:
         while (event := self._h11.next_event()) is h11.NEED_DATA:
-            with trio.move_on_at(self._request_until) as late:
+            with self._during(Phase.CLIENT, self._request_until - trio.current_time()) as late:
                 await self._fill()
             if late.cancelled_caught:
                 raise _refused(408, "TIMEOUT", f"the request took longer than {self._limits.request_s:.0f} s")
@@ -321,11 +345,13 @@ class _Connection:
 
     async def _answer(self, request: Request) -> Response:
         try:
-            return await self._server.handler(request)
+            with self._during(Phase.WORK):
+                return await self._server.handler(request)
         except Exception:
             # A handler's bug: it must not end other requests.
             log.exception("%s %r failed", request.method, request.path)
             return error_response(500, "UNKNOWN", "internal error; see this node's log")
+        raise _refused(503, "UNAVAILABLE", "this client's address has too many connections")
 
     async def _send(self, response: Response) -> None:
         body = response.body
@@ -371,6 +397,15 @@ class _Connection:
 
     def _event(self, event: h11.Event) -> list[Buffer]:
         return [part for part in self._h11.send_with_data_passthrough(event) or () if len(part)]
+
+
+def _address(stream: trio.SocketStream) -> str:
+    """The client's host, "" for one on a unix socket or that has left."""
+    try:
+        peer = stream.socket.getpeername()
+    except OSError:
+        return ""
+    return host_of(peer[0]) if isinstance(peer, tuple) else ""
 
 
 @lru_cache(1)

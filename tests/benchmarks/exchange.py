@@ -75,8 +75,8 @@ SHARD_TITLE = "shard, received, hashed, written"
 LINES = (
     *(Line(*row, GET_BLOCK, size=BLOCK_SIZE, depth=8) for row in product(BLOCK_TITLES, (RAW, TLS, PLAIN))),
     *(Line(SHARD_TITLE, channel, GET_SHARD, size=BLOCK_SIZE // K, depth=32) for channel in (TLS, PLAIN)),
-    Line("small, one at a time", TLS, Ping(()), size=0, depth=1),
-    Line("small, 32 at once", TLS, Ping(()), size=0, depth=32),
+    Line("small, one at a time", TLS, Ping(), size=0, depth=1),
+    Line("small, 32 at once", TLS, Ping(), size=0, depth=32),
 )
 
 
@@ -118,7 +118,7 @@ async def answer(peer: PeerId, request: Request) -> Answer:
         return Answer(BlockFound(RECORD), BLOCK)
     if isinstance(request, GetShard):
         return Answer(ShardFound(K, 1, request.want, RECORD), memoryview(BLOCK)[: BLOCK_SIZE // K])
-    return Answer(Pong(()))
+    return Answer(Pong())
 
 
 def exchange_of(folder: Path, members: dict[PeerId, Member], plain: bool) -> tuple[PeerId, TlsExchange]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,14 +34,16 @@ from node.identity.verifier import LEEWAY_S, Verifier
 from node.membership.addresses import Target
 from node.membership.bootstrap import Timing
 from node.membership.libp2p import LibP2PIntroducer, secured_line, upgrader_of
+from node.membership.passports import Passports
 from protocol import introduction, wire
 from protocol.errors import PeerUnavailableError
 from protocol.ids import PeerId
-from protocol.members import Member
+from protocol.members import Member, Vouched
 from protocol.messages import Ping, Request
+from protocol.statements import Author
 
 NOW = 1_800_000_000
-PING = Ping(())
+PING = Ping()
 LIMIT_S = 60.0
 """Only a test that hangs takes this long."""
 
@@ -196,23 +198,30 @@ async def bulk_out(scene: Scene) -> None:
     assert not received
 
 
+def author_of(credentials: Credentials) -> Author:
+    return Author(credentials.identity.peer_id, credentials.identity.sign, lambda: credentials.certificate)
+
+
 def introducer(scene: Scene, bootstrap: tuple[str, ...] = ()) -> LibP2PIntroducer:
     me = Member(scene.member.identity.peer_id, "n", "s", ())
 
-    def introduced(members: tuple[Member, ...]) -> None:
-        raise AssertionError(f"introduced {members}")
+    def introduced(statements: Sequence[Vouched], observed: str) -> None:
+        raise AssertionError(f"introduced {statements}")
 
     async def joins(line: Line, host: str, own: PeerId) -> None:
         raise AssertionError(f"{line.peer} came to join")
 
+    verifier = scene.verifier()
     return LibP2PIntroducer(
-        scene.verifier(),
+        verifier,
         joins=joins,
         listen="/ip4/127.0.0.1/tcp/0",
         bootstrap=bootstrap,
         mdns=False,
         introduced=introduced,
         current=lambda: (me,),
+        named=lambda: (author_of(scene.member).state(me, 1),),
+        passports=Passports(author_of(scene.member), verifier.subject_of, verifier.refusal),
         timing=Timing(deadline=LIMIT_S, first_retry=0.01, last_retry=0.02, linger=0.2),
     )
 
@@ -226,7 +235,7 @@ async def introduction_in(scene: Scene) -> None:
         await line.send(introduction.encode_hello(scene.stranger.certificate if scene.shows else b""))
         await line.receive(introduction.MAX_HELLO)
         me = Member(scene.peer, "x", "s", ())
-        await line.send(introduction.encode_members(me, [me]))
+        await line.send(introduction.encode_members([author_of(scene.stranger).state(me, 1)]))
         with pytest.raises(PeerUnavailableError):
             await line.receive(introduction.MAX_MEMBERS_BYTES)
 

@@ -49,7 +49,7 @@ from tests.support.exchanges import Cluster
 SIZE = 2 * BLOCK_SIZE + 5
 REF = ObjectRef(Digest("sha256", "ab" * 32), SIZE)
 SIGNER = PeerId("12D3KooWSigner")
-PING, PONG = Ping(()), Pong(())
+PING, PONG = Ping(), Pong()
 SLOTS = 4
 
 

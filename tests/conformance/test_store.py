@@ -15,7 +15,7 @@ from cache.content_store import ContentStore
 from cache.disk import DiskStore
 from cache.memory import ENTRY_BYTES, MemoryStore
 from cache.pieces import REFERENCES
-from cache.store import BlockStore, Holdings
+from cache.store import READ_HERE, Askers, BlockStore, Holdings
 from protocol.errors import BadInputError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record, make_record
@@ -27,6 +27,8 @@ BUDGET = 4 * (BLOCK_SIZE + 2 * ENTRY_BYTES)
 BLOB = Blob.random(1, 3 * BLOCK_SIZE + 5000)
 DATA = Shard(4, 1, 2)
 PARITY = Shard(3, 1, 3)
+
+ASKER, OTHER = PeerId("12D3KooWasker"), PeerId("12D3KooWother")
 
 Open = Callable[[], AbstractAsyncContextManager[BlockStore]]
 
@@ -65,8 +67,8 @@ def run(open_store: Open, test: Callable[[BlockStore], Awaitable[None]]) -> None
     trio.run(main)
 
 
-async def put(store: BlockStore, blob: Blob, piece: Piece) -> bool:
-    return await store.put(piece, blob.bytes_of(piece), blob.record(piece))
+async def put(store: BlockStore, blob: Blob, piece: Piece, kept_for: Askers = READ_HERE) -> bool:
+    return await store.put(piece, blob.bytes_of(piece), blob.record(piece), blob.proof(piece), kept_for=kept_for)
 
 
 async def got(store: BlockStore, blob: Blob, piece: Piece) -> bool:
@@ -75,7 +77,7 @@ async def got(store: BlockStore, blob: Blob, piece: Piece) -> bool:
     assert store.holds(piece) == (held is not None)
     if held is None:
         return False
-    assert (bytes(held.data), held.record) == (blob.bytes_of(piece), blob.record(piece))
+    assert (bytes(held.data), held.record, held.proof) == (blob.bytes_of(piece), blob.record(piece), blob.proof(piece))
     return True
 
 
@@ -186,6 +188,67 @@ def test_evicts_rarely_used_pieces_and_keeps_the_budget(open_store: Open, timer:
         assert not await got(store, unused, unused.pieces[0])
 
     run(open_store, test)
+
+
+def test_a_piece_kept_for_members_evicts_nothing_that_clients_use(open_store: Open) -> None:
+    used = [Blob.random(seed, BLOCK_SIZE) for seed in range(40, 43)]
+    kept = [Blob.random(seed, BLOCK_SIZE) for seed in range(50, 60)]
+
+    async def test(store: BlockStore) -> None:
+        assert await put(store, kept[0], kept[0].pieces[0], (ASKER,))
+        for blob in used:
+            assert await put(store, blob, blob.pieces[0])
+        for blob in kept:
+            assert await put(store, blob, blob.pieces[0], (ASKER, OTHER))
+            assert store.holds(blob.pieces[0])
+            assert not store.is_used_here(blob.pieces[0])
+        assert all(store.is_used_here(blob.pieces[0]) for blob in used)
+        assert store.statistics().entries == 4
+        assert 0 < store.statistics().probation_bytes < 2 * BLOCK_SIZE
+        store.claim(kept[-1].pieces[0])
+        assert store.is_used_here(kept[-1].pieces[0])
+        assert store.statistics().probation_bytes == 0
+        assert not await put(store, kept[0], kept[0].pieces[0], (ASKER,)), "no room is left on probation"
+        assert await put(store, kept[0], kept[0].pieces[0]), "a client's read makes room among what clients use"
+
+    run(open_store, test)
+
+
+def test_probation_goes_first_and_ends_with_a_put_by_a_client(open_store: Open) -> None:
+    blobs = [Blob.random(seed, BLOCK_SIZE) for seed in range(40, 46)]
+
+    async def test(store: BlockStore) -> None:
+        for blob in blobs[:4]:
+            assert await put(store, blob, blob.pieces[0], (ASKER,))
+        assert await put(store, blobs[0], blobs[0].pieces[0])
+        assert await put(store, blobs[0], blobs[0].pieces[0], (ASKER,))
+        assert store.is_used_here(blobs[0].pieces[0])
+        for blob in blobs[4:]:
+            assert await put(store, blob, blob.pieces[0])
+        assert [store.holds(blob.pieces[0]) for blob in blobs] == [True, False, False, True, True, True]
+
+    run(open_store, test)
+
+
+def test_probation_outlives_a_restart(tmp_path: Path) -> None:
+    kept, claimed, read = (Blob.random(seed, BLOCK_SIZE).pieces[0] for seed in (40, 41, 42))
+    blobs = {piece: Blob.random(seed, BLOCK_SIZE) for seed, piece in ((40, kept), (41, claimed), (42, read))}
+
+    async def main() -> None:
+        async with DiskStore.open(tmp_path, BUDGET) as store:
+            for piece in (kept, claimed):
+                assert await put(store, blobs[piece], piece, (ASKER, OTHER))
+            await put(store, blobs[read], read)
+            await store.flush()
+            store.claim(claimed)
+            await store.flush()
+        async with DiskStore.open(tmp_path, BUDGET) as store:
+            assert [store.is_used_here(piece) for piece in (kept, claimed, read)] == [False, True, True]
+            assert store.statistics().probation_bytes == BLOCK_SIZE
+        async with DiskStore.open(tmp_path, 2 * BLOCK_SIZE) as store:
+            assert [store.holds(piece) for piece in (kept, claimed, read)] == [False, True, True]
+
+    trio.run(main)
 
 
 def test_a_changed_budget_is_kept_from_then_on(open_store: Open) -> None:

@@ -9,16 +9,21 @@ from pathlib import Path
 import msgspec
 
 from protocol import introduction, messages, wire
-from protocol.ids import ObjectRef
-from protocol.members import Member, State, Update
+from protocol.ids import ObjectRef, Shard
+from protocol.members import Member, News
 from protocol.records import make_record
+from protocol.shard_proofs import make_proof
+from protocol.statements import Author
 from tests.fuzz.targets import CREDENTIALS, DIGEST, ME, TARGETS
 from tests.support.archives import Layout
 
 CORPUS = Path(__file__).parent / "corpus"
 MEMBER = Member(ME.peer_id, "node-1", "site", ("10.0.0.1:4502",))
-UPDATES = (Update(MEMBER, State.ALIVE, 1),)
+AUTHOR = Author(ME.peer_id, ME.sign, lambda: CREDENTIALS.certificate)
+STATEMENT = AUTHOR.state(MEMBER, 1)
+NEWS = News((STATEMENT, STATEMENT.bare()), (AUTHOR.suspect(ME.peer_id, 1),), held=1)
 RECORD = make_record(ObjectRef(DIGEST, 5), 0, bytes(32), signer=ME.peer_id, sign=ME.sign)
+PROOF = make_proof(RECORD, Shard(4, 1, 2), bytes(2), maker=ME.peer_id, sign=ME.sign)
 NAME = str(DIGEST)
 
 _SHARD = (NAME, 0, 5, 4, 1, 2, 1, "docker.io/org/app#blobs")
@@ -28,21 +33,22 @@ _REQUESTS: Sequence[messages.Request] = (
     messages.GetHoldings(NAME),
     messages.FindHolders(NAME),
     messages.Announce((NAME,)),
-    messages.Resolve("docker.io/org/app#manifests", "latest", 1),
-    messages.Ping(UPDATES),
-    messages.PingRequest(ME.peer_id, UPDATES),
-    messages.Sync(UPDATES),
+    messages.Resolve("docker.io/org/app#manifests", "latest"),
+    messages.Ping(NEWS, bytes(16)),
+    messages.PingRequest(ME.peer_id, bytes(16), NEWS),
+    messages.Sync(STATEMENT, bytes(32)),
 )
 _REPLIES: Sequence[messages.Reply] = (
     messages.ShardFound(4, 1, 2, RECORD),
+    messages.ShardFound(4, 1, 2, RECORD, origin=bytes(16), proof=PROOF),
     messages.BlockFound(RECORD),
     messages.HoldingsFound(b"\x01", ((4, 1, 0, b"\x01"),)),
     messages.Holders((ME.peer_id,)),
     messages.Done(),
     messages.Waiting(),
     messages.Resolved(NAME, 5, "a/b", 1.0),
-    messages.Pong(UPDATES),
-    messages.SyncReply(UPDATES),
+    messages.Pong(NEWS, bytes(64)),
+    messages.SyncReply((STATEMENT,), bytes(8), bytes(16), more=True),
     messages.Failed("busy", "later"),
 )
 _DESCRIPTOR = f'{{"mediaType":"application/x.a+b","digest":"{NAME}","size":5}}'
@@ -88,9 +94,9 @@ _SEEDS: Mapping[str, Sequence[bytes]] = {
     "reply": [_framed(message) for message in _REPLIES],
     "bulk_hello": [wire.encode_hello("bulk"), wire.encode_hello("control", plain=True)],
     "introduction_hello": [introduction.encode_hello(CREDENTIALS.certificate)[4:]],
-    "introduction_members": [introduction.encode_members(MEMBER, [MEMBER])[4:]],
+    "introduction_members": [introduction.encode_members([STATEMENT])[4:]],
     "record": [msgspec.msgpack.encode(RECORD)],
-    "remembered_peers": [msgspec.msgpack.encode((1, [MEMBER]))],
+    "remembered_peers": [msgspec.msgpack.encode((2, [STATEMENT]))],
     "certificate": [CREDENTIALS.certificate, CREDENTIALS.authority],
     "manifest": [
         f'{{"schemaVersion":2,"config":{_DESCRIPTOR},"layers":[{_DESCRIPTOR}]}}'.encode(),

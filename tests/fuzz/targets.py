@@ -28,7 +28,9 @@ from node.content.listings import Listings, page_of_tags, referrers_of_type
 from node.control.routes import Route, control_handler, control_routes, image_routes
 from node.identity.certificates import Authority, Credentials, issued_by, new_authority, peer_of
 from node.identity.identity import Identity, from_pem
-from node.membership.peers_file import RememberedPeers
+from node.identity.verifier import Verifier
+from node.membership.passports import Passports
+from node.membership.peers_file import STATEMENTS, RememberedPeers
 from node.mirror.mirror import LIMITS, Mirror, own_link
 from node.oci.byte_ranges import parse_range
 from node.oci.challenges import parse_challenges, parse_token, relayed, token_request
@@ -45,6 +47,8 @@ from protocol import introduction, wire
 from protocol.errors import BadInputError, NotFoundError, PeerMisbehavedError
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.records import Record, check_record
+from protocol.statements import Author
+from protocol.wire import check_statement
 from tests.support.access import Everybody
 from tests.support.fake_control import FakeControl
 from tests.support.memory_library import MemoryLibrary
@@ -81,7 +85,7 @@ def bulk_hello(data: bytes) -> None:
 
 def introduction_hello(data: bytes) -> None:
     with suppress(PeerMisbehavedError):
-        introduction.decode_hello(data)
+        introduction.decode_hello(data, ME.peer_id)
 
 
 def introduction_members(data: bytes) -> None:
@@ -93,7 +97,7 @@ def introduction_members(data: bytes) -> None:
 def record(data: bytes) -> None:
     """A record in a row of the disk's index, and one received from a peer."""
     with suppress(BadInputError):
-        stored = parse_row((str(DIGEST), 0, 0, 0, 0, bytes(32), data, 1))
+        stored = parse_row((str(DIGEST), 0, 0, 0, 0, bytes(32), data, 1, None, None, None))
         assert stored.record.digest == str(DIGEST)
     with suppress(msgspec.MsgspecError, UnicodeDecodeError):
         said = msgspec.msgpack.decode(data, type=Record)
@@ -103,7 +107,11 @@ def record(data: bytes) -> None:
 
 def remembered_peers(data: bytes) -> None:
     with suppress(msgspec.MsgspecError, UnicodeDecodeError):
-        msgspec.msgpack.decode(data, type=RememberedPeers)
+        file = msgspec.msgpack.decode(data, type=RememberedPeers)
+        for statement in STATEMENTS.decode(file.statements):
+            with suppress(BadInputError, PeerMisbehavedError):
+                check_statement(statement)
+                PASSPORTS.check(statement, None)
 
 
 # Certificates
@@ -113,6 +121,8 @@ ME = Identity.of(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 CREDENTIALS = Credentials.issued(
     Authority(from_pem(Path("authority"), AUTHORITY_PEM), x509.load_pem_x509_certificate(AUTHORITY_PEM)), ME, "node"
 )
+VERIFIER = Verifier(CREDENTIALS)
+PASSPORTS = Passports(Author(ME.peer_id, ME.sign, lambda: b""), VERIFIER.subject_of, VERIFIER.refusal)
 
 
 def certificate(data: bytes) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from node.blocks.read_ahead import HELD
+from node.blocks.room import HELD
 from protocol.ids import BLOCK_SIZE
 from tests.support.faulty_origin import Fault, FaultyOrigin, content
 from tests.support.processes import tail, wait_for

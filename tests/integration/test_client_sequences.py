@@ -20,7 +20,7 @@ from random import Random
 import httpx
 import pytest
 
-from node.blocks.read_ahead import HELD
+from node.blocks.room import HELD
 from protocol.ids import BLOCK_SIZE
 from tests.support import registry as registries
 from tests.support.faulty_origin import Fault, FaultyOrigin, content

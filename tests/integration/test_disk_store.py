@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ LARGE = 64 << 20
 
 
 async def put(store: DiskStore, blob: Blob, piece: Piece) -> bool:
-    return await store.put(piece, blob.bytes_of(piece), blob.record(piece))
+    return await store.put(piece, blob.bytes_of(piece), blob.record(piece), blob.proof(piece))
 
 
 async def put_all(store: DiskStore, blob: Blob) -> None:
@@ -43,7 +44,8 @@ async def put_all(store: DiskStore, blob: Blob) -> None:
 
 async def got(store: DiskStore, blob: Blob, piece: Piece) -> bool:
     held = await store.get(piece)
-    assert held is None or (bytes(held.data), held.record) == (blob.bytes_of(piece), blob.record(piece))
+    expected = blob.bytes_of(piece), blob.record(piece), blob.proof(piece)
+    assert held is None or (bytes(held.data), held.record, held.proof) == expected
     return held is not None
 
 
@@ -461,7 +463,7 @@ def test_puts_do_not_wait_for_a_failing_index(tmp_path: Path, monkeypatch: pytes
         await store.flush()
         assert await put(store, OTHER, OTHER.pieces[0])
 
-    monkeypatch.setattr("cache.disk.MAX_UNSYNCED_PIECES", 3)
+    monkeypatch.setattr("cache.disk_flush.MAX_UNSYNCED_PIECES", 3)
     monkeypatch.setattr("cache.disk_flush.FLUSH_S", math.inf)
     run(tmp_path, test)
 
@@ -512,6 +514,49 @@ def test_refuses_an_index_that_it_does_not_know(tmp_path: Path, version: int) ->
     with pytest.raises(BadInputError, match=r"schema version .*index|index.*schema version"):
         run(tmp_path, lambda store: store.flush())
     assert sqlite3.connect(tmp_path / "index.sqlite").execute("PRAGMA user_version").fetchone() == (version,)
+
+
+def test_a_shard_keeps_its_makers_proof_across_a_restart(tmp_path: Path) -> None:
+    shard = BLOB.shard(1, SHARD)
+    run(tmp_path, lambda store: put(store, BLOB, shard))
+
+    async def check(store: DiskStore) -> None:
+        held = await store.get(shard)
+        assert held is not None
+        assert held.proof is not None
+        assert held.proof == BLOB.proof(shard)
+
+    run(tmp_path, check)
+
+
+def test_an_index_of_the_version_before_is_read_and_keeps_its_blocks(tmp_path: Path) -> None:
+    """Its shards are dropped: their makers did not sign them."""
+    shard = OTHER.shard(0, SHARD)
+
+    async def fill(store: DiskStore) -> None:
+        await put_all(store, BLOB)
+        await put(store, OTHER, shard)
+
+    run(tmp_path, fill)
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
+        (columns,) = database.execute("SELECT sql FROM sqlite_schema WHERE name = 'piece'").fetchone()
+        for row in database.execute("PRAGMA table_info(piece)").fetchall()[8:]:
+            database.execute(f"ALTER TABLE piece DROP COLUMN {row[1]}")
+        database.execute("PRAGMA user_version = 2")
+        database.commit()
+
+    async def check(store: DiskStore) -> None:
+        for piece in BLOB.pieces:
+            assert await got(store, BLOB, piece)
+        assert not store.holds(shard)
+        assert not path_of(tmp_path, OTHER, SHARD).exists()
+        await put_all(store, OTHER)
+
+    run(tmp_path, check)
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
+        assert database.execute("SELECT sql FROM sqlite_schema WHERE name = 'piece'").fetchone() == (columns,)
+    run(tmp_path, lambda store: got(store, OTHER, OTHER.pieces[0]))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 4096])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractContextManager, aclosing
+from contextlib import aclosing
 from pathlib import Path
 from random import Random
 from typing import BinaryIO
@@ -22,7 +22,7 @@ from node.oci.manifests import Resolved
 from node.oci.references import Locator
 from node.registry.upstreams import Upstreams
 from protocol.errors import NotFoundError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
+from protocol.ids import BLOCK_SIZE, ObjectRef
 from tests.support.access import Everybody
 from tests.support.fake_registry import serve
 from tests.support.proxy import CountingProxy
@@ -94,7 +94,13 @@ class PassingLibrary:
                 yield memoryview(block)[max(0, start - position) : stop - position]
                 position += len(block)
 
-    def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
+    async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
+        return resolved
+
+    def holds_sealed(self, ref: ObjectRef) -> bool:
+        return False
+
+    def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None:
         return None
 
 
@@ -103,9 +109,9 @@ def test_names_sizes_and_blocks(registry: str) -> None:
     async def main() -> None:
         async with upstreams_of(registry) as upstreams:
             manifests = BLOBS.of_kind("manifests")
-            resolved, body = await upstreams.resolve(manifests, "v1")
+            resolved, body = await upstreams.resolve(manifests, "v1", whole=True)
             assert (str(resolved.ref.digest), resolved.media_type, body) == (digest(MANIFEST), MEDIA_TYPE, MANIFEST)
-            assert await upstreams.resolve(manifests, "v1", resolved) == (resolved, None)
+            assert await upstreams.resolve(manifests, "v1") == (resolved, None)
             layer = (await upstreams.resolve(BLOBS, digest(LAYER)))[0].ref
             assert layer.size == len(LAYER)
             for first, count in ((0, layer.block_count), (2, 2), (layer.block_count - 1, 1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 import ssl
@@ -75,6 +76,20 @@ def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -
     play(tmp_path, scenario)
 
 
+def test_a_member_counts_where_it_was_reached_and_not_where_it_says_it_is(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        asker, peer, other = await cluster.start(), await cluster.start(), await cluster.start()
+        assert asker.exchange.reached(peer.peer) is None
+        cluster.locate(peer.peer, "127.0.0.1:1", str(other.exchange.address), str(peer.exchange.address))
+        assert await asker.ask(peer.peer, PING) == Answer(PONG)
+        assert asker.exchange.reached(peer.peer) == peer.exchange.address
+        peer.scope.cancel()
+        asker.exchange.disconnect(peer.peer)
+        assert asker.exchange.reached(peer.peer) == peer.exchange.address, "closing a connection hides no address"
+
+    play(tmp_path, scenario)
+
+
 def test_a_request_number_in_use_cannot_be_used_again(tmp_path: Path) -> None:
     """S-22"""
 
@@ -116,6 +131,45 @@ def test_only_members_are_admitted(tmp_path: Path) -> None:
         assert client.exchange.statistics().connections_in == 0
 
     play(tmp_path, scenario)
+
+
+EARLIER = HELLO.replace(b"bulk\x03", b"bulk\x02")
+"""The hello of a node that was not upgraded yet."""
+
+
+def test_an_earlier_version_is_refused_by_both_sides_and_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "it speaks version 2 of the bulk channel, this node speaks 3: upgrade it"
+
+    def warnings(peer: PeerId) -> list[str]:
+        records = [record for record in caplog.records if record.levelno == logging.WARNING]
+        return [record.getMessage() for record in records if peer in record.getMessage()]
+
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(timing=Timing(retry_s=0.0))
+        credentials = cluster.credentials()
+        for _ in range(3):
+            raw = await cluster.dial_raw(node, credentials.client_context(), EARLIER)
+            answer = await raw.read_frame()
+            assert answer == [b"shoal-bulk", 3, "bulk"], "the other side can log the reason"
+            assert await raw.ended()
+        (warning,) = warnings(credentials.identity.peer_id)
+        assert text in warning
+        assert node.exchange.statistics().connections_in == 0
+
+        async def serve(raw: Raw) -> None:
+            await raw.ended()
+
+        old = await cluster.serve_raw(serve, hello=EARLIER)
+        for _ in range(3):
+            with pytest.raises(PeerUnavailableError, match=text):
+                await node.ask(old, PING)
+        (warning,) = warnings(old)
+        assert text in warning
+
+    play(tmp_path, scenario)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_silent_client_is_dropped_in_time(tmp_path: Path) -> None:
@@ -643,9 +697,9 @@ def test_a_node_that_does_not_know_plain_mode_is_asked_over_tls(tmp_path: Path) 
         node, old = await cluster.start(plain=True), await cluster.serve_raw(serve)
         assert (await node.ask(old, GET)).body == BLOCK
         raw = await cluster.dial_raw(node)
-        assert await raw.read_frame() == [b"shoal-bulk", 2, "bulk", True]
+        assert await raw.read_frame() == [b"shoal-bulk", 3, "bulk", True]
         await raw.say(1, PING)
-        assert await raw.read_frame() == [1, [38, []]]
+        assert await raw.read_frame() == [1, [38, [[], [], 0, False], b""]]
 
     play(tmp_path, scenario)
 

@@ -18,8 +18,9 @@ from node.exchange.contract import Lane
 from node.exchange.limits import Limits, Timing
 from protocol import wire
 from protocol.ids import PeerId
-from protocol.members import MAX_MEMBERS, Member, State, Update
-from protocol.messages import Request, Sync
+from protocol.members import MAX_MEMBERS, Member, News, Statement
+from protocol.messages import Ping, Request, Sync
+from protocol.summary import MAX_STATEMENTS, ROW
 from tests.support.exchanges import GET, PING, Cluster, Node, Raw, play
 
 ASKED = 10_000
@@ -27,14 +28,24 @@ SAMPLES = 100
 FACTOR, GRACE_S = 10.0, 0.05
 """Measured: a factor of 0.6 to 1.7 in floods of requests for blocks and of pings."""
 ROUNDS = 3
-"""Requests that each connection of the flood may have decoded before the answer. A view of the largest size is decoded
-in one step, of 65 ms. On a slow machine the limit for large requests (HEADS_RATE) delays none of them."""
+"""Requests that each connection of the flood may have decoded before the answer. A message is decoded in one step. On a
+slow machine the limit for large requests (HEADS_RATE) delays none of them."""
 PATIENT = Timing(connect_s=60.0, handshake_s=60.0, stall_s=60.0, quiet_s=60.0)
 """Timeouts that even a slow machine does not reach."""
-A_VIEW = tuple(
-    Update(Member(PeerId("12D3KooW" + "x" * 44), "n" * 20, "site", ("10.0.0.1:4502",)), State.ALIVE, 1)
-    for _ in range(MAX_MEMBERS)
+STATEMENT = Statement(
+    Member(PeerId("12D3KooW" + "x" * 44), "n" * 20, "site", ("10.0.0.1:4502",)),
+    1,
+    leaving=False,
+    seal=bytes(16),
+    signature=bytes(64),
+    certificate=bytes(450),
 )
+FLOODS = {
+    "blocks": GET,
+    "pings": PING,
+    "statements": Ping(News((STATEMENT,) * MAX_STATEMENTS)),
+    "views": Sync(STATEMENT, bytes(ROW.size * MAX_MEMBERS)),
+}
 
 
 async def p99_s(asker: Node, node: Node, message: Request) -> float:
@@ -65,11 +76,11 @@ async def ask_on(raw: Raw, message: Request) -> None:
             await raw.send(wire.encode_head(request_id, message, 0))
 
 
-@pytest.mark.parametrize("flood", ["blocks", "pings", "views"])
+@pytest.mark.parametrize("flood", FLOODS)
 @pytest.mark.parametrize("asked", [PING, GET], ids=["ping", "block"])
 def test_a_flood_of_one_member_hardly_slows_the_others(tmp_path: Path, flood: str, asked: Request) -> None:
     """S-40: the member uses all connections that it may have, and reads no answer."""
-    message = {"blocks": GET, "pings": PING, "views": Sync(A_VIEW)}[flood]
+    message = FLOODS[flood]
 
     async def scenario(cluster: Cluster) -> None:
         node, other = await cluster.start(timing=PATIENT), await cluster.start(timing=PATIENT)

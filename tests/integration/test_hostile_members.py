@@ -70,11 +70,15 @@ def test_every_node_names_the_signer_of_false_records_and_pulls_succeed(
         wait_for("the quarantine is loaded again", lambda: liar_at(honest[1])["quarantine"], seconds=LIMIT_S, every=0.3)
 
 
+@pytest.mark.parametrize("lie", ["shards", "signed"])
 def test_a_liar_about_shards_fails_no_pull_and_is_detected_by_readers(
-    folder: Path, image: Image, proxy: CountingProxy
+    folder: Path, image: Image, proxy: CountingProxy, lie: str
 ) -> None:
-    """S-01"""
+    """S-01, S-04: nobody but the liar is quarantined."""
     with site(folder / "site", proxy.url, start=False) as nodes:
-        honest = have_lie(nodes, "shards")
+        honest = have_lie(nodes, lie)
         pull_through(honest, folder / "out", image)
         assert all("wrong" in liar_at(node)["quarantine"] for node in honest[:1])
+        for node in honest:
+            rows = json.loads(node.ctl("--json", "peers").stdout)["peers"]
+            assert not [row["name"] for row in rows if row["quarantine"] and row["name"] != LIAR]

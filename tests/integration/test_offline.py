@@ -77,18 +77,38 @@ def failed(node: Node, *arguments: str | Path) -> str:
 
 
 @pytest.mark.parametrize("url", ["refused", "http://no-such-host.invalid"])
-def test_an_import_on_one_node_serves_a_whole_site_without_an_uplink(
+def test_an_import_on_two_nodes_serves_a_whole_site_without_an_uplink(
     folder: Path, image: Image, archive: Path, nowhere: str, url: str
 ) -> None:
     with site(folder / "site", nowhere if url == "refused" else url, 5) as nodes:
         result = done(nodes[0], "import", archive)
         assert result["images"] == [f"{IMAGE}@{image.index.digest}"]
+        pull_through(nodes[:1], folder / "own", image)
+        assert refuses(nodes[1], TAG), "one member alone does not decide what a tag stands for"
+        pull_through(nodes[3:4], folder / "digest", image, image.index.digest)
+        done(nodes[1], "import", archive)
         archive.unlink()
         pull_through(nodes[1:], folder / "out", image)
-        pull_through(nodes[:1], folder / "own", image)
         for node in nodes:
             assert node.status()["origin_bytes"] == 0
-        pull_through(nodes[3:4], folder / "digest", image, image.index.digest)
+        rows = json.loads(nodes[2].ctl("tags", "--json").stdout)["tags"]
+        assert [(row["source"], set(row["told_by"])) for row in rows] == [
+            ("members", {node.name for node in nodes[:2]})
+        ]
+
+
+def test_one_import_is_enough_if_the_site_says_so(folder: Path, image: Image, archive: Path, nowhere: str) -> None:
+    with site(folder / "site", nowhere, 4, start=False) as nodes:
+        one_witness(nodes)
+        done(nodes[0], "import", archive)
+        pull_through(nodes, folder / "out", image)
+
+
+def one_witness(nodes: Sequence[Node], more: str = "") -> None:
+    for node in nodes:
+        changed = node.config.read_text().replace("[mirror]", f"[mirror]\ntag_witnesses = 1\n{more}")
+        node.config.write_text(changed)
+    start_all(nodes)
 
 
 def small_archive(file: Path, layer: bytes, name: str = IMAGE) -> str:
@@ -108,17 +128,15 @@ def tag_of(node: Node) -> str:
         return response.getheader("Docker-Content-Digest", "") if response.status == 200 else ""
 
 
-def test_a_newer_import_on_any_node_replaces_an_older_import(folder: Path, nowhere: str) -> None:
+def test_a_newer_import_replaces_an_older_one(folder: Path, nowhere: str) -> None:
+    """On the nodes that import it, and on those that have no answer of their own."""
     with site(folder / "site", nowhere, 4, start=False) as nodes:
-        for node in nodes:
-            node.config.write_text(node.config.read_text().replace("[mirror]", '[mirror]\ntag_ttl = "1ms"'))
-        start_all(nodes)
-        for number, importer in enumerate((nodes[0], nodes[3], nodes[1])):
+        one_witness(nodes, 'tag_ttl = "1ms"')
+        for number in range(3):
             digest = small_archive(folder / "image.tar", b"%d" % number)
-            done(importer, "import", folder / "image.tar")
-            assert tag_of(importer) == digest
+            done(nodes[0], "import", folder / "image.tar")
             for node in nodes:
-                wait_for(f"{node.name} serves number {number}", lambda n=node, d=digest: tag_of(n) == d)  # type: ignore[misc]
+                assert tag_of(node) == digest
 
 
 def test_skopeo_reads_and_another_node_imports_an_exported_archive(
@@ -140,7 +158,8 @@ def test_skopeo_reads_and_another_node_imports_an_exported_archive(
     skopeo("copy", f"oci-archive:{file}", f"dir:{folder / 'copied'}")
     verify(folder / "copied", image)
     with site(folder / "cut-off", nowhere, 2) as nodes:
-        done(nodes[1], "import", file)
+        for node in nodes:
+            done(node, "import", file)
         pull_through(nodes, folder / "again", image)
 
 

@@ -50,12 +50,14 @@ def test_pulls_succeed_when_a_node_dies_or_hangs(
 def test_the_other_nodes_pull_while_the_registry_is_down(
     folder: Path, image: Image, proxy: CountingProxy, by: str
 ) -> None:
+    """For a tag that the others never asked for, two members have to agree; a digest proves itself."""
     with site(folder / "site", proxy.url) as nodes:
-        pull_through(nodes[:1], folder / "first", image)
+        first = 2 if by == "tag" else 1
+        pull_through(nodes[:first], folder / "first", image)
         proxy.cut()
         proxy.reset()
         reference = "v1" if by == "tag" else image.index.digest
-        pull_through(nodes[1:], folder / by, image, reference)
+        pull_through(nodes[first:], folder / by, image, reference)
         assert proxy.count.received == 0
 
 

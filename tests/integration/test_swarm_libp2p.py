@@ -26,10 +26,12 @@ from node.membership import libp2p, mdns
 from node.membership.addresses import Target, parse_target
 from node.membership.bootstrap import Bootstrap, Timing
 from node.membership.libp2p import LibP2PIntroducer, LibP2PLine
+from node.membership.passports import Passports
 from protocol import introduction
 from protocol.errors import BadInputError, PeerUnavailableError
 from protocol.ids import PeerId
-from protocol.members import Member
+from protocol.members import Member, Vouched
+from protocol.statements import Author
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LIMIT_S = 60.0
@@ -105,19 +107,27 @@ class Node:
         self.known: dict[PeerId, Member] = {}
         self.introductions: list[tuple[Member, ...]] = []
         self._changed = trio.Event()
+        verifier = Verifier(Credentials.issued(authority, self.identity, name), revoked)
+        self.author = Author(self.me.peer_id, self.identity.sign, lambda: verifier.credentials.certificate)
+        self.statements = {self.me.peer_id: self.author.state(self.me, 1)}
         self.introducer = LibP2PIntroducer(
-            Verifier(Credentials.issued(authority, self.identity, name), revoked),
+            verifier,
             joins=no_joins,
             listen=listen,
             bootstrap=bootstrap,
             mdns=multicast,
             introduced=self._introduced,
             current=lambda: (self.me, *self.known.values()),
+            named=lambda: tuple(self.statements.values()),
+            passports=Passports(self.author, verifier.subject_of, verifier.refusal),
             timing=timing,
             rng=random.Random(1),
         )
 
-    def _introduced(self, members: tuple[Member, ...]) -> None:
+    def _introduced(self, statements: Sequence[Vouched], observed: str) -> None:
+        assert observed in ("127.0.0.1", "::1")
+        members = tuple(statement.member for statement in statements)
+        self.statements.update({statement.peer_id: statement for statement in statements})
         self.introductions.append(members)
         self.known.update({member.peer_id: member for member in members if member != self.me})
         self._changed.set()
@@ -455,7 +465,8 @@ Lie = Callable[[LibP2PLine, Credentials], Awaitable[None]]
 async def say(line: LibP2PLine, credentials: Credentials, *members: Member) -> None:
     await line.send(introduction.encode_hello(credentials.certificate))
     await line.receive(introduction.MAX_HELLO)
-    await line.send(introduction.encode_members(members[0], members[1:]))
+    author = Author(credentials.identity.peer_id, credentials.identity.sign, lambda: credentials.certificate)
+    await line.send(introduction.encode_members([author.state(member, 1) for member in members]))
 
 
 async def oversize(line: LibP2PLine, _: Credentials) -> None:
@@ -468,12 +479,23 @@ async def no_msgpack(line: LibP2PLine, _: Credentials) -> None:
 
 async def later_version(line: LibP2PLine, credentials: Credentials) -> None:
     body = introduction.encode_hello(credentials.certificate)[introduction.PREFIX.size :]
-    await line.send(introduction.PREFIX.pack(len(body)) + body.replace(b"\x92\x01", b"\x92\x09", 1))
+    await line.send(introduction.PREFIX.pack(len(body)) + body.replace(b"\x92\x02", b"\x92\x09", 1))
 
 
 async def speaks_for_another(line: LibP2PLine, credentials: Credentials) -> None:
     other = Identity.of(Ed25519PrivateKey.generate()).peer_id
     await say(line, credentials, Member(other, "x", "s", ("127.0.0.1:1",)))
+
+
+async def earlier_version(line: LibP2PLine, credentials: Credentials) -> None:
+    body = introduction.encode_hello(credentials.certificate)[introduction.PREFIX.size :]
+    await line.send(introduction.PREFIX.pack(len(body)) + body.replace(b"\x92\x02", b"\x92\x01", 1))
+
+
+async def invents_a_member(line: LibP2PLine, credentials: Credentials) -> None:
+    """The invented member has a key and a statement of its own, but no certificate of the cluster."""
+    invented = Member(Identity.of(Ed25519PrivateKey.generate()).peer_id, "y", "s", ())
+    await say(line, credentials, Member(credentials.identity.peer_id, "x", "s", ()), invented)
 
 
 async def false_name(line: LibP2PLine, credentials: Credentials) -> None:
@@ -485,7 +507,9 @@ async def false_name(line: LibP2PLine, credentials: Credentials) -> None:
     [
         (oversize, "message of"),
         (no_msgpack, "cannot be decoded"),
-        (later_version, "version 9"),
+        (later_version, "speaks version 9 of the introduction, this node speaks 2: upgrade this node"),
+        (earlier_version, "speaks version 1 of the introduction, this node speaks 2: upgrade it"),
+        (invents_a_member, "did not sign"),
         (speaks_for_another, "introduces itself as"),
         (false_name, "false id"),
     ],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +16,17 @@ from typing import Any
 
 import pytest
 
+from node.oci.signatures import signature_tag
+from protocol.ids import Digest, ObjectRef
 from tests.support import image as images
 from tests.support import registry as registries
-from tests.support.clients import REPOSITORY, TAG, pull_through
+from tests.support import signing
+from tests.support.blobs import Blob
+from tests.support.clients import REPOSITORY, TAG, finish_pulls, pull_through
 from tests.support.image import Image
-from tests.support.processes import wait_for
+from tests.support.processes import PATIENCE_S, wait_for
 from tests.support.proxy import CountingProxy
+from tests.support.pull import pull_with_skopeo
 from tests.support.site import UPSTREAM, Node, site, start_all
 
 TTL_S = 1.5
@@ -72,7 +80,7 @@ def own_registry(folder: Path) -> Iterator[registries.Registry]:
         yield running
 
 
-def test_a_moved_tag_is_seen_within_its_time_to_live_and_all_nodes_agree_offline(
+def test_a_moved_tag_is_seen_within_its_time_to_live_and_all_nodes_keep_their_answers_offline(
     folder: Path, own_registry: registries.Registry, versions: list[Image]
 ) -> None:
     with (
@@ -98,9 +106,7 @@ def test_a_moved_tag_is_seen_within_its_time_to_live_and_all_nodes_agree_offline
         rows = [tag_row(node, "latest") for node in nodes]
         assert {row["digest"] for row in rows} == {versions[-1].index.digest}
         assert {row["rule"] for row in rows} == {f"{UPSTREAM}/*"}
-        sources = {(row["source"], row["told_by"]) for row in rows}
-        assert ("registry", "") in sources
-        assert sources <= {("registry", ""), *(("member", node.name) for node in nodes)}
+        assert {(row["source"], *row["told_by"]) for row in rows} == {("registry",)}, "each node asked it itself"
 
         registries.push(own_registry, versions[0], "demo/moving", "never")
         assert {digest_of(node, "never") for node in nodes} == {versions[0].index.digest}
@@ -198,3 +204,104 @@ def test_a_rate_holds_for_the_whole_site(folder: Path, image: Image, proxy: Coun
         took = time.monotonic() - began
         assert took >= 0.9 * image.size / rate - 1, "never faster"
         assert proxy.count.received <= 1.3 * image.size
+
+
+SIGNED = "demo/signed"
+
+
+def verified_by(key: Path, more: str = "") -> str:
+    return f'[[tags]]\nmatch = "{UPSTREAM}/{SIGNED}:*"\nttl = "{TTL_S}s"\nverify = "{key}"\n{more}'
+
+
+def sign_with_a_key(registry: registries.Registry, version: Image, signer: signing.Signer) -> None:
+    """Push the signature that `cosign sign --key` pushes for an image."""
+    documents: list[bytes] = []
+
+    def add(document: bytes) -> ObjectRef:
+        documents.append(document)
+        return Blob(document).ref
+
+    digest = Digest.parse(version.index.digest)
+    payload = signing.simple_payload(digest)
+    manifest = signing.manifest_of(signing.simple_layer(signer, add, payload))
+    registries.push_manifest(registry, SIGNED, signature_tag(digest), manifest, signing.CONFIG, *documents)
+
+
+def test_a_tag_is_given_only_with_a_signature_of_a_configured_key(
+    folder: Path, own_registry: registries.Registry, versions: list[Image]
+) -> None:
+    owner, stranger, key = signing.ecdsa(), signing.ecdsa(), folder / "cosign.pub"
+    key.write_bytes(owner.pem)
+    for tag, version, signer in (("good", versions[0], owner), ("bad", versions[1], stranger)):
+        registries.push(own_registry, version, SIGNED, tag)
+        sign_with_a_key(own_registry, version, signer)
+    registries.push(own_registry, versions[2], SIGNED, "none")
+    with (
+        CountingProxy(own_registry.host, own_registry.port) as proxy,
+        site(folder / "site", proxy.url, 3, start=False) as nodes,
+    ):
+        configured(nodes, tags=verified_by(key))
+        finish_pulls([pull_with_skopeo(nodes[0].mirror, f"{UPSTREAM}/{SIGNED}", "good", folder / "out")], versions[0])
+        for tag, version in (("bad", versions[1]), ("none", versions[2])):
+            assert digest_of(nodes[0], tag, SIGNED) == 403
+            assert digest_of(nodes[0], version.index.digest, SIGNED) == version.index.digest, "a digest needs none"
+            answer = nodes[0].ctl("pull", f"{UPSTREAM}/{SIGNED}:{tag}")
+            assert answer.returncode == 1
+            for part in (f"{SIGNED}:{tag}", version.index.digest, str(key)):
+                assert part in answer.stderr
+        signatures = signature_tag(Digest.parse(versions[0].index.digest))
+        for tag in ("good", signatures):
+            answer = nodes[0].ctl("export", f"{UPSTREAM}/{SIGNED}:{tag}", str(folder / f"{tag}.tar"))
+            assert answer.returncode == 0, answer.stderr
+        proxy.cut()
+        assert digest_of(nodes[1], "good", SIGNED) == versions[0].index.digest, "one member's word and the signature"
+        assert digest_of(nodes[1], "bad", SIGNED) == 503, "its signature does not help, and others may be out of reach"
+        wait_for("the tag is old", lambda: digest_of(nodes[0], "good", SIGNED) == versions[0].index.digest, every=0.1)
+        nodes[0].stop()
+        nodes[0].start()
+        assert digest_of(nodes[0], "good", SIGNED) == versions[0].index.digest, "what was verified is remembered"
+        proxy.restore()
+        # A reload uses the file's new key; a file that is no key leaves all as it was.
+        nodes[0].config.write_text(nodes[0].config.read_text().replace(str(key), str(folder / "none.pub")))
+        assert "none.pub" in nodes[0].ctl("reload").stderr
+        assert digest_of(nodes[0], "good", SIGNED) == versions[0].index.digest
+        (folder / "none.pub").write_bytes(stranger.pem)
+        assert nodes[0].ctl("reload").returncode == 0
+        wait_for("the other key counts", lambda: digest_of(nodes[0], "bad", SIGNED) == versions[1].index.digest)
+        assert digest_of(nodes[0], "good", SIGNED) == 403
+    with site(folder / "cut-off", proxy.url, 1, start=False) as nodes:
+        configured(nodes, tags=verified_by(key))
+        assert nodes[0].ctl("import", str(folder / "good.tar")).returncode == 0
+        assert digest_of(nodes[0], "good", SIGNED) == 503, "its signature is not here"
+        assert nodes[0].ctl("import", str(folder / f"{signatures}.tar")).returncode == 0
+        assert digest_of(nodes[0], "good", SIGNED) == versions[0].index.digest
+
+
+@pytest.mark.skipif(shutil.which("cosign") is None, reason="cosign is not installed")
+@pytest.mark.parametrize("options", [("--new-bundle-format=false",), ("--new-bundle-format=true",)])
+def test_signatures_of_cosign_itself_are_accepted(
+    folder: Path, own_registry: registries.Registry, versions: list[Image], options: tuple[str, ...]
+) -> None:
+    environment = {**os.environ, "COSIGN_PASSWORD": "", "HOME": str(folder)}
+
+    def cosign(*arguments: str) -> None:
+        done = subprocess.run(
+            ["cosign", *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    cosign("generate-key-pair")
+    for tag, version in (("good", versions[0]), ("none", versions[1])):
+        registries.push(own_registry, version, SIGNED, tag)
+    name = f"{own_registry.host}:{own_registry.port}/{SIGNED}@{versions[0].index.digest}"
+    cosign("sign", "--yes", "--key=cosign.key", "--tlog-upload=false", "--allow-http-registry", *options, name)
+    with site(folder / "site", own_registry.url, 1, start=False) as nodes:
+        configured(nodes, tags=verified_by(folder / "cosign.pub"))
+        assert digest_of(nodes[0], "good", SIGNED) == versions[0].index.digest
+        assert digest_of(nodes[0], "none", SIGNED) == 403

@@ -30,9 +30,13 @@ from protocol.admission import (
     revocation_text,
 )
 from protocol.errors import BadInputError, NotAdmittedError
+from protocol.ids import PeerId
+from protocol.members import MAX_ADDRESSES, Member
 from protocol.messages import SyncReply
 from protocol.records import peer_id_of
-from protocol.wire import MAX_HEADER, encode_head
+from protocol.statements import Author
+from protocol.summary import MAX_STATEMENTS
+from protocol.wire import MAX_ADDRESS, MAX_CERTIFICATE, MAX_HEADER, MAX_NAME, encode_head
 
 KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([byte]) * 32) for byte in (1, 2))
 CLUSTER = cluster_id(b"certificate")
@@ -168,9 +172,10 @@ def test_a_token_is_revoked_by_its_name() -> None:
     check_revocation(make_revocation(CLUSTER, token.subject, 0, KEY.sign), KEY.public_key(), CLUSTER)
 
 
-def test_all_revocations_and_a_whole_view_fit_one_message() -> None:
-    from protocol.dissemination import MAX_VIEW_BYTES
-
+def test_all_revocations_and_the_largest_statements_fit_one_message() -> None:
+    texts = {"name": "n" * MAX_NAME, "site": "s" * MAX_NAME, "addresses": ("a" * MAX_ADDRESS,) * MAX_ADDRESSES}
+    member = Member(PeerId("p" * 64), **texts)
+    statement = Author(member.peer_id, lambda data: bytes(64), lambda: bytes(MAX_CERTIFICATE)).state(member, 1)
     most = Revocation("x" * admission.MAX_SUBJECT, MAX_TIME, bytes(64))
-    size = len(encode_head(1, SyncReply((), (most,) * MAX_REVOCATIONS), 0))
-    assert size + MAX_VIEW_BYTES < MAX_HEADER
+    reply = SyncReply((statement,) * MAX_STATEMENTS, revocations=(most,) * MAX_REVOCATIONS)
+    assert len(encode_head(1, reply, 0)) < MAX_HEADER

@@ -116,18 +116,6 @@ def test_waits_form_no_circle_even_if_members_have_different_views(
     assert path <= 15
 
 
-@given(SITES, st.integers(0, 4))
-def test_the_makers_of_a_wrong_shard_are_all_members_on_its_way(site: tuple[int, int], index: int) -> None:
-    ways = routes(*site)
-    for route in ways.values():
-        sender = route.keepers[index % len(route.keepers)]
-        makers, hands = route.makers(sender, index), {sender}
-        while route.depth and hands:
-            sources = route.sources(index, route.hops)
-            assert set(sources) <= makers
-            route = ways[next(iter(sources))]
-
-
 def test_a_member_that_leaves_moves_nothing_in_other_cells() -> None:
     view = members(300)
     before, after = Placement(view, 4, 1), Placement(view[1:], 4, 1)

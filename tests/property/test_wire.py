@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import wire
-from protocol.errors import PeerMisbehavedError
+from protocol.errors import NotAdmittedError, PeerMisbehavedError
 from protocol.evidence import Evidence
 from protocol.ids import BLOCK_SIZE, MAX_OBJECT_SIZE, Digest, ObjectRef, PeerId
-from protocol.members import MAX_MEMBERS, Member, State, Update
+from protocol.members import MAX_MEMBERS, Member, News, Statement, Suspicion
 from protocol.messages import (
     FAILURES,
     Accusations,
@@ -44,6 +44,8 @@ from protocol.messages import (
     Waiting,
 )
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
+from protocol.summary import MAX_STATEMENTS
 
 B58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 DIGEST = "sha256:" + "0" * 64
@@ -63,10 +65,28 @@ bitmaps = st.binary(max_size=40)
 signatures = st.binary(min_size=64, max_size=64)
 ages, object_sizes = st.floats(0, 1e9), st.integers(0, MAX_OBJECT_SIZE)
 addresses = st.lists(printable, max_size=8).map(tuple)
-members = st.builds(Member, peers, printable, printable, addresses=addresses, weight=st.floats(0, 1e6))
-updates = st.lists(
-    st.builds(Update, members, st.sampled_from(State), st.integers(0, wire.MAX_INCARNATION)), max_size=4
-).map(tuple)
+members = st.builds(Member, peers, printable, printable, addresses=addresses, weight=st.just(0.0) | st.floats(0.5, 2))
+incarnations = st.integers(1, wire.MAX_INCARNATION)
+statements = st.builds(
+    Statement,
+    members,
+    incarnations,
+    leaving=st.booleans(),
+    seal=st.binary(min_size=16, max_size=16),
+    signature=signatures,
+    certificate=st.binary(max_size=50),
+)
+suspicions = st.builds(Suspicion, peers, incarnations, peers, signatures)
+news = st.builds(
+    News,
+    st.lists(statements, max_size=4).map(tuple),
+    st.lists(suspicions, max_size=4).map(tuple),
+    held=st.just(0) | incarnations,
+    doubted=st.booleans(),
+)
+nonces = st.binary(min_size=16, max_size=16)
+keys = st.lists(st.binary(min_size=8, max_size=8), max_size=4).map(b"".join)
+summaries = st.lists(st.binary(min_size=16, max_size=16), max_size=4).map(b"".join)
 
 
 @st.composite
@@ -86,6 +106,8 @@ accusations = st.lists(
     max_size=3,
 ).map(tuple)
 
+proofs = st.builds(ShardProof, peers, st.binary(min_size=32, max_size=32), signatures)
+
 
 REQUESTS: list[st.SearchStrategy[Request]] = [
     st.builds(
@@ -97,19 +119,22 @@ REQUESTS: list[st.SearchStrategy[Request]] = [
         source=texts,
         exact=st.booleans(),
         reader=st.just("") | peers,
+        background=st.booleans(),
+        asker=st.just("") | peers,
+        keep=st.booleans(),
     ),
     st.builds(lambda digest, block: GetBlock(digest, *block), digests, blocks),
     st.builds(GetHoldings, digests),
     st.builds(FindHolders, digests),
     st.builds(Announce, st.lists(digests, max_size=5).map(tuple)),
-    st.builds(Resolve, texts, texts, st.integers(0, 1)),
-    st.builds(Ping, updates),
-    st.builds(PingRequest, peers, updates),
-    st.builds(Sync, updates),
+    st.builds(Resolve, texts, texts),
+    st.builds(Ping, news, st.just(b"") | nonces),
+    st.builds(PingRequest, peers, nonces, news),
+    st.builds(Sync, statements, summaries),
     st.builds(Accuse, accusations),
 ]
 REPLIES: list[st.SearchStrategy[Reply]] = [
-    st.builds(lambda code, record: ShardFound(*code, record), codes, records()),
+    st.builds(lambda code, record, proof: ShardFound(*code, record, proof=proof), codes, records(), st.none() | proofs),
     st.builds(BlockFound, records()),
     st.builds(
         HoldingsFound,
@@ -119,8 +144,8 @@ REPLIES: list[st.SearchStrategy[Reply]] = [
     st.builds(Holders, st.lists(peers, max_size=5).map(tuple)),
     st.just(Done()),
     st.builds(Resolved, digests, object_sizes, texts, age_s=ages, public_age_s=st.just(-1.0) | ages),
-    st.builds(Pong, updates),
-    st.builds(SyncReply, updates),
+    st.builds(Pong, news, st.just(b"") | signatures),
+    st.builds(SyncReply, st.lists(statements, max_size=4).map(tuple), keys, keys, st.booleans()),
     st.builds(Waiting, st.booleans()),
     st.builds(Failed, st.sampled_from(FAILURES), texts),
     st.builds(Accusations, accusations),
@@ -266,7 +291,10 @@ def test_a_prefix_over_the_bounds_is_refused_before_its_header_arrives(prefix: t
         heads.next()
 
 
-UPDATE = Update(Member(PEER, "node-1", "default", ("10.0.0.1:4502",)), State.ALIVE, 1)
+STATEMENT = Statement(
+    Member(PEER, "node-1", "default", ("10.0.0.1:4502",)), 1, leaving=False, seal=bytes(16), signature=bytes(64)
+)
+SUSPICION = Suspicion(PEER, 1, PEER, bytes(64))
 RECORD = Record(DIGEST, 0, 10, 10, sha256=bytes(32), signer=PEER, signature=bytes(64))
 
 
@@ -286,8 +314,20 @@ def told_of(age_s: float = 0.0, **changes: Any) -> Accuse:
     return Accuse(((msgspec.structs.replace(EVIDENCE, **changes), age_s),))
 
 
-def with_member(**changes: Any) -> Update:
-    return Update(msgspec.structs.replace(UPDATE.member, **changes), State.ALIVE, 1)
+def saying(*statements: Statement) -> Ping:
+    return Ping(News(statements))
+
+
+def ping(**changes: Any) -> Ping:
+    return saying(msgspec.structs.replace(STATEMENT, **changes))
+
+
+def ping_of(**changes: Any) -> Ping:
+    return ping(member=msgspec.structs.replace(STATEMENT.member, **changes))
+
+
+def suspecting(**changes: Any) -> Ping:
+    return Ping(News((), (msgspec.structs.replace(SUSPICION, **changes),)))
 
 
 @pytest.mark.parametrize(
@@ -310,20 +350,43 @@ def with_member(**changes: Any) -> Update:
         FindHolders(DIGEST + "0"),
         Announce((DIGEST,) * 1025),
         Announce((DIGEST, "")),
-        Resolve("x" * 601, "latest", 1),
-        Resolve("", "x" * 161, 1),
-        Resolve("", "latest", 2),
-        Ping((UPDATE,) * 257),
-        Ping((with_member(weight=float("nan")),)),
-        Ping((with_member(weight=-1.0),)),
-        Ping((with_member(name="\x1b[2J"),)),
-        Ping((with_member(addresses=("a:1",) * 9),)),
-        Ping((with_member(addresses=("a\0:1",)),)),
-        Ping((with_member(peer_id="../../etc"),)),
-        Ping((Update(UPDATE.member, State.ALIVE, -1),)),
-        PingRequest(PeerId(""), ()),
-        Sync((UPDATE,) * (MAX_MEMBERS + 1)),
+        Resolve("x" * 601, "latest"),
+        Resolve("", "x" * 161),
+        saying(*(STATEMENT,) * (MAX_STATEMENTS + 1)),
+        ping_of(weight=float("nan")),
+        ping_of(weight=-1.0),
+        ping_of(weight=2.1),
+        ping_of(weight=0.1),
+        ping_of(name="\x1b[2J"),
+        ping_of(addresses=("a:1",) * 9),
+        ping_of(addresses=("a\0:1",)),
+        ping_of(peer_id="../../etc"),
+        ping(incarnation=0),
+        ping(incarnation=wire.MAX_INCARNATION + 1),
+        ping(seal=bytes(15)),
+        ping(signature=b""),
+        ping(certificate=bytes(wire.MAX_CERTIFICATE + 1)),
+        Ping(News((), (SUSPICION,) * (wire.MAX_SUSPICIONS + 1))),
+        Ping(News(held=-1)),
+        Ping(News(held=wire.MAX_INCARNATION + 1)),
+        Ping(nonce=bytes(15)),
+        suspecting(peer_id=PeerId("0")),
+        suspecting(accuser=PeerId("")),
+        suspecting(incarnation=0),
+        suspecting(signature=bytes(63)),
+        PingRequest(PeerId(""), bytes(16)),
+        PingRequest(PEER, b""),
+        Pong(liveness=bytes(63)),
+        Sync(STATEMENT, bytes(16 * (MAX_MEMBERS + 1))),
+        Sync(STATEMENT, bytes(15)),
+        Sync(msgspec.structs.replace(STATEMENT, incarnation=0), b""),
+        SyncReply((STATEMENT,) * (MAX_STATEMENTS + 1)),
+        SyncReply((), doubts=bytes(7)),
+        SyncReply((), wanted=bytes(8 * (MAX_STATEMENTS + 1))),
         ShardFound(4, 1, 5, RECORD),
+        ShardFound(4, 1, 0, RECORD, proof=ShardProof(PEER, bytes(31), bytes(64))),
+        ShardFound(4, 1, 0, RECORD, proof=ShardProof(PEER, bytes(32), bytes(65))),
+        ShardFound(4, 1, 0, RECORD, proof=ShardProof(PeerId("0"), bytes(32), bytes(64))),
         BlockFound(altered(length=9)),
         BlockFound(altered(length=0, size=0)),
         BlockFound(altered(sha256=b"")),
@@ -340,6 +403,7 @@ def with_member(**changes: Any) -> Update:
         Resolved(DIGEST, 1, "", 0.0, public_age_s=-0.5),
         Resolved(DIGEST, 1, "", 0.0, public_age_s=float("nan")),
         get_shard(reader="not base58!"),
+        get_shard(asker="not base58!"),
         Accuse(((EVIDENCE, 0.0),) * (wire.MAX_TOLD + 1)),
         told_of(source="x" * 601),
         told_of(finder=PeerId("0")),
@@ -370,9 +434,9 @@ def test_a_body_must_be_as_long_as_its_message_says() -> None:
             heads.next()
 
 
-def test_a_view_of_the_largest_size_fits_a_frame() -> None:
-    everybody = SyncReply((UPDATE,) * MAX_MEMBERS)
-    heads = wire.Heads(wire.REPLIES)
+def test_a_summary_of_the_largest_view_fits_a_frame() -> None:
+    everybody = Sync(STATEMENT, bytes(16 * MAX_MEMBERS))
+    heads = wire.Heads(wire.REQUESTS)
     heads.feed(wire.encode_head(1, everybody, 0))
     head = heads.next()
     assert head is not None
@@ -388,7 +452,7 @@ def test_the_fullest_holdings_fit_a_frame() -> None:
 @pytest.mark.parametrize("lane", ["control", "urgent", "bulk"])
 def test_hello(lane: str, plain: bool) -> None:
     heads = wire.Heads(wire.REQUESTS)
-    for byte in wire.encode_hello(lane, plain) + encoded(3, Ping(())):
+    for byte in wire.encode_hello(lane, plain) + encoded(3, Ping()):
         heads.feed(bytes([byte]))
     hello = heads.hello()
     assert hello is not None
@@ -402,20 +466,25 @@ def test_hello(lane: str, plain: bool) -> None:
 
 def test_a_hello_may_have_unknown_fields() -> None:
     heads = wire.Heads(wire.REQUESTS)
-    heads.feed(frame(msgpack.packb([b"shoal-bulk", 2, "bulk", True, "later"])))
-    assert heads.hello() == wire.Hello(b"shoal-bulk", 2, "bulk", True)
+    heads.feed(frame(msgpack.packb([b"shoal-bulk", 3, "bulk", True, "later"])))
+    assert heads.hello() == wire.Hello(b"shoal-bulk", 3, "bulk", True)
+
+
+@pytest.mark.parametrize(("theirs", "remedy"), [(2, "upgrade it"), (4, "upgrade this node")])
+def test_another_version_is_refused_with_the_remedy(theirs: int, remedy: str) -> None:
+    with pytest.raises(NotAdmittedError, match=f"speaks version {theirs} of the bulk channel, .* speaks 3: {remedy}"):
+        wire.check_version("bulk channel", theirs, wire.VERSION, PEER)
 
 
 @pytest.mark.parametrize(
     "hello",
     [
-        [b"shoal-bulk", 1, "bulk"],
-        [b"other-bulk", 2, "bulk"],
-        [b"shoal-bulk", 2, "express"],
-        ["shoal-bulk", 2, "bulk"],
-        [b"shoal-bulk", 2],
-        [b"shoal-bulk", 2, "bulk", "x" * 100],
-        [b"shoal-bulk", 2, "bulk", 1],
+        [b"other-bulk", 3, "bulk"],
+        [b"shoal-bulk", 3, "express"],
+        ["shoal-bulk", 3, "bulk"],
+        [b"shoal-bulk", 3],
+        [b"shoal-bulk", 3, "bulk", "x" * 100],
+        [b"shoal-bulk", 3, "bulk", 1],
     ],
 )
 def test_an_invalid_hello_is_refused(hello: list[Any]) -> None:

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cache.store import Held
+from cache.store import READ_HERE, Held
 from node.blocks.home import BACKGROUND_S
 from node.blocks.values import LOOK_EVERY_S, BlockAddress
 from node.exchange.contract import Answer, Lane
@@ -27,7 +27,9 @@ from protocol.health import QUICK_S, SpareBudget
 from protocol.home_times import LEAST_S
 from protocol.ids import BLOCK_SIZE, ObjectRef, Piece, Shard
 from protocol.messages import ShardFound
+from protocol.placement import HOME_HOPS
 from protocol.records import make_record
+from protocol.shard_proofs import make_proof
 from tests.support.site_in_memory import (
     BODY,
     LOCATOR,
@@ -190,7 +192,7 @@ def test_a_record_that_no_member_signed_is_not_accepted() -> None:
         signed = make_record(REF, 0, sha, signer=stranger.peer_id, sign=stranger.sign)
         record = msgspec.structs.replace(signed, signature=b"")
         for node in nodes[1:]:
-            await node.tiers.put(Piece(address.block), forged, record)
+            await node.tiers.put(Piece(address.block), forged, record, kept_for=READ_HERE)
         held: Held = (await nodes[0].read(0)).held
         assert bytes(held.data) == BODY[:BLOCK_SIZE]
 
@@ -228,6 +230,34 @@ def test_a_keeper_asked_for_an_exact_shard_sends_no_shard_of_an_earlier_view() -
             assert answer.message.index == other
 
     play(5, scenario)
+
+
+@pytest.mark.parametrize("maker", ["nobody", "a member in quarantine"])
+def test_a_keeper_passes_on_no_shard_for_which_no_accepted_member_answers(maker: str) -> None:
+    """It obtains the shard anew: by a wrong one without a right signature, the keeper would answer for it itself."""
+
+    async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
+        await nodes[0].read(0)
+        home, piece = home_of(nodes, 0), Piece(REF.block(0), Shard(4, 1, 1))
+        keeper = next(
+            node for node in nodes if node.own == home.site.placement().keepers(REF.block(0), BLOCK_SIZE)[1][1]
+        )
+        record = (await home.tiers.get(Piece(REF.block(0))))[0].record  # type: ignore[index]
+        wrong, liar = bytes(BLOCK_SIZE // 4), nodes[0] if nodes[0] not in (keeper, home) else nodes[1]
+        proof = make_proof(record, Shard(4, 1, 1), wrong, maker=liar.own, sign=liar.identity.sign)
+        await keeper.tiers.discard(Piece(REF.block(0)))
+        await keeper.tiers.discard(piece)
+        await keeper.tiers.put(piece, wrong, record, proof if maker != "nobody" else None, kept_for=READ_HERE)
+        keeper.view.quarantine(liar.own, "a wrong shard")
+        address = BlockAddress(LOCATOR, REF, 0)
+        _, held = await keeper.blocks.keeper.keep(address, Shard(4, 1, 1), HOME_HOPS, exact=True)
+        assert bytes(held.data) == BODY[BLOCK_SIZE // 4 : BLOCK_SIZE // 2]
+        kept = await keeper.tiers.get(piece)
+        assert kept is not None
+        assert kept[0].proof is not None
+        assert kept[0].proof.maker == home.own
+
+    play(6, scenario)
 
 
 def test_another_member_acts_for_a_home_with_a_bad_link() -> None:

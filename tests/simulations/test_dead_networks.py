@@ -15,7 +15,7 @@ from node.registry.retry import BODY, RESOLVE, Breaker
 from node.registry.transport import TIMEOUT
 from node.registry.upstreams import Upstreams
 from protocol.errors import UnavailableError
-from protocol.ids import ObjectRef, PeerId
+from protocol.ids import BLOCK_SIZE, ObjectRef, PeerId
 from simulations import cold_restart, two_sites, uplink_cut
 from simulations.cluster import Cluster, Node
 from simulations.cold_restart import ColdRestart
@@ -81,7 +81,7 @@ def test_both_halves_of_a_partitioned_site_pull_a_copy_each_and_merge_when_it_he
         network.part(*([node.peer for node in half] for half in halves))
         took_s, copies = await site.pulled(nodes, site.images[0])
         assert took_s < 30  # the members of the other half are still in the view, and reads wait for them
-        assert copies <= 2 * 1.4
+        assert copies <= 2 * 1.5  # 2.3 to 3.0 with other seeds
         await trio.sleep(60)
         assert site.seen() == {5}
         took_s, copies = await site.pulled(nodes, site.images[1])
@@ -101,7 +101,7 @@ def test_a_site_without_its_uplink_serves_held_images_and_rarely_asks_the_regist
 
     async def scenario(site: Site) -> None:
         held, missing, later = site.images
-        await site.pulled(site.cluster.nodes[:1], held)
+        await site.pulled(site.cluster.nodes[:2], held)  # for the third, two members agree on the tag
         site.cluster.network.cut_uplink(SITE)
         began, clients = trio.current_time(), list[list[Pulled]]()
 
@@ -159,11 +159,14 @@ def test_a_site_asks_a_failing_registry_rarely_and_reads_one_copy_after_recovery
             registry.fault = lambda: trouble
             await trio.sleep(60)
             assert len(registry.requests) - before <= most * NODES
-            assert most_within(registry.requests, 1) <= 3 * NODES
+            names = NODES
+            assert most_within(registry.requests, 1) <= names + 3 * NODES
             registry.fault = lambda: None
         assert all(len(pulls) > 1 and not pulls[-1].error for pulls in clients)
         assert all(f"answered {status}" in pulls[0].error for pulls in clients)
-        assert registry.bytes_by_site[SITE] <= 1.05 * site.images[0].size
+        # Each node asks for the tag itself, and so notices the recovery at a time of its own: until a block's home
+        # does, another node reads the block.
+        assert registry.bytes_by_site[SITE] <= site.images[0].size + BLOCK_SIZE
 
     simulate(scenario)
 
@@ -175,7 +178,8 @@ def test_a_slow_registry_is_waited_for_and_asked_once() -> None:
         site.registry.latency = constant(8.0)
         took_s, copies = await site.pulled(site.cluster.nodes, site.images[0])
         assert (took_s < 60, copies <= 1.02) == (True, True)
-        assert len(site.registry.requests) <= 2 * NODES
+        names = NODES
+        assert len(site.registry.requests) <= names + 2 * NODES
 
     simulate(scenario)
 
@@ -216,7 +220,8 @@ def test_when_all_nodes_restart_cold_the_registry_sees_one_copy_and_no_storm() -
                 nursery.start_soon(site.pulled, site.cluster.nodes, image)
         assert site.registry.bytes_by_site[SITE] - before <= 1.05 * sum(image.size for image in site.images)
         asked = [at for at in site.registry.requests if at >= began]
-        assert most_within(asked, 1) <= 2 * NODES
+        names = NODES * len(site.images)
+        assert most_within(asked, 1) <= names + 2 * NODES
 
     simulate(scenario)
 

@@ -6,7 +6,7 @@ The names S-nn are lines of docs/SECURITY.md.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from hashlib import sha256
 from pathlib import Path
@@ -21,10 +21,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.store import READ_HERE
 from node.blocks.trust import Suspicion
 from node.content import library
 from node.content.library import SiteLibrary
 from node.evidence.cases import MAX_KEPT, MAX_UNDECIDED, Case, Verdict
+from node.evidence.findings import READING_S, SHOWING_S, Findings
 from node.evidence.judge import EXCHANGE_S, PAUSE_S, RETRY_S, SPREAD_S, Judge
 from node.evidence.judge_file import EvidenceFile
 from node.exchange.contract import Answer, Lane
@@ -34,10 +36,21 @@ from node.membership.membership import QUARANTINE_S, Membership
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
-from protocol.messages import Accuse, Request, ShardFound
+from protocol.messages import Accuse, GetBlock, Request, ShardFound
 from protocol.records import Record, make_record
 from tests.support import site_in_memory
-from tests.support.site_in_memory import BODY, LOCATOR, REF, Registry, WithMirror, home_of, not_keeping, read_whole
+from tests.support.passports import passports_of
+from tests.support.site_in_memory import (
+    BODY,
+    LOCATOR,
+    REF,
+    Registry,
+    WithMirror,
+    home_of,
+    not_keeping,
+    read_whole,
+    under,
+)
 
 SOURCE = str(LOCATOR)
 SOON_S = 2 * EXCHANGE_S
@@ -49,10 +62,11 @@ class Node(site_in_memory.Node):
         self.mirrored = False
         self.judge = Judge(
             site=self.site,
-            home=self.blocks.home,
+            findings=Findings(
+                self.site, self.blocks.home, self.blocks.questions, mirrored=lambda upstream: self.mirrored
+            ),
             questions=self.blocks.questions,
             sign=self.identity.sign,
-            mirrored=lambda upstream: self.mirrored,
             nursery=nursery,
             rng=Random(self.own),
         )
@@ -70,8 +84,8 @@ class Node(site_in_memory.Node):
         )
 
 
-def suspicion(record: Record, *, compared: bool) -> Suspicion:
-    return Suspicion(record, SOURCE, compared)
+def suspicion(record: Record, *, proven: bool) -> Suspicion:
+    return Suspicion(record, SOURCE, proven)
 
 
 Scenario = Callable[[list[Node], Registry], Awaitable[None]]
@@ -87,7 +101,7 @@ def play(count: int, scenario: Scenario, judging: int | None = None, registry: R
             await scenario(nodes, registry)
             nursery.cancel_scope.cancel()
 
-    site_in_memory.play(count, judged, make=Node, limit_s=3 * QUARANTINE_S)
+    site_in_memory.play(count, judged, make=Node, registry=registry, limit_s=3 * QUARANTINE_S)
 
 
 async def until(holds: Callable[[], bool], within_s: float = SOON_S) -> None:
@@ -101,7 +115,7 @@ async def poison(liar: Node, index: int) -> Record:
     """Have the liar keep a false block with a matching record, so that it answers with them."""
     false = bytes(REF.block_length(index))
     record = liar.signs(index, false)
-    await liar.tiers.put(Piece(REF.block(index)), false, record)
+    await liar.tiers.put(Piece(REF.block(index)), false, record, kept_for=READ_HERE)
     return record
 
 
@@ -236,7 +250,7 @@ def test_convinced_members_drop_the_blocks_of_a_liar() -> None:
         record = await poison(liar, 1)
         false = bytes(BLOCK_SIZE)
         for node in others:
-            await node.tiers.put(Piece(REF.block(1)), false, record)
+            await node.tiers.put(Piece(REF.block(1)), false, record, kept_for=READ_HERE)
         await others[0].tells(others[1], others[0].accuses(record))
         await until(lambda: all(node.view.is_quarantined(liar.own) for node in others[1:]))
         assert not any(node.tiers.holds(Piece(REF.block(1))) for node in others[1:])
@@ -256,10 +270,12 @@ def test_other_blocks_of_a_liar_are_dropped_except_those_of_verified_objects() -
         for index in range(right.block_count):
             data = whole[index * BLOCK_SIZE :][:BLOCK_SIZE]
             record = make_record(right, index, sha256(data).digest(), liar.own, sign=liar.identity.sign)
-            await holder.tiers.put(Piece(right.block(index)), data, record)
+            await holder.tiers.put(Piece(right.block(index)), data, record, kept_for=READ_HERE)
         for index, piece in ((0, Piece(other.block(0))), (1, shard)):
             record = make_record(other, index, sha256(bytes(BLOCK_SIZE)).digest(), liar.own, sign=liar.identity.sign)
-            await holder.tiers.put(piece, bytes(BLOCK_SIZE if index == 0 else BLOCK_SIZE // 4), record)
+            await holder.tiers.put(
+                piece, bytes(BLOCK_SIZE if index == 0 else BLOCK_SIZE // 4), record, kept_for=READ_HERE
+            )
         await finder.tells(holder, finder.accuses(liar.signs(0, bytes(BLOCK_SIZE))))
         await until(lambda: holder.view.is_quarantined(liar.own))
         await trio.sleep(1)
@@ -281,7 +297,7 @@ def test_a_record_that_no_bytes_match_is_detected_by_readers_of_the_block() -> N
         def lie(answer: Answer) -> Answer:
             if not isinstance(answer.message, ShardFound) or answer.message.record.index:
                 return answer
-            return Answer(msgspec.structs.replace(answer.message, record=false), answer.body)
+            return under(false, answer, liar.identity)
 
         liar.spoil = lie
         reader = not_keeping(nodes, 0)  # type: ignore[arg-type]
@@ -325,7 +341,7 @@ def test_a_reader_of_two_records_of_one_signer_reports_both() -> None:
             if not isinstance(answer.message, ShardFound) or answer.message.record.index:
                 return answer
             given.append(liar.signs(0, bytes([len(given)]) * BLOCK_SIZE))
-            return Answer(msgspec.structs.replace(answer.message, record=given[-1]), answer.body)
+            return under(given[-1], answer, liar.identity)
 
         liar.spoil = lie
         reader = not_keeping(nodes, 0)  # type: ignore[arg-type]
@@ -336,22 +352,109 @@ def test_a_reader_of_two_records_of_one_signer_reports_both() -> None:
     play(7, scenario)
 
 
-def test_a_false_accuser_is_quarantined_and_the_accused_member_is_not() -> None:
+def truths_of(signer: Node) -> list[Record]:
+    return [signer.signs(index, BODY[index * BLOCK_SIZE :][:BLOCK_SIZE]) for index in range(REF.block_count)]
+
+
+def test_a_false_accuser_is_quarantined_by_those_that_hold_the_object_and_heard_by_no_other() -> None:
     """S-09"""
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
-        liar, honest, others = nodes[0], nodes[1], nodes[2:]
+        liar, honest, holder, others = nodes[0], nodes[1], nodes[2], nodes[3:]
         await honest.read_all()
+        await holder.read_all()
         registry.asked.clear()
-        truths = [honest.signs(index, BODY[index * BLOCK_SIZE :][:BLOCK_SIZE]) for index in range(REF.block_count)]
-        for node in others:
-            await liar.tells(node, *(liar.accuses(record) for record in truths))
-        await until(lambda: all(node.view.is_quarantined(liar.own) for node in others))
+        for node in nodes[2:]:
+            await liar.tells(node, *(liar.accuses(record) for record in truths_of(honest)))
+        await until(lambda: holder.view.is_quarantined(liar.own))
         await trio.sleep(SOON_S)
-        assert not any(node.view.is_quarantined(honest.own) for node in others)
-        assert registry.asked.total() == len(others), "each receiver reads one block"
+        assert not any(node.view.is_quarantined(honest.own) for node in nodes)
+        assert not any(node.view.quarantined for node in others)
+        assert registry.asked.total() == len(others), "each other receiver reads one block"
+        for node in others:
+            before = len(node.judge.cases)
+            await liar.tells(node, liar.accuses(honest.signs(0, bytes(BLOCK_SIZE))))
+            assert len(node.judge.cases) == before
 
     play(6, scenario)
+
+
+class Untrue(Registry):
+    """A registry that some liar controls: while `lies`, it sends zeros in place of all blocks."""
+
+    lies = True
+
+    async def blocks(self, *run: Any, **options: bool) -> AsyncGenerator[bytearray, None]:
+        async with aclosing(super().blocks(*run, **options)) as blocks:
+            async for block in blocks:
+                yield bytearray(len(block)) if self.lies else block
+
+
+def test_a_liar_that_controls_a_registry_gets_no_honest_signer_quarantined() -> None:
+    """S-09: its evidence names a source where it lets other bytes be served than those of the digest."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, honest, others = nodes[0], nodes[1], nodes[2:]
+        for node in others:
+            await liar.tells(node, *(liar.accuses(record) for record in truths_of(honest)))
+        await trio.sleep(SOON_S)
+        assert not any(node.view.quarantined for node in nodes)
+        assert {case.verdict for node in others for case in node.judge.cases.values()} == {Verdict.UNPROVABLE}
+
+    play(5, scenario, registry=Untrue())
+
+
+def test_a_liar_that_controls_a_registry_gets_no_honest_accuser_quarantined() -> None:
+    """S-09: the registry sends the bytes of the liar's false record to all but the accuser."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, others = nodes[0], nodes[1], nodes[2:]
+        record = liar.signs(0, bytes(BLOCK_SIZE))
+        for node in others:
+            await finder.tells(node, finder.accuses(record))
+        await trio.sleep(SOON_S)
+        assert not any(node.view.quarantined for node in nodes)
+
+    play(5, scenario, registry=Untrue())
+
+
+def test_the_finder_shows_the_object_and_no_registry_is_asked() -> None:
+    """S-14"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, others = nodes[0], nodes[1], nodes[2:]
+        await finder.read_all()
+        registry.down = True
+        registry.asked.clear()
+        finder.site.trust.suspect(suspicion(liar.signs(2, bytes(BLOCK_SIZE)), proven=True))
+        await until(lambda: all(node.view.is_quarantined(liar.own) for node in others))
+        assert all(set(node.view.quarantined) == {liar.own} for node in others)
+        assert not registry.asked
+
+    play(5, scenario)
+
+
+def test_a_reader_accuses_nobody_before_the_objects_digest_is_right() -> None:
+    """S-09: a registry that sends a wrong block once must not make an honest reader accuse an honest signer."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        assert isinstance(registry, Untrue)
+        liar, honest, reader = nodes
+        registry.lies = False
+        for index, record in enumerate(truths_of(honest)):
+            block = BODY[index * BLOCK_SIZE :][:BLOCK_SIZE]
+            await reader.tiers.put(Piece(REF.block(index)), block, record, kept_for=READ_HERE)
+        await reader.forget(3)
+        zeros = bytes(REF.block_length(3))
+        await reader.tiers.put(Piece(REF.block(3)), zeros, liar.signs(3, zeros), kept_for=READ_HERE)
+        registry.lies = True
+        with pytest.raises(CorruptObjectError):
+            await read_whole(reader.library)
+        await trio.sleep(SOON_S)
+        assert not reader.judge.cases
+        assert not liar.view.quarantined
+
+    play(3, scenario, registry=Untrue())
 
 
 def test_accusations_are_bounded_per_accuser_and_examined_one_by_one() -> None:
@@ -365,7 +468,7 @@ def test_accusations_are_bounded_per_accuser_and_examined_one_by_one() -> None:
         assert len(receiver.judge.cases) == MAX_UNDECIDED
         registry.down, registry.block_s = False, 1.0
         await trio.sleep(RETRY_S + SPREAD_S * 3 + 1)
-        assert registry.asked.total() <= MAX_UNDECIDED
+        assert registry.asked.total() <= MAX_UNDECIDED * (1 + REF.block_count)
 
     play(3, scenario)
 
@@ -421,7 +524,7 @@ def test_an_accusation_is_kept_and_no_member_quarantined_while_the_registry_is_d
         registry.down = False
         await until(lambda: receiver.view.is_quarantined(liar.own), RETRY_S + 1)
         assert verdicts([receiver], liar) == [Verdict.PROVEN]
-        assert registry.asked == Counter([0])
+        assert registry.asked == Counter([0, *range(REF.block_count)]), "the accused block, then all of the object"
 
     play(3, scenario)
 
@@ -484,7 +587,7 @@ def test_a_member_that_joins_later_receives_the_evidence() -> None:
             raise UnavailableError("not there yet")
 
         late.handler = absent
-        finder.site.trust.suspect(suspicion(liar.signs(0, bytes(BLOCK_SIZE)), compared=True))
+        finder.site.trust.suspect(suspicion(liar.signs(0, bytes(BLOCK_SIZE)), proven=True))
         await until(lambda: nodes[2].view.is_quarantined(liar.own))
         late.view.see(site)
         late.handler = late.handle
@@ -516,6 +619,62 @@ def test_evidence_that_is_an_hour_old_is_neither_sent_nor_accepted() -> None:
     play(3, scenario)
 
 
+def test_a_liar_cannot_end_evidence_by_telling_of_it_as_old() -> None:
+    """S-16"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        registry.down = True
+        evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
+        old = Accuse(((evidence, QUARANTINE_S - 1.0),))
+        await liar.blocks.questions.ask(receiver.own, old, Lane.CONTROL, 1.0)
+        await trio.sleep(2.0)
+        assert not receiver.judge.cases.live()
+        registry.down = False
+        await finder.tells(receiver, evidence)
+        await until(lambda: receiver.view.is_quarantined(liar.own))
+
+    play(3, scenario, judging=3)
+
+
+def test_a_liar_cannot_keep_evidence_out_by_accusing_itself() -> None:
+    """S-16: of its false record, for the same source, as a finder that shows nothing."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, receiver = nodes[0], nodes[1], nodes[2]
+        await finder.read_all()
+        registry.private = True
+        record = liar.signs(0, bytes(BLOCK_SIZE))
+        await liar.tells(receiver, liar.accuses(record))
+        await finder.tells(receiver, finder.accuses(record))
+        await until(lambda: receiver.view.is_quarantined(liar.own))
+
+    play(3, scenario)
+
+
+def test_a_finder_that_shows_the_object_slowly_delays_other_cases_by_a_bounded_time() -> None:
+    """S-10"""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, slow, finder, receiver = nodes
+        await finder.read_all()
+
+        async def never(peer: PeerId, request: Request) -> Answer:
+            if isinstance(request, GetBlock):
+                await trio.sleep_forever()
+            return await slow.handle(peer, request)
+
+        slow.handler = never
+        registry.block_s = 1e6
+        for number in range(MAX_UNDECIDED):
+            await slow.tells(receiver, slow.accuses(finder.signs(number % 2, bytes([number]) * BLOCK_SIZE)))
+        await finder.tells(receiver, finder.accuses(liar.signs(0, bytes(BLOCK_SIZE))))
+        within_s = MAX_UNDECIDED * (SHOWING_S + READING_S) + SPREAD_S * len(nodes) + 1
+        await until(lambda: receiver.view.is_quarantined(liar.own), within_s)
+
+    play(4, scenario, judging=4)
+
+
 def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
     """S-17"""
     path = tmp_path / "evidence.msgpack"
@@ -528,7 +687,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
         def clock() -> float:
             return wall + trio.current_time()
 
-        before, file = Membership(own, 1, Random(1)), EvidenceFile(path, clock)
+        before, file = Membership(own, 1, Random(1), passports_of(own)), EvidenceFile(path, clock)
         file.save(before, node.judge.cases)
         assert not path.exists()
         evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
@@ -540,7 +699,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
         file.save(before, node.judge.cases)
         assert path.read_bytes() == written, "an unchanged state is not written"
 
-        after, again = Membership(own, 2, Random(2)), nodes[3]
+        after, again = Membership(own, 2, Random(2), passports_of(own)), nodes[3]
         EvidenceFile(path, clock).load(after, again.judge.cases)
         ((peer, reason, left),) = after.quarantines()
         assert (peer, reason) == (liar.own, "signed a false record")
@@ -549,7 +708,7 @@ def test_quarantine_and_evidence_survive_a_restart(tmp_path: Path) -> None:
         assert (case.evidence, case.verdict) == (evidence, Verdict.PROVEN)
 
         wall += QUARANTINE_S  # the quarantine is over, or the clock jumped
-        ended, last = Membership(own, 3, Random(3)), nodes[4]
+        ended, last = Membership(own, 3, Random(3), passports_of(own)), nodes[4]
         EvidenceFile(path, clock).load(ended, last.judge.cases)
         assert not ended.quarantines()
         assert not last.judge.cases.about(liar.own)
@@ -566,12 +725,29 @@ def test_a_damaged_file_of_evidence_is_ignored(tmp_path: Path, data: bytes) -> N
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         own = nodes[0].view.site[0]
-        membership = Membership(own, 1, Random(1))
+        membership = Membership(own, 1, Random(1), passports_of(own))
         EvidenceFile(path).load(membership, nodes[0].judge.cases)
         assert not membership.quarantines()
         assert not nodes[0].judge.cases
 
     play(1, scenario, judging=0)
+
+
+def test_evidence_that_was_altered_on_the_disk_is_not_passed_on(tmp_path: Path) -> None:
+    """S-17: members would quarantine this node for it."""
+    path = tmp_path / "evidence.msgpack"
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        liar, finder, node = nodes
+        own = next(member for member in node.view.site if member.peer_id == node.own)
+        evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
+        node.judge.cases.add(Case(evidence, trio.current_time()))
+        EvidenceFile(path).save(Membership(own, 1, Random(1)), node.judge.cases)
+        path.write_bytes(path.read_bytes().replace(evidence.signature, bytes(64)))
+        EvidenceFile(path).load(Membership(own, 2, Random(2)), finder.judge.cases)
+        assert not finder.judge.cases
+
+    play(3, scenario, judging=0)
 
 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 4)]
@@ -633,7 +809,7 @@ def test_an_unfounded_suspicion_costs_one_block_once() -> None:
         honest, reader = nodes
         record = honest.signs(0, BODY[:BLOCK_SIZE])
         for _ in range(5):
-            reader.site.trust.suspect(suspicion(record, compared=False))
+            reader.site.trust.suspect(suspicion(record, proven=False))
             await trio.sleep(1)
         assert registry.asked == Counter([0])
         assert not reader.view.quarantined

@@ -9,13 +9,14 @@ from hashlib import sha256
 
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard, shard_length
 from protocol.records import Record, make_record
+from protocol.shard_proofs import ShardProof, make_proof
 
 SIGNER = PeerId("12D3KooWtest")
 
 
 @dataclass(frozen=True)
 class Blob:
-    """Its records carry false signatures: the stores do not check them."""
+    """Its records and proofs carry false signatures: the stores do not check them."""
 
     content: bytes
 
@@ -53,4 +54,13 @@ class Blob:
     def record(self, piece: Piece) -> Record:
         index = piece.block.index
         sha = sha256(self.content[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]).digest()
-        return make_record(self.ref, index, sha, SIGNER, sign=lambda payload: sha256(payload).digest() * 2)
+        return make_record(self.ref, index, sha, SIGNER, sign=_signature)
+
+    def proof(self, piece: Piece) -> ShardProof | None:
+        if piece.shard is None:
+            return None
+        return make_proof(self.record(piece), piece.shard, self.bytes_of(piece), maker=SIGNER, sign=_signature)
+
+
+def _signature(payload: bytes) -> bytes:
+    return sha256(payload).digest() * 2

@@ -36,8 +36,8 @@ from protocol.messages import BlockFound, GetBlock, Ping, Pong, Request, Resolve
 from protocol.records import Record
 
 DIGEST = "sha256:" + "ab" * 32
-PING, PONG = Ping(()), Pong(())
-NAME, NAMED = Resolve("secret", "latest", 1), Resolved(DIGEST, 1, "secret", 0.0)
+PING, PONG = Ping(), Pong()
+NAME, NAMED = Resolve("secret", "latest"), Resolved(DIGEST, 1, "secret", 0.0)
 GET = GetBlock(DIGEST, 0, BLOCK_SIZE)
 SIGNED = {"sha256": bytes(32), "signer": PeerId("12D3KooW"), "signature": bytes(64)}
 RECORD = Record(DIGEST, 0, length=BLOCK_SIZE, size=BLOCK_SIZE, **SIGNED)
@@ -179,14 +179,16 @@ class Cluster:
         await self.nursery.start(node.run)
         return node
 
-    async def serve_raw(self, serve: Callable[[Raw], Awaitable[None]], plain: bool = False) -> PeerId:
-        """A member that listens, says hello and then runs `serve` on each connection."""
+    async def serve_raw(
+        self, serve: Callable[[Raw], Awaitable[None]], plain: bool = False, hello: bytes = b""
+    ) -> PeerId:
+        """A member that listens, says hello (or `hello`) and then runs `serve` on each connection."""
         credentials = self.credentials()
 
         async def welcome(stream: trio.SSLStream[trio.SocketStream]) -> None:
             raw = Raw(stream)
             await raw.read_frame()
-            await raw.send(wire.encode_hello("bulk", plain))
+            await raw.send(hello or wire.encode_hello("bulk", plain))
             await serve(raw)
             stream.transport_stream.socket.close()
 

@@ -33,7 +33,6 @@ from node.api.documents import (
     UpstreamRow,
     WhyBlock,
     WhyReport,
-    why_object,
     why_report,
 )
 from node.control.routes import Route, control_routes, serve_control
@@ -126,8 +125,8 @@ class FakeControl:
             digest=str(DIGEST),
             age_s=75.0,
             state="stale",
-            source="member",
-            told_by="edge-2",
+            source="members",
+            told_by=("edge-2", "edge-3"),
             rule="docker.io/*",
             ttl_s=30.0,
             max_age_s=3600.0,
@@ -170,7 +169,7 @@ class FakeControl:
             for index in range(30)
         }
         read[30] = WhyBlock(index=30, length=BLOCK_SIZE, source="origin", milliseconds=90.0, retries=2, when=1.0)
-        return why_report(str(image), str(DIGEST), [why_object(ref, "layer", read)])
+        return why_report(str(image), str(DIGEST), [(ref, "layer", read)])
 
     async def doctor(self) -> DoctorReport:
         await trio.lowlevel.checkpoint()

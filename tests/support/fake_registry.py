@@ -22,7 +22,7 @@ from protocol.ids import BLOCK_SIZE
 from tests.support.blobs import Blob
 
 BLOB = Blob.random(7, 3 * BLOCK_SIZE + 77).content
-MANIFEST = b'{"schemaVersion": 2}'
+MANIFEST = b'{"schemaVersion": 2, "layers": []}'
 BLOB_REF, MANIFEST_REF = Blob(BLOB).ref, Blob(MANIFEST).ref
 SCOPE = "repository:org/app:pull"
 MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"

@@ -1,7 +1,8 @@
 """A p2pd that lies to other members: `LIE=shards python -m tests.support.liar --config FILE`.
 
-`shards`: every shard that it serves has one wrong bit. `records`: every block that it reads from the registry for an
-object of several blocks has one wrong bit, and it signs records for these wrong blocks.
+`shards`: every shard that it serves has one wrong bit. `signed`: the same, and it signs the wrong shards. `records`:
+every block that it reads from the registry for an object of several blocks has one wrong bit, and it signs records for
+these wrong blocks.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import msgspec
+
 from node.blocks.keeper import Keeper
 from node.daemon import main
 from node.exchange.contract import Answer
 from node.oci.references import Locator
 from node.registry.batching import BatchedReads
-from protocol.ids import ObjectRef, PeerId
+from protocol.ids import ObjectRef, PeerId, Shard
 from protocol.messages import GetBlock, GetShard, ShardFound
+from protocol.shard_proofs import make_proof
 
 _honest, _honest_read = Keeper.handle, BatchedReads.read
 
@@ -30,7 +34,12 @@ async def _lie(self: Keeper, peer: PeerId, request: GetShard | GetBlock) -> Answ
     answer = await _honest(self, peer, request)
     if not isinstance(answer.message, ShardFound) or answer.body is None:
         return answer
-    return Answer(answer.message, _wrong(answer.body))
+    message, wrong = answer.message, _wrong(answer.body)
+    if os.environ.get("LIE") == "signed":
+        shard, signer = Shard(message.k, message.m, message.index), self._identity
+        proof = make_proof(message.record, shard, wrong, maker=signer.peer_id, sign=signer.sign)
+        message = msgspec.structs.replace(message, proof=proof)
+    return Answer(message, wrong)
 
 
 async def _misread(self: BatchedReads, locator: Locator, ref: ObjectRef, index: int, **how: Any) -> bytearray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator
-from contextlib import AbstractContextManager
 from typing import BinaryIO
 
 from node.oci.manifests import Resolved
@@ -37,5 +36,11 @@ class MemoryLibrary:
     async def read(self, locator: Locator, ref: ObjectRef, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         yield self._objects[ref.digest][start:stop]
 
-    def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
+    async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
+        return resolved
+
+    def holds_sealed(self, ref: ObjectRef) -> bool:
+        return False
+
+    def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None:
         return None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import shutil
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from tests.support.image import Blob, Image, blob_path
@@ -110,13 +112,28 @@ def push(registry: Registry, image: Image, repository: str, tag: str) -> None:
             _send(connection, "PUT", f"/v2/{repository}/manifests/{reference}", body=body, headers=headers)
 
 
+def push_manifest(registry: Registry, repository: str, tag: str, manifest: bytes, *blobs: bytes) -> None:
+    """Push a manifest, and the blobs that it names."""
+    connection = http.client.HTTPConnection(registry.host, registry.port, timeout=60)
+    with contextlib.closing(connection):
+        for blob in blobs:
+            _upload(connection, repository, f"sha256:{sha256(blob).hexdigest()}", blob, len(blob))
+        headers = {"Content-Type": json.loads(manifest)["mediaType"]}
+        _send(connection, "PUT", f"/v2/{repository}/manifests/{tag}", body=manifest, headers=headers)
+
+
 def _push_blob(connection: http.client.HTTPConnection, image: Image, repository: str, blob: Blob) -> None:
+    with image.path(blob).open("rb") as file:
+        _upload(connection, repository, blob.digest, file, blob.size)
+
+
+def _upload(
+    connection: http.client.HTTPConnection, repository: str, digest: str, body: bytes | BinaryIO, size: int
+) -> None:
     upload = urlsplit(_send(connection, "POST", f"/v2/{repository}/blobs/uploads/", body=b""))
     query = f"{upload.query}&" if upload.query else ""
-    headers = {"Content-Type": "application/octet-stream"}
-    with image.path(blob).open("rb") as file:
-        path = f"{upload.path}?{query}digest={blob.digest}"
-        _send(connection, "PUT", path, body=file, headers={**headers, "Content-Length": str(blob.size)})
+    headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+    _send(connection, "PUT", f"{upload.path}?{query}digest={digest}", body=body, headers=headers)
 
 
 def _send(connection: http.client.HTTPConnection, method: str, path: str, **request: Any) -> str:

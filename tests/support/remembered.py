@@ -25,12 +25,14 @@ from node.oci.manifests import Resolved
 from node.oci.references import ImageName, Locator
 from node.registry.calls import Passed
 from node.registry.uplink import Uplink, UplinkFile
-from protocol.ids import Digest, ObjectRef, PeerId
+from protocol.ids import Digest, ObjectRef
 from protocol.members import Member
 from tests.support.file_trace import say
+from tests.support.passports import identity_of, passports_of, stated
 
 APP = Locator("docker.io", "org/app", "manifests")
-PEERS = [PeerId(f"12D3KooWPeer{number}") for number in range(3)]
+IDENTITIES = [identity_of(f"peer {number}") for number in range(3)]
+PEERS = [identity.peer_id for identity in IDENTITIES]
 TAGS = b'{"name":"org/app","tags":["v%d"]}'
 
 
@@ -86,7 +88,8 @@ class Remembered:
         own_authority(self._folder)
         say("authority", True)
         pins, prefetcher, uplinks, uplink, peers = self._files()
-        membership = Membership(Member(PEERS[0], "own", "site", ("10.0.0.1:1",)), 1, Random(1))
+        own = Member(PEERS[0], "own", "site", ("10.0.0.1:1",))
+        membership = Membership(own, 1, Random(1), passports_of(own, IDENTITIES[0]))
         with self._open(life) as (names, listings, public):
             for number in range(2 * life, 2 * life + 2):
                 names.put(str(APP), "latest", Resolved(ref(number), "a/b"))
@@ -97,7 +100,9 @@ class Remembered:
                 prefetcher.order(PrefetchOrder(images=(f"docker.io/org/app:v{number}",)))
                 uplink.note(100)
                 uplinks.save()
-                membership.remembered([Member(PEERS[1 + number % 2], "other", "site", (f"10.0.0.2:{number + 1}",))])
+                other = IDENTITIES[1 + number % 2]
+                moved = Member(other.peer_id, "other", "site", (f"10.0.0.2:{number + 1}",))
+                membership.remembered([stated(moved, other)])
                 peers.save(membership)
 
     async def check(self, said: Mapping[str, list[object]]) -> None:
@@ -110,7 +115,7 @@ class Remembered:
         assert pinned[: len(said["pinned"])] == said["pinned"]
         assert pinned == list(range(len(pinned)))
         assert all(item.order.images == (str(item.name),) for item in prefetcher.load())
-        assert all(member.peer_id in PEERS for member in peers.load())
+        assert all(statement.peer_id in PEERS for statement in peers.load())
         uplinks.load()
         assert uplink.use().used % 100 == 0
         with self._open(99) as (names, listings, public):

@@ -13,6 +13,7 @@ from hashlib import sha256
 from random import Random
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -31,9 +32,11 @@ from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry import batching
 from protocol.errors import DeniedError, UnavailableError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
-from protocol.messages import Request
+from protocol.messages import Request, ShardFound
+from protocol.records import Record
+from protocol.shard_proofs import make_proof
 from tests.support.disk_like import DiskLike
 from tests.support.site_library import site_library
 
@@ -97,7 +100,7 @@ class FixedView:
     """A view that the test sets."""
 
     def __init__(self, members: list[Member]) -> None:
-        self.site = self.known = tuple(sorted(members, key=lambda member: member.peer_id))
+        self.site = tuple(sorted(members, key=lambda member: member.peer_id))
         self._members = {member.peer_id: member for member in members}
         self.version = 0
         self.changed_at = -1000.0
@@ -108,6 +111,11 @@ class FixedView:
         """Change the view of the site. `changed_at` stays, so that the new view counts as settled."""
         self.site = tuple(members)
         self.version += 1
+
+    def replace(self, members: Iterable[Member]) -> None:
+        """Change what the members say of themselves."""
+        self._members = {member.peer_id: member for member in members}
+        self.see(self._members.values())
 
     def forget(self, peer: PeerId) -> None:
         del self._members[peer]
@@ -195,7 +203,8 @@ def site_of(count: int) -> tuple[list[Identity], list[Member]]:
     keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([number])).digest()) for number in range(count)]
     identities = [Identity.of(key) for key in keys]
     return identities, [
-        Member(identity.peer_id, f"n{number}", "site", ("192.0.2.1:1",)) for number, identity in enumerate(identities)
+        Member(identity.peer_id, f"n{number}", "site", (f"192.0.2.{number}:1",))
+        for number, identity in enumerate(identities)
     ]
 
 
@@ -246,3 +255,38 @@ def flipped(answer: Answer) -> Answer:
     wrong = bytearray(answer.body)
     wrong[-1] ^= 128
     return Answer(answer.message, wrong)
+
+
+def signing(identity: Identity) -> Callable[[Answer], Answer]:
+    """Wrong shards with a proof that `identity` signed over their wrong bytes. Other answers are unchanged."""
+
+    def lie(answer: Answer) -> Answer:
+        message = answer.message
+        if not isinstance(message, ShardFound) or answer.body is None or message.k == 1:
+            return answer
+        wrong, shard = flipped(answer).body, Shard(message.k, message.m, message.index)
+        assert wrong is not None
+        proof = make_proof(message.record, shard, wrong, maker=identity.peer_id, sign=identity.sign)
+        return Answer(msgspec.structs.replace(message, proof=proof), wrong)
+
+    return lie
+
+
+def under(record: Record, answer: Answer, identity: Identity) -> Answer:
+    """The shard of an answer under another record, with a proof by `identity`."""
+    message, body = answer.message, answer.body
+    assert isinstance(message, ShardFound)
+    assert body is not None
+    shard = Shard(message.k, message.m, message.index)
+    proof = make_proof(record, shard, body, maker=identity.peer_id, sign=identity.sign)
+    return Answer(msgspec.structs.replace(message, record=record, proof=proof), body)
+
+
+def unsigned(answer: Answer) -> Answer:
+    """A wrong shard without a proof."""
+    message = answer.message
+    return (
+        flipped(Answer(msgspec.structs.replace(message, proof=None), answer.body))
+        if isinstance(message, ShardFound)
+        else answer
+    )

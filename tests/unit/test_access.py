@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -11,9 +12,12 @@ import pytest
 import trio
 import trio.testing
 
-from node.mirror.access import FRESH_S, MAX_VERDICTS, REFUSED_S, Access, ChallengedError, PublicTable
+from node.blocks.object_facts import ObjectFacts
+from node.mirror.access import MAX_PUBLIC, MAX_VERDICTS, Access, ChallengedError, PublicTable
+from node.mirror.object_access import FRESH_S, REFUSED_S
 from node.oci.references import Locator
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
+from protocol.ids import Digest
 
 GRACE_S, PUBLIC_GRACE_S = 3600.0, 7 * 86400.0
 SECRET = "s3cr3t-token-of-alice"
@@ -45,6 +49,9 @@ class Registry:
             raise NotFoundError("not found")
         return allowed
 
+    async def gives(self, locator: Locator, digest: Digest) -> bool:
+        raise AssertionError("these tests are about repositories")
+
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         if self.bearer:
             return f'Bearer realm="https://auth.test/token",scope="repository:{locator.repository}:pull"'
@@ -56,10 +63,12 @@ class Fixture:
         self.registry = Registry()
         self.site: dict[str, float] = {}
         self.public = PublicTable(folder / "access.sqlite")
+        self.facts = ObjectFacts(folder / "objects.sqlite")
         self.access = Access(
             {upstream: GRACE_S},
             self.registry,
             self.public,
+            self.facts,
             site_says=self.site_says,
             nursery=nursery,
             public_grace_s=PUBLIC_GRACE_S,
@@ -82,6 +91,7 @@ def play(folder: Path, scenario: Callable[[Fixture], Awaitable[None]], **options
             fixture = Fixture(folder, nursery, **options)  # type: ignore[arg-type]
             await scenario(fixture)
             fixture.public.close()
+            fixture.facts.close()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
@@ -284,6 +294,31 @@ def test_other_modes_ask_no_registry(tmp_path: Path) -> None:
         assert fixture.registry.asked == []
 
     play(tmp_path, scenario, upstream="elsewhere.test")
+
+
+def test_invented_credentials_push_out_no_right(tmp_path: Path) -> None:
+    async def scenario(fixture: Fixture) -> None:
+        fixture.registry.allowed.add((PRIVATE.repository, ALICE))
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+        for number in range(MAX_VERDICTS + 100):
+            with pytest.raises(ChallengedError):
+                await fixture.admit(PRIVATE, f"Bearer {number}")
+        fixture.registry.down = True
+        assert await fixture.admit(PRIVATE, ALICE) == ALICE
+
+    play(tmp_path, scenario)
+
+
+def test_a_public_repository_stays_known_whatever_others_are_read(tmp_path: Path) -> None:
+    with closing(PublicTable(tmp_path / "access.sqlite")) as table:
+        table.note(OPEN)
+        for number in range(MAX_PUBLIC + 100):
+            table.note(Locator("origin.test", f"other/app-{number}", "blobs"))
+        assert table.age(OPEN) is not None
+    with closing(PublicTable(tmp_path / "access.sqlite")) as table:
+        assert table.age(OPEN) is not None
+        table.drop(OPEN)
+        assert table.age(OPEN) is None
 
 
 def test_verdicts_are_bounded_and_hold_no_secret(tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     [
         ("[node]\nnmae = 'x'", "nmae"),
         ("[mirrors]\n", "mirrors"),
+        ("[mirror]\nmax_object = '0'", "mirror.max_object"),
+        ("[mirror]\nmax_object = '2000GiB'", "mirror.max_object"),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\ninsecure = true", "insecure"),
         ("[[upstream]]\nurl = 'http://x'", "name"),
         ("[[upstream]]\nname = 'x'", 'upstream "x": url'),

@@ -135,7 +135,7 @@ def test_status_has_the_promised_fields(client: ControlClient) -> None:
     promised = "name site peer_id addresses uptime_s peers_alive bytes_served requests cache origin_bytes rss_bytes"
     assert set(promised.split()) <= document.keys()
     assert set(document["bytes_served"]) == {"memory", "disk", "containerd", "peer", "origin"}
-    assert set(document["cache"]["memory"]) == {"bytes", "budget_bytes", "entries", "pinned_bytes"}
+    assert set(document["cache"]["memory"]) == {"bytes", "budget_bytes", "entries", "pinned_bytes", "probation_bytes"}
 
 
 def test_why_lists_every_block_once(client: ControlClient) -> None:

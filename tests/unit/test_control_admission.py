@@ -19,6 +19,7 @@ from protocol.admission import make_revocation, revocation_text
 from protocol.errors import BadInputError
 from protocol.members import Member
 from protocol.records import peer_id_of
+from tests.support.passports import passports_of
 
 AUTHORITY = open_authority()
 OWN, GONE = peer_id_of(bytes(32)), peer_id_of(b"g" * 32)
@@ -26,7 +27,8 @@ OWN, GONE = peer_id_of(bytes(32)), peer_id_of(b"g" * 32)
 
 def test_a_revocation_is_accepted_once_and_a_forged_one_never(tmp_path: Path) -> None:
     async def main() -> None:
-        membership = Membership(Member(OWN, "n", "s", ()), 1, Random(1))
+        own = Member(OWN, "n", "s", ())
+        membership = Membership(own, 1, Random(1), passports_of(own))
         exchange = MemoryExchange(MemoryNetwork(0.0), OWN, refused=membership.is_refused, handler=None)  # type: ignore[arg-type]
         revocations = Revocations(tmp_path / "revocations", AUTHORITY.der)
         (route,) = cluster_routes(Gossiper(membership, exchange, revocations), revocations)

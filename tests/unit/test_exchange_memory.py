@@ -16,7 +16,7 @@ from protocol.ids import PeerId
 from protocol.messages import Ping, Pong, Request
 
 ONE, TWO = PeerId("12D3KooWone"), PeerId("12D3KooWtwo")
-PING, PONG = Ping(()), Answer(Pong(()))
+PING, PONG = Ping(), Answer(Pong())
 
 
 def play(scenario: Callable[[trio.Nursery], Awaitable[None]]) -> None:

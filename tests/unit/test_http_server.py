@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from node.web.connections import OpenConnections, Phase
 from node.web.server import (
     Buffer,
     FileBody,
@@ -36,8 +38,8 @@ class Served:
     port: int
     stop: trio.Event
 
-    async def connect(self) -> trio.SocketStream:
-        return await trio.open_tcp_stream("127.0.0.1", self.port)
+    async def connect(self, source: str = "127.0.0.1") -> trio.SocketStream:
+        return await trio.open_tcp_stream("127.0.0.1", self.port, local_address=source)
 
     async def raw(self, data: bytes) -> bytes:
         """Send `data`, and return all bytes up to the server's FIN. Raises after a reset."""
@@ -318,6 +320,66 @@ def test_the_longest_idle_connection_makes_room_and_a_full_server_answers_503() 
             await busy.aclose()
 
     run(main)
+
+
+def test_connections_of_one_address_make_way_for_another_address() -> None:
+    async def handler(request: Request) -> Response:
+        if request.path == "/wait":
+            await trio.sleep_forever()
+        return await echo(request)
+
+    async def main() -> None:
+        async with serving(handler, Limits(connections=4)) as served:
+            crowd = [await served.connect() for _ in range(4)]
+            for stream in crowd:
+                await stream.send_all(get("/wait"))
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert (await served.raw(get("/5"))).startswith(b"HTTP/1.1 503"), "of the same address"
+            for index in (1, 2):
+                async with await served.connect(f"127.0.0.{index + 1}") as other:
+                    await other.send_all(get(f"/{index}"))
+                    assert (await other.receive_some()).startswith(b"HTTP/1.1 200")
+                assert (await crowd[index - 1].receive_some()).startswith(b"HTTP/1.1 503"), "the oldest"
+            for stream in crowd:
+                await stream.aclose()
+
+    run(main)
+
+
+class Open:
+    """A connection as the table sees it."""
+
+    def __init__(self, address: str, phase: Phase, since: float) -> None:
+        self.address, self.phase, self.since, self.is_cut = address, phase, since, False
+
+    def cut(self) -> bool:
+        self.is_cut = True
+        return True
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(Phase), st.floats(0, 10)), min_size=1, max_size=12),
+    st.sampled_from("abcd"),
+)
+def test_no_address_loses_a_busy_connection_to_an_address_that_has_more(
+    states: list[tuple[str, Phase, float]], newcomer: str
+) -> None:
+    table: OpenConnections[Open] = OpenConnections(len(states))
+    connections = [Open(*state) for state in states]
+    count = Counter(connection.address for connection in connections)
+    with ExitStack() as stack:
+        for connection in connections:
+            stack.enter_context(table.holding(connection))
+        made = table.makes_way(newcomer, 10.0)
+        cut = [connection for connection in connections if connection.is_cut]
+        assert len(cut) == made
+        for victim in cut:
+            assert victim.phase is Phase.IDLE or count[victim.address] >= count[newcomer]
+            assert victim.phase is not Phase.WORK or count[victim.address] > count[newcomer] + 1
+        if not made:
+            assert all(connection.phase is not Phase.IDLE for connection in connections)
+            assert max(count.values()) <= count[newcomer] + 1
+    assert table.makes_way(newcomer, 10.0), "all have ended"
 
 
 def test_shutdown_lets_bodies_end_and_turns_new_requests_away() -> None:

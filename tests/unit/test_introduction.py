@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import introduction
-from protocol.errors import PeerMisbehavedError
+from protocol.errors import NotAdmittedError, PeerMisbehavedError
 from protocol.ids import PeerId
-from protocol.introduction import PREFIX
-from protocol.members import MAX_ADDRESSES, Member
+from protocol.introduction import MAX_INTRODUCED, PREFIX
+from protocol.members import MAX_ADDRESSES, Member, Statement
 from protocol.records import peer_id_of
+from protocol.statements import Author
 
 
 def peer(number: int) -> PeerId:
@@ -28,40 +29,42 @@ def body(frame: bytes, most: int = introduction.MAX_MEMBERS_BYTES) -> bytes:
     return frame[PREFIX.size :]
 
 
+def said(about: Member, certificate: bytes = bytes(450)) -> Statement:
+    stated = Author(about.peer_id, lambda data: bytes(64), lambda: certificate).state(about, 1)
+    return Statement(*msgspec.structs.astuple(stated))
+
+
 def encoded(*members: object) -> bytes:
-    return msgspec.msgpack.encode(members)
+    return msgspec.msgpack.encode([said(item) if isinstance(item, Member) else item for item in members])
 
 
 @given(st.integers(0, 40), st.text(st.characters(categories=["L", "N"]), max_size=20))
 def test_members_round_trip(count: int, name: str) -> None:
-    others = [member(number + 1, name) for number in range(count)]
-    frame = introduction.encode_members(member(0, name), others)
-    assert introduction.decode_members(body(frame), peer(0)) == (member(0, name), *others)
+    statements = tuple(said(member(number, name)) for number in range(count + 1))
+    frame = introduction.encode_members(statements)
+    assert introduction.decode_members(body(frame), peer(0)) == statements
 
 
 def test_a_hello_round_trips() -> None:
     frame = introduction.encode_hello(b"certificate")
-    assert introduction.decode_hello(body(frame, introduction.MAX_HELLO)) == b"certificate"
-
-
-def test_the_sender_is_named_once_and_first() -> None:
-    frame = introduction.encode_members(member(1), [member(0), member(1), member(2)])
-    assert introduction.decode_members(body(frame), peer(1)) == (member(1), member(0), member(2))
+    assert introduction.decode_hello(body(frame, introduction.MAX_HELLO), peer(0)) == b"certificate"
 
 
 def test_encoded_messages_keep_the_bounds() -> None:
-    many = [member(number) for number in range(introduction.MAX_INTRODUCED + 50)]
-    assert len(introduction.decode_members(body(introduction.encode_members(many[0], many)), peer(0))) == 1024
+    many = [member(number) for number in range(MAX_INTRODUCED + 50)]
+    small = introduction.decode_members(body(introduction.encode_members([said(m) for m in many])), peer(0))
+    assert len(small) == MAX_INTRODUCED
     large = [msgspec.structs.replace(member, addresses=("a" * 262,) * MAX_ADDRESSES) for member in many]
-    got = introduction.decode_members(body(introduction.encode_members(large[0], large)), peer(0))
-    assert 100 < len(got) < introduction.MAX_INTRODUCED
+    fat = [said(member, bytes(4096)) for member in large]
+    got = introduction.decode_members(body(introduction.encode_members(fat)), peer(0))
+    assert 16 <= len(got) < MAX_INTRODUCED
 
 
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
         ((), "names 0 members"),
-        (tuple(member(number) for number in range(1025)), "names 1025 members"),
+        (tuple(member(number) for number in range(MAX_INTRODUCED + 1)), "names 65 members"),
         ((member(1),), "introduces itself as"),
         ((Member(PeerId("x"), "n", "s", ()),), "false id"),
         ((member(0), msgspec.structs.replace(member(2), name="n" * 256)), "out of bounds"),
@@ -86,13 +89,14 @@ def test_any_bytes_are_a_message_or_misbehaviour(data: bytes) -> None:
     with pytest.raises(PeerMisbehavedError):
         introduction.decode_members(data, peer(0))
     with contextlib.suppress(PeerMisbehavedError):
-        assert isinstance(introduction.decode_hello(data), bytes)
+        assert isinstance(introduction.decode_hello(data, peer(0)), bytes)
 
 
 def test_another_version_is_refused_and_later_fields_are_not() -> None:
-    with pytest.raises(PeerMisbehavedError, match="version 2"):
-        introduction.decode_hello(msgspec.msgpack.encode((2, b"c")))
-    assert introduction.decode_hello(msgspec.msgpack.encode((1, b"c", "later"))) == b"c"
+    for version, remedy in ((1, "upgrade it"), (3, "upgrade this node")):
+        with pytest.raises(NotAdmittedError, match=f"speaks version {version} .* speaks 2: {remedy}"):
+            introduction.decode_hello(msgspec.msgpack.encode((version, b"c")), peer(0))
+    assert introduction.decode_hello(msgspec.msgpack.encode((2, b"c", "later")), peer(0)) == b"c"
 
 
 def test_a_message_over_the_bound_is_refused_by_its_prefix() -> None:

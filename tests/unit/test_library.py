@@ -14,21 +14,24 @@ import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cache.memory import MemoryStore
-from cache.store import Held
+from cache.store import READ_HERE, Askers, Held
 from cache.tiered import Tiers
 from node import assembly
 from node.blocks.fetcher import Fetcher
-from node.blocks.read_ahead import FIRST_BLOCKS, HELD
+from node.blocks.room import FIRST_BLOCKS, HELD, MOST_FIRST_EACH
 from node.blocks.values import BlockAddress, Obtained
 from node.content.library import HEAD_WAIT_S, SiteLibrary
 from node.identity.identity import Identity
 from node.membership.membership import Membership
 from node.oci.references import Locator
+from node.runtime.fair_places import Client, Demand, working_for
 from node.telemetry.sources import Source
 from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.members import Member
 from protocol.records import Record
+from protocol.shard_proofs import ShardProof
 from protocol.window import MOST, RAMP, ReadWindow
+from tests.support.passports import passports_of
 from tests.support.site_library import site_library
 
 LOCATOR = Locator("origin.test", "app", "blobs")
@@ -92,7 +95,7 @@ class Block:
 
 def library(fetcher: object) -> SiteLibrary:
     unused: Any = None
-    holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time))
+    holds_nothing: Any = SimpleNamespace(tiers=MemoryStore(0, trio.current_time), check_size=lambda ref: None)
     return site_library(holds_nothing, unused, unused, fetcher=cast(Fetcher, fetcher))[0]
 
 
@@ -207,6 +210,75 @@ def test_stalled_clients_that_hold_the_whole_read_ahead_do_not_stop_others() -> 
     play(scenario)
 
 
+class Connection:
+    """A client's connection, which reads an object, and `comes_back` when it is cut. It counts how often it was."""
+
+    def __init__(self, shelf: SiteLibrary, address: str, *, comes_back: bool = True) -> None:
+        self.client = Client(address, self.cut)
+        self.cuts, self.blocks = 0, 0
+        self._shelf, self._scope, self._comes_back = shelf, trio.CancelScope(), comes_back
+
+    def cut(self) -> bool:
+        self.cuts += not self._scope.cancel_called
+        self._scope.cancel()
+        return True
+
+    async def read(self, number: int, seconds: float) -> None:
+        with working_for(Demand(self.client)):
+            while self.blocks < BLOCKS and (self._comes_back or not self.cuts):
+                with trio.CancelScope() as self._scope:
+                    self.blocks = await read(self._shelf, number, seconds)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.2"], ids=["same address", "other address"])
+@pytest.mark.parametrize("seconds", [30.0, 1e6], ids=["slow", "stalled"])
+def test_slow_connections_of_a_client_hardly_slow_another(address: str, seconds: float) -> None:
+    """80 of them hold all first places. They make way, and leave their places beyond the first. Those of another
+    address ask again at once."""
+
+    async def scenario() -> None:
+        async with trio.open_nursery() as nursery:
+            blocks = Blocks(nursery)
+            shelf = library(blocks)
+            began = trio.current_time()
+            assert await read(shelf, 0) == BLOCKS
+            undisturbed_s = trio.current_time() - began
+            slow = [Connection(shelf, "10.0.0.1", comes_back=address != "10.0.0.1") for _ in range(80)]
+            for number, connection in enumerate(slow):
+                nursery.start_soon(connection.read, number + 1, seconds)
+            await trio.sleep(10)
+            assert blocks.held >= MOST_FIRST_EACH
+            began = trio.current_time()
+            other = Connection(shelf, address)
+            await other.read(99, 0.0)
+            assert trio.current_time() - began <= 1.3 * undisturbed_s
+            assert not other.cuts
+            assert any(connection.cuts for connection in slow)
+            nursery.cancel_scope.cancel()
+        assert blocks.held == 0
+
+    play(scenario)
+
+
+def test_a_slow_client_is_only_cut_for_the_places_that_others_need() -> None:
+    async def scenario() -> None:
+        async with trio.open_nursery() as nursery:
+            blocks = Blocks(nursery)
+            shelf = library(blocks)
+            slow, quick = Connection(shelf, "10.0.0.1"), Connection(shelf, "10.0.0.2")
+            nursery.start_soon(slow.read, 1, 5.0)
+            await trio.sleep(2 * BLOCKS * BLOCK_S)
+            assert blocks.held > FIRST_BLOCKS
+            began = blocks.began
+            await quick.read(2, 0.0)
+            assert blocks.began - began >= BLOCKS
+            assert not slow.cuts
+            await trio.sleep(6.0 * BLOCKS)
+            assert slow.blocks == BLOCKS, "it read again what had left the room"
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("after_s", [0.0, BLOCK_S / 2, 1.0, 1.0 + BLOCK_S / 2, 7.5, 300.0])
 def test_a_cancelled_read_releases_all_its_blocks(after_s: float) -> None:
     """The read is cancelled while it waits for room, a block or its client. Afterwards the whole budget is free."""
@@ -222,10 +294,8 @@ def test_a_cancelled_read_releases_all_its_blocks(after_s: float) -> None:
             assert blocks.held == 0
             await trio.testing.wait_all_tasks_blocked()
             blocks.most = 0
-            async with trio.open_nursery() as nursery:
-                for number in range(HELD + FIRST_BLOCKS):
-                    nursery.start_soon(read, shelf, number)
-            assert blocks.most == HELD + FIRST_BLOCKS
+            assert await read(shelf, 0, 0.5) == BLOCKS
+            assert blocks.most == HELD
 
     play(scenario)
 
@@ -260,7 +330,15 @@ class SlowDisk(MemoryStore):
         super().__init__(BLOCK_SIZE, trio.current_time)
         self.moves = trio.Event()
 
-    async def put(self, piece: Piece, data: Buffer, record: Record) -> bool:
+    async def put(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool:
         await self.moves.wait()
         return False
 
@@ -270,7 +348,7 @@ def test_a_stalled_disk_stops_reads_from_the_registry() -> None:
         registry, disk = Registry(), SlowDisk()
         identity = Identity.of(Ed25519PrivateKey.generate())
         own = Member(identity.peer_id, "one", "site", ())
-        view = Membership(own, 1, Random(1))
+        view = Membership(own, 1, Random(1), passports_of(own, identity))
         unused: Any = None
         tiers = Tiers(MemoryStore(4 * BLOCK_SIZE, trio.current_time), cast(Any, disk), None)
         async with trio.open_nursery() as nursery:

@@ -194,6 +194,23 @@ def test_remembered_lists_are_bounded_and_the_oldest_is_dropped_first(tmp_path, 
     run(tmp_path, registry, check)
 
 
+def test_many_lists_of_a_repository_do_not_push_out_those_of_others(tmp_path, clock, monkeypatch) -> None:
+    monkeypatch.setattr(listings_module, "KEPT_BYTES", 6000)
+    registry = Registry({"tags/list": tag_list(["t" * 128] * 7)})
+    other = Locator("docker.io", "org/other", "manifests")
+
+    async def check(listings: Listings) -> None:
+        await listings.tags(other, {})
+        for number in range(40):
+            clock[0] += 1
+            await listings.tags(APP, {"n": "1000", "last": f"{number}"})
+        registry.answers["tags/list"] = UnavailableError("gone")
+        clock[0] += 100
+        assert await listings.tags(other, {})
+
+    run(tmp_path, registry, check)
+
+
 def referrers_of(passed: Passed) -> list[dict[str, object]]:
     document = json.loads(passed.body)
     assert (document["schemaVersion"], document["mediaType"], passed.media_type) == (2, INDEX, INDEX)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from email.parser import BytesParser
 from functools import partial
 from random import Random
@@ -30,7 +30,7 @@ from protocol.ids import Digest, ObjectRef
 from tests.support.access import Everybody
 
 BLOB = Random(1).randbytes((3 << 20) + 5)
-MANIFEST = b'{"schemaVersion": 2}'
+MANIFEST = b'{"schemaVersion": 2, "layers": []}'
 MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
 
 
@@ -81,7 +81,13 @@ class MemoryLibrary:
         finally:
             self.reads_open -= 1
 
-    def sealed(self, digest: Digest, start: int, stop: int) -> AbstractContextManager[BinaryIO] | None:
+    async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
+        return resolved
+
+    def holds_sealed(self, ref: ObjectRef) -> bool:
+        return self.path is not None
+
+    def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None:
         return None if self.path is None else open(self.path, "rb")
 
 

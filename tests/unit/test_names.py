@@ -36,6 +36,43 @@ def test_a_clock_that_was_set_back_makes_a_name_old_not_young(tmp_path: Path) ->
     assert resolved.age_s > 1e6
 
 
+def test_digests_that_manifests_name_push_out_neither_tags_nor_pinned_objects(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("node.content.name_table._MAX_ROWS", 10)
+    now = [0.0]
+    table = NameTable(tmp_path / "names.sqlite", lambda: now[0], pinned=lambda digest: digest == named[0].ref.digest)
+    named = [Resolved(ObjectRef(Digest("sha256", f"{n:064x}"), n + 1), INDEX.media_type, 0.0) for n in range(100)]
+    table.put(SOURCE, "v1", INDEX)
+    for resolved in named:
+        now[0] += 1
+        table.put_many(SOURCE, [resolved])
+    for _ in range(3):
+        table.trim()
+    assert table.get(SOURCE, "v1") is not None
+    left = [n for n, resolved in enumerate(named) if table.get(SOURCE, str(resolved.ref.digest))]
+    assert left == [0, *range(92, 100)]
+
+
+def test_the_former_table_gives_its_digests_but_no_tags(tmp_path: Path) -> None:
+    """Its tags may be the answers of other members."""
+    path, digest = tmp_path / "names.sqlite", str(INDEX.ref.digest)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "CREATE TABLE name (source TEXT, reference TEXT, digest TEXT NOT NULL, size INTEGER NOT NULL,"
+            " media_type TEXT NOT NULL, confirmed REAL NOT NULL, PRIMARY KEY (source, reference)) WITHOUT ROWID"
+        )
+        for reference in ("v1", digest):
+            row = (SOURCE, reference, digest, INDEX.ref.size, INDEX.media_type, 5.0)
+            connection.execute("INSERT INTO name VALUES (?, ?, ?, ?, ?, ?)", row)
+    for _ in range(2):
+        table = NameTable(path)
+        assert table.get(SOURCE, "v1") is None
+        resolved = table.get(SOURCE, digest)
+        assert resolved is not None
+        assert resolved.ref == INDEX.ref
+        assert table.origin(SOURCE, digest) == "manifest"
+        table.close()
+
+
 def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "names.sqlite"
     path.write_bytes(b"this is no database" * 1000)
@@ -48,10 +85,13 @@ def test_a_damaged_table_is_replaced(tmp_path: Path) -> None:
     ("body", "claimed", "expected"),
     [
         (b'{"mediaType":"x/own","layers":[]}', "x/claimed", "x/own"),
+        (b'{"mediaType":"x/own"}', "x/claimed", ""),
+        (b'{"mediaType":"application/vnd.oci.image.index.v1+json","layers":[]}', "x/claimed", ""),
+        (b'{"layers":[],"manifests":[]}', "x/claimed", ""),
         (b'{"layers":[]}', "application/vnd.docker.distribution.manifest.v2+json", None),
         (b'{"layers":[]}', "application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json"),
         (b'{"manifests":[]}', "x/claimed", "application/vnd.oci.image.index.v1+json"),
-        (b'{"schemaVersion":1}', "application/vnd.docker.distribution.manifest.v1+json", None),
+        (b'{"schemaVersion":1,"fsLayers":[]}', "application/vnd.docker.distribution.manifest.v1+json", None),
         (b'{"mediaType":"not a type","x":1}', "x/claimed", ""),
         (b"[]", "x/claimed", ""),
         (b"\xff", "x/claimed", ""),
@@ -69,7 +109,7 @@ def test_a_row_that_the_disk_altered_is_unknown(tmp_path: Path) -> None:
     table.put(SOURCE, "v2", INDEX)
     table.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE name SET digest = 'sha256:no' WHERE reference = 'v1'")
+        connection.execute("UPDATE answer SET digest = 'sha256:no' WHERE reference = 'v1'")
     table = NameTable(path)
     assert table.get(SOURCE, "v1") is None
     assert [reference for _, reference, _ in table.images()] == ["v2"]

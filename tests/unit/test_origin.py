@@ -11,6 +11,7 @@ import trio.testing
 
 from node.oci.references import Locator
 from node.registry.batching import MAX_RUN, BatchedReads
+from node.runtime.fair_places import Client, Demand, working_for
 from protocol.errors import NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 
@@ -158,3 +159,23 @@ def test_background_reads_have_one_connection_and_delay_no_foreground_read() -> 
     lanes = {(first, count): lane for (_, first, count), lane in zip(registry.runs, registry.background, strict=True)}
     assert lanes == {(0, 4): True, (3, 1): False, (50, 1): True}
     assert sum(at == 0 for at, _, _ in registry.runs) == 1, "one background request at a time"
+
+
+def test_an_address_with_many_waiting_blocks_leaves_the_next_run_to_another() -> None:
+    ended: list[float] = []
+
+    async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
+        async def read(address: str, index: int) -> None:
+            with working_for(Demand(Client(address))):
+                await reads.read(BLOBS, REF, index)
+            if address == "10.0.0.2":
+                ended.append(trio.current_time())
+
+        async with trio.open_nursery() as nursery:
+            for index in range(0, 200, 2):
+                nursery.start_soon(read, "10.0.0.1", index)
+            await trio.sleep(BLOCK_S / 2)
+            nursery.start_soon(read, "10.0.0.2", 301)
+
+    run(check)
+    assert ended == [2 * BLOCK_S]

@@ -55,6 +55,9 @@ class Shelf:
     def holds(self, piece: Piece) -> bool:
         return piece in self.held
 
+    def holds_all(self, ref: ObjectRef) -> bool:
+        return all(self.holds(Piece(ref.block(index))) for index in range(ref.block_count))
+
     async def resolve(self, locator: Locator, reference: str) -> Resolved:
         await trio.lowlevel.checkpoint()
         if self.failures:
@@ -101,7 +104,9 @@ Scenario = Callable[[Shelf, Prefetcher], Awaitable[None]]
 def play(path: Path, scenario: Scenario) -> None:
     async def main() -> None:
         shelf: Any = Shelf()
-        prefetcher = Prefetcher(path, library=shelf, verifier=shelf, fetcher=shelf, holds=shelf.holds)
+        prefetcher = Prefetcher(
+            path, library=shelf, verifier=shelf, fetcher=shelf, holds=shelf.holds, holds_all=shelf.holds_all
+        )
         async with trio.open_nursery() as nursery:
             await nursery.start(prefetcher.run)
             await scenario(shelf, prefetcher)

@@ -34,8 +34,10 @@ EDITS = {
     'node.log="debug"': 'node.log: "info" -> "debug"',
     'mirror.listen="127.0.0.1:5055"': 'mirror.listen: "127.0.0.1:5050" -> "127.0.0.1:5055"',
     'mirror.tag_ttl="5s"': 'mirror.tag_ttl: "60s" -> "5s"',
+    "mirror.tag_witnesses=1": "mirror.tag_witnesses: 2 -> 1",
     'mirror.tag_max_age="1d"': 'mirror.tag_max_age: "7d" -> "1d"',
-    'tags=[{match="*:edge"}]': 'tags: [] -> [{"match":"*:edge","ttl":"","max_age":"","cache":true}]',
+    'mirror.max_object="1GiB"': 'mirror.max_object: "64GiB" -> "1GiB"',
+    'tags=[{match="*:edge"}]': 'tags: [] -> [{"match":"*:edge","ttl":"","max_age":"","cache":true,"verify":[]}]',
     'peers.listen="/ip4/127.0.0.1/tcp/1"': 'peers.listen: "/ip4/0.0.0.0/tcp/4501" -> "/ip4/127.0.0.1/tcp/1"',
     'peers.bulk="127.0.0.1:1"': 'peers.bulk: "0.0.0.0:4502" -> "127.0.0.1:1"',
     'peers.bootstrap=["/ip4/10.0.0.1/tcp/1"]': 'peers.bootstrap: [] -> ["/ip4/10.0.0.1/tcp/1"]',
@@ -169,7 +171,7 @@ def test_memory_disk_and_uplink_change_together_and_held_bytes_stay_right(tmp_pa
                 network=SimpleNamespace(introducer=introducer),
                 registry=Registry(upstreams, {"r.test": link}, lambda: 1),
                 member=SimpleNamespace(resolver=SimpleNamespace(known=some)),
-                clients=SimpleNamespace(access=some, listings=some),
+                clients=SimpleNamespace(access=some, library=some, listings=some),
             )
             await put(memory, disk)
             change = prepared(node, config(room // 2, room // 2, rate="8MiB", daily="1GiB"))

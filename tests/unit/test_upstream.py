@@ -6,7 +6,7 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from random import Random
@@ -24,9 +24,10 @@ from node.oci.references import Grant, Locator
 from node.registry import credential_helper, transport
 from node.registry.bodies import BlockCutter
 from node.registry.upstreams import Upstreams
+from node.runtime.fair_places import Client, Demand, working_for
 from node.web.server import Request, Response
 from protocol.errors import BadInputError, CorruptObjectError, DeniedError, NotFoundError, ShoalError, UnavailableError
-from protocol.ids import BLOCK_SIZE
+from protocol.ids import BLOCK_SIZE, ObjectRef
 from tests.support.blobs import Blob
 from tests.support.fake_registry import (
     BLOB,
@@ -41,6 +42,9 @@ from tests.support.fake_registry import (
     cut,
     serve,
 )
+
+OTHER = b'{"schemaVersion": 2, "manifests": []}'
+"""A manifest that the registry does not have at first."""
 
 
 class Fixture:
@@ -69,7 +73,7 @@ def run(check: Callable[[Fixture, Upstreams], Awaitable[None]], **part: object) 
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            fixture.url = await serve(nursery, fixture.registry.handle)
+            fixture.url = await serve(nursery, lambda request: fixture.registry.handle(request))
             with trio.fail_after(60):
                 async with fixture.upstreams() as upstreams:
                     await check(fixture, upstreams)
@@ -98,21 +102,83 @@ def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>sign in</html>",
+        b"{}",
+        b"[]",
+        b'"text"',
+        b'{"schemaVersion": 2, "layers": [], "layers": []}',
+        b'{"schemaVersion": 2, "layers": [], "Layers": []}',
+        b'{"schemaVersion": 2, "layers": [], "manifests": []}',
+    ],
+)
+def test_an_answer_that_is_no_manifest_is_a_failed_answer(body: bytes) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        fixture.registry.manifest = body
+        with pytest.raises(UnavailableError, match="no manifest"):
+            await upstreams.resolve(MANIFESTS, "latest", whole=True)
+        fixture.registry.manifest = MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
+
+    run(check)
+
+
 def test_a_manifest_is_resolved_and_revalidated() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
-        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
-        assert (resolved, body) == (Resolved(MANIFEST_REF, MEDIA_TYPE), MANIFEST)
-        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (resolved, None)
+        described = Resolved(MANIFEST_REF, MEDIA_TYPE)
+        for reference in ("latest", str(MANIFEST_REF.digest)):
+            assert await upstreams.resolve(MANIFESTS, reference) == (described, None)
+            assert await upstreams.resolve(MANIFESTS, reference, whole=True) == (described, MANIFEST)
         fixture.registry.manifest = b"{}"
-        assert await upstreams.resolve(MANIFESTS, "latest", resolved) == (Resolved(Blob(b"{}").ref, MEDIA_TYPE), b"{}")
+        assert await upstreams.resolve(MANIFESTS, "latest") == (Resolved(Blob(b"{}").ref, MEDIA_TYPE), None)
         with pytest.raises(CorruptObjectError):
             await upstreams.resolve(MANIFESTS, str(MANIFEST_REF.digest))
         fixture.registry.manifest = b"forged"
         with pytest.raises(CorruptObjectError):
-            await upstreams.resolve(MANIFESTS, "latest")
+            await upstreams.resolve(MANIFESTS, "latest", whole=True)
 
     methods = [request.method for request in run(check).registry.requests]
-    assert methods == ["GET", "HEAD", "HEAD", "GET", "GET", "GET"]
+    assert methods == ["HEAD", "GET"] * 2 + ["HEAD"] + ["HEAD", "GET"] + ["GET"]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (405, {}),
+        (501, {}),
+        (403, {}),
+        (200, {}),
+        (200, {"Docker-Content-Digest": "sha256:no", "Content-Length": "7"}),
+        (200, {"Docker-Content-Digest": str(MANIFEST_REF.digest), "Content-Length": str(5 << 20)}),
+        (200, {"Docker-Content-Digest": str(MANIFEST_REF.digest), "Content-Length": "0"}),
+    ],
+)
+def test_a_manifest_is_read_if_head_does_not_describe_it(status: int, headers: dict[str, str]) -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        answer = fixture.registry.answer_manifest
+
+        def head(request: Request) -> Response:
+            return Response(status, headers) if request.method == "HEAD" else answer(request)
+
+        fixture.registry.answer_manifest = head  # type: ignore[method-assign]
+        assert await upstreams.resolve(MANIFESTS, "latest") == (Resolved(MANIFEST_REF, MEDIA_TYPE), MANIFEST)
+
+    assert [request.method for request in run(check).registry.requests] == ["HEAD", "GET"]
+
+
+def test_the_question_that_admits_a_client_also_resolves_its_tag() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        assert await upstreams.admits(MANIFESTS, "latest")
+        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
+        assert (resolved.ref, body) == (MANIFEST_REF, None)
+        assert resolved.age_s > 0, "it is as old as the question"
+        assert len(fixture.registry.requests) == 1
+        await upstreams.resolve(MANIFESTS, "latest")
+        assert len(fixture.registry.requests) == 2
+
+    run(check)
 
 
 def test_compressed_bodies_are_not_decompressed() -> None:
@@ -122,10 +188,51 @@ def test_compressed_bodies_are_not_decompressed() -> None:
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         headers = {"Content-Type": MEDIA_TYPE, "Content-Encoding": "gzip"}
         fixture.registry.answer_manifest = lambda request: Response(200, headers, bomb)  # type: ignore[method-assign]
-        resolved, body = await upstreams.resolve(MANIFESTS, "latest")
-        assert (resolved.ref, body) == (Blob(bomb).ref, bomb)
+        with pytest.raises(UnavailableError, match="no manifest"):
+            await upstreams.resolve(MANIFESTS, "latest", whole=True)
 
-    run(check)
+    assert run(check).counted == len(bomb)
+
+
+@pytest.mark.parametrize("fault", ["length", "no length", "total", "no total", "no total, no head"])
+@pytest.mark.parametrize("size", [len(BLOB) - 1, len(BLOB) + 1, BLOCK_SIZE, 100, 1 << 36])
+def test_no_block_is_returned_for_a_size_that_the_registry_contradicts(fault: str, size: int) -> None:
+    """A claim that is too large fails at the latest at its last block: then no record of it was signed."""
+
+    async def answer(request: Request) -> Response:
+        if request.method == "HEAD" and "no head" in fault:
+            return Response(405)
+        answer = blob_answer(request, None if "total" in fault else "no ranges")
+        if request.method == "GET" and "no length" in fault:
+            return Response(answer.status, {}, _chunks(BLOB))
+        if "no total" in fault and "Content-Range" in answer.headers and request.headers["range"] != "bytes=0-0":
+            span = answer.headers["Content-Range"].partition("/")[0]
+            return Response(206, {**answer.headers, "Content-Range": f"{span}/*"}, answer.body)
+        return answer
+
+    async def received(url: str) -> list[bytearray]:
+        ref = ObjectRef(BLOB_REF.digest, size)
+        count = min(ref.block_count, 8)
+        first = ref.block_count - count if fault != "no length" else 0
+        part = UpstreamPart(name="fake", url=url)
+        async with (
+            Upstreams([part], count=lambda name, size: None, rng=Random(1)) as upstreams,
+            aclosing(upstreams.blocks(BLOBS, ref, first, count)) as blocks,
+        ):
+            return [block async for block in blocks]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            url = await serve(nursery, answer)
+            with trio.fail_after(60), pytest.raises(UnavailableError):
+                await received(url)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+async def _chunks(data: bytes) -> AsyncGenerator[bytes, None]:
+    yield data
 
 
 @pytest.mark.parametrize("fault", [None, "no head"])
@@ -156,7 +263,7 @@ def test_an_environments_proxy_is_asked_for_blocks_and_names(monkeypatch) -> Non
         async with fixture.upstreams() as behind:
             fixture.registry.faults = ["breaks", "no ranges"]
             assert await fixture.read(behind, 1, 2) == cut(1, 2)
-            assert (await behind.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+            assert (await behind.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
 
     assert {request.headers["host"] for request in run(check).registry.requests} == {"registry.invalid"}
 
@@ -173,11 +280,11 @@ def test_a_manifest_is_read_in_blocks_too() -> None:
     ("faults", "error", "requests"),
     [
         ([404], NotFoundError, 1),
-        ([403], DeniedError, 1),
+        ([403, 403], DeniedError, 2),
         ([401], DeniedError, 1),
         ([500], UnavailableError, 1),
         ([503] * 9, UnavailableError, 3),
-        ([416], UnavailableError, 1),
+        ([416, 416], UnavailableError, 2),
     ],
 )
 def test_errors_name_the_registry_and_the_object(faults, error: type[ShoalError], requests: int) -> None:
@@ -235,6 +342,111 @@ def test_one_token_serves_all_reads_until_it_is_refused(tmp_path) -> None:
     run(check, access="node", docker_config=str(path))
 
 
+def test_tokens_of_repositories_do_not_wait_for_each_other_and_their_failures_stay_apart() -> None:
+    """A 500 of the token service says nothing about the object or the registry."""
+    waiting: dict[str, trio.Event] = {}
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        answer = fixture.registry.handle
+
+        async def handle(request: Request) -> Response:
+            if request.path == "/token":
+                repository = request.query["scope"].split(":")[1]
+                if repository == "org/broken":
+                    return Response(500)
+                if repository == "org/slow":
+                    waiting["slow"].set()
+                    await trio.sleep_forever()
+                fixture.registry.tokens += 1
+                fixture.registry.valid_token = "t1"
+                return Response(200, {}, b'{"token": "t1"}')
+            return await answer(request)
+
+        fixture.registry.handle = handle  # type: ignore[method-assign]
+        fixture.registry.scheme = "Bearer"
+        waiting["slow"] = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upstreams.resolve, Locator("fake", "org/slow", "manifests"), "latest")
+            await waiting["slow"].wait()
+            for _ in range(3):
+                with pytest.raises(UnavailableError, match=r"token service .* answered 500"):
+                    await upstreams.resolve(Locator("fake", "org/broken", "manifests"), "latest")
+            assert (await upstreams.resolve(MANIFESTS, "latest"))[0].ref == MANIFEST_REF
+            (endpoint,) = upstreams.endpoints("fake")
+            assert not endpoint.problem
+            nursery.cancel_scope.cancel()
+
+    run(check)
+
+
+def test_a_token_service_in_trouble_has_a_breaker_of_its_own() -> None:
+    tokens: list[int] = []
+
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        answer = fixture.registry.handle
+
+        async def handle(request: Request) -> Response:
+            if request.path == "/token":
+                tokens.append(1)
+                return Response(503, {"Retry-After": "3600"})
+            return await answer(request)
+
+        fixture.registry.handle = handle  # type: ignore[method-assign]
+        fixture.registry.scheme = "Bearer"
+        for number in range(5):
+            with pytest.raises(UnavailableError, match="token service"):
+                await upstreams.resolve(Locator("fake", f"org/app{number}", "manifests"), "latest")
+        (endpoint,) = upstreams.endpoints("fake")
+        assert not endpoint.problem
+        fixture.registry.scheme = ""
+        assert (await upstreams.resolve(MANIFESTS, "latest"))[0].ref == MANIFEST_REF
+
+    run(check)
+    assert len(tokens) == 1
+
+
+def test_lookups_of_one_address_leave_connections_and_the_next_turn_to_another() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        answer, hanging = fixture.registry.handle, trio.Semaphore(0)
+
+        async def handle(request: Request) -> Response:
+            if "/none/" in request.path:
+                hanging.release()
+                await trio.sleep_forever()
+            return await answer(request)
+
+        fixture.registry.handle = handle  # type: ignore[method-assign]
+
+        async def look(number: int) -> None:
+            with working_for(Demand(Client("10.0.0.1"))):
+                await upstreams.resolve(Locator("fake", f"none/n{number}", "manifests"), "latest")
+
+        async with trio.open_nursery() as nursery:
+            for number in range(150):
+                nursery.start_soon(look, number)
+            for _ in range(4):
+                await hanging.acquire()
+            with working_for(Demand(Client("10.0.0.2"))):
+                assert (await upstreams.resolve(MANIFESTS, "latest"))[0].ref == MANIFEST_REF
+            assert hanging.value == 0, "of six connections they have four"
+            nursery.cancel_scope.cancel()
+
+    run(check)
+
+
+def test_a_missing_object_is_asked_for_once_in_a_while() -> None:
+    async def check(fixture: Fixture, upstreams: Upstreams) -> None:
+        for _ in range(5):
+            with pytest.raises(NotFoundError):
+                await upstreams.resolve(MANIFESTS, "missing")
+        assert len(fixture.registry.requests) == 1
+        with pytest.raises(NotFoundError):
+            await upstreams.resolve(MANIFESTS, "also-missing")
+        assert len(fixture.registry.requests) == 2
+
+    run(check)
+
+
 def helper_on_path(folder, monkeypatch, answer: dict[str, str]) -> None:
     """Install a credential helper `test` that answers `answer` for the registry `fake`."""
     program = folder / "docker-credential-test"
@@ -250,10 +462,10 @@ def test_a_helper_is_asked_for_credentials_and_again_when_they_are_refused(tmp_p
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.scheme, fixture.registry.password = "Basic", "hunter2"
         helper_on_path(tmp_path, monkeypatch, {"Username": "u", "Secret": "hunter2"})
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         fixture.registry.password = "hunter3"
         helper_on_path(tmp_path, monkeypatch, {"Username": "u", "Secret": "hunter3"})
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         (tmp_path / "docker-credential-test").unlink()
         fixture.registry.password = "hunter4"
         with pytest.raises(UnavailableError, match="not in PATH"):
@@ -266,7 +478,7 @@ def test_an_identity_token_goes_to_the_token_service_in_a_form(tmp_path, monkeyp
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.scheme, fixture.registry.identity = "Bearer", "refresh me"
         helper_on_path(tmp_path, monkeypatch, {"Username": "<token>", "Secret": "refresh me"})
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         assert fixture.registry.tokens == 1
 
     run(check, access="node", docker_config=str(tmp_path / "config.json"))
@@ -281,7 +493,7 @@ def test_basic_needs_credentials(tmp_path) -> None:
         with pytest.raises(DeniedError, match="no credentials"):
             await upstreams.resolve(MANIFESTS, "latest")
         path.write_text('{"auths": {"fake": {"username": "u", "password": "hunter2"}}}')
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         assert await fixture.read(upstreams) == cut(0, 4)
         assert len(fixture.registry.requests) == 4, "the header is remembered"
 
@@ -364,7 +576,7 @@ def test_admission_is_checked_with_only_the_clients_grant(tmp_path) -> None:
         assert await upstreams.admits(granted(BLOBS, "Bearer of-alice"), str(BLOB_REF.digest))
         with pytest.raises(DeniedError):
             await fixture.read(upstreams)
-        assert (await upstreams.resolve(granted(MANIFESTS, "Bearer of-alice"), "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(granted(MANIFESTS, "Bearer of-alice"), "latest", whole=True))[1] == MANIFEST
         async with aclosing(upstreams.blocks(granted(BLOBS, "Bearer of-alice"), BLOB_REF, 0, 4)) as blocks:
             assert [bytes(block) async for block in blocks] == cut(0, 4)
         with pytest.raises(DeniedError) as caught:
@@ -432,7 +644,7 @@ def test_bodies_leave_a_connection_for_names_and_are_bounded() -> None:
             with trio.move_on_after(0.1) as waited:
                 await anext(second)
             assert waited.cancelled_caught
-            assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+            assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         assert await fixture.read(upstreams) == cut(0, 4)
 
     run(check, connections=2)

@@ -60,7 +60,7 @@ def test_a_spent_daily_budget_stops_bodies_but_not_names() -> None:
         with pytest.raises(UnavailableError, match="spent"):
             await read(upstreams, received)
         assert len(registry.requests) == asked, "a body over the budget is not requested"
-        assert (await upstreams.resolve(MANIFESTS, "latest"))[1] == MANIFEST
+        assert (await upstreams.resolve(MANIFESTS, "latest", whole=True))[1] == MANIFEST
         assert upstreams.endpoints("fake")[0].problem == "", "the registry is well"
 
     assert run(check, UplinkPolicy(daily=daily)) == daily + len(MANIFEST)
