@@ -51,7 +51,7 @@ def homed_at_the_liar(siege: Siege, count: int) -> list[tuple[Digest, dict[str, 
 
 
 def test_shards_of_objects_that_do_not_exist_evict_no_image(small: Siege) -> None:
-    """The attacker is their home, and makes them up. Then the uplink is cut."""
+    """S-59: the attacker is their home, and makes them up. Then the uplink is cut."""
     image = small.fresh(size=IMAGE_BYTES)
     small.pull_everywhere(image)
     ids = {node: node.peer_id() for node in small.honest}
@@ -72,7 +72,7 @@ def test_shards_of_objects_that_do_not_exist_evict_no_image(small: Siege) -> Non
 
 
 def test_announcements_and_names_push_out_nobody(small: Siege) -> None:
-    """What clients use is found in an outage, after the liar filled each table with its own entries."""
+    """S-60: what clients use is found in an outage, after the liar filled each table with its own entries."""
     image, tagged = small.fresh(), [small.fresh(size=1000) for _ in range(5)]
     small.pull(small.honest[0], image)
     for published in tagged:

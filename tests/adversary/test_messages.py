@@ -52,6 +52,7 @@ def hostile_requests() -> Iterator[list[Any]]:
 
 
 def test_no_value_in_a_request_harms_a_daemon(siege: Siege) -> None:
+    """S-20"""
     node = siege.honest[0]
     before = node.rss_bytes()
     with siege.unharmed():
@@ -70,6 +71,7 @@ def test_no_value_in_a_request_harms_a_daemon(siege: Siege) -> None:
 
 
 def test_no_frame_harms_a_daemon(siege: Siege) -> None:
+    """S-20"""
     rng = random.Random(3)
     node = siege.honest[0]
     frames = [
@@ -94,6 +96,7 @@ def test_no_frame_harms_a_daemon(siege: Siege) -> None:
 
 
 def test_no_message_of_an_introduction_harms_a_daemon(siege: Siege) -> None:
+    """S-30"""
     node, attacker = siege.honest[0], adversary.Attacker.new(siege.key)
     hello = prefixed([introduction.VERSION, attacker.credentials.certificate])
     second: list[object] = [
@@ -115,6 +118,7 @@ def test_no_message_of_an_introduction_harms_a_daemon(siege: Siege) -> None:
 
 @pytest.mark.parametrize("version", [wire.VERSION - 1, wire.VERSION + 1, 0])
 def test_another_version_is_refused_clearly_and_is_no_crime(siege: Siege, version: int) -> None:
+    """S-34"""
     node = siege.honest[0]
     logged = node.log.stat().st_size
     with siege.unharmed(shut_out=False):
@@ -140,7 +144,7 @@ def flood(stop: threading.Event, line: Line, requests: list[bytes]) -> None:
 
 @pytest.mark.parametrize("kind", ["Resolve", "GetShard", "Announce", "Sync", "Ping", "FindHolders", "GetHoldings"])
 def test_a_flood_of_requests_hardly_slows_pulls(siege: Siege, kind: str) -> None:
-    """On as many connections as a member may have."""
+    """S-40: on as many connections as a member may have."""
     made: dict[str, Sequence[object]] = {
         "Resolve": [messages.Resolve(f"{UPSTREAM}/flood/a#manifests", f"t{number}", 0) for number in range(500)],
         "GetShard": [
@@ -177,7 +181,7 @@ def test_a_flood_of_requests_hardly_slows_pulls(siege: Siege, kind: str) -> None
 
 
 def test_strangers_keep_no_member_out(siege: Siege) -> None:
-    """Connections without a certificate, or with that of another cluster, to both ports of a node."""
+    """S-43: connections without a certificate, or with that of another cluster, to both ports of a node."""
     node, outsider = siege.honest[0], stranger()
     calm = siege.cold_pulls(1)
     with siege.unharmed(), contextlib.ExitStack() as stack:

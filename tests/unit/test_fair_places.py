@@ -40,6 +40,7 @@ def client_of(wish: Wish) -> Client:
 
 
 def test_an_address_with_many_connections_leaves_the_next_place_to_another() -> None:
+    """S-39"""
     places = FairPlaces(4)
     crowd = [wished(places, Client("10.0.0.1")) for _ in range(100)]
     assert sum(wish.granted.is_set() for wish in crowd) == 4, "alone, it has all places"
@@ -70,6 +71,7 @@ def test_the_newest_connection_goes_first_when_more_wait_than_there_are_places()
 
 
 def test_an_address_holds_at_most_its_part() -> None:
+    """S-39"""
     places = FairPlaces(6, most_each=4)
     crowd = [wished(places, Client("10.0.0.1")) for _ in range(10)]
     assert sum(wish.granted.is_set() for wish in crowd) == 4

@@ -162,6 +162,7 @@ def test_background_reads_have_one_connection_and_delay_no_foreground_read() -> 
 
 
 def test_an_address_with_many_waiting_blocks_leaves_the_next_run_to_another() -> None:
+    """S-41"""
     ended: list[float] = []
 
     async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
