@@ -80,7 +80,7 @@ def test_announcements_and_names_push_out_nobody(small: Siege) -> None:
     with small.unharmed():
         digests = ["sha256:" + hashlib.sha256(b"%d" % number).hexdigest() for number in range(70_000)]
         announcements = [Announce(tuple(digests[begin : begin + 1000])) for begin in range(0, len(digests), 1000)]
-        names = [Resolve(f"{UPSTREAM}/flood/a{number}#manifests", "latest", 0) for number in range(NAMES)]
+        names = [Resolve(f"{UPSTREAM}/flood/a{number}#manifests", "latest") for number in range(NAMES)]
         with lines(small.attacker, small.honest) as open_lines:
             for line in open_lines:
                 line.ask_all(announcements, at_once=4)

@@ -16,8 +16,8 @@ from tests.support.site import UPSTREAM, Node
 TAGS = 16
 """More than enough that the liar is home of some names, whatever the keys of this run are."""
 WORKING_S = 60.0
-"""A pull takes at most so long beside a member that answers nothing: its answers are awaited once for each block that it
-is asked for, while others are asked too."""
+"""A pull takes at most so long beside a member that answers nothing: its answers are awaited once for each block that
+it is asked for, while others are asked too."""
 LIE_OF_ALL = ("not-found", "denied", "bad-request", "unavailable", "busy")
 
 

@@ -49,6 +49,19 @@ def test_an_address_with_many_connections_leaves_the_next_place_to_another() -> 
     assert other.granted.is_set()
 
 
+def test_a_single_place_goes_round_among_addresses() -> None:
+    """S-39"""
+    places = FairPlaces(1)
+    wishes = [wished(places, Client(address)) for address in ("10.0.0.1", "10.0.0.2") for _ in range(5)]
+    order: list[str] = []
+    while len(order) < 5:
+        (given,) = (wish for wish in wishes if wish.granted.is_set())
+        order.append(client_of(given).address)
+        wishes.remove(given)
+        places.give(client_of(given))
+    assert order[1:] == ["10.0.0.1", "10.0.0.2"] * 2, "the first wish came alone"
+
+
 def test_a_connection_with_many_wishes_leaves_the_next_place_to_another_of_its_address() -> None:
     places, greedy = FairPlaces(4), Client("127.0.0.1")
     many = [wished(places, greedy) for _ in range(100)]
