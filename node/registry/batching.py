@@ -71,7 +71,9 @@ class _Queue:
         waiting = {client for read in self.waiting.values() for client in read.demand.clients}
         keys = waiting | {client.address for client in waiting}
         self._last = {key: number for key, number in self._last.items() if key in keys}
-        for block in sorted(self.waiting, key=lambda block: self._rank(self._first(self.waiting[block]))):
+        ranks = {client: self._rank(client) for client in waiting}
+        due = {block: min(ranks[client] for client in read.demand.clients) for block, read in self.waiting.items()}
+        for block in sorted(due, key=due.__getitem__):
             run = [block] if _beside(block, -1) not in self.waiting else []
             while run and len(run) < MAX_RUN and self._joins(following := _beside(run[-1], 1), run[0]):
                 run.append(following)
