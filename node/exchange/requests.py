@@ -17,10 +17,10 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from node.exchange.contract import Answer, Handler, Heard, Into
-from node.runtime.fair_places import Client, Demand, working_for
+from node.runtime.fair_places import Asker, Demand, working_for
 from protocol import errors, wire
 from protocol.ids import Buffer, PeerId
-from protocol.messages import Failed, Reply, Request
+from protocol.messages import Failed, GetShard, Reply, Request
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,8 @@ class Dispatcher:
         handler = self._handlers.get(type(request))
         if handler is None:
             return Answer(Failed("bad-request", f"no part of this node answers {type(request).__name__}"))
-        with working_for(Demand(Client(f"member {peer}"))):  # its requests to a registry take turns with clients'
+        passed_for = request.asker if isinstance(request, GetShard) else ""
+        with working_for(Demand(Asker(peer, passed_for))):  # its requests to a registry take turns with clients'
             return await handler(peer, request)
 
 

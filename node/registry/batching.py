@@ -1,7 +1,8 @@
 """Reads of single blocks, joined into few requests to the upstream.
 
-A worker that becomes free takes a block for the address of clients that has the fewest runs in transit, of several
-blocks the one that has waited longest, together with those that follow it in the object.
+A worker that becomes free takes a block for the address of clients that has the fewest runs in transit. Of equals it
+takes the address, and of that the connection, whose last run is longest ago, and of its blocks the one that has waited
+longest, together with those that follow it in the object.
 Like small packets in Nagle's algorithm, blocks that follow a run in transit wait until it ends or MAX_RUN of them wait:
 a client that reads in order asks for the next block as each arrives, which would cost one request per block.
 """
@@ -11,15 +12,15 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
 from node.oci.references import Locator
-from node.runtime.fair_places import Demand, current_demand, working_for
+from node.runtime.fair_places import Client, Demand, current_demand, working_for
 from protocol.errors import CorruptObjectError, ShoalError, UnavailableError
 from protocol.ids import BlockId, ObjectRef
 
@@ -49,9 +50,6 @@ class _Read:
     data: bytearray | None = None
     error: ShoalError | None = None
 
-    def address(self, in_transit: Counter[str]) -> str:
-        return min((client.address for client in self.demand.clients), key=in_transit.__getitem__)
-
 
 @dataclass(eq=False, slots=True)
 class _Queue:
@@ -64,10 +62,18 @@ class _Queue:
     workers: int = 0
     in_transit: Counter[str] = field(default_factory=Counter)
     """Runs by the address of the client for whom each was begun."""
+    _runs: int = 0
+    _last: dict[str | Client, int] = field(default_factory=dict)
+    """By address and by client that waits: the number of the last run that was begun for it."""
 
     def take_run(self) -> list[_Read]:
         """Empty if all reads have to wait: the worker that reads the run before them takes them afterwards."""
-        for block in sorted(self.waiting, key=self._in_transit):
+        waiting = {client for read in self.waiting.values() for client in read.demand.clients}
+        keys = waiting | {client.address for client in waiting}
+        self._last = {key: number for key, number in self._last.items() if key in keys}
+        ranks = {client: self._rank(client) for client in waiting}
+        due = {block: min(ranks[client] for client in read.demand.clients) for block, read in self.waiting.items()}
+        for block in sorted(due, key=due.__getitem__):
             run = [block] if _beside(block, -1) not in self.waiting else []
             while run and len(run) < MAX_RUN and self._joins(following := _beside(run[-1], 1), run[0]):
                 run.append(following)
@@ -75,9 +81,26 @@ class _Queue:
                 return [self.waiting.pop(member) for member in run]
         return []
 
-    def _in_transit(self, block: BlockId) -> int:
-        """For the client of the block that has the fewest."""
-        return self.in_transit[self.waiting[block].address(self.in_transit)]
+    @contextmanager
+    def running(self, run: list[_Read]) -> Iterator[None]:
+        """While the context is open, the run counts for the client of its first read that is due first."""
+        following, client = _beside(run[-1].ref.block(run[-1].index), 1), self._first(run[0])
+        self._runs += 1
+        self._last[client.address] = self._last[client] = self._runs
+        self.following.add(following)
+        self.in_transit[client.address] += 1
+        try:
+            yield
+        finally:
+            self.following.discard(following)
+            self.in_transit[client.address] -= 1
+            self.in_transit += Counter()  # forget addresses without a run
+
+    def _first(self, read: _Read) -> Client:
+        return min(read.demand.clients, key=self._rank)
+
+    def _rank(self, client: Client) -> tuple[int, int, int]:
+        return self.in_transit[client.address], self._last.get(client.address, 0), self._last.get(client, 0)
 
     def _joins(self, block: BlockId, first: BlockId) -> bool:
         """Whether `block` waits and may share a request with `first`: a grant must not serve another client."""
@@ -147,16 +170,8 @@ class BatchedReads:
             # Let every task of this tick queue its read, so that neighbours share a request.
             await trio.lowlevel.checkpoint()
             while run := queue.take_run():
-                following, address = _beside(run[-1].ref.block(run[-1].index), 1), run[0].address(queue.in_transit)
-                queue.following.add(following)
-                queue.in_transit[address] += 1
-                try:
-                    with working_for(run[0].demand):
-                        await self._fetch(run, queue.background)
-                finally:
-                    queue.following.discard(following)
-                    queue.in_transit[address] -= 1
-                    queue.in_transit += Counter()  # forget addresses without a run
+                with queue.running(run), working_for(run[0].demand):
+                    await self._fetch(run, queue.background)
         finally:
             queue.workers -= 1
 

@@ -1,7 +1,8 @@
 """Places for work, shared fairly by the clients for whom the work is done: first by address, then by connection.
 
 A free place goes to the waiting address that holds the fewest places, and within it to the connection that holds the
-fewest. A client that alone wants places gets all of them, and one that asks for much waits behind its own work only.
+fewest; equals take turns. A client that alone wants places gets all of them, and one that asks for much waits behind
+its own work only.
 All programs of a machine have one address. If more of its connections wait than there are places, the newest goes
 first, because the oldest clients may have given up ("adaptive LIFO": Maurer, "Fail at Scale", ACM Queue 2015).
 node/exchange/fair_shares.py shares bytes, whose takers cannot wait in a queue.
@@ -24,6 +25,8 @@ from typing import TypeVar
 import trio
 
 T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Client:
@@ -36,6 +39,23 @@ class Client:
 
     def __init__(self, address: str, cut: Callable[[], bool] = lambda: False) -> None:
         self.address, self.cut = address, cut
+
+
+class Asker(Client):
+    """A member whose requests this node answers, in place of an address. What it asks for another member, `passed_for`,
+    counts as a connection of its own: a member that floods others with requests delays none of their own."""
+
+    __slots__ = ("passed_for",)
+
+    def __init__(self, peer: str, passed_for: str = "") -> None:
+        super().__init__(f"member {peer}")
+        self.passed_for = passed_for
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Asker) and (self.address, self.passed_for) == (other.address, other.passed_for)
+
+    def __hash__(self) -> int:
+        return hash((self.address, self.passed_for))
 
 
 def host_of(address: str) -> str:
@@ -251,8 +271,16 @@ class FairPlaces:
             self._end(wish)
             self._hold(client)
             self._queued[address] += 1
+            _to_the_end(self._waiting, address)
+            if not crowded:
+                _to_the_end(clients, client)
             wish.client = client
             wish.granted.set()
+
+
+def _to_the_end(waiting: dict[K, V], key: K) -> None:
+    if key in waiting:
+        waiting[key] = waiting.pop(key)
 
 
 def _less(count: Counter[T], key: T) -> None:

@@ -155,7 +155,7 @@ def leaks(node: Node, image: Image, repository: str, headers: dict[str, str], *,
 
 
 def test_a_public_repository_gives_away_no_private_image(guarded: Guarded) -> None:
-    """Tricks that the registry takes, for the anonymous client and for one with rights to another repository."""
+    """S-35: tricks that the registry takes, for the anonymous client and for one with rights to another repository."""
     siege, alice, bob = guarded.siege, guarded.bearer(ALICE), guarded.bearer(BOB)
     read_all(siege.honest[0], guarded.private, PRIVATE, alice)
     read_all(siege.honest[1], guarded.private, PRIVATE, alice)
@@ -196,7 +196,7 @@ SIZES: list[Any] = [1 << 40, 100, 0, -1, 1.5, 1 << 53, 1 << 63, "100", None, Tru
 
 @pytest.mark.parametrize("held", [True, False])
 def test_a_digest_has_one_size_whatever_manifests_say(guarded: Guarded, held: bool) -> None:
-    """A blob that is held or not, named with other sizes by manifests that the registry takes."""
+    """S-37: a blob that is held or not, named with other sizes by manifests that the registry takes."""
     siege = guarded.siege
     image = images.build(siege.folder / f"sized-{held}", [[("noise", images.noise(7 + held, 900_000))]])
     repository = OPEN
@@ -234,7 +234,7 @@ def assert_true_or_error(node: Node, repository: str, blob: Blob) -> None:
 
 
 def test_a_body_that_is_no_manifest_is_given_to_no_client(guarded: Guarded) -> None:
-    """A registry's store is altered: under manifests/ it now sends a page of a proxy, or a list."""
+    """S-63: a registry's store is altered: under manifests/ it now sends a page of a proxy, or a list."""
     layout = guarded.siege.folder / "odd"
     image = images.build(layout, [[("odd", b"odd")]])
     registries.push(guarded.open_registry, image, OPEN, "odd")

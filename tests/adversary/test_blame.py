@@ -29,6 +29,7 @@ def by_any(siege: Siege) -> bool:
 
 
 def test_records_of_invented_signers_shut_out_no_honest_member(siege: Siege) -> None:
+    """S-09"""
     calm = siege.cold_pulls(1)
     with siege.unharmed():
         siege.lies(GetShard="by ghosts", GetBlock="by ghosts", GetHoldings="holds all")
@@ -36,6 +37,7 @@ def test_records_of_invented_signers_shut_out_no_honest_member(siege: Siege) -> 
 
 
 def test_a_maker_of_wrong_shards_is_shut_out_alone(siege: Siege) -> None:
+    """S-04"""
     calm = siege.cold_pulls(1)
     with siege.unharmed():
         siege.lies(GetShard="wrong bytes", GetBlock="wrong bytes")
@@ -44,6 +46,7 @@ def test_a_maker_of_wrong_shards_is_shut_out_alone(siege: Siege) -> None:
 
 
 def test_the_signer_of_false_records_is_shut_out_by_all_and_alone(siege: Siege) -> None:
+    """S-05"""
     with siege.unharmed(shut_out=True, expected="has wrong bytes"):
         siege.lies(GetShard="fabricated", GetBlock="fabricated")
         siege.cold_pulls(4)
@@ -56,7 +59,7 @@ def test_the_signer_of_false_records_is_shut_out_by_all_and_alone(siege: Siege) 
 
 
 def test_a_liar_that_changes_its_weight_and_leaves_blames_no_honest_member(siege: Siege) -> None:
-    """It is home of more blocks, sends their keepers wrong shards, and says that it was never there."""
+    """S-04: it is home of more blocks, sends their keepers wrong shards, and says that it was never there."""
     rng, attacker = random.Random(2), siege.attacker
     with Hole() as hole, siege.unharmed():
         for _ in range(3):
@@ -106,6 +109,7 @@ def false_evidence(siege: Siege, record: Record, published: Published) -> list[E
 
 
 def test_false_accusations_shut_out_no_honest_member(siege: Siege) -> None:
+    """S-09"""
     published = siege.fresh()
     siege.fresh("evil/app")
     siege.pull_everywhere(published)
@@ -121,6 +125,7 @@ def test_false_accusations_shut_out_no_honest_member(siege: Siege) -> None:
 
 @pytest.mark.parametrize("signers", ["ghosts", "the liar"])
 def test_a_flood_of_evidence_costs_little(siege: Siege, signers: str) -> None:
+    """S-10"""
     me, calm = siege.attacker.identity, siege.cold_pulls(1)
 
     def evidence(number: int) -> Evidence:

@@ -83,8 +83,8 @@ def open_requests(node: Node, paths: Sequence[str], source: str, more: Sequence[
 
 @pytest.mark.parametrize("source", ["127.0.0.1", OTHER_HOST])
 def test_slow_clients_cost_others_little(served: Served, source: str) -> None:
-    """80 connections of one client, each of which begins to read another part of a cold layer, and stops. The other
-    client has the same address, or another one."""
+    """S-38: 80 connections of one client, each of which begins to read another part of a cold layer, and stops. The
+    other client has the same address, or another one."""
     siege = served.siege
     image = images.build(siege.folder / f"large-{source}", [[("noise", images.noise(hash(source) % 1000, LARGE))]])
     registries.push(served.open_registry, image, "large/app", "v1")
@@ -102,7 +102,7 @@ def test_slow_clients_cost_others_little(served: Served, source: str) -> None:
 
 @pytest.mark.parametrize("source", ["127.0.0.1", OTHER_HOST])
 def test_names_that_do_not_exist_cost_others_little(served: Served, source: str) -> None:
-    """150 requests at once, each for a repository that the registry does not have, and for which a token is fetched."""
+    """S-39: 150 requests at once, each for a repository that the registry does not have, and which needs a token."""
     siege = served.siege
     node = siege.honest[0]
     calm = served.pulls(node)
@@ -116,7 +116,7 @@ def test_names_that_do_not_exist_cost_others_little(served: Served, source: str)
 
 
 def test_all_connections_of_one_client_leave_room_for_others(served: Served) -> None:
-    """A client opens more connections than the mirror has, with half a request on each."""
+    """S-44: a client opens more connections than the mirror has, with half a request on each."""
     siege = served.siege
     node = siege.honest[0]
     calm = served.pulls(node)

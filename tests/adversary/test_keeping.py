@@ -38,7 +38,7 @@ def homed_at_the_liar(siege: Siege, count: int) -> list[tuple[Digest, dict[str, 
     """Objects of one block that exist nowhere and whose home is the liar, with the rank of each keeper."""
     members = [Member(row["peer_id"], row["name"], row["site"], ()) for row in peers(siege.liar)]
     members = [member for member in members if member.peer_id != siege.attacker.peer]
-    placement = Placement([*members, Member(siege.attacker.peer, "liar", "loopback", ())], 4, 1)  # type: ignore[arg-type]
+    placement = Placement([*members, Member(siege.attacker.peer, "liar", "loopback", ())], 4, 1)
     homed: list[tuple[Digest, dict[str, int]]] = []
     number = 0
     while len(homed) < count:
@@ -51,7 +51,7 @@ def homed_at_the_liar(siege: Siege, count: int) -> list[tuple[Digest, dict[str, 
 
 
 def test_shards_of_objects_that_do_not_exist_evict_no_image(small: Siege) -> None:
-    """The attacker is their home, and makes them up. Then the uplink is cut."""
+    """S-59: the attacker is their home, and makes them up. Then the uplink is cut."""
     image = small.fresh(size=IMAGE_BYTES)
     small.pull_everywhere(image)
     ids = {node: node.peer_id() for node in small.honest}
@@ -72,7 +72,7 @@ def test_shards_of_objects_that_do_not_exist_evict_no_image(small: Siege) -> Non
 
 
 def test_announcements_and_names_push_out_nobody(small: Siege) -> None:
-    """What clients use is found in an outage, after the liar filled each table with its own entries."""
+    """S-60: what clients use is found in an outage, after the liar filled each table with its own entries."""
     image, tagged = small.fresh(), [small.fresh(size=1000) for _ in range(5)]
     small.pull(small.honest[0], image)
     for published in tagged:
@@ -80,7 +80,7 @@ def test_announcements_and_names_push_out_nobody(small: Siege) -> None:
     with small.unharmed():
         digests = ["sha256:" + hashlib.sha256(b"%d" % number).hexdigest() for number in range(70_000)]
         announcements = [Announce(tuple(digests[begin : begin + 1000])) for begin in range(0, len(digests), 1000)]
-        names = [Resolve(f"{UPSTREAM}/flood/a{number}#manifests", "latest", 0) for number in range(NAMES)]
+        names = [Resolve(f"{UPSTREAM}/flood/a{number}#manifests", "latest") for number in range(NAMES)]
         with lines(small.attacker, small.honest) as open_lines:
             for line in open_lines:
                 line.ask_all(announcements, at_once=4)

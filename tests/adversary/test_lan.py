@@ -49,7 +49,7 @@ def watched(nodes: list[Node], **texts: str) -> None:
 
 
 def test_strangers_announcements_keep_no_configured_peer_waiting(folder: Path, network: Lab) -> None:
-    """256 peers at an address that accepts connections and says nothing. The bootstrap peer comes later."""
+    """S-33: 256 peers at an address that accepts connections and says nothing. The bootstrap peer comes later."""
     with site(folder / "site", f"http://{WAN}:{REGISTRY_PORT}", 2, start=False, lab=network) as (node, seed):
         watched([node, seed], mdns__false="mdns = true")
         seed.config.write_text(seed.config.read_text().replace(f'"{node.address()}"', ""))
@@ -108,7 +108,7 @@ def get(network: Lab, node: Node, path: str) -> tuple[int, bytes]:
 
 
 def test_a_registry_cannot_send_a_node_to_its_own_host(network: Lab, redirected: tuple[Node, Path]) -> None:
-    """By redirects, by the realm of tokens, and by links to next pages, in every spelling of the address."""
+    """S-62: by redirects, by the realm of tokens, and by links to next pages, in every spelling of the address."""
     node, log = redirected
     with sound(node):
         for name in PLACES:

@@ -41,7 +41,7 @@ def tell_forged(siege: Siege, *, leaving: bool) -> None:
 
 @pytest.mark.parametrize("leaving", [True, False])
 def test_nobody_leaves_or_moves_because_another_member_says_so(siege: Siege, leaving: bool) -> None:
-    """Incarnation 2^53, which no later statement could exceed."""
+    """S-24: incarnation 2^53, which no later statement could exceed."""
     calm = siege.cold_pulls(1)
     with siege.unharmed():
         tell_forged(siege, leaving=leaving)
@@ -54,6 +54,7 @@ def test_nobody_leaves_or_moves_because_another_member_says_so(siege: Siege, lea
 
 
 def test_a_member_that_restarts_is_seen_whatever_was_said_of_it(siege: Siege) -> None:
+    """S-24"""
     tell_forged(siege, leaving=True)
     siege.honest[0].stop()
     siege.honest[0].start()
@@ -62,7 +63,7 @@ def test_a_member_that_restarts_is_seen_whatever_was_said_of_it(siege: Siege) ->
 
 
 def test_a_flood_of_suspicions_keeps_no_member_out(siege: Siege) -> None:
-    """Ten seconds of suspicions of everybody, at the incarnations that the members have: longer than a suspicion."""
+    """S-56: of everybody, at the incarnations that the members have, for ten seconds: longer than a suspicion."""
     calm, attacker, names = siege.cold_pulls(1), siege.attacker, {node.name for node in siege.honest}
     with siege.unharmed(), lines(attacker, siege.honest) as open_lines:
         dropped: list[str] = []
@@ -82,6 +83,7 @@ def test_a_flood_of_suspicions_keeps_no_member_out(siege: Siege) -> None:
 
 
 def test_suspicions_in_the_name_of_others_count_for_nothing(siege: Siege) -> None:
+    """S-56"""
     with siege.unharmed():
         said = siege.gathered()
         for suspicion in false_suspicions(siege.attacker, said):
@@ -90,7 +92,7 @@ def test_suspicions_in_the_name_of_others_count_for_nothing(siege: Siege) -> Non
 
 
 def test_replayed_statements_change_nothing(siege: Siege) -> None:
-    """The liar keeps all that it received before a restart of every honest member, and repeats it afterwards."""
+    """S-22: the liar keeps all that it received before a restart of every honest member, and repeats it afterwards."""
     said = [*siege.gathered(), *gathered(siege.attacker, siege.honest[1], siege.statement)]
     for node in siege.honest:
         node.stop()
@@ -109,8 +111,8 @@ def assert_no_ghost(siege: Siege, said: list[Statement], hole: Hole) -> None:
 
 @pytest.mark.parametrize(("count", "fat"), [(64, False), (2000, False), (16_300, True)])
 def test_invented_members_cost_nothing(siege: Siege, count: int, fat: bool) -> None:
-    """Members of the largest weight, at addresses that accept a connection and say nothing. Each message comes from
-    another member, since a member that is caught is not heard again."""
+    """S-55: members of the largest weight, at addresses that accept a connection and say nothing. Each message comes
+    from another member, since a member that is caught is not heard again."""
     calm = siege.cold_pulls(1)
     with Hole(ports=8) as hole, siege.unharmed():
         before = {node: node.rss_bytes() for node in siege.honest}
@@ -125,6 +127,7 @@ def test_invented_members_cost_nothing(siege: Siege, count: int, fat: bool) -> N
 
 
 def test_summaries_of_invented_views_cost_little(siege: Siege) -> None:
+    """S-55"""
     calm = siege.cold_pulls(1)
     with siege.unharmed(), lines(siege.attacker, siege.honest) as open_lines:
         before = {node: node.rss_bytes() for node in siege.honest}
@@ -137,6 +140,7 @@ def test_summaries_of_invented_views_cost_little(siege: Siege) -> None:
 
 
 def test_an_introduction_invents_no_members(siege: Siege) -> None:
+    """S-30"""
     node = siege.honest[0]
     with Hole(ports=4) as hole, siege.unharmed():
         said = ghosts(siege.attacker, 63, hole.addresses)
@@ -149,7 +153,7 @@ def test_an_introduction_invents_no_members(siege: Siege) -> None:
 
 
 def test_the_uplinks_share_is_divided_among_members_only(siege: Siege) -> None:
-    """`p2pctl status` shows the rate that this node may use: with ghosts it would be a 2000th."""
+    """S-55: `p2pctl status` shows the rate that this node may use: with ghosts it would be a 2000th."""
     node = siege.honest[0]
     text = node.config.read_text()
     node.config.write_text(text.replace("[cluster]", 'rate = "50MiB"\n[cluster]'))
@@ -167,7 +171,7 @@ def test_the_uplinks_share_is_divided_among_members_only(siege: Siege) -> None:
 
 
 def test_a_member_that_changes_its_statement_all_the_time_costs_only_itself(siege: Siege) -> None:
-    """Weights, addresses and departures of the liar itself, properly signed, each with a later incarnation."""
+    """S-57: weights, addresses and departures of the liar itself, properly signed, each with a later incarnation."""
     calm, rng, attacker = siege.cold_pulls(1), random.Random(1), siege.attacker
     with Hole() as hole, siege.unharmed(), lines(attacker, siege.honest) as open_lines:
         attacked: list[float] = []

@@ -15,6 +15,9 @@ from tests.support.site import UPSTREAM, Node
 
 TAGS = 16
 """More than enough that the liar is home of some names, whatever the keys of this run are."""
+WORKING_S = 60.0
+"""A pull takes at most so long beside a member that answers nothing: its answers are awaited once for each block that
+it is asked for, while others are asked too."""
 LIE_OF_ALL = ("not-found", "denied", "bad-request", "unavailable", "busy")
 
 
@@ -47,6 +50,7 @@ def have_it_named(siege: Siege, evil: Published) -> None:
 
 
 def test_a_tag_is_what_the_registry_says_whatever_its_home_says(siege: Siege, evil: Published) -> None:
+    """S-25"""
     with siege.unharmed():
         have_it_named(siege, evil)
         for published, node in itertools.product(tags_of(siege), siege.honest):
@@ -54,6 +58,7 @@ def test_a_tag_is_what_the_registry_says_whatever_its_home_says(siege: Siege, ev
 
 
 def test_a_negative_answer_of_a_member_reaches_no_client(siege: Siege) -> None:
+    """S-47"""
     calm = siege.cold_pulls(1)
     with siege.unharmed():
         for lie in LIE_OF_ALL:
@@ -63,7 +68,7 @@ def test_a_negative_answer_of_a_member_reaches_no_client(siege: Siege) -> None:
 
 
 def test_a_member_that_denies_all_in_an_outage_changes_no_answer(siege: Siege) -> None:
-    """Pinned on a node and held by the site: served by that node by tag, and by every node by digest."""
+    """S-47: pinned on a node and held by the site: served by that node by tag, and by every node by digest."""
     names = tags_of(siege)
     image = siege.fresh()
     for published in names:
@@ -83,7 +88,7 @@ def test_a_member_that_denies_all_in_an_outage_changes_no_answer(siege: Siege) -
 
 
 def test_in_an_outage_one_members_word_for_a_tag_is_not_enough(siege: Siege, evil: Published) -> None:
-    """A node that never asked for the tag gives the image on which two members agree, or none, never the liar's."""
+    """S-46: a node that never asked for the tag gives the image on which two members agree, or none: not the liar's."""
     *askers, other = siege.honest
     shared, lonely = siege.fresh(size=1000), siege.fresh(size=1000)
     for node in askers[:2]:
@@ -101,6 +106,7 @@ def test_in_an_outage_one_members_word_for_a_tag_is_not_enough(siege: Siege, evi
 
 
 def test_a_member_that_lies_about_sizes_fails_no_pull(siege: Siege) -> None:
+    """S-49"""
     calm = siege.cold_pulls(1)
     with siege.unharmed():
         siege.lies(Resolve="wrong size")
@@ -109,7 +115,17 @@ def test_a_member_that_lies_about_sizes_fails_no_pull(siege: Siege) -> None:
 
 @pytest.mark.parametrize("lie", ["holds all", "bomb"])
 def test_false_holdings_and_wrong_answers_fail_no_pull(siege: Siege, lie: str) -> None:
+    """S-18"""
     calm = siege.cold_pulls(1)
     with siege.unharmed():
         siege.lies(FindHolders=lie, GetHoldings=lie, Resolve="bomb" if lie == "bomb" else "")
         assert_no_slower(calm, siege.cold_pulls(2))
+
+
+def test_a_member_that_only_says_that_it_works_fails_no_pull(siege: Siege) -> None:
+    """S-19, S-47: it answers every request with `Waiting`, for ever."""
+    with siege.unharmed():
+        siege.lies(every="never")
+        took = siege.cold_pulls(2)
+    print(f"pulls took {sorted(took)}")
+    assert max(took) < WORKING_S

@@ -191,6 +191,7 @@ def test_evicts_rarely_used_pieces_and_keeps_the_budget(open_store: Open, timer:
 
 
 def test_a_piece_kept_for_members_evicts_nothing_that_clients_use(open_store: Open) -> None:
+    """S-59"""
     used = [Blob.random(seed, BLOCK_SIZE) for seed in range(40, 43)]
     kept = [Blob.random(seed, BLOCK_SIZE) for seed in range(50, 60)]
 
@@ -231,6 +232,7 @@ def test_probation_goes_first_and_ends_with_a_put_by_a_client(open_store: Open) 
 
 
 def test_probation_outlives_a_restart(tmp_path: Path) -> None:
+    """S-59"""
     kept, claimed, read = (Blob.random(seed, BLOCK_SIZE).pieces[0] for seed in (40, 41, 42))
     blobs = {piece: Blob.random(seed, BLOCK_SIZE) for seed, piece in ((40, kept), (41, claimed), (42, read))}
 

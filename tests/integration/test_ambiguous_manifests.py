@@ -104,6 +104,7 @@ def test_the_image_itself_is_accepted_and_read(pushed: Pushed) -> None:
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_field_is_read_that_the_registry_did_not_check(pushed: Pushed, data: st.DataObject) -> None:
+    """S-36"""
     body, media_type = data.draw(manifests(pushed.image))
     if not pushed.accepts(body, media_type):
         return

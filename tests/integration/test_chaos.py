@@ -10,7 +10,7 @@ from tests.support.lab import NoLabError, check_lab
 
 
 def test_a_site_survives_faults() -> None:
-    """The seed has two liars in eight, a partition, a paused daemon, and a restart of all daemons with empty caches."""
+    """S-68: two liars in eight, a partition, a paused daemon, and a restart of all daemons with empty caches."""
     try:
         check_lab()
     except NoLabError as error:

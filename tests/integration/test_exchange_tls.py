@@ -77,6 +77,8 @@ def test_garbage_ends_its_connection_and_no_other(tmp_path: Path, data: bytes) -
 
 
 def test_a_member_counts_where_it_was_reached_and_not_where_it_says_it_is(tmp_path: Path) -> None:
+    """S-46"""
+
     async def scenario(cluster: Cluster) -> None:
         asker, peer, other = await cluster.start(), await cluster.start(), await cluster.start()
         assert asker.exchange.reached(peer.peer) is None
@@ -140,6 +142,7 @@ EARLIER = HELLO.replace(b"bulk\x03", b"bulk\x02")
 def test_an_earlier_version_is_refused_by_both_sides_and_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """S-34"""
     text = "it speaks version 2 of the bulk channel, this node speaks 3: upgrade it"
 
     def warnings(peer: PeerId) -> list[str]:
@@ -578,6 +581,8 @@ class Wiretap:
 def test_blocks_are_sent_in_the_clear_only_if_both_sides_want_it(
     tmp_path: Path, asking: bool, answering: bool, lane: Lane
 ) -> None:
+    """S-67"""
+
     async def scenario(cluster: Cluster) -> None:
         asker, peer = await cluster.start(plain=asking), await cluster.start(plain=answering)
         tap = Wiretap()
@@ -629,6 +634,8 @@ def test_a_request_right_behind_the_end_of_tls_is_not_lost(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("request_", [PING, Holders(()), FindHolders(DIGEST)], ids=["ping", "a reply", "directory"])
 def test_in_the_clear_only_blocks_may_be_requested(tmp_path: Path, request_: Any) -> None:
+    """S-67"""
+
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(plain=True)
         raw = await cluster.dial_raw(node, hello=wire.encode_hello("bulk", True))
@@ -642,6 +649,8 @@ def test_in_the_clear_only_blocks_may_be_requested(tmp_path: Path, request_: Any
 
 @pytest.mark.parametrize("behaviour", ["stalls", "goes on in TLS", "says more before it", "leaves", "speaks too soon"])
 def test_an_asker_that_breaks_off_plain_mode_is_dropped_in_time(tmp_path: Path, behaviour: str) -> None:
+    """S-67"""
+
     async def scenario(cluster: Cluster) -> None:
         node = await cluster.start(plain=True, limits=Limits(handshakes=1))
         hello = wire.encode_hello("bulk", True) + (frame(1, GET) if behaviour == "says more before it" else b"")

@@ -131,6 +131,7 @@ async def lookups(node: Node, nursery: trio.Nursery) -> None:
 def test_a_client_does_not_slow_the_small_pulls_of_another(
     node: Node, disturb: Callable[[Node, trio.Nursery], object], source: str
 ) -> None:
+    """S-38"""
 
     async def main() -> tuple[float, float]:
         calm_s = await pulls_s(node, source, SMALL[:PULLS])

@@ -103,6 +103,7 @@ def assert_closed(nodes: list[Node], image: Image, *statuses: int) -> None:
 
 
 def test_a_manifest_in_a_public_repository_opens_no_private_object(folder: Path, guarded: Guarded) -> None:
+    """S-35"""
     private, public = guarded.private, guarded.public
     layers = [layer.descriptor() for layer in private.layers]
     plant(guarded.folder, OPEN, "blobs", manifest_of(private.config, layers))
@@ -141,6 +142,7 @@ def test_a_manifest_in_a_public_repository_opens_no_private_object(folder: Path,
 def test_a_manifest_that_decoders_read_differently_is_given_to_no_client(
     folder: Path, guarded: Guarded, last: str
 ) -> None:
+    """S-36"""
     private = [layer.descriptor() for layer in guarded.private.layers]
     public = [layer.descriptor() for layer in guarded.public.layers]
     listed = {"layers": private, "Layers": public} if last == "Layers" else {"Layers": private, "layers": public}
@@ -158,6 +160,7 @@ def test_a_manifest_that_decoders_read_differently_is_given_to_no_client(
 
 @pytest.mark.parametrize("size", [0, 1, 100, 700_000, 1 << 36, (1 << 40) - 1, 1 << 62])
 def test_a_false_size_of_a_held_object_has_no_effect(folder: Path, guarded: Guarded, size: int) -> None:
+    """S-37"""
     public = guarded.public
     layers = [described(layer, size=size) for layer in public.layers]
     plant(guarded.folder, OPEN, "sizes", manifest_of(public.config, layers))

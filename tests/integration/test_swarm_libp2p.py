@@ -539,6 +539,8 @@ async def talk(to: Node, credentials: Credentials, words: Lie) -> None:
 
 
 def test_a_stolen_certificate_is_refused(authority: Authority, stranger: Authority, log: Log) -> None:
+    """S-66"""
+
     async def main() -> None:
         a = Node(authority, "a")
         victim = Credentials.issued(authority, Identity.of(Ed25519PrivateKey.generate()), "victim")
@@ -556,6 +558,8 @@ def test_a_stolen_certificate_is_refused(authority: Authority, stranger: Authori
 
 
 def test_a_stranger_learns_nothing_about_members(authority: Authority, stranger: Authority) -> None:
+    """S-23"""
+
     async def main() -> None:
         a = Node(authority, "a")
         outsider = Credentials.issued(stranger, Identity.of(Ed25519PrivateKey.generate()), "outsider")

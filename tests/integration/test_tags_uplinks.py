@@ -230,6 +230,7 @@ def sign_with_a_key(registry: registries.Registry, version: Image, signer: signi
 def test_a_tag_is_given_only_with_a_signature_of_a_configured_key(
     folder: Path, own_registry: registries.Registry, versions: list[Image]
 ) -> None:
+    """S-48"""
     owner, stranger, key = signing.ecdsa(), signing.ecdsa(), folder / "cosign.pub"
     key.write_bytes(owner.pem)
     for tag, version, signer in (("good", versions[0], owner), ("bad", versions[1], stranger)):

@@ -35,6 +35,7 @@ def test_the_order_of_answers_changes_nothing(votes: list[Witness], needed: int,
 
 @given(votes, needed)
 def test_a_decision_has_enough_hosts_and_more_than_any_other(votes: list[Witness], needed: int) -> None:
+    """S-46"""
     hosts = {
         digest: {vote.host for vote in votes if vote.resolved.ref.digest == digest}
         for digest in {vote.resolved.ref.digest for vote in votes}
@@ -52,7 +53,7 @@ def test_a_decision_has_enough_hosts_and_more_than_any_other(votes: list[Witness
 
 @given(st.lists(st.floats(10, 1e6), min_size=2, max_size=6), votes, st.integers(2, 4))
 def test_hosts_too_few_to_decide_make_no_answer_young(ages: list[float], lies: list[Witness], needed: int) -> None:
-    """Whatever the members on `needed` - 1 hosts say, an honest answer keeps the age of an honest host."""
+    """S-46: whatever the members on `needed` - 1 hosts say, an honest answer keeps the age of an honest host."""
     honest = [Witness(PeerId(f"p{n}"), f"honest {n}", resolved(TRUE, age_s=age)) for n, age in enumerate(ages)]
     few = sorted({vote.host for vote in lies})[: needed - 1]
     agreement = decided([*honest, *(vote for vote in lies if vote.host in few)], needed)
@@ -62,6 +63,7 @@ def test_hosts_too_few_to_decide_make_no_answer_young(ages: list[float], lies: l
 
 @given(st.integers(1, 5), votes, st.integers(1, 4))
 def test_liars_on_fewer_hosts_than_honest_members_never_choose(honest: int, lies: list[Witness], needed: int) -> None:
+    """S-46"""
     truth = [Witness(PeerId(f"p{n}"), f"honest {n}", resolved(TRUE)) for n in range(honest)]
     few = sorted({vote.host for vote in lies})[: honest - 1]
     agreement = decided([*truth, *(vote for vote in lies if vote.host in few)], needed)

@@ -43,6 +43,7 @@ def test_names_exactly_those_that_announced_lately_the_latest_first(made: list[t
 
 
 def test_a_member_pushes_out_no_more_than_its_part(small: None) -> None:
+    """S-60"""
     held = Directory()
     for number in range(32):
         held.announce(digest(number), PEERS[number % 4], 0.0)
@@ -53,6 +54,7 @@ def test_a_member_pushes_out_no_more_than_its_part(small: None) -> None:
 
 
 def test_a_full_directory_forgets_the_oldest(small: None) -> None:
+    """S-60"""
     held = Directory()
     for number in range(60):
         held.announce(digest(number), PeerId(f"member-{number}"), 0.0)
@@ -60,6 +62,7 @@ def test_a_full_directory_forgets_the_oldest(small: None) -> None:
 
 
 def test_an_object_has_few_holders_and_each_member_counts_once() -> None:
+    """S-60"""
     held = Directory()
     for number in range(MAX_HOLDERS + 4):
         held.announce(digest(1), PeerId(f"member-{number}"), 0.0)

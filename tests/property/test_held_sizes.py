@@ -52,6 +52,7 @@ def test_a_run_of_blocks_is_noted_like_its_blocks(runs: list[tuple[int, int, int
 
 
 def test_the_largest_claims_take_no_time() -> None:
+    """S-37"""
     ref, ledger = ObjectRef(DIGEST, MAX_OBJECT_SIZE), Provenance()
     began = time.thread_time()
     assert bytes_held(Holdings(0b101), ref) == 2 * BLOCK_SIZE

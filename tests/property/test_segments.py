@@ -149,6 +149,7 @@ def quota(store: Store, size: int) -> int:
 def test_a_member_that_names_others_as_askers_displaces_no_more_than_its_quota(
     before: list[Askers], size: int, named: list[Askers]
 ) -> None:
+    """S-59"""
     store = filled(before, size)
     kept_before, most = set(store.held), quota(store, size)
     for number, askers in enumerate(named):
@@ -162,7 +163,7 @@ def test_a_member_that_names_others_as_askers_displaces_no_more_than_its_quota(
 def test_a_member_that_asks_through_others_displaces_no_more_than_its_quota(
     before: list[Askers], size: int, through: list[PeerId]
 ) -> None:
-    """Honest members pass its name on: each block is charged to it, and to one of them."""
+    """S-59: honest members pass its name on: each block is charged to it, and to one of them."""
     store = filled(before, size)
     kept_before, most = set(store.held), quota(store, size)
     for number, peer in enumerate(through):

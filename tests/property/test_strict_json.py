@@ -61,6 +61,7 @@ def test_documents_are_read_as_by_other_decoders(value: Any) -> None:
 
 @given(st.data())
 def test_a_member_in_another_case_makes_it_no_manifest(data: st.DataObject) -> None:
+    """S-36"""
     document = json.loads(json.dumps(MANIFEST))
     part = at(document, data.draw(st.sampled_from(PLACES)))
     name = data.draw(st.sampled_from([name for name in part if name != "annotations"]))
@@ -72,6 +73,7 @@ def test_a_member_in_another_case_makes_it_no_manifest(data: st.DataObject) -> N
 
 @given(st.data())
 def test_a_member_that_occurs_twice_makes_it_no_manifest(data: st.DataObject) -> None:
+    """S-36"""
     place = data.draw(st.sampled_from([*PLACES, ("annotations",), ("layers", 0, "annotations")]))
     document = json.loads(json.dumps(MANIFEST))
     part = at(document, place)
@@ -113,6 +115,7 @@ def test_a_size_beyond_all_objects_is_left_out() -> None:
     ],
 )
 def test_what_others_may_read_in_another_way_is_refused(data: bytes) -> None:
+    """S-36"""
     with pytest.raises(BadInputError):
         decode_strictly(data)
 
@@ -121,5 +124,6 @@ def test_what_others_may_read_in_another_way_is_refused(data: bytes) -> None:
     "reply", [b'{"token":"a","token":"b"}', b'{"token":"a","Token":"b"}', b'{"token":"a","EXPIRES_IN":1}', b"[]", b"7"]
 )
 def test_a_token_reply_that_could_be_read_in_two_ways_is_none(reply: bytes) -> None:
+    """S-63"""
     assert parse_token(reply) is None
     assert parse_token(b'{"token":"a","other":{}}') is not None

@@ -258,7 +258,7 @@ def test_a_suspicion_counts_only_of_a_live_member_about_the_current_incarnation(
 
 
 def test_a_liar_that_accuses_all_is_heeded_a_few_times_and_others_still_are() -> None:
-    """S-24"""
+    """S-56"""
     swim = make(peers=100)
     accusations = [suspicion(f"p{index:04}", by="p0099") for index in range(90)]
     swim.accused(accusations * 3, 0.0)
@@ -270,7 +270,7 @@ def test_a_liar_that_accuses_all_is_heeded_a_few_times_and_others_still_are() ->
 
 
 def test_an_accuser_that_was_wrong_too_often_is_not_heeded_for_a_while() -> None:
-    """S-24"""
+    """S-56"""
     swim, now = make(peers=30), 0.0
     for number in range(MAX_FALSE):
         accused = suspicion(f"p{number:04}", by="p0029")

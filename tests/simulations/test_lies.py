@@ -239,7 +239,7 @@ def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
 
 
 def test_invented_members_cost_time_and_fail_no_pull() -> None:
-    """S-24"""
+    """S-55"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         keys = [Ed25519PrivateKey.from_private_bytes(sha256(bytes([9, n])).digest()) for n in range(40)]
@@ -296,6 +296,8 @@ def test_an_answer_with_another_digest_than_the_requested_is_refused(tmp_path: P
 
 @pytest.mark.parametrize("code", ["not-found", "denied"])
 def test_a_member_that_says_that_an_object_is_missing_is_not_believed(code: str) -> None:
+    """S-47"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         async def lie(peer: PeerId, request: Request) -> Answer:
             return Answer(Failed(code, "it does not exist"))

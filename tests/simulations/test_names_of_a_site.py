@@ -32,6 +32,7 @@ def play(nodes: int, scenario: Callable[[Cluster, Registry], Awaitable[None]]) -
 
 
 def test_a_site_of_20_with_10_tags_asks_once_a_node_and_tag_and_reads_each_manifest_once() -> None:
+    """S-25"""
     nodes, tags, periods, clients = 20, 10, 3, 4
 
     async def scenario(cluster: Cluster, registry: Registry) -> None:
@@ -91,6 +92,8 @@ def test_in_an_outage_pulls_by_tag_and_digest_go_on() -> None:
 
 
 def test_in_an_outage_one_member_alone_decides_no_tag_but_serves_its_digest() -> None:
+    """S-46"""
+
     async def scenario(cluster: Cluster, registry: Registry) -> None:
         image = registry.push("v1", [1000])
         first, second, *_ = cluster.nodes

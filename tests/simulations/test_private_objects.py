@@ -24,6 +24,8 @@ OTHER = Locator("origin.test", "public", "blobs")
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 25])
 def test_the_origin_of_a_private_object_reaches_each_node_that_holds_a_part(count: int) -> None:
+    """S-61"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.private = True
         await nodes[0].read_granted()
@@ -47,6 +49,8 @@ def test_an_object_that_everybody_may_read_is_open_on_each_node(count: int) -> N
 
 
 def test_a_member_that_hides_the_origin_hides_it_only_of_what_passes_through_it() -> None:
+    """S-61"""
+
     def openly(answer: Answer) -> Answer:
         if isinstance(answer.message, ShardFound | BlockFound):
             return replace(answer, message=msgspec.structs.replace(answer.message, origin=OPEN))
@@ -81,6 +85,8 @@ def test_a_node_that_does_not_know_the_origin_says_so() -> None:
 
 @pytest.mark.parametrize("size", [1, REF.size - 1, REF.size + 1, 1 << 40])
 def test_no_member_reads_or_signs_for_a_size_that_it_knows_to_be_false(size: int) -> None:
+    """S-37"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         for node in nodes:
             assert len(await read_whole(node.library)) == REF.size
@@ -100,6 +106,8 @@ def test_no_member_reads_or_signs_for_a_size_that_it_knows_to_be_false(size: int
 
 
 def test_an_object_beyond_the_bound_is_refused_to_members() -> None:
+    """S-37"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         most = nodes[0].site.max_object
         request = GetShard(str(REF.digest), 0, most + 1, k=1, m=0, want=0, hops=1, source=str(LOCATOR))

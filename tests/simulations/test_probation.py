@@ -53,6 +53,8 @@ async def have_kept(liar: Node, ref: ObjectRef) -> None:
 
 @pytest.mark.parametrize("home_is", ["the liar", "an honest member"])
 def test_a_cut_off_site_keeps_its_image_whatever_a_member_has_it_keep(home_is: str) -> None:
+    """S-59"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         *honest, liar = nodes
         for node in honest:

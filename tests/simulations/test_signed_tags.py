@@ -80,6 +80,8 @@ def play(folder: Path, scenario: Callable[[Site], Awaitable[None]]) -> None:
 
 
 def test_an_image_is_given_only_with_a_signature_of_the_owner(tmp_path: Path) -> None:
+    """S-48"""
+
     async def scenario(site: Site) -> None:
         await site.refuses(0)
         site.sign(STRANGER)
@@ -99,6 +101,8 @@ def test_an_image_is_given_only_with_a_signature_of_the_owner(tmp_path: Path) ->
 
 
 def test_a_signature_of_another_image_does_not_count(tmp_path: Path) -> None:
+    """S-48"""
+
     async def scenario(site: Site) -> None:
         site.sign(OWNER)
         other = SETTING.push(site.registry, "v2")
@@ -149,6 +153,8 @@ def test_in_an_outage_a_signature_decides_with_one_witness(tmp_path: Path) -> No
 
 
 def test_in_an_outage_liars_can_only_show_an_older_signed_image(tmp_path: Path) -> None:
+    """S-48"""
+
     async def scenario(site: Site) -> None:
         site.sign(OWNER)
         unsigned = SETTING.push(site.registry, "free")

@@ -91,7 +91,7 @@ def ghosts(attacker: Attacker, count: int, addresses: Sequence[str], *, fat: boo
     long = tuple("x" * 200 + f":{port}" for port in range(7)) if fat else ()
     name = "n" * 255 if fat else "ghost"
     places, kinds = cycle(addresses), cycle(("none", "the attacker's", "of another cluster", "garbage"))
-    made = []
+    made: list[Statement] = []
     for _ in range(count):
         ghost = Identity.of(Ed25519PrivateKey.generate())
         certificate = {

@@ -28,9 +28,10 @@ from node.exchange.requests import Dispatcher
 from node.identity.identity import Identity, load
 from protocol import messages as msg
 from protocol.erasure import encode_shard
-from protocol.ids import Digest, ObjectRef, PeerId
+from protocol.ids import Digest, ObjectRef, PeerId, Shard
 from protocol.messages import Failed, Request
 from protocol.records import Record, make_record
+from protocol.shard_proofs import make_proof
 
 FILE_NAME = "lies.json"
 MEMBERSHIP = ("Ping", "PingRequest", "Sync", "Renew")
@@ -87,13 +88,13 @@ def _record(request: Any, data: bytes, signer: Identity) -> Record:
     return make_record(ref, request.index, sha, signer=signer.peer_id, sign=signer.sign)
 
 
-def _answer(request: Any, data: bytes, record: Record) -> Answer:
+def _answer(request: Any, data: bytes, record: Record, maker: Identity) -> Answer:
     if isinstance(request, msg.GetBlock):
         return Answer(msg.BlockFound(record), data)
-    return Answer(
-        msg.ShardFound(request.k, request.m, request.want, record),
-        bytes(encode_shard(data, request.k, request.m, request.want)),
-    )
+    shard = Shard(request.k, request.m, request.want)
+    body = bytes(encode_shard(data, shard.k, shard.m, shard.index))
+    proof = make_proof(record, shard, body, maker=maker.peer_id, sign=maker.sign) if request.keep else None
+    return Answer(msg.ShardFound(shard.k, shard.m, shard.index, record, proof=proof), body)
 
 
 async def _failed(code: str, liar: Liar, peer: PeerId, request: Request, honest: object) -> Answer:
@@ -118,7 +119,7 @@ async def _wrong_size(liar: Liar, peer: PeerId, request: Any, honest: Callable[[
 async def _fabricated(liar: Liar, peer: PeerId, request: Any, honest: object) -> Answer:
     """Serve any block of any object, with a record of the liar."""
     data = invented(request)
-    return _answer(request, data, _record(request, data, liar.identity))
+    return _answer(request, data, _record(request, data, liar.identity), liar.identity)
 
 
 async def _made_up(liar: Liar, peer: PeerId, request: Any, honest: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -131,17 +132,24 @@ async def _made_up(liar: Liar, peer: PeerId, request: Any, honest: Callable[[], 
 async def _by_ghosts(liar: Liar, peer: PeerId, request: Any, honest: object) -> Answer:
     """Serve wrong bytes with records of signers that are no members."""
     data = invented(request)
-    return _answer(request, data, _record(request, data, _GHOSTS[request.index % len(_GHOSTS)]))
+    ghost = _GHOSTS[request.index % len(_GHOSTS)]
+    return _answer(request, data, _record(request, data, ghost), ghost)
 
 
 async def _wrong_bytes(liar: Liar, peer: PeerId, request: Any, honest: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Change a bit of each shard and block, under the true record."""
+    """Change a bit of each shard and block, under the true record. Shards that others will keep are signed, so that
+    they pass them on."""
     answer = await honest()
     if answer.body is None:
         return answer
-    body = bytearray(answer.body)
+    body, message = bytearray(answer.body), answer.message
     body[len(body) // 2] ^= 1
-    return Answer(answer.message, body)
+    if isinstance(message, msg.ShardFound) and message.proof is not None:
+        shard, me = Shard(message.k, message.m, message.index), liar.identity
+        message = msgspec.structs.replace(
+            message, proof=make_proof(message.record, shard, body, maker=me.peer_id, sign=me.sign)
+        )
+    return Answer(message, body)
 
 
 async def _holds_all(liar: Liar, peer: PeerId, request: Any, honest: object) -> Answer:

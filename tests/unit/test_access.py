@@ -297,6 +297,8 @@ def test_other_modes_ask_no_registry(tmp_path: Path) -> None:
 
 
 def test_invented_credentials_push_out_no_right(tmp_path: Path) -> None:
+    """S-45"""
+
     async def scenario(fixture: Fixture) -> None:
         fixture.registry.allowed.add((PRIVATE.repository, ALICE))
         assert await fixture.admit(PRIVATE, ALICE) == ALICE
@@ -310,6 +312,7 @@ def test_invented_credentials_push_out_no_right(tmp_path: Path) -> None:
 
 
 def test_a_public_repository_stays_known_whatever_others_are_read(tmp_path: Path) -> None:
+    """S-45"""
     with closing(PublicTable(tmp_path / "access.sqlite")) as table:
         table.note(OPEN)
         for number in range(MAX_PUBLIC + 100):

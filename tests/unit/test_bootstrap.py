@@ -78,6 +78,7 @@ def seed(host: str = SEED_HOST) -> str:
 
 @pytest.mark.parametrize("hosts", [1, 256], ids=["one host", "a host each"])
 def test_256_announced_peers_that_hang_delay_neither_the_configured_peer_nor_a_true_find(hosts: int) -> None:
+    """S-33"""
 
     async def scenario(nursery: trio.Nursery) -> None:
         lan = Lan(seed())
@@ -99,7 +100,7 @@ def test_256_announced_peers_that_hang_delay_neither_the_configured_peer_nor_a_t
 
 
 def test_a_true_find_among_256_that_are_announced_with_it_is_soon_met() -> None:
-    """The worst case: hosts of their own, announced before the true one."""
+    """S-33: the worst case: hosts of their own, announced before the true one."""
 
     async def scenario(nursery: trio.Nursery) -> None:
         lan = Lan()
@@ -113,6 +114,7 @@ def test_a_true_find_among_256_that_are_announced_with_it_is_soon_met() -> None:
 
 
 def test_an_announcement_of_the_configured_peer_at_an_address_that_hangs_does_not_keep_this_node_from_it() -> None:
+    """S-33"""
 
     async def scenario(nursery: trio.Nursery) -> None:
         lan = Lan(seed())
@@ -159,6 +161,8 @@ def test_a_host_has_few_finds() -> None:
 
 
 def test_configured_peers_that_hang_are_given_up_so_that_all_have_their_turn() -> None:
+    """S-33"""
+
     async def scenario(nursery: trio.Nursery) -> None:
         hanging = [f"/ip4/10.1.0.{n}/tcp/1/p2p/{stranger(n)}" for n in range(2 * MAX_DIALS)]
         lan = Lan(*hanging, seed())

@@ -53,6 +53,7 @@ def cpu_s(work: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("name", BODIES)
 def test_a_manifest(name: str) -> None:
+    """S-36"""
     body = BODIES[name]
     assert cpu_s(lambda: parse_manifest(body)) < LIMIT_S
     assert cpu_s(lambda: media_type_of(body, "a/b")) < LIMIT_S

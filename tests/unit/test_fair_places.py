@@ -40,12 +40,26 @@ def client_of(wish: Wish) -> Client:
 
 
 def test_an_address_with_many_connections_leaves_the_next_place_to_another() -> None:
+    """S-39"""
     places = FairPlaces(4)
     crowd = [wished(places, Client("10.0.0.1")) for _ in range(100)]
     assert sum(wish.granted.is_set() for wish in crowd) == 4, "alone, it has all places"
     other = wished(places, Client("10.0.0.2"))
     places.give(client_of(crowd[0]))
     assert other.granted.is_set()
+
+
+def test_a_single_place_goes_round_among_addresses() -> None:
+    """S-39"""
+    places = FairPlaces(1)
+    wishes = [wished(places, Client(address)) for address in ("10.0.0.1", "10.0.0.2") for _ in range(5)]
+    order: list[str] = []
+    while len(order) < 5:
+        (given,) = (wish for wish in wishes if wish.granted.is_set())
+        order.append(client_of(given).address)
+        wishes.remove(given)
+        places.give(client_of(given))
+    assert order[1:] == ["10.0.0.1", "10.0.0.2"] * 2, "the first wish came alone"
 
 
 def test_a_connection_with_many_wishes_leaves_the_next_place_to_another_of_its_address() -> None:
@@ -70,6 +84,7 @@ def test_the_newest_connection_goes_first_when_more_wait_than_there_are_places()
 
 
 def test_an_address_holds_at_most_its_part() -> None:
+    """S-39"""
     places = FairPlaces(6, most_each=4)
     crowd = [wished(places, Client("10.0.0.1")) for _ in range(10)]
     assert sum(wish.granted.is_set() for wish in crowd) == 4

@@ -323,6 +323,8 @@ def test_the_longest_idle_connection_makes_room_and_a_full_server_answers_503() 
 
 
 def test_connections_of_one_address_make_way_for_another_address() -> None:
+    """S-44"""
+
     async def handler(request: Request) -> Response:
         if request.path == "/wait":
             await trio.sleep_forever()
@@ -364,6 +366,7 @@ class Open:
 def test_no_address_loses_a_busy_connection_to_an_address_that_has_more(
     states: list[tuple[str, Phase, float]], newcomer: str
 ) -> None:
+    """S-44"""
     table: OpenConnections[Open] = OpenConnections(len(states))
     connections = [Open(*state) for state in states]
     count = Counter(connection.address for connection in connections)

@@ -233,7 +233,7 @@ class Connection:
 @pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.2"], ids=["same address", "other address"])
 @pytest.mark.parametrize("seconds", [30.0, 1e6], ids=["slow", "stalled"])
 def test_slow_connections_of_a_client_hardly_slow_another(address: str, seconds: float) -> None:
-    """80 of them hold all first places. They make way, and leave their places beyond the first. Those of another
+    """S-38: 80 of them hold all first places. They make way, and leave their places beyond the first. Those of another
     address ask again at once."""
 
     async def scenario() -> None:
@@ -261,6 +261,8 @@ def test_slow_connections_of_a_client_hardly_slow_another(address: str, seconds:
 
 
 def test_a_slow_client_is_only_cut_for_the_places_that_others_need() -> None:
+    """S-38"""
+
     async def scenario() -> None:
         async with trio.open_nursery() as nursery:
             blocks = Blocks(nursery)

@@ -195,6 +195,7 @@ def test_remembered_lists_are_bounded_and_the_oldest_is_dropped_first(tmp_path, 
 
 
 def test_many_lists_of_a_repository_do_not_push_out_those_of_others(tmp_path, clock, monkeypatch) -> None:
+    """S-45"""
     monkeypatch.setattr(listings_module, "KEPT_BYTES", 6000)
     registry = Registry({"tags/list": tag_list(["t" * 128] * 7)})
     other = Locator("docker.io", "org/other", "manifests")

@@ -213,6 +213,8 @@ def revoke(node: Node, subject: str) -> list[str]:
 
 
 def test_a_revoked_node_leaves_every_view_and_stays_out(tmp_path: Path) -> None:
+    """S-66"""
+
     async def scenario(site: Site) -> None:
         await site.grow(20)
         gone = site.nodes[7]
@@ -232,6 +234,8 @@ def test_a_revoked_node_leaves_every_view_and_stays_out(tmp_path: Path) -> None:
 
 
 def test_a_node_that_was_off_learns_of_a_revocation_and_keeps_it(tmp_path: Path) -> None:
+    """S-66"""
+
     async def scenario(site: Site) -> None:
         await site.grow(3)
         off, gone, witness = site.nodes
@@ -262,6 +266,8 @@ def test_other_sites_hear_of_a_revocation(tmp_path: Path) -> None:
 
 
 def test_a_member_that_sends_a_forged_revocation_is_quarantined(tmp_path: Path) -> None:
+    """S-66"""
+
     async def scenario(site: Site) -> None:
         await site.grow(2)
         node, liar = site.nodes
@@ -374,6 +380,8 @@ def test_a_helper_pings_for_others_and_only_members() -> None:
 
 
 def test_a_helper_cannot_keep_a_dead_node_alive() -> None:
+    """S-56"""
+
     async def scenario(site: Site) -> None:
         await site.grow(5)
         dead, *others = site.nodes
@@ -529,6 +537,7 @@ def test_a_peers_file_of_an_earlier_version_is_set_aside(
 
 
 def test_a_peers_file_can_invent_no_members(tmp_path: pytest.TempPathFactory) -> None:
+    """S-55"""
     path = tmp_path / "peers"
     genuine = stated(member(1), identity(1))
     moved = msgspec.structs.replace(genuine, member=member(1, generation=1))

@@ -26,6 +26,7 @@ def test_a_name_is_absent_until_it_is_found() -> None:
 
 
 def test_invented_names_push_out_none_in_a_repository_that_clients_read() -> None:
+    """S-45"""
     missing = MissingNames()
     probes = [name("org/app", f"sha256-{number}.sig") for number in range(10)]
     missing.read_from(probes[0][0])

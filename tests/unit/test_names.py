@@ -37,6 +37,7 @@ def test_a_clock_that_was_set_back_makes_a_name_old_not_young(tmp_path: Path) ->
 
 
 def test_digests_that_manifests_name_push_out_neither_tags_nor_pinned_objects(tmp_path: Path, monkeypatch) -> None:
+    """S-45"""
     monkeypatch.setattr("node.content.name_table._MAX_ROWS", 10)
     now = [0.0]
     table = NameTable(tmp_path / "names.sqlite", lambda: now[0], pinned=lambda digest: digest == named[0].ref.digest)

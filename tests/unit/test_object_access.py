@@ -68,6 +68,8 @@ async def refusal(access: ObjectAccess, way: Locator) -> type[ShoalError] | None
 
 
 def test_a_private_object_is_served_elsewhere_only_if_the_registry_gives_it_there(tmp_path: Path) -> None:
+    """S-35"""
+
     async def scenario(access: ObjectAccess, facts: ObjectFacts, registry: Registry) -> None:
         facts.granted(DIGEST, PRIVATE)
         assert await refusal(access, replace(PRIVATE, grant=Grant("Bearer x"))) is None
@@ -111,6 +113,8 @@ def test_many_clients_cause_one_question(tmp_path: Path) -> None:
 
 
 def test_an_outage_serves_what_was_confirmed_before_within_the_grace(tmp_path: Path) -> None:
+    """S-35"""
+
     async def before(access: ObjectAccess, facts: ObjectFacts, registry: Registry) -> None:
         facts.granted(DIGEST, PRIVATE)
         registry.holds.add(TEAM.repository)
@@ -126,6 +130,8 @@ def test_an_outage_serves_what_was_confirmed_before_within_the_grace(tmp_path: P
 
 
 def test_objects_of_unknown_origin_are_asked_for_while_that_is_possible(tmp_path: Path) -> None:
+    """S-35"""
+
     async def scenario(access: ObjectAccess, facts: ObjectFacts, registry: Registry) -> None:
         assert await refusal(access, PUBLIC) is NotFoundError
         await trio.sleep(REFUSED_S)
@@ -158,6 +164,7 @@ marks = st.binary(min_size=16, max_size=16).filter(lambda mark: mark != UNKNOWN)
 
 @given(st.lists(st.sampled_from([OPEN, UNKNOWN]) | marks))
 def test_no_claim_of_a_member_removes_a_mark(origins: list[bytes]) -> None:
+    """S-61"""
     facts = ObjectFacts()
     for number, origin in enumerate(origins):
         facts.arrived(DIGEST, origin)
@@ -167,6 +174,7 @@ def test_no_claim_of_a_member_removes_a_mark(origins: list[bytes]) -> None:
 
 
 def test_what_a_registry_gave_to_everybody_stays_open() -> None:
+    """S-61"""
     facts = ObjectFacts()
     facts.given_to_all(DIGEST)
     facts.granted(DIGEST, PRIVATE)
@@ -190,6 +198,7 @@ def test_facts_outlive_a_restart_and_names_of_one_registry_are_equal(tmp_path: P
 
 
 def test_a_mark_is_kept_while_the_object_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S-45"""
     monkeypatch.setattr(object_facts, "MAX_FACTS", 8)
     monkeypatch.setattr(object_facts, "MAX_RECENT", 1)
     digests = [Digest("sha256", f"{number:064x}") for number in range(100)]

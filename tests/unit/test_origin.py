@@ -11,7 +11,7 @@ import trio.testing
 
 from node.oci.references import Locator
 from node.registry.batching import MAX_RUN, BatchedReads
-from node.runtime.fair_places import Client, Demand, working_for
+from node.runtime.fair_places import Asker, Client, Demand, working_for
 from protocol.errors import NotFoundError, ShoalError, UnavailableError
 from protocol.ids import Digest, ObjectRef
 
@@ -162,6 +162,7 @@ def test_background_reads_have_one_connection_and_delay_no_foreground_read() -> 
 
 
 def test_an_address_with_many_waiting_blocks_leaves_the_next_run_to_another() -> None:
+    """S-41"""
     ended: list[float] = []
 
     async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
@@ -179,3 +180,34 @@ def test_an_address_with_many_waiting_blocks_leaves_the_next_run_to_another() ->
 
     run(check)
     assert ended == [2 * BLOCK_S]
+
+
+@pytest.mark.parametrize(
+    ("crowd", "other"),
+    [
+        (Client("10.0.0.1"), Client("10.0.0.2")),
+        (Asker("liar"), Asker("honest")),
+        (Asker("honest", "liar"), Asker("honest")),
+        (Asker("honest", "liar"), Asker("honest", "reader")),
+    ],
+    ids=["addresses", "members", "own and passed on", "passed on"],
+)
+def test_clients_take_turns_on_a_single_connection(crowd: Client, other: Client) -> None:
+    """S-41: of a large site each node has one."""
+    ended: dict[int, float] = {}
+
+    async def check(registry: SlowRegistry, reads: BatchedReads) -> None:
+        async def read(client: Client, index: int) -> None:
+            with working_for(Demand(client)):
+                await reads.read(BLOBS, REF, index)
+            ended[index] = trio.current_time()
+
+        async with trio.open_nursery() as nursery:
+            for index in range(0, 40, 2):
+                nursery.start_soon(read, crowd, index)
+            await trio.sleep(BLOCK_S / 2)
+            for index in (101, 103, 105):
+                nursery.start_soon(read, other, index)
+
+    run(check, connections=1)
+    assert sorted(ended[index] for index in (101, 103, 105)) == [2 * BLOCK_S, 4 * BLOCK_S, 6 * BLOCK_S]

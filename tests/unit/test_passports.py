@@ -102,6 +102,7 @@ def test_what_members_may_see_differently_is_ignored_and_no_misbehaviour() -> No
 
 
 def test_a_suspicion_is_signed_by_its_accuser() -> None:
+    """S-56"""
     genuine = certified(1).suspect(member(2).peer_id, 5)
     passports().check_suspicion(genuine)
     for changes in ({"incarnation": 6}, {"peer_id": member(3).peer_id}, {"accuser": member(3).peer_id}):
@@ -110,6 +111,8 @@ def test_a_suspicion_is_signed_by_its_accuser() -> None:
 
 
 def test_many_statements_are_checked_in_several_turns() -> None:
+    """S-57"""
+
     async def main() -> None:
         turns = 0
 
@@ -168,7 +171,7 @@ def test_nobody_says_that_another_has_left_or_raises_its_incarnation(incarnation
 
 @pytest.mark.parametrize("count", [64, 2000])
 def test_invented_members_take_no_place(count: int) -> None:
-    """S-23, S-24: keys of the liar, statements that these keys sign, and the liar's or no certificate."""
+    """S-55: keys of the liar, statements that these keys sign, and the liar's or no certificate."""
 
     async def scenario(site: Site) -> None:
         await site.grow(4)
@@ -199,7 +202,7 @@ def test_invented_members_take_no_place(count: int) -> None:
 
 
 def test_replayed_statements_change_nothing() -> None:
-    """S-24: a member left, came back and moved; the liar kept all that it said."""
+    """S-22: a member left, came back and moved; the liar kept all that it said."""
 
     async def scenario(site: Site) -> None:
         await site.grow(5)
@@ -226,7 +229,7 @@ def test_replayed_statements_change_nothing() -> None:
 
 
 def test_a_liar_that_suspects_all_expels_no_member_and_delays_no_news() -> None:
-    """S-24: it accuses every member at its current incarnation, five times a second for a minute."""
+    """S-56: it accuses every member at its current incarnation, five times a second for a minute."""
 
     async def scenario(site: Site) -> None:
         await site.grow(20)
@@ -277,6 +280,8 @@ def test_a_liar_that_suspects_all_expels_no_member_and_delays_no_news() -> None:
 
 
 def test_a_liar_cannot_wear_out_a_member_with_doubts() -> None:
+    """S-56"""
+
     async def scenario(site: Site) -> None:
         await site.grow(3)
         liar, victim = site.nodes[:2]
@@ -293,7 +298,7 @@ def test_a_liar_cannot_wear_out_a_member_with_doubts() -> None:
 
 
 def test_a_liar_that_counts_as_two_divides_no_site_for_long() -> None:
-    """It signs two statements of one incarnation, and sends each to half of the site."""
+    """S-58: it signs two statements of one incarnation, and sends each to half of the site."""
 
     async def scenario(site: Site) -> None:
         await site.grow(9)

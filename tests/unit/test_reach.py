@@ -60,6 +60,7 @@ def test_addresses_have_the_class_of_their_network(address: str, kind: str) -> N
 def test_only_public_addresses_and_those_like_the_registrys_own_are_reached(
     own: IPv4Address | IPv6Address, other: IPv4Address | IPv6Address
 ) -> None:
+    """S-62"""
     reach = Reach(UpstreamPart(name="x", url=f"https://{OWN}"))
     reach.connected(OWN, str(own))
     if class_of(other) in ("public", class_of(own)):
@@ -121,6 +122,7 @@ def leading_to(location: str, body: bytes = b"") -> Callable[[Request], Response
 
 @pytest.mark.parametrize("host", ["169.254.169.254", "10.0.0.7", "[fd00::7]", "[fe80::7]", "224.0.0.7", "0xA9FEA9FE"])
 def test_a_manifest_is_not_read_from_a_private_address_to_which_the_registry_redirects(host: str) -> None:
+    """S-62"""
 
     async def check(registry: FakeRegistry, upstreams: Upstreams) -> None:
         registry.answer_manifest = leading_to(f"http://{host}/secret?signature=hush")  # type: ignore[method-assign]
@@ -133,6 +135,7 @@ def test_a_manifest_is_not_read_from_a_private_address_to_which_the_registry_red
 
 
 def test_a_token_is_not_fetched_from_a_private_address_that_the_registry_names() -> None:
+    """S-62"""
 
     async def check(registry: FakeRegistry, upstreams: Upstreams) -> None:
         challenge = Response(401, {"WWW-Authenticate": 'Bearer realm="http://169.254.169.254/token"'})
@@ -144,6 +147,8 @@ def test_a_token_is_not_fetched_from_a_private_address_that_the_registry_names()
 
 
 def test_a_redirect_to_an_address_like_the_registrys_own_is_followed_at_most_five_times() -> None:
+    """S-62"""
+
     async def check(registry: FakeRegistry, upstreams: Upstreams) -> None:
         original, hops = FakeRegistry.answer_manifest, [0]
 
@@ -164,6 +169,7 @@ def test_a_redirect_to_an_address_like_the_registrys_own_is_followed_at_most_fiv
 
 
 def test_no_redirect_leads_from_https_to_http() -> None:
+    """S-62"""
     reach = Reach(UpstreamPart(name="x", url=f"https://{OWN}"))
     with pytest.raises(UnreachableHostError, match=r"https to http, at cdn\.example"):
         reach.check_redirect(httpx.URL(f"https://{OWN}/a"), httpx.URL("http://cdn.example/?signature=hush"))
@@ -186,6 +192,7 @@ class Rebinding(trio.abc.HostnameResolver):
 
 
 def test_a_name_that_leads_elsewhere_at_the_connect_gets_no_request() -> None:
+    """S-62"""
     received: list[bytes] = []
 
     async def main() -> None:

@@ -46,6 +46,7 @@ def simple(signer: Signer, document: bytes) -> Carried:
 
 @pytest.mark.parametrize("kind", SIGNERS)
 def test_a_signature_counts_for_its_image_and_its_key_only(kind: str) -> None:
+    """S-48"""
     signer, key = SIGNERS[kind], KEYS[kind]
     others = [other for name, other in KEYS.items() if name != kind]
     document = signing.simple_payload(DIGEST)
@@ -72,6 +73,7 @@ def test_a_signature_counts_for_its_image_and_its_key_only(kind: str) -> None:
     ],
 )
 def test_a_signed_document_that_is_no_signature_of_the_image_does_not_count(document: bytes) -> None:
+    """S-48"""
     signer = SIGNERS["ecdsa"]
     assert not signs(document, simple(signer, document), DIGEST, [KEYS["ecdsa"]])
 
@@ -106,6 +108,7 @@ def test_any_bytes_are_only_no_signature(document: bytes, media_type: str, signa
 
 
 def test_the_documents_of_a_manifest_are_bounded() -> None:
+    """S-48"""
     layer = (REF, SIMPLE_SIGNING, "c2ln")
     large = (ObjectRef(OTHER, MAX_DOCUMENT + 1), SIMPLE_SIGNING, "c2ln")
     other = (REF, "application/vnd.oci.image.layer.v1.tar", "")

@@ -60,6 +60,8 @@ def test_a_moved_tag_is_seen_within_its_time_to_live_by_every_node(
 
 @pytest.mark.parametrize(("count", "tags"), [(5, 1), (20, 10)])
 def test_every_node_asks_once_for_a_tag_in_a_time_to_live(tmp_path: Path, count: int, tags: int) -> None:
+    """S-25"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         async def client(node: Node, tag: str) -> None:
             for _ in range(30):
@@ -81,6 +83,8 @@ def test_every_node_asks_once_for_a_tag_in_a_time_to_live(tmp_path: Path, count:
 
 
 def test_a_nodes_own_last_answer_goes_before_younger_ones_of_others(tmp_path: Path) -> None:
+    """S-46"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         assert [await node.version() for node in nodes] == [1] * 5
         await trio.sleep(2 * TTL_S)
@@ -102,6 +106,8 @@ def test_a_nodes_own_last_answer_goes_before_younger_ones_of_others(tmp_path: Pa
 
 
 def test_members_that_agree_help_a_node_without_an_answer(tmp_path: Path) -> None:
+    """S-46"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         asking, *others = nodes
         registry.cut = {asking.own}
@@ -136,6 +142,8 @@ async def unanswering(peer: PeerId, request: Request) -> Answer:
 
 
 def test_members_on_one_host_are_one_witness(tmp_path: Path) -> None:
+    """S-46"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         members = [
             msgspec.structs.replace(member, addresses=("192.0.2.9:1",)) if member.peer_id != nodes[0].own else member
@@ -153,6 +161,7 @@ def test_members_on_one_host_are_one_witness(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("witnesses", [1, 2, 3])
 def test_liars_too_few_to_decide_choose_nothing(tmp_path: Path, witnesses: int) -> None:
+    """S-46"""
     wrong = "sha256:" + "66" * 32
 
     async def lie(peer: PeerId, request: Request) -> Answer:
@@ -175,6 +184,8 @@ def test_liars_too_few_to_decide_choose_nothing(tmp_path: Path, witnesses: int) 
 
 
 def test_as_many_liars_as_honest_witnesses_only_prevent_an_answer(tmp_path: Path) -> None:
+    """S-46"""
+
     async def lie(peer: PeerId, request: Request) -> Answer:
         return Answer(messages.Resolved("sha256:" + "66" * 32, 1, "a/b", 0.0))
 
@@ -193,6 +204,8 @@ def test_as_many_liars_as_honest_witnesses_only_prevent_an_answer(tmp_path: Path
 
 
 def test_a_member_that_says_that_a_name_is_missing_is_not_believed(tmp_path: Path) -> None:
+    """S-47"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         digest = f"sha256:{sha256(manifest(1)).hexdigest()}"
         for node in nodes[1:3]:
@@ -227,7 +240,7 @@ def test_a_tag_that_the_registry_deleted_stays_deleted_while_the_registry_is_dow
 
 @pytest.mark.parametrize("by_digest", [False, True])
 def test_the_registry_is_asked_for_the_bytes_after_a_size_failed(tmp_path: Path, by_digest: bool) -> None:
-    """S-25."""
+    """S-49"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         body = manifest(1)
@@ -246,7 +259,7 @@ def test_the_registry_is_asked_for_the_bytes_after_a_size_failed(tmp_path: Path,
 
 
 def test_a_false_size_of_a_member_is_tried_once_in_an_outage(tmp_path: Path) -> None:
-    """S-25"""
+    """S-49"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         body = manifest(1)
@@ -271,7 +284,7 @@ def test_a_false_size_of_a_member_is_tried_once_in_an_outage(tmp_path: Path) -> 
 def test_the_claims_about_a_manifest_are_compared_with_its_bytes(
     tmp_path: Path, lie: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """S-25"""
+    """S-49"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         reader, media_type = nodes[0], "application/vnd.oci.image.manifest.v1+json"
@@ -315,6 +328,8 @@ def test_an_offline_site_asks_itself_once_in_a_time_to_live(tmp_path: Path) -> N
 
 
 def test_a_large_site_is_searched_in_parts(tmp_path: Path) -> None:
+    """S-46"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         asking, *others = sorted(nodes, key=lambda node: node.own)
         registry.cut = {asking.own}
@@ -425,6 +440,8 @@ def test_a_tag_that_the_registry_lacks_is_an_error_on_every_node(tmp_path: Path)
 
 
 def test_a_member_that_never_answers_delays_an_answer_little(tmp_path: Path) -> None:
+    """S-47"""
+
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         async def never(peer: PeerId, request: Request) -> Answer:
             await trio.sleep_forever()

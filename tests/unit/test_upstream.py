@@ -115,6 +115,8 @@ def test_blocks_are_cut_alike_however_the_bytes_arrive(size: int, data) -> None:
     ],
 )
 def test_an_answer_that_is_no_manifest_is_a_failed_answer(body: bytes) -> None:
+    """S-63"""
+
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         fixture.registry.manifest = body
         with pytest.raises(UnavailableError, match="no manifest"):
@@ -156,6 +158,8 @@ def test_a_manifest_is_resolved_and_revalidated() -> None:
     ],
 )
 def test_a_manifest_is_read_if_head_does_not_describe_it(status: int, headers: dict[str, str]) -> None:
+    """S-49"""
+
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         answer = fixture.registry.answer_manifest
 
@@ -197,7 +201,7 @@ def test_compressed_bodies_are_not_decompressed() -> None:
 @pytest.mark.parametrize("fault", ["length", "no length", "total", "no total", "no total, no head"])
 @pytest.mark.parametrize("size", [len(BLOB) - 1, len(BLOB) + 1, BLOCK_SIZE, 100, 1 << 36])
 def test_no_block_is_returned_for_a_size_that_the_registry_contradicts(fault: str, size: int) -> None:
-    """A claim that is too large fails at the latest at its last block: then no record of it was signed."""
+    """S-64: a claim that is too large fails at the latest at its last block: then no record of it was signed."""
 
     async def answer(request: Request) -> Response:
         if request.method == "HEAD" and "no head" in fault:
@@ -343,7 +347,7 @@ def test_one_token_serves_all_reads_until_it_is_refused(tmp_path) -> None:
 
 
 def test_tokens_of_repositories_do_not_wait_for_each_other_and_their_failures_stay_apart() -> None:
-    """A 500 of the token service says nothing about the object or the registry."""
+    """S-65: a 500 of the token service says nothing about the object or the registry."""
     waiting: dict[str, trio.Event] = {}
 
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
@@ -380,6 +384,7 @@ def test_tokens_of_repositories_do_not_wait_for_each_other_and_their_failures_st
 
 
 def test_a_token_service_in_trouble_has_a_breaker_of_its_own() -> None:
+    """S-65"""
     tokens: list[int] = []
 
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
@@ -406,6 +411,8 @@ def test_a_token_service_in_trouble_has_a_breaker_of_its_own() -> None:
 
 
 def test_lookups_of_one_address_leave_connections_and_the_next_turn_to_another() -> None:
+    """S-39"""
+
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         answer, hanging = fixture.registry.handle, trio.Semaphore(0)
 
@@ -435,6 +442,8 @@ def test_lookups_of_one_address_leave_connections_and_the_next_turn_to_another()
 
 
 def test_a_missing_object_is_asked_for_once_in_a_while() -> None:
+    """S-39"""
+
     async def check(fixture: Fixture, upstreams: Upstreams) -> None:
         for _ in range(5):
             with pytest.raises(NotFoundError):
