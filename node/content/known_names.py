@@ -26,6 +26,7 @@ from node.content.agreement import Agreement
 from node.content.name_table import MAX_RECENT, Key, KnownTag, NameTable
 from node.oci.manifests import UNTYPED, Resolved, descriptors, media_type_of, parse_manifest
 from node.oci.references import Locator, is_digest
+from protocol.errors import UnavailableError
 from protocol.ids import MAX_OBJECT_SIZE, Digest, ObjectRef
 
 log = logging.getLogger(__name__)
@@ -168,16 +169,12 @@ class KnownNames:
         media_type = self._types.get(resolved.ref.digest)
         return None if media_type is None else replace(resolved, media_type=media_type)
 
-    def check_type(self, locator: Locator, reference: str, resolved: Resolved, body: bytes) -> None:
-        """Compare the media type of an answer with a manifest's verified bytes. The registry's own claim counts if the
-        bytes do not show a type; any other claim may come from a member or from a wrong index."""
+    def check_type(self, resolved: Resolved, body: bytes) -> None:
+        """Compare the media type of an answer with a manifest's verified bytes: it may come from a member or from a
+        wrong index. Raises UnavailableError if the bytes are no manifest, or could be read in two ways."""
         media_type = media_type_of(body, resolved.media_type)
-        by_registry = self._table.origin(str(locator), reference) == "registry"
-        if media_type is None and by_registry:
-            media_type = resolved.media_type
         if media_type is None:
-            self.doubt(locator, resolved.ref)
-            return
+            raise UnavailableError(f"{resolved.ref.digest} is no manifest that all clients read alike")
         if media_type != resolved.media_type:
             log.warning("%s is of type %s, and not of %s", resolved.ref.digest, media_type, resolved.media_type)
         self._types[resolved.ref.digest] = media_type

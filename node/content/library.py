@@ -97,8 +97,8 @@ class SiteLibrary:
         except UnavailableError as error:
             log.debug("the media type of %s is not checked: %s", resolved.ref.digest, error)
         else:
-            names.check_type(locator, reference, resolved, body)
-        # If the bytes cannot be read or do not show the type, the answer is in doubt now, and the registry is asked.
+            names.check_type(resolved, body)
+        # If the bytes cannot be read, the answer is in doubt now, and the registry is asked.
         return names.typed(resolved) or await self.resolver.resolve(locator, reference, accept)
 
     def _true(self, resolved: Resolved) -> Resolved:
