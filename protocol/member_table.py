@@ -25,6 +25,9 @@ _EVENTS = {
     State.LEFT: Event.LEFT,
 }
 """The change that is reported when a live member gets another state."""
+NEW_S = 10.0
+"""For this time after a member came, all its statements are passed on with its certificate, longer than gossip takes:
+other new members may lack it, also if the member was here before."""
 KEY = 8
 """Bytes that stand for a peer id where two tables are compared."""
 
@@ -34,7 +37,8 @@ class Entry:
     """One other member. Times are values of `now`: `seen` is its last answer, None for never.
 
     `trusted`: until then a suspicion by others leads to a probe only, because it answered this node in spite of one.
-    `is_new`: its certificate was new here with this statement, and is passed on with it. `shown`: the incarnation of
+    `new_since`: when it came or came back, or got another certificate. `is_new`: this was a moment ago, so that the
+    certificate is passed on with the statement. `shown`: the incarnation of
     this node that the member says it has. `observed`: the host from which it was seen to connect, or "".
     """
 
@@ -44,6 +48,7 @@ class Entry:
     key: bytes
     is_hint: bool = False
     is_new: bool = True
+    new_since: float = -math.inf
     suspicion: Suspicion | None = None
     shown: int = 0
     observed: str = ""
@@ -144,13 +149,15 @@ class MemberTable:
         as after `conclude`."""
         peer = statement.peer_id
         before = self.entries.get(peer)
-        entry = Entry(statement, statement.state, now, key_of(peer))
+        entry = Entry(statement, statement.state, now, key_of(peer), new_since=now)
         if before is None:
             self.by_key[entry.key] = peer
         else:
             entry.seen, entry.rtt_s, entry.tried = before.seen, before.rtt_s, before.tried
             # `shown` begins at 0: after a restart the member has no statement of this node.
-            entry.is_new = before.is_hint or before.statement.seal != statement.seal
+            if before.is_live and before.statement.seal == statement.seal:
+                entry.new_since = before.new_since
+                entry.is_new = now - entry.new_since < NEW_S
             if before.member.addresses == entry.member.addresses:
                 entry.observed = before.observed
             if before.state is entry.state:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -85,13 +85,8 @@ class RegistryClient:
         return Endpoint(str(self.url), problem, state.breaker.rest_s(trio.current_time()), self.meter.received)
 
     async def ask(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
-        """The result of one of the methods below, each attempt in its turn among the clients'."""
-
-        async def in_turn(call: Call) -> _T:
-            async with self._names.place():
-                return await attempt(call)
-
-        return await self.availability.retrying(call, in_turn)
+        """The result of one of the methods below."""
+        return await self.availability.retrying(call, attempt)
 
     async def blocks(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
         """The blocks that `cutter` still lacks. Raises UnavailableError; the cutter keeps the bytes received so far."""
@@ -117,7 +112,8 @@ class RegistryClient:
         start, stop, size = cutter.position, cutter.stop, cutter.ref.size
         whole = (start, stop) == (0, size) or call.names_manifest
         headers = {"Accept": ACCEPT} | ({} if whole else {"Range": f"bytes={start}-{stop - 1}"})
-        async with self._response("GET", call, headers) as response, receiver_of(response) as receiver:
+        response_of = self._response("GET", call, headers, in_turn=False)  # it has a place among the bodies
+        async with response_of as response, receiver_of(response) as receiver:
             self._expect(response, call, 200, 206)
             body = MeteredBody(receiver, self.meter, background=background)
             await body.skip(start - body_start(response, start, stop, size))
@@ -221,26 +217,42 @@ class RegistryClient:
 
     @asynccontextmanager
     async def _response(
-        self, method: str, call: Call, headers: Headers, *, follow: bool = True
+        self, method: str, call: Call, headers: Headers, *, follow: bool = True, in_turn: bool = True
     ) -> AsyncIterator[httpx.Response]:
-        """The response after authorization and redirects; its body is not read yet."""
+        """The response after authorization and redirects; its body is not read yet. `in_turn`: each request waits for
+        its place among the clients'. None is held while a token is fetched, which takes longer than an answer."""
         authorization = self.authorization.headers(call)
         if (status := self._failed.get((method, call))) == 404:
             raise NotFoundError(f"{self._subject(call)}: not found")
         if status is not None:
             raise FailedAttemptError(f"answered {status} just now", again=False)
         send = partial(self.send, method, call.url(self.url), follow=follow)
-        response = await send(headers | authorization)
-        try:
+        async with AsyncExitStack() as stack:
+            turn = await stack.enter_async_context(self._turn(in_turn))
+            response = await stack.enter_async_context(aclosing(await send(headers | authorization)))
             if response.status_code == 401 and not response.history:
-                renewed = await self.authorization.renewed(call, response, authorization)
-                response = await send(headers | renewed) if renewed else response
+                turn()
+                if renewed := await self.authorization.renewed(call, response, authorization):
+                    await stack.enter_async_context(self._turn(in_turn))
+                    response = await stack.enter_async_context(aclosing(await send(headers | renewed)))
             status = response.status_code
             if status == 404 or (status >= 500 and status not in RETRIED_STATUS):
                 self._failed[method, call] = status
             yield response
+
+    @asynccontextmanager
+    async def _turn(self, in_turn: bool) -> AsyncIterator[Callable[[], None]]:
+        """Wait for a place. Yields a function that gives it back before the context ends."""
+        held = [await self._names.take()] if in_turn else []
+
+        def give() -> None:
+            while held:
+                held.pop()()
+
+        try:
+            yield give
         finally:
-            await response.aclose()
+            give()
 
     async def send(
         self,

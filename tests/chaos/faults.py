@@ -115,7 +115,8 @@ class Site:
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                await self._end(fault)
+                self.down.add(index)
+                self.nodes[index].kill()  # a stop takes up to 10 s while its own clients read, and the next fault comes
                 self.nodes[index].program = P2PD
                 await self._restart(index)
 

@@ -21,7 +21,7 @@ from protocol import wire
 from protocol.dissemination import Rumours
 from protocol.failure_detector import ACCUSED_S, FALSE_S, MAX_ACCUSED, MAX_FALSE
 from protocol.ids import PeerId
-from protocol.member_table import key_of
+from protocol.member_table import NEW_S, key_of
 from protocol.members import Member, News, State, Statement, Suspicion, Vouched
 from protocol.messages import Ping, SyncReply
 from protocol.statements import SEAL, Author
@@ -330,15 +330,21 @@ def test_a_message_carries_only_what_its_receiver_lacks() -> None:
     assert first.news_for(PeerId("a")).statements == (first.own,)
 
 
-def test_certificates_are_passed_on_where_they_were_new() -> None:
+def test_certificates_are_passed_on_where_members_may_lack_them() -> None:
     swim = make(peers=1)
     swim.learned([alive("a")], 0.0)
     assert alive("a") in swim.news_for(PeerId("p0000")).statements
-    swim.learned([alive("a", 2)], 0.0)
-    assert alive("a", 2).bare() in swim.news_for(PeerId("p0000")).statements
-    renewed = state(member("a"), 3, certificate=b"later")
-    swim.learned([renewed], 0.0)
+    swim.learned([alive("a", 2)], NEW_S - 1)
+    assert alive("a", 2) in swim.news_for(PeerId("p0000")).statements, "others may still miss the first"
+    swim.learned([alive("a", 3)], NEW_S)
+    assert alive("a", 3).bare() in swim.news_for(PeerId("p0000")).statements
+    renewed = state(member("a"), 4, certificate=b"later")
+    swim.learned([renewed], 100.0)
     assert renewed in swim.news_for(PeerId("p0000")).statements
+    make_dead(swim, ["a"], 200.0)
+    back = state(member("a"), 5, certificate=b"later")
+    swim.learned([back], 300.0)
+    assert back in swim.news_for(PeerId("p0000")).statements, "who came in the meantime lacks the certificate"
 
 
 @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 300))

@@ -77,7 +77,7 @@ class Remembered:
         pins = Pins(self._folder / "pins.json", load_pins(self._folder / "pins.json"), _Disk())
         none: Any = None
         orders = self._folder / "prefetch.json"
-        prefetcher = Prefetcher(orders, library=none, verifier=none, fetcher=none, holds=none)
+        prefetcher = Prefetcher(orders, library=none, verifier=none, fetcher=none, holds=none, holds_all=none)
         uplink = Uplink("docker.io", UplinkPolicy(daily=1000))
         uplinks = UplinkFile(self._folder / "uplink.msgpack", [uplink])
         return pins, prefetcher, uplinks, uplink, PeersFile(self._folder / "peers.msgpack")
