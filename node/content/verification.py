@@ -104,7 +104,8 @@ class ObjectVerifier:
         """Compare blocks with the registry's and replace the false ones, until all of them make the object. The signer
         of a false block is quarantined, and the other blocks that it signed are compared next. Returns the last block
         if all blocks make the object now. If one of the first `given` blocks was false, the read fails in any case:
-        then the liar's blocks are dropped."""
+        then the liar's blocks are dropped. One that is not held any more counts as false: the judge drops blocks of a
+        liar at any time."""
         claims: dict[int, Record] = {}
         for index in range(ref.block_count):
             if index % CHECKPOINT_EVERY == 0:
@@ -115,7 +116,9 @@ class ObjectVerifier:
         # node soon compares a false one.
         begin = crc32(self._site.own.encode()) % ref.block_count
         left = sorted(claims, key=lambda index: (index - begin) % ref.block_count)
-        first_false = ref.block_count
+        first_false = next((index for index in range(given) if index not in claims), ref.block_count)
+        if len(claims) < ref.block_count and first_false >= given and (last := await self._completed(locator, ref)):
+            return last
         while left:
             index = next((number for number in left if self._is_doubtful(claims[number])), left[0])
             left.remove(index)
@@ -130,7 +133,7 @@ class ObjectVerifier:
                 return None
             if not any(self._is_doubtful(claims[number]) for number in left) and (last := await self._if_right(ref)):
                 return last
-        return await self._if_right(ref) if first_false >= given else None
+        return await self._completed(locator, ref) if first_false >= given else None
 
     def _is_doubtful(self, record: Record) -> bool:
         return not self._site.trust.accepts(record.signer)
@@ -155,6 +158,22 @@ class ObjectVerifier:
             self._site.view.quarantine(claim.signer, f"signed a false record of {ref.digest} #{address.index}")
             self._differing.setdefault(ref, {})[claim.signer] = claim
         return is_false
+
+    async def _completed(self, locator: Locator, ref: ObjectRef) -> Buffer | None:
+        """As `_if_right`, after the missing blocks were read from the registry."""
+        for index in range(ref.block_count):
+            if index % CHECKPOINT_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+            piece = Piece(ref.block(index))
+            if self._site.tiers.holds(piece):
+                continue
+            try:
+                truth = await self._home.reread(BlockAddress(locator, ref, index))
+            except ShoalError as error:
+                log.warning("%s #%d was dropped and cannot be read again: %s", ref.digest, index, error)
+                return None
+            await self._site.tiers.put(piece, truth.data, truth.record, kept_for=READ_HERE)
+        return await self._if_right(ref)
 
     async def _if_right(self, ref: ObjectRef) -> Buffer | None:
         """The last block, if all blocks are held and make the object."""

@@ -216,5 +216,7 @@ class Judge:
                 objects.setdefault(record.object, []).append(piece)
             for ref, pieces in objects.items():
                 if not await is_right(tiers, ref):
+                    false = tiers.signed_by(signer)  # others may have been replaced meanwhile
                     for piece in pieces:
-                        await tiers.discard(piece)
+                        if piece in false:
+                            await tiers.discard(piece)

@@ -171,6 +171,37 @@ def test_a_part_of_a_small_object_is_sent_only_if_all_of_it_is_right(start: int,
     play(3, scenario)
 
 
+@pytest.mark.parametrize("dropped", [[0], [REF.block_count - 1], list(range(REF.block_count))], ids=str)
+def test_a_read_whose_false_blocks_are_dropped_before_it_ends_succeeds(dropped: list[int]) -> None:
+    """S-06: other members' evidence convinces this node between the arrival of the blocks and the check of the
+    object."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        (node,) = nodes
+        await read_whole(node.library)
+        _, verifier = node.library_and_verifier()
+        for index in dropped:
+            await node.tiers.discard(Piece(REF.block(index)))
+        last = await verifier.check(LOCATOR, REF, "00" * 32)
+        assert last is not None
+        assert bytes(last) == BODY[(REF.block_count - 1) * BLOCK_SIZE :]
+        assert await read_whole(node.library) == BODY
+
+    play(1, scenario)
+
+
+def test_a_dropped_block_that_a_client_has_received_fails_its_read() -> None:
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        (node,) = nodes
+        await read_whole(node.library)
+        _, verifier = node.library_and_verifier()
+        await node.tiers.discard(Piece(REF.block(0)))
+        with pytest.raises(CorruptObjectError):
+            await verifier.check(LOCATOR, REF, "00" * 32, given=1)
+
+    play(1, scenario)
+
+
 PARTS = [(0, 10), (BLOCK_SIZE, BLOCK_SIZE + 10), (2 * BLOCK_SIZE, REF.size)]
 
 

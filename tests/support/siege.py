@@ -41,6 +41,8 @@ SIZE = 1_300_000
 """Bytes of a layer: three blocks, of which each is cut into shards."""
 LYING = [sys.executable, "-m", "tests.support.lying_daemon"]
 LIAR = "liar"
+WRONG_BYTES = frozenset({"wrong bytes", "fabricated", "by ghosts"})
+"""The lies that others may keep, and find later."""
 SEEN_S = 20.0
 """Time for the honest members to see each other after an attack: longer than a member that was dropped needs."""
 
@@ -67,6 +69,7 @@ class Siege:
     registry: registries.Registry
     proxy: CountingProxy
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _gave_wrong_bytes: bool = False
 
     @property
     def attacker(self) -> Attacker:
@@ -74,9 +77,11 @@ class Siege:
         return Attacker.as_node(self.liar, self.key)
 
     def renew_liar(self) -> None:
-        """If an honest member shut the liar out, begin with another one: a new key, certificate and name."""
-        if not any(self.liar.name in quarantined(node) for node in self.honest):
+        """If an honest member shut the liar out, or may do so when it reads what the liar gave to others, begin with
+        another one: a new key, certificate and name."""
+        if not self._gave_wrong_bytes and not any(self.liar.name in quarantined(node) for node in self.honest):
             return
+        self._gave_wrong_bytes = False
         self.liar.stop()
         shutil.rmtree(self.liar.data)
         text, old = self.liar.config.read_text(), self.liar.name
@@ -110,6 +115,7 @@ class Siege:
 
     def lies(self, **lies: str) -> None:
         """Give the liar a new plan, by the names of requests. `every` is for all requests but membership."""
+        self._gave_wrong_bytes |= not WRONG_BYTES.isdisjoint(lies.values())
         tell_lies(self.liar.folder, lies={("*" if name == "every" else name): lie for name, lie in lies.items()})
 
     def fresh(self, repository: str = "", tag: str = "v1", *, size: int = SIZE) -> Published:
