@@ -14,6 +14,7 @@ from node.content.signatures import SignedLibrary, Verified, load_keys
 from node.exchange.contract import Answer
 from node.oci.manifests import Resolved
 from node.oci.signatures import BUNDLE, signature_tag
+from node.registry.client import BROKEN_S
 from protocol.errors import NotFoundError, UnavailableError, UnsignedError
 from protocol.ids import ObjectRef, PeerId
 from protocol.messages import Resolve
@@ -134,6 +135,7 @@ def test_other_tags_digests_and_the_signatures_themselves_need_none(tmp_path: Pa
         with pytest.raises(NotFoundError):
             await site.resolve(0, signature_tag(site.image.manifest.digest))
         site.sign(OWNER)
+        await trio.sleep(2 * BROKEN_S)  # so long a missing object is not asked for again
         await site.resolve(0, signature_tag(site.image.manifest.digest))
 
     play(tmp_path, scenario)
