@@ -773,9 +773,9 @@ def test_evidence_that_was_altered_on_the_disk_is_not_passed_on(tmp_path: Path) 
         own = next(member for member in node.view.site if member.peer_id == node.own)
         evidence = finder.accuses(liar.signs(0, bytes(BLOCK_SIZE)))
         node.judge.cases.add(Case(evidence, trio.current_time()))
-        EvidenceFile(path).save(Membership(own, 1, Random(1)), node.judge.cases)
+        EvidenceFile(path).save(Membership(own, 1, Random(1), passports_of(own)), node.judge.cases)
         path.write_bytes(path.read_bytes().replace(evidence.signature, bytes(64)))
-        EvidenceFile(path).load(Membership(own, 2, Random(2)), finder.judge.cases)
+        EvidenceFile(path).load(Membership(own, 2, Random(2), passports_of(own)), finder.judge.cases)
         assert not finder.judge.cases
 
     play(3, scenario, judging=0)
