@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import itertools
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,15 @@ PRIVATE, OPEN, TEAM = "team/app", "public/app", "team/other"
 ALICE, BOB = "alice", "bob"
 PASSWORDS = {ALICE: "correct-horse-battery", BOB: "bobs-own-password"}
 REFUSED = {401, 403, 404}
+WAYS = (
+    ("GET", {}),
+    ("HEAD", {}),
+    ("GET", {"Range": "bytes=0-9"}),
+    ("GET", {"If-None-Match": '"{}"'}),
+    ("HEAD", {"If-None-Match": "*"}),
+)
+"""Ways to ask for an object, each with headers, in which {} is its digest."""
+AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +146,19 @@ def read_all(node: Node, image: Image, repository: str, headers: dict[str, str])
 
 def leaks(node: Node, image: Image, repository: str, headers: dict[str, str], *, refused: set[int]) -> list[str]:
     """The requests that give away a part of the image, or that it is held."""
-    open_ways = []
-    for blob in (image.index, image.manifest, *image.blobs):
-        for kind in ("manifests", "blobs"):
-            for method, more in (
-                ("GET", {}),
-                ("HEAD", {}),
-                ("GET", {"Range": "bytes=0-9"}),
-                ("GET", {"If-None-Match": f'"{blob.digest}"'}),
-                ("HEAD", {"If-None-Match": "*"}),
-            ):
-                status, body, answer = call(node, method, repository, f"{kind}/{blob.digest}", headers | more)
-                length = answer.get("Content-Length")
-                if status not in refused or (method == "HEAD" and length == str(blob.size)) or len(body) > 1000:
-                    open_ways.append(
-                        f"{node.name}: {method} {repository}/{kind}/{blob.digest} {more}: {status} {length}"
-                    )
-    return open_ways
+
+    def leak(request: tuple[Blob, str, tuple[str, dict[str, str]]]) -> str:
+        blob, kind, (method, more) = request
+        more = {name: value.format(blob.digest) for name, value in more.items()}
+        status, body, answer = call(node, method, repository, f"{kind}/{blob.digest}", headers | more)
+        length = answer.get("Content-Length")
+        if status in refused and (method != "HEAD" or length != str(blob.size)) and len(body) <= 1000:
+            return ""
+        return f"{node.name}: {method} {repository}/{kind}/{blob.digest} {more}: {status} {length}"
+
+    blobs = (image.index, image.manifest, *image.blobs)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(filter(None, pool.map(leak, itertools.product(blobs, ("manifests", "blobs"), WAYS))))
 
 
 def test_a_public_repository_gives_away_no_private_image(guarded: Guarded) -> None:
