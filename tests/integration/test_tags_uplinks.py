@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +21,7 @@ from tests.support import signing
 from tests.support.blobs import Blob
 from tests.support.clients import REPOSITORY, TAG, finish_pulls, pull_through
 from tests.support.image import Image
-from tests.support.processes import PATIENCE_S, wait_for
+from tests.support.processes import wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.pull import pull_with_skopeo
 from tests.support.site import UPSTREAM, Node, site, start_all
@@ -276,33 +273,3 @@ def test_a_tag_is_given_only_with_a_signature_of_a_configured_key(
         assert digest_of(nodes[0], "good", SIGNED) == 503, "its signature is not here"
         assert nodes[0].ctl("import", str(folder / f"{signatures}.tar")).returncode == 0
         assert digest_of(nodes[0], "good", SIGNED) == versions[0].index.digest
-
-
-@pytest.mark.skipif(shutil.which("cosign") is None, reason="cosign is not installed")
-@pytest.mark.parametrize("options", [("--new-bundle-format=false",), ("--new-bundle-format=true",)])
-def test_signatures_of_cosign_itself_are_accepted(
-    folder: Path, own_registry: registries.Registry, versions: list[Image], options: tuple[str, ...]
-) -> None:
-    environment = {**os.environ, "COSIGN_PASSWORD": "", "HOME": str(folder)}
-
-    def cosign(*arguments: str) -> None:
-        done = subprocess.run(
-            ["cosign", *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-
-    cosign("generate-key-pair")
-    for tag, version in (("good", versions[0]), ("none", versions[1])):
-        registries.push(own_registry, version, SIGNED, tag)
-    name = f"{own_registry.host}:{own_registry.port}/{SIGNED}@{versions[0].index.digest}"
-    cosign("sign", "--yes", "--key=cosign.key", "--tlog-upload=false", "--allow-http-registry", *options, name)
-    with site(folder / "site", own_registry.url, 1, start=False) as nodes:
-        configured(nodes, tags=verified_by(folder / "cosign.pub"))
-        assert digest_of(nodes[0], "good", SIGNED) == versions[0].index.digest
-        assert digest_of(nodes[0], "none", SIGNED) == 403

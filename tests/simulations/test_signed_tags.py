@@ -34,7 +34,7 @@ TTL_S = 60.0
 
 
 class Site:
-    """A site whose nodes want OWNER's signature on all tags but those that begin with `free`."""
+    """A site whose nodes want the owner's signature on all tags but those that begin with `free`."""
 
     def __init__(self, cluster: Cluster, registry: Registry, config: Config) -> None:
         self.cluster, self.registry = cluster, registry
@@ -64,9 +64,10 @@ class Site:
             assert part in str(caught.value)
 
 
-def play(folder: Path, scenario: Callable[[Site], Awaitable[None]]) -> None:
+def play(folder: Path, scenario: Callable[[Site], Awaitable[None]], key: bytes = OWNER.pem) -> None:
+    """Run a scenario. `key`: the owner's public key."""
     path = folder / "owner.pub"
-    path.write_bytes(OWNER.pem)
+    path.write_bytes(key)
     rules = [{"match": "*:free*"}, {"match": "registry.test/*", "verify": [str(path)]}]
     config = config_of({"mirror": {"tag_ttl": f"{TTL_S}s"}, "tags": rules})
 
@@ -125,6 +126,30 @@ def test_a_bundle_that_refers_to_the_image_counts_too(tmp_path: Path, listed_as:
         assert await site.resolve(1) == site.image.manifest
 
     play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("end", signing.RECORDED)
+def test_a_signature_that_cosign_made_counts_for_its_image_and_its_key_only(tmp_path: Path, end: str) -> None:
+    def push(registry: Registry) -> ObjectRef:
+        """Let v1 be the image that cosign signed, and v2 another one that shows the same signature."""
+        signed, other = registry.add(signing.recorded("image.json")), SETTING.push(registry, "v2").manifest
+        registry.tag("v1", signed)
+        tagged, *_ = [registry.add(signing.recorded(name)) for name in signing.RECORDED[end]]
+        for image in (signed, other):
+            registry.tag(f"sha256-{image.digest.hex}{end}", tagged)
+        return signed
+
+    async def accepted(site: Site) -> None:
+        signed = push(site.registry)
+        assert [await site.resolve(number) for number in range(SETTING.nodes)] == [signed] * SETTING.nodes
+        await site.refuses(0, "v2")
+
+    async def refused(site: Site) -> None:
+        push(site.registry)
+        await site.refuses(0)
+
+    play(tmp_path, accepted, signing.recorded("cosign.pub"))
+    play(tmp_path, refused)
 
 
 def test_other_tags_digests_and_the_signatures_themselves_need_none(tmp_path: Path) -> None:

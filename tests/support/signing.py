@@ -1,4 +1,7 @@
-"""Signatures of images as `cosign sign --key` makes them, with keys of every kind that it makes or takes."""
+"""Signatures of images as `cosign sign --key` makes them, with keys of every kind that it makes or takes.
+
+`recorded` reads signatures that cosign itself made.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
@@ -22,6 +26,12 @@ INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = b"{}"
 """The blob of a manifest's `config`."""
 TYPE, PREDICATE = "cosign container image signature", "https://sigstore.dev/cosign/sign/v1"
+RECORDED = {
+    ".sig": ("signatures.json", "payload.json"),
+    "": ("referrers.json", "bundle-manifest.json", "bundle.json"),
+}
+"""The recorded objects of both forms of signatures, by the end of the tag that the first of them has. The last is the
+signed document, and the one before it the manifest that carries it."""
 
 
 @dataclass(frozen=True)
@@ -104,3 +114,8 @@ def sign_in_bundle(
     carrier = add(manifest_of((add(bundle(signer, statement(digest))), BUNDLE, ""), artifact_type=BUNDLE))
     entry = {"mediaType": MANIFEST, "digest": str(carrier.digest), "size": carrier.size, "artifactType": listed_as}
     return add(json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}).encode())
+
+
+def recorded(name: str) -> bytes:
+    """A file of tests/data/cosign/README.md."""
+    return (Path(__file__).parents[1] / "data/cosign" / name).read_bytes()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from node.config.schema import TagsPart
 from node.content.signatures import MAX_VERIFIED, Verified, load_keys
 from node.oci import signatures
+from node.oci.manifests import MAX_MANIFEST
 from node.oci.signatures import (
     BUNDLE,
     MAX_DOCUMENT,
@@ -59,6 +60,19 @@ def test_a_signature_counts_for_its_image_and_its_key_only(kind: str) -> None:
     assert signs(bundle, in_bundle, DIGEST, [*others, key])
     assert not signs(bundle, in_bundle, DIGEST, others)
     assert not signs(bundle, in_bundle, OTHER, [key])
+
+
+@pytest.mark.parametrize("end", signing.RECORDED)
+def test_a_signature_that_cosign_made_counts_for_its_image_and_its_key_only(end: str) -> None:
+    key, image = VerifyKey.parse(signing.recorded("cosign.pub")), Blob(signing.recorded("image.json")).ref.digest
+    *listed, manifest, document = map(signing.recorded, signing.RECORDED[end])
+    for referrers in listed:
+        assert list(bundles(referrers, MAX_MANIFEST)) == [Blob(manifest).ref]
+    (carrier,) = carried(manifest)
+    assert carrier.ref == Blob(document).ref
+    assert signs(document, carrier, image, [*KEYS.values(), key])
+    assert not signs(document, carrier, image, KEYS.values())
+    assert not signs(document, carrier, OTHER, [key])
 
 
 @pytest.mark.parametrize(
