@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from cache.store import READ_HERE
 from node.blocks.object_facts import OPEN, UNKNOWN, origin_of
 from node.exchange.contract import Answer, Lane
 from node.exchange.memory import MemoryNetwork
@@ -75,7 +76,9 @@ def test_a_node_that_does_not_know_the_origin_says_so() -> None:
         ref = ObjectRef(stranger, 5)
         own = nodes[0].identity
         record = make_record(ref, 0, sha256(b"hello").digest(), signer=own.peer_id, sign=own.sign)
-        await nodes[0].tiers.put(Piece(ref.block(0)), b"hello", record)  # as from a cache of an earlier version
+        await nodes[0].tiers.put(
+            Piece(ref.block(0)), b"hello", record, kept_for=READ_HERE
+        )  # as from a cache of an earlier version
         answer = await nodes[0].handle(nodes[1].own, GetBlock(str(stranger), 0, 5))
         assert isinstance(answer.message, BlockFound)
         assert answer.message.origin == UNKNOWN
