@@ -8,6 +8,7 @@ member whose client has a grant reads the block from the upstream.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -39,6 +40,10 @@ MAX_REMEMBERED = 4096
 MAX_HOLDINGS = 16 << 20
 """Bytes of remembered holdings. One answer has up to 1 MiB of bitmaps; honest ones have some hundred bytes."""
 MAX_CANDIDATES = 8
+HINT_S = 2.0
+"""For an answer about what a member holds, which it has in memory."""
+HELD_S = 8.0
+"""For a block or shard that a member holds: 512 KiB take 1 s at 4 Mbit/s, and may wait behind others."""
 
 Reply = TypeVar("Reply", messages.Holders, messages.HoldingsFound)
 
@@ -74,7 +79,7 @@ class Holders:
             holdings = {peer: self._holdings.get((peer, ref.digest), Holdings()) for peer in candidates}
             whole = messages.GetBlock(str(ref.digest), index, ref.size)
             for peer, held in holdings.items():
-                if held.blocks >> index & 1 and (obtained := await self._block_from(peer, address, whole, Lane.BULK)):
+                if held.blocks >> index & 1 and (obtained := await self._block_from(peer, address, whole, HELD_S)):
                     return obtained
             if (obtained := await self._decoded_from(holdings, address)) is not None:
                 return obtained
@@ -83,7 +88,7 @@ class Holders:
         # The reader reads the block from the upstream and sends it as the only shard of the code 1+0.
         shard, peer = Shard(1, 0, 0), PeerId(address.reader)
         question = self._questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
-        obtained = await self._block_from(peer, address, question, Lane.URGENT)
+        obtained = await self._block_from(peer, address, question, math.inf)
         if obtained is not None:
             self._site.facts.granted(ref.digest, address.locator)
         return obtained
@@ -127,17 +132,18 @@ class Holders:
 
     async def _ask(self, peer: PeerId, question: messages.Request, kind: type[Reply]) -> Reply | None:
         try:
-            answer = await self._questions.ask(peer, question, Lane.CONTROL, SMALL_SILENCE_S)
+            answer = await self._questions.ask_held(peer, question, Lane.CONTROL, SMALL_SILENCE_S, HINT_S)
         except ShoalError as error:
             log.debug("%s to %s: %s", type(question).__name__, peer, error)
             return None
         return answer.message if isinstance(answer.message, kind) else None
 
     async def _block_from(
-        self, peer: PeerId, address: BlockAddress, question: messages.Request, lane: Lane
+        self, peer: PeerId, address: BlockAddress, question: messages.Request, within_s: float
     ) -> Obtained | None:
+        lane = Lane.BULK if within_s < math.inf else Lane.URGENT
         try:
-            answer = await self._questions.ask(peer, question, lane, SILENCE_S)
+            answer = await self._questions.ask_held(peer, question, lane, SILENCE_S, within_s)
             return Obtained(self._questions.checked(address, answer), Source.PEER, (peer,))
         except PeerMisbehavedError as error:
             self._site.view.quarantine(peer, str(error))
@@ -167,7 +173,8 @@ class Holders:
         async def take(shard: Shard, peer: PeerId) -> None:
             question = self._questions.get_shard(address, shard, hops=0)
             try:
-                held = self._questions.checked(address, await self._questions.ask(peer, question, Lane.BULK, SILENCE_S))
+                answer = await self._questions.ask_held(peer, question, Lane.BULK, SILENCE_S, HELD_S)
+                held = self._questions.checked(address, answer)
                 shards[shard.index] = held.data
                 records.append(held.record)
             except ShoalError as error:

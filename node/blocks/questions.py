@@ -64,6 +64,14 @@ class Questions:
             raise errors.UnavailableError(f"{peer}: {answer.message.code}: {answer.message.text}")
         return answer
 
+    async def ask_held(self, peer: PeerId, question: Request, lane: Lane, silence_s: float, within_s: float) -> Answer:
+        """As `ask`, about what the peer has at hand: there is nothing to wait for, so an answer that takes longer than
+        `within_s` counts as none, also if the peer says meanwhile that it works."""
+        with trio.move_on_after(within_s):
+            return await self.ask(peer, question, lane, silence_s)
+        self._site.health.failed(peer, trio.current_time())
+        raise errors.UnavailableError(f"{peer} did not answer within {within_s:.0f} s")
+
     def get_shard(
         self, address: BlockAddress, shard: Shard, *, hops: int, exact: bool = True, keep: bool = False
     ) -> GetShard:

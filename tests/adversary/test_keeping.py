@@ -19,10 +19,10 @@ from tests.support.processes import scratch
 from tests.support.siege import Siege, besieged, peers
 from tests.support.site import UPSTREAM, Node
 
-OBJECTS = 1200
-DISK = "64MiB"
-"""Of each node: 1,200 shards of a quarter of a block are 157 MB."""
-IMAGE_BYTES = 12_000_000
+OBJECTS = 600
+DISK = "32MiB"
+"""Of each node: 600 shards of a quarter of a block are 79 MB."""
+IMAGE_BYTES = 6_000_000
 NAMES = 5000
 """More than any table of names has."""
 
