@@ -27,6 +27,8 @@ LOSS = 0.05
 SLOW_BITS = 5e6
 SLOW_UPLINK_BITS = 10e6
 BLOCK = 4096
+BACK_S = 30.0
+"""Longest wait for nodes of earlier faults: on a busy machine their restart outlasts the fault."""
 LIAR = [sys.executable, "-m", "tests.support.lying_daemon"]
 LIE_S = 2.0
 """Time for which a liar tells the same lies."""
@@ -94,7 +96,10 @@ class Site:
 
     @asynccontextmanager
     async def _cold(self, fault: Fault) -> AsyncIterator[None]:
-        """Stop all nodes, and start them again with empty caches."""
+        """Stop all nodes, and start them again with empty caches, once all nodes of earlier faults are back."""
+        with trio.move_on_after(BACK_S):
+            while self.down:
+                await trio.sleep(0.05)
         await self._end(fault)
         for index in fault.nodes:
             self.nodes[index].forget()
