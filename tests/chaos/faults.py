@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -20,6 +21,7 @@ from tests.chaos.schedule import Fault
 from tests.support.lab import Lab
 from tests.support.loss import losing
 from tests.support.lying_daemon import tell_lies
+from tests.support.processes import wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.site import P2PD, Node
 
@@ -97,9 +99,8 @@ class Site:
     @asynccontextmanager
     async def _cold(self, fault: Fault) -> AsyncIterator[None]:
         """Stop all nodes, and start them again with empty caches, once all nodes of earlier faults are back."""
-        with trio.move_on_after(BACK_S):
-            while self.down:
-                await trio.sleep(0.05)
+        back = partial(wait_for, "the nodes of earlier faults are back", lambda: not self.down, seconds=BACK_S)
+        await trio.to_thread.run_sync(back)
         await self._end(fault)
         for index in fault.nodes:
             self.nodes[index].forget()
