@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import httpx
 import trio
@@ -53,7 +52,6 @@ CLAIM_S, MAX_CLAIMS = 1.0, 1024
 BROKEN_S, MAX_BROKEN = 2.0, 4096
 """After a 500 or 404, the same call fails for BROKEN_S seconds: a pull asks for many blocks of an object, and clients
 that look for an object that does not exist soon look again."""
-_T = TypeVar("_T")
 
 
 _FINAL_STATUS = frozenset({401, 404, 500}) | RETRIED_STATUS
@@ -83,10 +81,6 @@ class RegistryClient:
         state = self.availability
         problem = state.problem if state.breaker.failing else ""
         return Endpoint(str(self.url), problem, state.breaker.rest_s(trio.current_time()), self.meter.received)
-
-    async def ask(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
-        """The result of one of the methods below."""
-        return await self.availability.retrying(call, attempt)
 
     async def blocks(self, call: Call, cutter: BlockCutter, *, background: bool) -> AsyncGenerator[bytearray, None]:
         """The blocks that `cutter` still lacks. Raises UnavailableError; the cutter keeps the bytes received so far."""

@@ -159,12 +159,12 @@ class Upstreams:
         async def ask(client: RegistryClient) -> tuple[Resolved, bytes | None]:
             answer: tuple[Resolved, bytes | None]
             if locator.kind == "blobs":
-                size = await client.ask(call, client.size)
+                size = await client.availability.retrying(call, client.size)
                 answer = Resolved(self._sized(Digest.parse(reference), size, client.name), UNTYPED), None
-            elif not whole and (claimed := await client.ask(call, client.described)) is not None:
+            elif not whole and (claimed := await client.availability.retrying(call, client.described)) is not None:
                 answer = claimed, None
             else:
-                answer = await client.ask(call, client.manifest)
+                answer = await client.availability.retrying(call, client.manifest)
             # A mirror may serve objects to everyone that the registry does not.
             if locator.grant is None and client.authorization.relays and not client.availability.is_mirror:
                 self._public(locator)
@@ -208,7 +208,7 @@ class Upstreams:
         """
         client = self._find(locator.upstream).registry
         for call in [Call.of(locator, reference), Call.tags(locator)] if reference else [Call.tags(locator)]:
-            admitted = await client.ask(call, client.admits)
+            admitted = await client.availability.retrying(call, client.admits)
             if admitted is not None:
                 return admitted
         raise NotFoundError(f"{client.name}: {locator.repository}: neither {reference} nor tags found")
@@ -223,7 +223,7 @@ class Upstreams:
         """Whether the registry itself gives this object of the locator's repository to the locator's grant, or without
         one to everybody. Raises NotFoundError if the repository does not have it, and UnavailableError."""
         client = self._find(locator.upstream).registry
-        return await client.ask(Call.of(locator, str(digest)), client.gives)
+        return await client.availability.retrying(Call.of(locator, str(digest)), client.gives)
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         """The registry's last challenge for the repository, which a client should answer; "" for none."""
@@ -234,7 +234,7 @@ class Upstreams:
         repository, grant = locator.repository, locator.grant
         call = Call(repository, tail, f"{tail} of {repository}", query=tuple(sorted(query.items())), grant=grant)
         clients = self._find(locator.upstream).asked(grant)
-        return await self._first(clients, lambda client: client.ask(call, client.passed))
+        return await self._first(clients, lambda client: client.availability.retrying(call, client.passed))
 
     async def _first(self, clients: list[RegistryClient], ask: Callable[[RegistryClient], Awaitable[_T]]) -> _T:
         *mirrors, registry = clients
