@@ -3,8 +3,7 @@
 A digest stands for the same object for ever. A tag is *fresh* until its time to live has passed since the registry
 confirmed it to this node, and *usable* up to its maximum age while the registry is out of reach
 (node/config/tag_policy.py), or without limit if its image is pinned on this node. An answer that cannot be read is
-*doubted*: then the registry is asked for the bytes. A manifest's media type is taken from its own bytes if they show
-it.
+*doubted*: then the registry is asked for the bytes. A manifest's media type is taken from its own bytes.
 
 What members say while the registry is out of reach is kept apart, in memory, and only until the registry answers.
 """
