@@ -153,7 +153,8 @@ def test_an_introduction_invents_no_members(siege: Siege) -> None:
 
 
 def test_the_uplinks_share_is_divided_among_members_only(siege: Siege) -> None:
-    """S-55: `p2pctl status` shows the rate that this node may use: with ghosts it would be a 2000th."""
+    """S-55: `p2pctl status` shows the rate that this node may use: with ghosts it would be a 2000th. Admitted members
+    of earlier tests may come or go meanwhile, so it may change a little."""
     node = siege.honest[0]
     text = node.config.read_text()
     node.config.write_text(text.replace("[cluster]", 'rate = "50MiB"\n[cluster]'))
@@ -164,7 +165,7 @@ def test_the_uplinks_share_is_divided_among_members_only(siege: Siege) -> None:
             for message in messages_with(siege.statement, ghosts(siege.attacker, 2000, hole.addresses)):
                 siege.tell(message, nodes=[node], attacker=Attacker.new(siege.key))
             siege.pull(node, siege.fresh())
-            assert node.status()["upstreams"][0]["uplink"]["rate"] == before
+            assert node.status()["upstreams"][0]["uplink"]["rate"] > before / 2
     finally:
         node.config.write_text(text)
         node.ctl("reload")
