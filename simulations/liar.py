@@ -122,8 +122,9 @@ class _Misread(Upstreams):
         *,
         certain: bool = False,
         background: bool = False,
+        coming: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[bytearray, None]:
-        right = super().blocks(locator, ref, first, count, certain=certain, background=background)
+        right = super().blocks(locator, ref, first, count, certain=certain, background=background, coming=coming)
         async with aclosing(right) as blocks:
             async for data in blocks:
                 yield data if certain or ref.block_count == 1 else self.lie(data)

@@ -60,7 +60,7 @@ class Registry:
         return 4
 
     async def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, background: bool = False, **_: bool
+        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, background: bool = False, **_: Any
     ) -> AsyncGenerator[bytearray, None]:
         for index in range(first, first + count):
             if self.down:
@@ -77,7 +77,7 @@ class Registry:
 class WithMirror(Registry):
     """A registry whose mirror, which nodes read first, gives other bytes than the registry itself."""
 
-    async def blocks(self, *run: Any, certain: bool = False, **_: bool) -> AsyncGenerator[bytearray, None]:
+    async def blocks(self, *run: Any, certain: bool = False, **_: Any) -> AsyncGenerator[bytearray, None]:
         async with aclosing(super().blocks(*run)) as blocks:
             async for block in blocks:
                 yield block if certain else bytearray(len(block))
@@ -92,7 +92,7 @@ class SwitchedRegistry:
     def connections(self, upstream: str) -> int:
         return self.target.connections(upstream)
 
-    def blocks(self, *run: Any, **options: bool) -> AsyncGenerator[bytearray, None]:
+    def blocks(self, *run: Any, **options: Any) -> AsyncGenerator[bytearray, None]:
         return self.target.blocks(*run, **options)
 
 

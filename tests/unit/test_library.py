@@ -318,6 +318,7 @@ class Registry:
         *,
         certain: bool = False,
         background: bool = False,
+        coming: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[bytearray, None]:
         for _ in range(count):
             await trio.sleep(BLOCK_S)
