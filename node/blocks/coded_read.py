@@ -191,7 +191,7 @@ class _Attempt:
                 hops=hops,
                 lane=Lane.URGENT if self._taker.urgent else Lane.BULK,
                 plan=self.plan,
-                heard=partial(self._heard, ask.peer, stretch),
+                heard=partial(self._heard, ask.peer),
                 into=self._into,
             )
             return
@@ -202,13 +202,11 @@ class _Attempt:
             self.failure = error
         self._asking.more(self.plan.failed(ask.peer, trio.current_time()))
 
-    def _heard(self, peer: PeerId, stretch: Stretch, state: State) -> None:
+    def _heard(self, peer: PeerId, state: State) -> None:
         self.plan.heard(peer, state is State.READY, trio.current_time())
-        if state is State.READY:
-            for index in stretch.indices:
-                self._taker.warmed(index)
 
     def _into(self, message: ShardFound) -> memoryview | None:
+        self._taker.warmed(message.record.index)
         block = self.blocks.get(message.record.index)
         return block.place(message.index) if block is not None else None
 

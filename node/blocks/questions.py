@@ -71,20 +71,27 @@ class Questions:
         """Ask for a shard of each block of the stretch. `hops` limits the peer's requests; with `keep`, this node will
         keep the shards. `part` gets each shard as it arrives. Returns once all have come; raises UnavailableError if
         the peer cannot send them all, and as Exchange.stream. `plan` measures the peer's time."""
-        site, left = self._site, len(stretch.indices)
+        site, left, scope = self._site, len(stretch.indices), trio.CancelScope()
+        refusal: errors.ShoalError | None = None
+        failed: Failed | None = None
 
         def came(message: ShardFound, body: Buffer) -> None:
-            nonlocal left
+            nonlocal left, refusal
             now, left = trio.current_time(), left - 1
             site.health.answered(peer, plan.took_s(peer, now) if plan is not None else None, now)
-            part(message, body)
+            try:
+                part(message, body)
+            except errors.ShoalError as error:
+                refusal = error
+                scope.cancel()
 
         question = self._question(stretch, shard, hops=hops, keep=keep)
         site.health.asked(peer, left)
         try:
-            failed = await site.exchange.stream(
-                peer, question, lane=lane, silence_s=SILENCE_S, part=came, heard=heard, into=into
-            )
+            with scope:
+                failed = await site.exchange.stream(
+                    peer, question, lane=lane, silence_s=SILENCE_S, part=came, heard=heard, into=into
+                )
         except errors.PeerUnavailableError:
             site.health.failed(peer, trio.current_time())
             site.view.report_failure(peer)
@@ -92,6 +99,8 @@ class Questions:
             raise
         finally:
             site.health.dropped(peer, left)
+        if refusal is not None:
+            raise refusal
         if failed is not None:
             raise errors.UnavailableError(f"{peer}: {failed.code}: {failed.text}")
 
