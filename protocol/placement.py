@@ -25,8 +25,9 @@ import cachetools
 import numpy as np
 import numpy.typing as npt
 
-from protocol.ids import BlockId, Digest, PeerId
+from protocol.ids import Digest, PeerId
 from protocol.members import Member
+from protocol.stripes import StripeId
 
 DIRECTORY_MEMBERS = 3
 HOME_HOPS = 2
@@ -127,7 +128,7 @@ class Placement:
         self._cells = list(self._cut(0, slice(0, len(hashed)), 63, k + m))
         self._names = np.array([_hash64(f"cell {first} {bits}".encode()) for first, bits, _ in self._cells], np.uint64)
         self._sums = np.array([self._weights[cell].sum() for _, _, cell in self._cells])
-        self._remembered: cachetools.LRUCache[tuple[PeerId, BlockId, int], Route] = cachetools.LRUCache(
+        self._remembered: cachetools.LRUCache[tuple[PeerId, StripeId, int], Route] = cachetools.LRUCache(
             _REMEMBERED_BLOCKS
         )
 
@@ -141,15 +142,15 @@ class Placement:
             yield from self._cut(first, slice(members.start, middle), bit - 1, least)
             yield from self._cut(half, slice(middle, members.stop), bit - 1, least)
 
-    def route(self, peer: PeerId, block: BlockId, length: int) -> Route:
+    def route(self, peer: PeerId, block: StripeId, length: int) -> Route:
         """The route of `peer`, which may keep nothing itself."""
         route = self._remembered.get((peer, block, length))
         if route is None:
             route = self._remembered[peer, block, length] = self._find(peer, block, length)
         return route
 
-    def _find(self, peer: PeerId, block: BlockId, length: int) -> Route:
-        key = f"{block.digest}#{block.index}"
+    def _find(self, peer: PeerId, block: StripeId, length: int) -> Route:
+        key = f"{block.digest}#{block.number}"
         home = self._cell_of(int(self._hashes[_nearest(self._hashes, self._weights, key, 1)[0]]))
         others = _nearest(self._names, self._sums, key, len(self._cells))
         order = [home, *others[others != home]]
@@ -165,7 +166,7 @@ class Placement:
     def _cell_of(self, value: int) -> int:
         return bisect_right(self._cells, value, key=lambda cell: cell[0]) - 1
 
-    def keepers(self, block: BlockId, length: int) -> tuple[Geometry, tuple[PeerId, ...]]:
+    def keepers(self, block: StripeId, length: int) -> tuple[Geometry, tuple[PeerId, ...]]:
         """The block's code, and its keepers by rank in the root cell; rank 0 is its home."""
         route = self.route(self._peers[0], block, length)
         return route.shape, route.cells[-1]
