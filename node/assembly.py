@@ -173,6 +173,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         locate=membership.locate,
         refused=membership.is_refused,
         handler=dispatcher,
+        server=dispatcher.stream,
         plain=peers.plain,
     )
     introducer = LibP2PIntroducer(
