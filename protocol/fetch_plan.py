@@ -75,7 +75,7 @@ class StripePlan:
     def __post_init__(self) -> None:
         self._rank = {peer: rank for rank, peer in enumerate(self.keepers)}
         self._asked: dict[PeerId, _Asked] = {}
-        self._left = {block: self.k for block in self.blocks}
+        self._left = dict.fromkeys(self.blocks, self.k)
         """The shards that each incomplete block lacks."""
         self._warm: set[int] = set()
         """The blocks of which a shard has arrived."""

@@ -67,9 +67,7 @@ class ReadWindow:
         others = self.addresses - (address in self._reads)
         return -(-most // ((others + 1) * max(1, self._reads[address] + joins)))
 
-    def has_room(
-        self, address: str, count: int, *, under_way: int, cold: int, warm: int, joins: bool = False
-    ) -> bool:
+    def has_room(self, address: str, count: int, *, under_way: int, cold: int, warm: int, joins: bool = False) -> bool:
         """Whether a read with `under_way` blocks, `cold` of them cold, and `warm` received may ask for `count` more. A
         read that has none under way, or none that are cold, may ask for a whole stripe at once."""
         # The parts bound the sum. A read that has no part yet must not fill a part that is not its own.

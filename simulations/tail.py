@@ -23,7 +23,7 @@ from cache.store import READ_HERE
 from node.blocks.values import Obtained, Stretch
 from node.exchange.contract import Lane
 from protocol.errors import UnavailableError
-from protocol.ids import BLOCK_SIZE, PeerId, Piece
+from protocol.ids import BLOCK_SIZE, PeerId
 from simulations.cluster import Cluster, Machine
 from simulations.network import SMALL_BYTES, Latency, SimulatedNetwork, constant
 from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped

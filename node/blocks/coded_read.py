@@ -133,9 +133,7 @@ class _Attempt:
         self._site, self._questions, self._keeper, self._budget = site, questions, keeper, budget
         self._stretch, self._route, self._taker = stretch, route, taker
         shape, ref = route.shape, stretch.ref
-        self.blocks = {
-            index: _Block(ref.block(index), ref.block_length(index), shape) for index in stretch.indices
-        }
+        self.blocks = {index: _Block(ref.block(index), ref.block_length(index), shape) for index in stretch.indices}
         self.failure: ShoalError | None = None
         own, health = site.own, site.health
         # The home also serves the other keepers: among equals it is asked last.
@@ -180,7 +178,9 @@ class _Attempt:
         shard = Shard(shape.k, shape.m, ask.want)
         try:
             if ask.peer == self._site.own:
-                self.plan.heard(ask.peer, False, trio.current_time())  # as another keeper reports while it asks the home
+                self.plan.heard(
+                    ask.peer, False, trio.current_time()
+                )  # as another keeper reports while it asks the home
                 await self._keeper.own(stretch, shard, hops, partial(self._add_own, ask.want))
                 return
             await self._questions.stream(

@@ -75,9 +75,7 @@ class Home:
             else:
                 missing.append(index)
         if missing:
-            await self._reads.obtain(
-                stretch.group, missing, partial(self._obtain, stretch), got, progress=progress
-            )
+            await self._reads.obtain(stretch.group, missing, partial(self._obtain, stretch), got, progress=progress)
 
     async def _obtain(self, stretch: Stretch, flow: Flow[Group, Obtained]) -> None:
         def got(index: int, obtained: Obtained) -> None:

@@ -46,9 +46,7 @@ Keeping = tuple[Shard, Group]
 
 
 class Keeper:
-    def __init__(
-        self, site: Site, home: Home, questions: Questions, grants: Grants, *, identity: Identity
-    ) -> None:
+    def __init__(self, site: Site, home: Home, questions: Questions, grants: Grants, *, identity: Identity) -> None:
         self._site, self._home, self._questions, self._grants = site, home, questions, grants
         self._identity = identity
         self._keeping: SharedWork[Keeping, Held] = SharedWork(site.nursery)
@@ -200,7 +198,9 @@ class _Obtaining:
             with self._home.times.waiting(home):
                 if home == self._site.own:
                     self._heard(home, State.WAITING)  # as another home reports while it reads the blocks
-                    await self._home.blocks(stretch, partial(_cut, self._shard, partial(self._took, home)), self._coming)
+                    await self._home.blocks(
+                        stretch, partial(_cut, self._shard, partial(self._took, home)), self._coming
+                    )
                     return
                 await self._questions.stream(
                     home,
@@ -239,10 +239,7 @@ class _Obtaining:
     def _heard(self, home: PeerId, state: State) -> None:
         self._plan.heard(home, state is State.READY, trio.current_time())
         if state is State.COMING:
-            self._coming()
-
-    def _coming(self) -> None:
-        self._flow.progress()
+            self._flow.progress()
 
     def _overdue(self) -> list[Ask]:
         plan, health, times, now = self._plan, self._site.health, self._home.times, trio.current_time()

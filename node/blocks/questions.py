@@ -104,9 +104,7 @@ class Questions:
         if failed is not None:
             raise errors.UnavailableError(f"{peer}: {failed.code}: {failed.text}")
 
-    async def stream_held(
-        self, peer: PeerId, stretch: Stretch, shard: Shard, part: Part, *, within_s: float
-    ) -> None:
+    async def stream_held(self, peer: PeerId, stretch: Stretch, shard: Shard, part: Part, *, within_s: float) -> None:
         """As `stream`, of what the peer has at hand: a shard that takes longer than `within_s` does not come."""
         with trio.CancelScope(deadline=trio.current_time() + within_s) as scope:
 
