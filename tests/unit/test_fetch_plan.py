@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,8 +41,8 @@ def plan_of(order: str = "abcde", k: int = 4, late_after_s: float = 0.0, blocks:
     return StripePlan(KEEPERS, [PeerId(name) for name in order], k, blocks, lambda peer: late_after_s)
 
 
-def started(now: float = 0.0, **settings: object) -> StripePlan:
-    plan = plan_of(**settings)  # type: ignore[arg-type]
+def started(now: float = 0.0, **settings: Any) -> StripePlan:
+    plan = plan_of(**settings)
     plan.start(all_at_once=False, now=now)
     return plan
 
