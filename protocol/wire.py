@@ -173,8 +173,10 @@ class Heads(Generic[Message]):
     def take(self, body: memoryview) -> int:
         """Copy the fed part of the body that follows the last head; returns its number of bytes."""
         size = min(len(body), len(self._buffer))
-        body[:size] = self._buffer[:size]
-        del self._buffer[:size]
+        if size:
+            with memoryview(self._buffer) as fed:
+                body[:size] = fed[:size]
+            del self._buffer[:size]
         return size
 
     def _next_frame(self, limit: int) -> tuple[bytearray, int] | None:
@@ -291,9 +293,8 @@ def _is_peer(peer: str) -> bool:
 
 def _record(record: Record) -> bool:
     ref = _object(record.digest, record.size)
-    ref.block(record.index)
-    fits = record.length == ref.block_length(record.index) and _is_peer(record.signer)
-    return fits and len(record.sha256) == 32 and len(record.signature) == 64
+    fits = 0 <= record.index < ref.block_count and record.length == ref.block_length(record.index)
+    return fits and _is_peer(record.signer) and len(record.sha256) == 32 and len(record.signature) == 64
 
 
 def _proof(proof: ShardProof | None) -> bool:

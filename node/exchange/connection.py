@@ -13,7 +13,7 @@ import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Generic, NamedTuple, NoReturn, TypeVar
+from typing import Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -191,6 +191,15 @@ class Connection:
         return before + head, body or b""
 
 
+class Sink(Protocol):
+    """Takes a body. `room` is its memory, or None once the body is not wanted any more. `progress` is called with the
+    time at which bytes last arrived."""
+
+    def room(self) -> memoryview | None: ...
+
+    def progress(self, now: float) -> None: ...
+
+
 class Reader(Generic[Message]):
     """Reads the hello, then heads of `kind` and their bodies."""
 
@@ -232,22 +241,24 @@ class Reader(Generic[Message]):
             return head
         raise PeerUnavailableError(f"a message's header did not arrive completely in {WHOLE_S} s")
 
-    async def body(self, length: int, room: Callable[[], memoryview | None], progress: Callable[[], None]) -> None:
-        """Read a body into the memory that `room` returns. While `room`, called before each read, returns None, the
-        bytes are dropped. `progress` is called after each part but the last.
-        """
-        position = 0
+    async def body(self, length: int, sink: Sink) -> None:
+        """Read a body into the memory that `sink.room` returns. While that is None, the bytes are dropped."""
+        channel = self.channel
+        position = self._heads.take(self._place(sink, 0, length))
         while position < length:
-            view = room()
-            view = self._scratch[: length - position] if view is None else view[position:]
-            size = self._heads.take(view) or self.channel.receive_nowait(view)
-            position += size
-            if not size:
-                await self.channel.wait_readable(length - position)
-            elif position < length:
-                progress()
+            position += channel.receive_nowait(self._place(sink, position, length))
+            if position < length:
+                sink.progress(channel.received_at)
+                await channel.wait_readable(length - position)
         self._body_came = True
         self._since_checkpoint += length
+
+    def _place(self, sink: Sink, position: int, length: int) -> memoryview:
+        """Where the bytes of a body from `position` on belong."""
+        room = sink.room()
+        if room is None:
+            return self._scratch[: length - position]
+        return room[position:] if position else room
 
     async def _feed(self) -> None:
         """Read more heads, after a checkpoint: a peer that sends much must hold up no other task. After a body, one

@@ -243,7 +243,7 @@ class MemoryExchange:
     def _say_waiting(self, link: _Link, report: list[tuple[_Line, State]]) -> None:
         if self._network.reaches(self._own, link.asker):
             for line, state in report:
-                line.call.waiting(state)
+                line.call.waiting(state, trio.current_time())
 
     async def _serve(self, line: _Line) -> None:
         with line.scope:
@@ -286,7 +286,7 @@ def _deliver(call: Call, head: bytes, body: Buffer = b"") -> None:
     """Deliver a reply that has arrived whole, or the asker's error."""
     try:
         message = _read(wire.REPLIES, head)
-        call.accept(message)
+        call.accept(message, trio.current_time())
     except PeerMisbehavedError as error:
         call.end(error)
         return

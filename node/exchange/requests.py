@@ -89,20 +89,20 @@ class Call:
         came = min(self.came(), self._heard_at + max(0.0, STARVED_S - self.silence_s))
         return max(self._heard_at, came) + self.silence_s
 
-    def progress(self) -> None:
-        """Note that a part of the answer arrived."""
-        self._heard_at = trio.current_time()
+    def progress(self, now: float) -> None:
+        """Note that bytes of the answer arrived."""
+        self._heard_at = now
 
-    def waiting(self, state: State) -> None:
-        """Note that a `Waiting` lists this request, or the head of a part arrived."""
-        self.progress()
+    def waiting(self, state: State, now: float) -> None:
+        """Note that a `Waiting` lists this request."""
+        self._heard_at = now
         if self.heard is not None:
             self.heard(state)
 
-    def accept(self, message: Reply) -> None:
+    def accept(self, message: Reply, now: float) -> None:
         """Note a reply, or the head of a part. Raises PeerMisbehavedError if it does not answer the request."""
         self.missing = wire.check_answer(self.message, message, self.missing)
-        self.progress()
+        self._heard_at = now
 
     def expect(self, message: ShardFound, length: int) -> None:
         """A body of `length` bytes (at least 1) follows: get memory for it, if this call has not ended."""
