@@ -217,6 +217,11 @@ class Reader(Generic[Message]):
             await self._feed()
         return hello
 
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes behind the last head were received."""
+        return not self._heads.at_rest
+
     async def to_plain(self) -> Reader[Message]:
         """End TLS. The returned reader reads the unencrypted rest of the connection.
 

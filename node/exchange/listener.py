@@ -39,9 +39,11 @@ log = logging.getLogger(__name__)
 class Incoming(Connection):
     """A connection that a peer opened, with its unanswered requests."""
 
-    def __init__(self, peer: PeerId, endpoint: Endpoint) -> None:
+    def __init__(self, peer: PeerId, endpoint: Endpoint, turn: trio.Lock) -> None:
         super().__init__(peer, endpoint.slots)
         self.places = trio.Semaphore(endpoint.limits.requests_per_connection)
+        self.turn = turn
+        """The connections of one peer share it."""
         self.work = OpenWork[int]()
         self.queued_bytes = 0
         """Bodies in `large`."""
@@ -212,7 +214,8 @@ class Listener:
     async def _attend(self, peer: PeerId, reader: Reader[Request]) -> ShoalError:
         """Answer requests until the connection ends. Returns the reason."""
         reason: ShoalError = PeerUnavailableError(f"the connection with {peer} was closed")
-        connection = Incoming(peer, self._endpoint)
+        turns = (other.turn for other in self.connections if other.peer == peer)
+        connection = Incoming(peer, self._endpoint, next(turns, None) or trio.Lock())
         try:
             self._admit(peer)  # again: other connections may have been admitted during this one's hello
             self.connections.add(connection)
@@ -247,6 +250,10 @@ class Listener:
             if not self._requests.take(peer, 1):
                 await self._requests.wait(peer, 1)
             self._begin(connection, head, nursery)
+            if reader.has_more:
+                # One request of each peer in a pass of all tasks: a flood on many connections delays others by no more.
+                async with connection.turn:
+                    await trio.lowlevel.checkpoint()
 
     def _begin(self, connection: Incoming, request: wire.Head[Request], nursery: trio.Nursery) -> None:
         connection.used_at = trio.current_time()
