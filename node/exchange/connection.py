@@ -21,9 +21,9 @@ from cachetools import LRUCache
 
 from node.config.quantities import HostPort
 from node.exchange.channel import Channel, TlsChannel, Traffic
-from node.exchange.contract import Handler, Lane, Server
+from node.exchange.contract import AtOnce, Handler, Lane, Server
 from node.exchange.limits import Limits, Timing
-from node.exchange.requests import serve_nothing
+from node.exchange.requests import nothing_at_once, serve_nothing
 from node.exchange.send_slots import SendSlots
 from node.runtime.refusals import Refusals
 from protocol import wire
@@ -71,6 +71,7 @@ class Endpoint:
     refused: Callable[[PeerId], bool]
     handler: Handler
     server: Server = serve_nothing
+    at_once: AtOnce = nothing_at_once
     plain: bool = False
     timing: Timing = field(default_factory=Timing)
     limits: Limits = field(default_factory=Limits)

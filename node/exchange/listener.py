@@ -26,7 +26,7 @@ from node.exchange.contract import State
 from node.exchange.fair_shares import Shares
 from node.exchange.keep_alive import KeepAlive, OpenWork, Work, waiting
 from node.exchange.limits import BACKLOG, HANDSHAKES_PER_ADDRESS, HEADS_RATE, VIEWS
-from node.exchange.requests import ROOM_BYTES, answer, serve
+from node.exchange.requests import ROOM_BYTES, answer, serve, serve_at_once
 from protocol import wire
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import Buffer, PeerId
@@ -55,11 +55,10 @@ class Parts(Work):
     """The Sender of one stream (node/exchange/contract.py). It ends with its last part, with Failed, or with the
     connection."""
 
-    def __init__(self, listener: Listener, connection: Incoming, request: wire.Head[GetShards]) -> None:
+    def __init__(self, listener: Listener, connection: Incoming, number: int, request: GetShards) -> None:
         super().__init__()
-        self._listener, self._connection = listener, connection
-        self._number, self._first = request.request_id, request.message.first
-        self._missing = request.message.wanted
+        self._listener, self._connection, self._number = listener, connection, number
+        self._first, self._missing = request.first, request.wanted
         self.is_over = False
         """Whether nothing more is queued."""
 
@@ -258,14 +257,19 @@ class Listener:
     def _begin(self, connection: Incoming, request: wire.Head[Request], nursery: trio.Nursery) -> None:
         connection.used_at = trio.current_time()
         self._keep_alive.begin(connection, connection.work)
-        work: Work
-        if isinstance(request.message, GetShards):
-            work = Parts(self, connection, request)  # type: ignore[arg-type] # its message was just tested
-            nursery.start_soon(self._serve_stream, connection.peer, request.message, work)
-        else:
-            work = Work()
+        message = request.message
+        if not isinstance(message, GetShards):
+            connection.work.by_number[request.request_id] = Work()
             nursery.start_soon(self._answer, connection, request)
-        connection.work.by_number[request.request_id] = work
+            return
+        parts = Parts(self, connection, request.request_id, message)
+        connection.work.by_number[request.request_id] = parts
+        if connection.queued_bytes < ROOM_BYTES:
+            failed = serve_at_once(self._endpoint.at_once, connection.peer, message, parts)
+            if failed is not None:
+                parts.fail(failed)
+                return
+        nursery.start_soon(self._serve_stream, connection.peer, message, parts)
 
     async def _pace(self, peer: PeerId, size: int) -> None:
         until = max(trio.current_time(), self._paced_until.get(peer, 0.0)) + size / HEADS_RATE
