@@ -80,7 +80,9 @@ MAX_CERTIFICATE = 4096
 MAX_TOLD = 64
 """Pieces of evidence in one message: with this many liars at once, no honest majority is left to report them."""
 
-_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,64}", re.ASCII)
+MAX_PEER_ID = 64
+
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]+", re.ASCII)
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
@@ -286,8 +288,12 @@ def _code(k: int, m: int, index: int) -> None:
     _need(1 <= k <= MAX_K and 0 <= m <= MAX_M and 0 <= index < k + m, "code")
 
 
-@lru_cache(1024)
 def _is_peer(peer: str) -> bool:
+    return len(peer) <= MAX_PEER_ID and _is_base58(peer)
+
+
+@lru_cache(1024)
+def _is_base58(peer: str) -> bool:
     return _PEER_ID.fullmatch(peer) is not None
 
 

@@ -28,7 +28,7 @@ from node.exchange.send_slots import SendSlots
 from node.runtime.refusals import Refusals
 from protocol import wire
 from protocol.errors import NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
-from protocol.ids import BLOCK_SIZE, Buffer, PeerId
+from protocol.ids import Buffer, PeerId
 from protocol.members import MAX_MEMBERS, Member
 from protocol.messages import GetShards, Request
 
@@ -41,7 +41,7 @@ HEADS_WEIGHT = 4 * BATCH_BYTES
 TURN_BYTES = 512 << 10
 """Bodies that a connection sends before it gives its slot to another one that queues for it."""
 CHECKPOINT_BYTES = 1 << 20
-"""A writer yields to other tasks after this many bytes at the latest, also while the kernel accepts all at once."""
+"""A connection yields to other tasks after reading or writing this many bytes, also while the socket is ready."""
 WHOLE_S = 10.0
 """Longest time from a message's first byte to the end of its header. Bounds the memory held by incomplete headers."""
 
@@ -256,6 +256,7 @@ class Reader(Generic[Message]):
             if position < length:
                 sink.progress(channel.received_at)
                 await channel.wait_readable(length - position)
+                self._since_checkpoint = 0
         self._body_came = True
         self._since_checkpoint += length
 
@@ -268,15 +269,15 @@ class Reader(Generic[Message]):
 
     async def _feed(self) -> None:
         """Read more heads, after a checkpoint: a peer that sends much must hold up no other task. After a body, one
-        checkpoint per BLOCK_SIZE bytes is enough: if all shards of a block have arrived, the task that waits for the
-        block resumes with all of them, and asks for the next block at once (saves a tenth of the CPU)."""
+        checkpoint in CHECKPOINT_BYTES is enough: the task that waits for parts resumes with all that have arrived."""
         size = self.channel.receive_nowait(self._scratch)
         self._since_checkpoint += HEADS_WEIGHT
-        if size and (not self._body_came or self._since_checkpoint >= BLOCK_SIZE):
+        if size and (not self._body_came or self._since_checkpoint >= CHECKPOINT_BYTES):
             self._since_checkpoint = 0
             await trio.lowlevel.checkpoint()
         self._body_came = False
         while not size:
             await self.channel.wait_readable()
+            self._since_checkpoint = 0
             size = self.channel.receive_nowait(self._scratch)
         self._heads.feed(self._scratch[:size])
