@@ -1,8 +1,8 @@
 """The floor of a pull: the processor time of the calls that the design cannot avoid, measured on this machine now.
 
 N members pull an object at once. Each hashes it for its digest and each of its blocks for a record, has a new buffer
-for each block, and writes it to the disk and to its client. One in N reads a block from the registry and signs its record.
-For each of the others the block's bytes cross once from member to member, encrypted, and its record is checked.
+for each block, and writes it to the disk and to its client. One in N reads a block from the registry and signs its
+record. For each of the others the block's bytes cross once from member to member, encrypted, and its record is checked.
 
 The calls are those of Python's standard library and of `cryptography`, on blocks in memory that were just used.
 """
