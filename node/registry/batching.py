@@ -1,18 +1,17 @@
-"""Reads of single blocks, joined into few requests to the upstream.
+"""Reads of stretches, joined into few requests to the upstream.
 
-A worker that becomes free takes a block for the address of clients that has the fewest runs in transit. Of equals it
-takes the address, and of that the connection, whose last run is longest ago, and of its blocks the one that has waited
-longest, together with those that follow it in the object.
-Like small packets in Nagle's algorithm, blocks that follow a run in transit wait until it ends or MAX_RUN of them wait:
-a client that reads in order asks for the next block as each arrives, which would cost one request per block.
+A stretch is a few consecutive blocks of one object: those of a stripe (protocol/stripes.py) that a node lacks. A worker
+that becomes free takes a stretch for the address of clients that has the fewest runs in transit. Of equals it takes the
+address, and of that the connection, whose last run is longest ago, and of its stretches the one that has waited
+longest, together with the waiting stretches that are next to it in the object.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,43 +21,102 @@ import trio
 from node.oci.references import Locator
 from node.runtime.fair_places import Client, Demand, current_demand, working_for
 from protocol.errors import CorruptObjectError, ShoalError, UnavailableError
-from protocol.ids import BlockId, ObjectRef
+from protocol.ids import ObjectRef
 
 log = logging.getLogger(__name__)
 
 MAX_RUN = 16
-"""Most blocks in one request: enough to spread its cost, and few enough that other objects soon get their turn."""
+"""Most blocks in one request that joins stretches: enough to spread its cost, and few enough that other objects soon
+get their turn."""
+
+Came = Callable[[int, bytearray], None]
+"""Called with the index of a block and its bytes."""
+_Rank = tuple[int, int, int]
+"""Of clients, the one with the lowest has the next run."""
 
 
 class BlockRanges(Protocol):
     """The part of `Upstreams` (node/registry/upstreams.py) that batching uses."""
 
     def blocks(
-        self, locator: Locator, ref: ObjectRef, first: int, count: int, *, certain: bool, background: bool
+        self,
+        locator: Locator,
+        ref: ObjectRef,
+        first: int,
+        count: int,
+        *,
+        certain: bool,
+        background: bool,
+        coming: Callable[[], None] = ...,
     ) -> AsyncGenerator[bytearray, None]: ...
 
     def connections(self, upstream: str) -> int: ...
 
 
 @dataclass(eq=False, slots=True)
-class _Read:
+class _Stretch:
     locator: Locator
     ref: ObjectRef
-    index: int
+    first: int
+    count: int
+    came: Came
+    coming: Callable[[], None]
     demand: Demand = field(default_factory=current_demand)
-    done: trio.Event = field(default_factory=trio.Event)
-    data: bytearray | None = None
+    ended: trio.Event = field(default_factory=trio.Event)
+    run: _Run | None = None
+    """The run that reads this stretch; None while it waits."""
     error: ShoalError | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.count
+
+
+class _Run:
+    """Adjacent stretches, read by one request. It is given up once nobody waits for any of them."""
+
+    def __init__(self, stretches: list[_Stretch]) -> None:
+        self.locator, self.ref = stretches[0].locator, stretches[0].ref
+        self.first, self.stop = stretches[0].first, stretches[-1].stop
+        self.left = deque(stretches)
+        """Those that are not complete, and not dropped, in order."""
+        self.scope = trio.CancelScope()
+        for stretch in stretches:
+            stretch.run = self
+
+    def drop(self, stretch: _Stretch) -> None:
+        if stretch in self.left:
+            self.left.remove(stretch)
+            if not self.left:
+                self.scope.cancel()
+
+    def coming(self) -> None:
+        for stretch in self.left:
+            stretch.coming()
+
+    def came(self, index: int, data: bytearray) -> None:
+        stretch = self.left[0]
+        if index < stretch.first:
+            return  # of a stretch that was dropped
+        stretch.came(index, data)
+        if index + 1 == stretch.stop:
+            self.left.popleft()
+            stretch.ended.set()
+
+    def failed(self, error: ShoalError) -> None:
+        while self.left:
+            stretch = self.left.popleft()
+            stretch.error = type(error)(*error.args)
+            stretch.ended.set()
 
 
 @dataclass(eq=False, slots=True)
 class _Queue:
-    """Reads from one upstream: either all that clients wait for, or all in the background."""
+    """Stretches of one upstream: either all that clients wait for, or all in the background."""
 
     background: bool
-    waiting: OrderedDict[BlockId, _Read] = field(default_factory=OrderedDict)
-    following: set[BlockId] = field(default_factory=set)
-    """For each run in transit, the block that follows it."""
+    waiting: dict[_Stretch, None] = field(default_factory=dict)
+    """In the order in which they began to wait."""
     workers: int = 0
     in_transit: Counter[str] = field(default_factory=Counter)
     """Runs by the address of the client for whom each was begun."""
@@ -66,49 +124,54 @@ class _Queue:
     _last: dict[str | Client, int] = field(default_factory=dict)
     """By address and by client that waits: the number of the last run that was begun for it."""
 
-    def take_run(self) -> list[_Read]:
-        """Empty if all reads have to wait: the worker that reads the run before them takes them afterwards."""
-        waiting = {client for read in self.waiting.values() for client in read.demand.clients}
+    def take_run(self) -> _Run:
+        """The stretch that is due first, with waiting ones next to it. At least one must wait."""
+        waiting = {client for stretch in self.waiting for client in stretch.demand.clients}
         keys = waiting | {client.address for client in waiting}
         self._last = {key: number for key, number in self._last.items() if key in keys}
         ranks = {client: self._rank(client) for client in waiting}
-        due = {block: min(ranks[client] for client in read.demand.clients) for block, read in self.waiting.items()}
-        for block in sorted(due, key=due.__getitem__):
-            run = [block] if _beside(block, -1) not in self.waiting else []
-            while run and len(run) < MAX_RUN and self._joins(following := _beside(run[-1], 1), run[0]):
-                run.append(following)
-            if len(run) == MAX_RUN or (run and block not in self.following):
-                return [self.waiting.pop(member) for member in run]
-        return []
+        due = {stretch: min(ranks[client] for client in stretch.demand.clients) for stretch in self.waiting}
+        first = min(due, key=due.__getitem__)
+        run = self._beside(first, due)
+        for stretch in run:
+            del self.waiting[stretch]
+        return _Run(run)
+
+    def _beside(self, first: _Stretch, due: Mapping[_Stretch, _Rank]) -> list[_Stretch]:
+        """`first` and its neighbours, of MAX_RUN blocks together. A client's stretches may have been queued in any
+        order, so those before `first` that are due as soon are read before it; those of others must not delay it."""
+        by_start = {(stretch.locator, stretch.ref, stretch.first): stretch for stretch in due}
+        by_stop = {
+            (stretch.locator, stretch.ref, stretch.stop): stretch for stretch in due if due[stretch] == due[first]
+        }
+        run, count, place = deque([first]), first.count, (first.locator, first.ref)
+        while (before := by_stop.get((*place, run[0].first))) and count + before.count <= MAX_RUN:
+            run.appendleft(before)
+            count += before.count
+        while (after := by_start.get((*place, run[-1].stop))) and count + after.count <= MAX_RUN:
+            run.append(after)
+            count += after.count
+        return list(run)
 
     @contextmanager
-    def running(self, run: list[_Read]) -> Iterator[None]:
-        """While the context is open, the run counts for the client of its first read that is due first."""
-        following, client = _beside(run[-1].ref.block(run[-1].index), 1), self._first(run[0])
+    def running(self, run: _Run) -> Iterator[None]:
+        """While the context is open, the run counts for the client of its first stretch that is due first."""
+        client = min(run.left[0].demand.clients, key=self._rank)
         self._runs += 1
         self._last[client.address] = self._last[client] = self._runs
-        self.following.add(following)
         self.in_transit[client.address] += 1
         try:
             yield
         finally:
-            self.following.discard(following)
             self.in_transit[client.address] -= 1
             self.in_transit += Counter()  # forget addresses without a run
 
-    def _first(self, read: _Read) -> Client:
-        return min(read.demand.clients, key=self._rank)
-
-    def _rank(self, client: Client) -> tuple[int, int, int]:
+    def _rank(self, client: Client) -> _Rank:
         return self.in_transit[client.address], self._last.get(client.address, 0), self._last.get(client, 0)
-
-    def _joins(self, block: BlockId, first: BlockId) -> bool:
-        """Whether `block` waits and may share a request with `first`: a grant must not serve another client."""
-        return block in self.waiting and self.waiting[block].locator.grant == self.waiting[first].locator.grant
 
 
 class BatchedReads:
-    """A second `read` of a block waits for the first, then reads it again. node/blocks/home.py shares one result."""
+    """Two reads of the same block are two requests: node/blocks/home.py shares one result."""
 
     def __init__(
         self, upstreams: BlockRanges, nursery: trio.Nursery, *, sharing: Callable[[], int] = lambda: 1
@@ -117,33 +180,48 @@ class BatchedReads:
         self._upstreams, self._nursery, self._sharing = upstreams, nursery, sharing
         self._queues: dict[tuple[str, bool], _Queue] = {}
 
-    async def read(self, locator: Locator, ref: ObjectRef, index: int, *, background: bool = False) -> bytearray:
-        """Block `index` as the upstream sends it. Raises NotFoundError, DeniedError or UnavailableError.
+    async def stretch(
+        self,
+        locator: Locator,
+        ref: ObjectRef,
+        first: int,
+        count: int,
+        came: Came,
+        *,
+        coming: Callable[[], None] = lambda: None,
+        background: bool = False,
+    ) -> None:
+        """Read blocks [first, first + count) as the upstream sends them. Raises NotFoundError, DeniedError or
+        UnavailableError, also after some blocks came. If the caller is cancelled, nothing more is read for it.
 
+        `came` gets the blocks in order, each as it arrives. `coming` is called whenever bytes of the request arrive
+        that reads them. Both are called between two task steps, and must not raise.
         `background` is for blocks that no client waits for: they are read on one connection, and only while nothing
-        else is read from the upstream. Such a read may wait forever; foreground reads of the block do not wait for it.
+        else is read from the upstream. Such a read may wait forever; foreground reads of the blocks do not wait for it.
         """
         # Raises for an unknown upstream before anything is queued.
         connections = self._upstreams.connections(locator.upstream)
         limit = 1 if background else max(1, round(connections / self._sharing()))
-        read = _Read(locator, ref, index)
         queue = self._queues.setdefault((locator.upstream, background), _Queue(background))
-        block = ref.block(index)
-        while (before := queue.waiting.get(block)) is not None:
-            await before.done.wait()
-        queue.waiting[block] = read
+        stretch = _Stretch(locator, ref, first, count, came=came, coming=coming)
+        queue.waiting[stretch] = None
         if queue.workers < limit:
             queue.workers += 1
             self._nursery.start_soon(self._work, queue)
         try:
-            await read.done.wait()
+            await stretch.ended.wait()
         finally:
-            if queue.waiting.get(block) is read:
-                del queue.waiting[block]
-            read.done.set()  # also if this read was cancelled: another may wait for its place
-        if read.data is None:
-            raise read.error or UnavailableError(f"{ref.digest} was not read")
-        return read.data
+            queue.waiting.pop(stretch, None)
+            if stretch.run is not None:
+                stretch.run.drop(stretch)
+        if stretch.error is not None:
+            raise stretch.error
+
+    async def read(self, locator: Locator, ref: ObjectRef, index: int, *, background: bool = False) -> bytearray:
+        """Block `index` alone. Waits and raises as `stretch`."""
+        blocks: list[bytearray] = []
+        await self.stretch(locator, ref, index, 1, came=lambda _, data: blocks.append(data), background=background)
+        return blocks[0]
 
     async def read_certain(self, locator: Locator, ref: ObjectRef, index: int) -> bytearray:
         """Like `read`, but from the registry itself and never from a mirror."""
@@ -167,37 +245,34 @@ class BatchedReads:
 
     async def _work(self, queue: _Queue) -> None:
         try:
-            # Let every task of this tick queue its read, so that neighbours share a request.
+            # Let every task of this tick queue its stretch, so that neighbours share a request.
             await trio.lowlevel.checkpoint()
-            while run := queue.take_run():
-                with queue.running(run), working_for(run[0].demand):
+            while queue.waiting:
+                run = queue.take_run()
+                with queue.running(run), working_for(run.left[0].demand):
                     await self._fetch(run, queue.background)
         finally:
             queue.workers -= 1
 
-    async def _fetch(self, run: list[_Read], background: bool) -> None:
-        first, locator, ref = run[0].index, run[0].locator, run[0].ref
-        waiting = list(run)
+    async def _fetch(self, run: _Run, background: bool) -> None:
+        locator, ref, count = run.locator, run.ref, run.stop - run.first
         failure: ShoalError = UnavailableError(f"{locator.upstream} ended {ref.digest} early")
         try:
-            blocks = self._upstreams.blocks(locator, ref, first, len(run), certain=False, background=background)
-            async with aclosing(blocks):
-                async for data in blocks:
-                    if not waiting:
-                        break
-                    read = waiting.pop(0)
-                    read.data = data
-                    read.done.set()
+            blocks = self._upstreams.blocks(
+                locator, ref, run.first, count, certain=False, background=background, coming=run.coming
+            )
+            with run.scope:
+                async with aclosing(blocks):
+                    index = run.first
+                    async for data in blocks:
+                        run.came(index, data)
+                        index += 1
+                        if not run.left:
+                            break
         except ShoalError as error:
             failure = error
         except Exception as error:  # a bug in one transfer is logged, and must not end the daemon
             log.exception("reading %s failed", ref.digest)
             failure = UnavailableError(f"reading {ref.digest}: {type(error).__name__}")
         finally:
-            for read in waiting:
-                read.error = type(failure)(*failure.args)
-                read.done.set()
-
-
-def _beside(block: BlockId, step: int) -> BlockId:
-    return BlockId(block.digest, block.index + step)
+            run.failed(failure)

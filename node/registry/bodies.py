@@ -103,10 +103,11 @@ class MeteredBody:
 
 
 class BlockCutter:
-    """Cuts bytes into blocks, across any number of responses. `position` is the offset of the next byte to request."""
+    """Cuts bytes into blocks, across any number of responses. `position` is the offset of the next byte to request,
+    `coming` is called whenever bytes arrive."""
 
-    def __init__(self, ref: ObjectRef, first: int, count: int) -> None:
-        self.ref = ref
+    def __init__(self, ref: ObjectRef, first: int, count: int, coming: Callable[[], None] = lambda: None) -> None:
+        self.ref, self._coming = ref, coming
         self._stop_index = first + count
         self._index = first
         self._filled = 0
@@ -130,6 +131,7 @@ class BlockCutter:
     def filled(self, count: int) -> bytearray | None:
         """Note that `count` more bytes are in the buffer. Returns the block if they complete it."""
         self._filled += count
+        self._coming()
         if self._filled < len(self._block):
             return None
         block, self._block, self._filled = self._block, bytearray(), 0

@@ -181,12 +181,14 @@ class Upstreams:
         *,
         certain: bool = False,
         background: bool = False,
+        coming: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[bytearray, None]:
         """Blocks [first, first + count) in order. Raises as `resolve`; the bytes are not checked against the digest.
 
         `certain`: from the registry itself, not from a mirror. `background`: no client waits (node/registry/uplink.py).
+        `coming` is called whenever bytes of the blocks arrive.
         """
-        call, cutter = Call.of(locator, str(ref.digest)), BlockCutter(ref, first, count)
+        call, cutter = Call.of(locator, str(ref.digest)), BlockCutter(ref, first, count, coming)
         upstream = self._find(locator.upstream)
         with nullcontext() if background else upstream.uplink.foreground():
             for client in [upstream.registry] if certain else upstream.asked(locator.grant):

@@ -64,7 +64,7 @@ class NoRegistry:
     def connections(self, upstream: str) -> int:
         return 1
 
-    async def blocks(self, *run: object, **options: bool) -> AsyncGenerator[bytearray, None]:
+    async def blocks(self, *run: object, **options: object) -> AsyncGenerator[bytearray, None]:
         raise UnavailableError("no peer sent the block")
         yield bytearray()
 

@@ -415,7 +415,7 @@ class Untrue(Registry):
 
     lies = True
 
-    async def blocks(self, *run: Any, **options: bool) -> AsyncGenerator[bytearray, None]:
+    async def blocks(self, *run: Any, **options: Any) -> AsyncGenerator[bytearray, None]:
         async with aclosing(super().blocks(*run, **options)) as blocks:
             async for block in blocks:
                 yield bytearray(len(block)) if self.lies else block

@@ -16,12 +16,12 @@ from node.blocks.keeper import Keeper
 from node.daemon import main
 from node.exchange.contract import Answer
 from node.oci.references import Locator
-from node.registry.batching import BatchedReads
+from node.registry.batching import BatchedReads, Came
 from protocol.ids import ObjectRef, PeerId, Shard
 from protocol.messages import GetBlock, GetShard, ShardFound
 from protocol.shard_proofs import make_proof
 
-_honest, _honest_read = Keeper.handle, BatchedReads.read
+_honest, _honest_stretch = Keeper.handle, BatchedReads.stretch
 
 
 def _wrong(data: bytes | bytearray | memoryview) -> bytearray:
@@ -42,14 +42,18 @@ async def _lie(self: Keeper, peer: PeerId, request: GetShard | GetBlock) -> Answ
     return Answer(message, wrong)
 
 
-async def _misread(self: BatchedReads, locator: Locator, ref: ObjectRef, index: int, **how: Any) -> bytearray:
-    data = await _honest_read(self, locator, ref, index, **how)
-    return _wrong(data) if ref.block_count > 1 else data
+async def _misread(
+    self: BatchedReads, locator: Locator, ref: ObjectRef, first: int, count: int, came: Came, **how: Any
+) -> None:
+    def lie(index: int, data: bytearray) -> None:
+        came(index, _wrong(data) if ref.block_count > 1 else data)
+
+    await _honest_stretch(self, locator, ref, first, count, came=lie, **how)
 
 
 if __name__ == "__main__":
     if os.environ.get("LIE") == "records":
-        BatchedReads.read = _misread  # type: ignore[method-assign]
+        BatchedReads.stretch = _misread  # type: ignore[method-assign]
     else:
         Keeper.handle = _lie  # type: ignore[method-assign]
     main()

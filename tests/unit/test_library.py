@@ -318,6 +318,7 @@ class Registry:
         *,
         certain: bool = False,
         background: bool = False,
+        coming: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[bytearray, None]:
         for _ in range(count):
             await trio.sleep(BLOCK_S)
@@ -331,6 +332,17 @@ class SlowDisk(MemoryStore):
     def __init__(self) -> None:
         super().__init__(BLOCK_SIZE, trio.current_time)
         self.moves = trio.Event()
+
+    def put_nowait(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool:
+        return False
 
     async def put(
         self,
