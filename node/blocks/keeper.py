@@ -199,7 +199,7 @@ class _Obtaining:
                 if home == self._site.own:
                     self._heard(home, State.WAITING)  # as another home reports while it reads the blocks
                     await self._home.blocks(
-                        stretch, partial(_cut, self._shard, partial(self._took, home)), self._coming
+                        stretch, partial(_cut, self._shard, partial(self._took, home)), self._flow.progress
                     )
                     return
                 await self._questions.stream(
