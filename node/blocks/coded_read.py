@@ -79,7 +79,7 @@ class _Block:
         shards = {index: self.shards[index][1].data for index in chosen}
         if is_copy(Shard(shape.k, shape.m, chosen[0])):
             data: Buffer = shards[chosen[0]]
-        elif self.whole is not None and all(self._is_placed(index) for index in range(shape.k)):
+        elif self.whole is not None and all(index < shape.k and self._is_placed(index) for index in chosen):
             data = self.whole
         else:
             data = decode_block(shards, shape.k, shape.m, self.length)
