@@ -38,7 +38,7 @@ from node.blocks.keeper import Keeper
 from node.blocks.object_facts import ObjectFacts
 from node.blocks.questions import Questions
 from node.blocks.trust import Trust
-from node.blocks.values import CurrentPlacement, Site
+from node.blocks.values import CurrentPlacement, Site, Storing
 from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
 from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
@@ -150,6 +150,7 @@ def blocks(
         facts=facts,
         max_object=max_object,
         nursery=nursery,
+        storing=Storing(nursery),
     )
     questions, grants = Questions(site), Grants()
     holders = Holders(site, questions, directory)

@@ -102,7 +102,9 @@ class CodedReads:
         own_cell = site.placement().route(site.own, stretch.stripe, stretch.length)
         if own_cell.home == site.own:
             return
+        await site.storing.room()
         import os
+
         if os.environ.get("WHOLE"):
             own_cell = own_cell.whole
         left = stretch

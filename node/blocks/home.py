@@ -83,6 +83,7 @@ class Home:
             self._site.keep(stretch.piece(index), held.data, held.record, kept_for=stretch.kept_for)
             flow.deliver(index, obtained)
 
+        await self._site.storing.room()
         await self._holders.find(stretch.only(flow.left), got)
         for run in _runs(flow.left):
             await self._from_upstream(stretch.only(run), got, flow.progress)

@@ -169,6 +169,7 @@ class ReadAhead:
     def _end(self, reading: _Reading) -> None:
         if reading.order is not None and not reading.ended:
             reading.order.drop(reading.index)
+        reading.order = reading.obtained = None  # the order refers to the reading: else the block stays until a gc run
         self._room.give(reading.holder, first=reading.first)
 
     def _may_begin(self) -> bool:
