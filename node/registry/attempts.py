@@ -7,6 +7,7 @@ A failed attempt raises FailedAttemptError. Other errors (not found, denied) are
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from random import Random
@@ -66,24 +67,42 @@ class Availability:
         self.name, self.is_mirror, self.rng = name, is_mirror, rng
         self.breaker = Breaker()
         self.problem = ""
-        self.probing = trio.lowlevel.ParkingLot()
-        """Calls that wait for the probe's outcome; unparked when the registry answers, or fails for every call."""
+        self.answered_at = -math.inf
+        self.waiting = trio.lowlevel.ParkingLot()
+        """Calls that wait for a probe; unparked when the registry answers, or fails for every call, or seems to answer
+        again."""
 
     def answered(self) -> None:
+        self.answered_at = trio.current_time()
         self.breaker.succeeded()
-        self.probing.unpark_all()
+        self.waiting.unpark_all()
+
+    def hinted(self) -> None:
+        """Another member says that the registry answers."""
+        if self.breaker.hinted(trio.current_time()):
+            self.waiting.unpark_all()
 
     async def admitted(self, policy: RetryPolicy, subject: str) -> Attempts:
         """Begin a call. Raises UnavailableError if the breaker admits no call. While one call probes whether the
         registry has recovered, others wait for its outcome: the first pull after an outage makes many calls at once."""
-        wait_s = self.breaker.wait_s(trio.current_time())
-        if wait_s and self.breaker.probing:
-            with trio.move_on_after(PROBE_S):
-                await self.probing.park()
-            wait_s = self.breaker.wait_s(trio.current_time())
-        if wait_s:
+        if wait_s := await self.let_in(policy):
             raise UnavailableError(f"{self.name}: {subject}: {self.problem}; next attempt in {wait_s:.0f} s")
         return Attempts(self, policy, subject)
+
+    async def let_in(self, policy: RetryPolicy) -> float:
+        """Wait until the breaker admits a call of this policy. Returns the seconds to its next probe if it does not."""
+        while wait_s := self.breaker.wait_s(now := trio.current_time()):
+            if self.breaker.probing:
+                with trio.move_on_after(PROBE_S) as late:
+                    await self.waiting.park()
+                if late.cancelled_caught:
+                    break
+            elif now + wait_s <= self.breaker.failing_since + policy.patience_s:
+                with trio.move_on_after(wait_s):
+                    await self.waiting.park()
+            else:
+                break
+        return wait_s
 
     async def retrying(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
         attempts = await self.admitted(RESOLVE, call.subject)
@@ -119,7 +138,9 @@ class Attempts:
                     log.warning("%s is not asked for a while: %s", registry.name, failure)
                 registry.problem = str(failure)
                 registry.breaker.failed(trio.current_time(), failure.retry_after_s or 0.0)
-                registry.probing.unpark_all()
+                registry.waiting.unpark_all()
+                if failure.breaks and self._policy.patience_s and not await registry.let_in(self._policy):
+                    return
             raise UnavailableError(problem) from failure
         log.info("%s; %s again in %.1f s", problem, self._policy.name, delay_s)
         await trio.sleep(delay_s)

@@ -11,8 +11,8 @@ for some seconds (`Breaker`). An overloaded registry costs some attempts, and th
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, nullcontext
 from functools import partial
 from random import Random
 from typing import Self, TypeVar
@@ -20,12 +20,13 @@ from typing import Self, TypeVar
 import httpx
 import msgspec
 import trio
+from cachetools import TTLCache
 
 from node.config.schema import UpstreamPart
 from node.oci.manifests import UNTYPED, Resolved
 from node.oci.references import Grant, Locator, canonical
 from node.registry.attempts import Availability
-from node.registry.bodies import BlockCutter, Meter
+from node.registry.bodies import Begun, BlockCutter, Meter
 from node.registry.calls import Call, Endpoint, Passed
 from node.registry.client import RegistryClient
 from node.registry.transport import Connect, sockets
@@ -37,6 +38,11 @@ log = logging.getLogger(__name__)
 
 REMOVED_S = 300.0
 """How long a removed upstream can still be read: a pull asks for one object after another and should finish."""
+BEGUN_S, MAX_BEGUN = 60.0, 8
+"""How long, and how many, incomplete blocks are kept when a read ends: what an uplink brought before it was cut need
+not cross it again. They take at most 4 MiB for each upstream."""
+REACHED_S = 30.0
+"""An answer of a registry within this time is told to members that may take it for unreachable."""
 Count = Callable[[str, int], None]
 """Called with the upstream's name and the number of body bytes just read from it."""
 _T = TypeVar("_T")
@@ -55,6 +61,19 @@ class _Upstream:
             availability = Availability(name, is_mirror=is_mirror, rng=rng)
             self.in_order.append(RegistryClient(part, url, connect, availability=availability, meter=meter))
         self.registry = self.in_order[-1]
+        self._begun: TTLCache[tuple[ObjectRef, int], Begun] = TTLCache(MAX_BEGUN, BEGUN_S, timer=trio.current_time)
+
+    @contextmanager
+    def continuing(self, cutter: BlockCutter) -> Iterator[None]:
+        """Begin with the bytes of the first block that an earlier read got before it failed or was given up, and keep
+        those that this one gets if it does not complete its block."""
+        if (begun := self._begun.pop((cutter.ref, cutter.index), None)) is not None:
+            cutter.resume(begun)
+        try:
+            yield
+        finally:
+            if (begun := cutter.begun) is not None:
+                self._begun[begun.ref, begun.index] = begun
 
     def asked(self, grant: Grant | None) -> list[RegistryClient]:
         """The clients in order. A client's grant is for the registry itself: mirrors do not see it."""
@@ -190,7 +209,10 @@ class Upstreams:
         """
         call, cutter = Call.of(locator, str(ref.digest)), BlockCutter(ref, first, count, coming)
         upstream = self._find(locator.upstream)
-        with nullcontext() if background else upstream.uplink.foreground():
+        with (
+            nullcontext() if background else upstream.uplink.foreground(),
+            nullcontext() if certain else upstream.continuing(cutter),
+        ):
             for client in [upstream.registry] if certain else upstream.asked(locator.grant):
                 try:
                     async with aclosing(client.blocks(call, cutter, background=background)) as blocks:
@@ -226,6 +248,16 @@ class Upstreams:
         one to everybody. Raises NotFoundError if the repository does not have it, and UnavailableError."""
         client = self._find(locator.upstream).registry
         return await client.availability.retrying(Call.of(locator, str(digest)), client.gives)
+
+    def answers(self, upstream: str) -> bool:
+        """Whether the registry answered this node lately, and has not failed since."""
+        state = self._find(upstream).registry.availability
+        return not state.breaker.failing and trio.current_time() - state.answered_at < REACHED_S
+
+    def told(self, upstream: str) -> None:
+        """Another member says that the registry answers: a node that takes it for unreachable soon tries again."""
+        if (asked := self._upstreams.get(canonical(upstream))) is not None:
+            asked.registry.availability.hinted()
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         """The registry's last challenge for the repository, which a client should answer; "" for none."""
