@@ -67,6 +67,8 @@ class Availability:
         self.name, self.is_mirror, self.rng = name, is_mirror, rng
         self.breaker = Breaker()
         self.problem = ""
+        self.is_overloaded = False
+        """Whether its last failure was an answer. Then calls fail at once: waiting ones would only add to its load."""
         self.answered_at = -math.inf
         self.waiting = trio.lowlevel.ParkingLot()
         """Calls that wait for a probe; unparked when the registry answers, or fails for every call, or seems to answer
@@ -97,7 +99,7 @@ class Availability:
                     await self.waiting.park()
                 if late.cancelled_caught:
                     break
-            elif now + wait_s <= self.breaker.failing_since + policy.patience_s:
+            elif not self.is_overloaded and now + wait_s <= self.breaker.failing_since + policy.patience_s:
                 with trio.move_on_after(wait_s):
                     await self.waiting.park()
             else:
@@ -136,10 +138,10 @@ class Attempts:
             if failure.breaks or registry.is_mirror:
                 if not registry.breaker.failing:
                     log.warning("%s is not asked for a while: %s", registry.name, failure)
-                registry.problem = str(failure)
+                registry.problem, registry.is_overloaded = str(failure), failure.status != 0
                 registry.breaker.failed(trio.current_time(), failure.retry_after_s or 0.0)
                 registry.waiting.unpark_all()
-                if failure.breaks and self._policy.patience_s and not await registry.let_in(self._policy):
+                if self._policy.patience_s and not registry.is_overloaded and not await registry.let_in(self._policy):
                     return
             raise UnavailableError(problem) from failure
         log.info("%s; %s again in %.1f s", problem, self._policy.name, delay_s)
