@@ -60,10 +60,10 @@ class HomeTimes:
             self._coming_at[home] = now
 
     def came(self, length: int, since: float, now: float) -> None:
-        """A block of `length` bytes arrived that a home had to read. `since`: when the home was asked, or when the block
-        before it arrived, if it was asked for several. A small block shows nothing about the uplink. The
-        longest recent time counts: the first of many reads may end in a fifth of the time of the others. A time far
-        beyond the usual is capped, so that one bad home does not make the uplink look slow."""
+        """A block of `length` bytes arrived that a home had to read. `since`: when the home was asked, or when the
+        block before it arrived, if it was asked for several. A small block shows nothing about the uplink. The longest
+        recent time counts: the first of many reads may end in a fifth of the time of the others. A time far beyond the
+        usual is capped, so that one bad home does not make the uplink look slow."""
         if length <= SMALL_BLOCK:
             return
         self._overtook_from = max(self._overtook_from, since)

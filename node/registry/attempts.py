@@ -69,7 +69,8 @@ class Availability:
         self.problem = ""
         self.is_overloaded = False
         """Whether its last failure was an answer. Then calls fail at once: waiting ones would only add to its load."""
-        self.answered_at = -math.inf
+        self.answered_at = self.pushed_at = -math.inf
+        """When it last answered, and when it last refused or failed to."""
         self.waiting = trio.lowlevel.ParkingLot()
         """Calls that wait for a probe; unparked when the registry answers, or fails for every call, or seems to answer
         again."""
@@ -130,6 +131,8 @@ class Attempts:
         """Sleep until the next attempt. Raises UnavailableError if the call has no attempt left."""
         registry = self._registry
         self._failures += 1
+        if failure.breaks:
+            registry.pushed_at = trio.current_time()
         # A registry that keeps failing to answer gets fewer attempts than one that has answered until now.
         once_more = failure.again and not (failure.breaks and registry.breaker.failing)
         delay_s = self._policy.delay(self._failures, failure.retry_after_s, registry.rng) if once_more else None

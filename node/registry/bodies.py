@@ -119,11 +119,16 @@ class BlockCutter:
 
     def __init__(self, ref: ObjectRef, first: int, count: int, coming: Callable[[], None] = lambda: None) -> None:
         self.ref, self._coming = ref, coming
+        self._count: Callable[[int], None] = lambda _: None
         self._stop_index = first + count
         self.index = first
         self._filled = 0
         self._block = bytearray()
         self.stop = min(self._stop_index * BLOCK_SIZE, ref.size)
+
+    def watch(self, count: Callable[[int], None]) -> None:
+        """From now on, call `count` with the number of bytes that arrive."""
+        self._count = count
 
     @property
     def position(self) -> int:
@@ -151,6 +156,7 @@ class BlockCutter:
     def filled(self, count: int) -> bytearray | None:
         """Note that `count` more bytes are in the buffer. Returns the block if they complete it."""
         self._filled += count
+        self._count(count)
         self._coming()
         if self._filled < len(self._block):
             return None

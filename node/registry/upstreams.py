@@ -33,6 +33,7 @@ from node.registry.transport import Connect, sockets
 from node.registry.uplink import Uplink, UplinkUse
 from protocol.errors import NotFoundError, ShoalError, UnavailableError
 from protocol.ids import MAX_OBJECT_SIZE, Digest, ObjectRef, is_possible
+from protocol.ways import ALWAYS_SITE, Choice, Ways
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,11 @@ _T = TypeVar("_T")
 
 
 class _Upstream:
-    """`part` lacks the uplink's settings and `access_grace`: a change of those needs no new connections."""
+    """`part` lacks the uplink's settings, `access_grace` and `prefer`: a change of those needs no new connections."""
 
     def __init__(self, part: UpstreamPart, uplink: Uplink, connect: Connect, *, count: Count, rng: Random) -> None:
         self.part, self.uplink = _own(part), uplink
+        self.ways, self.prefer = Ways(), part.prefer
         self.in_order: list[RegistryClient] = []
         for place, url in enumerate(part.urls, 1):
             is_mirror = place < len(part.urls)
@@ -79,8 +81,20 @@ class _Upstream:
         """The clients in order. A client's grant is for the registry itself: mirrors do not see it."""
         return [self.registry] if grant else self.in_order
 
+    @contextmanager
+    def measured(self, cutter: BlockCutter) -> Iterator[None]:
+        """Let `ways` know how long the registry takes for what `cutter` still lacks."""
+        reading = self.ways.registry.begin(cutter.stop - cutter.position, trio.current_time())
+        cutter.watch(lambda count: reading.came(count, trio.current_time()))
+        try:
+            yield
+        finally:
+            reading.ended(trio.current_time())
+
     def inherit(self, before: _Upstream) -> None:
-        """Take over the challenges that clients may be answering now, and the bytes read so far from each URL."""
+        """Take over the challenges that clients may be answering now, the bytes read so far from each URL, and what is
+        known of the ways."""
+        self.ways = before.ways
         self.registry.authorization.challenges = before.registry.authorization.challenges
         received = {client.url: client.meter.received for client in before.in_order}
         for client in self.in_order:
@@ -125,6 +139,7 @@ class Upstreams:
         where it began. A removed upstream can be read for another REMOVED_S.
         """
         limited = {uplink.name: uplink for uplink in uplinks}
+        prefers = {canonical(part.name): part.prefer for part in parts}
         wanted = {canonical(part.name): self._current_or_new(part, limited) for part in parts}
 
         def change() -> None:
@@ -136,6 +151,8 @@ class Upstreams:
                     self._removed[name] = upstream, trio.current_time() + REMOVED_S
             self._upstreams.clear()
             self._upstreams.update(wanted)
+            for name, prefer in prefers.items():
+                wanted[name].prefer = prefer
 
         return change
 
@@ -207,11 +224,12 @@ class Upstreams:
         `certain`: from the registry itself, not from a mirror. `background`: no client waits (node/registry/uplink.py).
         `coming` is called whenever bytes of the blocks arrive.
         """
-        call, cutter = Call.of(locator, str(ref.digest)), BlockCutter(ref, first, count, coming)
-        upstream = self._find(locator.upstream)
+        upstream, call = self._find(locator.upstream), Call.of(locator, str(ref.digest))
+        cutter = BlockCutter(ref, first, count, coming)
         with (
             nullcontext() if background else upstream.uplink.foreground(),
             nullcontext() if certain else upstream.continuing(cutter),
+            nullcontext() if background else upstream.measured(cutter),
         ):
             for client in [upstream.registry] if certain else upstream.asked(locator.grant):
                 try:
@@ -253,6 +271,19 @@ class Upstreams:
         """Whether the registry answered this node lately, and has not failed since."""
         state = self._find(upstream).registry.availability
         return not state.breaker.failing and trio.current_time() - state.answered_at < REACHED_S
+
+    def choose(self, upstream: str, length: int) -> Choice:
+        """The way for a read of `length` bytes for a client of this node: through the site, or from the registry."""
+        asked = self._find(upstream)
+        if asked.prefer == "site":
+            return ALWAYS_SITE
+        pushed_at = max(client.availability.pushed_at for client in asked.in_order)
+        return asked.ways.choose(length, trio.current_time(), pushed_at=pushed_at, budget=asked.uplink.policy.limited)
+
+    def ways(self, upstream: str) -> Ways:
+        """What both ways gave lately. Reads of blocks from the registry are measured here, those from members by
+        `Ways.site`."""
+        return self._find(upstream).ways
 
     def told(self, upstream: str) -> None:
         """Another member says that the registry answers: a node that takes it for unreachable soon tries again."""
@@ -297,4 +328,6 @@ class Upstreams:
 
 
 def _own(part: UpstreamPart) -> UpstreamPart:
-    return msgspec.structs.replace(part, rate="", daily="", daily_spent="refuse", hours=(), access_grace="")
+    return msgspec.structs.replace(
+        part, rate="", daily="", daily_spent="refuse", hours=(), access_grace="", prefer="site"
+    )
