@@ -160,10 +160,29 @@ class DiskStore:
             return False
         if self._table.has(piece, kept_for):
             return True
+        return not self._table.is_derivable(piece) and self._store(piece, data, record, proof, kept_for)
+
+    def _store(self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None, kept_for: Askers) -> bool:
         statement = record if piece.shard is None else proof
         sha = statement.sha256 if statement is not None else sha256(data).digest()
-        entry = self._table.entry(piece, record, sha, kept_for, proof=proof)
-        return not self._table.is_derivable(piece) and self._write(entry, data)
+        return self._write(self._table.entry(piece, record, sha, kept_for, proof=proof), data)
+
+    def put_nowait(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool:
+        """`put`, which also declines where it would have to wait for room."""
+        check_bytes(piece, data, record)
+        if self._table.has(piece, kept_for):
+            return True
+        if self._table.is_derivable(piece) or not self._write_back.has_room(piece, space(len(data)), kept_for):
+            return False
+        return self._store(piece, data, record, proof, kept_for)
 
     def _write(self, entry: Entry, data: Buffer) -> bool:
         file = entry.file

@@ -129,6 +129,20 @@ class WriteBack:
             await self.flush()
         return self._room.has(need) and piece not in table.removed and len(table.unsynced) < MAX_UNSYNCED_PIECES
 
+    def has_room(self, piece: Piece, need: int, kept_for: Askers) -> bool:
+        """`make_room`, but False if it would have to wait for a flush."""
+        table, asked = self._table, bool(kept_for)
+        kept_for = READ_HERE if table.policy.keeps(piece) else kept_for
+        if piece in table.removed or len(table.unsynced) >= MAX_UNSYNCED_PIECES or not self._room.has(need):
+            return False
+        if not self._room.may_have(need, kept_for):
+            return False
+        if asked:
+            table.policy.wanted(need)
+        if not kept_for:
+            self._room.turn_over(need)
+        return True
+
     async def _wait_due(self) -> None:
         with trio.move_on_after(FLUSH_S):
             await self._wanted.wait()

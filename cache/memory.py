@@ -51,6 +51,9 @@ class MemoryStore:
 
     async def get(self, piece: Piece) -> Held | None:
         await trio.lowlevel.checkpoint()
+        return self.get_nowait(piece)
+
+    def get_nowait(self, piece: Piece) -> Held | None:
         held = self._held.get(piece)
         if held is not None:
             self._policy.refer(piece)
@@ -67,6 +70,18 @@ class MemoryStore:
     ) -> bool:
         check_bytes(piece, data, record)
         await trio.lowlevel.checkpoint()
+        return self.put_nowait(piece, data, record, proof, kept_for=kept_for)
+
+    def put_nowait(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool:
+        check_bytes(piece, data, record)
         if piece in self._held:
             if not kept_for:
                 self.claim(piece)
@@ -94,6 +109,9 @@ class MemoryStore:
 
     async def discard(self, piece: Piece) -> None:
         await trio.lowlevel.checkpoint()
+        self.discard_nowait(piece)
+
+    def discard_nowait(self, piece: Piece) -> None:
         if piece in self._held:
             self._remove_all([piece])
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Literal, Protocol
 
+import trio
+
 from cache.store import READ_HERE, Askers, BlockStore, Held, Holdings, StoreStatistics
 from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
@@ -20,7 +22,35 @@ class FileStore(BlockStore, Protocol):
     def open_sealed(self, digest: Digest) -> AbstractContextManager[BinaryIO] | None: ...
 
 
+class MemoryTier(BlockStore, Protocol):
+    """A store that never waits."""
+
+    def get_nowait(self, piece: Piece) -> Held | None: ...
+
+    def put_nowait(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool: ...
+
+    def discard_nowait(self, piece: Piece) -> None: ...
+
+
 class DiskTier(FileStore, Protocol):
+    def put_nowait(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool: ...
+
     def seal(self, ref: ObjectRef) -> bool: ...
 
     def is_pinned(self, digest: Digest) -> bool: ...
@@ -35,7 +65,7 @@ class ContentTier(FileStore, Protocol):
 class Tiers:
     """Reads ask memory, disk, containerd in this order. The disk stores what containerd lacks, and pinned objects."""
 
-    def __init__(self, memory: BlockStore, disk: DiskTier, containerd: ContentTier | None) -> None:
+    def __init__(self, memory: MemoryTier, disk: DiskTier, containerd: ContentTier | None) -> None:
         self._memory, self._disk, self._containerd = memory, disk, containerd
         self.stores: Mapping[Tier, BlockStore] = {"memory": memory, "disk": disk}
         if containerd is not None:
@@ -61,11 +91,25 @@ class Tiers:
     ) -> None:
         """Store in each tier that has room, for the members that asked, or READ_HERE for a client of this node. If no
         tier stores it, nothing is lost: the caller has the bytes."""
-        await self._memory.put(piece, data, record, proof, kept_for=kept_for)
-        if piece.shard is None:
-            await self._drop_shards(piece.block)
-        if not self._left_to_containerd(piece.block.digest):
+        await trio.lowlevel.checkpoint()
+        if not self.put_nowait(piece, data, record, proof, kept_for=kept_for):
             await self._disk.put(piece, data, record, proof, kept_for=kept_for)
+
+    def get_nowait(self, piece: Piece, size: int | None = None) -> tuple[Held, Tier] | None:
+        """`get` from memory only."""
+        held = self._memory.get_nowait(piece)
+        return (held, "memory") if held is not None and size in (None, held.record.size) else None
+
+    def put_nowait(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers
+    ) -> bool:
+        """`put` as far as it does not have to wait. If the disk would have to, or declines, this is False: the caller
+        may await `put`."""
+        self._memory.put_nowait(piece, data, record, proof, kept_for=kept_for)
+        if piece.shard is None:
+            self._drop_shards(piece.block)
+        left = self._left_to_containerd(piece.block.digest)
+        return left or self._disk.put_nowait(piece, data, record, proof, kept_for=kept_for)
 
     async def replace(
         self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers
@@ -83,11 +127,11 @@ class Tiers:
         for store in self.stores.values():
             store.claim(piece)
 
-    async def _drop_shards(self, block: BlockId) -> None:
+    def _drop_shards(self, block: BlockId) -> None:
         """A block that is held whole makes its shards redundant; the disk does the same."""
         for shard, bits in self._memory.holdings(block.digest).shards.items():
             if bits >> block.index & 1:
-                await self._memory.discard(Piece(block, shard))
+                self._memory.discard_nowait(Piece(block, shard))
 
     async def discard(self, piece: Piece) -> None:
         await self._memory.discard(piece)

@@ -143,12 +143,18 @@ def blocks(
     placement, trust = CurrentPlacement(view, peers.k, peers.m), Trust(own, view)
     facts = facts or ObjectFacts(holds=tiers.holds_part)
     site = Site(
-        *(own, view, placement, exchange), health=Health(), trust=trust, tiers=tiers, facts=facts, max_object=max_object
+        *(own, view, placement, exchange),
+        health=Health(),
+        trust=trust,
+        tiers=tiers,
+        facts=facts,
+        max_object=max_object,
+        nursery=nursery,
     )
     questions, grants = Questions(site), Grants()
     holders = Holders(site, questions, directory)
-    home = Home(site, holders, grants, identity=identity, origin=reads, is_open=is_open, nursery=nursery)
-    keeper = Keeper(site, home, questions, grants, identity=identity, nursery=nursery)
+    home = Home(site, holders, grants, identity=identity, origin=reads, is_open=is_open)
+    keeper = Keeper(site, home, questions, grants, identity=identity)
     fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
@@ -167,6 +173,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         locate=membership.locate,
         refused=membership.is_refused,
         handler=dispatcher,
+        server=dispatcher.stream,
         plain=peers.plain,
     )
     introducer = LibP2PIntroducer(

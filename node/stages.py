@@ -94,7 +94,7 @@ class Blocks:
 
     def route(self, dispatcher: Dispatcher) -> None:
         """Let the parts answer members' requests for blocks, and for the members that hold them."""
-        dispatcher.route(self.keeper.handle, messages.GetShard, messages.GetBlock)
+        dispatcher.serve(self.keeper.handle)
         dispatcher.route(self.holders.handle, messages.GetHoldings, messages.FindHolders, messages.Announce)
 
 

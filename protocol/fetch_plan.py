@@ -1,20 +1,22 @@
-"""Reading one coded block: which keepers to ask for which shards, when an answer is late, and when to ask another.
+"""Reading a coded stripe: which keepers to ask for which shards, when an answer is late, and when to ask another.
 
-A plan receives events and returns the requests still to be made. It ends when k distinct shards have arrived, or when
-no keeper is left to ask. It asks k keepers, and a spare for a late one, as in "On-demand Container Loading in AWS
-Lambda" (USENIX ATC'23), section 3.2. When to stop waiting: Dean and Barroso, "The Tail at Scale" (CACM 2013).
+A plan receives events and returns the requests still to be made. It ends when k distinct shards of each block have
+arrived, or when no keeper is left to ask. It asks k keepers for the shards of all blocks, and a spare for those of a
+late one, as in "On-demand Container Loading in AWS Lambda" (USENIX ATC'23), section 3.2. When to stop waiting: Dean and
+Barroso, "The Tail at Scale" (CACM 2013).
 
-**Clocks.** A keeper that lacks its shard answers `Waiting` while the block comes from the upstream. This time is not
+**Clocks.** A keeper that lacks its shards answers `Waiting` while the blocks come from the upstream. This time is not
 its own: its clock stands still until it reports that its answer is ready, or until another keeper's shard shows that
-the block has reached the site. A peer's usual time is measured by the same clock. A peer that answers other requests
-meanwhile is working, and this request waits for its turn: its clock restarts with each answer, within TURN_FACTOR.
+the block has reached the site. A peer's usual time for a shard is measured by the same clock. A peer that answers other
+requests meanwhile is working, and this request waits for its turn: its clock restarts with each answer, within
+TURN_FACTOR.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from protocol.ids import PeerId
 
@@ -35,79 +37,71 @@ PATIENCE_FACTOR, PATIENCE_S = 2.0, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Ask `peer` for shard `want`; `exact`: another shard would not help."""
+    """Ask `peer` for its shard, number `want`, of these blocks."""
 
     peer: PeerId
     want: int
-    exact: bool = False
+    blocks: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class _Asked:
-    """A request under way; its clock runs from `since`, which is infinite while the clock stands still."""
+    """Shards that a peer owes; its clock runs from `since`, which is infinite while the clock stands still."""
 
-    want: int
     asked_at: float
     since: float
+    missing: set[int]
+    tried: set[int] = field(default_factory=set)
     was_cold: bool = False
     late: bool = False
     given_up: bool = False
 
 
 @dataclass(eq=False)
-class ShardPlan:
-    """`order` has the keepers, the best to ask first; the rank of a keeper is the index of its shard. `late_after_s`:
-    the time after which a peer's answer is an outlier; `answered_at`: when a peer last answered any request;
-    `patience_s`: added to the time until a late peer is given up. `now` is monotonic seconds."""
+class StripePlan:
+    """`order` has the keepers, the best to ask first; the rank of a keeper is the number of its shard. `blocks` are
+    the indices of the wanted blocks. `late_after_s`: the time after which a peer's shard is an outlier; `answered_at`:
+    when a peer last answered any request; `patience_s`: added to the time until a late peer is given up. `now` is
+    monotonic seconds."""
 
     keepers: Sequence[PeerId]
     order: Sequence[PeerId]
     k: int
+    blocks: Sequence[int]
     late_after_s: Callable[[PeerId], float]
     answered_at: Callable[[PeerId], float] = lambda peer: -math.inf
     patience_s: float = PATIENCE_S
 
     def __post_init__(self) -> None:
         self._rank = {peer: rank for rank, peer in enumerate(self.keepers)}
-        self._left = list(self.order)
         self._asked: dict[PeerId, _Asked] = {}
-        self._have: dict[int, PeerId] = {}
+        self._left = dict.fromkeys(self.blocks, self.k)
+        """The shards that each incomplete block lacks."""
+        self._warm: set[int] = set()
+        """The blocks of which a shard has arrived."""
         self._slowest_s = 0.0
         self.retries = 0
 
     @property
     def done(self) -> bool:
-        return len(self._have) >= self.k
+        return not self._left
 
     @property
     def stuck(self) -> bool:
         """No peer is left that could bring the missing shards."""
-        return not self.done and not self._asked and not self._left
+        return not self.done and not any(self._owed(asked) for asked in self._asked.values()) and not self.has_spare
 
     @property
     def has_spare(self) -> bool:
-        return bool(self._left)
+        return next(self._untried(self._left), None) is not None
+
+    def is_done(self, block: int) -> bool:
+        return block not in self._left
 
     @property
     def beaten(self) -> list[PeerId]:
-        """Peers that are late and have not answered."""
-        return [peer for peer, asked in self._asked.items() if asked.late]
-
-    def start(self, all_at_once: bool, now: float) -> list[Ask]:
-        """The first requests, to k keepers or to all."""
-        return self._next(len(self._left) if all_at_once else self.k, now)
-
-    def heard(self, peer: PeerId, ready: bool, now: float) -> None:
-        """A `Waiting` arrived. `ready`: the answer waits for its turn on the connection; else it does not exist yet."""
-        asked = self._asked.get(peer)
-        if asked is not None and not self._have:
-            asked.since = min(asked.since, now) if ready else math.inf
-            asked.was_cold |= not ready
-
-    def took_s(self, peer: PeerId, now: float) -> float | None:
-        """Time that the peer has taken by its own clock; None if this stands still, or the peer is not asked."""
-        asked = self._asked.get(peer)
-        return None if asked is None or asked.since > now else now - asked.since
+        """Peers that are late and still owe shards."""
+        return [peer for peer, asked in self._asked.items() if asked.late and asked.missing]
 
     @property
     def given_up(self) -> list[PeerId]:
@@ -115,46 +109,74 @@ class ShardPlan:
 
     @property
     def waited_for(self) -> list[PeerId]:
-        return [peer for peer, asked in self._asked.items() if not asked.given_up]
+        return [peer for peer, asked in self._asked.items() if not asked.given_up and self._owed(asked)]
 
     @property
     def cold(self) -> list[tuple[PeerId, float]]:
-        """Peers whose clock stands still, with the time at which they were asked."""
+        """Peers whose clock stands still, with the time at which they were asked or last sent a shard."""
         return [
             (peer, asked.asked_at)
             for peer, asked in self._asked.items()
-            if asked.since == math.inf and not asked.given_up
+            if asked.since == math.inf and not asked.given_up and self._owed(asked)
         ]
 
     def was_cold(self, peer: PeerId) -> bool:
-        """Whether the peer, which has not answered yet, ever reported that it lacked its shard."""
+        """Whether the peer ever reported that it lacked shards."""
         return self._asked[peer].was_cold
+
+    def start(self, all_at_once: bool, now: float) -> list[Ask]:
+        """The first requests, to k keepers or to all."""
+        return self._next(self.blocks, len(self.order) if all_at_once else self.k, now)
+
+    def heard(self, peer: PeerId, ready: bool, now: float) -> None:
+        """A `Waiting` arrived. `ready`: an answer waits for its turn on the connection; else it does not exist yet."""
+        asked = self._asked.get(peer)
+        if asked is not None and asked.missing and not asked.missing & self._warm:
+            asked.since = min(asked.since, now) if ready else math.inf
+            asked.was_cold |= not ready
+
+    def took_s(self, peer: PeerId, now: float) -> float | None:
+        """Time that the peer has taken by its own clock; None if this stands still, or the peer owes nothing."""
+        asked = self._asked.get(peer)
+        return None if asked is None or not asked.missing or asked.since > now else now - asked.since
+
+    def got(self, peer: PeerId, block: int, now: float) -> bool:
+        """The peer's shard of a block arrived. Returns whether it is the last that the block lacked."""
+        answered = self._asked[peer]
+        answered.missing.discard(block)
+        if block not in self._left:
+            return False
+        self._slowest_s = max(self._slowest_s, now - min(now, answered.since))
+        if block not in self._warm:
+            self._warm.add(block)
+            for asked in self._asked.values():
+                if block in asked.missing:
+                    asked.since = min(asked.since, now + SETTLE_S)
+        if answered.missing:
+            # The next shard of its answer follows at once, unless its block is not in the site yet.
+            is_cold = answered.was_cold and not answered.missing & self._warm
+            answered.since, answered.asked_at = (math.inf if is_cold else now), now
+        self._left[block] -= 1
+        if self._left[block]:
+            return False
+        del self._left[block]
+        return True
+
+    def lost(self, peer: PeerId, block: int, now: float) -> list[Ask]:
+        """The peer's shard of a block is of no use: ask another for it."""
+        self._asked[peer].missing.discard(block)
+        self.retries += 1
+        return self._top_up(now)
+
+    def failed(self, peer: PeerId, now: float) -> list[Ask]:
+        """The peer will not bring the shards that it owes: ask others, even without spare budget."""
+        self._asked[peer].missing.clear()
+        self.retries += 1
+        return self._top_up(now)
 
     def give_up(self, peer: PeerId, now: float) -> list[Ask]:
         """Stop waiting for the peer; returns the requests that replace it."""
         self._asked[peer].given_up = True
-        self.retries += 1
-        return self._top_up(now)
-
-    def got(self, peer: PeerId, index: int, now: float) -> list[Ask]:
-        """A good shard arrived. If it is a duplicate, the peer is asked once more, for exactly its own shard."""
-        answered = self._asked.pop(peer)
-        want = answered.want
-        if index not in self._have:
-            self._slowest_s = max(self._slowest_s, now - min(now, answered.since))
-            for asked in self._asked.values():
-                asked.since = min(asked.since, now + SETTLE_S)
-            self._have[index] = peer
-            return []
-        self.retries += 1
-        if want not in self._have and want != index and all(want != asked.want for asked in self._asked.values()):
-            self._asked[peer] = _Asked(want, now, now)
-            return [Ask(peer, want, exact=True)]
-        return self._top_up(now)
-
-    def failed(self, peer: PeerId, now: float) -> list[Ask]:
-        """The peer will not bring its shard: ask the next one, even without spare budget."""
-        self._asked.pop(peer, None)
         self.retries += 1
         return self._top_up(now)
 
@@ -176,30 +198,59 @@ class ShardPlan:
                 late.append(peer)
         return late, self._top_up(now)
 
-    def spare(self, now: float) -> list[Ask]:
-        """The request for one more shard, if a keeper is left to ask."""
-        return self._next(1, now)
+    def spare(self, late: PeerId, now: float) -> list[Ask]:
+        """A request for one more shard of each block for which the late peer's is missing, if a keeper is left."""
+        return self._next(self._owed(self._asked[late]), 1, now)
+
+    def one_more(self, block: int, now: float) -> list[Ask]:
+        """A request for one more shard of a block, if a keeper is left."""
+        return self._next((block,), 1, now)
+
+    def _owed(self, asked: _Asked) -> list[int]:
+        """The incomplete blocks for which a peer owes a shard."""
+        return [block for block in self._left if block in asked.missing]
 
     def _deadlines(self) -> Iterator[tuple[PeerId, _Asked, float]]:
-        floor = WARM_FLOOR_S if self._have else COLD_FLOOR_S
-        bound = LAST_FACTOR * self._slowest_s if len(self._have) == self.k - 1 and self._have else math.inf
         for peer, asked in self._asked.items():
-            if not asked.given_up:
-                after = max(floor, self._slowest_s, min(bound, self.late_after_s(peer)))
-                since = max(asked.since, min(self.answered_at(peer), asked.since + (TURN_FACTOR - 1) * after))
-                after += PATIENCE_FACTOR * after + self.patience_s if asked.late else 0.0
-                yield peer, asked, since + after
+            if asked.given_up or not (owed := self._owed(asked)):
+                continue
+            warm = [block for block in owed if block in self._warm]
+            floor = WARM_FLOOR_S if warm else COLD_FLOOR_S
+            last = warm and all(self._left[block] == 1 and self.k > 1 for block in warm)
+            bound = LAST_FACTOR * self._slowest_s if last else math.inf
+            after = max(floor, self._slowest_s, min(bound, self.late_after_s(peer)))
+            since = max(asked.since, min(self.answered_at(peer), asked.since + (TURN_FACTOR - 1) * after))
+            after += PATIENCE_FACTOR * after + self.patience_s if asked.late else 0.0
+            yield peer, asked, since + after
 
     def _top_up(self, now: float) -> list[Ask]:
-        under_way = sum(not asked.given_up for asked in self._asked.values())
-        return self._next(self.k - len(self._have) - under_way, now)
+        asks: list[Ask] = []
+        while True:
+            coming = dict.fromkeys(self._left, 0)
+            for asked in self._asked.values():
+                for block in () if asked.given_up else self._owed(asked):
+                    coming[block] += 1
+            short = [block for block, left in self._left.items() if coming[block] < left]
+            more = self._next(short, 1, now) if short else []
+            if not more:
+                return asks
+            asks += more
 
-    def _next(self, count: int, now: float) -> list[Ask]:
+    def _untried(self, blocks: Collection[int]) -> Iterator[tuple[PeerId, tuple[int, ...]]]:
+        """The keepers that were not yet asked for all of these blocks, each with those for which it may be asked."""
+        for peer in self.order:
+            asked = self._asked.get(peer)
+            new = tuple(block for block in blocks if asked is None or block not in asked.tried)
+            if new and not (asked and (asked.given_up or asked.late)):
+                yield peer, new
+
+    def _next(self, blocks: Collection[int], count: int, now: float) -> list[Ask]:
         asks = []
-        for _ in range(max(0, count)):
-            if not self._left:
-                break
-            peer = self._left.pop(0)
-            self._asked[peer] = _Asked(self._rank[peer], now, now)
-            asks.append(Ask(peer, self._rank[peer]))
+        for peer, new in list(self._untried(blocks))[: max(0, count)]:
+            asked = self._asked.get(peer)
+            if asked is None or not asked.missing:
+                asked = self._asked[peer] = _Asked(now, now, set(), asked.tried if asked else set())
+            asked.missing.update(new)
+            asked.tried.update(new)
+            asks.append(Ask(peer, self._rank[peer], new))
         return asks

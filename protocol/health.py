@@ -66,8 +66,9 @@ class Health:
     def __init__(self) -> None:
         self._peers: cachetools.LRUCache[PeerId, _Peer] = cachetools.LRUCache(MAX_PEERS)
 
-    def asked(self, peer: PeerId) -> None:
-        self._of(peer).outstanding += 1
+    def asked(self, peer: PeerId, answers: int = 1) -> None:
+        """The peer owes this many answers more."""
+        self._of(peer).outstanding += answers
 
     def answered(self, peer: PeerId, elapsed_s: float | None, now: float) -> None:
         """The peer answered; `elapsed_s` is None if the wait was not its own."""
@@ -108,10 +109,10 @@ class Health:
         state.beaten += 1
         state.last_until = now + _backoff_s(state.beaten)
 
-    def dropped(self, peer: PeerId) -> None:
-        """The request was given up because others were quicker; this is no measurement."""
+    def dropped(self, peer: PeerId, answers: int = 1) -> None:
+        """So many answers were given up because others were quicker; this is no measurement."""
         state = self._of(peer)
-        state.outstanding = max(0, state.outstanding - 1)
+        state.outstanding = max(0, state.outstanding - answers)
 
     def overdue(self, peer: PeerId, elapsed_s: float, now: float) -> None:
         """An answer is still missing after `elapsed_s`: move the mean towards it."""

@@ -1,7 +1,8 @@
 """The messages of the bulk channel. Bytes and duties of both sides: docs/PROTOCOL.md.
 
 Answers carry their request's number, in any order. Every value is checked against these types when it is decoded;
-`protocol.wire` checks the bounds that types do not express. On the wire fields have positions, no names.
+`protocol.wire` checks the bounds that types do not express. On the wire fields have positions, no names. The tags 2 and
+33 belonged to messages of earlier versions.
 """
 
 from __future__ import annotations
@@ -20,38 +21,32 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False)
     pass
 
 
-class GetShard(_Message, frozen=True, tag=1):
-    """Shard `want` of the code (k, m) of a block; another shard of that code will do unless `exact`.
+class GetShards(_Message, frozen=True, tag=1):
+    """Shard `want` of the code (k, m) of each of some blocks: bit i of `wanted` asks for that of block `first` + i.
 
-    `hops` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the block's
+    The answer is a stream: a ShardFound for each wanted block, in any order, or Failed at any point.
+
+    `hops` bounds the sources that the receiver may use: 0 only its own stores, 1 also the upstream, 2 also the stripe's
     home, 3 and more also keepers nearer to the home. `source` says where the upstream has the object. `reader` is a
-    peer id if the upstream restricts access: that member reads the block if no member holds it. It is "" if access is
-    public. A `background` request has no waiting client and yields on the uplink. `asker` is the peer id of the member
-    on whose behalf the sender asks; "" if it asks for its own client. `keep`: the sender will keep the shard and pass
-    it on, so it needs the maker's proof.
+    peer id if the upstream restricts access: that member reads the blocks if no member holds them. It is "" if access
+    is public. A `background` request has no waiting client and yields on the uplink. `asker` is the peer id of the
+    member on whose behalf the sender asks; "" if it asks for its own client. `keep`: the sender will keep the shards
+    and pass them on, so it needs the maker's proofs.
     """
 
     digest: str
-    index: int
+    first: int
+    wanted: int
     size: int
     k: int
     m: int
     want: int
     hops: int
     source: str
-    exact: bool = False
     reader: str = ""
     background: bool = False
     asker: str = ""
     keep: bool = False
-
-
-class GetBlock(_Message, frozen=True, tag=2):
-    """A whole block, if the receiver holds it."""
-
-    digest: str
-    index: int
-    size: int
 
 
 class GetHoldings(_Message, frozen=True, tag=3):
@@ -114,9 +109,7 @@ class Accuse(_Message, frozen=True, tag=11):
     told: tuple[tuple[Evidence, float], ...]
 
 
-Request = (
-    GetShard | GetBlock | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync | Renew | Accuse
-)
+Request = GetShards | GetHoldings | FindHolders | Announce | Resolve | Ping | PingRequest | Sync | Renew | Accuse
 
 
 class ShardFound(_Message, frozen=True, tag=32):
@@ -129,13 +122,6 @@ class ShardFound(_Message, frozen=True, tag=32):
     record: Record
     origin: bytes = b""
     proof: ShardProof | None = None
-
-
-class BlockFound(_Message, frozen=True, tag=33):
-    """The body that follows is the record's block. `origin` as in ShardFound."""
-
-    record: Record
-    origin: bytes = b""
 
 
 class HoldingsFound(_Message, frozen=True, tag=34):
@@ -183,10 +169,11 @@ class SyncReply(_Message, frozen=True, tag=39):
 
 
 class Waiting(_Message, frozen=True, tag=40):
-    """Interim answer: the work on the request makes progress. It is repeated until the answer. `ready`: the answer
-    exists, and only waits for its turn on the connection."""
+    """The sender works on all these requests of the connection, as (number, state). It has no request's number but 0.
+    State 0: nothing of the answer is at the sender yet; 1: bytes of it arrive there; 2: it waits for its turn on the
+    connection."""
 
-    ready: bool = False
+    requests: tuple[tuple[int, int], ...]
 
 
 class Failed(_Message, frozen=True, tag=41):
@@ -205,6 +192,6 @@ class Accusations(_Message, frozen=True, tag=43):
 
 
 _MembershipReply = Pong | SyncReply | Renewed | Accusations
-Reply = ShardFound | BlockFound | HoldingsFound | Holders | Done | Resolved | Waiting | Failed | _MembershipReply
+Reply = ShardFound | HoldingsFound | Holders | Done | Resolved | Waiting | Failed | _MembershipReply
 
 FAILURES = ("not-held", "not-found", "denied", "unavailable", "busy", "bad-request")

@@ -1,17 +1,16 @@
-"""Placement of shards on members: weighted rendezvous hashing, and the code that a site of a given size uses.
+"""Placement of stripes on members, and the code that a site of a given size uses.
 
-Every node computes the same answer from the same view, and a changed view moves as few shards as possible (Thaler and
-Ravishankar, "Using name-based mappings to increase hit rates", 1998). A score mixes 64-bit hashes of key and member
-(splitmix64's finalizer) for all members at once, so that it costs one numpy pass for any size of the site.
+Every node computes the same answer from the same view. The members of a cell are drawn as keepers of an object's
+stripes so that each gets its part of them, and a changed view moves few shards: protocol/balance.py.
 
-A block's *home* is its keeper of rank 0: the member that reads it from the upstream for all (the term is from Squirrel:
-Iyer, Rowstron, Druschel, PODC 2002).
+A stripe's *home* is its keeper of rank 0: the member that reads it from the upstream for all (the term is from
+Squirrel: Iyer, Rowstron, Druschel, PODC 2002).
 
-**Cells.** The k+m keepers of a block can serve some twenty readers, but not a thousand. So the members of a large site
+**Cells.** The k+m keepers of a stripe can serve some twenty readers, but not a thousand. So the members of a large site
 are cut into cells by their hashes: into halves, and these again, each with at least as many keeping members as a code
-has shards. Each cell keeps a code of every block for the reads of its own members. For each block the cells form
-another tree, with the cell of the block's home at its root: a keeper asks the keeper of the same rank in the cell above
-for its shard, in the root cell the home. docs/decisions/0008-cells.md.
+has shards. Each cell keeps a code of every block for the reads of its own members. For each stripe the cells form
+another tree, with the cell of the stripe's home at its root: a keeper asks the keeper of the same rank in the cell
+above for its shard, in the root cell the home. docs/decisions/0008-cells.md.
 """
 
 from __future__ import annotations
@@ -25,15 +24,18 @@ import cachetools
 import numpy as np
 import numpy.typing as npt
 
-from protocol.ids import BlockId, Digest, PeerId
+from protocol.balance import GROUP_STRIPES, BalancedGroup, CellRows, uniform
+from protocol.ids import Digest, PeerId
 from protocol.members import Member
+from protocol.stripes import StripeId
 
 DIRECTORY_MEMBERS = 3
 HOME_HOPS = 2
-"""`hops` of a request that may use the block's home and no other cell: see GetShard."""
+"""`hops` of a request that may use the home and no other cell: docs/PROTOCOL.md, "Fields and bounds"."""
 SMALL_BLOCK = 64 * 1024
 """Blocks up to this size are copied to two keepers: coding them would cost requests and save nothing."""
-_REMEMBERED_BLOCKS = 4096
+_REMEMBERED_ROUTES = 4096
+_REMEMBERED_PLACES = 1 << 21
 CHILDREN = 3
 """Cells below each cell of the tree: another child costs its keepers another send, another level costs time."""
 
@@ -61,7 +63,7 @@ def geometry(members: int, k: int, m: int, block_length: int) -> Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A member's way to a block: the keepers by rank of its own cell, of each cell above, and of the root cell."""
+    """A member's way to a stripe: the keepers by rank of its own cell, of each cell above, and of the root cell."""
 
     shape: Geometry
     cells: tuple[tuple[PeerId, ...], ...]
@@ -78,6 +80,11 @@ class Route:
     def root(self) -> Route:
         """The route of a member of the root cell, for readers whose own cell fails."""
         return Route(self.shape, self.cells[-1:])
+
+    @property
+    def whole(self) -> Route:
+        """The same way to whole blocks: from the keeper of rank 0 of each cell, or that of rank 1 instead."""
+        return Route(Geometry(1, min(1, self.shape.m)), tuple(cell[:2] for cell in self.cells))
 
     @property
     def depth(self) -> int:
@@ -107,13 +114,6 @@ def _hash64(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finalizer: every input bit moves every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 class Placement:
     """Placement in one view of the site. Members with weight 0 keep nothing for others."""
 
@@ -127,9 +127,11 @@ class Placement:
         self._cells = list(self._cut(0, slice(0, len(hashed)), 63, k + m))
         self._names = np.array([_hash64(f"cell {first} {bits}".encode()) for first, bits, _ in self._cells], np.uint64)
         self._sums = np.array([self._weights[cell].sum() for _, _, cell in self._cells])
-        self._remembered: cachetools.LRUCache[tuple[PeerId, BlockId, int], Route] = cachetools.LRUCache(
-            _REMEMBERED_BLOCKS
+        self._site = CellRows(self._hashes, self._weights, [cell for _, _, cell in self._cells], k + m)
+        self._groups: cachetools.LRUCache[tuple[Digest, int], BalancedGroup] = cachetools.LRUCache(
+            max(8, _REMEMBERED_PLACES // (GROUP_STRIPES * (k + m) * len(self._cells)))
         )
+        self._routes: cachetools.LRUCache[tuple[PeerId, StripeId, int], Route] = cachetools.LRUCache(_REMEMBERED_ROUTES)
 
     def _cut(self, first: int, members: slice, bit: int, least: int) -> Iterator[tuple[int, int, slice]]:
         """Cells of the members whose hashes share the bits of `first` above `bit`, halved while both have `least`."""
@@ -141,51 +143,57 @@ class Placement:
             yield from self._cut(first, slice(members.start, middle), bit - 1, least)
             yield from self._cut(half, slice(middle, members.stop), bit - 1, least)
 
-    def route(self, peer: PeerId, block: BlockId, length: int) -> Route:
-        """The route of `peer`, which may keep nothing itself."""
-        route = self._remembered.get((peer, block, length))
+    def route(self, peer: PeerId, stripe: StripeId, length: int) -> Route:
+        """The route of `peer`, which may keep nothing itself. `length`: bytes of the stripe's longest block."""
+        route = self._routes.get((peer, stripe, length))
         if route is None:
-            route = self._remembered[peer, block, length] = self._find(peer, block, length)
+            route = self._routes[peer, stripe, length] = self._find(peer, stripe, length)
         return route
 
-    def _find(self, peer: PeerId, block: BlockId, length: int) -> Route:
-        key = f"{block.digest}#{block.index}"
-        home = self._cell_of(int(self._hashes[_nearest(self._hashes, self._weights, key, 1)[0]]))
-        others = _nearest(self._names, self._sums, key, len(self._cells))
-        order = [home, *others[others != home]]
-        at = order.index(self._cell_of(_hash64(peer.encode())))
-        above = [at]
+    def _find(self, peer: PeerId, stripe: StripeId, length: int) -> Route:
+        number, place = divmod(stripe.number, GROUP_STRIPES)
+        group = self._groups.get((stripe.digest, number))
+        if group is None:
+            seed = _hash64(f"{stripe.digest}/{number}".encode())
+            group = self._groups[stripe.digest, number] = BalancedGroup(self._site, seed)
+        root, keepers = group.stripe(place)
+        above = self._way_up(root, self._cell_of(_hash64(peer.encode())), stripe)
+        _, _, members = self._cells[above[0]]
+        shape = geometry(members.stop - members.start, self._k, self._m, length)
+        return Route(shape, tuple(tuple(self._peers[i] for i in keepers[cell, : shape.width]) for cell in above))
+
+    def _way_up(self, root: int, own: int, stripe: StripeId) -> list[int]:
+        """The cells from a member's own to the root in the tree of a stripe."""
+        if own == root:
+            return [root]
+        ranked = _nearest(self._names, self._sums, f"{stripe.digest}#{stripe.number}", len(self._cells))
+        order = [root, *ranked[ranked != root].tolist()]
+        at = order.index(own)
+        above = [own]
         while at:
             at = (at - 1) // CHILDREN
-            above.append(at)
-        members = [self._cells[order[number]][2] for number in above]
-        shape = geometry(members[0].stop - members[0].start, self._k, self._m, length)
-        return Route(shape, tuple(self._ranked(key, shape.width, cell) for cell in members))
+            above.append(order[at])
+        return above
 
     def _cell_of(self, value: int) -> int:
         return bisect_right(self._cells, value, key=lambda cell: cell[0]) - 1
 
-    def keepers(self, block: BlockId, length: int) -> tuple[Geometry, tuple[PeerId, ...]]:
-        """The block's code, and its keepers by rank in the root cell; rank 0 is its home."""
-        route = self.route(self._peers[0], block, length)
+    def keepers(self, stripe: StripeId, length: int) -> tuple[Geometry, tuple[PeerId, ...]]:
+        """The stripe's code, and its keepers by rank in the root cell; rank 0 is its home."""
+        route = self.route(self._peers[0], stripe, length)
         return route.shape, route.cells[-1]
 
     def directory(self, digest: Digest) -> tuple[PeerId, ...]:
         """The members that store the announcements of an object's holders."""
-        return self._ranked(str(digest), DIRECTORY_MEMBERS)
-
-    def _ranked(self, key: str, count: int, among: slice = slice(None)) -> tuple[PeerId, ...]:
-        peers = self._peers[among]
-        return tuple(peers[i] for i in _nearest(self._hashes[among], self._weights[among], key, count))
+        nearest = _nearest(self._hashes, self._weights, str(digest), DIRECTORY_MEMBERS)
+        return tuple(self._peers[i] for i in nearest)
 
 
 def _nearest(
     hashes: npt.NDArray[np.uint64], weights: npt.NDArray[np.float64], key: str, count: int
 ) -> npt.NDArray[np.intp]:
     """Indices of the `count` that rank highest for a key, in order."""
-    mixed = _mix(hashes ^ np.uint64(_hash64(key.encode())))
-    uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    distance = -np.log(uniform) / weights
+    distance = -np.log(uniform(hashes ^ np.uint64(_hash64(key.encode())))) / weights
     count = min(count, len(hashes))
     # Sorting only the few nearest keeps the cost of a large site at one pass.
     few = np.argpartition(distance, count - 1)[:count] if count < len(hashes) else np.arange(count)

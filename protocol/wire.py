@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
@@ -41,12 +42,16 @@ from protocol.summary import MAX_STATEMENTS, ROW
 
 PREFIX = struct.Struct(">II")
 MAGIC = b"shoal-bulk"
-VERSION = 3
+VERSION = 4
 MAX_HEADER = 4 << 20
 """The largest message is a HoldingsFound: the bitmaps of an object of 1 TiB, blocks and 14 shards of each, are 2 MB."""
 MAX_HELLO = 64
 MAX_K = 32
 MAX_M = 8
+MAX_WANTED = 16
+"""Blocks from the first to the last of one GetShards: four stripes in the middle of an object."""
+MAX_WAITING = 512
+"""Requests in one Waiting: as many as the asking side may have open on a connection."""
 MAX_HOPS = 16
 """Hops from a keeper to the home: more cells in a row than the largest site has."""
 MAX_ANNOUNCED = 1024
@@ -86,11 +91,13 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
 
 
 Message = TypeVar("Message")
-_Id = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+MAX_ID = 0xFFFFFFFF
+_Id = Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)]
+_ReplyId = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
 _HELLOS = msgspec.msgpack.Decoder(Hello)
 _ENCODER = msgspec.msgpack.Encoder()
 REQUESTS: msgspec.msgpack.Decoder[tuple[int, msg.Request]] = msgspec.msgpack.Decoder(tuple[_Id, msg.Request])
-REPLIES: msgspec.msgpack.Decoder[tuple[int, msg.Reply]] = msgspec.msgpack.Decoder(tuple[_Id, msg.Reply])
+REPLIES: msgspec.msgpack.Decoder[tuple[int, msg.Reply]] = msgspec.msgpack.Decoder(tuple[_ReplyId, msg.Reply])
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +128,6 @@ def body_length_of(message: msg.Request | msg.Reply) -> int:
     """Bytes that follow the message."""
     if isinstance(message, msg.ShardFound):
         return shard_length(message.record.length, message.k)
-    if isinstance(message, msg.BlockFound):
-        return message.record.length
     return 0
 
 
@@ -196,23 +201,32 @@ def decode(decoder: msgspec.msgpack.Decoder[Decoded], data: Buffer) -> Decoded:
         raise PeerMisbehavedError(f"message cannot be decoded: {error}") from error
 
 
-def check_answer(request: msg.Request, reply: msg.Reply) -> None:
-    """Raises PeerMisbehavedError unless `reply` (already checked by itself) answers `request`."""
-    if isinstance(reply, (msg.Failed, msg.Waiting)):
-        return
+def parts_of(request: msg.Request) -> int:
+    """The blocks that the request asks for, as bits; 0 if it has a single answer."""
+    return request.wanted if isinstance(request, msg.GetShards) else 0
+
+
+def check_answer(request: msg.Request, reply: msg.Reply, missing: int) -> int:
+    """What is missing after `reply` of the parts that were `missing` before (`parts_of`): 0 if the answer is complete.
+
+    Raises PeerMisbehavedError unless `reply` (already checked by itself) answers `request`, and is no part that came
+    before.
+    """
+    if isinstance(reply, msg.Failed):
+        return 0
     fits = isinstance(reply, _ANSWERS[type(request)])
-    if isinstance(reply, (msg.ShardFound, msg.BlockFound)) and isinstance(request, (msg.GetShard, msg.GetBlock)):
-        record = reply.record
-        fits &= (record.digest, record.index, record.size) == (request.digest, request.index, request.size)
-    if isinstance(reply, msg.ShardFound) and isinstance(request, msg.GetShard):
-        fits &= (reply.k, reply.m) == (request.k, request.m) and (reply.index == request.want or not request.exact)
+    if isinstance(reply, msg.ShardFound) and isinstance(request, msg.GetShards):
+        record, bit = reply.record, reply.record.index - request.first
+        fits = bit >= 0 and bool(missing >> bit & 1) and (record.digest, record.size) == (request.digest, request.size)
+        fits &= (reply.k, reply.m, reply.index) == (request.k, request.m, request.want)
+        missing &= ~(1 << max(bit, 0))
     if not fits:
         raise PeerMisbehavedError(f"{type(reply).__name__} does not answer this {type(request).__name__}")
+    return missing
 
 
 _ANSWERS: dict[type[Any], type[Any]] = {
-    msg.GetShard: msg.ShardFound,
-    msg.GetBlock: msg.BlockFound,
+    msg.GetShards: msg.ShardFound,
     msg.GetHoldings: msg.HoldingsFound,
     msg.FindHolders: msg.Holders,
     msg.Announce: msg.Done,
@@ -260,21 +274,25 @@ def _need(condition: bool, part: str) -> None:
         raise BadInputError(f"{part} out of bounds")
 
 
-def _block(message: msg.GetBlock | msg.GetShard | Record) -> None:
-    ObjectRef(Digest.parse(message.digest), message.size).block(message.index)
+@lru_cache(256)
+def _object(digest: str, size: int) -> ObjectRef:
+    """The parts of a stream, and streams of an object, repeat it."""
+    return ObjectRef(Digest.parse(digest), size)
 
 
 def _code(k: int, m: int, index: int) -> None:
     _need(1 <= k <= MAX_K and 0 <= m <= MAX_M and 0 <= index < k + m, "code")
 
 
+@lru_cache(1024)
 def _is_peer(peer: str) -> bool:
     return _PEER_ID.fullmatch(peer) is not None
 
 
 def _record(record: Record) -> bool:
-    _block(record)
-    fits = record.length == record.object.block_length(record.index) and _is_peer(record.signer)
+    ref = _object(record.digest, record.size)
+    ref.block(record.index)
+    fits = record.length == ref.block_length(record.index) and _is_peer(record.signer)
     return fits and len(record.sha256) == 32 and len(record.signature) == 64
 
 
@@ -286,6 +304,10 @@ def _shards(shards: tuple[tuple[int, int, int, bytes], ...]) -> bool:
     for k, m, index, _ in shards:
         _code(k, m, index)
     return len(shards) <= MAX_BITMAPS and all(len(bitmap) <= MAX_BITMAP for *_, bitmap in shards)
+
+
+def _waiting(requests: tuple[tuple[int, int], ...]) -> bool:
+    return len(requests) <= MAX_WAITING and all(1 <= number <= MAX_ID and 0 <= state <= 2 for number, state in requests)
 
 
 def _statements(statements: tuple[Statement, ...]) -> bool:
@@ -330,12 +352,13 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "asker": lambda peer: not peer or _is_peer(peer),
     "digests": lambda digests: len(digests) <= MAX_ANNOUNCED and all(map(Digest.parse, digests)),
     "reference": lambda reference: len(reference) <= MAX_REFERENCE,
+    "requests": _waiting,
     "news": _news,
     "own": lambda statement: _statements((statement,)),
     "statements": _statements,
     "summary": lambda summary: len(summary) <= ROW.size * MAX_MEMBERS and not len(summary) % ROW.size,
     "doubts": _keys,
-    "wanted": _keys,
+    "wanted": lambda wanted: isinstance(wanted, int) or _keys(wanted),  # an integer: _get_shards
     "nonce": lambda nonce: len(nonce) in (0, NONCE),
     "liveness": lambda proof: len(proof) in (0, 64),
     "revocations": lambda values: len(values) <= MAX_REVOCATIONS and all(map(_revocation, values)),
@@ -356,15 +379,15 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 """For each field name, the bounds in all messages with a field of this name."""
 
 
-def _get_shard(message: msg.GetShard) -> None:
-    _block(message)
+def _get_shards(message: msg.GetShards) -> None:
+    _need(message.wanted & 1 == 1 and 0 < message.wanted < 1 << MAX_WANTED and message.first >= 0, "wanted blocks")
+    _object(message.digest, message.size).block(message.first + message.wanted.bit_length() - 1)
     _code(message.k, message.m, message.want)
     _need(0 <= message.hops <= MAX_HOPS, "hops")
 
 
 _MORE: dict[type[Any], Callable[[Any], object]] = {
-    msg.GetShard: _get_shard,
-    msg.GetBlock: _block,
+    msg.GetShards: _get_shards,
     msg.GetHoldings: lambda message: Digest.parse(message.digest),
     msg.FindHolders: lambda message: Digest.parse(message.digest),
     msg.PingRequest: lambda message: _need(len(message.nonce) == NONCE, "nonce"),

@@ -21,7 +21,7 @@ from node import assembly
 from node.config.schema import Config, tag_policies
 from node.content.known_names import KnownNames
 from node.content.name_table import NameTable
-from node.exchange.contract import Answer
+from node.exchange.contract import Answer, Sender
 from node.exchange.memory import MemoryExchange
 from node.exchange.requests import Dispatcher
 from node.identity.identity import Identity
@@ -32,7 +32,7 @@ from node.registry.upstreams import Upstreams
 from node.telemetry.metrics import Metrics
 from protocol.ids import ObjectRef, PeerId
 from protocol.members import Member
-from protocol.messages import Request
+from protocol.messages import GetShards, Request
 from simulations.network import Port, SimulatedNetwork
 from simulations.passports import Office
 from simulations.registry import PART, Image, Registry, locator, wired
@@ -74,7 +74,11 @@ class Node:
         self.membership = Membership(own, BORN_MS + life, self._rng("membership"), self.passports)
         self.dispatcher = Dispatcher()
         self.exchange = MemoryExchange(
-            cluster.network, self.peer, refused=self.membership.is_refused, handler=self.handle
+            cluster.network,
+            self.peer,
+            refused=self.membership.is_refused,
+            handler=self.handle,
+            server=self.serve,
         )
         self.tiers = tiers(cluster.machine.memory, cluster.machine.disk, cluster.shared)
 
@@ -83,6 +87,9 @@ class Node:
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
         return await self.dispatcher(peer, request)
+
+    async def serve(self, peer: PeerId, request: GetShards, sender: Sender) -> None:
+        await self.dispatcher.stream(peer, request, sender)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with self.scope:

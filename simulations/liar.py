@@ -12,11 +12,11 @@ import msgspec
 import trio
 from rich.table import Table
 
-from node.exchange.contract import Answer
+from node.exchange.contract import Sender
 from node.oci.references import Locator
 from node.registry.upstreams import Upstreams
 from protocol.ids import Buffer, ObjectRef, PeerId, Shard
-from protocol.messages import Request, ShardFound
+from protocol.messages import GetShards, ShardFound
 from protocol.shard_proofs import make_proof
 from simulations.cluster import Node
 from simulations.registry import Image
@@ -86,16 +86,30 @@ class _LyingNode(Node):
 class _OfShards(_LyingNode):
     """Flips one bit of each shard that it sends to others, and signs that for keepers, which so pass the lie on."""
 
-    async def handle(self, peer: PeerId, request: Request) -> Answer:
-        answer = await super().handle(peer, request)
-        message = answer.message
-        if not isinstance(message, ShardFound) or answer.body is None:
-            return answer
-        wrong, proof = self.lie(answer.body), message.proof
+    async def serve(self, peer: PeerId, request: GetShards, sender: Sender) -> None:
+        await super().serve(peer, request, _LyingSender(self, sender))
+
+    def altered(self, message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
+        wrong, proof = self.lie(body), message.proof
         if proof is not None:
             shard, signer = Shard(message.k, message.m, message.index), self._identity
             proof = make_proof(message.record, shard, wrong, maker=signer.peer_id, sign=signer.sign)
-        return Answer(msgspec.structs.replace(message, proof=proof), wrong)
+        return msgspec.structs.replace(message, proof=proof), wrong
+
+
+@dataclass(frozen=True, slots=True)
+class _LyingSender:
+    node: _OfShards
+    sender: Sender
+
+    def send(self, message: ShardFound, body: Buffer) -> None:
+        self.sender.send(*self.node.altered(message, body))
+
+    async def room(self) -> None:
+        await self.sender.room()
+
+    def coming(self) -> None:
+        self.sender.coming()
 
 
 class _OfRecords(_LyingNode):

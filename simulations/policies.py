@@ -13,14 +13,14 @@ from random import Random
 
 import trio
 
-from node.blocks.values import SILENCE_S, BlockAddress
+from node.blocks.values import Stretch
 from node.exchange.contract import Lane
 from node.stages import Blocks
 from protocol.erasure import decode_block
 from protocol.errors import ShoalError, UnavailableError
-from protocol.fetch_plan import ShardPlan
+from protocol.fetch_plan import StripePlan
 from protocol.ids import Buffer, PeerId, Shard
-from protocol.messages import BlockFound, GetBlock, ShardFound
+from protocol.messages import ShardFound
 from protocol.placement import Route
 from protocol.records import Record
 
@@ -36,56 +36,65 @@ class Reader:
     late_after_s: Callable[[PeerId], float]
     far: bool = False
 
-    def route(self, address: BlockAddress) -> Route:
-        return self.blocks.site.placement().route(self.blocks.site.own, address.block, address.length)
+    def route(self, stretch: Stretch) -> Route:
+        return self.blocks.site.placement().route(self.blocks.site.own, stretch.stripe, stretch.length)
 
-    def shuffled(self, address: BlockAddress) -> list[PeerId]:
+    def shuffled(self, stretch: Stretch) -> list[PeerId]:
         """The keepers in random order. Each holds the whole block."""
-        keepers = self.route(address).keepers
+        keepers = self.route(stretch).keepers
         return self.rng.sample(keepers, len(keepers))
 
-    async def block(self, peer: PeerId, address: BlockAddress) -> None:
+    async def block(self, peer: PeerId, stretch: Stretch) -> None:
         """Read the whole block from one peer. Raises ShoalError."""
-        plan = ShardPlan([peer], [peer], 1, self.late_after_s)
+        plan = StripePlan([peer], [peer], 1, stretch.indices, self.late_after_s)
         plan.start(False, trio.current_time())
-        question = GetBlock(str(address.ref.digest), address.index, address.ref.size)
-        answer = await self.blocks.questions.ask(peer, question, self.lane, SILENCE_S, plan=plan)
-        assert isinstance(answer.message, BlockFound)
-        check(answer.message.record, answer.body or b"")
+        await self._from(peer, stretch, Shard(1, 0, 0), hops=0, plan=plan)
 
-    async def shard(self, peer: PeerId, want: int, address: BlockAddress) -> tuple[int, Buffer, Record]:
+    async def shard(self, peer: PeerId, want: int, stretch: Stretch) -> tuple[int, Buffer, Record]:
         """One shard of the code 4+1 from one peer. Raises ShoalError."""
-        hops = self.route(address).hops if self.far else 0
-        question = self.blocks.questions.get_shard(address, Shard(4, 1, want), hops=hops)
-        answer = await self.blocks.questions.ask(peer, question, self.lane, SILENCE_S)
-        assert isinstance(answer.message, ShardFound)
-        assert answer.body is not None
-        return answer.message.index, answer.body, answer.message.record
+        message, body = await self._from(
+            peer, stretch, Shard(4, 1, want), hops=self.route(stretch).hops if self.far else 0
+        )
+        return message.index, body, message.record
+
+    async def _from(
+        self, peer: PeerId, stretch: Stretch, shard: Shard, *, hops: int, plan: StripePlan | None = None
+    ) -> tuple[ShardFound, Buffer]:
+        parts: list[tuple[ShardFound, Buffer]] = []
+
+        def part(message: ShardFound, body: Buffer) -> None:
+            parts.append((message, body))
+            if shard.k == 1:
+                check(message.record, body)
+
+        questions = self.blocks.questions
+        await questions.stream(peer, stretch, shard, part, hops=hops, lane=self.lane, plan=plan)
+        return parts[0]
 
 
 def check(record: Record, data: Buffer) -> None:
     assert record.matches(data), "a wrong block"
 
 
-Policy = Callable[[Reader, BlockAddress], Awaitable[None]]
+Policy = Callable[[Reader, Stretch], Awaitable[None]]
 
 
-async def one_peer(reader: Reader, address: BlockAddress) -> None:
+async def one_peer(reader: Reader, stretch: Stretch) -> None:
     """Ask a random keeper, and after a failure the next keeper."""
-    for peer in reader.shuffled(address):
+    for peer in reader.shuffled(stretch):
         with contextlib.suppress(ShoalError):
-            return await reader.block(peer, address)
+            return await reader.block(peer, stretch)
     raise UnavailableError("no peer gives the block")
 
 
-async def hedged(reader: Reader, address: BlockAddress) -> None:
+async def hedged(reader: Reader, stretch: Stretch) -> None:
     """Ask a random keeper, and a second one once the first is late, at the p95 of answers (Dean and Barroso, 2013)."""
-    first, *others = reader.shuffled(address)
+    first, *others = reader.shuffled(stretch)
     over = trio.Event()
 
     async def from_first() -> None:
         with contextlib.suppress(ShoalError):
-            await reader.block(first, address)
+            await reader.block(first, stretch)
             nursery.cancel_scope.cancel()
         over.set()
 
@@ -95,22 +104,22 @@ async def hedged(reader: Reader, address: BlockAddress) -> None:
             await over.wait()
         for peer in others:
             with contextlib.suppress(ShoalError):
-                await reader.block(peer, address)
+                await reader.block(peer, stretch)
                 nursery.cancel_scope.cancel()
     if not nursery.cancel_scope.cancel_called:
         raise UnavailableError("no peer gives the block")
 
 
-async def _shards(reader: Reader, address: BlockAddress, at_once: int) -> None:
+async def _shards(reader: Reader, stretch: Stretch, at_once: int) -> None:
     """Ask for the first `at_once` shards, and for one more after each failure."""
-    route = reader.route(address)
+    route = reader.route(stretch)
     shape, keepers = route.shape, route.keepers
     left = list(range(at_once, len(keepers)))
     shards: dict[int, tuple[Buffer, Record]] = {}
 
     async def take(rank: int) -> None:
         try:
-            index, body, record = await reader.shard(keepers[rank], rank, address)
+            index, body, record = await reader.shard(keepers[rank], rank, stretch)
         except ShoalError:
             return await take(left.pop(0)) if left else None
         shards[index] = body, record
@@ -122,20 +131,20 @@ async def _shards(reader: Reader, address: BlockAddress, at_once: int) -> None:
         for rank in range(at_once):
             nursery.start_soon(take, rank)
     record = next(iter(shards.values()))[1]
-    check(record, decode_block({i: body for i, (body, _) in shards.items()}, shape.k, shape.m, address.length))
+    check(record, decode_block({i: body for i, (body, _) in shards.items()}, shape.k, shape.m, stretch.length))
 
 
-async def k_of_k(reader: Reader, address: BlockAddress) -> None:
-    await _shards(reader, address, 4)
+async def k_of_k(reader: Reader, stretch: Stretch) -> None:
+    await _shards(reader, stretch, 4)
 
 
-async def k_of_all(reader: Reader, address: BlockAddress) -> None:
-    await _shards(reader, address, 5)
+async def k_of_all(reader: Reader, stretch: Stretch) -> None:
+    await _shards(reader, stretch, 5)
 
 
-async def shipped(reader: Reader, address: BlockAddress) -> None:
-    ticket = reader.blocks.fetcher.begin(address, urgent=reader.lane is Lane.URGENT)
+async def shipped(reader: Reader, stretch: Stretch) -> None:
+    order = reader.blocks.fetcher.begin(stretch, reader.lane is Lane.URGENT, lambda index, obtained: None)
     try:
-        await ticket.wait()
+        await order.wait()
     finally:
-        ticket.release()
+        order.release()

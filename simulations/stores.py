@@ -31,7 +31,7 @@ class SharedStore(MemoryStore):
         super().__init__(budget_bytes, trio.current_time)
         self._shared = shared
 
-    async def put(
+    def put_nowait(
         self,
         piece: Piece,
         data: Buffer,
@@ -40,7 +40,7 @@ class SharedStore(MemoryStore):
         *,
         kept_for: Askers = READ_HERE,
     ) -> bool:
-        return await super().put(piece, self._shared.shared(piece, data, record), record, proof, kept_for=kept_for)
+        return super().put_nowait(piece, self._shared.shared(piece, data, record), record, proof, kept_for=kept_for)
 
 
 class DiskLike(SharedStore):

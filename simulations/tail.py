@@ -20,10 +20,10 @@ import trio
 from rich.table import Table
 
 from cache.store import READ_HERE
-from node.blocks.values import BlockAddress
+from node.blocks.values import Obtained, Stretch
 from node.exchange.contract import Lane
 from protocol.errors import UnavailableError
-from protocol.ids import BLOCK_SIZE, PeerId, Piece
+from protocol.ids import BLOCK_SIZE, PeerId
 from simulations.cluster import Cluster, Machine
 from simulations.network import SMALL_BYTES, Latency, SimulatedNetwork, constant
 from simulations.policies import Policy, Reader, hedged, k_of_all, k_of_k, one_peer, shipped
@@ -138,22 +138,24 @@ class TierNetwork(SimulatedNetwork):
         await super().travel(sender, receiver, size)
 
 
-async def _fill(cluster: Cluster, address: BlockAddress, keepers: Sequence[PeerId]) -> None:
+async def _fill(cluster: Cluster, stretch: Stretch, keepers: Sequence[PeerId]) -> None:
     """Have all keepers hold the whole block."""
     nodes = {node.peer: node for node in cluster.nodes}
-    held = (await nodes[keepers[0]].blocks.home.block(address)).held
+    obtained: list[Obtained] = []
+    await nodes[keepers[0]].blocks.home.blocks(stretch, lambda index, block: obtained.append(block))
+    held, [index] = obtained[0].held, stretch.indices
     for peer in keepers[1:]:
-        await nodes[peer].tiers.put(Piece(address.block), held.data, held.record, kept_for=READ_HERE)
+        await nodes[peer].tiers.put(stretch.piece(index), held.data, held.record, kept_for=READ_HERE)
 
 
-async def _timed(policy: Policy, reader: Reader, address: BlockAddress) -> float:
+async def _timed(policy: Policy, reader: Reader, stretch: Stretch) -> float:
     began = trio.current_time()
     try:
-        await policy(reader, address)
+        await policy(reader, stretch)
     except UnavailableError:
-        await reader.blocks.home.block(address)
+        await reader.blocks.home.blocks(stretch, lambda index, obtained: None)
     took_s = trio.current_time() - began
-    await reader.blocks.site.tiers.discard(Piece(address.block))
+    await reader.blocks.site.tiers.discard(stretch.piece(stretch.indices[0]))
     return took_s
 
 
@@ -170,7 +172,7 @@ def _one(setup: Tail, mode: str, shared: float, report: Report) -> Run:
         async with running(cluster):
             node = cluster.nodes[0]
             reader = Reader(node.blocks, lane, rng, lambda peer: setup.slower * P95_S, far=True)
-            addresses = [BlockAddress(locator("blobs"), layer, index) for index in range(layer.block_count)]
+            addresses = [Stretch(locator("blobs"), layer, (index,)) for index in range(layer.block_count)]
             cold, warm = addresses[:missing], addresses[missing:]
             for address in warm:
                 await _fill(cluster, address, reader.route(address).keepers)

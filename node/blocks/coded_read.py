@@ -1,34 +1,35 @@
-"""Reads a block from its keepers: any k of the k + m shards of one signed record make it.
+"""Reads stripes from their keepers: any k of the k + m shards of one signed record make a block.
 
 protocol/fetch_plan.py decides which keepers to ask, and when an answer is late. This module makes the requests, decodes
-the shards and checks the block against its record. A reader asks its own cell, then the root cell.
+the shards and checks each block against its record. A reader asks its own cell, then the root cell. A shard that is a
+part of the block is received at its place in the block.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations, islice
 
 import trio
 
 from cache.store import READ_HERE, Held
-from node.blocks.keeper import Keeper, Kept
-from node.blocks.questions import Questions, carry_out
+from node.blocks.keeper import Keeper
+from node.blocks.questions import Asking, Questions
 from node.blocks.trust import Suspicion
-from node.blocks.values import SILENCE_S, BlockAddress, Miss, Obtained, Site
-from node.exchange.contract import Lane
+from node.blocks.values import Miss, Obtained, Site, Stretch, Taker, is_copy
+from node.exchange.contract import Lane, State
 from node.telemetry.sources import Source
 from protocol.erasure import decode_block, encode_shard
 from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.evidence import contradict
-from protocol.fetch_plan import Ask, ShardPlan
+from protocol.fetch_plan import Ask, StripePlan
 from protocol.health import SpareBudget
-from protocol.ids import PeerId, Piece, Shard
+from protocol.ids import BlockId, Buffer, PeerId, Piece, Shard, shard_length
 from protocol.messages import ShardFound
-from protocol.placement import Route
+from protocol.placement import Geometry, Route
 from protocol.records import Record
 from protocol.shard_proofs import answerable_for
 
@@ -39,26 +40,54 @@ MAX_UNTANGLED = 64
 
 
 @dataclass(slots=True)
-class _Attempt:
-    address: BlockAddress
-    route: Route
-    plan: ShardPlan
-    lane: Lane
-    warmed: Callable[[], None]
-    shards: dict[int, tuple[PeerId, Held]] = field(default_factory=dict)
-    """By index, each with its sender."""
-    record: Record | None = None
-    failure: ShoalError | None = None
+class _Block:
+    """A block, and what has arrived of it: shards by number, each with its sender, all under one record."""
 
-    def add(self, peer: PeerId, shard: Shard, held: Held) -> bool:
+    id: BlockId
+    length: int
+    shape: Geometry
+    shards: dict[int, tuple[PeerId, Held]] = field(default_factory=dict)
+    record: Record | None = None
+    whole: bytearray | None = None
+    """Memory for the block. Each data shard is received at its place in it."""
+
+    def place(self, index: int) -> memoryview | None:
+        """The place of a shard in the block, unless it does not fit there."""
+        size = shard_length(self.length, self.shape.k)
+        if index >= self.shape.k or (index + 1) * size > self.length:
+            return None
+        if self.whole is None:
+            self.whole = bytearray(self.length)
+        return memoryview(self.whole)[index * size : (index + 1) * size]
+
+    def add(self, peer: PeerId, index: int, held: Held) -> bool:
         """Whether the shard is of the same block as those before it. Shards under a record with other bytes may be
         right, but are of no use here, and must not be compared with this block."""
         if self.record is None:
             self.record = held.record
         if self.record.sha256 != held.record.sha256:
             return False
-        self.shards.setdefault(shard.index, (peer, held))
+        self.shards[index] = peer, held
         return True
+
+    def decoded(self, chosen: Sequence[int]) -> Held | None:
+        """The block from these shards, if it matches the record. Memory into which a late shard may still be received
+        is not used for it."""
+        shape, record = self.shape, self.record
+        if record is None:
+            return None
+        shards = {index: self.shards[index][1].data for index in chosen}
+        if is_copy(Shard(shape.k, shape.m, chosen[0])):
+            data: Buffer = shards[chosen[0]]
+        elif self.whole is not None and all(self._is_placed(index) for index in range(shape.k)):
+            data = self.whole
+        else:
+            data = decode_block(shards, shape.k, shape.m, self.length)
+        return Held(data, record) if record.matches(data) else None
+
+    def _is_placed(self, index: int) -> bool:
+        data = self.shards[index][1].data if index in self.shards else None
+        return isinstance(data, memoryview) and data.obj is self.whole
 
 
 class CodedReads:
@@ -68,136 +97,186 @@ class CodedReads:
         self._site, self._questions, self._keeper = site, questions, keeper
         self._budget = SpareBudget()
 
-    async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | Miss | None:
+    async def find(self, stretch: Stretch, taker: Taker) -> None:
         site = self._site
-        own_cell = site.placement().route(site.own, address.block, address.length)
+        own_cell = site.placement().route(site.own, stretch.stripe, stretch.length)
         if own_cell.home == site.own:
-            return None
+            return
+        import os
+        if os.environ.get("WHOLE"):
+            own_cell = own_cell.whole
+        left = stretch
         for route in dict.fromkeys((own_cell, own_cell.root)):
-            attempt = await self._attempt(address, route, urgent, warmed)
-            held = await self._assemble(attempt)
-            if held is not None:
-                peers = tuple(peer for peer, _ in attempt.shards.values() if peer != site.own)
-                attempt.shards.clear()  # as large as the block: free them before waiting for the disk
-                await site.tiers.put(Piece(address.block), held.data, held.record, kept_for=READ_HERE)
-                return Obtained(held, Source.PEER, peers, attempt.plan.retries)
-        if address.background:  # only its home reads such a block, and it cannot now
-            raise attempt.failure or UnavailableError(f"{address.block} cannot be obtained now")
-        return Miss(attempt.plan.retries + 1, partial(self._blame, attempt))
+            attempt = _Attempt(site, self._questions, self._keeper, self._budget, left, route=route, taker=taker)
+            await attempt.run()
+            if not attempt.blocks:
+                return
+            left = stretch.only(attempt.blocks)
+        if stretch.background:  # only its home reads such a block, and it cannot now
+            raise attempt.failure or UnavailableError(f"{left} cannot be obtained now")
+        for index, block in attempt.blocks.items():
+            taker.missed(index, Miss(attempt.plan.retries + 1, partial(attempt.blame, block)))
 
-    async def _attempt(self, address: BlockAddress, route: Route, urgent: bool, warmed: Callable[[], None]) -> _Attempt:
-        """Ask keepers until k shards have arrived, or no keeper is left to ask."""
-        own, health, shape, keepers = self._site.own, self._site.health, route.shape, route.keepers
+
+class _Attempt:
+    """One read of a stretch along one route. `blocks` are those that are not obtained yet, at last those that are not
+    obtained at all."""
+
+    def __init__(
+        self,
+        site: Site,
+        questions: Questions,
+        keeper: Keeper,
+        budget: SpareBudget,
+        stretch: Stretch,
+        *,
+        route: Route,
+        taker: Taker,
+    ) -> None:
+        self._site, self._questions, self._keeper, self._budget = site, questions, keeper, budget
+        self._stretch, self._route, self._taker = stretch, route, taker
+        shape, ref = route.shape, stretch.ref
+        self.blocks = {index: _Block(ref.block(index), ref.block_length(index), shape) for index in stretch.indices}
+        self.failure: ShoalError | None = None
+        own, health = site.own, site.health
         # The home also serves the other keepers: among equals it is asked last.
-        others = sorted((peer for peer in keepers if peer != own), key=lambda peer: peer == route.home)
+        others = sorted((peer for peer in route.keepers if peer != own), key=lambda peer: peer == route.home)
         order = health.order(others, trio.current_time())
-        if own in keepers:
-            # Other members will ask for this node's shard anyway: obtain it first, and only once.
+        if own in route.keepers:
+            # Other members will ask for this node's shards anyway: obtain them first, and only once.
             order.insert(0, own)
-        plan = ShardPlan(keepers, order, shape.k, health.late_after_s, answered_at=health.answered_at)
-        attempt = _Attempt(address, route, plan, lane=Lane.URGENT if urgent else Lane.BULK, warmed=warmed)
-        self._budget.earned(shape.k)
+        self._order = order
+        late, answered = health.late_after_s, health.answered_at
+        self.plan = StripePlan(route.keepers, order, shape.k, stretch.indices, late, answered_at=answered)
+        self._asking = Asking(self.plan, self._ask, self._overdue)
 
+    async def run(self) -> None:
+        """Ask keepers until k shards of each block have arrived, or no keeper is left to ask."""
+        plan, health, shape, own = self.plan, self._site.health, self._route.shape, self._site.own
+        self._budget.earned(shape.k * len(self.blocks))
         # A spare shard uses this node's link. If answers arrive evenly, it is requested only when a shard is late.
-        all_at_once = urgent and not health.steady(peer for peer in order[: shape.k] if peer != own)
-        asks = plan.start(all_at_once, trio.current_time())
-        note, overdue = partial(self._note, attempt), partial(self._overdue, plan, urgent)
-        await carry_out(plan, asks, partial(self._ask, attempt), note=note, overdue=overdue)
-        if plan.done:
-            for peer in plan.beaten:
-                health.beaten(peer, trio.current_time())
-        return attempt
+        steady = health.steady(peer for peer in self._order[: shape.k] if peer != own)
+        await self._asking.run(plan.start(self._taker.urgent and not steady, trio.current_time()))
+        for peer in plan.beaten if plan.done else ():
+            health.beaten(peer, trio.current_time())
+        for block in [block for block in self.blocks.values() if len(block.shards) >= shape.k]:
+            await self._untangle(block)
 
-    def _overdue(self, plan: ShardPlan, urgent: bool) -> list[Ask]:
+    def _overdue(self) -> list[Ask]:
         """Requests that replace those given up, and requests for spare shards if shards are late."""
-        health, now = self._site.health, trio.current_time()
+        plan, health, now = self.plan, self._site.health, trio.current_time()
         late, asks = self._questions.note_overdue(plan)
         for peer in plan.given_up:
             health.beaten(peer, now)
         for peer in plan.waited_for:
             if health.unfit(peer, now) and plan.has_spare:
                 asks += plan.give_up(peer, now)
-        for _ in late:
-            if plan.has_spare and (urgent or self._budget.spend()):
-                asks += plan.spare(now)
+        for peer in late:
+            if plan.has_spare and (self._taker.urgent or self._budget.spend()):
+                asks += plan.spare(peer, now)
         return asks
 
-    async def _ask(self, attempt: _Attempt, ask: Ask) -> Kept | None:
-        address, plan, shape, hops = attempt.address, attempt.plan, attempt.route.shape, attempt.route.hops
+    async def _ask(self, ask: Ask) -> None:
+        stretch, shape, hops = self._stretch.only(ask.blocks), self._route.shape, self._route.hops
         shard = Shard(shape.k, shape.m, ask.want)
+        if is_copy(shard) and ask.peer == self._route.home:
+            hops = 1
         try:
             if ask.peer == self._site.own:
-                plan.heard(ask.peer, False, trio.current_time())  # as another keeper reports while it asks the home
-                return await self._keeper.keep(address, shard, hops, exact=ask.exact)
-            question = self._questions.get_shard(address, shard, hops=hops, exact=ask.exact)
-            lane, ready = attempt.lane, attempt.warmed
-            answer = await self._questions.ask(ask.peer, question, lane, SILENCE_S, plan=plan, ready=ready)
-            message, body = answer.message, answer.body
-            if not isinstance(message, ShardFound) or body is None:
-                raise PeerMisbehavedError("an answer without a shard")
-            self._site.trust.check(message.record, address.ref, address.index)
-            self._site.trust.check_maker(message.proof)
-            self._site.facts.arrived(address.ref.digest, message.origin)
-            return Shard(message.k, message.m, message.index), Held(body, message.record, message.proof)
+                self.plan.heard(
+                    ask.peer, False, trio.current_time()
+                )  # as another keeper reports while it asks the home
+                await self._keeper.own(stretch, shard, hops, partial(self._add_own, ask.want))
+                return
+            await self._questions.stream(
+                ask.peer,
+                stretch,
+                shard,
+                partial(self._part, ask.peer),
+                hops=hops,
+                lane=Lane.URGENT if self._taker.urgent else Lane.BULK,
+                plan=self.plan,
+                heard=partial(self._heard, ask.peer),
+                into=self._into,
+            )
+            return
         except PeerMisbehavedError as error:
             self._site.view.quarantine(ask.peer, str(error))
         except ShoalError as error:
-            log.debug("shard of %s from %s: %s", address.block, ask.peer, error)
-            attempt.failure = error
-        return None
+            log.debug("shards of %s from %s: %s", stretch, ask.peer, error)
+            self.failure = error
+        self._asking.more(self.plan.failed(ask.peer, trio.current_time()))
 
-    def _note(self, attempt: _Attempt, ask: Ask, answer: Kept | None) -> list[Ask]:
-        peer, now = ask.peer, trio.current_time()
-        if answer is None:
-            return attempt.plan.failed(peer, now)
-        shard, held = answer
-        if not attempt.add(peer, shard, held):
-            log.warning("two records of %s disagree", attempt.address.block)
-            if attempt.record is not None and contradict(attempt.record, held.record):
-                self._suspect(attempt, attempt.record, held.record)
-            return attempt.plan.failed(peer, now)
-        attempt.warmed()
-        return attempt.plan.got(peer, shard.index, now)
+    def _heard(self, peer: PeerId, state: State) -> None:
+        self.plan.heard(peer, state is State.READY, trio.current_time())
 
-    async def _assemble(self, attempt: _Attempt) -> Held | None:
-        record, shape = attempt.record, attempt.route.shape
-        if record is None or not attempt.plan.done:
-            return None
-        held = self._decode(attempt, record, tuple(attempt.shards))
-        if held is not None:
-            return held
-        log.warning("shards of %s do not make the block: looking for the wrong one", attempt.address.block)
-        for ask in attempt.plan.spare(trio.current_time()):
-            if (answer := await self._ask(attempt, ask)) is not None:
-                attempt.add(ask.peer, *answer)
-        for chosen in islice(combinations(attempt.shards, shape.k), MAX_UNTANGLED):
+    def _into(self, message: ShardFound) -> memoryview | None:
+        self._taker.warmed(message.record.index)
+        block = self.blocks.get(message.record.index)
+        return block.place(message.index) if block is not None else None
+
+    def _part(self, peer: PeerId, message: ShardFound, body: Buffer) -> None:
+        self._site.trust.check(message.record, self._stretch.ref, message.record.index)
+        self._site.trust.check_maker(message.proof)
+        self._site.facts.arrived(self._stretch.ref.digest, message.origin)
+        self._add(peer, message.index, message.record.index, Held(body, message.record, message.proof))
+
+    def _add_own(self, number: int, index: int, held: Held) -> None:
+        if index in self.blocks and (place := self.blocks[index].place(number)) is not None:
+            place[:] = held.data
+            held = replace(held, data=place)
+        self._add(self._site.own, number, index, held)
+
+    def _add(self, peer: PeerId, number: int, index: int, held: Held) -> None:
+        """Shard `number` of block `index` came."""
+        now, block = trio.current_time(), self.blocks.get(index)
+        if block is not None and not block.add(peer, number, held):
+            log.warning("two records of %s disagree", block.id)
+            if block.record is not None and contradict(block.record, held.record):
+                self._suspect(block.record, held.record)
+            self._asking.more(self.plan.lost(peer, index, now))
+            return
+        is_last = self.plan.got(peer, index, now)
+        if block is not None:
+            self._taker.warmed(index)
+            if is_last and (whole := block.decoded(tuple(block.shards))) is not None:
+                self._got(block, whole)
+        self._asking.more()
+
+    def _got(self, block: _Block, whole: Held) -> None:
+        del self.blocks[block.id.index]
+        peers = tuple(peer for peer, _ in block.shards.values() if peer != self._site.own)
+        self._site.keep(Piece(block.id), whole.data, whole.record, kept_for=READ_HERE)
+        self._taker.got(block.id.index, Obtained(whole, Source.PEER, peers, self.plan.retries))
+
+    async def _untangle(self, block: _Block) -> None:
+        """The shards do not make the block: find the wrong one, with one shard more."""
+        log.warning("shards of %s do not make the block: looking for the wrong one", block.id)
+        for ask in self.plan.one_more(block.id.index, trio.current_time()):
+            await self._ask(ask)
+        for chosen in islice(combinations(block.shards, block.shape.k), MAX_UNTANGLED):
             await trio.lowlevel.checkpoint()
-            if (held := self._decode(attempt, record, chosen)) is not None:
-                await self._blame(attempt, Obtained(held, Source.PEER))
-                return held
-        return None
+            if (whole := block.decoded(chosen)) is not None:
+                await self.blame(block, Obtained(whole, Source.PEER))
+                self._got(block, whole)
+                return
 
-    def _decode(self, attempt: _Attempt, record: Record, chosen: tuple[int, ...]) -> Held | None:
-        shape, shards = attempt.route.shape, {index: attempt.shards[index][1].data for index in chosen}
-        data = decode_block(shards, shape.k, shape.m, attempt.address.length)
-        return Held(data, record) if record.matches(data) else None
-
-    async def _blame(self, attempt: _Attempt, truth: Obtained) -> None:
+    async def blame(self, block: _Block, truth: Obtained) -> None:
         """Quarantine the members that answer for wrong shards: by their signature, or because they sent them without
         a right one. Discard wrong shards of this node."""
-        site, shape, claim, right = self._site, attempt.route.shape, attempt.record, truth.held
+        site, shape, claim, right = self._site, block.shape, block.record, truth.held
         if claim is not None and claim.sha256 != right.record.sha256:
             # Two records: the registry's own bytes decide (node/evidence/judge.py), not those of a mirror or a member.
-            self._suspect(attempt, claim, right.record if contradict(claim, right.record) else None)
+            self._suspect(claim, right.record if contradict(claim, right.record) else None)
             return
-        for index, (peer, held) in attempt.shards.items():
-            shard = Shard(shape.k, shape.m, index)
-            if memoryview(held.data) == memoryview(encode_shard(right.data, shape.k, shape.m, index)):
+        for number, (peer, held) in block.shards.items():
+            shard = Shard(shape.k, shape.m, number)
+            if memoryview(held.data) == memoryview(encode_shard(right.data, shape.k, shape.m, number)):
                 continue
             if peer == site.own:
-                await site.tiers.discard(Piece(attempt.address.block, shard))
+                await site.tiers.discard(Piece(block.id, shard))
             liar = answerable_for(peer, held.proof, held.record, shard, held.data)
-            site.view.quarantine(liar, f"a wrong shard of {attempt.address.ref.digest} #{attempt.address.index}")
+            site.view.quarantine(liar, f"a wrong shard of {block.id.digest} #{block.id.index}")
 
-    def _suspect(self, attempt: _Attempt, record: Record, other: Record | None) -> None:
-        self._site.trust.suspect(Suspicion(record, str(attempt.address.locator), other=other))
+    def _suspect(self, record: Record, other: Record | None) -> None:
+        self._site.trust.suspect(Suspicion(record, str(self._stretch.locator), other=other))

@@ -1,4 +1,4 @@
-"""Reads blocks for clients of this node. It asks the sources of a block in order (`blocks` in node/assembly.py): the
+"""Reads blocks for clients of this node. It asks the sources of a stretch in order (`blocks` in node/assembly.py): the
 tiers of this node, the keepers for k shards, and this node as home, which can ask the upstream.
 
 Concurrent reads of one block share one result. The window limits how many blocks clients have under way.
@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import trio
 
 from cache.tiered import Tiers
-from node.blocks.values import BlockAddress, BlockSource, Miss, Obtained, Work
-from node.runtime.single_flight import SingleFlight, Ticket
+from node.blocks.values import BlockSource, Group, Miss, Obtained, Stretch, Taker
+from node.runtime.fair_places import Demand
+from node.runtime.shared_work import Flow, Order, SharedWork
 from node.telemetry.sources import Source
 from protocol.errors import UnavailableError
-from protocol.ids import Piece
 from protocol.window import ReadWindow
 
 
@@ -27,49 +28,119 @@ class HeldBlocks:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
 
-    async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | None:
-        held = await self._tiers.get(Piece(address.block), address.ref.size)
-        self._tiers.claim(Piece(address.block))
-        return Obtained(held[0], Source(held[1])) if held is not None else None
+    async def find(self, stretch: Stretch, taker: Taker) -> None:
+        for index in stretch.indices:
+            piece = stretch.piece(index)
+            held = await self._tiers.get(piece, stretch.ref.size)
+            self._tiers.claim(piece)
+            if held is not None:
+                taker.got(index, Obtained(held[0], Source(held[1])))
+
+
+class Hungry(Protocol):
+    """Somebody who would begin further reads, if the window had room."""
+
+    def begin_more(self) -> None: ...
 
 
 class Fetcher:
     def __init__(self, sources: Sequence[BlockSource], nursery: trio.Nursery) -> None:
-        self._sources = sources
-        self._reads: SingleFlight[Work, Obtained] = SingleFlight(nursery)
+        self._sources, self._nursery = sources, nursery
+        self._reads: SharedWork[Group, Obtained] = SharedWork(nursery)
+        self._hungry: dict[Hungry, None] = {}
+        self._idle = trio.lowlevel.ParkingLot()
         self.window = ReadWindow()
-        self.turned = trio.lowlevel.ParkingLot()
-        """Wakes tasks when the read of a block ends, a block reaches the site, or the read of a client ends."""
 
     async def idle(self) -> None:
         """Returns when no client reads."""
         while self.window.busy:
-            await self.turned.park()
+            await self._idle.park()
 
-    def begin(self, address: BlockAddress, urgent: bool) -> Ticket[Work, Obtained]:
-        """Start reading a block, or join the read of it that is under way. The ticket's `wait` raises ShoalError."""
-        if address.work not in self._reads:
-            self.window.began(address.key, trio.current_time())
-        return self._reads.join(address.work, lambda: self._read(address, urgent))
+    def begin(
+        self,
+        stretch: Stretch,
+        urgent: bool,
+        came: Callable[[int, Obtained], None],
+        lost: Callable[[int, Exception], None] | None = None,
+        *,
+        demand: Demand | None = None,
+    ) -> Order[Group, Obtained]:
+        """Start reading blocks, or join the reads of them that are under way, as SharedWork.order."""
+        now = trio.current_time()
+        for index in stretch.indices:
+            if (stretch.group, index) not in self._reads:
+                self.window.began((stretch.group, index), now)
+        work = partial(self._read, stretch, urgent)
+        return self._reads.order(stretch.group, stretch.indices, work, came, lost=lost, demand=demand)
 
-    async def _read(self, address: BlockAddress, urgent: bool) -> Obtained:
-        began, misses = trio.current_time(), list[Miss]()
-        warmed = partial(self._warmed, address)
+    def is_cold(self, stretch: Stretch, index: int) -> bool:
+        return self.window.is_cold((stretch.group, index))
+
+    def wait_for_room(self, reader: Hungry) -> None:
+        """Have the reader try again once the window may have room."""
+        self._hungry[reader] = None
+
+    def forget(self, reader: Hungry) -> None:
+        self._hungry.pop(reader, None)
+
+    def turned(self) -> None:
+        """The window, or the room for clients, has changed."""
+        hungry, self._hungry = self._hungry, {}
+        for reader in hungry:
+            reader.begin_more()
+        if not self.window.busy:
+            self._idle.unpark_all()
+
+    def ended(self, stretch: Stretch, index: int) -> None:
+        self.window.ended((stretch.group, index), trio.current_time())
+
+    async def _read(self, stretch: Stretch, urgent: bool, flow: Flow[Group, Obtained]) -> None:
+        stretch = stretch.only(flow.left)
+        taking = _Taking(self, self._nursery, stretch, flow, urgent)
         try:
             for source in self._sources:
-                obtained = await source.find(address, urgent, warmed)
-                if isinstance(obtained, Miss):
-                    misses.append(obtained)
-                elif obtained is not None:
-                    for miss in misses:
-                        await miss.compare(obtained)
-                    retries = obtained.retries + sum(miss.retries for miss in misses)
-                    return replace(obtained, retries=retries, seconds=trio.current_time() - began)
-            raise UnavailableError(f"no source has {address.block}")
+                if not flow.left:
+                    return
+                await source.find(stretch.only(flow.left), taking)
+            if flow.left:
+                raise UnavailableError(f"no source has {stretch.only(flow.left)}")
         finally:
-            self.window.ended(address.key, trio.current_time())
-            self.turned.unpark_all()
+            for index in flow.left:
+                self.ended(stretch, index)
+            self.turned()
 
-    def _warmed(self, address: BlockAddress) -> None:
-        if self.window.warmed(address.key, trio.current_time()):
-            self.turned.unpark_all()
+
+class _Taking:
+    """The `Taker` of one read."""
+
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        nursery: trio.Nursery,
+        stretch: Stretch,
+        flow: Flow[Group, Obtained],
+        urgent: bool,
+    ) -> None:
+        self._fetcher, self._nursery, self._stretch, self._flow = fetcher, nursery, stretch, flow
+        self.urgent = urgent
+        self._began = trio.current_time()
+        self._misses: dict[int, list[Miss]] = {}
+
+    def got(self, index: int, obtained: Obtained) -> None:
+        if index not in self._flow.orders:
+            return
+        now, misses = trio.current_time(), self._misses.get(index, ())
+        for miss in misses:
+            self._nursery.start_soon(miss.compare, obtained)
+        self._fetcher.window.warmed((self._flow.group, index), now)
+        self._fetcher.ended(self._stretch, index)
+        retries = obtained.retries + sum(miss.retries for miss in misses)
+        self._flow.deliver(index, replace(obtained, retries=retries, seconds=now - self._began))
+        self._fetcher.turned()
+
+    def missed(self, index: int, miss: Miss) -> None:
+        self._misses.setdefault(index, []).append(miss)
+
+    def warmed(self, index: int) -> None:
+        if self._fetcher.window.warmed((self._flow.group, index), trio.current_time()):
+            self._fetcher.turned()

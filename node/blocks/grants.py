@@ -1,6 +1,6 @@
 """The grants of this node's clients, for the private objects that these clients read now.
 
-A grant (node/mirror/access.py) stays on the node whose client showed it. For other members that node is the block's
+A grant (node/mirror/access.py) stays on the node whose client showed it. For other members that node is the blocks'
 `reader` (docs/decisions/0006-private-images.md).
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from node.blocks.values import BlockAddress
+from node.blocks.values import Stretch
 from node.oci.references import Locator
 from protocol.ids import Digest
 
@@ -31,9 +31,9 @@ class Grants:
             if not locators and self._locators.get(digest) is locators:
                 del self._locators[digest]
 
-    def as_own_client(self, address: BlockAddress) -> BlockAddress:
-        """`address` with the grant of a local client that reads the same object, and so will need this block too."""
-        for locator in reversed(self._locators.get(address.ref.digest, [])):
-            if replace(locator, grant=None) == address.locator:
-                return replace(address, locator=locator, reader="")
-        return address
+    def as_own_client(self, stretch: Stretch) -> Stretch:
+        """`stretch` with the grant of a local client that reads the same object, and so will need these blocks too."""
+        for locator in reversed(self._locators.get(stretch.ref.digest, [])):
+            if replace(locator, grant=None) == stretch.locator:
+                return replace(stretch, locator=locator, reader="")
+        return stretch

@@ -1,16 +1,17 @@
-"""Obtains a block from the members that hold it or its shards, and answers members that ask what this node holds.
+"""Obtains blocks from the members that hold them or their shards, and answers members that ask what this node holds.
 
-Candidates are the members that the object's directories name, and the block's keepers. Each reports its holdings in
-bitmaps. Any k shards of one code make the block, even if they were placed in earlier views. If all this fails, the
-member whose client has a grant reads the block from the upstream.
+Candidates are the members that the object's directories name, and the stripe's keepers. Each reports its holdings in
+bitmaps. Any k shards of one code make a block, even if they were placed in earlier views. If all this fails, the
+member whose client has a grant reads the blocks from the upstream.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -18,8 +19,8 @@ import trio
 from cachetools import TTLCache
 
 from cache.store import Held, Holdings
-from node.blocks.questions import Questions
-from node.blocks.values import SILENCE_S, SMALL_SILENCE_S, BlockAddress, Obtained, Site
+from node.blocks.questions import Part, Questions
+from node.blocks.values import SMALL_SILENCE_S, Obtained, Site, Stretch
 from node.exchange.contract import Answer, Lane
 from node.telemetry.sources import Source
 from protocol import messages
@@ -69,37 +70,46 @@ class Holders:
                     self._directory.announce(Digest.parse(digest), peer, trio.current_time())
                 return Answer(messages.Done())
 
-    async def find(self, address: BlockAddress) -> Obtained | None:
-        """The block from a member that holds it, else from k members that hold a shard each, else from its reader."""
-        ref, index = address.ref, address.index
-        if candidates := await self._candidates(address):
+    async def find(self, stretch: Stretch, got: Callable[[int, Obtained], None]) -> None:
+        """The blocks of the stretch that members hold: whole blocks, else k shards of one code; those that are left
+        from their reader."""
+        left = set(stretch.indices)
+
+        def take(index: int, obtained: Obtained) -> None:
+            if index in left:
+                left.remove(index)
+                got(index, obtained)
+
+        if candidates := await self._candidates(stretch):
             async with trio.open_nursery() as nursery:
                 for peer in candidates:
-                    nursery.start_soon(self._learn_holdings, peer, ref.digest)
-            holdings = {peer: self._holdings.get((peer, ref.digest), Holdings()) for peer in candidates}
-            whole = messages.GetBlock(str(ref.digest), index, ref.size)
+                    nursery.start_soon(self._learn_holdings, peer, stretch.ref.digest)
+            holdings = {peer: self._holdings.get((peer, stretch.ref.digest), Holdings()) for peer in candidates}
             for peer, held in holdings.items():
-                if held.blocks >> index & 1 and (obtained := await self._block_from(peer, address, whole, HELD_S)):
-                    return obtained
-            if (obtained := await self._decoded_from(holdings, address)) is not None:
-                return obtained
-        if not address.reader:
-            return None
-        # The reader reads the block from the upstream and sends it as the only shard of the code 1+0.
-        shard, peer = Shard(1, 0, 0), PeerId(address.reader)
-        question = self._questions.get_shard(replace(address, reader="", background=False), shard, hops=1)
-        obtained = await self._block_from(peer, address, question, math.inf)
-        if obtained is not None:
-            self._site.facts.granted(ref.digest, address.locator)
-        return obtained
+                if wanted := [index for index in stretch.indices if index in left and held.blocks >> index & 1]:
+                    await self._blocks_from(peer, stretch.only(wanted), take, 0, HELD_S)
+            for index in sorted(left):
+                await self._decoded_from(holdings, stretch.only([index]), take)
+        if left and stretch.reader:
+            await self._from_reader(stretch.only(sorted(left)), take)
 
-    async def _candidates(self, address: BlockAddress) -> list[PeerId]:
+    async def _from_reader(self, stretch: Stretch, take: Callable[[int, Obtained], None]) -> None:
+        """The reader reads the blocks from the upstream and sends each as the only shard of the code 1+0."""
+
+        def granted(index: int, obtained: Obtained) -> None:
+            self._site.facts.granted(stretch.ref.digest, stretch.locator)
+            take(index, obtained)
+
+        asked = replace(stretch, reader="", background=False)
+        await self._blocks_from(PeerId(stretch.reader), asked, granted, 1, math.inf)
+
+    async def _candidates(self, stretch: Stretch) -> list[PeerId]:
         site = self._site
         if len(site.view.site) < 2:
             return []
         now = trio.current_time()
-        _, keepers = site.placement().keepers(address.block, address.length)
-        candidates = list(await self._named_by_directory(address.ref.digest))
+        _, keepers = site.placement().keepers(stretch.stripe, stretch.length)
+        candidates = list(await self._named_by_directory(stretch.ref.digest))
         if candidates or keepers[0] != site.own or now - site.view.changed_at < UNSETTLED_S:
             candidates += keepers
         alive = {member.peer_id for member in site.view.site} - {site.own}
@@ -132,61 +142,71 @@ class Holders:
 
     async def _ask(self, peer: PeerId, question: messages.Request, kind: type[Reply]) -> Reply | None:
         try:
-            answer = await self._questions.ask_held(peer, question, Lane.CONTROL, SMALL_SILENCE_S, HINT_S)
+            answer = await self._questions.ask(peer, question, Lane.CONTROL, SMALL_SILENCE_S, HINT_S)
         except ShoalError as error:
             log.debug("%s to %s: %s", type(question).__name__, peer, error)
             return None
         return answer.message if isinstance(answer.message, kind) else None
 
-    async def _block_from(
-        self, peer: PeerId, address: BlockAddress, question: messages.Request, within_s: float
-    ) -> Obtained | None:
-        lane = Lane.BULK if within_s < math.inf else Lane.URGENT
+    async def _blocks_from(
+        self, peer: PeerId, stretch: Stretch, take: Callable[[int, Obtained], None], hops: int, within_s: float
+    ) -> None:
+        """Whole blocks from a member, as far as it sends them."""
+
+        def part(message: messages.ShardFound, body: Buffer) -> None:
+            held = self._questions.checked(stretch, message, body)
+            take(held.record.index, Obtained(held, Source.PEER, (peer,)))
+
+        await self._ask_for(peer, stretch, Shard(1, 0, 0), part, hops=hops, within_s=within_s)
+
+    async def _ask_for(
+        self, peer: PeerId, stretch: Stretch, shard: Shard, part: Part, *, hops: int, within_s: float
+    ) -> None:
         try:
-            answer = await self._questions.ask_held(peer, question, lane, SILENCE_S, within_s)
-            return Obtained(self._questions.checked(address, answer), Source.PEER, (peer,))
+            if hops:
+                await self._questions.stream(peer, stretch, shard, part, hops=hops, lane=Lane.URGENT)
+            else:
+                await self._questions.stream_held(peer, stretch, shard, part, within_s=within_s)
         except PeerMisbehavedError as error:
             self._site.view.quarantine(peer, str(error))
         except ShoalError as error:
-            log.debug("block from %s: %s", peer, error)
-        return None
+            log.debug("%s from %s: %s", stretch, peer, error)
 
-    async def _decoded_from(self, holdings: Mapping[PeerId, Holdings], address: BlockAddress) -> Obtained | None:
+    async def _decoded_from(
+        self, holdings: Mapping[PeerId, Holdings], stretch: Stretch, take: Callable[[int, Obtained], None]
+    ) -> None:
+        """A single block, if members hold k shards of one code."""
         by_code: dict[tuple[int, int], dict[int, PeerId]] = {}
         for peer, held in holdings.items():
             for shard, bits in held.shards.items():
-                if bits >> address.index & 1:
+                if bits >> stretch.indices[0] & 1:
                     by_code.setdefault((shard.k, shard.m), {}).setdefault(shard.index, peer)
         for (k, m), owners in by_code.items():
             if len(owners) >= k:
                 chosen = {Shard(k, m, index): peer for index, peer in islice(owners.items(), k)}
-                block = await self._gather(chosen, address)
+                block = await self._gather(chosen, stretch)
                 if block is not None:
-                    return Obtained(block, Source.PEER, tuple(chosen.values()))
-        return None
+                    take(stretch.indices[0], Obtained(block, Source.PEER, tuple(chosen.values())))
+                    return
 
-    async def _gather(self, owners: Mapping[Shard, PeerId], address: BlockAddress) -> Held | None:
-        """The block from k shards of one code, one from each owner."""
+    async def _gather(self, owners: Mapping[Shard, PeerId], stretch: Stretch) -> Held | None:
+        """A single block from k shards of one code, one from each owner."""
         shards: dict[int, Buffer] = {}
         records: list[Record] = []
 
-        async def take(shard: Shard, peer: PeerId) -> None:
-            question = self._questions.get_shard(address, shard, hops=0)
-            try:
-                answer = await self._questions.ask_held(peer, question, Lane.BULK, SILENCE_S, HELD_S)
-                held = self._questions.checked(address, answer)
-                shards[shard.index] = held.data
-                records.append(held.record)
-            except ShoalError as error:
-                log.debug("shard from %s: %s", peer, error)
+        def part(message: messages.ShardFound, body: Buffer) -> None:
+            held = self._questions.checked(stretch, message, body)
+            shards[message.index] = held.data
+            records.append(held.record)
 
         async with trio.open_nursery() as nursery:
             for shard, peer in owners.items():
-                nursery.start_soon(take, shard, peer)
+                ask = partial(self._ask_for, peer, stretch, shard, part, hops=0, within_s=HELD_S)
+                nursery.start_soon(ask)
         if len(shards) < len(owners):
             return None
         code = next(iter(owners))
-        data = decode_block(shards, code.k, code.m, address.length)
+        data = decode_block(shards, code.k, code.m, stretch.length)
         return Held(data, records[0]) if records[0].matches(data) else None
 
 

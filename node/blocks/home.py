@@ -1,26 +1,28 @@
-"""The home of a block: the one member that reads it from the upstream, once, however many members want it.
+"""The home of a stripe: the one member that reads its blocks from the upstream, once, however many members want them.
 
-Rendezvous hashing ranks the homes of each block, as hashing assigns each object a home node in Squirrel (Iyer,
-Rowstron, Druschel, PODC 2002). Any member can act as home: if those of a higher rank fail, or for its own client. A
-home obtains the block from members that hold it, else from the upstream, and in that case signs its record.
+Each stripe has a home (protocol/placement.py), as hashing assigns each object a home node in Squirrel (Iyer, Rowstron,
+Druschel, PODC 2002). Any member can act as home: if those of a lower rank fail, or for its own client. A home obtains
+blocks from members that hold them, else from the upstream, and in that case signs their records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
+from itertools import groupby
 
 import trio
 
 from cache.store import Askers, Held
 from node.blocks.grants import Grants
 from node.blocks.holders import Holders
-from node.blocks.values import BlockAddress, Obtained, Site, Work
+from node.blocks.values import BlockAddress, Group, Obtained, Site, Stretch, Taker
 from node.identity.identity import Identity
 from node.oci.references import Locator
 from node.registry.batching import BatchedReads
-from node.runtime.single_flight import SingleFlight
+from node.runtime.shared_work import Flow, SharedWork
 from node.telemetry.sources import Source
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
 from protocol.home_times import HomeTimes
@@ -44,43 +46,67 @@ class Home:
         origin: BatchedReads,
         is_open: Callable[[str], bool],
         identity: Identity,
-        nursery: trio.Nursery,
     ) -> None:
         self._site, self._holders, self._grants = site, holders, grants
         self._origin, self._is_open = origin, is_open
         self._identity, self.times = identity, HomeTimes()
-        self._reads: SingleFlight[Work, Obtained] = SingleFlight(nursery)
+        self._reads: SharedWork[Group, Obtained] = SharedWork(site.nursery)
 
-    async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained:
+    async def find(self, stretch: Stretch, taker: Taker) -> None:
         """The last `BlockSource` of the fetcher: the node acts as home for its own client."""
-        obtained = await self.block(address)
-        self._site.tiers.claim(Piece(address.block))  # it may have joined a read on behalf of a member
-        warmed()
-        return obtained
 
-    async def block(self, address: BlockAddress) -> Obtained:
-        """The whole block, which is then also in the tiers if they have room. Concurrent calls share one read."""
-        self._site.check_size(address.ref)
-        held = await self._site.trusted(Piece(address.block), address.ref.size, address.kept_for)
-        if held is not None:
-            return Obtained(held[0], Source(held[1]))
-        return await self._reads.do(address.work, lambda: self._obtain(address))
+        def got(index: int, obtained: Obtained) -> None:
+            self._site.tiers.claim(stretch.piece(index))  # it may have joined a read on behalf of a member
+            taker.got(index, obtained)
 
-    async def _obtain(self, address: BlockAddress) -> Obtained:
-        obtained = await self._holders.find(address)
-        if obtained is None:
-            began = trio.current_time()
-            locator = self._grants.as_own_client(address).locator  # a client with a grant may have arrived meanwhile
-            if address.background:
-                data = await self._in_background(locator, address)
+        await self.blocks(stretch, got)
+
+    async def blocks(
+        self, stretch: Stretch, got: Callable[[int, Obtained], None], progress: Callable[[], None] = lambda: None
+    ) -> None:
+        """Obtain whole blocks, which are then also in the tiers if they have room. Concurrent calls share the work.
+        `progress` is called when bytes come on. Raises the first error."""
+        self._site.check_size(stretch.ref)
+        missing = []
+        for index in stretch.indices:
+            held = await self._site.trusted(stretch.piece(index), stretch.ref.size, stretch.kept_for)
+            if held is not None:
+                got(index, Obtained(held[0], Source(held[1])))
             else:
-                data = await self._origin.read(locator, address.ref, address.index)
-                self.times.came(address.length, began, trio.current_time())
-            obtained = Obtained(self._signed(address, data), Source.ORIGIN)
-            self._note_origin(locator, address.ref.digest)
-        held = obtained.held
-        await self._site.tiers.replace(Piece(address.block), held.data, held.record, kept_for=address.kept_for)
-        return obtained
+                missing.append(index)
+        if missing:
+            await self._reads.obtain(stretch.group, missing, partial(self._obtain, stretch), got, progress=progress)
+
+    async def _obtain(self, stretch: Stretch, flow: Flow[Group, Obtained]) -> None:
+        def got(index: int, obtained: Obtained) -> None:
+            held = obtained.held
+            self._site.keep(stretch.piece(index), held.data, held.record, kept_for=stretch.kept_for)
+            flow.deliver(index, obtained)
+
+        await self._holders.find(stretch.only(flow.left), got)
+        for run in _runs(flow.left):
+            await self._from_upstream(stretch.only(run), got, flow.progress)
+
+    async def _from_upstream(
+        self, stretch: Stretch, got: Callable[[int, Obtained], None], progress: Callable[[], None]
+    ) -> None:
+        began = trio.current_time()
+        locator = self._grants.as_own_client(stretch).locator  # a client with a grant may have arrived meanwhile
+
+        def came(index: int, data: bytearray) -> None:
+            self._note_origin(locator, stretch.ref.digest)
+            if not stretch.background:
+                self.times.came(len(data), began, trio.current_time())
+            got(index, Obtained(self._signed(BlockAddress(locator, stretch.ref, index), data), Source.ORIGIN))
+
+        read = partial(self._origin.stretch, locator, stretch.ref, stretch.indices[0], len(stretch.indices), came)
+        if not stretch.background:
+            await read(coming=progress)
+            return
+        with trio.move_on_after(BACKGROUND_S):
+            await read(coming=progress, background=True)
+            return
+        raise UnavailableError(f"{locator.upstream}: the reads of clients go first")
 
     def _note_origin(self, locator: Locator, digest: Digest) -> None:
         """Note how the upstream gave the object, before any tier or member has a part of it."""
@@ -88,11 +114,6 @@ class Home:
             self._site.facts.given_to_all(digest)
         else:
             self._site.facts.granted(digest, locator)
-
-    async def _in_background(self, locator: Locator, address: BlockAddress) -> bytearray:
-        with trio.move_on_after(BACKGROUND_S):
-            return await self._origin.read(locator, address.ref, address.index, background=True)
-        raise UnavailableError(f"{locator.upstream}: the reads of clients go first")
 
     def _signed(self, address: BlockAddress, data: Buffer) -> Held:
         signer, sha = self._identity, sha256(data).digest()
@@ -123,3 +144,9 @@ class Home:
             address, start = BlockAddress(locator, ref, index), index * BLOCK_SIZE
             held = self._signed(address, body[start : start + address.length])
             await self._site.tiers.put(Piece(address.block), held.data, held.record, kept_for=kept_for)
+
+
+def _runs(indices: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """Cut ascending indices into runs without a gap."""
+    for _, run in groupby(enumerate(indices), lambda numbered: numbered[1] - numbered[0]):
+        yield tuple(index for _, index in run)

@@ -1,13 +1,16 @@
-"""Values that the parts of blocks/ share: a block's address, the block once it is obtained, and the ways to obtain it.
+"""Values that the parts of blocks/ share: addresses of blocks, a block once it is obtained, and the ways to obtain it.
 
-The fetcher asks a list of `BlockSource`s in order. A new way to a block (a delta, a hub) is one more source.
+The fetcher asks a list of `BlockSource`s in order. A new way to blocks (a delta, a hub) is one more source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
+
+import trio
 
 from cache.store import READ_HERE, Askers, Held
 from cache.tiered import Tier, Tiers
@@ -19,8 +22,11 @@ from node.oci.references import Locator
 from node.telemetry.sources import Source
 from protocol.errors import UnavailableError
 from protocol.health import Health
-from protocol.ids import BlockId, ObjectRef, PeerId, Piece, Shard
+from protocol.ids import BlockId, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.placement import Placement
+from protocol.records import Record
+from protocol.shard_proofs import ShardProof
+from protocol.stripes import StripeId, stripe_number
 
 SILENCE_S = 1.5
 """Longest silence of a peer that was asked for a block or a shard. A peer that works sends `Waiting` three times in
@@ -30,7 +36,7 @@ SMALL_SILENCE_S = 1.0
 LOOK_EVERY_S = 1.0
 """Interval at which a read checks whether a peer takes too long, or was found to have a bad link meanwhile."""
 
-Work = tuple[BlockId, int, bool, bool]
+Group = tuple[Digest, int, bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +46,58 @@ class BlockAddress:
     locator: Locator
     ref: ObjectRef
     index: int
-    reader: str = ""
-    """Peer id of the member that reads the block with its client's grant; "" if the upstream asks for no grant, or
-    `locator` has one."""
-    background: bool = False
-    """No client waits for the block. Only its home reads it from the upstream, while no client needs the connection."""
-    kept_for: Askers = READ_HERE
-    """The members on whose behalf this node obtains the block."""
 
     @property
     def block(self) -> BlockId:
         return BlockId(self.ref.digest, self.index)
 
     @property
-    def key(self) -> tuple[BlockId, int]:
-        """It includes the object's size: the same digest with another size names another object."""
-        return self.block, self.ref.size
+    def length(self) -> int:
+        return self.ref.block_length(self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Blocks of one stripe in ascending order, and the place of their object at the upstream."""
+
+    locator: Locator
+    ref: ObjectRef
+    indices: tuple[int, ...]
+    reader: str = ""
+    """Peer id of the member that reads the blocks with its client's grant; "" if the upstream asks for no grant, or
+    `locator` has one."""
+    background: bool = False
+    """No client waits for the blocks. Only their home reads them from the upstream, while no client needs the
+    connection."""
+    kept_for: Askers = READ_HERE
+    """The members on whose behalf this node obtains the blocks."""
 
     @property
-    def work(self) -> Work:
-        """Reads with the same value share one result. Reads with a grant and background reads are kept apart."""
-        return self.block, self.ref.size, bool(self.locator.grant or self.reader), self.background
+    def stripe(self) -> StripeId:
+        return StripeId(self.ref.digest, stripe_number(self.indices[0], self.ref.block_count))
 
     @property
     def length(self) -> int:
-        return self.ref.block_length(self.index)
+        """Bytes of the longest block."""
+        return self.ref.block_length(self.indices[0])
+
+    @property
+    def group(self) -> Group:
+        """Reads of a block in the same group share one result. Reads with a grant and background reads are kept apart.
+        It includes the object's size: the same digest with another size names another object."""
+        return self.ref.digest, self.ref.size, bool(self.locator.grant or self.reader), self.background
+
+    def block(self, index: int) -> BlockId:
+        return BlockId(self.ref.digest, index)
+
+    def piece(self, index: int, shard: Shard | None = None) -> Piece:
+        return Piece(self.block(index), shard)
+
+    def only(self, indices: Iterable[int]) -> Stretch:
+        return replace(self, indices=tuple(indices))
+
+    def __str__(self) -> str:
+        return f"{self.ref.digest} #{self.indices[0]}-{self.indices[-1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +113,39 @@ class Obtained:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A failed attempt. Once a later source returns the block, the fetcher calls `compare` with it, to find the peers
-    that sent wrong shards, and adds `retries` to the block's."""
+    """A failed attempt. Once a later source returns the block, `compare` is called with it, to find the peers that sent
+    wrong shards, and `retries` are added to the block's."""
 
     retries: int
     compare: Callable[[Obtained], Awaitable[None]]
 
 
-class BlockSource(Protocol):
-    """One way to obtain a block. The fetcher asks its sources in order, once for each block.
+class Taker(Protocol):
+    """Receives what the sources of a stretch obtain. `urgent`: a client waits for these very blocks.
 
-    - `find` returns the block. It returns None if this source does not have it, and a Miss if an attempt failed: then
-      the next source is asked. It raises ShoalError if no further source shall be asked.
-    - `urgent`: a client waits for this very block.
-    - `warmed` must be called when the block is known to be in the site, before its last bytes arrive, so that the read
-      window (protocol/window.py) lets the next block begin. A source that answers at once need not call it.
-    - A block from other members or the upstream was offered to the tiers, and matches a record of a trusted signer.
+    - `got`: the block was offered to the tiers, and unless they had it, it matches a record of a trusted signer.
+    - `missed`: an attempt to obtain the block failed.
+    - `warmed`: the block is known to be in the site, before its last bytes arrive, so that the read window
+      (protocol/window.py) lets other blocks begin. `got` says so too.
     """
 
-    async def find(self, address: BlockAddress, urgent: bool, warmed: Callable[[], None]) -> Obtained | Miss | None: ...
+    urgent: bool
+
+    def got(self, index: int, obtained: Obtained) -> None: ...
+
+    def missed(self, index: int, miss: Miss) -> None: ...
+
+    def warmed(self, index: int) -> None: ...
+
+
+class BlockSource(Protocol):
+    """One way to obtain blocks. The fetcher asks its sources in order for the blocks that are left.
+
+    `find` returns once the source has given all that it has of the stretch to the taker. It raises ShoalError if no
+    further source shall be asked.
+    """
+
+    async def find(self, stretch: Stretch, taker: Taker) -> None: ...
 
 
 def is_copy(shard: Shard) -> bool:
@@ -133,6 +180,8 @@ class Site:
     facts: ObjectFacts
     max_object: int
     """Bytes of the largest object that is read or kept."""
+    nursery: trio.Nursery
+    """For tasks that outlive a request."""
 
     def check_size(self, ref: ObjectRef) -> None:
         """Raises UnavailableError if the object is too large, or is known to have another size: sizes are claims."""
@@ -141,11 +190,23 @@ class Site:
         if self.facts.contradicts(ref):
             raise UnavailableError(f"{ref.digest} has {self.facts.size(ref.digest)} bytes, not {ref.size}")
 
+    def is_trusted(self, piece: Piece, held: Held) -> bool:
+        """Whether this node trusts the signer of a held piece, and of a shard also its maker: other members may not
+        know an unknown one either."""
+        if not self.trust.accepts(held.record.signer):
+            return False
+        return piece.shard is None or (held.proof is not None and self.trust.accepts(held.proof.maker))
+
     async def trusted(self, piece: Piece, size: int, kept_for: Askers) -> tuple[Held, Tier] | None:
-        """A held piece, if this node trusts its signer, and of a shard also its maker: other members may not know an
-        unknown one either. It is read on behalf of `kept_for`."""
+        """A held piece that `is_trusted`, read on behalf of `kept_for`."""
         held = await self.tiers.get(piece, size, kept_for=kept_for)
-        if held is None or not self.trust.accepts(held[0].record.signer):
-            return None
-        proof = held[0].proof
-        return held if piece.shard is None or (proof is not None and self.trust.accepts(proof.maker)) else None
+        return held if held is not None and self.is_trusted(piece, held[0]) else None
+
+    def keep(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None = None, *, kept_for: Askers
+    ) -> None:
+        """Offer a piece to the tiers, now if they have room, else in a task of its own. A held piece is replaced: it
+        is of an object of another size, or its signer or maker is not trusted."""
+        if self.tiers.holds(piece) or not self.tiers.put_nowait(piece, data, record, proof, kept_for=kept_for):
+            store = partial(self.tiers.replace, piece, data, record, proof, kept_for=kept_for)
+            self.nursery.start_soon(store)

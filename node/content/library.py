@@ -25,7 +25,7 @@ from node.blocks.grants import Grants
 from node.blocks.held_objects import has_record, held_body, open_checked
 from node.blocks.read_ahead import ReadAhead
 from node.blocks.room import Room
-from node.blocks.values import BlockAddress, Obtained, Site
+from node.blocks.values import Obtained, Site
 from node.content.resolver import Accept, Resolver
 from node.content.verification import ObjectVerifier
 from node.oci.manifests import MAX_MANIFEST, Resolved
@@ -218,8 +218,7 @@ class SiteLibrary:
                 ahead.taken()
 
     def _ahead(self, request: _Request, indices: Iterable[int], *, urgent: bool) -> ReadAhead:
-        blocks = (BlockAddress(request.locator, request.ref, index) for index in indices)
-        return ReadAhead(self.fetcher, self._room, blocks, urgent=urgent)
+        return ReadAhead(self.fetcher, self._room, request.locator, request.ref, indices, urgent=urgent)
 
     def holds_sealed(self, ref: ObjectRef) -> bool:
         opened = open_checked(self.site.tiers, ref)

@@ -20,12 +20,12 @@ import trio
 from node.blocks.held_objects import holds_all, open_checked
 from node.blocks.home import Home
 from node.blocks.questions import Questions
-from node.blocks.values import SILENCE_S, BlockAddress, Site
+from node.blocks.values import BlockAddress, Site, Stretch
 from node.exchange.contract import Lane
 from node.oci.references import Locator
 from protocol.errors import BadInputError, ShoalError
-from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef, PeerId, Piece
-from protocol.messages import GetBlock
+from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef, PeerId, Piece, Shard
+from protocol.messages import ShardFound
 from protocol.records import Record
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Findings:
         """The finding by the object that the finder holds; None if it does not send all of it."""
         truth = None
         with trio.move_on_after(SHOWING_S):
-            truth = await self._verified(record, partial(self._block_of, finder))
+            truth = await self._verified(record, partial(self._block_of, finder, source))
         return None if truth is None else await self._finding(source, truth, record, other)
 
     async def by_registry(self, source: str, record: Record, other: Record | None = None) -> Finding:
@@ -116,13 +116,18 @@ class Findings:
         held = await self.site.tiers.get(Piece(ref.block(index)), ref.size, to_memory=False)
         return held[0].data if held is not None else None
 
-    async def _block_of(self, peer: PeerId, ref: ObjectRef, index: int) -> Buffer | None:
+    async def _block_of(self, peer: PeerId, source: str, ref: ObjectRef, index: int) -> Buffer | None:
+        shown: list[Buffer] = []
+
+        def part(message: ShardFound, body: Buffer) -> None:
+            shown.append(body)
+
+        stretch = Stretch(Locator.parse(source), ref, (index,))
         try:
-            question = GetBlock(str(ref.digest), index, ref.size)
-            return (await self.questions.ask(peer, question, Lane.BULK, SILENCE_S)).body
+            await self.questions.stream(peer, stretch, Shard(1, 0, 0), part, hops=0, lane=Lane.BULK)
         except ShoalError as error:
             log.debug("%s does not show block %d of %s: %s", peer, index, ref.digest, error)
-            return None
+        return shown[0] if shown else None
 
     async def _verified(self, record: Record, read: Read) -> Buffer | None:
         """The record's block, if `read` returns all blocks of its object, and these have its digest."""

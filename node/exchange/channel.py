@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import trio
 
-from node.runtime.sockets import Readable
+from node.runtime.sockets import RECORD_BYTES, Readable
 from protocol.errors import NotAdmittedError, PeerUnavailableError
 from protocol.ids import Buffer
 
@@ -63,10 +63,11 @@ class Channel(ABC):
     def _receive(self, view: memoryview) -> int:
         """`receive_nowait`, but OSError is not translated. Raises PeerUnavailableError at the end of the stream."""
 
-    async def send_all(self, *buffers: Buffer) -> None:
-        """For one writer at a time. Also raises PeerUnavailableError if the peer accepts no byte for `stall_s`."""
+    async def send_all(self, *buffers: Buffer) -> bool:
+        """For one writer at a time. Also raises PeerUnavailableError if the peer accepts no byte for `stall_s`. Returns
+        whether it had to wait; if not, it passed no checkpoint."""
         waited = False
-        views = [memoryview(buffer) for buffer in buffers]
+        views = self._portions([memoryview(buffer) for buffer in buffers if buffer])
         try:
             while views:
                 try:
@@ -85,8 +86,11 @@ class Channel(ABC):
         except BaseException:
             self.close()
             raise
-        if not waited:
-            await trio.lowlevel.checkpoint()
+        return waited
+
+    def _portions(self, views: list[memoryview]) -> list[memoryview]:
+        """The same bytes, in the portions in which they should be written."""
+        return views
 
     @abstractmethod
     def _send(self, views: list[memoryview]) -> int:
@@ -214,6 +218,16 @@ class TlsChannel(Channel):
         if not received:
             raise PeerUnavailableError("the peer closed the connection")
         return received
+
+    def _portions(self, views: list[memoryview]) -> list[memoryview]:
+        """A head shares a record with the beginning of its body: a small record costs as much as a full one, and wakes
+        the reader too early."""
+        if len(views) < 2 or len(views[0]) >= RECORD_BYTES:
+            return views
+        head, body = views
+        cut = RECORD_BYTES - len(head)
+        first = memoryview(b"".join((head, body[:cut])))
+        return [first, body[cut:]] if cut < len(body) else [first]
 
     def _send(self, views: list[memoryview]) -> int:
         """After a write that would block, OpenSSL requires a retry with the same bytes; `send_all` does so."""

@@ -1,8 +1,9 @@
 """The frames of one connection of the bulk channel (docs/PROTOCOL.md): how they wait, are written, and are read.
 
-Each side has one task that reads and one that writes. Frames without a body are written first, many as one TLS record:
-behind a block on a slow link, a `Waiting` would arrive too late. A body is read straight into its asker's memory. If
-both sides want plain mode, TLS ends after the hellos, and blocks are sent unencrypted.
+Each side has one task that reads and one that writes. Each does as much as the socket allows before it waits. Frames
+without a body are written first, many as one TLS record: behind a block on a slow link, a `Waiting` would arrive too
+late. A body is read straight into its asker's memory. If both sides want plain mode, TLS ends after the hellos, and
+blocks are sent unencrypted.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from cachetools import LRUCache
 
 from node.config.quantities import HostPort
 from node.exchange.channel import Channel, TlsChannel, Traffic
-from node.exchange.contract import Handler, Lane
+from node.exchange.contract import Handler, Lane, Server
 from node.exchange.limits import Limits, Timing
+from node.exchange.requests import serve_nothing
 from node.exchange.send_slots import SendSlots
 from node.runtime.refusals import Refusals
 from protocol import wire
 from protocol.errors import NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import BLOCK_SIZE, Buffer, PeerId
 from protocol.members import MAX_MEMBERS, Member
-from protocol.messages import GetBlock, GetShard, Request
+from protocol.messages import GetShards, Request
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,10 @@ BATCH_BYTES = 16384
 """Waiting small frames are written together up to this size, one TLS record. Heads are read in the same portions."""
 HEADS_WEIGHT = 4 * BATCH_BYTES
 """A read of heads counts as this many bytes of bodies: it may hold hundreds of messages."""
+TURN_BYTES = 512 << 10
+"""Bodies that a connection sends before it gives its slot to another one that queues for it."""
+CHECKPOINT_BYTES = 1 << 20
+"""A writer yields to other tasks after this many bytes at the latest, also while the kernel accepts all at once."""
 WHOLE_S = 10.0
 """Longest time from a message's first byte to the end of its header. Bounds the memory held by incomplete headers."""
 
@@ -44,7 +50,7 @@ Message = TypeVar("Message")
 
 def is_for_block(message: Request) -> bool:
     """Whether the answer's body is verified against a signed record, and so may be sent unencrypted."""
-    return isinstance(message, GetShard | GetBlock)
+    return isinstance(message, GetShards)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Endpoint:
     locate: Callable[[PeerId], Member | None]
     refused: Callable[[PeerId], bool]
     handler: Handler
+    server: Server = serve_nothing
     plain: bool = False
     timing: Timing = field(default_factory=Timing)
     limits: Limits = field(default_factory=Limits)
@@ -109,12 +116,12 @@ class Connection:
         self.scope = trio.CancelScope()
         self.used_at = trio.current_time()
         self.small: deque[Frame] = deque()
-        self.large: deque[Frame] = deque()  # those with a body
+        self.large: deque[Frame] = deque()  # those with a body, and those that must not overtake them
         self._slots = slots
         self._work = trio.lowlevel.ParkingLot()
 
-    def put(self, frame: Frame) -> None:
-        (self.large if frame.body else self.small).append(frame)
+    def put(self, frame: Frame, *, behind_bodies: bool = False) -> None:
+        (self.large if frame.body or behind_bodies else self.small).append(frame)
         self._work.unpark()
 
     async def run(self, channel: Channel, read: Callable[[trio.Nursery], Awaitable[NoReturn]]) -> ShoalError:
@@ -134,22 +141,37 @@ class Connection:
 
     async def _write(self, channel: Channel, scope: trio.CancelScope) -> None:
         """Write until the channel fails, then cancel `scope`: the reading task may be waiting for something else."""
+        written = turn = 0
         try:
             while True:
-                if self.small:
-                    await channel.send_all(self._next_small())
-                elif self.large and self._slots.take(self._work, self.peer):
-                    await channel.send_all(*self._next_large())
-                    if self._slots.contended:
-                        await channel.wait_taken()
-                    self._slots.give(self._work)
+                if self.large and self._slots.take(self._work, self.peer):
+                    head, body = self._next_large(self._next_small())
+                    waited = await channel.send_all(head, body)
+                    turn += len(body)
+                    if not self.large or turn >= TURN_BYTES:
+                        await self._end_turn(channel)
+                        turn = 0
+                elif self.small:
+                    head, body = self._next_small(), b""
+                    waited = await channel.send_all(head)
                 else:
                     await self._work.park()
+                    written = 0
+                    continue
+                written = 0 if waited else written + len(head) + len(body)
+                if written >= CHECKPOINT_BYTES:
+                    await trio.lowlevel.checkpoint()
+                    written = 0
         except PeerUnavailableError as error:
             log.debug("writing ended: %s", error)
             scope.cancel()
         finally:
             self._slots.leave(self._work)
+
+    async def _end_turn(self, channel: Channel) -> None:
+        if self._slots.contended:
+            await channel.wait_taken()
+        self._slots.give(self._work)
 
     def _next_small(self) -> bytes:
         heads, size = [], 0
@@ -161,11 +183,12 @@ class Connection:
                 frame.leaving()
         return b"".join(heads)
 
-    def _next_large(self) -> tuple[bytes, Buffer]:
+    def _next_large(self, before: bytes) -> tuple[bytes, Buffer]:
+        """The next head, behind the small frames `before`, and its body."""
         head, body, leaving = self.large.popleft()
         if leaving is not None:
             leaving()
-        return head, body or b""
+        return before + head, body or b""
 
 
 class Reader(Generic[Message]):

@@ -19,13 +19,13 @@ from cachetools import LRUCache
 from node.config.quantities import HostPort
 from node.exchange.channel import TlsChannel
 from node.exchange.connection import Connection, Endpoint, Frame, Reader
-from node.exchange.contract import Lane
+from node.exchange.contract import Lane, State
 from node.exchange.requests import Call
 from protocol import wire
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import PeerId
 from protocol.members import Member
-from protocol.messages import Reply, Waiting
+from protocol.messages import Reply, ShardFound, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Outgoing(Connection):
         self.heard_at = math.inf
         """When a byte last arrived, or a request began while no other was open; infinite until connected."""
         self._limits, self._timing = endpoint.limits, endpoint.timing
-        numbers = (number & 0xFFFFFFFF for number in count(1))
+        numbers = (1 + number % wire.MAX_ID for number in count())
         self._free_numbers = filterfalse(self.calls.__contains__, numbers)
 
     def submit(self, call: Call) -> None:
@@ -59,19 +59,32 @@ class Outgoing(Connection):
         """Raises PeerMisbehavedError and PeerUnavailableError."""
         while True:
             head = await reader.head()
-            call = self.calls.get(head.request_id)
-            if call is None:
-                raise PeerMisbehavedError("an answer to a request that was not made")
-            wire.check_answer(call.message, head.message)
-            self._progress(call)
-            if isinstance(head.message, Waiting):
-                call.waiting(head.message.ready)
+            message = head.message
+            self.heard_at = trio.current_time()
+            if isinstance(message, Waiting):
+                self._note_waiting(head.request_id, message)
                 continue
-            if head.body_length:
-                call.expect(head.message, head.body_length)
+            call = self._call(head.request_id)
+            call.accept(message)
+            if isinstance(message, ShardFound):
+                call.expect(message, head.body_length)
                 await reader.body(head.body_length, call.room, partial(self._progress, call))
-            del self.calls[head.request_id]
-            call.answered(head.message)
+                call.arrived(message)
+            if not call.missing:
+                del self.calls[head.request_id]
+                call.end(message)
+
+    def _call(self, request_id: int) -> Call:
+        call = self.calls.get(request_id)
+        if call is None:
+            raise PeerMisbehavedError("an answer to a request that was not made")
+        return call
+
+    def _note_waiting(self, request_id: int, message: Waiting) -> None:
+        if request_id:
+            raise PeerMisbehavedError("a Waiting with the number of a request")
+        for number, state in message.requests:
+            self._call(number).waiting(State(state))
 
     def _progress(self, call: Call) -> None:
         self.heard_at = trio.current_time()

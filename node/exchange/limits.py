@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from node.exchange.requests import REQUESTS_PER_CONNECTION, WAITING_EVERY_S, WAITING_FIRST_S
+from node.exchange.keep_alive import WAITING_EVERY_S, WAITING_FIRST_S
+from node.exchange.requests import REQUESTS_PER_CONNECTION
 
 HEADS_RATE = 8 << 20
 """Bytes per second of one peer's requests longer than BATCH_BYTES (node/exchange/connection.py). Decoding one blocks

@@ -2,7 +2,7 @@
 
 Before a peer is identified, handshakes are bounded in total, per address, and in time. After that its connections, its
 requests in progress and the bytes of its answers are bounded. Requests and bytes have fair shares, so that no peer
-takes all. Each request is answered in a task of its own.
+takes all. Each request is answered in a task of its own, which sends all parts of a stream.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from cache.memory import sole
 from node.config.quantities import HostPort
 from node.exchange.channel import PlainChannel, TlsChannel
 from node.exchange.connection import BATCH_BYTES, Connection, Endpoint, Frame, Reader, is_for_block
+from node.exchange.contract import State
 from node.exchange.fair_shares import Shares
+from node.exchange.keep_alive import KeepAlive, OpenWork, Work, waiting
 from node.exchange.limits import BACKLOG, HANDSHAKES_PER_ADDRESS, HEADS_RATE, VIEWS
-from node.exchange.requests import AtWork, answer
+from node.exchange.requests import ROOM_BYTES, answer, serve
 from protocol import wire
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
-from protocol.ids import PeerId
+from protocol.ids import Buffer, PeerId
 from protocol.members import MAX_MEMBERS
-from protocol.messages import Failed, Request, Waiting
+from protocol.messages import Failed, GetShards, Request, ShardFound
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,77 @@ class Incoming(Connection):
     def __init__(self, peer: PeerId, endpoint: Endpoint) -> None:
         super().__init__(peer, endpoint.slots)
         self.places = trio.Semaphore(endpoint.limits.requests_per_connection)
-        self.at_work: dict[int, bool] = {}
-        """By request id: whether the answer is ready and waits to be written."""
+        self.work = OpenWork[int]()
+        self.queued_bytes = 0
+        """Bodies in `large`."""
+        self.room = trio.lowlevel.ParkingLot()
+        """Where streams wait until few bodies are queued."""
+
+
+class Parts(Work):
+    """The Sender of one stream (node/exchange/contract.py). It ends with its last part, with Failed, or with the
+    connection."""
+
+    def __init__(self, listener: Listener, connection: Incoming, request: wire.Head[GetShards]) -> None:
+        super().__init__()
+        self._listener, self._connection = listener, connection
+        self._number, self._first = request.request_id, request.message.first
+        self._missing = request.message.wanted
+        self.is_over = False
+        """Whether nothing more is queued."""
+
+    def send(self, message: ShardFound, body: Buffer) -> None:
+        head = wire.encode_head(self._number, message, len(body))
+        if self.is_over:
+            return
+        connection, size = self._connection, len(body)
+        if not self._listener.answer_bytes.take(connection.peer, size):
+            self.fail(Failed("busy", "too many answers wait for this peer"))
+            return
+        if len(connection.large) >= VIEWS:
+            body = sole(body)
+        self._missing &= ~(1 << max(0, message.record.index - self._first))
+        self.is_over = not self._missing
+        self.queued += 1
+        connection.queued_bytes += size
+        connection.put(Frame(head, body, partial(self._leaving, size)))
+
+    async def room(self) -> None:
+        connection = self._connection
+        while not self.is_over and connection.queued_bytes >= ROOM_BYTES:
+            await connection.room.park()
+        if self.is_over:
+            raise PeerUnavailableError("the stream is over")
+
+    def coming(self) -> None:
+        self.is_coming = True
+
+    def fail(self, failed: Failed) -> None:
+        """End the stream behind the parts that are queued, unless it is over."""
+        if self.is_over:
+            return
+        self.is_over = True
+        head = wire.encode_head(self._number, failed, 0)
+        behind = bool(self.queued)
+        if behind:
+            self.queued += 1
+        else:  # now, not in `leaving`: a `Waiting` sent meanwhile would be queued behind this frame
+            self._listener.end_work(self._connection, self._number)
+        leaving = partial(self._leaving, 0) if behind else self._connection.places.release
+        self._connection.put(Frame(head, None, leaving), behind_bodies=behind)
+
+    def _leaving(self, size: int) -> None:
+        connection = self._connection
+        self._listener.answer_bytes.give(connection.peer, size)
+        connection.queued_bytes -= size
+        self.queued -= 1
+        if self.is_over and not self.queued:
+            self._listener.end_work(connection, self._number)
+            connection.places.release()
+        if not connection.queued_bytes:
+            connection.room.unpark_all()
+        elif connection.queued_bytes < ROOM_BYTES:
+            connection.room.unpark()
 
 
 class Listener:
@@ -58,13 +129,13 @@ class Listener:
         self._handshakes_by_host: Counter[str] = Counter()
         self._requests = Shares(self._limits.requests)
         self.answer_bytes = Shares(self._limits.answer_bytes)
-        self._at_work = AtWork[tuple[Incoming, int]](self._timing.waiting_first_s, self._timing.waiting_every_s)
+        self._keep_alive = KeepAlive[Incoming, int](self._timing.waiting_first_s, self._timing.waiting_every_s)
         self._paced_until: LRUCache[PeerId, float] = LRUCache(MAX_MEMBERS)
 
     async def run(self) -> None:
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._at_work.keep_alive, self._say_waiting)
+                nursery.start_soon(self._keep_alive.run, self._say_waiting)
                 while True:
                     await self._handshakes.acquire()
                     nursery.start_soon(self._serve, *await self._accept())
@@ -79,7 +150,7 @@ class Listener:
 
     def close_idle(self, now: float) -> None:
         for connection in self.connections:
-            if not connection.at_work and now - connection.used_at > 3 * self._timing.idle_s:
+            if not connection.work.by_number and now - connection.used_at > 3 * self._timing.idle_s:
                 connection.scope.cancel()
 
     async def _accept(self) -> tuple[socket.socket, HostPort]:
@@ -151,9 +222,11 @@ class Listener:
         finally:
             reader.channel.close()
             self.connections.discard(connection)
-            self.answer_bytes.give(peer, sum(len(frame.body or b"") for frame in connection.large))
-            for request_id in [*connection.at_work]:
-                self._end_work(connection, request_id)
+            self.answer_bytes.give(peer, connection.queued_bytes)
+            for number, work in [*connection.work.by_number.items()]:
+                if isinstance(work, Parts):
+                    work.is_over = True
+                self.end_work(connection, number)
         return reason
 
     async def _read_requests(self, connection: Incoming, reader: Reader[Request], nursery: trio.Nursery) -> NoReturn:
@@ -163,7 +236,7 @@ class Listener:
             head = await reader.head()
             if head.size > BATCH_BYTES:
                 await self._pace(peer, head.size)
-            if head.request_id in connection.at_work:
+            if head.request_id in connection.work.by_number:
                 raise PeerMisbehavedError("a request has the number of another unanswered request")
             if plain and not is_for_block(head.message):
                 raise PeerMisbehavedError(f"{type(head.message).__name__} was sent unencrypted")
@@ -173,48 +246,42 @@ class Listener:
                 await connection.places.acquire()
             if not self._requests.take(peer, 1):
                 await self._requests.wait(peer, 1)
-            connection.at_work[head.request_id] = False
-            self._at_work.begin((connection, head.request_id))
-            connection.used_at = trio.current_time()
-            nursery.start_soon(self._answer, connection, head)
+            self._begin(connection, head, nursery)
+
+    def _begin(self, connection: Incoming, request: wire.Head[Request], nursery: trio.Nursery) -> None:
+        connection.used_at = trio.current_time()
+        self._keep_alive.begin(connection, connection.work)
+        work: Work
+        if isinstance(request.message, GetShards):
+            work = Parts(self, connection, request)  # type: ignore[arg-type] # its message was just tested
+            nursery.start_soon(self._serve_stream, connection.peer, request.message, work)
+        else:
+            work = Work()
+            nursery.start_soon(self._answer, connection, request)
+        connection.work.by_number[request.request_id] = work
 
     async def _pace(self, peer: PeerId, size: int) -> None:
         until = max(trio.current_time(), self._paced_until.get(peer, 0.0)) + size / HEADS_RATE
         self._paced_until[peer] = until
         await trio.sleep_until(until)
 
+    async def _serve_stream(self, peer: PeerId, request: GetShards, parts: Parts) -> None:
+        parts.fail(await serve(self._endpoint.server, peer, request, parts))
+
     async def _answer(self, connection: Incoming, request: wire.Head[Request]) -> None:
-        head, body = await answer(self._endpoint.handler, connection.peer, request)
-        size = len(body or b"")
-        if not self.answer_bytes.take(connection.peer, size):
-            size, body = 0, None
-            head = wire.encode_head(request.request_id, Failed("busy", "too many answers wait for this peer"), 0)
-        elif body and len(connection.large) >= VIEWS:
-            body = sole(body)
+        head = await answer(self._endpoint.handler, connection.peer, request)
+        # Now, not when the frame leaves: a `Waiting` sent meanwhile would be queued behind it.
+        self.end_work(connection, request.request_id)
+        connection.put(Frame(head, None, connection.places.release))
 
-        def leaving() -> None:
-            self.answer_bytes.give(connection.peer, size)
-            if body:
-                self._end_work(connection, request.request_id)
-            connection.places.release()
-
-        if body:
-            connection.at_work[request.request_id] = True
-        else:  # now, not in `leaving`: a `Waiting` sent meanwhile would be queued behind this small answer
-            self._end_work(connection, request.request_id)
-        connection.put(Frame(head, body, leaving))
-
-    def _end_work(self, connection: Incoming, request_id: int) -> None:
-        del connection.at_work[request_id]
-        self._at_work.end((connection, request_id))
+    def end_work(self, connection: Incoming, number: int) -> None:
+        del connection.work.by_number[number]
         self._requests.give(connection.peer, 1)
 
-    def _say_waiting(self, key: tuple[Incoming, int]) -> None:
+    def _say_waiting(self, connection: Incoming, report: list[tuple[int, State]]) -> None:
         """Send `Waiting`, except to a peer that does not read: the frames would pile up."""
-        connection, request_id = key
         if len(connection.small) < self._limits.requests_per_connection:
-            waiting = Waiting(connection.at_work[request_id])
-            connection.put(Frame(wire.encode_head(request_id, waiting, 0)))
+            connection.put(Frame(wire.encode_head(0, waiting(report), 0)))
 
 
 def _listen(where: HostPort) -> socket.socket:

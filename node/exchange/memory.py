@@ -6,7 +6,7 @@ Requests and replies are encoded and checked as on the wire, so a message that T
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -15,12 +15,13 @@ import msgspec
 import trio
 
 from node.config.quantities import HostPort
-from node.exchange.contract import Answer, Handler, Heard, Into, Lane
-from node.exchange.requests import REQUESTS_PER_CONNECTION, AtWork, Call, answer
+from node.exchange.contract import Answer, Handler, Heard, Into, Lane, Part, Server, State
+from node.exchange.keep_alive import KeepAlive, OpenWork, Work
+from node.exchange.requests import REQUESTS_PER_CONNECTION, ROOM_BYTES, Call, answer, serve, serve_nothing
 from protocol import wire
 from protocol.errors import PeerMisbehavedError, PeerUnavailableError
-from protocol.ids import PeerId
-from protocol.messages import Reply, Request
+from protocol.ids import Buffer, PeerId
+from protocol.messages import Failed, GetShards, Reply, Request, ShardFound
 
 Message = TypeVar("Message", Request, Reply)
 
@@ -74,19 +75,90 @@ class MemoryNetwork:
 
 @dataclass(eq=False)
 class _Line:
-    """A request between two nodes, until its answer arrives."""
+    """A request between two nodes, until its answer arrived."""
 
     asker: PeerId
     lane: Lane
     call: Call
     size: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    ready: bool = False
-    """The answer's body is in transit."""
 
     def cut(self) -> None:
         self.call.end(PeerUnavailableError(f"the connection with {self.call.peer} was closed"))
         self.scope.cancel()
+
+
+class _Link:
+    """The lines of one asker and lane."""
+
+    def __init__(self, asker: PeerId, requests: int) -> None:
+        self.asker = asker
+        self.places = trio.Semaphore(requests)
+        self.work = OpenWork[_Line]()
+        self.travelling = 0
+        """Bytes of bodies."""
+        self.parts: deque[_Part] = deque()
+        """On their way, in the order in which they arrive: that of a TCP connection."""
+        self.room = trio.lowlevel.ParkingLot()
+
+    def deliver(self) -> None:
+        """Deliver the parts that wait for none before them."""
+        while self.parts and self.parts[0].has_arrived:
+            part = self.parts.popleft()
+            _deliver(part.line.call, part.head, part.body)
+            part.delivered.set()
+
+
+@dataclass(eq=False)
+class _Part:
+    line: _Line
+    head: bytes
+    body: Buffer
+    has_arrived: bool = False
+    delivered: trio.Event = field(default_factory=trio.Event)
+
+
+class _Parts(Work):
+    """The Sender of one stream: each part travels in a task of `nursery`."""
+
+    def __init__(self, exchange: MemoryExchange, link: _Link, line: _Line, nursery: trio.Nursery) -> None:
+        super().__init__()
+        self._exchange, self._link, self._line, self._nursery = exchange, link, line, nursery
+        self.is_over = False
+
+    def send(self, message: ShardFound, body: Buffer) -> None:
+        head = wire.encode_head(1, message, len(body))
+        if self.is_over:
+            return
+        self.queued += 1
+        self._link.travelling += len(body)
+        part = _Part(self._line, head, body)
+        self._link.parts.append(part)
+        self._nursery.start_soon(self._carry, part)
+
+    async def room(self) -> None:
+        while not self.is_over and self._link.travelling >= ROOM_BYTES:
+            await self._link.room.park()
+        if self.is_over:
+            raise PeerUnavailableError("the stream is over")
+
+    def coming(self) -> None:
+        self.is_coming = True
+
+    async def _carry(self, part: _Part) -> None:
+        link = self._link
+        try:
+            await self._exchange.travel(self._line, len(part.head) + len(part.body))
+            part.has_arrived = True
+            link.deliver()
+            await part.delivered.wait()
+        finally:
+            self.queued -= 1
+            link.travelling -= len(part.body)
+            link.room.unpark_all()
+            if part in link.parts:
+                link.parts.remove(part)
+                link.deliver()
 
 
 class MemoryExchange:
@@ -99,27 +171,46 @@ class MemoryExchange:
         *,
         refused: Callable[[PeerId], bool],
         handler: Handler,
+        server: Server = serve_nothing,
         requests_per_connection: int = REQUESTS_PER_CONNECTION,
     ) -> None:
         self._network, self._own = network, own
-        self._refused, self._handler = refused, handler
-        self._slots = defaultdict[tuple[PeerId, Lane], trio.Semaphore](lambda: trio.Semaphore(requests_per_connection))
+        self._refused, self._handler, self._server = refused, handler, server
+        self._requests = requests_per_connection
+        self._links: dict[tuple[PeerId, Lane], _Link] = {}
         self._asked: dict[_Line, None] = {}  # ordered, unlike a set, so that a run can be repeated
         self._answering: dict[_Line, None] = {}
-        self._at_work = AtWork[_Line]()
+        self._keep_alive = KeepAlive[_Link, _Line]()
         self._arrivals, self._inbox = trio.open_memory_channel[_Line](math.inf)  # the waiting askers bound it
 
     async def request(
-        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None
     ) -> Answer:
+        return Answer(await self._ask(lane, Call(peer, message, silence_s=silence_s, heard=heard)))
+
+    async def stream(
+        self,
+        peer: PeerId,
+        message: GetShards,
+        *,
+        lane: Lane,
+        silence_s: float,
+        part: Part,
+        heard: Heard = None,
+        into: Into = None,
+    ) -> Failed | None:
+        last = await self._ask(lane, Call(peer, message, silence_s=silence_s, heard=heard, part=part, into=into))
+        return last if isinstance(last, Failed) else None
+
+    async def _ask(self, lane: Lane, call: Call) -> Reply:
         self._network.node(self._own)
-        frame = wire.encode_head(0, message, 0)
-        call = Call(peer, _checked(frame), silence_s=silence_s, heard=heard, into=into)
+        frame = wire.encode_head(1, call.message, 0)
+        call.message = _checked(frame)
         line = _Line(self._own, lane, call, len(frame))
-        self._network.node(peer).accept(line)
+        self._network.node(call.peer).accept(line)
         self._asked[line] = None
         try:
-            return await line.call.wait()
+            return await call.wait()
         finally:
             del self._asked[line]
 
@@ -142,44 +233,70 @@ class MemoryExchange:
         self._network.join(self._own, self)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._at_work.keep_alive, self._say_waiting)
+                nursery.start_soon(self._keep_alive.run, self._say_waiting)
                 task_status.started()
                 async for line in self._inbox:
                     nursery.start_soon(self._serve, line)
         finally:
             self._network.leave(self._own, self)
 
-    def _say_waiting(self, line: _Line) -> None:
-        if self._network.reaches(self._own, line.asker):
-            line.call.waiting(line.ready)
+    def _say_waiting(self, link: _Link, report: list[tuple[_Line, State]]) -> None:
+        if self._network.reaches(self._own, link.asker):
+            for line, state in report:
+                line.call.waiting(state)
 
     async def _serve(self, line: _Line) -> None:
         with line.scope:
             await self._network.travel(line.asker, self._own, line.size)
-            await self._answer(line)
+            link = self._links.setdefault((line.asker, line.lane), _Link(line.asker, self._requests))
+            await link.places.acquire()
+            self._keep_alive.begin(link, link.work)
+            try:
+                await self._answer(link, line)
+            finally:
+                link.work.by_number.pop(line, None)
         del self._answering[line]
 
-    async def _answer(self, line: _Line) -> None:
-        """Deliver the answer, or the asker's error, once all of it has arrived at the asker."""
-        slot = self._slots[line.asker, line.lane]
-        await slot.acquire()
-        self._at_work.begin(line)
+    async def _answer(self, link: _Link, line: _Line) -> None:
+        message = line.call.message
         try:
-            try:
-                head, body = await answer(self._handler, line.asker, wire.Head(0, line.call.message, 0))
-            finally:
-                slot.release()
-            line.ready = body is not None
-            await self._network.travel(self._own, line.asker, len(head) + len(body or b""))
+            if isinstance(message, GetShards):
+                async with trio.open_nursery() as nursery:
+                    link.work.by_number[line] = parts = _Parts(self, link, line, nursery)
+                    try:
+                        failed = await serve(self._server, line.asker, message, parts)
+                    finally:
+                        parts.is_over = True
+                head = wire.encode_head(1, failed, 0)
+            else:
+                link.work.by_number[line] = Work()
+                head = await answer(self._handler, line.asker, wire.Head(1, message, 0))
         finally:
-            self._at_work.end(line)
-        try:
-            message = _read(wire.REPLIES, head)
-            wire.check_answer(line.call.message, message)
-        except PeerMisbehavedError as error:
-            line.call.end(error)
-        else:
-            line.call.deliver(Answer(message, body))
+            link.places.release()
+        if line.call.missing or not isinstance(message, GetShards):
+            await self.travel(line, len(head))
+            _deliver(line.call, head)
+
+    async def travel(self, line: _Line, size: int) -> None:
+        """Carry a reply to the asker."""
+        await self._network.travel(self._own, line.asker, size)
+
+
+def _deliver(call: Call, head: bytes, body: Buffer = b"") -> None:
+    """Deliver a reply that has arrived whole, or the asker's error."""
+    try:
+        message = _read(wire.REPLIES, head)
+        call.accept(message)
+    except PeerMisbehavedError as error:
+        call.end(error)
+        return
+    if isinstance(message, ShardFound):
+        call.expect(message, len(body))
+        if (memory := call.room()) is not None:
+            memory[:] = body
+        call.arrived(message)
+    if not call.missing:
+        call.end(message)
 
 
 def _checked(frame: bytes) -> Request:

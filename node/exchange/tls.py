@@ -13,13 +13,13 @@ import trio
 
 from node.config.quantities import HostPort
 from node.exchange.channel import Traffic
-from node.exchange.connection import Endpoint, is_for_block
-from node.exchange.contract import Answer, Heard, Into, Lane
-from node.exchange.dialler import Dialler
+from node.exchange.connection import Endpoint
+from node.exchange.contract import Answer, Heard, Into, Lane, Part
+from node.exchange.dialler import Dialler, Outgoing
 from node.exchange.listener import Listener
 from node.exchange.requests import Call
 from protocol.ids import PeerId
-from protocol.messages import Request
+from protocol.messages import Failed, GetShards, Reply, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class TlsExchange:
         return ExchangeStatistics(
             connections_in=len(incoming),
             connections_out=len(outgoing),
-            requests_in=sum(len(connection.at_work) for connection in incoming),
+            requests_in=sum(len(connection.work.by_number) for connection in incoming),
             requests_out=sum(len(connection.calls) for connection in outgoing.values()),
             bytes_sent=sum(counted.sent for counted in traffic.values()),
             bytes_received=sum(counted.received for counted in traffic.values()),
@@ -82,16 +82,32 @@ class TlsExchange:
                 self._listener.close_idle(now)
 
     async def request(
-        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None, into: Into = None
+        self, peer: PeerId, message: Request, *, lane: Lane, silence_s: float, heard: Heard = None
     ) -> Answer:
-        for_block = is_for_block(message)
-        if self._endpoint.plain and not for_block:
+        if self._endpoint.plain:
             lane = Lane.CONTROL  # which is encrypted, whatever the peer wants
+        # Other bytes of the peer are no sign of life: these answers come from the peer's memory. If one is late while
+        # the peer sends other bytes, the caller had better ask another peer.
+        call = Call(peer, message, silence_s=silence_s, heard=heard)
+        return Answer(await self._ask(self._dialler.connection(peer, lane), call))
+
+    async def stream(
+        self,
+        peer: PeerId,
+        message: GetShards,
+        *,
+        lane: Lane,
+        silence_s: float,
+        part: Part,
+        heard: Heard = None,
+        into: Into = None,
+    ) -> Failed | None:
         connection = self._dialler.connection(peer, lane)
-        # Other bytes of the peer are a sign of life only for a block's request. All other answers come from the peer's
-        # memory: if one is late although the peer sends other bytes, the caller had better ask another peer.
-        came = connection.came if for_block else None
-        call = Call(peer, message, silence_s=silence_s, heard=heard, into=into, came=came)
+        call = Call(peer, message, silence_s=silence_s, heard=heard, part=part, into=into, came=connection.came)
+        last = await self._ask(connection, call)
+        return last if isinstance(last, Failed) else None
+
+    async def _ask(self, connection: Outgoing, call: Call) -> Reply:
         connection.submit(call)
         try:
             return await call.wait()

@@ -21,7 +21,7 @@ import trio
 
 from node.api.documents import PrefetchOrder, PrefetchReport, PrefetchRow, PrefetchState
 from node.blocks.fetcher import Fetcher
-from node.blocks.values import BlockAddress, Obtained, Work
+from node.blocks.values import Group, Obtained, Stretch
 from node.config.quantities import Window, local_time
 from node.content.contract import Library
 from node.content.image_walk import locator_of, survey
@@ -29,10 +29,11 @@ from node.content.verification import ObjectVerifier
 from node.oci.layout import Packed
 from node.oci.platforms import own_platform, parse_platforms
 from node.oci.references import ImageName
-from node.runtime.single_flight import Ticket
+from node.runtime.shared_work import Order
 from node.runtime.state_files import save
 from protocol.errors import UNDECODABLE, BadInputError, ShoalError, UnavailableError
 from protocol.ids import ObjectRef, Piece
+from protocol.stripes import stripe_blocks, stripe_count
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,14 @@ GIVE_WAY_S = 10.0
 """Longest wait for clients before each block: clients that read without end must not stop prefetch."""
 CLOCK_S = 30.0
 """Interval at which the wall clock is read again, because it may be set."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A stripe under way, and its blocks that came."""
+
+    order: Order[Group, Obtained]
+    blocks: dict[int, Obtained]
 
 
 @dataclass(slots=True)
@@ -205,28 +214,33 @@ class Prefetcher:
             item.done += ref.size
             return
         hasher = hashlib.new(ref.digest.algorithm)
-        ahead: deque[Ticket[Work, Obtained]] = deque()
+        ahead: deque[_Ahead] = deque()
 
         async def take() -> None:
-            data = (await ahead[0].wait()).held.data
-            ahead.popleft().release()
-            hasher.update(data)
-            item.done += len(data)
+            blocks = ahead[0].blocks
+            await ahead[0].order.wait()
+            ahead.popleft().order.release()
+            for index in sorted(blocks):
+                data = blocks[index].held.data
+                hasher.update(data)
+                item.done += len(data)
             item.again_s = AGAIN_S
 
         try:
-            for index in range(ref.block_count):
-                address = BlockAddress(locator, ref, index, background=True)
-                if not self.holds(Piece(address.block)):
-                    await pace.wait(address.length)
-                ahead.append(self.fetcher.begin(address, urgent=False))
+            for number in range(stripe_count(ref.block_count)):
+                stretch = Stretch(locator, ref, tuple(stripe_blocks(number, ref.block_count)), background=True)
+                for index in stretch.indices:
+                    if not self.holds(stretch.piece(index)):
+                        await pace.wait(ref.block_length(index))
+                blocks: dict[int, Obtained] = {}
+                ahead.append(_Ahead(self.fetcher.begin(stretch, False, blocks.__setitem__), blocks))
                 if len(ahead) == DEPTH:
                     await take()
             while ahead:
                 await take()
         finally:
-            for ticket in ahead:
-                ticket.release()
+            for reading in ahead:
+                reading.order.release()
         if hasher.hexdigest() == ref.digest.hex:
             await self.verifier.check(locator, ref, hasher.hexdigest())
             return

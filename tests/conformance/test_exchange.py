@@ -6,18 +6,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
+from itertools import permutations
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
-from node.exchange.contract import Answer, Exchange, Handler, Into, Lane
+from node.exchange.contract import Answer, Exchange, Handler, Lane, Sender, Server, State
 from node.exchange.limits import Limits, Timing
 from node.exchange.memory import MemoryExchange, MemoryNetwork
+from node.exchange.requests import ROOM_BYTES
 from protocol.errors import (
     BadInputError,
     DeniedError,
@@ -26,19 +29,17 @@ from protocol.errors import (
     PeerUnavailableError,
     UnavailableError,
 )
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, PeerId, shard_length
 from protocol.messages import (
-    BlockFound,
     Done,
     Failed,
-    GetBlock,
+    FindHolders,
     GetHoldings,
-    GetShard,
+    GetShards,
     Holders,
     HoldingsFound,
     Ping,
     Pong,
-    Reply,
     Request,
     ShardFound,
 )
@@ -51,6 +52,8 @@ REF = ObjectRef(Digest("sha256", "ab" * 32), SIZE)
 SIGNER = PeerId("12D3KooWSigner")
 PING, PONG = Ping(), Pong()
 SLOTS = 4
+HOLDINGS, HELD = GetHoldings(str(REF.digest)), HoldingsFound(b"\x07", ((4, 1, 2, b"\x01"),))
+Got = tuple[ShardFound, bytes]
 
 
 def bytes_of(index: int) -> bytes:
@@ -62,12 +65,35 @@ def record_of(index: int) -> Record:
     return make_record(REF, index, sha256(data).digest(), SIGNER, sign=lambda payload: bytes(64))
 
 
-def get_block(index: int) -> GetBlock:
-    return GetBlock(str(REF.digest), index, SIZE)
+def get(index: int, count: int = 1, k: int = 1, want: int = 0) -> GetShards:
+    """Shard `want` of blocks from `index` on. The code 1+0 has the block as its only shard."""
+    m = 0 if k == 1 else 1
+    return GetShards(str(REF.digest), index, (1 << count) - 1, SIZE, k=k, m=m, want=want, hops=0, source="")
 
 
-def block_found(index: int) -> Answer:
-    return Answer(BlockFound(record_of(index)), bytes_of(index)[: REF.block_length(index)])
+def part_of(request: GetShards, index: int) -> Got:
+    """The part for this block."""
+    length = REF.block_length(index)
+    start = request.want * shard_length(length, request.k)
+    body = bytes_of(index)[:length][start : start + shard_length(length, request.k)]
+    found = ShardFound(request.k, request.m, request.want, record_of(index))
+    return found, body.ljust(shard_length(length, request.k), b"\0")
+
+
+def wanted(request: GetShards) -> list[int]:
+    return [request.first + bit for bit in range(request.wanted.bit_length()) if request.wanted >> bit & 1]
+
+
+async def answer_all(peer: PeerId, request: Request) -> Answer:
+    if isinstance(request, GetHoldings):
+        return Answer(HELD)
+    return Answer(PONG)
+
+
+async def serve_all(peer: PeerId, request: GetShards, sender: Sender) -> None:
+    for index in wanted(request):
+        await sender.room()
+        sender.send(*part_of(request, index))
 
 
 @dataclass
@@ -86,12 +112,17 @@ class MemorySite:
         self._network: MemoryNetwork = MemoryNetwork(latency_s=0.001)
         self._count = 0
 
-    async def add(self, handler: Handler, mute: bool = False) -> Node:
+    async def add(self, handler: Handler = answer_all, server: Server = serve_all, *, mute: bool = False) -> Node:
         self._count += 1
         peer = PeerId("12D3KooWMember" + "x" * self._count)
         refused: set[PeerId] = set()
         exchange = MemoryExchange(
-            self._network, peer, refused=refused.__contains__, handler=handler, requests_per_connection=SLOTS
+            self._network,
+            peer,
+            refused=refused.__contains__,
+            handler=handler,
+            server=server,
+            requests_per_connection=SLOTS,
         )
         node = Node(peer, exchange, refused)
         await self._nursery.start(run_within, node)
@@ -111,8 +142,8 @@ class SimulatedSite(MemorySite):
         self._network = network = SimulatedNetwork(Random(1), lognormal(0.0005, 0.005))
         nursery.start_soon(network.alarms.run)
 
-    async def add(self, handler: Handler, mute: bool = False) -> Node:
-        node = await super().add(handler, mute)
+    async def add(self, handler: Handler = answer_all, server: Server = serve_all, *, mute: bool = False) -> Node:
+        node = await super().add(handler, server, mute=mute)
         self._network.plug(node.peer, "site", Port(5e6, 5e6))
         return node
 
@@ -124,10 +155,11 @@ class TlsSite:
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
         self._nursery, self._cluster = nursery, Cluster(nursery, folder)
 
-    async def add(self, handler: Handler, mute: bool = False) -> Node:
+    async def add(self, handler: Handler = answer_all, server: Server = serve_all, *, mute: bool = False) -> Node:
         refused: set[PeerId] = set()
         member = self._cluster.exchange(
             handler=handler,
+            server=server,
             refused=refused.__contains__,
             plain=self.plain,
             timing=Timing(waiting_first_s=0.02, waiting_every_s=0.02, retry_s=0.001),
@@ -180,27 +212,44 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
     return run
 
 
-async def answer_all(peer: PeerId, request: Request) -> Answer:
-    if isinstance(request, GetBlock):
-        return block_found(request.index)
-    if isinstance(request, GetHoldings):
-        return Answer(HoldingsFound(b"\x07", ((4, 1, 2, b"\x01"),)))
-    return Answer(PONG)
-
-
 async def ask(site: Site, node: Node, to: Node | PeerId, message: Request, *, lane: Lane = Lane.CONTROL) -> Answer:
     peer = to.peer if isinstance(to, Node) else to
     return await node.exchange.request(peer, message, lane=lane, silence_s=10 * site.silence_s)
 
 
+class Reading:
+    """Makes a GetShards, and keeps the parts that came."""
+
+    def __init__(self, site: Site, node: Node, to: Node | PeerId, message: GetShards, **more: Any) -> None:
+        self.parts: list[Got] = []
+        self._peer = to.peer if isinstance(to, Node) else to
+        self._node, self._message = node, message
+        self._more: dict[str, Any] = {"lane": Lane.BULK, "silence_s": 10 * site.silence_s, "part": self.take} | more
+
+    def take(self, message: ShardFound, body: Buffer) -> None:
+        self.parts.append((message, bytes(body)))
+
+    async def run(self) -> Failed | None:
+        return await self._node.exchange.stream(self._peer, self._message, **self._more)
+
+
+async def read(site: Site, node: Node, to: Node | PeerId, message: GetShards, **more: Any) -> list[Got]:
+    reading = Reading(site, node, to, message, **more)
+    assert await reading.run() is None
+    return reading.parts
+
+
+async def is_read(site: Site, node: Node, to: Node, message: GetShards, **more: Any) -> bool:
+    return await read(site, node, to, message, **more) == [part_of(message, index) for index in wanted(message)]
+
+
 def test_requests_of_both_directions_and_all_lanes_are_answered(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        left, right = await site.add(answer_all), await site.add(answer_all)
+        left, right = await site.add(), await site.add()
         for asker, asked in ((left, right), (right, left)):
             for lane in Lane:
                 assert await ask(site, asker, asked, PING, lane=lane) == Answer(PONG)
-        holdings = await ask(site, left, right, GetHoldings(str(REF.digest)))
-        assert holdings.message == HoldingsFound(b"\x07", ((4, 1, 2, b"\x01"),))
+        assert await ask(site, left, right, HOLDINGS) == Answer(HELD)
 
     play(scenario)
 
@@ -213,7 +262,7 @@ def test_the_handler_learns_which_peer_asks(play: Play) -> None:
         return Answer(PONG)
 
     async def scenario(site: Site) -> None:
-        first, second, asked = await site.add(answer_all), await site.add(answer_all), await site.add(note)
+        first, second, asked = await site.add(), await site.add(), await site.add(note)
         await ask(site, first, asked, PING)
         await ask(site, second, asked, PING)
         assert askers == [first.peer, second.peer]
@@ -223,33 +272,272 @@ def test_the_handler_learns_which_peer_asks(play: Play) -> None:
 
 def test_bodies_arrive_whole_among_small_answers(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(answer_all)
+        asker, peer = await site.add(), await site.add()
         right = []
 
-        async def get(index: int) -> None:
-            answer = await ask(site, asker, peer, get_block(index), lane=Lane.BULK)
-            assert answer == block_found(index)
-            assert (await ask(site, asker, peer, PING, lane=Lane.BULK)).body is None
+        async def ask_for(index: int) -> None:
+            assert await is_read(site, asker, peer, get(index))
+            assert await ask(site, asker, peer, PING, lane=Lane.BULK) == Answer(PONG)
             right.append(index)
 
         async with trio.open_nursery() as nursery:
             for index in (0, 1, 2, 0, 1, 2):
-                nursery.start_soon(get, index)
+                nursery.start_soon(ask_for, index)
         assert sorted(right) == [0, 0, 1, 1, 2, 2]
 
     play(scenario)
 
 
-def test_shards_arrive(play: Play) -> None:
-    async def shard(peer: PeerId, request: Request) -> Answer:
-        assert isinstance(request, GetShard)
-        return Answer(ShardFound(request.k, request.m, 3, record_of(0)), b"s" * (BLOCK_SIZE // 4))
+# Streams
+
+
+@pytest.mark.parametrize(("k", "want"), [(1, 0), (2, 1)])
+def test_a_stream_has_a_part_for_each_wanted_block(play: Play, k: int, want: int) -> None:
+    async def scenario(site: Site) -> None:
+        asker, peer = await site.add(), await site.add()
+        assert await is_read(site, asker, peer, get(0, 3, k=k, want=want))
+        assert await is_read(site, asker, peer, msgspec.structs.replace(get(0, 3, k=k, want=want), wanted=0b101))
+        assert await is_read(site, asker, peer, get(1, 2, k=k, want=want), lane=Lane.URGENT)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("order", [*permutations(range(3))])
+def test_parts_come_in_any_order_and_as_they_are_sent(play: Play, order: tuple[int, ...]) -> None:
+    async def scenario(site: Site) -> None:
+        go_on = trio.Semaphore(0)
+
+        async def in_order(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            for index in order:
+                await go_on.acquire()
+                sender.send(*part_of(request, index))
+
+        asker, peer = await site.add(), await site.add(server=in_order)
+        came: list[int] = []
+
+        def take(message: ShardFound, body: Buffer) -> None:
+            came.append(message.record.index)
+            assert (message, bytes(body)) == part_of(get(0, 3), came[-1])
+            go_on.release()
+
+        go_on.release()
+        assert await Reading(site, asker, peer, get(0, 3), part=take).run() is None
+        assert came == [*order]
+
+    play(scenario)
+
+
+def test_parts_that_come_from_elsewhere_are_sent_at_once(play: Play) -> None:
+    """As of a keeper that passes parts on to many readers."""
 
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(shard)
-        request = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=2, hops=2, source="r.example/a#blobs")
-        answer = await ask(site, asker, peer, request, lane=Lane.URGENT)
-        assert answer == Answer(ShardFound(4, 1, 3, record_of(0)), b"s" * (BLOCK_SIZE // 4))
+        senders: list[Sender] = []
+        all_wait, end = trio.Event(), trio.Event()
+
+        async def subscribe(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            senders.append(sender)
+            if len(senders) == 3:
+                all_wait.set()
+            await end.wait()
+
+        readers, peer = [await site.add() for _ in range(3)], await site.add(server=subscribe)
+        readings = [Reading(site, reader, peer, get(0, 2)) for reader in readers]
+        async with trio.open_nursery() as nursery:
+            for reading in readings:
+                nursery.start_soon(reading.run)
+            await all_wait.wait()
+            for index in (1, 0):
+                for sender in senders:
+                    sender.send(*part_of(get(0, 2), index))
+        for reading in readings:
+            assert reading.parts == [part_of(get(0, 2), 1), part_of(get(0, 2), 0)]
+        end.set()
+
+    play(scenario)
+
+
+def test_a_failure_ends_a_stream_behind_the_parts_that_were_sent(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        async def fail_midway(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            sender.send(*part_of(request, 1))
+            sender.send(*part_of(request, 0))
+            raise UnavailableError("no more")
+
+        async def stop_midway(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            sender.send(*part_of(request, 0))
+
+        asker, failing = await site.add(), await site.add(server=fail_midway)
+        stopping = await site.add(server=stop_midway)
+        for _ in range(2):
+            reading = Reading(site, asker, failing, get(0, 3))
+            assert await reading.run() == Failed("unavailable", "no more")
+            assert reading.parts == [part_of(get(0, 3), index) for index in (1, 0)]
+        reading = Reading(site, asker, stopping, get(0, 2))
+        assert await reading.run() == Failed("not-held", "not held")
+        assert len(reading.parts) == 1
+        assert await is_read(site, asker, stopping, get(0))
+
+    play(scenario)
+
+
+def test_a_sender_is_of_no_use_after_the_end(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        senders: list[Sender] = []
+
+        async def leave(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            senders.append(sender)
+            raise UnavailableError("gone")
+
+        asker, peer = await site.add(), await site.add(server=leave)
+        assert await Reading(site, asker, peer, get(0, 2)).run() == Failed("unavailable", "gone")
+        senders[0].send(*part_of(get(0, 2), 0))
+        senders[0].coming()
+        with pytest.raises(PeerUnavailableError):
+            await senders[0].room()
+        assert await ask(site, asker, peer, PING, lane=Lane.BULK) == Answer(PONG)
+
+    play(scenario)
+
+
+def wrong_parts(request: GetShards) -> dict[str, list[Got]]:
+    found, body = part_of(request, 0)
+    return {
+        "again": [(found, body)] * 2,
+        "not wanted": [part_of(request, 2)],
+        "before the first": [part_of(request, 0)],
+        "another shard": [(msgspec.structs.replace(found, index=0), body)],
+        "another code": [(msgspec.structs.replace(found, m=2), body)],
+    }
+
+
+@pytest.mark.parametrize("fault", wrong_parts(get(0)))
+def test_a_part_that_was_not_asked_for_or_came_before_is_misbehaviour(play: Play, fault: str) -> None:
+    request = get(1, 2, k=2, want=1) if fault == "before the first" else get(0, 2, k=2, want=1)
+
+    async def confused(peer: PeerId, request: GetShards, sender: Sender) -> None:
+        for part in wrong_parts(request)[fault]:
+            sender.send(*part)
+        await trio.sleep_forever()
+
+    async def scenario(site: Site) -> None:
+        asker, peer, good = await site.add(), await site.add(server=confused), await site.add()
+        reading = Reading(site, asker, peer, request)
+        with pytest.raises(PeerMisbehavedError):
+            await reading.run()
+        assert len(reading.parts) == (fault == "again")
+        assert await ask(site, asker, good, PING) == Answer(PONG)
+
+    play(scenario)
+
+
+def test_a_part_that_is_refused_ends_its_stream_only(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        asker, peer = await site.add(), await site.add()
+        refused: list[int] = []
+
+        def refuse(message: ShardFound, body: Buffer) -> None:
+            refused.append(message.record.index)
+            if len(refused) == 2:
+                raise PeerMisbehavedError("wrong bytes")
+
+        def break_down(message: ShardFound, body: Buffer) -> None:
+            raise KeyError("a bug")
+
+        async with trio.open_nursery() as nursery:
+            other = Reading(site, asker, peer, get(0, 3))
+            nursery.start_soon(other.run)
+            with pytest.raises(PeerMisbehavedError, match="wrong bytes"):
+                await Reading(site, asker, peer, get(0, 3), part=refuse).run()
+        assert len(refused) == 2
+        assert len(other.parts) == 3
+        with pytest.raises(KeyError):
+            await Reading(site, asker, peer, get(0), part=break_down).run()
+        assert await is_read(site, asker, peer, get(0, 3))
+        assert len(refused) == 2
+
+    play(scenario)
+
+
+def test_a_cancelled_stream_harms_nothing(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        release = trio.Event()
+        served: list[int] = []
+
+        async def halting(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            sender.send(*part_of(request, 0))
+            if not served:
+                served.append(1)
+                await release.wait()
+            await serve_all(peer, msgspec.structs.replace(request, first=1, wanted=0b11), sender)
+
+        asker, peer = await site.add(), await site.add(server=halting)
+        scope = trio.CancelScope()
+        parts: list[int] = []
+
+        def take(message: ShardFound, body: Buffer) -> None:
+            parts.append(message.record.index)
+            scope.cancel()
+
+        with scope:
+            await Reading(site, asker, peer, get(0, 3), part=take, heard=lambda state: parts.append(-1)).run()
+        assert scope.cancelled_caught
+        release.set()
+        assert await is_read(site, asker, peer, get(0, 3))
+        assert parts == [-1, 0]
+
+    play(scenario)
+
+
+def test_a_slow_stream_delays_nothing_else_on_its_connection(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        release = trio.Event()
+
+        async def slow_first(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            if request.first == 0:
+                sender.send(*part_of(request, 0))
+                await release.wait()
+            await serve_all(peer, msgspec.structs.replace(request, first=1, wanted=0b11), sender)
+
+        asker, peer = await site.add(), await site.add(server=slow_first)
+        slow = Reading(site, asker, peer, get(0, 3))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slow.run)
+            for _ in range(3):
+                assert await is_read(site, asker, peer, get(1, 2))
+                assert await ask(site, asker, peer, PING, lane=Lane.BULK) == Answer(PONG)
+            assert len(slow.parts) == 1
+            release.set()
+        assert len(slow.parts) == 3
+
+    play(scenario)
+
+
+def test_a_server_that_asks_for_room_queues_little(play: Play) -> None:
+    """The asker's peer takes no byte: a stopped node in memory, and a full socket over TLS."""
+
+    async def scenario(site: Site) -> None:
+        queued, most = 0, 0
+
+        async def count(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            nonlocal queued, most
+            for index in wanted(request):
+                await sender.room()
+                queued += 1
+                sender.send(*part_of(request, index))
+                most = max(most, queued)
+
+        asker, peer = await site.add(), await site.add(server=count)
+
+        def take(message: ShardFound, body: Buffer) -> None:
+            nonlocal queued
+            queued -= 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(SLOTS):
+                nursery.start_soon(Reading(site, asker, peer, get(0, 2), part=take).run)
+        assert not queued
+        if isinstance(site, MemorySite):
+            assert most <= 1 + ROOM_BYTES // BLOCK_SIZE
 
     play(scenario)
 
@@ -259,15 +547,15 @@ def test_a_slow_answer_delays_no_other(play: Play) -> None:
         release = trio.Event()
         order: list[str] = []
 
-        async def slow_blocks(peer: PeerId, request: Request) -> Answer:
-            if isinstance(request, GetBlock):
+        async def slow_holdings(peer: PeerId, request: Request) -> Answer:
+            if isinstance(request, GetHoldings):
                 await release.wait()
             return await answer_all(peer, request)
 
-        asker, peer = await site.add(answer_all), await site.add(slow_blocks)
+        asker, peer = await site.add(), await site.add(slow_holdings)
 
         async def slow() -> None:
-            await ask(site, asker, peer, get_block(0))
+            await ask(site, asker, peer, HOLDINGS)
             order.append("slow")
 
         async with trio.open_nursery() as nursery:
@@ -283,12 +571,10 @@ def test_a_slow_answer_delays_no_other(play: Play) -> None:
 
 def test_the_asker_learns_when_a_body_begins(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(answer_all)
-        heard: list[bool] = []
-        await asker.exchange.request(peer.peer, get_block(0), lane=Lane.BULK, silence_s=5, heard=heard.append)
-        assert heard == [True]
-        await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=5, heard=heard.append)
-        assert heard == [True]
+        asker, peer = await site.add(), await site.add()
+        heard: list[State] = []
+        assert await is_read(site, asker, peer, get(0, 2), heard=heard.append)
+        assert heard == [State.READY] * 2
 
     play(scenario)
 
@@ -298,7 +584,8 @@ def test_waiting_keeps_a_request_alive(play: Play) -> None:
         heard: list[float] = []
         enough = trio.Event()
 
-        def hear(ready: bool) -> None:
+        def hear(state: State) -> None:
+            assert state is State.WAITING
             heard.append(trio.current_time())
             if heard[-1] - start > 3 * site.silence_s:
                 enough.set()
@@ -307,7 +594,7 @@ def test_waiting_keeps_a_request_alive(play: Play) -> None:
             await enough.wait()
             return Answer(PONG)
 
-        asker, peer = await site.add(answer_all), await site.add(late)
+        asker, peer = await site.add(), await site.add(late)
         start = trio.current_time()
         answer = await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=site.silence_s, heard=hear)
         assert answer == Answer(PONG)
@@ -316,10 +603,41 @@ def test_waiting_keeps_a_request_alive(play: Play) -> None:
     play(scenario)
 
 
+def test_waiting_says_whether_bytes_come_on(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        heard: list[State] = []
+        senders: list[Sender] = []
+        more = trio.Event()
+
+        async def late(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            if request.first == 0:
+                senders.append(sender)
+            await more.wait()
+            await serve_all(peer, request, sender)
+
+        def hear(state: State) -> None:
+            heard.append(state)
+            if len(heard) in (1, 3):
+                senders[0].coming()
+            if len(heard) == 5:
+                more.set()
+
+        asker, peer = await site.add(), await site.add(server=late)
+        async with trio.open_nursery() as nursery:
+            other = Reading(site, asker, peer, get(1))
+            nursery.start_soon(other.run)
+            assert await is_read(site, asker, peer, get(0), heard=hear, silence_s=site.silence_s)
+        waiting, coming = State.WAITING, State.COMING
+        assert heard == [waiting, coming, waiting, coming, waiting, State.READY]
+        assert len(other.parts) == 1
+
+    play(scenario)
+
+
 def test_a_fast_answer_is_not_preceded_by_waiting(play: Play) -> None:
     async def scenario(site: Site) -> None:
         heard: list[int] = []
-        asker, peer = await site.add(answer_all), await site.add(answer_all)
+        asker, peer = await site.add(), await site.add()
         await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=5, heard=lambda ready: heard.append(1))
         assert not heard
 
@@ -328,7 +646,7 @@ def test_a_fast_answer_is_not_preceded_by_waiting(play: Play) -> None:
 
 def test_silence_ends_a_request(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(answer_all, mute=True)
+        asker, peer = await site.add(), await site.add(mute=True)
         start = trio.current_time()
         with pytest.raises(PeerUnavailableError):
             await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=site.silence_s)
@@ -339,7 +657,7 @@ def test_silence_ends_a_request(play: Play) -> None:
 
 def test_a_missing_peer_is_unavailable_at_once(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        asker = await site.add(answer_all)
+        asker = await site.add()
         for _ in range(3):
             with pytest.raises(PeerUnavailableError), trio.fail_after(site.silence_s):
                 await ask(site, asker, site.absent(), PING)
@@ -354,25 +672,21 @@ def test_a_cancelled_request_costs_the_connection_nothing(play: Play) -> None:
 
         async def late(peer: PeerId, request: Request) -> Answer:
             served.append(1)
-            if isinstance(request, GetBlock):
+            if isinstance(request, GetHoldings):
                 await release.wait()
             return await answer_all(peer, request)
 
-        asker, peer = await site.add(answer_all), await site.add(late)
+        asker, peer = await site.add(), await site.add(late)
         heard_late: list[int] = []
         with trio.move_on_after(site.silence_s / 4) as scope:
             await asker.exchange.request(
-                peer.peer,
-                get_block(1),
-                lane=Lane.BULK,
-                silence_s=9,
-                heard=lambda ready: served and heard_late.append(1),
+                peer.peer, HOLDINGS, lane=Lane.BULK, silence_s=9, heard=lambda state: served and heard_late.append(1)
             )
         assert scope.cancelled_caught
         heard_before = len(heard_late)
         assert await ask(site, asker, peer, PING, lane=Lane.BULK) == Answer(PONG)
         release.set()
-        assert await ask(site, asker, peer, get_block(2), lane=Lane.BULK) == block_found(2)
+        assert (await ask(site, asker, peer, HOLDINGS, lane=Lane.BULK)).message == HELD
         assert len(heard_late) == heard_before
         assert len(served) == 3
 
@@ -388,12 +702,12 @@ def test_a_killed_peer_fails_its_requests_at_once(play: Play) -> None:
             await trio.sleep_forever()
             raise AssertionError
 
-        asker, peer = await site.add(answer_all), await site.add(never)
+        asker, peer = await site.add(), await site.add(never)
         failed: list[float] = []
 
         async def fail() -> None:
             with pytest.raises(PeerUnavailableError):
-                await ask(site, asker, peer, get_block(0))
+                await ask(site, asker, peer, HOLDINGS)
             failed.append(trio.current_time())
 
         async with trio.open_nursery() as nursery:
@@ -424,7 +738,7 @@ def test_errors_of_the_handler_become_failures(play: Play, error: Exception, cod
         raise error
 
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(fail)
+        asker, peer = await site.add(), await site.add(fail)
         assert await ask(site, asker, peer, PING) == Answer(Failed(code, str(error)))
 
     play(scenario)
@@ -432,19 +746,24 @@ def test_errors_of_the_handler_become_failures(play: Play, error: Exception, cod
 
 def test_a_bug_in_a_handler_is_logged_and_ends_nothing(play: Play, caplog: pytest.LogCaptureFixture) -> None:
     async def broken(peer: PeerId, request: Request) -> Answer:
-        if isinstance(request, GetBlock):
-            raise KeyError("secret")
         if isinstance(request, GetHoldings):
-            return Answer(BlockFound(record_of(0)), b"not its length")
-        if isinstance(request, GetShard):
-            return Answer(ShardFound(0, 0, 0, record_of(0)), b"a code of no shards")
+            return Answer(ShardFound(1, 0, 0, record_of(0)))
+        if isinstance(request, FindHolders):
+            raise KeyError("secret")
         return Answer(PONG)
 
+    async def broken_server(peer: PeerId, request: GetShards, sender: Sender) -> None:
+        if request.first == 0:
+            raise KeyError("secret")
+        sender.send(ShardFound(1, 0, 0, record_of(0)), b"not its length")
+
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(broken)
-        shard = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=0, hops=0, source="")
-        for request in (get_block(0), GetHoldings(str(REF.digest)), shard):
-            assert await ask(site, asker, peer, request) == Answer(Failed("unavailable", "internal error"))
+        asker, peer = await site.add(), await site.add(broken, broken_server)
+        internal = Failed("unavailable", "internal error")
+        for request in (HOLDINGS, FindHolders(str(REF.digest))):
+            assert await ask(site, asker, peer, request) == Answer(internal)
+        for index in (0, 1):
+            assert await Reading(site, asker, peer, get(index)).run() == internal
         assert await ask(site, asker, peer, PING) == Answer(PONG)
 
     with caplog.at_level(logging.ERROR):
@@ -454,17 +773,11 @@ def test_a_bug_in_a_handler_is_logged_and_ends_nothing(play: Play, caplog: pytes
 
 def test_an_answer_to_another_question_is_misbehaviour(play: Play) -> None:
     async def confused(peer: PeerId, request: Request) -> Answer:
-        if isinstance(request, GetBlock):
-            return block_found(1 - request.index)
-        if isinstance(request, GetShard):
-            other = (request.want + 1) % 5
-            return Answer(ShardFound(request.k, request.m, other, record_of(0)), bytes(BLOCK_SIZE // 4))
         return Answer(Holders(()) if isinstance(request, GetHoldings) else Done())
 
     async def scenario(site: Site) -> None:
-        asker, peer, good = await site.add(answer_all), await site.add(confused), await site.add(answer_all)
-        exact = GetShard(str(REF.digest), 0, SIZE, k=4, m=1, want=0, hops=0, source="", exact=True)
-        for request in (get_block(0), exact, GetHoldings(str(REF.digest)), PING):
+        asker, peer, good = await site.add(), await site.add(confused), await site.add()
+        for request in (HOLDINGS, PING):
             with pytest.raises(PeerMisbehavedError):
                 await ask(site, asker, peer, request)
         assert await ask(site, asker, good, PING) == Answer(PONG)
@@ -474,9 +787,12 @@ def test_an_answer_to_another_question_is_misbehaviour(play: Play) -> None:
 
 def test_a_malformed_request_harms_only_its_own_connection(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(answer_all)
+        asker, peer = await site.add(), await site.add()
         with pytest.raises(PeerUnavailableError):
-            await ask(site, asker, peer, GetBlock("sha256:short", 0, 1))
+            await ask(site, asker, peer, GetHoldings("sha256:short"))
+        for wanted_bits in (0, 0b110, 0b1111):
+            with pytest.raises(PeerUnavailableError):
+                await read(site, asker, peer, msgspec.structs.replace(get(0), wanted=wanted_bits))
         assert await ask(site, asker, peer, PING) == Answer(PONG)
 
     play(scenario)
@@ -487,7 +803,7 @@ def test_disconnect_and_refusal(play: Play) -> None:
         started = trio.Event()
 
         async def never(peer: PeerId, request: Request) -> Answer:
-            if isinstance(request, GetBlock):
+            if isinstance(request, GetHoldings):
                 started.set()
                 await trio.sleep_forever()
             return Answer(PONG)
@@ -496,7 +812,7 @@ def test_disconnect_and_refusal(play: Play) -> None:
 
         async def cut_off(asker: Node, asked: Node) -> None:
             with pytest.raises(PeerUnavailableError):
-                await ask(site, asker, asked, get_block(0))
+                await ask(site, asker, asked, HOLDINGS)
 
         for asker, asked in ((left, right), (right, left)):
             started = trio.Event()
@@ -520,28 +836,26 @@ def test_concurrent_requests_of_one_peer_are_bounded_and_all_answered(play: Play
         at_work, most, answered = 0, 0, 0
         full, release = trio.Event(), trio.Event()
 
-        async def count(peer: PeerId, request: Request) -> Answer:
+        async def count(peer: PeerId, request: GetShards, sender: Sender) -> None:
             nonlocal at_work, most
-            if isinstance(request, Ping):
-                return Answer(PONG)
             at_work += 1
             most = max(most, at_work)
             if at_work == SLOTS:
                 full.set()
             await release.wait()
             at_work -= 1
-            return await answer_all(peer, request)
+            await serve_all(peer, request, sender)
 
-        asker, other, peer = await site.add(answer_all), await site.add(answer_all), await site.add(count)
+        asker, other, peer = await site.add(), await site.add(), await site.add(server=count)
 
-        async def get(index: int) -> None:
+        async def ask_for(index: int) -> None:
             nonlocal answered
-            assert await ask(site, asker, peer, get_block(index), lane=Lane.BULK) == block_found(index)
+            assert await is_read(site, asker, peer, get(index))
             answered += 1
 
         async with trio.open_nursery() as nursery:
             for index in range(3 * SLOTS):
-                nursery.start_soon(get, index % 3)
+                nursery.start_soon(ask_for, index % 3)
             await full.wait()
             assert await ask(site, other, peer, PING, lane=Lane.BULK) == Answer(PONG)
             assert await ask(site, asker, peer, PING, lane=Lane.URGENT) == Answer(PONG)
@@ -552,57 +866,54 @@ def test_concurrent_requests_of_one_peer_are_bounded_and_all_answered(play: Play
     play(scenario)
 
 
-def test_a_body_is_written_into_the_askers_memory(play: Play) -> None:
+def test_parts_are_written_into_the_askers_memory(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(answer_all)
-        replies: list[Reply] = []
-        memory = bytearray(b"x" * (REF.block_length(2) + 2))
+        asker, peer = await site.add(), await site.add()
+        memory = bytearray(b"x" * (SIZE + 2))
+        request = get(0, 3)
+        events: list[tuple[str, ShardFound]] = []
 
-        def into(reply: Reply) -> memoryview:
-            replies.append(reply)
-            return memoryview(memory)[1:-1]
+        def into(message: ShardFound) -> memoryview:
+            events.append(("into", message))
+            start = 1 + message.record.index * BLOCK_SIZE
+            return memoryview(memory)[start : start + message.record.length]
 
-        async def get(index: int, into: Into) -> Answer:
-            return await asker.exchange.request(
-                peer.peer, get_block(index), lane=Lane.BULK, silence_s=10 * site.silence_s, into=into
-            )
+        def take(message: ShardFound, body: Buffer) -> None:
+            events.append(("part", message))
+            assert isinstance(body, memoryview)
+            assert body.obj is memory
 
-        assert await get(2, into) == block_found(2)
-        assert memory == b"x" + bytes_of(2)[: REF.block_length(2)] + b"x"
-        assert replies == [BlockFound(record_of(2))]
-        assert await get(1, lambda reply: None) == block_found(1)
+        assert await Reading(site, asker, peer, request, part=take, into=into).run() is None
+        assert memory == b"x" + b"".join(part_of(request, index)[1] for index in range(3)) + b"x"
+        assert events == [(name, part_of(request, index)[0]) for index in range(3) for name in ("into", "part")]
+        assert await is_read(site, asker, peer, request, into=lambda message: None)
         with pytest.raises(ValueError, match="memory of 5 bytes"):
-            await get(1, lambda reply: memoryview(bytearray(5)))
-        answer = await asker.exchange.request(peer.peer, PING, lane=Lane.BULK, silence_s=10 * site.silence_s, into=into)
-        assert answer == Answer(PONG)
-        assert len(replies) == 1
-        assert await get(0, None) == block_found(0)
+            await read(site, asker, peer, request, into=lambda message: memoryview(bytearray(5)))
+        assert await is_read(site, asker, peer, request)
 
     play(scenario)
 
 
-def test_a_cancelled_request_does_not_write_into_its_memory(play: Play) -> None:
+def test_a_cancelled_stream_does_not_write_into_its_memory(play: Play) -> None:
     async def scenario(site: Site) -> None:
-        asker, peer = await site.add(answer_all), await site.add(answer_all)
+        asker, peer = await site.add(), await site.add()
         memory = bytearray(BLOCK_SIZE)
         for moment in ("before the reply", "in the body"):
             scope = trio.CancelScope()
 
-            def into(reply: Reply, scope: trio.CancelScope = scope) -> memoryview:
+            def into(message: ShardFound, scope: trio.CancelScope = scope) -> memoryview:
                 scope.cancel()
                 return memoryview(memory)
 
             with scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(
-                        partial(asker.exchange.request, peer.peer, get_block(0), lane=Lane.BULK, silence_s=9, into=into)
-                    )
+                    nursery.start_soon(Reading(site, asker, peer, get(0), into=into).run)
                     if moment == "before the reply":
                         await trio.testing.wait_all_tasks_blocked()
                         scope.cancel()
             assert scope.cancelled_caught
             memory[:] = b"mine" * (BLOCK_SIZE // 4)
-            assert await ask(site, asker, peer, get_block(1), lane=Lane.BULK) == block_found(1)
+            assert await is_read(site, asker, peer, get(1))
             assert memory == b"mine" * (BLOCK_SIZE // 4)
 
     play(scenario)

@@ -121,6 +121,25 @@ def test_putting_twice_changes_nothing(open_store: Open) -> None:
     run(open_store, test)
 
 
+def test_a_put_that_does_not_wait_is_as_good_as_one_that_may(open_store: Open, timer: Timer) -> None:
+    blobs = [Blob.random(seed, BLOCK_SIZE) for seed in range(60, 70)]
+
+    async def test(store: BlockStore) -> None:
+        assert isinstance(store, MemoryStore | DiskStore)
+        for blob in (*blobs, *blobs[:2]):
+            timer.now += 3600
+            piece = blob.pieces[0]
+            if not store.put_nowait(piece, blob.bytes_of(piece), blob.record(piece)):
+                assert not store.holds(piece)
+                assert await put(store, blob, piece)
+            assert await got(store, blob, piece)
+            assert store.statistics().bytes <= BUDGET
+        with pytest.raises(BadInputError):
+            store.put_nowait(BLOB.pieces[1], b"", BLOB.record(BLOB.pieces[1]))
+
+    run(open_store, test)
+
+
 def test_discards_one_piece_and_no_other(open_store: Open) -> None:
     async def test(store: BlockStore) -> None:
         for piece in (BLOB.pieces[0], BLOB.shard(1, DATA)):

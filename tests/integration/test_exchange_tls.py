@@ -21,14 +21,14 @@ import trio.testing
 
 from node.exchange import connection as exchange_connection
 from node.exchange.connection import BATCH_BYTES
-from node.exchange.contract import Answer, Lane
+from node.exchange.contract import Answer, Lane, Sender, State
 from node.exchange.limits import HANDSHAKES_PER_ADDRESS, Limits, Timing
 from node.identity.certificates import Credentials, own_authority
 from node.runtime import sockets
 from protocol import wire
 from protocol.errors import BadInputError, PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId
-from protocol.messages import BlockFound, Done, FindHolders, Holders, Request, Waiting
+from protocol.messages import Done, FindHolders, GetShards, Holders, Request, Waiting
 from tests.support.exchanges import (
     BLOCK,
     DIGEST,
@@ -36,10 +36,10 @@ from tests.support.exchanges import (
     HELLO,
     NAME,
     NAMED,
+    PART,
     PING,
     PONG,
     QUIET_S,
-    RECORD,
     Cluster,
     Raw,
     frame,
@@ -135,7 +135,7 @@ def test_only_members_are_admitted(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-EARLIER = HELLO.replace(b"bulk\x03", b"bulk\x02")
+EARLIER = HELLO.replace(b"bulk\x04", b"bulk\x03")
 """The hello of a node that was not upgraded yet."""
 
 
@@ -143,7 +143,7 @@ def test_an_earlier_version_is_refused_by_both_sides_and_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """S-34"""
-    text = "it speaks version 2 of the bulk channel, this node speaks 3: upgrade it"
+    text = "it speaks version 3 of the bulk channel, this node speaks 4: upgrade it"
 
     def warnings(peer: PeerId) -> list[str]:
         records = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -155,7 +155,7 @@ def test_an_earlier_version_is_refused_by_both_sides_and_logged_once(
         for _ in range(3):
             raw = await cluster.dial_raw(node, credentials.client_context(), EARLIER)
             answer = await raw.read_frame()
-            assert answer == [b"shoal-bulk", 3, "bulk"], "the other side can log the reason"
+            assert answer == [b"shoal-bulk", 4, "bulk"], "the other side can log the reason"
             assert await raw.ended()
         (warning,) = warnings(credentials.identity.peer_id)
         assert text in warning
@@ -236,7 +236,7 @@ def test_a_peer_that_dies_within_a_body_is_unavailable(tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         node, peer = await cluster.start(), await cluster.serve_raw(half)
         with pytest.raises(PeerUnavailableError):
-            await node.ask(peer, GET)
+            await node.read(peer, GET)
 
     play(tmp_path, scenario)
 
@@ -257,7 +257,7 @@ def test_a_stopped_body_counts_as_silence_and_a_dripping_body_does_not(
 
         async def drip(raw: Raw) -> None:
             request_id, _ = await raw.read_frame()
-            await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+            await raw.say(request_id, PART, BLOCK_SIZE)
             for start, end in pairwise([*range(0, 10_000, 1000), *range(10_000, BLOCK_SIZE, BLOCK_SIZE // 8)]):
                 await raw.send(BLOCK[start:end])
                 await wait_received(end)
@@ -269,9 +269,9 @@ def test_a_stopped_body_counts_as_silence_and_a_dripping_body_does_not(
             await trio.sleep_forever()
 
         peer = await cluster.serve_raw(drip)
-        assert await node.ask(peer, GET, silence_s=silence_s) == Answer(BlockFound(RECORD), BLOCK)
+        assert await node.read(peer, GET, silence_s=silence_s) == BLOCK
         with pytest.raises(PeerUnavailableError, match="silent"):
-            await node.ask(peer, GET, silence_s=silence_s)
+            await node.read(peer, GET, silence_s=silence_s)
 
     play(tmp_path, scenario)
 
@@ -311,7 +311,7 @@ def test_a_body_that_arrives_in_any_portions_is_read_without_a_timer(
             raw.stream.transport_stream = Portioned(raw.stream.transport_stream, sizes)
         for _ in range(2):  # the second head arrives after the low-water mark was above one
             request_id, _ = await raw.read_frame()
-            await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+            await raw.say(request_id, PART, BLOCK_SIZE)
             for start in range(0, BLOCK_SIZE, 50_000):
                 await raw.send(BLOCK[start : start + 50_000])
         await raw.ended()
@@ -319,14 +319,14 @@ def test_a_body_that_arrives_in_any_portions_is_read_without_a_timer(
     async def scenario(cluster: Cluster) -> None:
         node, peer = await cluster.start(plain=plain), await cluster.serve_raw(in_portions, plain=plain)
         for _ in range(2):
-            assert (await node.ask(peer, GET)).body == BLOCK
+            assert await node.read(peer, GET) == BLOCK
 
     play(tmp_path, scenario)
 
 
 @pytest.mark.parametrize(
     ("offset", "message", "length"),
-    [(1, PONG, 0), (0, Holders(()), 0), (0, BlockFound(RECORD), BLOCK_SIZE - 1), (0, Done(), 1), (0, PING, 0)],
+    [(1, PONG, 0), (0, Holders(()), 0), (0, PART, BLOCK_SIZE - 1), (0, Done(), 1), (0, PING, 0)],
     ids=["unasked", "other kind", "other length", "body without cause", "a request"],
 )
 def test_a_reply_out_of_place_is_misbehaviour(tmp_path: Path, offset: int, message: Any, length: int) -> None:
@@ -338,15 +338,15 @@ def test_a_reply_out_of_place_is_misbehaviour(tmp_path: Path, offset: int, messa
         if len(asked) == 1:
             await raw.say(request_id + offset, message, length)
         else:
-            await raw.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+            await raw.say(request_id, PART, BLOCK_SIZE)
             await raw.send(BLOCK)
         await raw.ended()
 
     async def scenario(cluster: Cluster) -> None:
         node, peer = await cluster.start(), await cluster.serve_raw(wrong_once)
         with pytest.raises(PeerMisbehavedError):
-            await node.ask(peer, GET)
-        assert (await node.ask(peer, GET)).body == BLOCK
+            await node.read(peer, GET)
+        assert await node.read(peer, GET) == BLOCK
 
     play(tmp_path, scenario)
 
@@ -377,7 +377,7 @@ def test_a_peer_that_does_not_read_is_dropped(tmp_path: Path) -> None:
         raw = await cluster.dial_raw(node)
 
         async def ask_on() -> None:
-            for request_id in range(1 << 20):
+            for request_id in range(1, 1 << 20):
                 await raw.say(request_id, GET)
 
         async with cluster.time_passing():
@@ -386,7 +386,7 @@ def test_a_peer_that_does_not_read_is_dropped(tmp_path: Path) -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert node.exchange.statistics().requests_in == 0
         other = await cluster.start()
-        assert (await other.ask(node.peer, GET)).body == BLOCK
+        assert await other.read(node.peer, GET) == BLOCK
 
     play(tmp_path, scenario)
 
@@ -399,17 +399,21 @@ def test_no_waiting_follows_an_answer_that_waits_for_the_connection(tmp_path: Pa
         node = await cluster.start()
         raw = await cluster.dial_raw(node)
         await raw.read_frame()
-        for request_id in range(blocks):
+        for request_id in range(1, blocks):
             await raw.say(request_id, GET)
         await raw.say(blocks, PING)
-        # The pong, and at least one `Waiting` for each answer that waits.
-        await cluster.until(lambda: node.exchange.statistics().small_frames_waiting > blocks)
+        await cluster.until(lambda: node.exchange.statistics().small_frames_waiting > 3)  # the pong, and Waiting
         answered: list[int] = []
-        while len(answered) <= blocks:
-            number, (tag, *_) = await raw.read_frame()
-            assert number not in answered
-            if tag != 40:
+        listed: set[int] = set()
+        while len(answered) < blocks:
+            number, (tag, *fields) = await raw.read_frame()
+            numbers = [number for number, _ in fields[0]] if tag == 40 else [number]
+            assert not {*numbers} & {*answered}
+            if tag == 40:
+                listed |= {*numbers}
+            else:
                 answered.append(number)
+        assert len(listed) > 3
 
     play(tmp_path, scenario)
 
@@ -418,16 +422,19 @@ def test_unread_answers_leave_other_peers_their_share(tmp_path: Path) -> None:
     """S-41: answers that wait for peers that do not read are bounded, and each peer leaves others as much as it has."""
 
     async def scenario(cluster: Cluster) -> None:
+        async def push(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            sender.send(PART, BLOCK)
+
         limits = Limits(answer_bytes=12 * BLOCK_SIZE)
-        node, other = await cluster.start(limits=limits), await cluster.start()
+        node, other = await cluster.start(limits=limits, server=push), await cluster.start()
         hogs = []
         for left in (6, 3, 1):  # of 12: later peers get less
             hogs.append(await cluster.dial_raw(node))
-            for request_id in range(60):
+            for request_id in range(1, 61):
                 await hogs[-1].say(request_id, GET)
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert node.exchange.statistics().answer_bytes_free >= left * BLOCK_SIZE
-            assert (await other.ask(node.peer, GET)).body == BLOCK
+            assert await other.read(node.peer, GET) == BLOCK
         for raw in hogs:
             raw.stream.transport_stream.socket.close()
         while node.exchange.statistics().connections_in > 1:
@@ -479,7 +486,7 @@ def test_requests_at_once_share_one_connection(tmp_path: Path) -> None:
         asker, peer = await cluster.start(), await cluster.start()
         async with trio.open_nursery() as nursery:
             for _ in range(20):
-                nursery.start_soon(asker.ask, peer.peer, GET)
+                nursery.start_soon(asker.read, peer.peer)
         asking, asked = asker.exchange.statistics(), peer.exchange.statistics()
         assert (asking.connections_out, asking.connections_in, asking.requests_out) == (1, 0, 0)
         assert (asked.connections_out, asked.connections_in, asked.requests_in) == (0, 1, 0)
@@ -588,7 +595,7 @@ def test_blocks_are_sent_in_the_clear_only_if_both_sides_want_it(
         tap = Wiretap()
         cluster.locate(peer.peer, await cluster.nursery.start(tap.run, peer.exchange.address.port))
         for _ in range(3):
-            assert (await asker.ask(peer.peer, GET, lane=lane)).body == BLOCK
+            assert await asker.read(peer.peer, GET, lane=lane) == BLOCK
         seen = DIGEST.encode() in tap.taken
         assert seen == (BLOCK[:1000] in tap.taken) == (asking and answering and lane is not Lane.CONTROL)
         tap.taken.clear()
@@ -623,7 +630,7 @@ def test_a_request_right_behind_the_end_of_tls_is_not_lost(tmp_path: Path) -> No
             tls.unwrap()
         await stream.send_all(outgoing.read() + frame(7, GET) + frame(8, GET))
         await exchange_until(tls.unwrap)
-        first, second = (frame(number, BlockFound(RECORD), BLOCK_SIZE) + BLOCK for number in (7, 8))
+        first, second = (frame(number, PART, BLOCK_SIZE) + BLOCK for number in (7, 8))
         data = b""
         while len(data) < len(first) + len(second):
             data += await stream.receive_some()
@@ -665,7 +672,7 @@ def test_an_asker_that_breaks_off_plain_mode_is_dropped_in_time(tmp_path: Path, 
             await raw.stream.transport_stream.send_all(frame(1, GET))
         other = await cluster.start(plain=True, timing=Timing(handshake_s=60.0))
         async with cluster.time_passing():  # the only slot for a handshake becomes free
-            assert (await other.ask(node.peer, GET, silence_s=60.0)).body == BLOCK
+            assert await other.read(node.peer, GET, silence_s=60.0) == BLOCK
         if behaviour != "leaves":
             assert await raw.ended()
         assert node.exchange.statistics().connections_in == 1
@@ -677,7 +684,7 @@ def test_an_asker_that_breaks_off_plain_mode_is_dropped_in_time(tmp_path: Path, 
 def test_an_answering_peer_that_breaks_off_plain_mode_is_unavailable(tmp_path: Path, behaviour: str) -> None:
     async def serve(raw: Raw) -> None:
         if behaviour == "goes on in TLS":
-            await raw.say(0, BlockFound(RECORD), BLOCK_SIZE)
+            await raw.say(0, PART, BLOCK_SIZE)
         elif behaviour == "garbage":
             await (await raw.to_plain()).send(b"\xff" * 1000)
         if behaviour != "leaves":
@@ -688,9 +695,9 @@ def test_an_answering_peer_that_breaks_off_plain_mode_is_unavailable(tmp_path: P
         kind = PeerMisbehavedError if behaviour == "garbage" else PeerUnavailableError
         async with cluster.time_passing():
             with pytest.raises(kind):
-                await node.ask(peer, GET)
+                await node.read(peer, GET)
         other = await cluster.start(plain=True)
-        assert (await node.ask(other.peer, GET)).body == BLOCK
+        assert await node.read(other.peer, GET) == BLOCK
 
     play(tmp_path, scenario)
 
@@ -704,9 +711,9 @@ def test_a_node_that_does_not_know_plain_mode_is_asked_over_tls(tmp_path: Path) 
 
     async def scenario(cluster: Cluster) -> None:
         node, old = await cluster.start(plain=True), await cluster.serve_raw(serve)
-        assert (await node.ask(old, GET)).body == BLOCK
+        assert await node.read(old, GET) == BLOCK
         raw = await cluster.dial_raw(node)
-        assert await raw.read_frame() == [b"shoal-bulk", 3, "bulk", True]
+        assert await raw.read_frame() == [b"shoal-bulk", 4, "bulk", True]
         await raw.say(1, PING)
         assert await raw.read_frame() == [1, [38, [[], [], 0, False], b""]]
 
@@ -731,14 +738,14 @@ def test_late_bytes_of_a_cancelled_body_are_discarded(tmp_path: Path, plain: boo
         node, peer = await cluster.start(plain=plain), await cluster.serve_raw(halves, plain=plain)
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(node.ask, peer, GET, into=lambda reply: memoryview(memory)))
+                nursery.start_soon(partial(node.read, peer, into=lambda message: memoryview(memory)))
                 # Time must pass: less than GATHERED_BYTES of a body is read only after GATHER_S.
                 await cluster.until(lambda: node.exchange.statistics().bytes_received >= BLOCK_SIZE // 2)
                 scope.cancel()
         assert memory.startswith(BLOCK[: BLOCK_SIZE // 2])
         memory[:] = bytes(BLOCK_SIZE)
         release.set()
-        assert (await node.ask(peer, GET)).body == BLOCK
+        assert await node.read(peer, GET) == BLOCK
         assert memory == bytes(BLOCK_SIZE)
         assert node.exchange.statistics().connections_out == 1
 
@@ -751,25 +758,25 @@ def test_a_peer_that_sends_much_after_a_body_delays_no_other(tmp_path: Path) -> 
     async def flood(raw: Raw) -> None:
         await raw.give_block()
         request_id, _ = await raw.read_frame()
-        await raw.send(frame(request_id, Waiting()) * 50_000)
+        await raw.send(frame(0, Waiting(((request_id, 0),))) * 50_000)
         await trio.sleep_forever()
 
     async def scenario(cluster: Cluster) -> None:
         node, peer = await cluster.start(), await cluster.serve_raw(flood)
-        assert (await node.ask(peer, GET)).body == BLOCK
+        assert await node.read(peer, GET) == BLOCK
         heard = [0]
 
-        def hear(ready: bool) -> None:
+        def hear(state: State) -> None:
             heard[-1] += 1
 
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(node.ask, peer, GET, heard=hear))
+                nursery.start_soon(partial(node.read, peer, heard=hear))
                 while sum(heard) < 50_000:
                     heard.append(0)
                     await trio.lowlevel.checkpoint()
                 scope.cancel()
-        most_in_a_read = BATCH_BYTES // len(frame(1, Waiting())) + 1
+        most_in_a_read = BATCH_BYTES // len(frame(0, Waiting(((1, 0),)))) + 1
         assert max(heard) <= 2 * most_in_a_read  # the reader may run first in one pass, and last in the next
 
     play(tmp_path, scenario)

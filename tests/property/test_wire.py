@@ -22,13 +22,11 @@ from protocol.messages import (
     Accusations,
     Accuse,
     Announce,
-    BlockFound,
     Done,
     Failed,
     FindHolders,
-    GetBlock,
     GetHoldings,
-    GetShard,
+    GetShards,
     Holders,
     HoldingsFound,
     Ping,
@@ -56,6 +54,16 @@ digests = hexadecimal.map(lambda text: f"sha256:{text}") | hexadecimal.map(lambd
 peers = st.text(B58, min_size=1, max_size=64).map(PeerId)
 sizes = st.integers(1, MAX_OBJECT_SIZE)
 blocks = sizes.flatmap(lambda size: st.tuples(st.integers(0, (size - 1) // BLOCK_SIZE), st.just(size)))
+
+
+@st.composite
+def stretches(draw: st.DrawFn) -> tuple[int, int, int]:
+    """The first block, the wanted ones as bits, and the object's size."""
+    first, size = draw(blocks)
+    last = min((size - 1) // BLOCK_SIZE - first, wire.MAX_WANTED - 1)
+    return first, draw(st.integers(0, (1 << last) - 1)) << 1 | 1, size
+
+
 codes = st.tuples(st.integers(1, wire.MAX_K), st.integers(0, wire.MAX_M)).flatmap(
     lambda code: st.tuples(st.just(code[0]), st.just(code[1]), st.integers(0, sum(code) - 1))
 )
@@ -111,19 +119,17 @@ proofs = st.builds(ShardProof, peers, st.binary(min_size=32, max_size=32), signa
 
 REQUESTS: list[st.SearchStrategy[Request]] = [
     st.builds(
-        lambda digest, block, code, **rest: GetShard(digest, *block, *code, **rest),
+        lambda digest, stretch, code, **rest: GetShards(digest, *stretch, *code, **rest),
         digests,
-        blocks,
+        stretches(),
         codes,
         hops=st.integers(0, 2),
         source=texts,
-        exact=st.booleans(),
         reader=st.just("") | peers,
         background=st.booleans(),
         asker=st.just("") | peers,
         keep=st.booleans(),
     ),
-    st.builds(lambda digest, block: GetBlock(digest, *block), digests, blocks),
     st.builds(GetHoldings, digests),
     st.builds(FindHolders, digests),
     st.builds(Announce, st.lists(digests, max_size=5).map(tuple)),
@@ -135,7 +141,6 @@ REQUESTS: list[st.SearchStrategy[Request]] = [
 ]
 REPLIES: list[st.SearchStrategy[Reply]] = [
     st.builds(lambda code, record, proof: ShardFound(*code, record, proof=proof), codes, records(), st.none() | proofs),
-    st.builds(BlockFound, records()),
     st.builds(
         HoldingsFound,
         bitmaps,
@@ -146,12 +151,12 @@ REPLIES: list[st.SearchStrategy[Reply]] = [
     st.builds(Resolved, digests, object_sizes, texts, age_s=ages, public_age_s=st.just(-1.0) | ages),
     st.builds(Pong, news, st.just(b"") | signatures),
     st.builds(SyncReply, st.lists(statements, max_size=4).map(tuple), keys, keys, st.booleans()),
-    st.builds(Waiting, st.booleans()),
+    st.builds(Waiting, st.lists(st.tuples(st.integers(1, wire.MAX_ID), st.integers(0, 2)), max_size=5).map(tuple)),
     st.builds(Failed, st.sampled_from(FAILURES), texts),
     st.builds(Accusations, accusations),
 ]
 requests, replies = st.one_of(REQUESTS), st.one_of(REPLIES)
-ids = st.integers(0, 2**32 - 1)
+ids = st.integers(1, wire.MAX_ID)
 
 
 def frame(header: bytes, body_length: int = 0) -> bytes:
@@ -305,8 +310,8 @@ def altered(**changes: Any) -> Record:
 EVIDENCE = Evidence(RECORD, "", PEER, bytes(64))
 
 
-def get_shard(**changes: Any) -> GetShard:
-    good = GetShard(DIGEST, 0, 10, 4, m=1, want=0, hops=0, source="")
+def get_shards(**changes: Any) -> GetShards:
+    good = GetShards(DIGEST, 0, 1, 10, k=4, m=1, want=0, hops=0, source="")
     return msgspec.structs.replace(good, **changes)
 
 
@@ -333,19 +338,25 @@ def suspecting(**changes: Any) -> Ping:
 @pytest.mark.parametrize(
     "message",
     [
-        get_shard(k=0),
-        get_shard(k=33),
-        get_shard(m=9),
-        get_shard(m=-1),
-        get_shard(want=5),
-        get_shard(want=-1),
-        get_shard(hops=17),
-        get_shard(source="x" * 601),
-        get_shard(index=1),
-        GetBlock(DIGEST, -1, 10),
-        GetBlock(DIGEST, 0, 0),
-        GetBlock(DIGEST, 0, MAX_OBJECT_SIZE + 1),
-        GetBlock(DIGEST.upper(), 0, 10),
+        get_shards(k=0),
+        get_shards(k=33),
+        get_shards(m=9),
+        get_shards(m=-1),
+        get_shards(want=5),
+        get_shards(want=-1),
+        get_shards(hops=17),
+        get_shards(source="x" * 601),
+        get_shards(first=1),
+        get_shards(first=-1),
+        get_shards(first=-1, wanted=3),
+        get_shards(wanted=0),
+        get_shards(wanted=-1),
+        get_shards(wanted=2, size=2 * BLOCK_SIZE),
+        get_shards(wanted=3),
+        get_shards(wanted=(1 << 16) + 1, size=MAX_OBJECT_SIZE),
+        get_shards(size=0),
+        get_shards(size=MAX_OBJECT_SIZE + 1),
+        get_shards(digest=DIGEST.upper()),
         GetHoldings("md5:00"),
         FindHolders(DIGEST + "0"),
         Announce((DIGEST,) * 1025),
@@ -387,11 +398,16 @@ def suspecting(**changes: Any) -> Ping:
         ShardFound(4, 1, 0, RECORD, proof=ShardProof(PEER, bytes(31), bytes(64))),
         ShardFound(4, 1, 0, RECORD, proof=ShardProof(PEER, bytes(32), bytes(65))),
         ShardFound(4, 1, 0, RECORD, proof=ShardProof(PeerId("0"), bytes(32), bytes(64))),
-        BlockFound(altered(length=9)),
-        BlockFound(altered(length=0, size=0)),
-        BlockFound(altered(sha256=b"")),
-        BlockFound(altered(signature=bytes(65))),
-        BlockFound(altered(signer=PeerId("0"))),
+        ShardFound(4, 1, 0, altered(length=9)),
+        ShardFound(4, 1, 0, altered(length=0, size=0)),
+        ShardFound(4, 1, 0, altered(sha256=b"")),
+        ShardFound(4, 1, 0, altered(signature=bytes(65))),
+        ShardFound(4, 1, 0, altered(signer=PeerId("0"))),
+        Waiting(((0, 0),)),
+        Waiting(((wire.MAX_ID + 1, 0),)),
+        Waiting(((1, 3),)),
+        Waiting(((1, -1),)),
+        Waiting(((1, 0),) * (wire.MAX_WAITING + 1)),
         HoldingsFound(bytes(wire.MAX_BITMAP + 1), ()),
         HoldingsFound(b"", ((4, 1, 0, b""),) * 65),
         HoldingsFound(b"", ((4, 1, 5, b""),)),
@@ -402,8 +418,8 @@ def suspecting(**changes: Any) -> Ping:
         Resolved(DIGEST, 1, "", -1.0),
         Resolved(DIGEST, 1, "", 0.0, public_age_s=-0.5),
         Resolved(DIGEST, 1, "", 0.0, public_age_s=float("nan")),
-        get_shard(reader="not base58!"),
-        get_shard(asker="not base58!"),
+        get_shards(reader="not base58!"),
+        get_shards(asker="not base58!"),
         Accuse(((EVIDENCE, 0.0),) * (wire.MAX_TOLD + 1)),
         told_of(source="x" * 601),
         told_of(finder=PeerId("0")),
@@ -425,13 +441,70 @@ def test_bounds(message: Request | Reply) -> None:
 
 
 def test_a_body_must_be_as_long_as_its_message_says() -> None:
-    for message, length in ((BlockFound(RECORD), 9), (ShardFound(4, 1, 0, RECORD), 10), (Done(), 1)):
+    for message, length in ((ShardFound(1, 0, 0, RECORD), 9), (ShardFound(4, 1, 0, RECORD), 10), (Done(), 1)):
         with pytest.raises(ValueError, match="cannot be sent"):
             wire.encode_head(1, message, length)
         heads = wire.Heads(wire.REPLIES)
         heads.feed(frame(msgspec.msgpack.encode((1, message)), length))
         with pytest.raises(PeerMisbehavedError):
             heads.next()
+
+
+def test_a_request_has_a_number() -> None:
+    """0 is that of Waiting, which belongs to no request."""
+    heads = wire.Heads(wire.REQUESTS)
+    heads.feed(wire.encode_head(0, Ping(), 0))
+    with pytest.raises(PeerMisbehavedError):
+        heads.next()
+
+
+LARGE = 20 * BLOCK_SIZE
+
+
+def part(index: int, /, **changes: Any) -> ShardFound:
+    record = altered(index=index, size=LARGE, length=BLOCK_SIZE)
+    return msgspec.structs.replace(ShardFound(4, 1, 2, record), **changes)
+
+
+@given(st.integers(1, 10), st.integers(0, 2**15 - 1).map(lambda bits: bits << 1 | 1), st.randoms())
+def test_a_stream_ends_with_the_last_wanted_part_whatever_the_order(first: int, wanted: int, rng: Any) -> None:
+    """Each part is accepted once, and no other block is."""
+    wanted &= (1 << 20 - first) - 1
+    request = get_shards(first=first, wanted=wanted, size=LARGE, want=2)
+    indices = [first + bit for bit in range(16) if wanted >> bit & 1]
+    rng.shuffle(indices)
+    missing, came = wire.parts_of(request), set()
+    for index in indices:
+        assert missing
+        for other in range(20):
+            if other in came or other not in indices:
+                with pytest.raises(PeerMisbehavedError):
+                    wire.check_answer(request, part(other), missing)
+        missing = wire.check_answer(request, part(index), missing)
+        came.add(index)
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        part(1, k=3),
+        part(1, m=0),
+        part(1, index=1),
+        part(1, record=altered(index=1, size=LARGE + 1, length=BLOCK_SIZE)),
+        part(1, record=altered(digest=DIGEST[:-1] + "1", index=1, size=LARGE, length=BLOCK_SIZE)),
+        part(0),
+        part(2),
+        Done(),
+        Ping(),
+    ],
+)
+def test_a_part_of_something_else_is_refused(reply: Any) -> None:
+    request = get_shards(first=1, wanted=0b101, size=LARGE, want=2)
+    with pytest.raises(PeerMisbehavedError):
+        wire.check_answer(request, reply, 0b101)
+    assert wire.check_answer(request, part(3), 0b101) == 0b001
+    assert wire.check_answer(request, Failed("busy", ""), 0b101) == 0
 
 
 def test_a_summary_of_the_largest_view_fits_a_frame() -> None:
@@ -466,25 +539,25 @@ def test_hello(lane: str, plain: bool) -> None:
 
 def test_a_hello_may_have_unknown_fields() -> None:
     heads = wire.Heads(wire.REQUESTS)
-    heads.feed(frame(msgpack.packb([b"shoal-bulk", 3, "bulk", True, "later"])))
-    assert heads.hello() == wire.Hello(b"shoal-bulk", 3, "bulk", True)
+    heads.feed(frame(msgpack.packb([b"shoal-bulk", 4, "bulk", True, "later"])))
+    assert heads.hello() == wire.Hello(b"shoal-bulk", 4, "bulk", True)
 
 
-@pytest.mark.parametrize(("theirs", "remedy"), [(2, "upgrade it"), (4, "upgrade this node")])
+@pytest.mark.parametrize(("theirs", "remedy"), [(3, "upgrade it"), (5, "upgrade this node")])
 def test_another_version_is_refused_with_the_remedy(theirs: int, remedy: str) -> None:
-    with pytest.raises(NotAdmittedError, match=f"speaks version {theirs} of the bulk channel, .* speaks 3: {remedy}"):
+    with pytest.raises(NotAdmittedError, match=f"speaks version {theirs} of the bulk channel, .* speaks 4: {remedy}"):
         wire.check_version("bulk channel", theirs, wire.VERSION, PEER)
 
 
 @pytest.mark.parametrize(
     "hello",
     [
-        [b"other-bulk", 3, "bulk"],
-        [b"shoal-bulk", 3, "express"],
-        ["shoal-bulk", 3, "bulk"],
-        [b"shoal-bulk", 3],
-        [b"shoal-bulk", 3, "bulk", "x" * 100],
-        [b"shoal-bulk", 3, "bulk", 1],
+        [b"other-bulk", 4, "bulk"],
+        [b"shoal-bulk", 4, "express"],
+        ["shoal-bulk", 4, "bulk"],
+        [b"shoal-bulk", 4],
+        [b"shoal-bulk", 4, "bulk", "x" * 100],
+        [b"shoal-bulk", 4, "bulk", 1],
     ],
 )
 def test_an_invalid_hello_is_refused(hello: list[Any]) -> None:

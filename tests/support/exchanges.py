@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.config.quantities import HostPort
 from node.exchange.connection import Endpoint
-from node.exchange.contract import Answer, Lane
+from node.exchange.contract import Answer, Lane, Sender
 from node.exchange.limits import Timing
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Authority, Credentials, own_authority, peer_of
@@ -32,16 +32,17 @@ from node.identity.identity import Identity
 from protocol import wire
 from protocol.ids import BLOCK_SIZE, PeerId
 from protocol.members import Member
-from protocol.messages import BlockFound, GetBlock, Ping, Pong, Request, Resolve, Resolved
+from protocol.messages import Failed, GetShards, Ping, Pong, Request, Resolve, Resolved, ShardFound
 from protocol.records import Record
 
 DIGEST = "sha256:" + "ab" * 32
 PING, PONG = Ping(), Pong()
 NAME, NAMED = Resolve("secret", "latest"), Resolved(DIGEST, 1, "secret", 0.0)
-GET = GetBlock(DIGEST, 0, BLOCK_SIZE)
+GET = GetShards(DIGEST, 0, 1, BLOCK_SIZE, 1, m=0, want=0, hops=0, source="")
 SIGNED = {"sha256": bytes(32), "signer": PeerId("12D3KooW"), "signature": bytes(64)}
 RECORD = Record(DIGEST, 0, length=BLOCK_SIZE, size=BLOCK_SIZE, **SIGNED)
 BLOCK = bytes(range(256)) * (BLOCK_SIZE // 256)
+PART = ShardFound(1, 0, 0, RECORD)
 HELLO = wire.encode_hello("bulk")
 
 HANG_S = 300.0
@@ -56,9 +57,12 @@ def frame(request_id: int, message: Any, body_length: int = 0) -> bytes:
 
 
 async def answer_all(peer: PeerId, request: Request) -> Answer:
-    if isinstance(request, GetBlock):
-        return Answer(BlockFound(RECORD), BLOCK)
     return Answer(NAMED if isinstance(request, Resolve) else PONG)
+
+
+async def serve_block(peer: PeerId, request: GetShards, sender: Sender) -> None:
+    await sender.room()
+    sender.send(PART, BLOCK)
 
 
 class Raw:
@@ -83,7 +87,7 @@ class Raw:
     async def give_block(self, data: bytes = BLOCK) -> None:
         """Answer the next request with a block, of which only `data` is sent."""
         request_id, _ = await self.read_frame()
-        await self.say(request_id, BlockFound(RECORD), BLOCK_SIZE)
+        await self.say(request_id, PART, BLOCK_SIZE)
         await self.send(data)
 
     async def ended(self) -> bool:
@@ -122,6 +126,13 @@ class Node:
 
     async def ask(self, peer: PeerId, message: Request, silence_s: float = 5.0, **more: Any) -> Answer:
         return await self.exchange.request(peer, message, **{"lane": Lane.BULK, "silence_s": silence_s} | more)
+
+    async def read(self, peer: PeerId, message: GetShards = GET, silence_s: float = 5.0, **more: Any) -> bytes | Failed:
+        """The bytes of all parts, or the failure that ended the stream."""
+        parts: list[bytes] = []
+        settings = {"lane": Lane.BULK, "silence_s": silence_s, "part": lambda message, body: parts.append(bytes(body))}
+        failed = await self.exchange.stream(peer, message, **settings | more)
+        return b"".join(parts) if failed is None else failed
 
 
 class Cluster:
@@ -167,7 +178,12 @@ class Cluster:
         """A node that listens, but does not run."""
         credentials = credentials or self.credentials()
         contexts = credentials.server_context(), credentials.client_context()
-        settings: dict[str, Any] = {"handler": answer_all, "timing": Timing(), "refused": lambda peer: False} | changes
+        settings: dict[str, Any] = {
+            "handler": answer_all,
+            "server": serve_block,
+            "timing": Timing(),
+            "refused": lambda peer: False,
+        } | changes
         listen, locate = HostPort("127.0.0.1", port), self.members.get
         exchange = TlsExchange(Endpoint(*contexts, peer_of, listen=listen, locate=locate, **settings))
         peer = credentials.identity.peer_id

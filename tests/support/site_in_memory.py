@@ -21,20 +21,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node import assembly
-from node.blocks.values import BlockAddress, Obtained
+from node.blocks.values import Obtained, Stretch
 from node.content.library import SiteLibrary
 from node.content.resolver import Resolver
 from node.content.verification import ObjectVerifier
-from node.exchange.contract import Answer, Handler
+from node.exchange.contract import Answer, Handler, Sender, Server
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.exchange.requests import Dispatcher
 from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry import batching
 from protocol.errors import DeniedError, UnavailableError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
-from protocol.messages import Request, ShardFound
+from protocol.messages import GetShards, Request, ShardFound
 from protocol.records import Record
 from protocol.shard_proofs import make_proof
 from tests.support.disk_like import DiskLike
@@ -133,8 +133,27 @@ class FixedView:
         return peer in self.quarantined
 
 
+Spoil = Callable[[ShardFound, Buffer], tuple[ShardFound, Buffer]]
+
+
+class Spoiling:
+    """A `Sender` that alters the parts of a stream."""
+
+    def __init__(self, sender: Sender, spoil: Spoil) -> None:
+        self._sender, self._spoil = sender, spoil
+
+    def send(self, message: ShardFound, body: Buffer) -> None:
+        self._sender.send(*self._spoil(message, body))
+
+    async def room(self) -> None:
+        await self._sender.room()
+
+    def coming(self) -> None:
+        self._sender.coming()
+
+
 class Node:
-    """`handler` answers other members. `spoil` alters the answers of the node's parts."""
+    """`handler` and `server` answer other members. `spoil` alters the shards and blocks that it sends."""
 
     def __init__(
         self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Any, *, nursery: trio.Nursery
@@ -144,8 +163,13 @@ class Node:
         self.disk = DiskLike(1 << 26, trio.current_time)
         self.tiers = Tiers(MemoryStore(1 << 26, trio.current_time), self.disk, containerd=None)
         self.handler: Handler = self.handle
+        self.server: Server = self.serve
         self.exchange = MemoryExchange(
-            network, self.own, refused=self.view.is_quarantined, handler=lambda *request: self.handler(*request)
+            network,
+            self.own,
+            refused=self.view.is_quarantined,
+            handler=lambda *request: self.handler(*request),
+            server=lambda *request: self.server(*request),
         )
         self.blocks = assembly.blocks(
             identity, self.view, self.exchange, self.tiers, upstream=self.registry, nursery=nursery
@@ -153,11 +177,13 @@ class Node:
         self.dispatcher = Dispatcher()
         self.blocks.route(self.dispatcher)
         self.site, self.fetcher = self.blocks.site, self.blocks.fetcher
-        self.spoil: Callable[[Answer], Answer] | None = None
+        self.spoil: Spoil | None = None
 
     async def handle(self, peer: PeerId, request: Request) -> Answer:
-        answer = await self.dispatcher(peer, request)
-        return self.spoil(answer) if self.spoil else answer
+        return await self.dispatcher(peer, request)
+
+    async def serve(self, peer: PeerId, request: GetShards, sender: Sender) -> None:
+        await self.dispatcher.stream(peer, request, Spoiling(sender, self.spoil) if self.spoil else sender)
 
     @property
     def library(self) -> SiteLibrary:
@@ -174,11 +200,14 @@ class Node:
     async def read(
         self, index: int, *, urgent: bool = False, locator: Locator = LOCATOR, background: bool = False
     ) -> Obtained:
-        ticket = self.fetcher.begin(BlockAddress(locator, REF, index, background=background), urgent)
+        blocks: dict[int, Obtained] = {}
+        stretch = Stretch(locator, REF, (index,), background=background)
+        order = self.fetcher.begin(stretch, urgent, blocks.__setitem__)
         try:
-            return await ticket.wait()
+            await order.wait()
         finally:
-            ticket.release()
+            order.release()
+        return blocks[index]
 
     async def read_all(self, locator: Locator = LOCATOR) -> list[Obtained]:
         blocks = [await self.read(index, locator=locator) for index in range(REF.block_count)]
@@ -248,45 +277,34 @@ def not_keeping(nodes: list[AnyNode], index: int) -> AnyNode:
     return next(node for node in nodes if node.own not in keepers)
 
 
-def flipped(answer: Answer) -> Answer:
-    """The answer with one wrong bit in its last byte."""
-    if answer.body is None:
-        return answer
-    wrong = bytearray(answer.body)
+def flipped(message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
+    """A part with one wrong bit."""
+    wrong = bytearray(body)
     wrong[-1] ^= 128
-    return Answer(answer.message, wrong)
+    return message, wrong
 
 
-def signing(identity: Identity) -> Callable[[Answer], Answer]:
-    """Wrong shards with a proof that `identity` signed over their wrong bytes. Other answers are unchanged."""
+def signing(identity: Identity) -> Spoil:
+    """Wrong shards with a proof that `identity` signed over their wrong bytes. Whole blocks are unchanged."""
 
-    def lie(answer: Answer) -> Answer:
-        message = answer.message
-        if not isinstance(message, ShardFound) or answer.body is None or message.k == 1:
-            return answer
-        wrong, shard = flipped(answer).body, Shard(message.k, message.m, message.index)
-        assert wrong is not None
+    def lie(message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
+        if message.k == 1:
+            return message, body
+        _, wrong = flipped(message, body)
+        shard = Shard(message.k, message.m, message.index)
         proof = make_proof(message.record, shard, wrong, maker=identity.peer_id, sign=identity.sign)
-        return Answer(msgspec.structs.replace(message, proof=proof), wrong)
+        return msgspec.structs.replace(message, proof=proof), wrong
 
     return lie
 
 
-def under(record: Record, answer: Answer, identity: Identity) -> Answer:
-    """The shard of an answer under another record, with a proof by `identity`."""
-    message, body = answer.message, answer.body
-    assert isinstance(message, ShardFound)
-    assert body is not None
+def under(record: Record, message: ShardFound, body: Buffer, identity: Identity) -> tuple[ShardFound, Buffer]:
+    """A shard under another record, with a proof by `identity`."""
     shard = Shard(message.k, message.m, message.index)
     proof = make_proof(record, shard, body, maker=identity.peer_id, sign=identity.sign)
-    return Answer(msgspec.structs.replace(message, record=record, proof=proof), body)
+    return msgspec.structs.replace(message, record=record, proof=proof), body
 
 
-def unsigned(answer: Answer) -> Answer:
+def unsigned(message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
     """A wrong shard without a proof."""
-    message = answer.message
-    return (
-        flipped(Answer(msgspec.structs.replace(message, proof=None), answer.body))
-        if isinstance(message, ShardFound)
-        else answer
-    )
+    return flipped(msgspec.structs.replace(message, proof=None), body)

@@ -8,9 +8,9 @@ import pytest
 import trio
 import trio.testing
 
-from node.exchange.contract import Answer, Handler, Lane
+from node.exchange.contract import Answer, Handler, Lane, State
+from node.exchange.keep_alive import WAITING_EVERY_S, WAITING_FIRST_S, KeepAlive, OpenWork, Work
 from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.exchange.requests import WAITING_EVERY_S, WAITING_FIRST_S, AtWork
 from protocol.errors import PeerUnavailableError
 from protocol.ids import PeerId
 from protocol.messages import Ping, Pong, Request
@@ -51,31 +51,43 @@ def test_waiting_messages_are_sent_at_their_times() -> None:
         asker = await pair(nursery, MemoryNetwork(), after(1.4))
         start = trio.current_time()
         await asker.request(
-            TWO, PING, lane=Lane.BULK, silence_s=0.6, heard=lambda ready: times.append(trio.current_time() - start)
+            TWO, PING, lane=Lane.BULK, silence_s=0.6, heard=lambda state: times.append(trio.current_time() - start)
         )
 
     play(scenario)
     assert times == pytest.approx([WAITING_FIRST_S, WAITING_EVERY_S, 2 * WAITING_EVERY_S])
 
 
-def test_requests_that_begin_at_any_time_get_their_first_waiting_in_time() -> None:
-    said: list[tuple[int, float]] = []
+def test_a_connection_says_that_it_works_on_all_its_requests_at_once() -> None:
+    said: list[tuple[str, float, list[int]]] = []
 
     async def scenario(nursery: trio.Nursery) -> None:
-        at_work = AtWork[int]()
-        nursery.start_soon(at_work.keep_alive, lambda key: said.append((key, round(trio.current_time() - start, 6))))
+        keep_alive = KeepAlive[str, int]()
+        busy, quick = OpenWork[int](), OpenWork[int]()
+
+        def say(link: str, report: list[tuple[int, State]]) -> None:
+            said.append((link, round(trio.current_time() - start, 6), [number for number, _ in report]))
+
+        nursery.start_soon(keep_alive.run, say)
         start = trio.current_time()
-        for key in range(3):
-            at_work.begin(key)
-            await trio.sleep(0.3)
-        at_work.end(1)
-        await trio.sleep(0.3)
+        for number in range(3):
+            for link, work in (("busy", busy), ("quick", quick)):
+                work.by_number[number] = Work()
+                keep_alive.begin(link, work)
+            await trio.sleep(0.2)
+            del quick.by_number[number]
+            await trio.sleep(0.1)
+        del busy.by_number[1]
+        await trio.sleep(0.7)
 
     play(scenario)
-    late_s = WAITING_FIRST_S / 2
-    assert [when for key, when in said if key == 0] == [0.25, 0.5, 1.0]
-    assert [when for key, when in said if key == 1] == pytest.approx([0.55 + late_s / 2], abs=late_s / 2)
-    assert [when for key, when in said if key == 2] == pytest.approx([0.85 + late_s / 2, 1.0], abs=late_s / 2)
+    assert said == [
+        ("busy", 0.25, [0]),
+        ("busy", 0.5, [0, 1]),
+        ("busy", 0.875, [0, 1, 2]),
+        ("busy", 1.0, [0, 2]),
+        ("busy", 1.5, [0, 2]),
+    ]
 
 
 def test_latency_is_paid_both_ways() -> None:

@@ -333,6 +333,17 @@ class SlowDisk(MemoryStore):
         super().__init__(BLOCK_SIZE, trio.current_time)
         self.moves = trio.Event()
 
+    def put_nowait(
+        self,
+        piece: Piece,
+        data: Buffer,
+        record: Record,
+        proof: ShardProof | None = None,
+        *,
+        kept_for: Askers = READ_HERE,
+    ) -> bool:
+        return False
+
     async def put(
         self,
         piece: Piece,
