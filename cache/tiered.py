@@ -154,8 +154,11 @@ class Tiers:
         holdings = self.holdings(digest)
         return bool(holdings.blocks or holdings.shards)
 
-    def signed_by(self, signer: PeerId) -> dict[Piece, Record]:
-        return {piece: record for store in self.stores.values() for piece, record in store.signed_by(signer)}
+    async def signed_by(self, signer: PeerId, digest: Digest) -> dict[Piece, Record]:
+        signed: dict[Piece, Record] = {}
+        for store in self.stores.values():
+            signed |= await store.signed_by(signer, digest)
+        return signed
 
     def objects(self) -> set[Digest]:
         return {digest for store in self.stores.values() for digest in store.objects()}
