@@ -78,6 +78,8 @@ class DiskStore:
         self._table, self._room, self._timer = table, room, timer
         self._folder = table.folder
         self._write_back = WriteBack(table, room)
+        self.compared = trio.Event()
+        """All files have been compared with the index."""
 
     @classmethod
     @asynccontextmanager
@@ -108,7 +110,7 @@ class DiskStore:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(store._write_back.run_writes)
                 nursery.start_soon(store._write_back.run_flushes)
-                nursery.start_soon(store._write_back.run_scan, scan)
+                nursery.start_soon(store._compare, scan)
                 try:
                     yield store
                 finally:
@@ -118,6 +120,10 @@ class DiskStore:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(table.folder.close)
+
+    async def _compare(self, scan: Scan) -> None:
+        await self._write_back.run_scan(scan)
+        self.compared.set()
 
     async def flush(self, *, references: bool = False) -> None:
         """Make held pieces durable and give back removed ones; with `references` even if these are the only change."""

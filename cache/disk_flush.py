@@ -237,6 +237,7 @@ class WriteBack:
                 break
             self._room.evict(need, kept_for)
             await self.flush()
+            self._room.recheck()
         return self._room.has(need) and not self._must_wait(piece, need)
 
     async def _wait_due(self) -> None:

@@ -214,6 +214,7 @@ def _open(path: Path) -> DiskIndex:
         if str(path) == ":memory:":
             return DiskIndex(database, database)
         reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        reader.execute("SELECT 1 FROM piece LIMIT 1").fetchone()  # opens its files while that is possible
     except BaseException:
         database.close()
         raise

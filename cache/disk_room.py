@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from cache.disk_table import MAX_RUNS, PieceTable
 from cache.probation import NOTHING
@@ -15,7 +15,7 @@ from protocol.ids import BLOCK_SIZE, Piece
 EVICTION_SHARE = 64
 MAX_EVICTION = 64 << 20
 """A full store evicts budget / EVICTION_SHARE at once, so that not every put waits for a flush."""
-MAX_STEP = 512 << 20
+MAX_STEP = 256 << 20
 """Bytes that one call evicts, in at most 10 ms: after the budget was reduced by more, the flushes to come continue."""
 SPARE_AGE_S = 1.0
 """How old an answer of statvfs may be."""
@@ -79,10 +79,8 @@ class Room:
             return
         spare = self._extra(budget)
         target = policy.load - over
-        for piece in _pieces(policy.turnover(need, spare, budget)):
-            if policy.bytes <= target.bytes - spare and policy.load.entries <= target.entries:
-                break
-            self._remove(piece)
+        for run in policy.turnover(need, spare, budget):
+            self._give_up(run, policy.bytes - (target.bytes - spare), policy.load.entries > target.entries)
 
     def may_have(self, need: int, kept_for: Askers) -> bool:
         """Whether `need` bytes for this purpose can fit once others of their kind are evicted."""
@@ -100,10 +98,8 @@ class Room:
         wanted = max(need + extra + leased, room + need - self._spare_bytes() - (table.removed_bytes - leased))
         wanted = min(wanted, room + MAX_STEP)
         served = sum(table.runs.bitmap(file.digest).bit_count() * BLOCK_SIZE for file in table.leased)
-        for piece in _pieces(policy.victims(min(wanted + served, policy.budget_bytes), kept_for, entries=1)):
-            if policy.budget_bytes - policy.bytes >= wanted and policy.load.entries < MAX_RUNS:
-                break
-            self._remove(piece)
+        for run in policy.victims(min(wanted + served, policy.budget_bytes), kept_for, entries=1):
+            self._give_up(run, wanted - (policy.budget_bytes - policy.bytes), policy.load.entries >= MAX_RUNS)
 
     def beyond(self, target_bytes: int) -> Iterator[Piece]:
         """The pieces that would be evicted so that at most `target_bytes` are held; too few if more is pinned."""
@@ -119,11 +115,7 @@ class Room:
     def _extra(self, room: int) -> int:
         return min(room // EVICTION_SHARE, MAX_EVICTION)
 
-    def _remove(self, victim: Piece) -> None:
-        if not self._table.is_leased(victim):
-            self._table.remove(victim)
-
-
-def _pieces(runs: Iterable[Run]) -> Iterable[Piece]:
-    """The pieces of runs; a run's are listed when it is its turn."""
-    return (piece for run in runs for piece in run.pieces())
+    def _give_up(self, run: Run, need: int, whole: bool) -> None:
+        """Remove `need` bytes of a run, or all of it, unless its object is being sent."""
+        if not self._table.is_leased(run.piece(0, None)):
+            self._table.give_up(run, self._table.policy.size(run) if whole else need)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from cache.disk_index import Stored, StoredRun
 from cache.files import Identity
@@ -254,27 +255,40 @@ class PieceTable:
         for gone in self._removed_with(piece):
             run = self.runs.find(gone)
             if run is not None:
-                self._remove(run, gone)
+                self._remove(run, gone.shard, 1 << gone.block.index % RUN_BLOCKS)
 
-    def _remove(self, run: Run, piece: Piece) -> None:
-        bit = 1 << piece.block.index % RUN_BLOCKS
-        need = run.space(piece.shard, bit)
-        self.runs.remove(run, piece.shard, bit)
-        self.policy.remove(run, need)
+    def give_up(self, run: Run, need: int) -> None:
+        """Forget pieces of a run, all of them if they take no more than `need` bytes."""
+        for shard, bits in run.content().items():
+            if need <= 0:
+                return
+            if run.space(shard, bits) > need:
+                bits = sum(1 << bit for bit in islice(set_bits(bits), -(-need // slot_of(shard))))
+            need -= run.space(shard, bits)
+            if self.folder.punching:
+                self._remove(run, shard, bits)
+            else:
+                self.remove(run.piece((bits & -bits).bit_length() - 1, shard))
+
+    def _remove(self, run: Run, shard: Shard | None, bits: int) -> None:
+        self.runs.remove(run, shard, bits)
+        self.policy.remove(run, run.space(shard, bits))
         self.changed.add(run)
         if run.is_empty:
             self._referenced.discard(run)
-        file = self.files.get(piece.block.digest) if piece.shard is None else None
+        file = self.files.get(run.digest) if shard is None else None
         if file is not None:
             file.sealed, file.seal_size = False, 0
-            file.checked &= ~(1 << piece.block.index)
-        self.unsynced.pop(piece, None)
-        queued = self.queue.pop(piece, None)
-        if queued is None:
-            self.removed[piece] = need
-            self.removed_bytes += need
-        elif queued.data is not None:
-            self.queued_bytes -= len(queued.data)
+            file.checked &= ~(bits << run.number * RUN_BLOCKS)
+        for bit in set_bits(bits):
+            piece = run.piece(bit, shard)
+            self.unsynced.pop(piece, None)
+            queued = self.queue.pop(piece, None)
+            if queued is None:
+                self.removed[piece] = taken = run.space(shard, 1 << bit)
+                self.removed_bytes += taken
+            elif queued.data is not None:
+                self.queued_bytes -= len(queued.data)
 
     def lose(self, key: FileKey, index: int) -> bool:
         """The bytes of a held piece are not on the disk. Returns whether it was held until now."""
@@ -282,7 +296,7 @@ class PieceTable:
         run = self.runs.find(piece)
         if run is None or piece in self.queue:
             return False
-        self._remove(run, piece)
+        self._remove(run, piece.shard, 1 << index % RUN_BLOCKS)
         return True
 
     def is_leased(self, piece: Piece) -> bool:

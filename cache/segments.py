@@ -76,6 +76,10 @@ class SegmentedPolicy(Generic[K]):
         else:
             self._used_here.add(unit, size)
 
+    def size(self, unit: K) -> int:
+        """Bytes of a held unit."""
+        return self._pins[unit] if unit in self._pins else self._segment(unit).size(unit)
+
     def remove(self, unit: K, size: int | None = None) -> None:
         """Forget `size` bytes of a unit, or all of it."""
         if unit not in self._pins:
