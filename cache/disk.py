@@ -9,6 +9,7 @@ and its slot is not written again.
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import sqlite3
@@ -51,6 +52,8 @@ def _open_table(
     """The table of the folder, within its bounds, and what is left of the comparison with its files. Runs in a thread.
     Raises BadInputError."""
     folder, rows = open_folder(directory)
+    collecting = gc.isenabled()
+    gc.disable()  # the table has half a million objects for 1 TB, none of which is garbage
     try:
         table = PieceTable(folder, policy, set(pinned))
         room = limit(table)
@@ -68,6 +71,9 @@ def _open_table(
     except BaseException:
         folder.close()
         raise
+    finally:
+        if collecting:
+            gc.enable()
     return table, room, scan
 
 

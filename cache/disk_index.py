@@ -18,7 +18,7 @@ import msgspec
 from cache.disk_migration import migrate
 from cache.pieces import MAX_SHARDS, check_piece
 from cache.runs import RUN_BLOCKS
-from cache.store import Askers
+from cache.store import READ_HERE, Askers
 from protocol.errors import UNDECODABLE, BadInputError
 from protocol.ids import BlockId, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.records import Record
@@ -31,6 +31,8 @@ _COLUMNS = "digest, block, k, m, shard, sha256, record, maker, proof"
 _WHERE_KEY = "digest = ? AND block = ? AND k = ? AND m = ? AND shard = ?"
 _RUN_COLUMNS = "digest, size, number, kept_for, used, pieces"
 _WHERE_RUN = "digest = ? AND size = ? AND number = ? AND kept_for = ?"
+
+_BITS = msgspec.msgpack.Decoder(list[tuple[int, int, int, int]])
 
 Key = tuple[str, int, int, int, int]
 """digest, block, k, m, shard; the last three are 0 for a whole block."""
@@ -96,20 +98,21 @@ RunRow = tuple[str, int, int, str, int, bytes]
 
 def parse_run(row: RunRow) -> StoredRun:
     """Raises BadInputError on a row that no version of this program wrote."""
-    digest, size, number, kept_for, used, raw = row
+    text, size, number, kept_for, used, raw = row
     try:
-        held = msgspec.msgpack.decode(raw, type=list[tuple[int, int, int, int]])
+        held = _BITS.decode(raw)
     except UNDECODABLE as error:
-        raise BadInputError(f"run {number} of {digest} is not readable: {error}") from error
-    count = ObjectRef(Digest.parse(digest), size).block_count - number * RUN_BLOCKS
-    content: dict[Shard | None, int] = {}
+        raise BadInputError(f"run {number} of {text} is not readable: {error}") from error
+    digest = Digest.parse(text)
+    count = ObjectRef(digest, size).block_count - number * RUN_BLOCKS
+    most, content = 1 << min(RUN_BLOCKS, max(0, count)), dict[Shard | None, int]()
     for k, m, index, bits in held:
-        possible = (k, m, index) == (0, 0, 0) or (k >= 1 and m >= 0 and 0 <= index < k + m <= MAX_SHARDS)
-        if not possible or number < 0 or not 0 < bits < 1 << min(RUN_BLOCKS, max(0, count)):
-            raise BadInputError(f"run {number} of {digest} has impossible pieces")
+        possible = k == m == index == 0 or (k >= 1 and m >= 0 and 0 <= index < k + m <= MAX_SHARDS)
+        if not possible or number < 0 or not 0 < bits < most:
+            raise BadInputError(f"run {number} of {text} has impossible pieces")
         content[Shard(k, m, index) if k else None] = bits
-    askers = tuple(PeerId(peer) for peer in dict.fromkeys(kept_for.split()))
-    return StoredRun(Digest.parse(digest), size, number, askers, used, content)
+    askers = tuple(PeerId(peer) for peer in dict.fromkeys(kept_for.split())) if kept_for else READ_HERE
+    return StoredRun(digest, size, number, askers, used, content)
 
 
 def _run_row(run: StoredRun) -> RunRow:

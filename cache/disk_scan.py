@@ -10,11 +10,12 @@ import logging
 
 from cache.disk_table import PieceTable
 from cache.recovery import FileKey, HeldFile, listed, prefix_of, prefixes, reconcile
+from protocol.ids import Digest
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 4096
-"""Files compared before the store serves: 0.2 s."""
+AT_ONCE = 1024
+"""Files compared before the store serves: 0.1 s."""
 IN_A_STEP = 256
 
 
@@ -24,30 +25,39 @@ class Scan:
 
     def __init__(self, table: PieceTable) -> None:
         self._table = table
-        self._expected: dict[str, set[FileKey]] = {}
-        for run in table.runs:
-            keys = self._expected.setdefault(prefix_of(run.digest), set())
-            keys |= {(run.digest, shard) for shard in run.content()}
+        self._expected: dict[str, list[Digest]] = {}
+        for digest in table.runs.objects():
+            self._expected.setdefault(prefix_of(digest), []).append(digest)
         there = {*self._expected, *prefixes(table.folder.path)} if table.folder.usable else ()
         self._prefixes = sorted(there, reverse=True)
         self._keys: list[FileKey] = []
+        self._digests: list[Digest] = []
+        self._there: set[FileKey] = set()
         self._missing = self._removed = 0
 
     @property
     def is_over(self) -> bool:
-        return not self._prefixes and not self._keys
+        return not self._prefixes and not self._keys and not self._digests
 
     def list_next(self) -> None:
         """Raises OSError."""
         while self._prefixes and len(self._keys) < IN_A_STEP:
             prefix = self._prefixes.pop()
-            self._keys += {*listed(self._table.folder.path, prefix), *self._expected.pop(prefix, ())}
+            there = set(listed(self._table.folder.path, prefix))
+            self._there |= there
+            self._keys += there
+            self._digests += self._expected.pop(prefix, ())
 
     def files(self) -> list[HeldFile]:
-        step, self._keys = self._keys[:IN_A_STEP], self._keys[IN_A_STEP:]
         table = self._table
-        leased = {(file.digest, None) for file in table.leased}
-        return [table.held_file(key) for key in step if key not in leased]
+        runs = [run for digest in self._digests for run in table.runs.of(digest)]
+        self._keys += {(run.digest, shard) for run in runs for shard in run.content()} - self._there
+        self._digests = []
+        step, self._keys = self._keys[:IN_A_STEP], self._keys[IN_A_STEP:]
+        self._there -= set(step)
+        # The flush gives back what was removed meanwhile.
+        busy = {(piece.block.digest, piece.shard) for piece in table.removed}
+        return [table.held_file(key) for key in step if key not in busy]
 
     def reconcile(self, files: list[HeldFile]) -> dict[FileKey, list[int]]:
         return reconcile(self._table.folder.path, files, punching=self._table.folder.punching)

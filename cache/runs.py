@@ -176,7 +176,8 @@ class Runs:
         ]
 
     def objects(self) -> list[Digest]:
-        return list(self._objects)
+        """Those that came last are first."""
+        return list(reversed(self._objects))
 
 
 def _joined(parts: Iterator[tuple[int, int]]) -> int:
