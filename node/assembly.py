@@ -14,6 +14,7 @@ node/daemon.py calls them in this order, starts the tasks of `services`, and end
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -107,6 +108,7 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
             folder / "cache", budget, free_share=floor.share, free_bytes=floor.bytes, pinned=digests_of(pinned)
         )
     )
+    gc.freeze()  # what the disk holds stays: each full collection would scan 10 objects for each run
     memory = MemoryStore(cache.memory.bytes, trio.current_time)
     store = cache.containerd_store
     content = ContentStore(Path(store), record_for=admitted.record_for) if store else None
