@@ -16,15 +16,11 @@ from node.exchange.memory import MemoryNetwork
 from node.telemetry.sources import Source
 from protocol.ids import PeerId, Piece, Shard
 from protocol.messages import GetShards
-from protocol.placement import HOME_HOPS, Route
-from tests.support.site_in_memory import REF, Node, Registry, Spoiling, all_read, flipped, play, signing, stretch
+from protocol.placement import HOME_HOPS
+from tests.support.site_in_memory import REF, Node, Registry, Spoiling, all_read, flipped, play, route_of, signing
 
 MANY = 60
 """Members. They make at least four cells."""
-
-
-def route_of(node: Node, index: int) -> Route:
-    return node.site.placement().route(node.own, stretch(index).stripe, stretch(index).length)
 
 
 def deep(nodes: list[Node], index: int) -> Node:

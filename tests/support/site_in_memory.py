@@ -36,7 +36,7 @@ from protocol.errors import DeniedError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import GetShards, Request, ShardFound
-from protocol.placement import HOME_HOPS
+from protocol.placement import HOME_HOPS, Route
 from protocol.records import Record
 from protocol.shard_proofs import make_proof
 from tests.support.disk_like import DiskLike
@@ -290,10 +290,14 @@ def stretch(index: int, **more: Any) -> Stretch:
     return Stretch(LOCATOR, REF, (index,), **more)
 
 
+def route_of(node: Node, index: int) -> Route:
+    """The way of a node to a block."""
+    return node.site.placement().route(node.own, stretch(index).stripe, stretch(index).length)
+
+
 def keepers_of(nodes: list[AnyNode], index: int) -> list[AnyNode]:
-    """The keepers of a block by rank."""
-    _, keepers = nodes[0].site.placement().keepers(stretch(index).stripe, stretch(index).length)
-    return [next(node for node in nodes if node.own == peer) for peer in keepers]
+    """The keepers of a block in its root cell, by rank."""
+    return [next(node for node in nodes if node.own == peer) for peer in route_of(nodes[0], index).root.keepers]
 
 
 def home_of(nodes: list[AnyNode], index: int) -> AnyNode:
