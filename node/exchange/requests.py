@@ -189,7 +189,7 @@ async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) ->
         message = (await handler(peer, request.message)).message
         return wire.encode_head(request.request_id, message, 0)
     except errors.ShoalError as error:
-        message = _failed(error)
+        message = failure(error)
     except Exception:  # the boundary of a task that a peer started: a bug here must not end the daemon
         log.exception("answering %s to %s failed", type(request.message).__name__, peer)
         message = _BUG
@@ -201,28 +201,28 @@ async def serve(server: Server, peer: PeerId, request: GetShards, sender: Sender
     try:
         await server(peer, request, sender)
     except errors.ShoalError as error:
-        return _failed(error)
+        return failure(error)
     except Exception:  # as in `answer`
         log.exception("answering %s to %s failed", type(request).__name__, peer)
         return _BUG
-    return _NOT_HELD
+    return Failed("not-held", "not held")
 
 
-def serve_at_once(at_once: AtOnce, peer: PeerId, request: GetShards, sender: Sender) -> Failed | None:
-    """As `serve`. None if that has to be called, because the parts cannot be sent at once."""
+def serve_at_once(at_once: AtOnce, peer: PeerId, request: GetShards, sender: Sender) -> bool:
+    """Whether nothing is left to do. If not, `serve` has to be called."""
     try:
-        return _NOT_HELD if at_once(peer, request, sender) else None
+        return at_once(peer, request, sender)
     except errors.ShoalError as error:
-        return _failed(error)
+        sender.end(error)
     except Exception:  # as in `answer`
         log.exception("answering %s to %s failed", type(request).__name__, peer)
-        return _BUG
+        sender.end(errors.UnavailableError(_BUG.text))
+    return True
 
 
-_NOT_HELD = Failed("not-held", "not held")
 _BUG = Failed("unavailable", "internal error")
 
 
-def _failed(error: errors.ShoalError) -> Failed:
+def failure(error: errors.ShoalError) -> Failed:
     code = next((code for kind, code in _CODES if isinstance(error, kind)), "unavailable")
     return Failed(code, str(error)[: wire.MAX_FAILURE_TEXT])
