@@ -167,6 +167,8 @@ def network(config: Config, admitted: Admitted) -> Network:
         locate=membership.locate,
         refused=membership.is_refused,
         handler=dispatcher,
+        server=dispatcher.stream,
+        at_once=dispatcher.at_once,
         plain=peers.plain,
     )
     introducer = LibP2PIntroducer(
