@@ -152,7 +152,7 @@ class Dispatcher:
     def __init__(self) -> None:
         self._handlers: dict[type, Callable[[PeerId, Any], Awaitable[Answer]]] = {}
         self._server: Server = serve_nothing
-        self.at_once: AtOnce = nothing_at_once
+        self._at_once: AtOnce = nothing_at_once
 
     def route(self, handler: Callable[[PeerId, Any], Awaitable[Answer]], *requests: type) -> None:
         """Have `handler` answer these types of request."""
@@ -160,7 +160,7 @@ class Dispatcher:
 
     def serve(self, server: Server, at_once: AtOnce | None = None) -> None:
         """Have these answer the requests that are answered by streams."""
-        self._server, self.at_once = server, at_once or nothing_at_once
+        self._server, self._at_once = server, at_once or nothing_at_once
 
     async def __call__(self, peer: PeerId, request: Request) -> Answer:
         handler = self._handlers.get(type(request))
@@ -172,6 +172,9 @@ class Dispatcher:
     async def stream(self, peer: PeerId, request: GetShards, sender: Sender) -> None:
         with working_for(Demand(Asker(peer, request.asker))):
             await self._server(peer, request, sender)
+
+    def at_once(self, peer: PeerId, request: GetShards, sender: Sender) -> bool:
+        return self._at_once(peer, request, sender)
 
 
 async def serve_nothing(peer: PeerId, request: GetShards, sender: Sender) -> None:

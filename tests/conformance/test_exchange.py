@@ -20,7 +20,7 @@ import trio.testing
 from node.exchange.contract import Answer, AtOnce, Exchange, Handler, Lane, Sender, Server, State
 from node.exchange.limits import Limits, Timing
 from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.exchange.requests import ROOM_BYTES, nothing_at_once
+from node.exchange.requests import ROOM_BYTES, Dispatcher, nothing_at_once
 from protocol.errors import (
     BadInputError,
     DeniedError,
@@ -94,6 +94,12 @@ async def serve_all(peer: PeerId, request: GetShards, sender: Sender) -> None:
     for index in wanted(request):
         await sender.room()
         sender.send(*part_of(request, index))
+
+
+def send_all(request: GetShards, sender: Sender) -> bool:
+    for index in wanted(request):
+        sender.send(*part_of(request, index))
+    return True
 
 
 @dataclass
@@ -991,5 +997,25 @@ def test_a_cancelled_stream_does_not_write_into_its_memory(play: Play) -> None:
             memory[:] = b"mine" * (BLOCK_SIZE // 4)
             assert await is_read(site, asker, peer, get(1))
             assert memory == b"mine" * (BLOCK_SIZE // 4)
+
+    play(scenario)
+
+
+def test_a_dispatcher_hands_each_request_to_its_part(play: Play) -> None:
+    async def ping(peer: PeerId, request: Ping) -> Answer:
+        return Answer(PONG)
+
+    async def scenario(site: Site) -> None:
+        dispatcher = Dispatcher()
+        peer = await site.add(dispatcher, dispatcher.stream, at_once=dispatcher.at_once)
+        asker = await site.add()
+        assert await Reading(site, asker, peer, get(0)).run() == Failed("not-held", "not held")
+        dispatcher.route(ping, Ping)
+        dispatcher.serve(serve_all, lambda peer, request, sender: request.first == 0 and send_all(request, sender))
+        assert await ask(site, asker, peer, PING) == Answer(PONG)
+        answer = await ask(site, asker, peer, HOLDINGS)
+        assert isinstance(answer.message, Failed)
+        assert await is_read(site, asker, peer, get(0))
+        assert await is_read(site, asker, peer, get(1, 2))
 
     play(scenario)
