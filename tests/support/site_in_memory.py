@@ -31,7 +31,7 @@ from node.exchange.requests import Dispatcher
 from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry import batching
-from protocol.errors import DeniedError, UnavailableError
+from protocol.errors import DeniedError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import GetShards, Request, ShardFound
@@ -152,6 +152,9 @@ class Spoiling:
 
     def coming(self) -> None:
         self._sender.coming()
+
+    def end(self, error: ShoalError) -> None:
+        self._sender.end(error)
 
 
 class Node:
