@@ -14,6 +14,7 @@ node/daemon.py calls them in this order, starts the tasks of `services`, and end
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -39,7 +40,7 @@ from node.blocks.keeper import Keeper
 from node.blocks.object_facts import ObjectFacts
 from node.blocks.questions import Questions
 from node.blocks.trust import Trust
-from node.blocks.values import CurrentPlacement, Site
+from node.blocks.values import CurrentPlacement, Site, Storing
 from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
 from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
@@ -83,6 +84,7 @@ from node.registry.contract import NoNews, RegistryNews
 from node.registry.uplink import Uplink, UplinkFile
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
+from node.runtime.processor_load import ProcessorLoad
 from node.runtime.systemd import Notifier
 from node.stages import Admitted, Blocks, Clients, Network, Node, Participant, Registry, Storage
 from node.telemetry.metrics import Metrics, cache_metrics, upstream_metrics
@@ -109,6 +111,7 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
             folder / "cache", budget, free_share=floor.share, free_bytes=floor.bytes, pinned=digests_of(pinned)
         )
     )
+    gc.freeze()  # what the disk holds stays: each full collection would scan 10 objects for each run
     memory = MemoryStore(cache.memory.bytes, trio.current_time)
     store = cache.containerd_store
     content = ContentStore(Path(store), record_for=admitted.record_for) if store else None
@@ -136,9 +139,10 @@ def blocks(
     config: Config | None = None,
     facts: ObjectFacts | None = None,
     news: RegistryNews | None = None,
+    is_busy: Callable[[], bool] = lambda: False,
 ) -> Blocks:
     """Tasks that outlive a request run in `nursery`. `facts` None: they are kept in memory only. `news` None: nothing
-    is known of the registries."""
+    is known of the registries. `is_busy` as for `CodedReads`."""
     own, directory, config = identity.peer_id, Directory(), config or Config()
     peers, max_object = config.peers, config.mirror.max_object.bytes
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
@@ -152,13 +156,14 @@ def blocks(
         facts=facts,
         max_object=max_object,
         nursery=nursery,
+        storing=Storing(nursery),
     )
     news = news or NoNews()
     questions, grants = Questions(site, news), Grants()
     holders = Holders(site, questions, directory)
     home = Home(site, holders, grants, identity=identity, origin=reads, news=news)
     keeper = Keeper(site, home, questions, grants, identity=identity, news=news)
-    members = ChosenWay(CodedReads(site, questions, keeper), home, news)
+    members = ChosenWay(CodedReads(site, questions, keeper, is_busy), home, news)
     fetcher = Fetcher((HeldBlocks(tiers), members, home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
@@ -209,10 +214,11 @@ def site(
     rng: Random,
     facts: ObjectFacts | None = None,
     public_age: Callable[[Locator], float | None] = lambda locator: None,
+    is_busy: Callable[[], bool] = lambda: False,
 ) -> Participant:
     """Build a member over `exchange`. It answers requests after `Participant.route`; its tasks are `services`."""
-    given = identity, membership, exchange, tiers
-    parts = blocks(*given, upstream=upstreams, nursery=nursery, config=config, facts=facts, news=upstreams)
+    made = partial(blocks, upstream=upstreams, nursery=nursery, config=config, facts=facts)
+    parts = made(identity, membership, exchange, tiers, news=upstreams, is_busy=is_busy)
     near, home, questions, served = parts.site, parts.home, parts.questions, metrics.tag_served
     resolver = Resolver(
         near, names, upstreams, questions=questions, home=home, nursery=nursery, served=served, public_age=public_age
@@ -285,6 +291,7 @@ def participant(
         nursery=nursery,
         rng=Random(),
         public_age=storage.public.age,
+        is_busy=ProcessorLoad().is_busy,
     )
     member.route(network.dispatcher, admitted.registrar)
     return member

@@ -89,6 +89,7 @@ class Home:
             self._site.keep(stretch.piece(index), held.data, held.record, kept_for=stretch.kept_for)
             flow.deliver(index, obtained)
 
+        await self._site.storing.room()
         if not straight:
             await self._holders.find(stretch.only(flow.left), got)
         for run in _runs(flow.left):

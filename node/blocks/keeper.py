@@ -188,6 +188,7 @@ class _Obtaining:
         self._failures: list[ShoalError] = [UnavailableError(f"no home of {stretch} answers")]
 
     async def run(self, hops: int) -> None:
+        await self._site.storing.room()
         site, stretch, health, now = self._site, self._stretch, self._site.health, trio.current_time()
         self._route = site.placement().route(site.own, stretch.stripe, stretch.length)
         self._sources = self._route.sources(self._shard.index, hops)

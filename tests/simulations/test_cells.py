@@ -10,20 +10,16 @@ from collections import Counter
 import pytest
 import trio
 
-from node.exchange.contract import Answer
+from node.exchange.contract import Sender
 from node.exchange.memory import MemoryNetwork
 from node.telemetry.sources import Source
 from protocol.ids import PeerId, Piece, Shard
-from protocol.messages import GetShard, Request
-from protocol.placement import HOME_HOPS, Route
-from tests.support.site_in_memory import REF, Node, Registry, all_read, flipped, play, signing
+from protocol.messages import GetShards
+from protocol.placement import HOME_HOPS
+from tests.support.site_in_memory import REF, Node, Registry, Spoiling, all_read, flipped, play, route_of, signing
 
 MANY = 60
 """Members. They make at least four cells."""
-
-
-def route_of(node: Node, index: int) -> Route:
-    return node.site.placement().route(node.own, REF.block(index), REF.block_length(index))
 
 
 def deep(nodes: list[Node], index: int) -> Node:
@@ -42,11 +38,11 @@ def test_a_large_site_reads_each_block_once_and_no_node_answers_for_all() -> Non
 
         def counted(node: Node) -> None:
 
-            async def count(peer: PeerId, request: Request) -> Answer:
-                answers[node.own] += isinstance(request, GetShard)
-                return await node.handle(peer, request)
+            async def count(peer: PeerId, request: GetShards, sender: Sender) -> None:
+                answers[node.own] += 1
+                await node.serve(peer, request, sender)
 
-            node.handler = count
+            node.server = count
 
         for node in nodes:
             counted(node)
@@ -133,12 +129,10 @@ def test_a_liar_between_the_cells_is_identified_at_once_and_no_honest_member_bla
         liar = by_id(nodes)[route_of(reader, 0).cells[1][0]]
         spoil = flipped if kind == "altered" else signing(liar.identity)
 
-        async def lie(peer: PeerId, request: Request) -> Answer:
-            answer = await liar.handle(peer, request)
-            passes_on = isinstance(request, GetShard) and request.keep
-            return spoil(answer) if passes_on else answer
+        async def lie(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            await liar.serve(peer, request, Spoiling(sender, spoil) if request.keep else sender)
 
-        liar.handler = lie
+        liar.server = lie
         await reader.read(0)
         accused = {peer for node in nodes for peer in node.view.quarantined}
         assert accused == {liar.own}
@@ -167,12 +161,11 @@ def test_a_request_that_a_request_causes_has_fewer_hops() -> None:
         hops: list[int] = []
 
         def watched(node: Node) -> None:
-            async def handle(peer: PeerId, request: Request) -> Answer:
-                if isinstance(request, GetShard):
-                    hops.append(request.hops)
-                return await node.handle(peer, request)
+            async def serve(peer: PeerId, request: GetShards, sender: Sender) -> None:
+                hops.append(request.hops)
+                await node.serve(peer, request, sender)
 
-            node.handler = handle
+            node.server = serve
 
         for node in nodes:
             watched(node)

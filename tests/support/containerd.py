@@ -68,6 +68,11 @@ class Containerd:
         command = ["images", "pull", *options, *(["--user", user] if user else []), reference]
         return self.ctr(*command)
 
+    def fetch(self, reference: str) -> subprocess.CompletedProcess[str]:
+        """Fetch an image, all its layers at once, without unpacking it."""
+        options = ["--hosts-dir", str(self.hosts), "--platform", f"linux/{ARCHITECTURE}"]
+        return self.ctr("content", "fetch", *options, reference)
+
     def run(self, reference: str, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a container without network and without a cgroup; it is removed when it ends."""
         options = ["--rm", "--cgroup", "", reference, "shoal-test"]

@@ -60,28 +60,46 @@ DEFAULTS = {"key": "", "memory": "64MiB", "containerd_store": "", "upstream": UP
 
 
 def program(name: str, module: str) -> list[str]:
-    """The installed program of this environment, or the module of this work tree if the program is not installed."""
+    """The installed program of this environment, or the module if the program is not installed. PYTHONPATH decides
+    which code it runs; -P keeps the working folder out of that."""
     installed = Path(sys.executable).with_name(name)
-    return [str(installed)] if installed.exists() else [sys.executable, "-c", f"from {module} import main; main()"]
+    return (
+        [str(installed)] if installed.exists() else [sys.executable, "-P", "-c", f"from {module} import main; main()"]
+    )
 
 
 P2PD = program("p2pd", "node.daemon")
 P2PCTL = program("p2pctl", "node.cli.main")
 
 
-def run(command: Sequence[str], *, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], *, timeout: float = PATIENCE_S, code: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run a short command, and capture its output as text. The caller checks the exit status."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(code)}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, check=False)
+
+
+def cpu_s(pid: int, thread: int | None = None) -> float:
+    """Processor time of a process, or of one of its threads, kernel included."""
+    task = Path(f"/proc/{pid}") if thread is None else Path(f"/proc/{pid}/task/{thread}")
+    fields = (task / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Node:
     """A daemon with its folder, running or not."""
 
     def __init__(
-        self, name: str, host: str, folder: Path, url: str, *, namespace: Namespace | None = None, **values: object
+        self,
+        name: str,
+        host: str,
+        folder: Path,
+        url: str,
+        *,
+        namespace: Namespace | None = None,
+        code: Path = ROOT,
+        **values: object,
     ) -> None:
-        """`values` replace some of DEFAULTS."""
+        """`values` replace some of DEFAULTS. `code`: the folder of the packages that the daemon runs."""
         assert values.keys() <= DEFAULTS.keys(), values
         folder.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -92,6 +110,7 @@ class Node:
         self.log = folder / "log"
         self.ready_s = 0.0
         self.program: Sequence[str] = P2PD
+        self.code = code
         self._process: subprocess.Popen[bytes] | None = None
         self._namespace = namespace
         self.mirror_port, self.libp2p_port, self.bulk_port = PORTS if namespace else free_ports(host, 3)
@@ -118,7 +137,7 @@ class Node:
 
     def peer_id(self) -> str:
         """The output of `p2pd --print-peer-id`, which creates the node's key if it has none."""
-        answer = run([*P2PD, "--print-peer-id", "--config", str(self.config)])
+        answer = run([*P2PD, "--print-peer-id", "--config", str(self.config)], code=self.code)
         assert answer.returncode == 0, answer.stderr
         return answer.stdout.strip()
 
@@ -127,7 +146,7 @@ class Node:
 
     def launch(self) -> None:
         """Start the process without waiting for it."""
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": str(self.code)}
         self._started = time.monotonic()
         with self.log.open("ab") as log:
             prefix = self._namespace.prefix if self._namespace else []
@@ -188,15 +207,18 @@ class Node:
 
     def cpu_s(self) -> float:
         """Processor time used so far, kernel included."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_s(self.process.pid)
 
-    def rss_bytes(self) -> int:
-        """Resident memory, as the kernel counts it."""
+    def loop_s(self) -> float:
+        """The part of the main thread, which runs the loop."""
+        return cpu_s(self.process.pid, self.process.pid)
+
+    def rss_bytes(self, field: str = "VmRSS") -> int:
+        """Resident memory, as the kernel counts it; its maximum is the `field` VmHWM."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
-        raise AssertionError(f"{self.name}: no VmRSS")
+        raise AssertionError(f"{self.name}: no {field}")
 
     def forget(self) -> None:
         """Delete everything in the data folder of a stopped daemon, except its keys and certificates."""
@@ -209,11 +231,18 @@ class Node:
 
 @contextlib.contextmanager
 def site(
-    folder: Path, url: str, count: int = 5, *, start: bool = True, lab: Lab | None = None, **values: Any
+    folder: Path,
+    url: str,
+    count: int = 5,
+    *,
+    start: bool = True,
+    lab: Lab | None = None,
+    program: Sequence[str] = P2PD,
+    **values: Any,
 ) -> Iterator[list[Node]]:
     """`count` daemons of one cluster; the first two are seeds for the others. `folder` needs a short path (sockets).
 
-    In a lab each daemon has a namespace. `values` replace some of DEFAULTS.
+    In a lab each daemon has a namespace. `values` replace some of DEFAULTS, or are those of `Node`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = folder / "cluster.key"
@@ -227,6 +256,8 @@ def site(
         return Node(name, lab.address(index), folder / name, url, key=key, namespace=lab.nodes[index], **values)
 
     nodes = [node(index) for index in range(count)]
+    for member in nodes:
+        member.program = program
     try:
         seeds: Mapping[Node, str] = {node: node.address() for node in nodes[:2]} if count > 1 else {}
         for member in nodes:

@@ -36,8 +36,10 @@ from protocol.errors import DeniedError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import GetShards, Request, ShardFound
+from protocol.placement import Route
 from protocol.records import Record
 from protocol.shard_proofs import make_proof
+from protocol.stripes import StripeId, stripe_number
 from tests.support.disk_like import DiskLike
 from tests.support.site_library import site_library
 
@@ -272,13 +274,19 @@ async def read_whole(library: SiteLibrary) -> bytes:
         return b"".join([bytes(chunk) async for chunk in chunks])
 
 
+def route_of(node: Node, index: int) -> Route:
+    """The way of a node to the block with this index."""
+    stripe = StripeId(REF.digest, stripe_number(index, REF.block_count))
+    return node.site.placement().route(node.own, stripe, REF.block_length(index))
+
+
 def home_of(nodes: list[AnyNode], index: int) -> AnyNode:
-    _, keepers = nodes[0].site.placement().keepers(REF.block(index), REF.block_length(index))
-    return next(node for node in nodes if node.own == keepers[0])
+    home = route_of(nodes[0], index).home
+    return next(node for node in nodes if node.own == home)
 
 
 def not_keeping(nodes: list[AnyNode], index: int) -> AnyNode:
-    _, keepers = nodes[0].site.placement().keepers(REF.block(index), BLOCK_SIZE)
+    keepers = route_of(nodes[0], index).root.keepers
     return next(node for node in nodes if node.own not in keepers)
 
 
