@@ -25,6 +25,7 @@ from node.blocks.values import Group, Obtained, Site, Stretch, is_copy
 from node.exchange.contract import Lane, Sender, State
 from node.identity.identity import Identity
 from node.oci.references import Locator
+from node.registry.contract import RegistryNews
 from node.runtime.shared_work import Flow, Order, SharedWork
 from protocol.erasure import encode_shard
 from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
@@ -46,9 +47,18 @@ Keeping = tuple[Shard, Group]
 
 
 class Keeper:
-    def __init__(self, site: Site, home: Home, questions: Questions, grants: Grants, *, identity: Identity) -> None:
+    def __init__(
+        self,
+        site: Site,
+        home: Home,
+        questions: Questions,
+        grants: Grants,
+        *,
+        identity: Identity,
+        news: RegistryNews,
+    ) -> None:
         self._site, self._home, self._questions, self._grants = site, home, questions, grants
-        self._identity = identity
+        self._identity, self._news = identity, news
         self._keeping: SharedWork[Keeping, Held] = SharedWork(site.nursery)
 
     async def handle(self, peer: PeerId, request: GetShards, sender: Sender) -> None:
@@ -85,6 +95,8 @@ class Keeper:
             background=request.background,
             kept_for=self._askers(peer, request),
         )
+        if request.reached:
+            self._news.told(asked.locator.upstream)
 
         def send(index: int, held: Held) -> None:
             if request.keep:
