@@ -109,9 +109,10 @@ class ContentStore:
         size = self.size_of(digest) or 0
         return Holdings((1 << ObjectRef(digest, size).block_count) - 1)
 
-    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
+    async def signed_by(self, signer: PeerId, digest: Digest) -> dict[Piece, Record]:
         """Nothing: every blob was checked against its digest, which is stronger than a signature."""
-        return []
+        await trio.lowlevel.checkpoint()
+        return {}
 
     def objects(self) -> Iterable[Digest]:
         return list(self._list())

@@ -1,21 +1,20 @@
 """The disk tier: sparse files under a hard budget of bytes. Layout and durability: docs/FORMATS.md, "Disk store".
 
-The loop holds all state (`cache/disk_table.py`) and writes pieces into the page cache; work that waits for the disk is
-done in a thread (`cache/disk_flush.py`). Until a flush has given the bytes back to the file system, a removed piece
-stays charged to the budget and its slot is not written again.
-
-A *sealed* object is a file that may be served without hashing: this process verified each of its blocks when it read or
-wrote them, and no other process has changed the file since then. A changed identity voids this.
+The loop holds the state (`cache/disk_table.py`): for most pieces that is a bit. What waits for the disk, or hashes, is
+done in threads: reads here, writes and syncs in `cache/disk_flush.py`. A piece that was put is served from memory until
+it is written. Until a flush has given the bytes back to the file system, a removed piece stays charged to the budget,
+and its slot is not written again.
 """
 
 from __future__ import annotations
 
 import errno
-import io
+import gc
 import logging
 import os
+import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -23,12 +22,17 @@ from typing import BinaryIO
 
 import trio
 
-from cache.disk_flush import FLUSH_PIECES, WriteBack
-from cache.disk_table import Entry, File, PieceTable, Room
-from cache.files import READ, WRITE, identity_of, opened, read_at, write_at
-from cache.pieces import MAX_ENTRIES, check_bytes
-from cache.recovery import Folder, open_folder, space
-from cache.segments import SegmentedPolicy
+from cache.disk_flush import WriteBack, carry_out
+from cache.disk_index import Stored
+from cache.disk_room import Room
+from cache.disk_scan import AT_ONCE, Scan
+from cache.disk_table import MAX_RUNS, Entry, PieceTable
+from cache.files import READ, Identity, identity_of, opened, read_all
+from cache.pieces import check_bytes
+from cache.recovery import open_folder
+from cache.runs import Run, piece_length, slot_of, space
+from cache.sealed import open_sealed, seal
+from cache.segments import PINNED, SegmentedPolicy
 from cache.store import READ_HERE, Askers, Held, Holdings, StoreStatistics
 from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Piece
 from protocol.records import Record
@@ -37,33 +41,51 @@ from protocol.shard_proofs import ShardProof
 logger = logging.getLogger(__name__)
 
 REMOVED_AT_ONCE = 1024
-"""Pieces removed in one turn of the loop, 10 ms."""
+"""Pieces removed in one turn of the loop, 10 ms, and between two flushes."""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """A read that fails with one of these shows nothing about the piece."""
 
 
-class _LeasedFile(io.FileIO):
-    """While it is open, no byte of the file is given back to the file system."""
-
-    def __init__(self, file: File) -> None:
-        super().__init__(os.open(file.path, READ), "rb")
-        self._file = file
-        file.leases += 1
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.leases -= 1
-        super().close()
+def _open_table(
+    directory: Path, policy: SegmentedPolicy[Run], pinned: frozenset[Digest], limit: Callable[[PieceTable], Room]
+) -> tuple[PieceTable, Room, Scan]:
+    """The table of the folder, within its bounds, and what is left of the comparison with its files. Runs in a thread.
+    Raises BadInputError."""
+    folder, rows = open_folder(directory)
+    collecting = gc.isenabled()
+    gc.disable()  # the table has half a million objects for 1 TB, none of which is garbage
+    try:
+        table = PieceTable(folder, policy, set(pinned))
+        room = limit(table)
+        table.adopt(rows)
+        scan = Scan(table)
+        scan.run(AT_ONCE)
+        write_back = WriteBack(table, room)
+        while table.removed or table.changed or table.outdated or not room.has(0):
+            before = table.charged
+            room.evict(0, exactly=True)
+            batch = write_back.batch(0)
+            write_back.apply(batch, carry_out(folder.index, batch))
+            if write_back.stuck or table.charged >= before:
+                break
+    except BaseException:
+        folder.close()
+        raise
+    finally:
+        if collecting:
+            gc.enable()
+    return table, room, scan
 
 
 class DiskStore:
     """A BlockStore of sparse files, made by `open`; see the module's docstring."""
 
-    def __init__(self, folder: Folder, policy: SegmentedPolicy, timer: Callable[[], float]) -> None:
-        self._folder, self._timer = folder, timer
-        self._table = PieceTable(folder, policy)
-        self._room = Room(self._table, timer)
-        self._write_back = WriteBack(self._table, self._room)
+    def __init__(self, table: PieceTable, room: Room, timer: Callable[[], float]) -> None:
+        self._table, self._room, self._timer = table, room, timer
+        self._folder = table.folder
+        self._write_back = WriteBack(table, room)
+        self.compared = trio.Event()
+        """All files have been compared with the index."""
 
     @classmethod
     @asynccontextmanager
@@ -81,16 +103,20 @@ class DiskStore:
         system, and `free_bytes`, are left free; blocks of the `pinned` objects are not evicted. A disk that is full,
         fails or is read-only yields a store without budget, which holds nothing. Raises BadInputError if the folder
         cannot be used, if another process uses it, or if its index is of another version."""
-        folder, rows = await trio.to_thread.run_sync(open_folder, directory)
+
+        def limit(table: PieceTable) -> Room:
+            room = Room(table, timer)
+            room.resize(budget_bytes, free_share, free_bytes)
+            return room
+
+        policy = SegmentedPolicy[Run](timer, budget_bytes, max_entries=MAX_RUNS)
+        table, room, scan = await trio.to_thread.run_sync(_open_table, directory, policy, pinned, limit)
+        store = cls(table, room, timer)
         try:
-            policy = SegmentedPolicy(timer, budget_bytes, max_entries=MAX_ENTRIES, pinned=pinned)
-            store = cls(folder, policy, timer)
-            store.resize(budget_bytes, free_share=free_share, free_bytes=free_bytes)
-            store._table.adopt(rows)
-            del rows  # it is large
-            await store.flush()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(store._write_back.run)
+                nursery.start_soon(store._write_back.run_writes)
+                nursery.start_soon(store._write_back.run_flushes)
+                nursery.start_soon(store._compare, scan)
                 try:
                     yield store
                 finally:
@@ -99,7 +125,11 @@ class DiskStore:
                         await store.flush(references=True)
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(folder.close)
+                await trio.to_thread.run_sync(table.folder.close)
+
+    async def _compare(self, scan: Scan) -> None:
+        await self._write_back.run_scan(scan)
+        self.compared.set()
 
     async def flush(self, *, references: bool = False) -> None:
         """Make held pieces durable and give back removed ones; with `references` even if these are the only change."""
@@ -107,41 +137,65 @@ class DiskStore:
 
     async def get(self, piece: Piece) -> Held | None:
         await trio.lowlevel.checkpoint()
-        entry = self._table.entries.get(piece)
-        if entry is None:
+        run = self._table.runs.find(piece)
+        if run is None:
             return None
-        data = bytearray(entry.length)
+        entry = self._table.unsynced.get(piece)
+        if entry is not None and entry.data is not None:
+            self._table.refer(run)
+            return Held(entry.data, entry.record, entry.proof)
+        path, stamp = self._table.path((piece.block.digest, piece.shard)), self._stamp(piece)
+        held: Held | str
+        identity: Identity | None
         try:
-            problem = await self._read(entry, data)
+            held, identity = await trio.to_thread.run_sync(self._read, piece, run.size, path, entry)
         except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
+            held, identity = f"cannot be read ({error.strerror})", None
             if error.errno in _EXHAUSTED:
                 self._folder.warn_once("cannot read a piece", error)
                 return None
-        if self._table.entries.get(piece) is not entry:  # evicted meanwhile: the bytes read may be those of its hole
-            return Held(data, entry.record, entry.proof) if problem is None else None
-        if problem is not None:
+        except sqlite3.Error as error:
+            held, identity = f"its row cannot be read ({error})", None
+        run = self._table.runs.find(piece)
+        if run is None or self._table.unsynced.get(piece) not in (None, entry):
+            # It was removed meanwhile: the bytes read may be those of its hole.
+            return held if isinstance(held, Held) else None
+        if isinstance(held, str):
             shard = f" {piece.shard}" if piece.shard else ""
-            logger.warning("disk: %s #%d%s: %s: discarded", piece.block.digest, piece.block.index, shard, problem)
-            self._table.remove(entry)
+            logger.warning("disk: %s #%d%s: %s: discarded", piece.block.digest, piece.block.index, shard, held)
+            self._table.remove(piece)
             return None
-        self._table.refer(entry)
-        return Held(data, entry.record, entry.proof)
-
-    async def _read(self, entry: Entry, data: bytearray) -> str | None:
-        """Fill `data`; returns a text if the bytes are wrong, else None. Raises OSError."""
-        file = entry.file
-        with opened(file.path, READ) as fd:
-            identity = identity_of(os.fstat(fd))
+        self._table.refer(run)
+        if identity is not None and stamp is not None and stamp == self._stamp(piece):
+            file = self._table.file(piece.block.digest)
             file.note(identity)
-            complete = await read_at(fd, data, entry.offset)
+            file.checked |= 1 << piece.block.index
+        return held
+
+    def _stamp(self, piece: Piece) -> int | None:
+        """It stays the same while this process does not write to the file of a whole block, None while it does. A write
+        changes the file's identity."""
+        digest = piece.block.digest
+        if piece.shard is not None or (digest, None) in self._table.writing:
+            return None
+        file = self._table.files.get(digest)
+        return file.writes if file is not None else 0
+
+    def _read(self, piece: Piece, size: int, path: str, entry: Entry | None) -> tuple[Held | str, Identity | None]:
+        """The piece, or a text if its bytes are wrong, and the identity of its file. Runs in a thread. Raises OSError
+        and sqlite3.Error."""
+        stored: Stored | None = entry.stored if entry is not None else self._folder.index.piece(piece)
+        if stored is None or stored.record.size != size:
+            return "its row is missing", None
+        data = bytearray(piece_length(size, piece.block.index, piece.shard))
+        with opened(path, READ) as fd:
+            identity = identity_of(os.fstat(fd))
+            complete = read_all(fd, memoryview(data), piece.block.index * slot_of(piece.shard))
         if not complete:
-            return "its file is too short"
-        if sha256(data).digest() != entry.sha256:
-            return "its bytes are not those that were put"
-        if file.identity == identity:
-            file.checked |= 1 << entry.piece.block.index
-        return None
+            return "its file is too short", identity
+        if sha256(data).digest() != (stored.sha256 if piece.shard else stored.record.sha256):
+            return "its bytes are not those that were put", identity
+        return Held(data, stored.record, stored.proof), identity
 
     async def put(
         self,
@@ -160,12 +214,9 @@ class DiskStore:
             return False
         if self._table.has(piece, kept_for):
             return True
-        return not self._table.is_derivable(piece) and self._store(piece, data, record, proof, kept_for)
-
-    def _store(self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None, kept_for: Askers) -> bool:
-        statement = record if piece.shard is None else proof
-        sha = statement.sha256 if statement is not None else sha256(data).digest()
-        return self._write(self._table.entry(piece, record, sha, kept_for, proof=proof), data)
+        if self._table.is_derivable(piece):
+            return False
+        return await self._write_back.wait_written(self._enqueue(piece, data, record, proof, kept_for=kept_for))
 
     def put_nowait(
         self,
@@ -176,64 +227,69 @@ class DiskStore:
         *,
         kept_for: Askers = READ_HERE,
     ) -> bool:
-        """`put`, which also declines where it would have to wait for room."""
+        """`put`, which also declines where it would have to wait. The bytes are written later: if that fails, the piece
+        is not held any more."""
         check_bytes(piece, data, record)
         if self._table.has(piece, kept_for):
             return True
         if self._table.is_derivable(piece) or not self._write_back.has_room(piece, space(len(data)), kept_for):
             return False
-        return self._store(piece, data, record, proof, kept_for)
-
-    def _write(self, entry: Entry, data: Buffer) -> bool:
-        file = entry.file
-        try:
-            if not file.pieces:
-                os.makedirs(os.path.dirname(file.path), exist_ok=True)
-            with opened(file.path, WRITE) as fd:
-                file.note(identity_of(os.fstat(fd)))
-                write_at(fd, data, entry.offset)
-                file.identity = identity_of(os.fstat(fd))
-        except OSError as error:
-            self._folder.warn_once("cannot store a piece", error)
-            self._table.retire(entry)  # a part of it may have been written
-            return False
-        file.checked |= 1 << entry.piece.block.index
-        self._room.spend(entry.space)
-        self._table.add_written(entry)
-        if len(self._table.unsynced) >= FLUSH_PIECES:
-            self._write_back.hurry()
+        self._enqueue(piece, data, record, proof, kept_for=kept_for)
         return True
+
+    def _enqueue(
+        self, piece: Piece, data: Buffer, record: Record, proof: ShardProof | None, *, kept_for: Askers
+    ) -> Entry:
+        statement = record if piece.shard is None else proof
+        sha = statement.sha256 if statement is not None else sha256(data).digest()
+        entry = self._table.hold(piece, data, record, sha256=sha, kept_for=kept_for)
+        entry.proof = proof
+        self._write_back.enqueued(space(len(data)))
+        return entry
 
     def claim(self, piece: Piece) -> None:
         self._table.has(piece, READ_HERE)
 
     def is_used_here(self, piece: Piece) -> bool:
-        return piece in self._table.entries and not self._table.entries[piece].kept_for
+        run = self._table.runs.find(piece)
+        return run is not None and run.kept_for in (READ_HERE, PINNED)
 
     async def discard(self, piece: Piece) -> None:
         await trio.lowlevel.checkpoint()
-        if piece in self._table.entries:
-            self._table.remove(self._table.entries[piece])
+        self._table.remove(piece)
 
     async def drop_object(self, digest: Digest) -> None:
-        for piece in self._table.bitmaps.pieces(digest):
-            await self.discard(piece)
+        for run in self._table.runs.of(digest):
+            await trio.lowlevel.checkpoint()
+            for piece in run.pieces():
+                self._table.remove(piece)
 
     def holds(self, piece: Piece) -> bool:
-        return piece in self._table.entries
+        return self._table.runs.find(piece) is not None
 
     def holdings(self, digest: Digest) -> Holdings:
-        return self._table.bitmaps.holdings(digest)
+        return self._table.runs.holdings(digest)
 
-    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
-        return [(piece, e.record) for piece, e in self._table.entries.items() if e.record.signer == signer]
+    async def signed_by(self, signer: PeerId, digest: Digest) -> dict[Piece, Record]:
+        await trio.lowlevel.checkpoint()
+        try:
+            stored = await trio.to_thread.run_sync(self._folder.index.signed_by, signer, digest)
+        except sqlite3.Error as error:
+            self._folder.warn_once("cannot read the index", error)
+            stored = []
+        table = self._table
+        signed = {
+            row.piece: row.record for row in stored if table.runs.find(row.piece) and row.piece not in table.unsynced
+        }
+        entries = [entry for entry in table.unsynced.values() if entry.piece.block.digest == digest]
+        return signed | {entry.piece: entry.record for entry in entries if entry.record.signer == signer}
 
     def objects(self) -> Iterable[Digest]:
-        return self._table.bitmaps.objects()
+        return self._table.runs.objects()
 
     def statistics(self) -> StoreStatistics:
         table, policy = self._table, self._table.policy
-        figures = table.charged, policy.budget_bytes, len(table.entries), policy.pinned_bytes
+        figures = table.charged, policy.budget_bytes, table.runs.pieces, policy.pinned_bytes
         return StoreStatistics(*figures, probation_bytes=policy.probation_bytes)
 
     def resize(self, budget_bytes: int, *, free_share: float = 0.0, free_bytes: int = 0) -> None:
@@ -242,72 +298,54 @@ class DiskStore:
 
     def pin(self, digest: Digest) -> None:
         """From now on no whole block of the object is evicted, whether it is held or will be."""
-        pieces = self._table.bitmaps.pieces(digest)
-        for piece in pieces:
-            if piece.shard is None:
-                self.claim(piece)
-        self._table.policy.pin(digest, pieces)
+        self._table.pin(digest)
 
     def unpin(self, digest: Digest) -> None:
-        self._table.policy.unpin(digest, self._table.bitmaps.pieces(digest))
+        self._table.unpin(digest)
 
     def is_pinned(self, digest: Digest) -> bool:
-        return self._table.policy.is_pinned(digest)
+        return digest in self._table.pinned
 
-    def unused(self, seconds: float) -> list[Piece]:
-        """Pieces that are not pinned and were not used for `seconds`."""
-        before = int((time.time() - seconds) * 1000)
-        keeps = self._table.policy.keeps
-        return [piece for piece, entry in self._table.entries.items() if entry.used < before and not keeps(piece)]
+    def unused(self, seconds: float) -> Iterator[Piece]:
+        """Pieces that are not pinned and were not used for `seconds`, as they are now."""
+        return self._table.unused(int((time.time() - seconds) * 1000))
 
-    def beyond(self, target_bytes: int) -> list[Piece]:
+    def beyond(self, target_bytes: int) -> Iterator[Piece]:
         """The pieces that would be evicted so that at most `target_bytes` are held; too few if more is pinned."""
-        policy = self._table.policy
-        return policy.victims(policy.budget_bytes - target_bytes) if policy.bytes > target_bytes else []
+        return self._room.beyond(target_bytes)
 
     async def remove(self, pieces: Iterable[Piece], *, dry_run: bool = False) -> tuple[int, int]:
         """Remove those of `pieces` that are still held, not pinned and not being sent. Returns their number and the
         bytes of disk that they take."""
         count = freed = 0
-        for number, piece in enumerate(pieces):
+        table = self._table
+        for number, piece in enumerate(pieces, 1):
             if number % REMOVED_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
-            entry = self._table.entries.get(piece)
-            if entry is None or entry.file.leases or self._table.policy.keeps(piece):
+                if len(table.removed) >= REMOVED_AT_ONCE:
+                    await self.flush()
+            run = table.runs.find(piece)
+            if run is None or run.kept_for == PINNED or table.is_leased(piece):
                 continue
-            count, freed = count + 1, freed + entry.space
+            count, freed = count + 1, freed + space(piece_length(run.size, piece.block.index, piece.shard))
             if not dry_run:
-                self._table.remove(entry)
+                table.remove(piece)
         await self.flush()
         return count, freed
 
     def seal(self, ref: ObjectRef) -> bool:
         """The caller just checked the object's digest, over bytes read from or put to this store. True if from now on
-        its file may be served without hashing: all blocks are held, and the file has not changed since their checks."""
-        file = self._table.files.get((ref.digest, None))
-        whole = (1 << ref.block_count) - 1
-        if file is None or not whole or file.checked != whole or self._table.bitmaps.bitmap(ref.digest) != whole:
-            return False
-        try:
-            identity = identity_of(os.stat(file.path, follow_symlinks=False))
-        except OSError:
-            return False
-        file.sealed = file.note(identity) and identity.size == ref.size
+        its file may be served without hashing: all blocks are held, and the file has not changed since their checks. If
+        some blocks are still being written, that begins when they are."""
+        sealed = seal(self._table, self._table.file(ref.digest), ref.size)
         self._write_back.hurry()  # flush soon, so that a kill loses no part of a whole object
-        return file.sealed
+        return sealed
 
     def open_sealed(self, digest: Digest) -> BinaryIO | None:
         """The whole object's file, if it is sealed and unchanged. Its bytes stay in place until it is closed."""
-        file = self._table.files.get((digest, None))
-        if file is None or not file.sealed:
+        opened_file = open_sealed(self._table, digest)
+        if opened_file is None:
             return None
-        try:
-            leased = _LeasedFile(file)
-        except OSError:
-            file.sealed = False
-            return None
-        if not file.note(identity_of(os.fstat(leased.fileno()))):
-            leased.close()
-            return None
+        file, leased = opened_file
         self._table.refer_object(file, self._timer())
         return leased

@@ -1,51 +1,49 @@
-"""The disk store's state in memory: which pieces it holds, in which files, and how much room is left.
+"""The disk store's state in memory: which pieces it holds, and in which files.
 
-No file is touched here. A removed piece stays charged to the budget until a flush has deleted its row and given its
-bytes back (`cache/disk_flush.py`).
+No file is touched here. What a store holds is in `cache/runs.py`. A piece has an `Entry` only until its row is in the
+index; then a few bits of its run are left of it. A removed piece stays charged to the budget until a flush has deleted
+its row and given its bytes back (`cache/disk_flush.py`).
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
-from sys import intern
+from itertools import islice
 
-import msgspec
-
-from cache.disk_index import Stored
+from cache.disk_index import Stored, StoredRun
 from cache.files import Identity
-from cache.pieces import CORRELATED_S, MAX_ENTRIES, Bitmaps, length_of
-from cache.recovery import Folder, offset_of, relative_path, space
-from cache.segments import SegmentedPolicy
+from cache.pieces import CORRELATED_S, set_bits
+from cache.recovery import FileKey, Folder, HeldFile, relative_path
+from cache.runs import RUN_BLOCKS, Run, Runs, piece_length, slot_of, space
+from cache.segments import PINNED, SegmentedPolicy
 from cache.store import READ_HERE, Askers
-from protocol.ids import BLOCK_SIZE, BlockId, Digest, PeerId, Piece, Shard
+from protocol.ids import BLOCK_SIZE, BlockId, Buffer, Digest, Piece, Shard
 from protocol.records import Record
 from protocol.shard_proofs import ShardProof
 
+MAX_RUNS = 1 << 18
+"""Runs in one store, each of which takes about 1 KiB of memory regardless of its size: enough for 2 TB of objects of
+8 MiB, or 8 TB of larger ones. In a store of more objects than this, the least used ones are evicted."""
 MAX_REFERENCES = 1024
-"""Blocks referenced at one opening of a sealed object (3 ms); the next opening of a larger object continues there."""
-EVICTION_SHARE = 64
-MAX_EVICTION = 64 << 20
-"""A full store evicts budget / EVICTION_SHARE at once, so that not every put waits for a flush."""
-SPARE_AGE_S = 1.0
-"""How old an answer of statvfs may be."""
+"""Runs referenced at one opening of a sealed object (10 ms); the next opening of a larger object continues there."""
 
 
 @dataclass(slots=True, eq=False)
 class File:
-    """`checked` has a bit for each block that was right in this process since the file's identity was noted."""
+    """The file of an object's whole blocks, while this process knows something about it. `checked` has a bit for each
+    block that was right in this process since the file's identity was noted."""
 
     digest: Digest
-    shard: Shard | None
-    path: str
-    pieces: int = 0
     identity: Identity | None = None
     checked: int = 0
     sealed: bool = False
+    writes: int = 0
+    """Writes by this process, each of which changed the identity."""
+    seal_size: int = 0
+    """Seal the object once its last blocks are written, if it has this size then."""
     leases: int = 0
     referenced_at: float = -math.inf
     next_reference: int = 0
@@ -60,263 +58,303 @@ class File:
 
 @dataclass(slots=True, eq=False)
 class Entry:
+    """A piece that has no row yet. It waits for its write while it has `data`."""
+
     piece: Piece
     record: Record
     sha256: bytes
-    length: int
-    used: int
-    file: File
-    kept_for: Askers
+    run: Run
+    data: Buffer | None
     proof: ShardProof | None = None
+    failed: bool = False
+
+    @property
+    def key(self) -> FileKey:
+        return self.piece.block.digest, self.piece.shard
+
+    @property
+    def bit(self) -> int:
+        """Its bit in the run."""
+        return 1 << self.piece.block.index % RUN_BLOCKS
 
     @property
     def offset(self) -> int:
-        return offset_of(self.piece)
-
-    @property
-    def space(self) -> int:
-        return space(self.length)
+        return self.piece.block.index * slot_of(self.piece.shard)
 
     @property
     def stored(self) -> Stored:
-        return Stored(self.piece, self.sha256, self.record, self.used, self.kept_for, self.proof)
+        return Stored(self.piece, self.sha256, self.record, self.proof)
 
 
 @dataclass(slots=True, eq=False)
 class PieceTable:
-    """`unsynced` are pieces in the page cache without a row; the bytes of `removed` are not given back yet. Some have
-    left probation since the last flush, if `claimed`."""
+    """`unsynced` are pieces without a row, and those in `queue` still have to be written. A thread writes to the files
+    in `writing`. `removed` has the space of pieces whose bytes are not given back yet. The rows of `changed` runs are
+    not as the runs are; `outdated` rows are of no run."""
 
     folder: Folder
-    policy: SegmentedPolicy
-    entries: dict[Piece, Entry] = field(default_factory=dict)
-    bitmaps: Bitmaps = field(default_factory=Bitmaps)
-    files: dict[tuple[Digest, Shard | None], File] = field(default_factory=dict)
+    policy: SegmentedPolicy[Run]
+    pinned: set[Digest]
+    runs: Runs = field(default_factory=Runs)
+    files: dict[Digest, File] = field(default_factory=dict)
     unsynced: dict[Piece, Entry] = field(default_factory=dict)
-    removed: dict[Piece, Entry] = field(default_factory=dict)
+    writing: set[FileKey] = field(default_factory=set)
+    leased: set[File] = field(default_factory=set)
+    removed: dict[Piece, int] = field(default_factory=dict)
     removed_bytes: int = 0
-    claimed: bool = False
-    _referenced: set[Piece] = field(default_factory=set)
+    queue: dict[Piece, Entry] = field(default_factory=dict)
+    queued_bytes: int = 0
+    changed: set[Run] = field(default_factory=set)
+    outdated: list[StoredRun] = field(default_factory=list)
+    _referenced: set[Run] = field(default_factory=set)
     _last_used: int = 0
 
     @property
     def charged(self) -> int:
         return self.policy.bytes + self.removed_bytes
 
-    def adopt(self, rows: list[Stored]) -> None:
-        """Hold the pieces in the index that fit the budget: pinned pieces first, then those used here, then those on
-        probation, of each the most recently used."""
-        self._last_used = max((row.used for row in rows), default=0)
-        rows = sorted(rows, key=lambda row: (not self.policy.keeps(row.piece), bool(row.kept_for)))
-        entries = [self._entry_of(row) for row in rows]
-        totals = accumulate(entry.space for entry in entries[:MAX_ENTRIES])
-        kept = sum(total <= self.policy.budget_bytes for total in totals)
-        for entry in reversed(entries[:kept]):
-            if entry.kept_for:
-                self.policy.wanted(entry.space)
-            self.add(entry)
-        for entry in entries[kept:]:
-            self.retire(entry)
+    def adopt(self, stored: Iterable[StoredRun]) -> None:
+        """Hold the runs of the index, the least recently used first. Pieces that two rows name are held once."""
+        for row in stored:
+            self._last_used = row.used
+            for shard, bits in row.content.items():
+                kept_for = self._kept_for(row.digest, shard, READ_HERE if row.kept_for == PINNED else row.kept_for)
+                bits &= ~self.runs.in_range(row.digest, row.number, shard)
+                run = self.runs.run(row.digest, row.size, row.number, kept_for)
+                if kept_for != row.kept_for:
+                    self.changed.add(run)
+                    self.outdated.append(row)
+                if bits:
+                    self._hold(run, shard, bits, row.used)
 
-    def _entry_of(self, row: Stored) -> Entry:
-        entry = self.entry(row.piece, row.record, row.sha256, row.kept_for, proof=row.proof)
-        entry.used = row.used
-        return entry
+    def _kept_for(self, digest: Digest, shard: Shard | None, kept_for: Askers) -> Askers:
+        """A shard of a pinned object may be evicted: it can be derived from the block, which a pin has fetched."""
+        return PINNED if shard is None and digest in self.pinned else kept_for
 
-    def entry(
-        self, piece: Piece, record: Record, sha256: bytes, kept_for: Askers, *, proof: ShardProof | None = None
-    ) -> Entry:
-        """A new entry, not held yet. Long values are in memory once for all entries."""
-        key = piece.block.digest, piece.shard
-        file = self.files.get(key)
-        if file is None:
-            file = self.files[key] = File(*key, f"{self.folder.path}/{relative_path(*key)}")
-        digest, signer = intern(record.digest), PeerId(intern(record.signer))
-        sha = sha256 if sha256 == record.sha256 else record.sha256
-        record = msgspec.structs.replace(record, digest=digest, sha256=sha, signer=signer)
-        if proof is not None:
-            proof = ShardProof(PeerId(intern(proof.maker)), sha256, proof.signature)
-        own = Piece(BlockId(file.digest, piece.block.index), file.shard)
-        kept_for = tuple(PeerId(intern(peer)) for peer in kept_for)
-        return Entry(
-            piece=own,
-            record=record,
-            sha256=sha256,
-            length=length_of(own, record),
-            used=self._next_use(),
-            file=file,
-            kept_for=kept_for,
-            proof=proof,
-        )
+    def keeps(self, piece: Piece) -> bool:
+        """Whether the piece is never evicted."""
+        return piece.shard is None and piece.block.digest in self.pinned
 
-    def _next_use(self) -> int:
+    def _hold(self, run: Run, shard: Shard | None, bits: int, used: int) -> None:
+        need = run.space(shard, bits)
+        if _on_probation(run):
+            self.policy.wanted(need)
+        self.runs.add(run, shard, bits)
+        run.used = used
+        self.policy.add(run, need, run.kept_for)
+
+    def next_use(self) -> int:
         """Unix milliseconds, so that the age of the last use can be derived, but different for each reference."""
         self._last_used = max(self._last_used + 1, int(time.time() * 1000))
         return self._last_used
 
-    def add(self, entry: Entry) -> None:
-        if self.policy.keeps(entry.piece):
-            entry.kept_for = READ_HERE
+    def hold(self, piece: Piece, data: Buffer, record: Record, *, sha256: bytes, kept_for: Askers) -> Entry:
+        """Hold a piece whose bytes are still to be written. A whole block replaces its shards, which can be derived
+        from it. The caller sets the proof."""
+        number, bit = divmod(piece.block.index, RUN_BLOCKS)
+        kept_for = self._kept_for(piece.block.digest, piece.shard, kept_for)
         if not self.folder.punching:
-            self._assimilate(entry)
-        self.policy.add(entry.piece, entry.space, entry.kept_for)
-        self.entries[entry.piece] = entry
-        self.bitmaps.add(entry.piece)
-        entry.file.pieces += 1
-
-    def add_written(self, entry: Entry) -> None:
-        """Hold a piece that was just written; a whole block replaces its shards, which can be derived from it."""
-        self.add(entry)
-        self.unsynced[entry.piece] = entry
-        if entry.piece.shard is None and self.folder.punching:
-            for shard in self.bitmaps.shards_of(entry.piece.block):
-                self.remove(self.entries[shard])
+            kept_for = self._assimilated(piece, kept_for)
+        run = self.runs.run(piece.block.digest, record.size, number, kept_for)
+        self.runs.add(run, piece.shard, 1 << bit)
+        run.used = self.next_use()
+        self.policy.add(run, space(len(data)), run.kept_for)
+        self.changed.add(run)
+        own = Piece(BlockId(run.digest, piece.block.index), piece.shard)
+        entry = self.unsynced[own] = self.queue[own] = Entry(own, record, sha256, run, data)
+        self.queued_bytes += len(data)
+        if piece.shard is None and self.folder.punching:
+            for shard in self.runs.shards_of(piece.block):
+                self.remove(shard)
+        return entry
 
     def has(self, piece: Piece, kept_for: Askers) -> bool:
         """Whether the piece is held. If it is and a client wants it, its probation ends."""
-        entry = self.entries.get(piece)
-        if entry is not None and entry.kept_for and not kept_for:
-            self.claim(entry)
-        return entry is not None
+        run = self.runs.find(piece)
+        if run is not None and not kept_for and _on_probation(run):
+            self.claim(piece)
+        return run is not None
 
-    def claim(self, entry: Entry) -> None:
+    def claim(self, piece: Piece) -> None:
         """End the piece's probation."""
-        for piece in self._removed_with(entry):
-            if piece.kept_for:
-                self.policy.claim(piece.piece)
-                piece.kept_for, self.claimed = READ_HERE, True
-                self._referenced.add(piece.piece)
+        for other in self._removed_with(piece):
+            run = self.runs.find(other)
+            if run is not None and _on_probation(run):
+                self._move(run, other.shard, 1 << other.block.index % RUN_BLOCKS, READ_HERE)
 
-    def _assimilate(self, entry: Entry) -> None:
+    def claim_run(self, run: Run) -> None:
+        """End the probation of the whole blocks of a run."""
+        if _on_probation(run) and run.blocks:
+            self._move(run, None, run.blocks, READ_HERE)
+
+    def _move(self, run: Run, shard: Shard | None, bits: int, kept_for: Askers) -> None:
+        need = run.space(shard, bits)
+        self.runs.remove(run, shard, bits)
+        self.policy.remove(run, need)
+        target = self.runs.run(run.digest, run.size, run.number, kept_for)
+        self.runs.add(target, shard, bits)
+        self.policy.add(target, need, kept_for)
+        target.used = max(target.used, run.used)
+        self.changed |= {run, target}
+        for bit in set_bits(bits) if self.unsynced else ():
+            entry = self.unsynced.get(run.piece(bit, shard))
+            if entry is not None:
+                entry.run = target
+
+    def _assimilated(self, piece: Piece, kept_for: Askers) -> Askers:
         """Pieces of a file without holes are removed together: all of them are on probation, or none."""
-        others = self._of_file(entry.file)
-        if others and not others[0].kept_for:
-            entry.kept_for = READ_HERE
-        elif others and not entry.kept_for:
+        others = self._of_file(piece.block.digest, piece.shard)
+        run = self.runs.find(others[0]) if others else None
+        if run is not None and not kept_for and _on_probation(run):
             self.claim(others[0])
+        return READ_HERE if run is not None and kept_for != PINNED and not _on_probation(run) else kept_for
 
-    def _removed_with(self, entry: Entry) -> list[Entry]:
+    def _removed_with(self, piece: Piece) -> list[Piece]:
         """The piece; if files cannot have holes, all pieces of its file."""
-        return [entry] if self.folder.punching else self._of_file(entry.file)
+        return [piece] if self.folder.punching else self._of_file(piece.block.digest, piece.shard)
 
-    def _of_file(self, file: File) -> list[Entry]:
-        return [self.entries[piece] for piece in self.bitmaps.pieces_of(file.digest, file.shard)]
+    def _of_file(self, digest: Digest, shard: Shard | None) -> list[Piece]:
+        return [run.piece(bit, shard) for run in self.runs.of(digest) for bit in set_bits(run.bits(shard))]
 
-    def refer(self, entry: Entry) -> None:
-        self.policy.refer(entry.piece)
-        entry.used = self._next_use()
-        self._referenced.add(entry.piece)
+    def refer(self, run: Run) -> None:
+        self.policy.refer(run)
+        run.used = self.next_use()
+        self._referenced.add(run)
 
     def refer_object(self, file: File, now: float) -> None:
-        """Reference the blocks of a whole object, MAX_REFERENCES per call, and no more often than references count."""
+        """Reference the runs of a whole object, MAX_REFERENCES per call, and no more often than references count."""
         if file.next_reference == 0 and now - file.referenced_at < CORRELATED_S:
             return
         file.referenced_at = now
-        stop = min(file.next_reference + MAX_REFERENCES, file.pieces)
-        for index in range(file.next_reference, stop):
-            entry = self.entries[Piece(BlockId(file.digest, index))]
-            self.claim(entry)
-            self.refer(entry)
-        file.next_reference = stop if stop < file.pieces else 0
+        runs = [run for run in self.runs.of(file.digest) if run.blocks]
+        stop = min(file.next_reference + MAX_REFERENCES, len(runs))
+        for run in runs[file.next_reference : stop]:
+            self.claim_run(run)
+        for run in [run for run in self.runs.of(file.digest) if run.blocks][file.next_reference : stop]:
+            self.refer(run)
+        file.next_reference = stop if stop < len(runs) else 0
 
-    def take_references(self) -> list[Stored]:
-        """Pieces referenced since the last call whose rows exist."""
-        references, self._referenced, self.claimed = self._referenced, set(), False
-        return [self.entries[piece].stored for piece in references if piece not in self.unsynced]
+    def take_rows(self, most: int | None) -> list[tuple[Run, StoredRun]]:
+        """The rows of the runs that changed since the last call, without the pieces that have no row yet, and of `most`
+        others that were referenced."""
+        self._referenced -= self.changed
+        taken = list(self.changed)
+        for run in list(self._referenced)[:most]:
+            self._referenced.discard(run)
+            if not run.is_empty:
+                taken.append(run)
+        self.changed = set()
+        without: dict[Run, dict[Shard | None, int]] = {}
+        for piece, entry in self.unsynced.items():
+            bits = without.setdefault(entry.run, {})
+            bits[piece.shard] = bits.get(piece.shard, 0) | entry.bit
+        return [(run, stored_run(run, without.get(run, {}))) for run in taken]
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, piece: Piece) -> None:
         """Forget a piece; if files cannot have holes, forget all pieces of its file."""
-        for gone in self._removed_with(entry):
-            self.policy.remove(gone.piece)
-            del self.entries[gone.piece]
-            self.bitmaps.remove(gone.piece)
-            self.unsynced.pop(gone.piece, None)
-            self._referenced.discard(gone.piece)
-            gone.file.pieces -= 1
-            gone.file.sealed = False
-            gone.file.checked &= ~(1 << gone.piece.block.index)
-            self.retire(gone)
+        for gone in self._removed_with(piece):
+            run = self.runs.find(gone)
+            if run is not None:
+                self._remove(run, gone.shard, 1 << gone.block.index % RUN_BLOCKS)
 
-    def retire(self, entry: Entry) -> None:
-        """Charge bytes on the disk that belong to no held piece."""
-        self.removed[entry.piece] = entry
-        self.removed_bytes += entry.space
+    def give_up(self, run: Run, need: int) -> None:
+        """Forget pieces of a run, all of them if they take no more than `need` bytes."""
+        for shard, bits in run.content().items():
+            if need <= 0:
+                return
+            if run.space(shard, bits) > need:
+                bits = sum(1 << bit for bit in islice(set_bits(bits), -(-need // slot_of(shard))))
+            need -= run.space(shard, bits)
+            if self.folder.punching:
+                self._remove(run, shard, bits)
+            else:
+                self.remove(run.piece((bits & -bits).bit_length() - 1, shard))
+
+    def _remove(self, run: Run, shard: Shard | None, bits: int) -> None:
+        self.runs.remove(run, shard, bits)
+        self.policy.remove(run, run.space(shard, bits))
+        self.changed.add(run)
+        if run.is_empty:
+            self._referenced.discard(run)
+        file = self.files.get(run.digest) if shard is None else None
+        if file is not None:
+            file.sealed, file.seal_size = False, 0
+            file.checked &= ~(bits << run.number * RUN_BLOCKS)
+        for bit in set_bits(bits):
+            piece = run.piece(bit, shard)
+            self.unsynced.pop(piece, None)
+            queued = self.queue.pop(piece, None)
+            if queued is None:
+                self.removed[piece] = taken = run.space(shard, 1 << bit)
+                self.removed_bytes += taken
+            elif queued.data is not None:
+                self.queued_bytes -= len(queued.data)
+
+    def lose(self, key: FileKey, index: int) -> bool:
+        """The bytes of a held piece are not on the disk. Returns whether it was held until now."""
+        piece = Piece(BlockId(key[0], index), key[1])
+        run = self.runs.find(piece)
+        if run is None or piece in self.queue:
+            return False
+        self._remove(run, piece.shard, 1 << index % RUN_BLOCKS)
+        return True
+
+    def is_leased(self, piece: Piece) -> bool:
+        """Whether the piece's file is being sent."""
+        file = self.files.get(piece.block.digest) if piece.shard is None else None
+        return file is not None and file.leases > 0
+
+    def is_busy(self, piece: Piece) -> bool:
+        """Whether the piece's file may not be renamed or cut now."""
+        return (piece.block.digest, piece.shard) in self.writing or self.is_leased(piece)
 
     def is_derivable(self, piece: Piece) -> bool:
         """Whether the piece is a shard of a block that is held whole."""
-        return piece.shard is not None and Piece(piece.block) in self.entries
+        return piece.shard is not None and self.runs.find(Piece(piece.block)) is not None
+
+    def file(self, digest: Digest) -> File:
+        return self.files.setdefault(digest, File(digest))
+
+    def path(self, key: FileKey) -> str:
+        return f"{self.folder.path}/{relative_path(*key)}"
+
+    def held_file(self, key: FileKey) -> HeldFile:
+        """The pieces of a file that have been written."""
+        digest, shard = key
+        bits, short = 0, dict[int, int]()
+        for run in self.runs.of(digest):
+            last = (run.size - 1) // BLOCK_SIZE
+            if last // RUN_BLOCKS == run.number and run.bits(shard) >> last % RUN_BLOCKS & 1:
+                short[last] = piece_length(run.size, last, shard)
+        bits = self.runs.bitmap(digest, shard)
+        for piece, entry in self.unsynced.items():
+            if entry.key == key and entry.data is not None:
+                bits &= ~(1 << piece.block.index)
+        return HeldFile(key, bits, short)
+
+    def pin(self, digest: Digest) -> None:
+        self.pinned.add(digest)
+        for run in self.runs.of(digest):
+            if run.blocks and run.kept_for != PINNED:
+                self._move(run, None, run.blocks, PINNED)
+
+    def unpin(self, digest: Digest) -> None:
+        self.pinned.discard(digest)
+        for run in self.runs.of(digest):
+            if run.kept_for == PINNED:
+                self._move(run, None, run.blocks, READ_HERE)
+
+    def unused(self, before: int) -> Iterator[Piece]:
+        """Pieces that are not pinned and were last used before, in Unix milliseconds."""
+        runs = [run for run in self.runs if run.used < before and run.kept_for != PINNED]
+        return (piece for run in runs for piece in run.pieces())
 
 
-class Room:
-    """Bounds of the table: the budget, and the part of the file system that stays free: `free_share` of it, and
-    `free_bytes`. `timer` in seconds."""
+def _on_probation(run: Run) -> bool:
+    return bool(run.kept_for) and run.kept_for != PINNED
 
-    def __init__(self, table: PieceTable, timer: Callable[[], float]) -> None:
-        self._table, self._timer = table, timer
-        self._free_share, self._free_bytes = 0.0, 0
-        self._spare, self._spare_at = 0, -math.inf
 
-    def resize(self, budget_bytes: int, free_share: float, free_bytes: int) -> None:
-        self._table.policy.budget_bytes = budget_bytes if self._table.folder.usable else 0
-        self._free_share, self._free_bytes = free_share, free_bytes
-        self.recheck()
-
-    def recheck(self) -> None:
-        """Ask the file system again at the next check: space was given back."""
-        self._spare_at = -math.inf
-
-    def spend(self, written: int) -> None:
-        self._spare -= written
-
-    def has(self, need: int) -> bool:
-        """Whether `need` more bytes, a multiple of a page, fit within all bounds."""
-        fits = self._table.charged + need <= self._table.policy.budget_bytes
-        return fits and len(self._table.entries) < MAX_ENTRIES and need <= self._spare_bytes()
-
-    def _spare_bytes(self) -> int:
-        """Bytes that may be written before the floor of free disk is reached; negative below it."""
-        now = self._timer()
-        if now - self._spare_at >= SPARE_AGE_S:
-            self._spare, self._spare_at = 0, now
-            try:
-                disk = os.statvfs(self._table.folder.path)
-                floor = max(int(self._free_share * disk.f_blocks * disk.f_frsize), self._free_bytes)
-                self._spare = disk.f_bavail * disk.f_frsize - floor
-            except OSError as error:
-                self._table.folder.warn_once("cannot tell how much disk is free", error)
-        return self._spare
-
-    def turn_over(self, need: int) -> None:
-        """Remove pieces used here to make place for one of `need` bytes, if they have their full part of the room."""
-        budget = min(self._table.policy.budget_bytes, self._table.charged + self._spare_bytes())
-        self._remove(self._table.policy.turnover(need, self._extra(budget), budget))
-
-    def may_have(self, need: int, kept_for: Askers) -> bool:
-        """Whether `need` bytes for this purpose can fit once others of their kind are evicted."""
-        policy = self._table.policy
-        shortage = max(0, policy.budget_bytes - self._table.charged - self._spare_bytes())
-        return need <= policy.room(kept_for) - (shortage if kept_for else 0)
-
-    def evict(self, need: int, kept_for: Askers = READ_HERE) -> None:
-        """Remove the policy's victims, so that after the next flush `need` fits, and a little more."""
-        table, policy = self._table, self._table.policy
-        leased = sum(entry.space for entry in table.removed.values() if entry.file.leases)
-        room = policy.budget_bytes - policy.bytes
-        wanted = max(
-            need + self._extra(policy.room(kept_for)) + leased,
-            room + need - self._spare_bytes() - (table.removed_bytes - leased),
-        )
-        served = sum(file.pieces * BLOCK_SIZE for file in table.files.values() if file.leases)
-        for victim in policy.victims(min(wanted + served, policy.budget_bytes), kept_for, entries=1):
-            if policy.budget_bytes - policy.bytes >= wanted and len(table.entries) < MAX_ENTRIES:
-                break
-            self._remove([victim])
-
-    def _extra(self, room: int) -> int:
-        return min(room // EVICTION_SHARE, MAX_EVICTION)
-
-    def _remove(self, victims: list[Piece]) -> None:
-        for victim in victims:
-            entry = self._table.entries.get(victim)
-            if entry is not None and not entry.file.leases:
-                self._table.remove(entry)
+def stored_run(run: Run, without: dict[Shard | None, int]) -> StoredRun:
+    content = {shard: bits & ~without.get(shard, 0) for shard, bits in run.content().items()}
+    content = {shard: bits for shard, bits in content.items() if bits}
+    return StoredRun(run.digest, run.size, run.number, run.kept_for, run.used, content)

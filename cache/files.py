@@ -68,7 +68,7 @@ async def read_at(fd: int, buffer: bytearray, offset: int) -> bool:
     done = _read_cached(fd, view, offset)
     if done == len(buffer):
         return True
-    return await trio.to_thread.run_sync(_read_rest, fd, view[done:], offset + done)
+    return await trio.to_thread.run_sync(read_all, fd, view[done:], offset + done)
 
 
 def _read_cached(fd: int, view: memoryview, offset: int) -> int:
@@ -80,7 +80,8 @@ def _read_cached(fd: int, view: memoryview, offset: int) -> int:
         return 0
 
 
-def _read_rest(fd: int, view: memoryview, offset: int) -> bool:
+def read_all(fd: int, view: memoryview, offset: int) -> bool:
+    """Fill `view` from `offset` on; False if the file is too short. May wait for the disk. Raises OSError."""
     while view:
         done = os.preadv(fd, [view], offset)
         if not done:

@@ -11,32 +11,41 @@ eviction runs from LRU (horizon 0) to LRU-K (infinite). `python -m simulations c
 from __future__ import annotations
 
 import math
+import struct
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple, TypeVar
 
 from cachetools import Cache
+from sortedcontainers import SortedList
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 HISTORY_FLOOR = 64
 """Evicted entries that are remembered even if fewer are held, so that a cache of few large entries learns too."""
-HEAP_FLOOR = 64
-"""A smaller heap is not rebuilt to drop outdated entries: that costs more than it saves."""
+HISTORY_CEILING = 1 << 15
+"""At most so many evicted entries are remembered, 150 bytes each, or as many as are held if these are more."""
 
 
 class _Past(NamedTuple):
-    """References to a key: the times of the last k uncorrelated ones (oldest first); time and number of the last."""
+    """References to a held key: the times of the last k uncorrelated ones (oldest first), the time of the last, and the
+    place in the order of eviction: the lowest `(score, turn)` is first."""
 
     times: tuple[float, ...]
     last: float
-    turn: int
+    place: tuple[float, int]
 
 
-_UNKNOWN = _Past((), -math.inf, 0)
+def _packed(past: _Past) -> bytes:
+    return struct.pack(f"{1 + len(past.times)}d", past.last, *past.times)
+
+
+def _unpacked(packed: bytes | None) -> tuple[float, tuple[float, ...]]:
+    if packed is None:
+        return -math.inf, ()
+    last, *times = struct.unpack(f"{len(packed) // 8}d", packed)
+    return last, tuple(times)
 
 
 class LRUKCache(Cache[K, V]):
@@ -45,12 +54,12 @@ class LRUKCache(Cache[K, V]):
     - `get`, `[]` and assignment are references; `in` is not. A reference less than `correlated` after the previous one
       to the same key belongs to that one, until `burst` after the first of them: an entry in constant use must not
       look like one that was used once.
-    - The references to `history` times as many keys as are held (and HISTORY_FLOOR) outlive their eviction or
-      deletion; the keys that were evicted first are forgotten first.
+    - The references to `history` times as many keys as are held (between HISTORY_FLOOR and HISTORY_CEILING) outlive
+      their eviction or deletion; the keys that were evicted first are forgotten first. They are remembered by the hash
+      of the key: two keys with the same hash have their past in common, which only makes the choice a little worse.
     - `correlated`, `burst` and `horizon` are in the timer's units; the timer never goes back.
 
-    The heap holds each entry under one of its earlier orders. As references only raise an entry's order, that is a
-    lower bound, corrected when it comes to the top: a hit costs O(1), an eviction O(log n) amortised.
+    A reference moves the entry in a sorted list, so that no call does work for entries that it does not name.
     """
 
     def __init__(
@@ -72,8 +81,8 @@ class LRUKCache(Cache[K, V]):
         self._correlated, self._burst, self._horizon = correlated, burst, horizon
         self._turn = 0
         self._held: dict[K, _Past] = {}
-        self.gone: OrderedDict[K, _Past] = OrderedDict()
-        self.heap: list[tuple[float, int, K]] = []
+        self._order: SortedList[tuple[float, int, K]] = SortedList()
+        self.gone: dict[int, bytes] = {}
 
     def __getitem__(self, key: K) -> V:
         if key in self._held:  # else __missing__ may insert it, which refers to it
@@ -86,13 +95,19 @@ class LRUKCache(Cache[K, V]):
 
     def __delitem__(self, key: K) -> None:
         super().__delitem__(key)
-        self.gone[key] = self._held.pop(key)
-        while len(self.gone) > self._history * len(self._held) + HISTORY_FLOOR:
-            self.gone.popitem(last=False)
+        past = self._held.pop(key)
+        self._order.remove((*past.place, key))
+        self.gone.pop(hash(key), None)
+        self.gone[hash(key)] = _packed(past)
+        held = len(self._held)
+        while len(self.gone) > min(self._history * held + HISTORY_FLOOR, max(HISTORY_CEILING, held)):
+            del self.gone[next(iter(self.gone))]
 
     def popitem(self) -> tuple[K, V]:
         """Evict an entry; this is not a reference. Raises KeyError when the cache is empty."""
-        key = self._oldest()
+        if not self._order:
+            raise KeyError(f"{type(self).__name__} is empty")
+        key = self._order[0][2]
         value = super().__getitem__(key)
         del self[key]
         return key, value
@@ -106,57 +121,41 @@ class LRUKCache(Cache[K, V]):
 
     def worth(self, size: float, count: int = 0) -> list[K]:
         """As `victims`: at least `count` keys, of at least `size` in total; all keys if they are less."""
-        named: dict[K, tuple[float, int, K]] = {}
-        while (size > 0 or len(named) < count) and len(named) < len(self):
-            key = self._oldest()
-            entry = heappop(self.heap)
-            if key not in named:
-                named[key] = entry
-                size -= self.getsizeof(super().__getitem__(key))
-        for entry in named.values():
-            heappush(self.heap, entry)
-        return list(named)
+        named: list[K] = []
+        if size <= 0 and count <= 0:
+            return named
+        for _, _, key in self._order:
+            named.append(key)
+            size -= self.getsizeof(super().__getitem__(key))
+            if size <= 0 and len(named) >= count:
+                break
+        return named
 
     def peek(self, key: K) -> V:
         """The value; this is not a reference. Raises KeyError."""
         return super().__getitem__(key)
 
+    def replace(self, key: K, value: V) -> None:
+        """Give a held key another value; this is not a reference."""
+        super().__setitem__(key, value)
+
     def clear(self) -> None:
         super().clear()
         self._held.clear()
+        self._order.clear()
         self.gone.clear()
-        self.heap.clear()
 
     def _refer(self, key: K) -> None:
         now = self._timer()
         self._turn += 1
         held = self._held.get(key)
-        past = held or self.gone.pop(key, _UNKNOWN)
-        belongs = now - past.last < self._correlated and now - past.times[-1] < self._burst
-        times = past.times if belongs else (*past.times, now)[-self._k :]
-        self._held[key] = _Past(times, now, self._turn)
-        if held is None:
-            self._enqueue(key)
-
-    def _order(self, key: K) -> tuple[float, int]:
-        """The entry with the lowest order is evicted first."""
-        times, last, turn = self._held[key]
-        return max(times[0] if len(times) == self._k else -math.inf, last - self._horizon), turn
-
-    def _enqueue(self, key: K) -> None:
-        heappush(self.heap, (*self._order(key), key))
-        if len(self.heap) > 2 * len(self._held) + HEAP_FLOOR:
-            self.heap = [(*self._order(other), other) for other in self._held]
-            heapify(self.heap)
-
-    def _oldest(self) -> K:
-        """The key to evict next, which is then at the top of the heap."""
-        while self.heap:
-            score, turn, key = self.heap[0]
-            if key not in self._held:
-                heappop(self.heap)
-            elif (order := self._order(key)) != (score, turn):
-                heapreplace(self.heap, (*order, key))
-            else:
-                return key
-        raise KeyError(f"{type(self).__name__} is empty")
+        if held is not None:
+            self._order.remove((*held.place, key))
+            last, times = held.last, held.times
+        else:
+            last, times = _unpacked(self.gone.pop(hash(key), None))
+        belongs = now - last < self._correlated and now - times[-1] < self._burst
+        times = times if belongs else (*times, now)[-self._k :]
+        score = max(times[0] if len(times) == self._k else -math.inf, now - self._horizon)
+        self._held[key] = _Past(times, now, (score, self._turn))
+        self._order.add((score, self._turn, key))

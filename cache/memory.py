@@ -40,7 +40,7 @@ class MemoryStore:
     that the process really holds: whole buffers, and ENTRY_BYTES for each piece."""
 
     def __init__(self, budget_bytes: int, timer: Callable[[], float]) -> None:
-        self._policy = SegmentedPolicy(timer, budget_bytes)
+        self._policy = SegmentedPolicy[Piece](timer, budget_bytes)
         self._held: dict[Piece, Held] = {}
         self._pieces = Bitmaps()
 
@@ -127,8 +127,10 @@ class MemoryStore:
     def holdings(self, digest: Digest) -> Holdings:
         return self._pieces.holdings(digest)
 
-    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]:
-        return [(piece, held.record) for piece, held in self._held.items() if held.record.signer == signer]
+    async def signed_by(self, signer: PeerId, digest: Digest) -> dict[Piece, Record]:
+        await trio.lowlevel.checkpoint()
+        records = {piece: self._held[piece].record for piece in self._pieces.pieces(digest)}
+        return {piece: record for piece, record in records.items() if record.signer == signer}
 
     def objects(self) -> Iterable[Digest]:
         return self._pieces.objects()

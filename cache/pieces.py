@@ -29,8 +29,6 @@ HORIZON_S = 10 * 86400.0
 """How long frequent uses count. Popularity changes: without this bound, large caches lose to LRU."""
 UNBOUNDED = 1 << 62
 """Bound of the policy in a store that enforces its budget itself: cachetools' bound cannot be changed."""
-MAX_ENTRIES = 1 << 18
-"""Pieces in one store. Each costs about 1 KiB of memory beside its bytes, regardless of its size."""
 
 
 def eviction_policy(size_of: Callable[[V], int], timer: Callable[[], float]) -> LRUKCache[K, V]:

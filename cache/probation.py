@@ -12,13 +12,17 @@ pass its name on. A new piece displaces first what the same two had kept, so tha
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from cache.lru_k import LRUKCache
 from cache.pieces import eviction_policy
 from cache.store import READ_HERE, Askers
-from protocol.ids import PeerId, Piece
+from protocol.ids import PeerId
+
+K = TypeVar("K", bound=Hashable)
+"""The unit of eviction: a piece, or a run of them (`cache/runs.py`)."""
 
 LARGEST_QUOTA = 2
 """At most 1 / LARGEST_QUOTA of a full room is for one asker, if there are others."""
@@ -54,101 +58,115 @@ class Load:
 NOTHING = Load()
 
 
-class Segment:
-    """Pieces among which LRU-K chooses the victims."""
+class Segment(Generic[K]):
+    """Units among which LRU-K chooses the victims."""
 
     def __init__(self, timer: Callable[[], float]) -> None:
-        self._policy: LRUKCache[Piece, int] = eviction_policy(int, timer)
+        self._policy: LRUKCache[K, int] = eviction_policy(int, timer)
 
     @property
     def load(self) -> Load:
         return Load(int(self._policy.currsize), len(self._policy))
 
-    def __contains__(self, piece: Piece) -> bool:
-        return piece in self._policy
+    def __contains__(self, unit: K) -> bool:
+        return unit in self._policy
 
-    def add(self, piece: Piece, size: int) -> None:
-        self._policy[piece] = size
+    def add(self, unit: K, size: int) -> None:
+        """Hold a unit, or `size` bytes more of it, which is a reference to it."""
+        self._policy[unit] = size + (self._policy.peek(unit) if unit in self._policy else 0)
 
-    def remove(self, piece: Piece) -> int:
-        """Returns the size."""
-        size = self._policy.peek(piece)
-        del self._policy[piece]
-        return size
+    def remove(self, unit: K, size: int | None = None) -> int:
+        """Forget `size` bytes of the unit, or all of it. Returns the bytes."""
+        held = self._policy.peek(unit)
+        if size is not None and size < held:
+            self._policy.replace(unit, held - size)
+            return size
+        del self._policy[unit]
+        return held
 
-    def refer(self, piece: Piece) -> None:
-        self._policy.get(piece)
+    def refer(self, unit: K) -> None:
+        self._policy.get(unit)
 
-    def size(self, piece: Piece) -> int:
-        return self._policy.peek(piece)
+    def size(self, unit: K) -> int:
+        return self._policy.peek(unit)
 
-    def victims(self, short: Load) -> list[Piece]:
-        """Pieces to remove, in order, to give up `short`, or all pieces if they are less."""
+    def victims(self, short: Load) -> list[K]:
+        """Units to remove, in order, to give up `short`, or all units if they are less."""
         return self._policy.worth(short.bytes, short.entries)
 
 
-class _Account:
-    """Pieces kept for one asker, or for one tuple of askers, the least recently used first."""
+class _Account(Generic[K]):
+    """Units kept for one asker, or for one tuple of askers, the least recently used first."""
 
-    __slots__ = ("bytes", "pieces")
+    __slots__ = ("bytes", "units")
 
     def __init__(self) -> None:
-        self.pieces: OrderedDict[Piece, None] = OrderedDict()
+        self.units: OrderedDict[K, None] = OrderedDict()
         self.bytes = 0
 
     @property
     def load(self) -> Load:
-        return Load(self.bytes, len(self.pieces))
+        return Load(self.bytes, len(self.units))
 
 
-class Probation(Segment):
-    """The segment of the pieces that are kept for members only, with its accounts."""
+class Probation(Segment[K]):
+    """The segment of the units that are kept for members only, with its accounts."""
 
     def __init__(self, timer: Callable[[], float]) -> None:
         super().__init__(timer)
-        self._kept_for: dict[Piece, Askers] = {}
-        self._by_peer: dict[PeerId, _Account] = {}
-        self._by_askers: dict[Askers, _Account] = {}
+        self._kept_for: dict[K, Askers] = {}
+        self._by_peer: dict[PeerId, _Account[K]] = {}
+        self._by_askers: dict[Askers, _Account[K]] = {}
         self._asking: Counter[PeerId] = Counter()
-        """Pieces by the member that asked this node itself. Whoever it named may be invented."""
+        """Units by the member that asked this node itself. Whoever it named may be invented."""
 
-    def kept_for(self, piece: Piece) -> Askers:
-        return self._kept_for[piece]
+    def kept_for(self, unit: K) -> Askers:
+        return self._kept_for[unit]
 
     def load_of(self, asker: PeerId) -> Load:
         account = self._by_peer.get(asker)
         return account.load if account else NOTHING
 
-    def keep(self, piece: Piece, size: int, kept_for: Askers) -> None:
-        self.add(piece, size)
-        self._kept_for[piece] = kept_for
-        self._asking[kept_for[0]] += 1
+    def keep(self, unit: K, size: int, kept_for: Askers) -> None:
+        """Hold a unit, or `size` bytes more of it, for the members that it is kept for."""
+        if unit not in self:
+            self._kept_for[unit] = kept_for
+            self._asking[kept_for[0]] += 1
+        self.add(unit, size)
         accounts = [self._by_peer.setdefault(peer, _Account()) for peer in kept_for]
         for account in (*accounts, self._by_askers.setdefault(kept_for, _Account())):
-            account.pieces[piece] = None
+            account.units[unit] = None
+            account.units.move_to_end(unit)
             account.bytes += size
 
-    def remove(self, piece: Piece) -> int:
-        size, kept_for = super().remove(piece), self._kept_for.pop(piece)
+    def remove(self, unit: K, size: int | None = None) -> int:
+        kept_for = self._kept_for[unit]
+        size = super().remove(unit, size)
         for account in self._accounts(kept_for):
-            del account.pieces[piece]
             account.bytes -= size
+        if unit not in self:
+            self._forget(unit, kept_for)
+        return size
+
+    def _forget(self, unit: K, kept_for: Askers) -> None:
+        del self._kept_for[unit]
+        for account in self._accounts(kept_for):
+            del account.units[unit]
         for peer in kept_for:
-            if not self._by_peer[peer].pieces:
+            if not self._by_peer[peer].units:
                 del self._by_peer[peer]
-        if not self._by_askers[kept_for].pieces:
+        if not self._by_askers[kept_for].units:
             del self._by_askers[kept_for]
         self._asking[kept_for[0]] -= 1
         if not self._asking[kept_for[0]]:
             del self._asking[kept_for[0]]
-        return size
 
-    def refer(self, piece: Piece) -> None:
-        super().refer(piece)
-        for account in self._accounts(self._kept_for[piece]):
-            account.pieces.move_to_end(piece)
+    def refer(self, unit: K) -> None:
+        super().refer(unit)
+        for account in self._accounts(self._kept_for[unit]):
+            account.units.move_to_end(unit)
 
-    def _accounts(self, kept_for: Askers) -> list[_Account]:
+    def _accounts(self, kept_for: Askers) -> list[_Account[K]]:
         return [*(self._by_peer[peer] for peer in kept_for), self._by_askers[kept_for]]
 
     def quota(self, room: Load) -> Load:
@@ -156,34 +174,34 @@ class Probation(Segment):
         parts = min(SMALLEST_QUOTA * FAIR_PARTS, max(LARGEST_QUOTA * FAIR_PARTS, len(self._asking) + 1))
         return room.part(FAIR_PARTS, parts)
 
-    def choose(self, short: Load, room: Load, need: Load = NOTHING, kept_for: Askers = READ_HERE) -> list[Piece]:
-        """Pieces to remove, in order, to give up `short`, or all pieces if they are less. `room` is what the segment
+    def choose(self, short: Load, room: Load, need: Load = NOTHING, kept_for: Askers = READ_HERE) -> list[K]:
+        """Units to remove, in order, to give up `short`, or all units if they are less. `room` is what the segment
         may take in all. If `need` is for more pieces on probation, these are `kept_for` members."""
-        quota, chosen, freed = self.quota(room), dict[Piece, None](), NOTHING
+        quota, chosen, freed = self.quota(room), dict[K, None](), NOTHING
         left: dict[PeerId, Load] = {}
 
-        def name(pieces: Iterable[Piece], peer: PeerId | None = None, extra: Load = NOTHING) -> None:
-            """Choose from `pieces` until there are enough, or until `peer` is within the quota."""
+        def name(units: Iterable[K], peer: PeerId | None = None, extra: Load = NOTHING) -> None:
+            """Choose from `units` until there are enough, or until `peer` is within the quota."""
             nonlocal freed
-            for piece in pieces:
+            for unit in units:
                 within = peer is not None and (left.get(peer, self.load_of(peer)) + extra).fits(quota)
                 if within or short.fits(freed):
                     return
-                if piece not in chosen:
-                    chosen[piece] = None
-                    load = Load(self.size(piece), 1)
+                if unit not in chosen:
+                    chosen[unit] = None
+                    load = Load(self.size(unit), 1)
                     freed += load
-                    left.update({other: left.get(other, self.load_of(other)) - load for other in self._kept_for[piece]})
+                    left.update({other: left.get(other, self.load_of(other)) - load for other in self._kept_for[unit]})
 
         same = self._by_askers.get(kept_for)
         for peer in reversed(kept_for):
             if same is not None:
-                name(same.pieces, peer, need)
+                name(same.units, peer, need)
             if peer in self._by_peer:
-                name(self._by_peer[peer].pieces, peer, need)
+                name(self._by_peer[peer].units, peer, need)
         beyond = [(account.bytes, peer) for peer, account in self._by_peer.items() if not account.load.fits(quota)]
         for _, peer in sorted(beyond, reverse=True):
-            name(self._by_peer[peer].pieces, peer)
+            name(self._by_peer[peer].units, peer)
         if not short.fits(freed):
             name(self.victims(short))
         return list(chosen)

@@ -15,111 +15,95 @@ pieces used here take the place of others used here. Pieces on probation may als
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic
 
 from cache.pieces import UNBOUNDED
-from cache.probation import NOTHING, Load, Probation, Segment
+from cache.probation import NOTHING, K, Load, Probation, Segment
 from cache.store import READ_HERE, Askers
-from protocol.ids import Digest, Piece
+from protocol.ids import PeerId
 
 RESERVE = 8
 """1 / RESERVE of the room that pins leave is for pieces on probation. With less, keepers forget blocks while an image
 is pulled; with more, a site reads more from the registry in the long run (docs/SIMULATIONS.md)."""
+PINNED: Askers = (PeerId("pinned"),)
+"""Instead of askers: the unit is never evicted."""
 
 
-class SegmentedPolicy:
-    """Holds the sizes of pieces and names victims. `budget_bytes`, which may be changed, is for all segments together;
-    so is `max_entries`. The caller keeps these bounds: it asks for victims, and removes them."""
+class SegmentedPolicy(Generic[K]):
+    """Holds the sizes of units and names victims. `budget_bytes`, which may be changed, is for all segments together;
+    so is `max_entries`. The caller keeps these bounds: it asks for victims, and removes them. If a unit has parts, the
+    last victim has to give up only as much as is short."""
 
-    def __init__(
-        self,
-        timer: Callable[[], float],
-        budget_bytes: int,
-        *,
-        max_entries: int = UNBOUNDED,
-        pinned: frozenset[Digest] = frozenset(),
-    ) -> None:
+    def __init__(self, timer: Callable[[], float], budget_bytes: int, *, max_entries: int = UNBOUNDED) -> None:
         self.budget_bytes, self._max_entries = budget_bytes, max_entries
-        self._pinned, self._pins, self.pinned_bytes = set(pinned), dict[Piece, int](), 0
-        self._used_here, self._probation = Segment(timer), Probation(timer)
+        self._pins, self.pinned_bytes = dict[K, int](), 0
+        self._used_here, self._probation = Segment[K](timer), Probation[K](timer)
         self._wanted = NOTHING
         """What members asked this node to keep, whether it was stored or not."""
 
     @property
+    def load(self) -> Load:
+        return self._pinned_load + self._used_here.load + self._probation.load
+
+    @property
     def bytes(self) -> int:
-        return self._load.bytes
+        return self.load.bytes
 
     @property
     def probation_bytes(self) -> int:
         return self._probation.load.bytes
 
     @property
-    def _load(self) -> Load:
-        return self._pinned_load + self._used_here.load + self._probation.load
-
-    @property
     def _pinned_load(self) -> Load:
         return Load(self.pinned_bytes, len(self._pins))
 
-    def is_pinned(self, digest: Digest) -> bool:
-        return digest in self._pinned
-
-    def keeps(self, piece: Piece) -> bool:
-        """Whether the piece is never evicted. A shard of a pinned object may be: it can be derived from the whole
-        block, which a pin has fetched."""
-        return piece.shard is None and piece.block.digest in self._pinned
-
-    def kept_for(self, piece: Piece) -> Askers:
-        """The members that a held piece is kept for, or READ_HERE."""
-        return self._probation.kept_for(piece) if piece in self._probation else READ_HERE
+    def kept_for(self, unit: K) -> Askers:
+        """The members that a held unit is kept for, or READ_HERE."""
+        return self._probation.kept_for(unit) if unit in self._probation else READ_HERE
 
     def wanted(self, size: int) -> None:
         """A member asks this node to keep a piece of `size` bytes."""
         self._wanted += Load(size, 1)
 
-    def add(self, piece: Piece, size: int, kept_for: Askers) -> None:
-        if self.keeps(piece):
-            self._pins[piece] = size
+    def add(self, unit: K, size: int, kept_for: Askers) -> None:
+        """Hold a unit, or `size` more bytes of it. This is a reference to it. All of a unit is kept for the same
+        members, or it is used here, or PINNED."""
+        if kept_for == PINNED:
+            self._pins[unit] = self._pins.get(unit, 0) + size
             self.pinned_bytes += size
         elif kept_for:
-            self._probation.keep(piece, size, kept_for)
+            self._probation.keep(unit, size, kept_for)
         else:
-            self._used_here.add(piece, size)
+            self._used_here.add(unit, size)
 
-    def remove(self, piece: Piece) -> None:
-        if piece in self._pins:
-            self.pinned_bytes -= self._pins.pop(piece)
-        else:
-            self._segment(piece).remove(piece)
+    def size(self, unit: K) -> int:
+        """Bytes of a held unit."""
+        return self._pins[unit] if unit in self._pins else self._segment(unit).size(unit)
 
-    def refer(self, piece: Piece) -> None:
-        if piece not in self._pins:
-            self._segment(piece).refer(piece)
+    def remove(self, unit: K, size: int | None = None) -> None:
+        """Forget `size` bytes of a unit, or all of it."""
+        if unit not in self._pins:
+            self._segment(unit).remove(unit, size)
+            return
+        size = self._pins[unit] if size is None else size
+        self.pinned_bytes -= size
+        self._pins[unit] -= size
+        if not self._pins[unit]:
+            del self._pins[unit]
 
-    def _segment(self, piece: Piece) -> Segment:
-        return self._probation if piece in self._probation else self._used_here
+    def refer(self, unit: K) -> None:
+        if unit not in self._pins:
+            self._segment(unit).refer(unit)
 
-    def claim(self, piece: Piece) -> bool:
-        """A client of this node used a held piece. Returns whether it was on probation before."""
-        if piece not in self._probation:
+    def _segment(self, unit: K) -> Segment[K]:
+        return self._probation if unit in self._probation else self._used_here
+
+    def claim(self, unit: K) -> bool:
+        """A client of this node used a held unit. Returns whether it was on probation before."""
+        if unit not in self._probation:
             return False
-        self._used_here.add(piece, self._probation.remove(piece))
+        self._used_here.add(unit, self._probation.remove(unit))
         return True
-
-    def pin(self, digest: Digest, pieces: list[Piece]) -> None:
-        """`pieces` are the pieces of the object that are held."""
-        self._pinned.add(digest)
-        for piece in pieces:
-            if piece.shard is None and piece not in self._pins:
-                self._pins[piece] = size = self._segment(piece).remove(piece)
-                self.pinned_bytes += size
-
-    def unpin(self, digest: Digest, pieces: list[Piece]) -> None:
-        self._pinned.discard(digest)
-        for piece in pieces:
-            if piece in self._pins:
-                size = self._pins.pop(piece)
-                self.pinned_bytes -= size
-                self._used_here.add(piece, size)
 
     def room(self, kept_for: Askers) -> int:
         """Bytes that all pieces for this purpose may take together."""
@@ -129,24 +113,28 @@ class SegmentedPolicy:
     def _left(self, budget_bytes: int) -> Load:
         return Load(budget_bytes, self._max_entries) - self._pinned_load
 
-    def turnover(self, need: int, spare: int = 0, budget_bytes: int | None = None) -> list[Piece]:
-        """Pieces used here that make place for a new one of `need` bytes, because all others have no more room than
+    def turnover(self, need: int, spare: int = 0, budget_bytes: int | None = None) -> list[K]:
+        """Units used here that make place for a new piece of `need` bytes, because all others have no more room than
         what the reserve leaves; with `spare` bytes more, if any. Not for pieces on probation. A budget that is smaller
         for the time being may be given."""
+        over = self.excess(need, budget_bytes)
+        return self._used_here.victims(Load(over.bytes + spare, over.entries)) if over != NOTHING else []
+
+    def excess(self, need: int, budget_bytes: int | None = None) -> Load:
+        """What `turnover` frees without `spare`."""
         left = self._left(self.budget_bytes if budget_bytes is None else budget_bytes)
         limit = left - left.part(1, RESERVE).at_most(self._wanted)
         after = self._used_here.load + Load(need, 1)
         if after.fits(limit):
-            return []
+            return NOTHING
         # The reserve may have grown by much since the last call. It is given up step by step: two pieces for each new.
-        over = (after - limit).at_most(Load(2 * need, 2))
-        return self._used_here.victims(Load(over.bytes + spare, over.entries))
+        return (after - limit).at_most(Load(2 * need, 2))
 
-    def victims(self, need: int, kept_for: Askers = READ_HERE, entries: int = 0) -> list[Piece]:
-        """Pieces to remove, in order, so that `need` more bytes and `entries` more pieces fit, as far as pins allow,
+    def victims(self, need: int, kept_for: Askers = READ_HERE, entries: int = 0) -> list[K]:
+        """Units to remove, in order, so that `need` more bytes and `entries` more units fit, as far as pins allow,
         and for pieces that are `kept_for` members, as far as pieces on probation suffice."""
         more = Load(need, entries)
-        short = self._load + more - Load(self.budget_bytes, self._max_entries)
+        short = self.load + more - Load(self.budget_bytes, self._max_entries)
         if short.fits(NOTHING):
             return []
         room = self._left(self.budget_bytes) - self._used_here.load

@@ -13,6 +13,7 @@ its maker's proof. All stores keep these promises, which tests/conformance/test_
 - A piece that was put `kept_for` members is on probation (`cache/segments.py`) until `claim`, or another put without
   `kept_for`, says that a client of this node used it. Such a put evicts pieces on probation only. `is_used_here`: the
   piece is held and not on probation.
+- `signed_by` returns the held pieces of an object whose record has this signer, and the records.
 - `objects` returns the objects of which at least one piece is held, in any order.
 - The bytes held never exceed `budget_bytes`; space is reserved before it is written.
 - Every method may be cancelled at any await and leaves the store whole.
@@ -85,7 +86,7 @@ class BlockStore(Protocol):
 
     def holdings(self, digest: Digest) -> Holdings: ...
 
-    def signed_by(self, signer: PeerId) -> list[tuple[Piece, Record]]: ...
+    async def signed_by(self, signer: PeerId, digest: Digest) -> dict[Piece, Record]: ...
 
     def objects(self) -> Iterable[Digest]: ...
 

@@ -14,6 +14,7 @@ node/daemon.py calls them in this order, starts the tasks of `services`, and end
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -38,7 +39,7 @@ from node.blocks.keeper import Keeper
 from node.blocks.object_facts import ObjectFacts
 from node.blocks.questions import Questions
 from node.blocks.trust import Trust
-from node.blocks.values import CurrentPlacement, Site
+from node.blocks.values import CurrentPlacement, Site, Storing
 from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
 from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
@@ -81,6 +82,7 @@ from node.registry.batching import BatchedReads
 from node.registry.uplink import Uplink, UplinkFile
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
+from node.runtime.processor_load import ProcessorLoad
 from node.runtime.systemd import Notifier
 from node.stages import Admitted, Blocks, Clients, Network, Node, Participant, Registry, Storage
 from node.telemetry.metrics import Metrics, cache_metrics, upstream_metrics
@@ -107,6 +109,7 @@ async def storage(config: Config, folder: Path, admitted: Admitted, stack: Async
             folder / "cache", budget, free_share=floor.share, free_bytes=floor.bytes, pinned=digests_of(pinned)
         )
     )
+    gc.freeze()  # what the disk holds stays: each full collection would scan 10 objects for each run
     memory = MemoryStore(cache.memory.bytes, trio.current_time)
     store = cache.containerd_store
     content = ContentStore(Path(store), record_for=admitted.record_for) if store else None
@@ -134,9 +137,10 @@ def blocks(
     config: Config | None = None,
     facts: ObjectFacts | None = None,
     is_open: Callable[[str], bool] = lambda upstream: True,
+    is_busy: Callable[[], bool] = lambda: False,
 ) -> Blocks:
     """Tasks that outlive a request run in `nursery`. `facts` None: they are kept in memory only. `is_open` as for
-    `Home`."""
+    `Home`, `is_busy` as for `CodedReads`."""
     own, directory, config = identity.peer_id, Directory(), config or Config()
     peers, max_object = config.peers, config.mirror.max_object.bytes
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
@@ -150,12 +154,13 @@ def blocks(
         facts=facts,
         max_object=max_object,
         nursery=nursery,
+        storing=Storing(nursery),
     )
     questions, grants = Questions(site), Grants()
     holders = Holders(site, questions, directory)
     home = Home(site, holders, grants, identity=identity, origin=reads, is_open=is_open)
     keeper = Keeper(site, home, questions, grants, identity=identity)
-    fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper), home), nursery)
+    fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper, is_busy), home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
 
@@ -205,10 +210,19 @@ def site(
     rng: Random,
     facts: ObjectFacts | None = None,
     public_age: Callable[[Locator], float | None] = lambda locator: None,
+    is_busy: Callable[[], bool] = lambda: False,
 ) -> Participant:
     """Build a member over `exchange`. It answers requests after `Participant.route`; its tasks are `services`."""
     given = identity, membership, exchange, tiers
-    parts = blocks(*given, upstream=upstreams, nursery=nursery, config=config, facts=facts, is_open=upstreams.is_open)
+    parts = blocks(
+        *given,
+        upstream=upstreams,
+        nursery=nursery,
+        config=config,
+        facts=facts,
+        is_open=upstreams.is_open,
+        is_busy=is_busy,
+    )
     near, home, questions, served = parts.site, parts.home, parts.questions, metrics.tag_served
     resolver = Resolver(
         near, names, upstreams, questions=questions, home=home, nursery=nursery, served=served, public_age=public_age
@@ -281,6 +295,7 @@ def participant(
         nursery=nursery,
         rng=Random(),
         public_age=storage.public.age,
+        is_busy=ProcessorLoad().is_busy,
     )
     member.route(network.dispatcher, admitted.registrar)
     return member

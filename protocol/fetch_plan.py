@@ -131,7 +131,7 @@ class StripePlan:
     def heard(self, peer: PeerId, ready: bool, now: float) -> None:
         """A `Waiting` arrived. `ready`: an answer waits for its turn on the connection; else it does not exist yet."""
         asked = self._asked.get(peer)
-        if asked is not None and asked.missing and not asked.missing & self._warm:
+        if asked is not None and asked.missing and not self._is_warm(asked):
             asked.since = min(asked.since, now) if ready else math.inf
             asked.was_cold |= not ready
 
@@ -144,9 +144,8 @@ class StripePlan:
         """The peer's shard of a block arrived. Returns whether it is the last that the block lacked."""
         answered = self._asked[peer]
         answered.missing.discard(block)
-        if block not in self._left:
-            return False
-        self._slowest_s = max(self._slowest_s, now - min(now, answered.since))
+        if block in self._left:
+            self._slowest_s = max(self._slowest_s, now - min(now, answered.since))
         if block not in self._warm:
             self._warm.add(block)
             for asked in self._asked.values():
@@ -154,8 +153,10 @@ class StripePlan:
                     asked.since = min(asked.since, now + SETTLE_S)
         if answered.missing:
             # The next shard of its answer follows at once, unless its block is not in the site yet.
-            is_cold = answered.was_cold and not answered.missing & self._warm
+            is_cold = answered.was_cold and not self._is_warm(answered)
             answered.since, answered.asked_at = (math.inf if is_cold else now), now
+        if block not in self._left:
+            return False
         self._left[block] -= 1
         if self._left[block]:
             return False
@@ -209,6 +210,10 @@ class StripePlan:
     def _owed(self, asked: _Asked) -> list[int]:
         """The incomplete blocks for which a peer owes a shard."""
         return [block for block in self._left if block in asked.missing]
+
+    def _is_warm(self, asked: _Asked) -> bool:
+        """Whether the site has an incomplete block for which the peer owes a shard."""
+        return any(block in self._warm for block in self._owed(asked))
 
     def _deadlines(self) -> Iterator[tuple[PeerId, _Asked, float]]:
         for peer, asked in self._asked.items():

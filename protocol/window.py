@@ -67,14 +67,13 @@ class ReadWindow:
         others = self.addresses - (address in self._reads)
         return -(-most // ((others + 1) * max(1, self._reads[address] + joins)))
 
-    def has_room(self, address: str, count: int, *, under_way: int, cold: int, warm: int, joins: bool = False) -> bool:
-        """Whether a read with `under_way` blocks, `cold` of them cold, and `warm` received may ask for `count` more. A
-        read that has none under way, or none that are cold, may ask for a whole stripe at once."""
+    def has_room(self, address: str, *, under_way: int, cold: int, warm: int, joins: bool = False) -> bool:
+        """Whether a read with `under_way` blocks, `cold` of them cold, and `warm` received may ask for another stripe.
+        The stripe may go beyond its part: half a stripe would cost as many requests."""
         # The parts bound the sum. A read that has no part yet must not fill a part that is not its own.
         full = joins and len(self._under_way) >= self._most
         most_cold = min(RAMP + warm, self._part(self._cold_most, address, joins))
-        fits = not under_way or under_way + count <= self.share(address, joins=joins)
-        return not full and fits and (not cold or cold + count <= most_cold)
+        return not full and under_way < self.share(address, joins=joins) and cold < most_cold
 
     def is_cold(self, key: Hashable) -> bool:
         return key in self._cold

@@ -80,7 +80,9 @@ MAX_CERTIFICATE = 4096
 MAX_TOLD = 64
 """Pieces of evidence in one message: with this many liars at once, no honest majority is left to report them."""
 
-_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,64}", re.ASCII)
+MAX_PEER_ID = 64
+
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]+", re.ASCII)
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
@@ -173,8 +175,10 @@ class Heads(Generic[Message]):
     def take(self, body: memoryview) -> int:
         """Copy the fed part of the body that follows the last head; returns its number of bytes."""
         size = min(len(body), len(self._buffer))
-        body[:size] = self._buffer[:size]
-        del self._buffer[:size]
+        if size:
+            with memoryview(self._buffer) as fed:
+                body[:size] = fed[:size]
+            del self._buffer[:size]
         return size
 
     def _next_frame(self, limit: int) -> tuple[bytearray, int] | None:
@@ -284,16 +288,19 @@ def _code(k: int, m: int, index: int) -> None:
     _need(1 <= k <= MAX_K and 0 <= m <= MAX_M and 0 <= index < k + m, "code")
 
 
-@lru_cache(1024)
 def _is_peer(peer: str) -> bool:
+    return len(peer) <= MAX_PEER_ID and _is_base58(peer)
+
+
+@lru_cache(1024)
+def _is_base58(peer: str) -> bool:
     return _PEER_ID.fullmatch(peer) is not None
 
 
 def _record(record: Record) -> bool:
     ref = _object(record.digest, record.size)
-    ref.block(record.index)
-    fits = record.length == ref.block_length(record.index) and _is_peer(record.signer)
-    return fits and len(record.sha256) == 32 and len(record.signature) == 64
+    fits = 0 <= record.index < ref.block_count and record.length == ref.block_length(record.index)
+    return fits and _is_peer(record.signer) and len(record.sha256) == 32 and len(record.signature) == 64
 
 
 def _proof(proof: ShardProof | None) -> bool:

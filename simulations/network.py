@@ -87,7 +87,8 @@ class SimulatedNetwork(MemoryNetwork):
         self._sites: dict[PeerId, str] = {}
         self._uplinks: dict[str, Port] = {}
         self._sides: dict[PeerId, int] = {}
-        self._no_uplink: set[str] = set()
+        self._no_uplink: dict[str, bool] = {}
+        """Sites whose uplink is cut, and whether connections over it end at once."""
         self._changed = trio.Event()
 
     def plug(self, peer: PeerId, site: str, port: Port) -> None:
@@ -110,12 +111,16 @@ class SimulatedNetwork(MemoryNetwork):
     def heal(self) -> None:
         self.part()
 
-    def cut_uplink(self, site: str) -> None:
-        self._no_uplink.add(site)
+    def cut_uplink(self, site: str, *, resets: bool = False) -> None:
+        """`resets`: a gateway of the site ends connections over the uplink at once; else they are silent."""
+        self._no_uplink[site] = resets
 
     def mend_uplink(self, site: str) -> None:
-        self._no_uplink.discard(site)
+        self._no_uplink.pop(site, None)
         self._change()
+
+    def resets_uplink(self, site: str) -> bool:
+        return self._no_uplink.get(site, False)
 
     def has_uplink(self, site: str) -> bool:
         return site not in self._no_uplink
@@ -134,7 +139,7 @@ class SimulatedNetwork(MemoryNetwork):
     def _passes(self, sender: PeerId, receiver: PeerId) -> bool:
         sites = {self._sites.get(sender), self._sites.get(receiver)}
         apart = self._sides.get(sender, 0) != self._sides.get(receiver, 0)
-        return not apart and (len(sites) == 1 or not sites & self._no_uplink)
+        return not apart and (len(sites) == 1 or not sites & self._no_uplink.keys())
 
     # Frames
 

@@ -26,6 +26,8 @@ REPOSITORY = "app"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 PART = UpstreamPart(name=UPSTREAM, url=f"http://{UPSTREAM}")
+PORTION_BYTES = 64 << 10
+"""Most bytes of a body that arrive at once. What has arrived before a cut is not lost."""
 _PATH = re.compile(rf"/v2/{REPOSITORY}/(manifests|blobs)/([^/]+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -125,8 +127,11 @@ class Wire(httpx.AsyncBaseTransport):
         registry, timeout = self._registry, request.extensions["timeout"]
         registry.attempts.append((trio.current_time(), self._peer))
         if not self._network.has_uplink(self._site):
-            await trio.sleep(timeout["connect"])
-            raise httpx.ConnectTimeout("out of reach")
+            self._reset(httpx.ConnectError)
+            with trio.move_on_after(timeout["connect"]) as late:
+                await self._network.wait_uplink(self._site)  # TCP tries again
+            if late.cancelled_caught:
+                raise httpx.ConnectTimeout("out of reach")
         registry.requests.append(trio.current_time())
         registry.methods[f"{request.method} {request.url.path}"] += 1
         answer = registry.answer(request.method, request.url.path, request.headers.get("range", ""))
@@ -142,10 +147,15 @@ class Wire(httpx.AsyncBaseTransport):
 
     async def wait_uplink(self, read_s: float) -> None:
         """Raises httpx.ReadTimeout if the uplink is cut for longer than `read_s`."""
+        self._reset(httpx.ReadError)
         with trio.move_on_after(read_s) as silent:
             await self._network.wait_uplink(self._site)
         if silent.cancelled_caught:
             raise httpx.ReadTimeout("silent")
+
+    def _reset(self, error: type[httpx.TransportError]) -> None:
+        if self._network.resets_uplink(self._site):
+            raise error("reset")
 
     async def carry(self, size: int, leaves_at: float) -> float:
         """Send `size` bytes behind earlier ones, which leave the uplink at `leaves_at`. Returns when these leave it."""
@@ -168,7 +178,7 @@ class Body(httpx.AsyncByteStream):
         self._leaves_at = trio.current_time()
 
     async def recv_into(self, view: memoryview) -> int:
-        count = min(len(view), len(self._left))
+        count = min(len(view), len(self._left), PORTION_BYTES)
         if count:
             self._leaves_at = await self._wire.carry(count, self._leaves_at)
             await self._wire.wait_uplink(self._read_s)

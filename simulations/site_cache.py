@@ -32,7 +32,7 @@ class Node:
     """A store, and the bounds that it keeps. If it is not `segmented`, all pieces are as if they were used here."""
 
     peer: PeerId
-    policy: SegmentedPolicy
+    policy: SegmentedPolicy[Piece]
     segmented: bool
     held: set[Piece] = field(default_factory=set)
 

@@ -34,6 +34,8 @@ MINUTE_S = 60.0
 class UplinkCut(Setting):
     at_s: float = 5.0
     cut_s: float = 120.0
+    resets: bool = False
+    """Whether connections over the uplink end at once, as at a gateway, or are silent."""
 
     @property
     def mended_s(self) -> float:
@@ -79,7 +81,7 @@ def run(setup: UplinkCut, report: Report) -> Result:
                 for number in range(setup.nodes):
                     pulling.start_soon(pull, number)
                 await trio.sleep(setup.at_s)
-                cluster.network.cut_uplink(SITE)
+                cluster.network.cut_uplink(SITE, resets=setup.resets)
                 await trio.sleep(setup.cut_s)
                 cluster.network.mend_uplink(SITE)
         attempts = tuple(at - began for at, _ in registry.attempts)
@@ -125,6 +127,7 @@ def draw(result: Result, figure: Figure) -> None:
 @click.option(
     "--cut", "cut_s", type=click.FloatRange(0), default=120.0, show_default=True, help="Seconds until the repair."
 )
+@click.option("--resets", is_flag=True, help="Connections end at once. Else they are silent.")
 def uplink_cut(output: Output, **given: Any) -> None:
     """The uplink is cut in the middle of a flash crowd, and repaired later."""
     output.show(UplinkCut(**given), run, table_of, draw)

@@ -69,16 +69,28 @@ class UplinkRow(Document, frozen=True):
     spent: bool
 
 
+class WayRow(Document, frozen=True):
+    """What one way to the bytes of an upstream gave lately. `rate` in bytes per second in use, 0 if nothing is known;
+    `first_s` until the first byte. `chosen`: reads for clients that took it, by reason."""
+
+    rate: float
+    first_s: float
+    chosen: dict[str, int] = {}
+
+
 class UpstreamRow(Document, frozen=True):
     """`endpoints` are in the order in which they are asked; the last, `url`, is the registry itself.
 
-    `uplink` is null for an upstream without limits.
+    `uplink` is null for an upstream without limits. `ways` (`site` and `registry`) is empty unless `prefer` is
+    `fastest`.
     """
 
     name: str
     url: str
     endpoints: tuple[EndpointRow, ...] = ()
     uplink: UplinkRow | None = None
+    prefer: str = "site"
+    ways: dict[str, WayRow] = {}
 
 
 class ClusterRow(Document, frozen=True):
@@ -249,7 +261,8 @@ PullEvent = PullProgress | PullResult
 
 
 class WhyBlock(Document, frozen=True):
-    """How this node obtained one block. `peers` are the peer ids that answered; `when` is Unix time."""
+    """How this node obtained one block. `peers` are the peer ids that answered; `when` is Unix time. `way`: which way
+    was chosen and why, if there was a choice."""
 
     index: int
     length: int
@@ -258,6 +271,7 @@ class WhyBlock(Document, frozen=True):
     milliseconds: float | None = None
     retries: int = 0
     when: float | None = None
+    way: str = ""
 
 
 class WhyObject(Document, frozen=True):

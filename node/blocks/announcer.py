@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import trio
 
@@ -49,7 +50,7 @@ class Announcer:
                     await self._membership.wait_changed()
                 await self._site.tiers.drop_doubles()
                 self._trim()
-                await self._announce(list(self._site.tiers.objects())[:MAX_ANNOUNCED])
+                await self._announce(islice(self._site.tiers.objects(), MAX_ANNOUNCED))
 
     async def _announce_finished(self) -> None:
         async for digest in self._receive:

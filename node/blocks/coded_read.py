@@ -8,7 +8,7 @@ part of the block is received at its place in the block.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations, islice
@@ -91,10 +91,12 @@ class _Block:
 
 
 class CodedReads:
-    """A `BlockSource`. If this node is one of the keepers, its own shard is read like those of others."""
+    """A `BlockSource`. If this node is one of the keepers, its own shard is read like those of others. While
+    `is_busy`, whole blocks are read from one member: shards use the links better, but cost more processor time."""
 
-    def __init__(self, site: Site, questions: Questions, keeper: Keeper) -> None:
+    def __init__(self, site: Site, questions: Questions, keeper: Keeper, is_busy: Callable[[], bool]) -> None:
         self._site, self._questions, self._keeper = site, questions, keeper
+        self._is_busy = is_busy
         self._budget = SpareBudget()
 
     async def find(self, stretch: Stretch, taker: Taker) -> None:
@@ -102,8 +104,11 @@ class CodedReads:
         own_cell = site.placement().route(site.own, stretch.stripe, stretch.length)
         if own_cell.home == site.own:
             return
-        left = stretch
-        for route in dict.fromkeys((own_cell, own_cell.root)):
+        await site.storing.room()
+        left, routes = stretch, [own_cell, own_cell.root]
+        if self._is_busy():
+            routes.insert(0, own_cell.whole)
+        for route in dict.fromkeys(routes):
             attempt = _Attempt(site, self._questions, self._keeper, self._budget, left, route=route, taker=taker)
             await attempt.run()
             if not attempt.blocks:
@@ -176,6 +181,8 @@ class _Attempt:
     async def _ask(self, ask: Ask) -> None:
         stretch, shape, hops = self._stretch.only(ask.blocks), self._route.shape, self._route.hops
         shard = Shard(shape.k, shape.m, ask.want)
+        if is_copy(shard) and ask.peer == self._route.home:
+            hops = 1
         try:
             if ask.peer == self._site.own:
                 self.plan.heard(

@@ -83,6 +83,7 @@ class Home:
             self._site.keep(stretch.piece(index), held.data, held.record, kept_for=stretch.kept_for)
             flow.deliver(index, obtained)
 
+        await self._site.storing.room()
         await self._holders.find(stretch.only(flow.left), got)
         for run in _runs(flow.left):
             await self._from_upstream(stretch.only(run), got, flow.progress)
@@ -90,13 +91,15 @@ class Home:
     async def _from_upstream(
         self, stretch: Stretch, got: Callable[[int, Obtained], None], progress: Callable[[], None]
     ) -> None:
-        began = trio.current_time()
+        since = trio.current_time()
         locator = self._grants.as_own_client(stretch).locator  # a client with a grant may have arrived meanwhile
 
         def came(index: int, data: bytearray) -> None:
+            nonlocal since
             self._note_origin(locator, stretch.ref.digest)
             if not stretch.background:
-                self.times.came(len(data), began, trio.current_time())
+                before, since = since, trio.current_time()
+                self.times.came(len(data), before, since)
             got(index, Obtained(self._signed(BlockAddress(locator, stretch.ref, index), data), Source.ORIGIN))
 
         read = partial(self._origin.stretch, locator, stretch.ref, stretch.indices[0], len(stretch.indices), came)

@@ -176,6 +176,7 @@ class _Obtaining:
         self._failures: list[ShoalError] = [UnavailableError(f"no home of {stretch} answers")]
 
     async def run(self, hops: int) -> None:
+        await self._site.storing.room()
         site, stretch, health, now = self._site, self._stretch, self._site.health, trio.current_time()
         self._route = site.placement().route(site.own, stretch.stripe, stretch.length)
         self._sources = self._route.sources(self._shard.index, hops)
@@ -186,7 +187,8 @@ class _Obtaining:
         self._plan = StripePlan(
             homes, homes, 1, stretch.indices, late, answered_at=answered, patience_s=HOME_PATIENCE_S
         )
-        self._began = now
+        self._since: dict[PeerId, float] = {}
+        """When each home was asked, or last sent a shard."""
         self._asking = Asking(self._plan, self._ask, self._overdue)
         await self._asking.run(self._plan.start(False, now))
         if self._flow.left:
@@ -194,13 +196,13 @@ class _Obtaining:
 
     async def _ask(self, ask: Ask) -> None:
         home, stretch = ask.peer, self._stretch.only(ask.blocks)
+        self._since[home] = trio.current_time()
         try:
             with self._home.times.waiting(home):
                 if home == self._site.own:
                     self._heard(home, State.WAITING)  # as another home reports while it reads the blocks
-                    await self._home.blocks(
-                        stretch, partial(_cut, self._shard, partial(self._took, home)), self._flow.progress
-                    )
+                    took = partial(_cut, self._shard, partial(self._took, home))
+                    await self._home.blocks(stretch, took, partial(self._heard, home, State.COMING))
                     return
                 await self._questions.stream(
                     home,
@@ -227,7 +229,9 @@ class _Obtaining:
     def _took(self, home: PeerId, index: int, held: Held) -> None:
         now = trio.current_time()
         if self._plan.was_cold(home):
-            self._home.times.came(held.record.length, self._began, now)
+            self._home.times.came(held.record.length, self._since[home], now)
+            self._home.times.coming(home, now)
+        self._since[home] = now
         self._plan.got(home, index, now)
         stretch, shard = self._stretch, self._shard
         if not self._site.tiers.holds(stretch.piece(index)):
@@ -239,6 +243,7 @@ class _Obtaining:
     def _heard(self, home: PeerId, state: State) -> None:
         self._plan.heard(home, state is State.READY, trio.current_time())
         if state is State.COMING:
+            self._home.times.coming(home, trio.current_time())
             self._flow.progress()
 
     def _overdue(self) -> list[Ask]:

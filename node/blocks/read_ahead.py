@@ -124,7 +124,7 @@ class ReadAhead:
         """Begin the next stretches for which there is room."""
         while self._readings and self._next:
             wanted = len(self._next[0])
-            if not self._may_begin(wanted):
+            if not self._may_begin():
                 self._fetcher.wait_for_room(self)
                 return
             places = self._places(wanted)
@@ -169,9 +169,10 @@ class ReadAhead:
     def _end(self, reading: _Reading) -> None:
         if reading.order is not None and not reading.ended:
             reading.order.drop(reading.index)
+        reading.order = reading.obtained = None  # the order refers to the reading: else the block stays until a gc run
         self._room.give(reading.holder, first=reading.first)
 
-    def _may_begin(self, count: int) -> bool:
+    def _may_begin(self) -> bool:
         for reading in self._readings:
             if reading.cold and not self._fetcher.is_cold(self._object, reading.index):
                 reading.cold = False
@@ -179,7 +180,7 @@ class ReadAhead:
         under_way = sum(not reading.ended for reading in self._readings)
         cold = sum(reading.cold for reading in self._readings)
         blocks = len(self._readings)
-        return self._room.has_room(self, blocks, count, under_way=under_way, cold=cold, warm=self._warm)
+        return self._room.has_room(self, blocks, under_way=under_way, cold=cold, warm=self._warm)
 
 
 def _in_stripes(indices: Iterable[int], block_count: int) -> Iterator[list[int]]:

@@ -123,13 +123,13 @@ class Room:
         """`first`: the place is from `take_first`."""
         self._places.give(client, queued=first)
 
-    def has_room(self, reader: Reader, blocks: int, count: int, *, under_way: int, cold: int, warm: int) -> bool:
-        """Whether a reader that has `blocks`, under way or in memory, may have `count` more in its part of the window.
-        The others are as in `ReadWindow.has_room`."""
+    def has_room(self, reader: Reader, blocks: int, *, under_way: int, cold: int, warm: int) -> bool:
+        """Whether a reader that has `blocks`, under way or in memory, may ask for another stripe in its part of the
+        window. The others are as in `ReadWindow.has_room`."""
         self._find_slow()
         address, joins = reader.client.address, reader not in self._active
         fair = blocks < HELD // MOST * self._window.share(address, joins=joins)
-        return fair and self._window.has_room(address, count, under_way=under_way, cold=cold, warm=warm, joins=joins)
+        return fair and self._window.has_room(address, under_way=under_way, cold=cold, warm=warm, joins=joins)
 
     def _find_slow(self) -> None:
         now = trio.current_time()

@@ -35,6 +35,8 @@ SMALL_SILENCE_S = 1.0
 """The same for questions that a peer answers from memory."""
 LOOK_EVERY_S = 1.0
 """Interval at which a read checks whether a peer takes too long, or was found to have a bad link meanwhile."""
+MOST_STORING = 16
+"""Pieces that wait for the disk before new reads do."""
 
 Group = tuple[Digest, int, bool, bool]
 
@@ -166,6 +168,31 @@ class CurrentPlacement:
         return self._placement
 
 
+class Storing:
+    """Pieces that wait for the disk, in tasks. New reads wait while there are MOST_STORING of them, so that a disk that
+    stalls stops reads instead of filling the memory."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery, self._count = nursery, 0
+        self._fewer = trio.lowlevel.ParkingLot()
+
+    def start(self, store: Callable[[], Awaitable[None]]) -> None:
+        self._count += 1
+        self._nursery.start_soon(self._run, store)
+
+    async def _run(self, store: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await store()
+        finally:
+            self._count -= 1
+            self._fewer.unpark_all()
+
+    async def room(self) -> None:
+        """Wait until a read may begin."""
+        while self._count >= MOST_STORING:
+            await self._fewer.park()
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """The site as this node sees it, and what this node holds: shared by all parts of blocks/."""
@@ -182,6 +209,7 @@ class Site:
     """Bytes of the largest object that is read or kept."""
     nursery: trio.Nursery
     """For tasks that outlive a request."""
+    storing: Storing
 
     def check_size(self, ref: ObjectRef) -> None:
         """Raises UnavailableError if the object is too large, or is known to have another size: sizes are claims."""
@@ -209,4 +237,4 @@ class Site:
         is of an object of another size, or its signer or maker is not trusted."""
         if self.tiers.holds(piece) or not self.tiers.put_nowait(piece, data, record, proof, kept_for=kept_for):
             store = partial(self.tiers.replace, piece, data, record, proof, kept_for=kept_for)
-            self.nursery.start_soon(store)
+            self.storing.start(store)

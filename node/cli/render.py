@@ -137,7 +137,7 @@ def _cluster(row: documents.ClusterRow | None) -> str:
     return f"{row.id[:16]} ({'has its key' if row.admits else 'joined'}{left}, {row.revocations} revoked)"
 
 
-def _upstreams(upstreams: Iterable[documents.UpstreamRow], out: Console) -> None:
+def _upstreams(upstreams: Sequence[documents.UpstreamRow], out: Console) -> None:
     rows = [
         {
             "upstream": upstream.name,
@@ -150,6 +150,24 @@ def _upstreams(upstreams: Iterable[documents.UpstreamRow], out: Console) -> None
         for endpoint in upstream.endpoints
     ]
     show_table(out, rows)
+    _ways(upstreams, out)
+
+
+def _ways(upstreams: Iterable[documents.UpstreamRow], out: Console) -> None:
+    rows = [
+        {
+            "upstream": upstream.name,
+            "way": way,
+            ">lately": f"{size(row.rate)}/s" if row.rate else "-",
+            ">first byte ms": milliseconds(1000 * row.first_s if row.rate else None),
+            "reads": ", ".join(f"{count} {reason}" for reason, count in row.chosen.items()) or "none",
+        }
+        for upstream in upstreams
+        for way, row in upstream.ways.items()
+    ]
+    if rows:
+        out.print()
+        show_table(out, rows)
 
 
 def _uplink(row: documents.UplinkRow | None) -> str:
@@ -351,7 +369,7 @@ def _gc(report: documents.GcReport, out: Console) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive blocks from one source. `slowest_ms` is None if no block has a time."""
+    """Consecutive blocks from one source, by one way. `slowest_ms` is None if no block has a time."""
 
     first: int
     last: int
@@ -360,11 +378,12 @@ class Run:
     peers: tuple[str, ...]
     slowest_ms: float | None
     retries: int
+    way: str = ""
 
 
 def runs(blocks: Iterable[documents.WhyBlock]) -> Iterator[Run]:
-    """Group by source; every block is in exactly one run. `peers` are all that answered for one of its blocks."""
-    for source, group in groupby(blocks, key=lambda block: block.source):
+    """Group by source and way; every block is in one run. `peers` are all that answered for one of its blocks."""
+    for (source, way), group in groupby(blocks, key=lambda block: (block.source, block.way)):
         same = list(group)
         times = [block.milliseconds for block in same if block.milliseconds is not None]
         peers = {peer for block in same for peer in block.peers}
@@ -376,6 +395,7 @@ def runs(blocks: Iterable[documents.WhyBlock]) -> Iterator[Run]:
             peers=tuple(sorted(peers)),
             slowest_ms=max(times, default=None),
             retries=sum(block.retries for block in same),
+            way=way,
         )
 
 
@@ -400,6 +420,7 @@ def _show_object(out: Console, listing: documents.WhyObject, names: Mapping[str,
             ">slowest ms": milliseconds(run.slowest_ms),
             ">retries": "-" if run.source == documents.NOT_READ else run.retries,
             "peers": ", ".join(names.get(peer) or short_peer(peer) for peer in run.peers),
+            **({"way": run.way} if any(block.way for block in listing.blocks) else {}),
         }
         for run in (single if every_block else runs(listing.blocks))
     ]

@@ -91,6 +91,7 @@ class UpstreamPart(_Part, frozen=True):
     daily_spent: Literal["refuse", "allow"] = "refuse"
     hours: Annotated[tuple[quantities.Window, ...], msgspec.Meta(max_length=16)] = ()
     redirects: Annotated[tuple[str, ...], msgspec.Meta(max_length=32)] = ()
+    prefer: Literal["site", "fastest"] = "site"
 
     @property
     def urls(self) -> tuple[str, ...]:

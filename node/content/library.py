@@ -151,6 +151,7 @@ class SiteLibrary:
             async with aclosing(self._send(request, verified)) as chunks:
                 async for chunk in chunks:
                     yield chunk
+                    del chunk
         if not request.whole and ref.size > CHECKED_FIRST:
             self.verifier.read_in_part(locator, ref)
 

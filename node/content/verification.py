@@ -127,7 +127,8 @@ class ObjectVerifier:
             if not self._is_doubtful(claims[index]):
                 continue
             if first_false < given:
-                for piece, record in self._site.tiers.signed_by(claims[index].signer).items():
+                signed = await self._site.tiers.signed_by(claims[index].signer, ref.digest)
+                for piece, record in signed.items():
                     if record.object == ref:
                         await self._site.tiers.discard(piece)
                 return None

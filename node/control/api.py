@@ -34,6 +34,7 @@ from node.stages import Node
 from protocol.errors import NotFoundError
 from protocol.ids import Digest, ObjectRef
 from protocol.members import State
+from protocol.ways import Way, Ways
 
 MAX_CACHE_ROWS = 1000
 MAX_NAMED = 8
@@ -206,6 +207,7 @@ class NodeControl:
                 milliseconds=read.seconds * 1000,
                 retries=read.retries,
                 when=read.at,
+                way=read.way,
             )
             for index, read in self._member.ledger.reads(ref.digest).items()
             if index < ref.block_count
@@ -246,7 +248,7 @@ class NodeControl:
 
 
 def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> doc.UpstreamRow:
-    """An upstream with the health of its URLs and the use of its uplink."""
+    """An upstream with the health of its URLs, the use of its uplink, and its two ways if one is chosen."""
     endpoints = tuple(
         doc.EndpointRow(url=end.url, problem=end.problem, retry_in_s=end.retry_in_s, bytes_received=end.received)
         for end in upstreams.endpoints(part.name)
@@ -256,8 +258,25 @@ def upstream_row(part: UpstreamPart, upstreams: Upstreams) -> doc.UpstreamRow:
         rate=use.rate, daily_bytes=use.daily, used_today_bytes=use.used, free=use.free, spent=use.spent
     )
     return doc.UpstreamRow(
-        name=part.name, url=part.urls[-1], endpoints=endpoints, uplink=uplink if use.rate or use.daily else None
+        name=part.name,
+        url=part.urls[-1],
+        endpoints=endpoints,
+        uplink=uplink if use.rate or use.daily else None,
+        prefer=part.prefer,
+        ways=_way_rows(upstreams.ways(part.name)) if part.prefer == "fastest" else {},
     )
+
+
+def _way_rows(ways: Ways) -> dict[str, doc.WayRow]:
+    gauges = {Way.SITE: ways.site, Way.REGISTRY: ways.registry}
+    return {
+        way.value: doc.WayRow(
+            rate=gauge.rate,
+            first_s=gauge.first_s,
+            chosen={choice.reason.value: count for choice, count in ways.chosen.items() if choice.way is way},
+        )
+        for way, gauge in gauges.items()
+    }
 
 
 def _tier_rows(statistics: Mapping[str, StoreStatistics]) -> dict[str, doc.TierRow]:

@@ -31,7 +31,7 @@ from protocol.errors import (
     UnavailableError,
 )
 from protocol.evidence import Evidence, check_evidence, make_evidence
-from protocol.ids import ObjectRef, PeerId, Piece
+from protocol.ids import PeerId
 from protocol.messages import Accusations, Accuse
 
 log = logging.getLogger(__name__)
@@ -211,12 +211,10 @@ class Judge:
         tiers = self.site.tiers
         for pause_s in (0.0, UNDER_WAY_S):
             await trio.sleep(pause_s)
-            objects: dict[ObjectRef, list[Piece]] = {}
-            for piece, record in tiers.signed_by(signer).items():
-                objects.setdefault(record.object, []).append(piece)
-            for ref, pieces in objects.items():
-                if not await is_right(tiers, ref):
-                    false = tiers.signed_by(signer)  # others may have been replaced meanwhile
-                    for piece in pieces:
-                        if piece in false:
+            for digest in tiers.objects():
+                for ref in {record.object for record in (await tiers.signed_by(signer, digest)).values()}:
+                    if await is_right(tiers, ref):
+                        continue
+                    for piece, record in (await tiers.signed_by(signer, digest)).items():
+                        if record.object == ref:
                             await tiers.discard(piece)

@@ -45,6 +45,8 @@ class Channel(ABC):
     def __init__(self, sock: socket.socket, stall_s: float) -> None:
         """`sock`: connected and non-blocking. `stall_s`: the longest time in which a peer may accept no byte."""
         self.traffic = Traffic()
+        self.received_at = trio.current_time()
+        """When a byte last arrived."""
         self._stall_s = stall_s
         self._sock = sock
         self._readable = Readable(sock)
@@ -52,11 +54,15 @@ class Channel(ABC):
 
     def receive_nowait(self, view: memoryview) -> int:
         """Read the bytes that have arrived into `view`, up to its length. Returns their number, 0 for none."""
+        if self._closed:
+            raise PeerUnavailableError("connection closed")
         try:
             received = self._receive(view)
         except OSError as error:
             raise PeerUnavailableError(f"connection lost: {error}") from error
-        self.traffic.received += received
+        if received:
+            self.traffic.received += received
+            self.received_at = trio.current_time()
         return received
 
     @abstractmethod
@@ -202,13 +208,14 @@ class TlsChannel(Channel):
     def _receive(self, view: memoryview) -> int:
         """OpenSSL returns one record (16 KiB) at a time, and may hold one when the socket is no longer readable. So
         this method reads until OpenSSL has no more. Only then may the caller wait for the socket."""
-        received = 0
+        length, received = len(view), 0
         try:
-            while received < len(view):
-                size = self._sock.recv_into(view[received:])
+            while received < length:
+                # Not `recv_into`: it is this method and some tests of its arguments, for each record.
+                size = self._sock.read(length - received, view[received:] if received else view)
                 if not size:
                     break
-                received += size
+                received += int(size)
         except ssl.SSLWantReadError:
             return received
         except OSError:

@@ -13,7 +13,7 @@ import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Generic, NamedTuple, NoReturn, TypeVar
+from typing import Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -21,14 +21,14 @@ from cachetools import LRUCache
 
 from node.config.quantities import HostPort
 from node.exchange.channel import Channel, TlsChannel, Traffic
-from node.exchange.contract import Handler, Lane, Server
+from node.exchange.contract import AtOnce, Handler, Lane, Server
 from node.exchange.limits import Limits, Timing
-from node.exchange.requests import serve_nothing
+from node.exchange.requests import nothing_at_once, serve_nothing
 from node.exchange.send_slots import SendSlots
 from node.runtime.refusals import Refusals
 from protocol import wire
 from protocol.errors import NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
-from protocol.ids import BLOCK_SIZE, Buffer, PeerId
+from protocol.ids import Buffer, PeerId
 from protocol.members import MAX_MEMBERS, Member
 from protocol.messages import GetShards, Request
 
@@ -41,7 +41,7 @@ HEADS_WEIGHT = 4 * BATCH_BYTES
 TURN_BYTES = 512 << 10
 """Bodies that a connection sends before it gives its slot to another one that queues for it."""
 CHECKPOINT_BYTES = 1 << 20
-"""A writer yields to other tasks after this many bytes at the latest, also while the kernel accepts all at once."""
+"""A connection yields to other tasks after reading or writing this many bytes, also while the socket is ready."""
 WHOLE_S = 10.0
 """Longest time from a message's first byte to the end of its header. Bounds the memory held by incomplete headers."""
 
@@ -71,6 +71,7 @@ class Endpoint:
     refused: Callable[[PeerId], bool]
     handler: Handler
     server: Server = serve_nothing
+    at_once: AtOnce = nothing_at_once
     plain: bool = False
     timing: Timing = field(default_factory=Timing)
     limits: Limits = field(default_factory=Limits)
@@ -191,6 +192,15 @@ class Connection:
         return before + head, body or b""
 
 
+class Sink(Protocol):
+    """Takes a body. `room` is its memory, or None once the body is not wanted any more. `progress` is called with the
+    time at which bytes last arrived."""
+
+    def room(self) -> memoryview | None: ...
+
+    def progress(self, now: float) -> None: ...
+
+
 class Reader(Generic[Message]):
     """Reads the hello, then heads of `kind` and their bodies."""
 
@@ -207,6 +217,11 @@ class Reader(Generic[Message]):
         while (hello := self._heads.hello()) is None:
             await self._feed()
         return hello
+
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes behind the last head were received."""
+        return not self._heads.at_rest
 
     async def to_plain(self) -> Reader[Message]:
         """End TLS. The returned reader reads the unencrypted rest of the connection.
@@ -232,34 +247,37 @@ class Reader(Generic[Message]):
             return head
         raise PeerUnavailableError(f"a message's header did not arrive completely in {WHOLE_S} s")
 
-    async def body(self, length: int, room: Callable[[], memoryview | None], progress: Callable[[], None]) -> None:
-        """Read a body into the memory that `room` returns. While `room`, called before each read, returns None, the
-        bytes are dropped. `progress` is called after each part but the last.
-        """
-        position = 0
+    async def body(self, length: int, sink: Sink) -> None:
+        """Read a body into the memory that `sink.room` returns. While that is None, the bytes are dropped."""
+        channel = self.channel
+        position = self._heads.take(self._place(sink, 0, length))
         while position < length:
-            view = room()
-            view = self._scratch[: length - position] if view is None else view[position:]
-            size = self._heads.take(view) or self.channel.receive_nowait(view)
-            position += size
-            if not size:
-                await self.channel.wait_readable(length - position)
-            elif position < length:
-                progress()
+            position += channel.receive_nowait(self._place(sink, position, length))
+            if position < length:
+                sink.progress(channel.received_at)
+                await channel.wait_readable(length - position)
+                self._since_checkpoint = 0
         self._body_came = True
         self._since_checkpoint += length
 
+    def _place(self, sink: Sink, position: int, length: int) -> memoryview:
+        """Where the bytes of a body from `position` on belong."""
+        room = sink.room()
+        if room is None:
+            return self._scratch[: length - position]
+        return room[position:] if position else room
+
     async def _feed(self) -> None:
         """Read more heads, after a checkpoint: a peer that sends much must hold up no other task. After a body, one
-        checkpoint per BLOCK_SIZE bytes is enough: if all shards of a block have arrived, the task that waits for the
-        block resumes with all of them, and asks for the next block at once (saves a tenth of the CPU)."""
+        checkpoint in CHECKPOINT_BYTES is enough: the task that waits for parts resumes with all that have arrived."""
         size = self.channel.receive_nowait(self._scratch)
         self._since_checkpoint += HEADS_WEIGHT
-        if size and (not self._body_came or self._since_checkpoint >= BLOCK_SIZE):
+        if size and (not self._body_came or self._since_checkpoint >= CHECKPOINT_BYTES):
             self._since_checkpoint = 0
             await trio.lowlevel.checkpoint()
         self._body_came = False
         while not size:
             await self.channel.wait_readable()
+            self._since_checkpoint = 0
             size = self.channel.receive_nowait(self._scratch)
         self._heads.feed(self._scratch[:size])

@@ -70,6 +70,11 @@ Server = Callable[[PeerId, GetShards, Sender], Awaitable[None]]
 """Answers a GetShards. It returns after it sent all wanted parts. If it returns earlier, or with an error of
 protocol.errors, the stream ends with `Failed`, behind the parts that it sent. Its Sender is of no use afterwards."""
 
+AtOnce = Callable[[PeerId, GetShards, Sender], bool]
+"""Answers a GetShards if all parts are in memory: it sends them and returns True; else it sends nothing and returns
+False, and the Server is called. It spares the task. It is called while there is `room`, by the task that reads the
+connection, so it must not take long."""
+
 Heard = Callable[[State], None] | None
 """Called when the answering side says how far it is, and with READY before each part is read."""
 

@@ -17,7 +17,7 @@ import trio
 from cachetools import LRUCache
 
 from node.config.quantities import HostPort
-from node.exchange.channel import TlsChannel
+from node.exchange.channel import Channel, TlsChannel
 from node.exchange.connection import Connection, Endpoint, Frame, Reader
 from node.exchange.contract import Lane, State
 from node.exchange.requests import Call
@@ -37,8 +37,10 @@ class Outgoing(Connection):
         super().__init__(peer, endpoint.slots)
         self.lane = lane
         self.calls: dict[int, Call] = {}
-        self.heard_at = math.inf
-        """When a byte last arrived, or a request began while no other was open; infinite until connected."""
+        self.channel: Channel | None = None
+        """None until it is connected."""
+        self._busy_since = -math.inf
+        """When a request began while no other was open."""
         self._limits, self._timing = endpoint.limits, endpoint.timing
         numbers = (1 + number % wire.MAX_ID for number in count())
         self._free_numbers = filterfalse(self.calls.__contains__, numbers)
@@ -51,24 +53,24 @@ class Outgoing(Connection):
         frame = Frame(wire.encode_head(request_id, call.message, 0))
         self.used_at = trio.current_time()
         if not self.calls:
-            self.heard_at = max(self.heard_at, self.used_at)
+            self._busy_since = self.used_at
         self.calls[request_id] = call
         self.put(frame)
 
     async def read_replies(self, reader: Reader[Reply], nursery: trio.Nursery) -> NoReturn:
         """Raises PeerMisbehavedError and PeerUnavailableError."""
+        channel = reader.channel
         while True:
             head = await reader.head()
             message = head.message
-            self.heard_at = trio.current_time()
             if isinstance(message, Waiting):
-                self._note_waiting(head.request_id, message)
+                self._note_waiting(head.request_id, message, channel.received_at)
                 continue
             call = self._call(head.request_id)
-            call.accept(message)
+            call.accept(message, channel.received_at)
             if isinstance(message, ShardFound):
                 call.expect(message, head.body_length)
-                await reader.body(head.body_length, call.room, partial(self._progress, call))
+                await reader.body(head.body_length, call)
                 call.arrived(message)
             if not call.missing:
                 del self.calls[head.request_id]
@@ -80,24 +82,21 @@ class Outgoing(Connection):
             raise PeerMisbehavedError("an answer to a request that was not made")
         return call
 
-    def _note_waiting(self, request_id: int, message: Waiting) -> None:
+    def _note_waiting(self, request_id: int, message: Waiting, now: float) -> None:
         if request_id:
             raise PeerMisbehavedError("a Waiting with the number of a request")
         for number, state in message.requests:
-            self._call(number).waiting(State(state))
-
-    def _progress(self, call: Call) -> None:
-        self.heard_at = trio.current_time()
-        call.progress()
+            self._call(number).waiting(State(state), now)
 
     def came(self) -> float:
-        """When a byte last arrived; minus infinity before the connection is established."""
-        return self.heard_at if self.heard_at < math.inf else -math.inf
+        """When a byte last arrived, or a request began while no other was open; minus infinity until connected."""
+        return max(self.channel.received_at, self._busy_since) if self.channel is not None else -math.inf
 
     @property
     def dead(self) -> bool:
         """Whether it is established and has open requests, but received nothing for `Timing.quiet_s`."""
-        return bool(self.calls) and trio.current_time() - self.heard_at > self._timing.quiet_s
+        quiet = self.channel is not None and trio.current_time() - self.came() > self._timing.quiet_s
+        return bool(self.calls) and quiet
 
     def end(self, error: ShoalError) -> None:
         for call in self.calls.values():
@@ -166,7 +165,7 @@ class Dialler:
         try:
             with connection.scope:
                 reader = await self._dial(connection.peer, connection.lane)
-                connection.heard_at = trio.current_time()
+                connection.channel = reader.channel
                 error = await connection.run(reader.channel, partial(connection.read_replies, reader))
         except PeerUnavailableError as failure:
             error = failure

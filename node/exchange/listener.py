@@ -26,7 +26,7 @@ from node.exchange.contract import State
 from node.exchange.fair_shares import Shares
 from node.exchange.keep_alive import KeepAlive, OpenWork, Work, waiting
 from node.exchange.limits import BACKLOG, HANDSHAKES_PER_ADDRESS, HEADS_RATE, VIEWS
-from node.exchange.requests import ROOM_BYTES, answer, serve
+from node.exchange.requests import ROOM_BYTES, answer, serve, serve_at_once
 from protocol import wire
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import Buffer, PeerId
@@ -39,9 +39,11 @@ log = logging.getLogger(__name__)
 class Incoming(Connection):
     """A connection that a peer opened, with its unanswered requests."""
 
-    def __init__(self, peer: PeerId, endpoint: Endpoint) -> None:
+    def __init__(self, peer: PeerId, endpoint: Endpoint, turn: trio.Lock) -> None:
         super().__init__(peer, endpoint.slots)
         self.places = trio.Semaphore(endpoint.limits.requests_per_connection)
+        self.turn = turn
+        """The connections of one peer share it."""
         self.work = OpenWork[int]()
         self.queued_bytes = 0
         """Bodies in `large`."""
@@ -53,11 +55,10 @@ class Parts(Work):
     """The Sender of one stream (node/exchange/contract.py). It ends with its last part, with Failed, or with the
     connection."""
 
-    def __init__(self, listener: Listener, connection: Incoming, request: wire.Head[GetShards]) -> None:
+    def __init__(self, listener: Listener, connection: Incoming, number: int, request: GetShards) -> None:
         super().__init__()
-        self._listener, self._connection = listener, connection
-        self._number, self._first = request.request_id, request.message.first
-        self._missing = request.message.wanted
+        self._listener, self._connection, self._number = listener, connection, number
+        self._first, self._missing = request.first, request.wanted
         self.is_over = False
         """Whether nothing more is queued."""
 
@@ -212,7 +213,8 @@ class Listener:
     async def _attend(self, peer: PeerId, reader: Reader[Request]) -> ShoalError:
         """Answer requests until the connection ends. Returns the reason."""
         reason: ShoalError = PeerUnavailableError(f"the connection with {peer} was closed")
-        connection = Incoming(peer, self._endpoint)
+        turns = (other.turn for other in self.connections if other.peer == peer)
+        connection = Incoming(peer, self._endpoint, next(turns, None) or trio.Lock())
         try:
             self._admit(peer)  # again: other connections may have been admitted during this one's hello
             self.connections.add(connection)
@@ -247,18 +249,27 @@ class Listener:
             if not self._requests.take(peer, 1):
                 await self._requests.wait(peer, 1)
             self._begin(connection, head, nursery)
+            if reader.has_more:
+                # One request of each peer in a pass of all tasks: a flood on many connections delays others by no more.
+                async with connection.turn:
+                    await trio.lowlevel.checkpoint()
 
     def _begin(self, connection: Incoming, request: wire.Head[Request], nursery: trio.Nursery) -> None:
         connection.used_at = trio.current_time()
         self._keep_alive.begin(connection, connection.work)
-        work: Work
-        if isinstance(request.message, GetShards):
-            work = Parts(self, connection, request)  # type: ignore[arg-type] # its message was just tested
-            nursery.start_soon(self._serve_stream, connection.peer, request.message, work)
-        else:
-            work = Work()
+        message = request.message
+        if not isinstance(message, GetShards):
+            connection.work.by_number[request.request_id] = Work()
             nursery.start_soon(self._answer, connection, request)
-        connection.work.by_number[request.request_id] = work
+            return
+        parts = Parts(self, connection, request.request_id, message)
+        connection.work.by_number[request.request_id] = parts
+        if connection.queued_bytes < ROOM_BYTES:
+            failed = serve_at_once(self._endpoint.at_once, connection.peer, message, parts)
+            if failed is not None:
+                parts.fail(failed)
+                return
+        nursery.start_soon(self._serve_stream, connection.peer, message, parts)
 
     async def _pace(self, peer: PeerId, size: int) -> None:
         until = max(trio.current_time(), self._paced_until.get(peer, 0.0)) + size / HEADS_RATE

@@ -15,9 +15,18 @@ import msgspec
 import trio
 
 from node.config.quantities import HostPort
-from node.exchange.contract import Answer, Handler, Heard, Into, Lane, Part, Server, State
+from node.exchange.contract import Answer, AtOnce, Handler, Heard, Into, Lane, Part, Server, State
 from node.exchange.keep_alive import KeepAlive, OpenWork, Work
-from node.exchange.requests import REQUESTS_PER_CONNECTION, ROOM_BYTES, Call, answer, serve, serve_nothing
+from node.exchange.requests import (
+    REQUESTS_PER_CONNECTION,
+    ROOM_BYTES,
+    Call,
+    answer,
+    nothing_at_once,
+    serve,
+    serve_at_once,
+    serve_nothing,
+)
 from protocol import wire
 from protocol.errors import PeerMisbehavedError, PeerUnavailableError
 from protocol.ids import Buffer, PeerId
@@ -172,10 +181,11 @@ class MemoryExchange:
         refused: Callable[[PeerId], bool],
         handler: Handler,
         server: Server = serve_nothing,
+        at_once: AtOnce = nothing_at_once,
         requests_per_connection: int = REQUESTS_PER_CONNECTION,
     ) -> None:
         self._network, self._own = network, own
-        self._refused, self._handler, self._server = refused, handler, server
+        self._refused, self._handler, self._server, self._at_once = refused, handler, server, at_once
         self._requests = requests_per_connection
         self._links: dict[tuple[PeerId, Lane], _Link] = {}
         self._asked: dict[_Line, None] = {}  # ordered, unlike a set, so that a run can be repeated
@@ -243,7 +253,7 @@ class MemoryExchange:
     def _say_waiting(self, link: _Link, report: list[tuple[_Line, State]]) -> None:
         if self._network.reaches(self._own, link.asker):
             for line, state in report:
-                line.call.waiting(state)
+                line.call.waiting(state, trio.current_time())
 
     async def _serve(self, line: _Line) -> None:
         with line.scope:
@@ -264,7 +274,9 @@ class MemoryExchange:
                 async with trio.open_nursery() as nursery:
                     link.work.by_number[line] = parts = _Parts(self, link, line, nursery)
                     try:
-                        failed = await serve(self._server, line.asker, message, parts)
+                        failed = serve_at_once(self._at_once, line.asker, message, parts)
+                        if failed is None:
+                            failed = await serve(self._server, line.asker, message, parts)
                     finally:
                         parts.is_over = True
                 head = wire.encode_head(1, failed, 0)
@@ -286,7 +298,7 @@ def _deliver(call: Call, head: bytes, body: Buffer = b"") -> None:
     """Deliver a reply that has arrived whole, or the asker's error."""
     try:
         message = _read(wire.REPLIES, head)
-        call.accept(message)
+        call.accept(message, trio.current_time())
     except PeerMisbehavedError as error:
         call.end(error)
         return

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from node.exchange.contract import Answer, Handler, Heard, Into, Part, Sender, Server, State
+from node.exchange.contract import Answer, AtOnce, Handler, Heard, Into, Part, Sender, Server, State
 from node.runtime.fair_places import Asker, Demand, working_for
 from protocol import errors, wire
 from protocol.ids import PeerId
@@ -89,20 +89,20 @@ class Call:
         came = min(self.came(), self._heard_at + max(0.0, STARVED_S - self.silence_s))
         return max(self._heard_at, came) + self.silence_s
 
-    def progress(self) -> None:
-        """Note that a part of the answer arrived."""
-        self._heard_at = trio.current_time()
+    def progress(self, now: float) -> None:
+        """Note that bytes of the answer arrived."""
+        self._heard_at = now
 
-    def waiting(self, state: State) -> None:
-        """Note that a `Waiting` lists this request, or the head of a part arrived."""
-        self.progress()
+    def waiting(self, state: State, now: float) -> None:
+        """Note that a `Waiting` lists this request."""
+        self._heard_at = now
         if self.heard is not None:
             self.heard(state)
 
-    def accept(self, message: Reply) -> None:
+    def accept(self, message: Reply, now: float) -> None:
         """Note a reply, or the head of a part. Raises PeerMisbehavedError if it does not answer the request."""
         self.missing = wire.check_answer(self.message, message, self.missing)
-        self.progress()
+        self._heard_at = now
 
     def expect(self, message: ShardFound, length: int) -> None:
         """A body of `length` bytes (at least 1) follows: get memory for it, if this call has not ended."""
@@ -152,14 +152,15 @@ class Dispatcher:
     def __init__(self) -> None:
         self._handlers: dict[type, Callable[[PeerId, Any], Awaitable[Answer]]] = {}
         self._server: Server = serve_nothing
+        self.at_once: AtOnce = nothing_at_once
 
     def route(self, handler: Callable[[PeerId, Any], Awaitable[Answer]], *requests: type) -> None:
         """Have `handler` answer these types of request."""
         self._handlers.update(dict.fromkeys(requests, handler))
 
-    def serve(self, server: Server) -> None:
-        """Have `server` answer the requests that are answered by streams."""
-        self._server = server
+    def serve(self, server: Server, at_once: AtOnce | None = None) -> None:
+        """Have these answer the requests that are answered by streams."""
+        self._server, self.at_once = server, at_once or nothing_at_once
 
     async def __call__(self, peer: PeerId, request: Request) -> Answer:
         handler = self._handlers.get(type(request))
@@ -175,6 +176,10 @@ class Dispatcher:
 
 async def serve_nothing(peer: PeerId, request: GetShards, sender: Sender) -> None:
     """The Server of a node that holds no blocks."""
+
+
+def nothing_at_once(peer: PeerId, request: GetShards, sender: Sender) -> bool:
+    return False
 
 
 async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) -> bytes:
@@ -200,9 +205,21 @@ async def serve(server: Server, peer: PeerId, request: GetShards, sender: Sender
     except Exception:  # as in `answer`
         log.exception("answering %s to %s failed", type(request).__name__, peer)
         return _BUG
-    return Failed("not-held", "not held")
+    return _NOT_HELD
 
 
+def serve_at_once(at_once: AtOnce, peer: PeerId, request: GetShards, sender: Sender) -> Failed | None:
+    """As `serve`. None if that has to be called, because the parts cannot be sent at once."""
+    try:
+        return _NOT_HELD if at_once(peer, request, sender) else None
+    except errors.ShoalError as error:
+        return _failed(error)
+    except Exception:  # as in `answer`
+        log.exception("answering %s to %s failed", type(request).__name__, peer)
+        return _BUG
+
+
+_NOT_HELD = Failed("not-held", "not held")
 _BUG = Failed("unavailable", "internal error")
 
 

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import msgspec
 import trio
 
-from cache.recovery import space
+from cache.runs import space
 from cache.store import StoreStatistics
 from node.oci.layout import Packed, PackedImage
 from node.oci.references import ImageName, Kind, Locator

@@ -41,7 +41,7 @@ MAX_ORDERED = 4096
 """Images that wait, and as many that ended and are still reported."""
 MAX_FILE = 16 << 20
 DEPTH = 2
-"""Blocks under way: one arrives while the one before is hashed. More would take the places of clients' reads."""
+"""Stripes under way: one arrives while the one before is hashed. More would take the places of clients' reads."""
 AGAIN_S, AGAIN_MOST_S = 30.0, 900.0
 """Time until the next attempt after a failure that may pass, doubled each time. Attempts do not end, since a registry
 may be out of reach for a night; an operator can cancel them."""

@@ -7,6 +7,7 @@ A failed attempt raises FailedAttemptError. Other errors (not found, denied) are
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from random import Random
@@ -66,24 +67,45 @@ class Availability:
         self.name, self.is_mirror, self.rng = name, is_mirror, rng
         self.breaker = Breaker()
         self.problem = ""
-        self.probing = trio.lowlevel.ParkingLot()
-        """Calls that wait for the probe's outcome; unparked when the registry answers, or fails for every call."""
+        self.is_overloaded = False
+        """Whether its last failure was an answer. Then calls fail at once: waiting ones would only add to its load."""
+        self.answered_at = self.pushed_at = -math.inf
+        """When it last answered, and when it last refused or failed to."""
+        self.waiting = trio.lowlevel.ParkingLot()
+        """Calls that wait for a probe; unparked when the registry answers, or fails for every call, or seems to answer
+        again."""
 
     def answered(self) -> None:
+        self.answered_at = trio.current_time()
         self.breaker.succeeded()
-        self.probing.unpark_all()
+        self.waiting.unpark_all()
+
+    def hinted(self) -> None:
+        """Another member says that the registry answers."""
+        if self.breaker.hinted(trio.current_time()):
+            self.waiting.unpark_all()
 
     async def admitted(self, policy: RetryPolicy, subject: str) -> Attempts:
         """Begin a call. Raises UnavailableError if the breaker admits no call. While one call probes whether the
         registry has recovered, others wait for its outcome: the first pull after an outage makes many calls at once."""
-        wait_s = self.breaker.wait_s(trio.current_time())
-        if wait_s and self.breaker.probing:
-            with trio.move_on_after(PROBE_S):
-                await self.probing.park()
-            wait_s = self.breaker.wait_s(trio.current_time())
-        if wait_s:
+        if wait_s := await self.let_in(policy):
             raise UnavailableError(f"{self.name}: {subject}: {self.problem}; next attempt in {wait_s:.0f} s")
         return Attempts(self, policy, subject)
+
+    async def let_in(self, policy: RetryPolicy) -> float:
+        """Wait until the breaker admits a call of this policy. Returns the seconds to its next probe if it does not."""
+        while wait_s := self.breaker.wait_s(now := trio.current_time()):
+            if self.breaker.probing:
+                with trio.move_on_after(PROBE_S) as late:
+                    await self.waiting.park()
+                if late.cancelled_caught:
+                    break
+            elif not self.is_overloaded and now + wait_s <= self.breaker.failing_since + policy.patience_s:
+                with trio.move_on_after(wait_s):
+                    await self.waiting.park()
+            else:
+                break
+        return wait_s
 
     async def retrying(self, call: Call, attempt: Callable[[Call], Awaitable[_T]]) -> _T:
         attempts = await self.admitted(RESOLVE, call.subject)
@@ -109,6 +131,8 @@ class Attempts:
         """Sleep until the next attempt. Raises UnavailableError if the call has no attempt left."""
         registry = self._registry
         self._failures += 1
+        if failure.breaks:
+            registry.pushed_at = trio.current_time()
         # A registry that keeps failing to answer gets fewer attempts than one that has answered until now.
         once_more = failure.again and not (failure.breaks and registry.breaker.failing)
         delay_s = self._policy.delay(self._failures, failure.retry_after_s, registry.rng) if once_more else None
@@ -117,9 +141,11 @@ class Attempts:
             if failure.breaks or registry.is_mirror:
                 if not registry.breaker.failing:
                     log.warning("%s is not asked for a while: %s", registry.name, failure)
-                registry.problem = str(failure)
+                registry.problem, registry.is_overloaded = str(failure), failure.status != 0
                 registry.breaker.failed(trio.current_time(), failure.retry_after_s or 0.0)
-                registry.probing.unpark_all()
+                registry.waiting.unpark_all()
+                if self._policy.patience_s and not registry.is_overloaded and not await registry.let_in(self._policy):
+                    return
             raise UnavailableError(problem) from failure
         log.info("%s; %s again in %.1f s", problem, self._policy.name, delay_s)
         await trio.sleep(delay_s)

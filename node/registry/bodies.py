@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import httpx
@@ -102,40 +103,65 @@ class MeteredBody:
             count -= await self.recv_into(scratch[:count])
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The first `filled` bytes of block `index`. The buffer has room for the rest."""
+
+    ref: ObjectRef
+    index: int
+    block: bytearray
+    filled: int
+
+
 class BlockCutter:
     """Cuts bytes into blocks, across any number of responses. `position` is the offset of the next byte to request,
     `coming` is called whenever bytes arrive."""
 
     def __init__(self, ref: ObjectRef, first: int, count: int, coming: Callable[[], None] = lambda: None) -> None:
         self.ref, self._coming = ref, coming
+        self._count: Callable[[int], None] = lambda _: None
         self._stop_index = first + count
-        self._index = first
+        self.index = first
         self._filled = 0
         self._block = bytearray()
         self.stop = min(self._stop_index * BLOCK_SIZE, ref.size)
 
+    def watch(self, count: Callable[[int], None]) -> None:
+        """From now on, call `count` with the number of bytes that arrive."""
+        self._count = count
+
     @property
     def position(self) -> int:
-        return self._index * BLOCK_SIZE + self._filled
+        return self.index * BLOCK_SIZE + self._filled
 
     @property
     def done(self) -> bool:
-        return self._index >= self._stop_index
+        return self.index >= self._stop_index
+
+    def resume(self, begun: Begun) -> None:
+        """Continue the current block, which must be the same."""
+        self._block, self._filled = begun.block, begun.filled
+
+    @property
+    def begun(self) -> Begun | None:
+        """The current block if some of its bytes have arrived."""
+        return Begun(self.ref, self.index, self._block, self._filled) if self._filled else None
 
     def room(self) -> memoryview:
         """The buffer for the block's missing bytes, allocated at the block's first byte."""
         if not self._block:
-            self._block = bytearray(self.ref.block_length(self._index))
+            self._block = bytearray(self.ref.block_length(self.index))
         return memoryview(self._block)[self._filled :]
 
     def filled(self, count: int) -> bytearray | None:
         """Note that `count` more bytes are in the buffer. Returns the block if they complete it."""
         self._filled += count
+        self._count(count)
         self._coming()
         if self._filled < len(self._block):
             return None
         block, self._block, self._filled = self._block, bytearray(), 0
-        self._index += 1
+        self.index += 1
         return block
 
 

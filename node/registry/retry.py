@@ -17,6 +17,8 @@ class RetryPolicy:
     cap_s: float
     retry_after_cap_s: float = 10.0
     """If a server asks for a longer pause, the call fails at once: a client waits for the answer."""
+    patience_s: float = 0.0
+    """For this time from the beginning of an outage, the call waits for the breaker's next probe instead of failing."""
 
     def delay(self, failures: int, retry_after_s: float | None, rng: Random) -> float | None:
         """Seconds to wait after the `failures`th failure in a row; None: give up."""
@@ -28,8 +30,10 @@ class RetryPolicy:
 
 RESOLVE = RetryPolicy("resolve", attempts=3, base_s=0.2, cap_s=2.0)
 """Names and sizes: a client waits for the headers. Most clients give up after 30 s."""
-BODY = RetryPolicy("body", attempts=5, base_s=0.2, cap_s=5.0)
-"""Blocks: each block received resets the count of failures, so a body may take many attempts on a bad link."""
+BODY = RetryPolicy("body", attempts=5, base_s=0.2, cap_s=5.0, patience_s=8.0)
+"""Blocks: each block received resets the count of failures, so a body may take many attempts on a bad link. A short
+outage is waited out: a home that fails at once makes all readers of its blocks look elsewhere, and some of them read
+the blocks themselves. The time is long enough for the probes 2 and 6 s after the first failure."""
 MIRROR = RetryPolicy("mirror", attempts=2, base_s=0.1, cap_s=0.1, retry_after_cap_s=0.0)
 """A mirror: only short interruptions are worth another attempt, since another registry can be asked."""
 RETRIED_STATUS = frozenset({408, 429, 502, 503, 504})
@@ -40,7 +44,9 @@ class Breaker:
     """Circuit breaker (Nygard, "Release It!"): after a failure all calls fail at once, for a pause that doubles.
 
     After the pause one call is admitted as a probe, and the next pause begins. If the probe is cancelled, another call
-    becomes the probe after that pause.
+    becomes the probe after that pause. If another member found that the registry answers (`hinted`), the pause ends at
+    once. The next hint counts after the time at which that pause would have ended: a member that lies costs at most one
+    probe for each pause.
     """
 
     FIRST_PAUSE_S = 2.0
@@ -52,6 +58,9 @@ class Breaker:
         self._failures = 0
         self._closed_until = 0.0
         self._probing = False
+        self._asked_until = self._hints_from = 0.0
+        self.failing_since = 0.0
+        """When the outage began. Only valid while `failing`."""
 
     def wait_s(self, now: float) -> float:
         """0: make the call, and report its outcome. Otherwise the seconds until the next probe."""
@@ -80,11 +89,23 @@ class Breaker:
 
     def failed(self, now: float, asked_s: float = 0.0) -> None:
         """Only the first failure among concurrent calls counts. `asked_s`: the pause that the server asks for."""
+        if not self._failures:
+            self.failing_since = now
         if not self._failures or self._probing:
             self._probing = False
             self._failures += 1
             self._closed_until = now + self._pause_s()
-        self._closed_until = max(self._closed_until, now + min(asked_s, self.LONGEST_ASKED_S))
+        self._asked_until = now + min(asked_s, self.LONGEST_ASKED_S)
+        self._closed_until = max(self._closed_until, self._asked_until)
+
+    def hinted(self, now: float) -> bool:
+        """Another member says that the registry answers. Returns whether the pause ends for that. A pause for which the
+        registry itself asked stays."""
+        until = max(now, self._asked_until)
+        if not self._failures or now < self._hints_from or self._closed_until <= until:
+            return False
+        self._hints_from, self._closed_until = self._closed_until, until
+        return True
 
     def _pause_s(self) -> float:
         return min(self.LONGEST_PAUSE_S, self.FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 8))

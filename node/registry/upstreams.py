@@ -11,8 +11,8 @@ for some seconds (`Breaker`). An overloaded registry costs some attempts, and th
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, nullcontext
 from functools import partial
 from random import Random
 from typing import Self, TypeVar
@@ -20,33 +20,41 @@ from typing import Self, TypeVar
 import httpx
 import msgspec
 import trio
+from cachetools import TTLCache
 
 from node.config.schema import UpstreamPart
 from node.oci.manifests import UNTYPED, Resolved
 from node.oci.references import Grant, Locator, canonical
 from node.registry.attempts import Availability
-from node.registry.bodies import BlockCutter, Meter
+from node.registry.bodies import Begun, BlockCutter, Meter
 from node.registry.calls import Call, Endpoint, Passed
 from node.registry.client import RegistryClient
 from node.registry.transport import Connect, sockets
 from node.registry.uplink import Uplink, UplinkUse
 from protocol.errors import NotFoundError, ShoalError, UnavailableError
 from protocol.ids import MAX_OBJECT_SIZE, Digest, ObjectRef, is_possible
+from protocol.ways import ALWAYS_SITE, Choice, Ways
 
 log = logging.getLogger(__name__)
 
 REMOVED_S = 300.0
 """How long a removed upstream can still be read: a pull asks for one object after another and should finish."""
+BEGUN_S, MAX_BEGUN = 60.0, 8
+"""How long, and how many, incomplete blocks are kept when a read ends: what an uplink brought before it was cut need
+not cross it again. They take at most 4 MiB for each upstream."""
+REACHED_S = 30.0
+"""An answer of a registry within this time is told to members that may take it for unreachable."""
 Count = Callable[[str, int], None]
 """Called with the upstream's name and the number of body bytes just read from it."""
 _T = TypeVar("_T")
 
 
 class _Upstream:
-    """`part` lacks the uplink's settings and `access_grace`: a change of those needs no new connections."""
+    """`part` lacks the uplink's settings, `access_grace` and `prefer`: a change of those needs no new connections."""
 
     def __init__(self, part: UpstreamPart, uplink: Uplink, connect: Connect, *, count: Count, rng: Random) -> None:
         self.part, self.uplink = _own(part), uplink
+        self.ways, self.prefer = Ways(), part.prefer
         self.in_order: list[RegistryClient] = []
         for place, url in enumerate(part.urls, 1):
             is_mirror = place < len(part.urls)
@@ -55,13 +63,38 @@ class _Upstream:
             availability = Availability(name, is_mirror=is_mirror, rng=rng)
             self.in_order.append(RegistryClient(part, url, connect, availability=availability, meter=meter))
         self.registry = self.in_order[-1]
+        self._begun: TTLCache[tuple[ObjectRef, int], Begun] = TTLCache(MAX_BEGUN, BEGUN_S, timer=trio.current_time)
+
+    @contextmanager
+    def continuing(self, cutter: BlockCutter) -> Iterator[None]:
+        """Begin with the bytes of the first block that an earlier read got before it failed or was given up, and keep
+        those that this one gets if it does not complete its block."""
+        if (begun := self._begun.pop((cutter.ref, cutter.index), None)) is not None:
+            cutter.resume(begun)
+        try:
+            yield
+        finally:
+            if (begun := cutter.begun) is not None:
+                self._begun[begun.ref, begun.index] = begun
 
     def asked(self, grant: Grant | None) -> list[RegistryClient]:
         """The clients in order. A client's grant is for the registry itself: mirrors do not see it."""
         return [self.registry] if grant else self.in_order
 
+    @contextmanager
+    def measured(self, cutter: BlockCutter) -> Iterator[None]:
+        """Let `ways` know how long the registry takes for what `cutter` still lacks."""
+        reading = self.ways.registry.begin(cutter.stop - cutter.position, trio.current_time())
+        cutter.watch(lambda count: reading.came(count, trio.current_time()))
+        try:
+            yield
+        finally:
+            reading.ended(trio.current_time())
+
     def inherit(self, before: _Upstream) -> None:
-        """Take over the challenges that clients may be answering now, and the bytes read so far from each URL."""
+        """Take over the challenges that clients may be answering now, the bytes read so far from each URL, and what is
+        known of the ways."""
+        self.ways = before.ways
         self.registry.authorization.challenges = before.registry.authorization.challenges
         received = {client.url: client.meter.received for client in before.in_order}
         for client in self.in_order:
@@ -106,6 +139,7 @@ class Upstreams:
         where it began. A removed upstream can be read for another REMOVED_S.
         """
         limited = {uplink.name: uplink for uplink in uplinks}
+        prefers = {canonical(part.name): part.prefer for part in parts}
         wanted = {canonical(part.name): self._current_or_new(part, limited) for part in parts}
 
         def change() -> None:
@@ -117,6 +151,8 @@ class Upstreams:
                     self._removed[name] = upstream, trio.current_time() + REMOVED_S
             self._upstreams.clear()
             self._upstreams.update(wanted)
+            for name, prefer in prefers.items():
+                wanted[name].prefer = prefer
 
         return change
 
@@ -188,9 +224,13 @@ class Upstreams:
         `certain`: from the registry itself, not from a mirror. `background`: no client waits (node/registry/uplink.py).
         `coming` is called whenever bytes of the blocks arrive.
         """
-        call, cutter = Call.of(locator, str(ref.digest)), BlockCutter(ref, first, count, coming)
-        upstream = self._find(locator.upstream)
-        with nullcontext() if background else upstream.uplink.foreground():
+        upstream, call = self._find(locator.upstream), Call.of(locator, str(ref.digest))
+        cutter = BlockCutter(ref, first, count, coming)
+        with (
+            nullcontext() if background else upstream.uplink.foreground(),
+            nullcontext() if certain else upstream.continuing(cutter),
+            nullcontext() if background else upstream.measured(cutter),
+        ):
             for client in [upstream.registry] if certain else upstream.asked(locator.grant):
                 try:
                     async with aclosing(client.blocks(call, cutter, background=background)) as blocks:
@@ -226,6 +266,29 @@ class Upstreams:
         one to everybody. Raises NotFoundError if the repository does not have it, and UnavailableError."""
         client = self._find(locator.upstream).registry
         return await client.availability.retrying(Call.of(locator, str(digest)), client.gives)
+
+    def answers(self, upstream: str) -> bool:
+        """Whether the registry answered this node lately, and has not failed since."""
+        state = self._find(upstream).registry.availability
+        return not state.breaker.failing and trio.current_time() - state.answered_at < REACHED_S
+
+    def choose(self, upstream: str, length: int) -> Choice:
+        """The way for a read of `length` bytes for a client of this node: through the site, or from the registry."""
+        asked = self._find(upstream)
+        if asked.prefer == "site":
+            return ALWAYS_SITE
+        pushed_at = max(client.availability.pushed_at for client in asked.in_order)
+        return asked.ways.choose(length, trio.current_time(), pushed_at=pushed_at, budget=asked.uplink.policy.limited)
+
+    def ways(self, upstream: str) -> Ways:
+        """What both ways gave lately. Reads of blocks from the registry are measured here, those from members by
+        `Ways.site`."""
+        return self._find(upstream).ways
+
+    def told(self, upstream: str) -> None:
+        """Another member says that the registry answers: a node that takes it for unreachable soon tries again."""
+        if (asked := self._upstreams.get(canonical(upstream))) is not None:
+            asked.registry.availability.hinted()
 
     def challenge(self, locator: Locator, *, basic: bool) -> str:
         """The registry's last challenge for the repository, which a client should answer; "" for none."""
@@ -265,4 +328,6 @@ class Upstreams:
 
 
 def _own(part: UpstreamPart) -> UpstreamPart:
-    return msgspec.structs.replace(part, rate="", daily="", daily_spent="refuse", hours=(), access_grace="")
+    return msgspec.structs.replace(
+        part, rate="", daily="", daily_spent="refuse", hours=(), access_grace="", prefer="site"
+    )

@@ -37,6 +37,8 @@ class Flow(Generic[G, V]):
         """Give an item to all that wait for it. Only the first call for an item counts."""
         for order in self._take(item):
             order.deliver(item, value)
+        if self.orders:
+            self.abandon()
 
     def progress(self) -> None:
         """Tell all that wait that bytes of the items come on."""

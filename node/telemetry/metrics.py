@@ -22,7 +22,8 @@ from node.telemetry.sources import Source
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
-Watched = Callable[[], float | Mapping[str, float] | Mapping[Source, float] | Mapping[tuple[str, str], float]]
+_ByLabels = Mapping[tuple[str, str], float] | Mapping[tuple[str, str, str], float]
+Watched = Callable[[], float | Mapping[str, float] | Mapping[Source, float] | _ByLabels]
 """Returns a metric's number, or its numbers by label, or by several labels."""
 
 
@@ -52,6 +53,8 @@ TABLE = (
     _Row(Gauge, "uplink_used_today_bytes", "Bytes that count as used today", ("upstream",)),
     _Row(Gauge, "uplink_daily_bytes", "Bytes that this node may use in a day", ("upstream",)),
     _Row(Gauge, "uplink_rate_bytes", "Bytes that this node may use in a second", ("upstream",)),
+    _Row(Gauge, "way_bytes_per_second", "Bytes per second that a way to blocks gave lately", ("upstream", "way")),
+    _Row(Total, "way_chosen", "Reads for clients, by the way they took and why", ("upstream", "way", "reason")),
     _Row(Total, "peer_bytes", "Bytes exchanged with members", ("direction",)),
     _Row(Gauge, "cache_bytes", "Bytes held", ("tier",)),
     _Row(Gauge, "cache_budget_bytes", "Bytes allowed", ("tier",)),
@@ -129,4 +132,11 @@ def upstream_metrics(rows: Callable[[], Iterable[UpstreamRow]]) -> dict[str, Wat
         "uplink_used_today_bytes": lambda: {row.name: row.uplink.used_today_bytes for row in rows() if row.uplink},
         "uplink_daily_bytes": lambda: {row.name: row.uplink.daily_bytes for row in rows() if row.uplink},
         "uplink_rate_bytes": lambda: {row.name: row.uplink.rate for row in rows() if row.uplink},
+        "way_bytes_per_second": lambda: {(row.name, way): of.rate for row in rows() for way, of in row.ways.items()},
+        "way_chosen": lambda: {
+            (row.name, way, reason): float(count)
+            for row in rows()
+            for way, of in row.ways.items()
+            for reason, count in of.chosen.items()
+        },
     }

@@ -18,13 +18,15 @@ objects are dropped, and of the last object the blocks that were read first."""
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """The last read of one block for a client of this node. `at` is Unix time."""
+    """The last read of one block for a client of this node. `at` is Unix time. `way`: as `Choice.text` of
+    protocol/ways.py, "" if there was no choice."""
 
     source: Source
     seconds: float
     retries: int
     peers: tuple[PeerId, ...]
     at: float
+    way: str = ""
 
 
 class Provenance:

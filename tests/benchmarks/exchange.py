@@ -2,7 +2,8 @@
 
 Each line is measured once in every round, so that other load affects all lines equally. The medians are shown. CPU is
 that of each process, kernel included. "Written" bodies are written as by the disk tier, into pages that the page cache
-does not hold yet. The raw lines read from a plain TCP socket into one buffer: this is the upper limit.
+does not hold yet. Steps are those of the asking process's tasks for each body. The raw lines read from a plain TCP
+socket into one buffer: this is the upper limit.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rich.table import Table
 from cache.files import WRITE, identity_of, opened, write_at
 from node.config.quantities import HostPort
 from node.exchange.connection import Endpoint
-from node.exchange.contract import Answer, Lane
+from node.exchange.contract import Answer, Lane, Sender
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, own_authority, peer_of
 from node.identity.identity import Identity
@@ -39,16 +40,18 @@ from node.runtime.allocator import tune_allocator
 from protocol.erasure import Buffer
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId
 from protocol.members import Member
-from protocol.messages import BlockFound, GetBlock, GetShard, Ping, Pong, Request, ShardFound
+from protocol.messages import GetShards, Ping, Pong, Request, ShardFound
 from protocol.records import make_record
 from tests.support.leftovers import ended_with_the_run
 
 K = 4
-REF = ObjectRef(Digest("sha256", "ab" * 32), BLOCK_SIZE)
+STRIPE = 4
+REF = ObjectRef(Digest("sha256", "ab" * 32), STRIPE * BLOCK_SIZE)
 BLOCK = os.urandom(BLOCK_SIZE)
-RECORD = make_record(REF, 0, sha256(BLOCK).digest(), PeerId("12D3KooWSigner"), sign=lambda payload: bytes(64))
-GET_BLOCK = GetBlock(str(REF.digest), 0, BLOCK_SIZE)
-GET_SHARD = GetShard(str(REF.digest), 0, BLOCK_SIZE, k=K, m=1, want=0, hops=0, source="docker.io/library/alpine#blobs")
+SIGNER = PeerId("12D3KooWSigner")
+RECORDS = [
+    make_record(REF, index, sha256(BLOCK).digest(), SIGNER, sign=lambda payload: bytes(64)) for index in range(STRIPE)
+]
 SLOTS = 256
 RAW, TLS, PLAIN = "raw", "TLS", "plain"
 WARM_S = 0.1
@@ -56,13 +59,29 @@ WARM_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`title` names the work on a body of `size` bytes (0 for small requests). `depth`: concurrent requests."""
+    """`title` names the work on bodies of `size` bytes (0 for small requests). `parts`: bodies in the stream that
+    answers a request. `depth`: concurrent requests."""
 
     title: str
     channel: str
-    message: Request
     size: int
     depth: int
+    parts: int = 1
+
+    @property
+    def message(self) -> GetShards:
+        k = BLOCK_SIZE // self.size
+        return GetShards(
+            digest=str(REF.digest),
+            first=0,
+            wanted=(1 << self.parts) - 1,
+            size=REF.size,
+            k=k,
+            m=int(k > 1),
+            want=0,
+            hops=0,
+            source="docker.io/library/alpine#blobs",
+        )
 
     @property
     def work(self) -> tuple[bool, bool]:
@@ -73,20 +92,33 @@ class Line:
 BLOCK_TITLES = ("block, received", "block, received, hashed", "block, received, hashed, written")
 SHARD_TITLE = "shard, received, hashed, written"
 LINES = (
-    *(Line(*row, GET_BLOCK, size=BLOCK_SIZE, depth=8) for row in product(BLOCK_TITLES, (RAW, TLS, PLAIN))),
-    *(Line(SHARD_TITLE, channel, GET_SHARD, size=BLOCK_SIZE // K, depth=32) for channel in (TLS, PLAIN)),
-    Line("small, one at a time", TLS, Ping(), size=0, depth=1),
-    Line("small, 32 at once", TLS, Ping(), size=0, depth=32),
+    *(Line(*row, size=BLOCK_SIZE, depth=8) for row in product(BLOCK_TITLES, (RAW, TLS, PLAIN))),
+    *(Line("4 blocks, received", channel, size=BLOCK_SIZE, depth=2, parts=STRIPE) for channel in (TLS, PLAIN)),
+    *(Line("4 shards, received", channel, size=BLOCK_SIZE // K, depth=4, parts=STRIPE) for channel in (TLS, PLAIN)),
+    *(Line(SHARD_TITLE, channel, size=BLOCK_SIZE // K, depth=32) for channel in (TLS, PLAIN)),
+    Line("small, one at a time", TLS, size=0, depth=1),
+    Line("small, 32 at once", TLS, size=0, depth=32),
 )
 
 
 @dataclass(slots=True)
 class Runs:
-    """Results of one line, by round: requests per second, and CPU seconds per request of each process."""
+    """Results of one line, by round: answers (parts of streams, each for itself) per second; CPU seconds per answer of
+    each process; and steps of tasks per answer in the asking process."""
 
     rate: list[float] = field(default_factory=list)
     asking: list[float] = field(default_factory=list)
     answering: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+
+class Steps(trio.abc.Instrument):
+    """Counts the steps of all tasks."""
+
+    count = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += 1
 
 
 class Sink:
@@ -114,11 +146,14 @@ class Sink:
 
 
 async def answer(peer: PeerId, request: Request) -> Answer:
-    if isinstance(request, GetBlock):
-        return Answer(BlockFound(RECORD), BLOCK)
-    if isinstance(request, GetShard):
-        return Answer(ShardFound(K, 1, request.want, RECORD), memoryview(BLOCK)[: BLOCK_SIZE // K])
     return Answer(Pong())
+
+
+async def serve_parts(peer: PeerId, request: GetShards, sender: Sender) -> None:
+    body = memoryview(BLOCK)[: BLOCK_SIZE // request.k]
+    for record in RECORDS[: request.wanted.bit_length()]:
+        await sender.room()
+        sender.send(ShardFound(request.k, request.m, request.want, record), body)
 
 
 def exchange_of(folder: Path, members: dict[PeerId, Member], plain: bool) -> tuple[PeerId, TlsExchange]:
@@ -132,6 +167,7 @@ def exchange_of(folder: Path, members: dict[PeerId, Member], plain: bool) -> tup
         locate=members.get,
         refused=lambda peer: False,
         handler=answer,
+        server=serve_parts,
         plain=plain,
     )
     return identity.peer_id, TlsExchange(endpoint)
@@ -175,32 +211,42 @@ class Asker:
     def __init__(self, server: Server, exchanges: dict[str, TlsExchange], sink: Sink) -> None:
         self._pid, self._peer, self._exchanges, self._sink = server.pid, server.peer, exchanges, sink
         self._raw = socket.create_connection(("127.0.0.1", server.raw_port))
+        self._steps = Steps()
+        trio.lowlevel.add_instrument(self._steps)
 
     async def run(self, line: Line, runs: Runs, seconds: float) -> None:
         await self._count(line, WARM_S)
         started, asking, answering = time.perf_counter(), time.process_time(), self._answering_cpu_s()
+        steps = self._steps.count
         count = await self._count(line, seconds)
         runs.rate.append(count / (time.perf_counter() - started))
         runs.asking.append((time.process_time() - asking) / count)
         runs.answering.append((self._answering_cpu_s() - answering) / count)
+        runs.steps.append((self._steps.count - steps) / count)
 
     def _answering_cpu_s(self) -> float:
         return time.clock_gettime(~self._pid << 3 | 2)  # clock_getcpuclockid(3)
 
     async def _count(self, line: Line, seconds: float) -> int:
-        """Returns how many requests were answered."""
+        """Returns how many answers came."""
         if line.channel == RAW:
             return self._drain(line, seconds)
         exchange = self._exchanges[line.channel]
         count, end = 0, time.perf_counter() + seconds
 
+        def take(message: ShardFound, body: Buffer) -> None:
+            nonlocal count
+            self._sink.take(line, body)
+            count += 1
+
         async def ask() -> None:
             nonlocal count
             while time.perf_counter() < end:
-                reply = await exchange.request(self._peer, line.message, lane=Lane.BULK, silence_s=5)
-                if reply.body is not None:
-                    self._sink.take(line, reply.body)
-                count += 1
+                if line.size:
+                    await exchange.stream(self._peer, line.message, lane=Lane.BULK, silence_s=20, part=take)
+                else:
+                    await exchange.request(self._peer, Ping(), lane=Lane.BULK, silence_s=20)
+                    count += 1
 
         async with trio.open_nursery() as nursery:
             for _ in range(line.depth):
@@ -249,7 +295,7 @@ def run_both(folder: Path, lines: list[Line], rounds: int, seconds: float) -> li
 
 def table_of(lines: list[Line], results: list[Runs], title: str) -> Table:
     """The ratio is relative to the raw socket with the same work on the bodies, in the same round."""
-    heads = ("", "", "rate", "of raw", "asking", "answering")
+    heads = ("", "", "rate", "of raw", "asking", "answering", "steps")
     table = Table(*heads, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     raw = {line.work: runs for line, runs in zip(lines, results, strict=True) if line.channel == RAW}
     for line, runs in zip(lines, results, strict=True):
@@ -261,7 +307,8 @@ def table_of(lines: list[Line], results: list[Runs], title: str) -> Table:
             ratio = f"{median(mine * line.size / theirs / BLOCK_SIZE for mine, theirs in pairs):.2f}"
         scale, unit = (1e9 / line.size, "s/GB") if line.size else (1e6, "µs")
         asking, answering = (f"{median(cpu) * scale:.2f} {unit}" for cpu in (runs.asking, runs.answering))
-        table.add_row(*(line.title, line.channel, rate, ratio, asking, answering))
+        steps = f"{median(runs.steps):.2f}" if line.channel != RAW else ""
+        table.add_row(*(line.title, line.channel, rate, ratio, asking, answering, steps))
     return table
 
 

@@ -17,10 +17,10 @@ import pytest
 import trio
 import trio.testing
 
-from node.exchange.contract import Answer, Exchange, Handler, Lane, Sender, Server, State
+from node.exchange.contract import Answer, AtOnce, Exchange, Handler, Lane, Sender, Server, State
 from node.exchange.limits import Limits, Timing
 from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.exchange.requests import ROOM_BYTES
+from node.exchange.requests import ROOM_BYTES, nothing_at_once
 from protocol.errors import (
     BadInputError,
     DeniedError,
@@ -112,7 +112,14 @@ class MemorySite:
         self._network: MemoryNetwork = MemoryNetwork(latency_s=0.001)
         self._count = 0
 
-    async def add(self, handler: Handler = answer_all, server: Server = serve_all, *, mute: bool = False) -> Node:
+    async def add(
+        self,
+        handler: Handler = answer_all,
+        server: Server = serve_all,
+        *,
+        at_once: AtOnce = nothing_at_once,
+        mute: bool = False,
+    ) -> Node:
         self._count += 1
         peer = PeerId("12D3KooWMember" + "x" * self._count)
         refused: set[PeerId] = set()
@@ -122,6 +129,7 @@ class MemorySite:
             refused=refused.__contains__,
             handler=handler,
             server=server,
+            at_once=at_once,
             requests_per_connection=SLOTS,
         )
         node = Node(peer, exchange, refused)
@@ -142,8 +150,15 @@ class SimulatedSite(MemorySite):
         self._network = network = SimulatedNetwork(Random(1), lognormal(0.0005, 0.005))
         nursery.start_soon(network.alarms.run)
 
-    async def add(self, handler: Handler = answer_all, server: Server = serve_all, *, mute: bool = False) -> Node:
-        node = await super().add(handler, server, mute=mute)
+    async def add(
+        self,
+        handler: Handler = answer_all,
+        server: Server = serve_all,
+        *,
+        at_once: AtOnce = nothing_at_once,
+        mute: bool = False,
+    ) -> Node:
+        node = await super().add(handler, server, at_once=at_once, mute=mute)
         self._network.plug(node.peer, "site", Port(5e6, 5e6))
         return node
 
@@ -155,11 +170,19 @@ class TlsSite:
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
         self._nursery, self._cluster = nursery, Cluster(nursery, folder)
 
-    async def add(self, handler: Handler = answer_all, server: Server = serve_all, *, mute: bool = False) -> Node:
+    async def add(
+        self,
+        handler: Handler = answer_all,
+        server: Server = serve_all,
+        *,
+        at_once: AtOnce = nothing_at_once,
+        mute: bool = False,
+    ) -> Node:
         refused: set[PeerId] = set()
         member = self._cluster.exchange(
             handler=handler,
             server=server,
+            at_once=at_once,
             refused=refused.__contains__,
             plain=self.plain,
             timing=Timing(waiting_first_s=0.02, waiting_every_s=0.02, retry_s=0.001),
@@ -323,6 +346,35 @@ def test_parts_come_in_any_order_and_as_they_are_sent(play: Play, order: tuple[i
         go_on.release()
         assert await Reading(site, asker, peer, get(0, 3), part=take).run() is None
         assert came == [*order]
+
+    play(scenario)
+
+
+def test_parts_in_memory_need_no_task(play: Play) -> None:
+    async def scenario(site: Site) -> None:
+        asked: list[str] = []
+
+        def at_once(peer: PeerId, request: GetShards, sender: Sender) -> bool:
+            if request.first:
+                return False
+            asked.append("at once")
+            for index in wanted(request):
+                if index < 2:  # the last is missing: a bug
+                    sender.send(*part_of(request, index))
+            return True
+
+        async def in_a_task(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            asked.append("in a task")
+            await serve_all(peer, request, sender)
+
+        asker, peer = await site.add(), await site.add(server=in_a_task, at_once=at_once)
+        assert await is_read(site, asker, peer, get(0, 2))
+        assert await is_read(site, asker, peer, get(1, 2))
+        assert await is_read(site, asker, peer, get(0, 2))
+        assert asked == ["at once", "in a task", "at once"]
+        reading = Reading(site, asker, peer, get(0, 3))
+        assert await reading.run() == Failed("not-held", "not held")
+        assert len(reading.parts) == 2
 
     play(scenario)
 

@@ -26,10 +26,9 @@ RECORD = make_record(ObjectRef(DIGEST, 5), 0, bytes(32), signer=ME.peer_id, sign
 PROOF = make_proof(RECORD, Shard(4, 1, 2), bytes(2), maker=ME.peer_id, sign=ME.sign)
 NAME = str(DIGEST)
 
-_SHARD = (NAME, 0, 5, 4, 1, 2, 1, "docker.io/org/app#blobs")
+_SHARDS = (NAME, 0, 1, 5, 4, 1, 2, 1, "docker.io/org/app#blobs")
 _REQUESTS: Sequence[messages.Request] = (
-    messages.GetShard(*_SHARD),
-    messages.GetBlock(NAME, 0, 5),
+    messages.GetShards(*_SHARDS),
     messages.GetHoldings(NAME),
     messages.FindHolders(NAME),
     messages.Announce((NAME,)),
@@ -41,11 +40,10 @@ _REQUESTS: Sequence[messages.Request] = (
 _REPLIES: Sequence[messages.Reply] = (
     messages.ShardFound(4, 1, 2, RECORD),
     messages.ShardFound(4, 1, 2, RECORD, origin=bytes(16), proof=PROOF),
-    messages.BlockFound(RECORD),
     messages.HoldingsFound(b"\x01", ((4, 1, 0, b"\x01"),)),
     messages.Holders((ME.peer_id,)),
     messages.Done(),
-    messages.Waiting(),
+    messages.Waiting(((7, 1),)),
     messages.Resolved(NAME, 5, "a/b", 1.0),
     messages.Pong(NEWS, bytes(64)),
     messages.SyncReply((STATEMENT,), bytes(8), bytes(16), more=True),

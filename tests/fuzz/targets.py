@@ -97,7 +97,7 @@ def introduction_members(data: bytes) -> None:
 def record(data: bytes) -> None:
     """A record in a row of the disk's index, and one received from a peer."""
     with suppress(BadInputError):
-        stored = parse_row((str(DIGEST), 0, 0, 0, 0, bytes(32), data, 1, None, None, None))
+        stored = parse_row((str(DIGEST), 0, 0, 0, 0, bytes(32), data, None, None))
         assert stored.record.digest == str(DIGEST)
     with suppress(msgspec.MsgspecError, UnicodeDecodeError):
         said = msgspec.msgpack.decode(data, type=Record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -15,15 +16,16 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import trio
 
 from cache.disk import DiskStore
-from cache.disk_index import SCHEMA
+from cache.disk_migration import SCHEMA
 from cache.pieces import REFERENCES
 from cache.recovery import relative_path
 from protocol.errors import BadInputError
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece, Shard
+from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
 from tests.support.blobs import Blob
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,16 @@ def path_of(folder: Path, blob: Blob, shard: Shard | None = None) -> Path:
 def rows(folder: Path) -> int:
     with sqlite3.connect(folder / "index.sqlite") as database:
         return int(database.execute("SELECT count(*) FROM piece").fetchone()[0])
+
+
+def keep_rows(folder: Path, blocks: set[int]) -> None:
+    """Delete the rows of all pieces but some blocks of BLOB, as a kill before the flush would."""
+    kept = ", ".join(map(str, blocks))
+    content = msgspec.msgpack.encode([(0, 0, 0, sum(1 << block for block in blocks))])
+    with sqlite3.connect(folder / "index.sqlite") as database:
+        database.execute(f"DELETE FROM piece WHERE block NOT IN ({kept}) OR digest != ?", (str(BLOB.digest),))
+        database.execute("DELETE FROM run WHERE digest != ?", (str(BLOB.digest),))
+        database.execute("UPDATE run SET pieces = ?", (content,))
 
 
 def allocated(folder: Path) -> int:
@@ -125,8 +137,7 @@ def test_bytes_that_no_row_names_are_freed(tmp_path: Path) -> None:
         assert not store.holds(OTHER.pieces[0])
 
     run(tmp_path, fill)
-    with sqlite3.connect(tmp_path / "index.sqlite") as database:
-        database.execute("DELETE FROM piece WHERE block IN (1, 3) OR digest = ?", (str(OTHER.digest),))
+    keep_rows(tmp_path, {0, 2})
     (tmp_path / "objects" / "README").write_text("not ours")
     run(tmp_path, check)
     assert allocated(tmp_path) - 4096 == 2 * BLOCK_SIZE
@@ -141,8 +152,7 @@ def test_a_repair_logs_the_dropped_pieces(tmp_path: Path, caplog) -> None:
 
     run(tmp_path, fill)
     os.truncate(path_of(tmp_path, BLOB), BLOCK_SIZE)
-    with sqlite3.connect(tmp_path / "index.sqlite") as database:
-        database.execute("DELETE FROM piece WHERE digest = ?", (str(OTHER.digest),))
+    keep_rows(tmp_path, {0, 1, 2, 3})
     run(tmp_path, lambda store: store.flush())
     assert "3 pieces are forgotten, because their bytes are missing; 1 files without pieces are removed" in caplog.text
     caplog.clear()
@@ -338,7 +348,7 @@ def test_a_disk_error_declines_puts_and_is_logged_once(tmp_path: Path, number: i
 def test_the_free_disk_floor(tmp_path: Path, monkeypatch) -> None:
     """Below the floor the store evicts pieces, and then accepts no more."""
     disk = SimpleNamespace(f_bavail=100 << 8, f_blocks=1000 << 8, f_frsize=4096)  # 100 MiB of 1000 free
-    monkeypatch.setattr("cache.disk_table.os.statvfs", lambda path: disk)
+    monkeypatch.setattr("cache.disk_room.os.statvfs", lambda path: disk)
     clock = [0.0]
 
     async def main() -> None:
@@ -529,6 +539,48 @@ def test_a_shard_keeps_its_makers_proof_across_a_restart(tmp_path: Path) -> None
     run(tmp_path, check)
 
 
+def to_version_3(database: sqlite3.Connection) -> None:
+    """Make the index as version 3 had it: the last use and the askers are in the row of each piece."""
+    database.execute("ALTER TABLE piece ADD COLUMN used INTEGER NOT NULL DEFAULT 0")
+    database.execute("ALTER TABLE piece ADD COLUMN kept_for TEXT")
+    for digest, number, kept_for, used in database.execute("SELECT digest, number, kept_for, used FROM run").fetchall():
+        database.execute(
+            "UPDATE piece SET used = ? + block, kept_for = ? WHERE digest = ? AND block / 64 = ?",
+            (used, kept_for or None, digest, number),
+        )
+    database.execute("DROP TABLE run")
+    database.execute("PRAGMA user_version = 3")
+
+
+def test_an_index_of_version_3_is_moved_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who the pieces are kept for, the order of use, and the proofs outlive it."""
+    shard, kept = OTHER.shard(0, SHARD), Blob.random(3, 2 * BLOCK_SIZE)
+    askers = (PeerId("12D3KooWasker"), PeerId("12D3KooWother"))
+
+    async def fill(store: DiskStore) -> None:
+        for piece in kept.pieces:
+            assert await store.put(piece, kept.bytes_of(piece), kept.record(piece), kept_for=askers)
+        await put_all(store, BLOB)
+        await put(store, OTHER, shard)
+
+    async def check(store: DiskStore) -> None:
+        for piece in kept.pieces:
+            assert await got(store, kept, piece)
+            assert not store.is_used_here(piece)
+        for piece in BLOB.pieces:
+            assert await got(store, BLOB, piece)
+            assert store.is_used_here(piece)
+        assert await got(store, OTHER, shard)
+
+    run(tmp_path, fill)
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
+        to_version_3(database)
+        database.commit()
+    run(tmp_path, check)
+    assert "moved from version 3 to 4, with 3 runs" in caplog.text
+    run(tmp_path, check)
+
+
 def test_an_index_of_the_version_before_is_read_and_keeps_its_blocks(tmp_path: Path) -> None:
     """Its shards are dropped: their makers did not sign them."""
     shard = OTHER.shard(0, SHARD)
@@ -540,8 +592,9 @@ def test_an_index_of_the_version_before_is_read_and_keeps_its_blocks(tmp_path: P
     run(tmp_path, fill)
     with closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
         (columns,) = database.execute("SELECT sql FROM sqlite_schema WHERE name = 'piece'").fetchone()
-        for row in database.execute("PRAGMA table_info(piece)").fetchall()[8:]:
-            database.execute(f"ALTER TABLE piece DROP COLUMN {row[1]}")
+        to_version_3(database)
+        for column in ("kept_for", "maker", "proof"):
+            database.execute(f"ALTER TABLE piece DROP COLUMN {column}")
         database.execute("PRAGMA user_version = 2")
         database.commit()
 
@@ -555,7 +608,8 @@ def test_an_index_of_the_version_before_is_read_and_keeps_its_blocks(tmp_path: P
     run(tmp_path, check)
     with closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
-        assert database.execute("SELECT sql FROM sqlite_schema WHERE name = 'piece'").fetchone() == (columns,)
+        (now,) = database.execute("SELECT sql FROM sqlite_schema WHERE name = 'piece'").fetchone()
+        assert sorted(re.findall(r"\w+", now)) == sorted(re.findall(r"\w+", columns))
     run(tmp_path, lambda store: got(store, OTHER, OTHER.pieces[0]))
 
 
@@ -580,13 +634,43 @@ def test_malformed_rows_are_dropped(tmp_path: Path, caplog) -> None:
     with sqlite3.connect(tmp_path / "index.sqlite") as database:
         database.execute("UPDATE piece SET record = x'00' WHERE block = 0")
         database.execute("UPDATE piece SET k = 7 WHERE block = 1")
-        database.execute("UPDATE piece SET digest = 'sha256:../../etc' WHERE block = 2")
+        database.execute("DELETE FROM piece WHERE block = 2")
 
     async def check(store: DiskStore) -> None:
+        assert [await got(store, BLOB, piece) for piece in BLOB.pieces] == [False, False, False, True]
         assert [store.holds(piece) for piece in BLOB.pieces] == [False, False, False, True]
-        assert rows(tmp_path) == 1
+        await put_all(store, BLOB)
 
     run(tmp_path, check)
+    run(tmp_path, lambda store: got(store, BLOB, BLOB.pieces[0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "digest = 'sha256:../../etc'",
+        "pieces = x'00'",
+        "pieces = x'919400000011'",  # a fifth block
+        "pieces = x'919407ff0003'",  # no such code
+        "pieces = x'919407010901'",  # no such shard
+        "number = -1",
+        "number = 1",
+        "size = -1",
+    ],
+)
+def test_malformed_runs_are_dropped(tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, lambda store: put_all(store, BLOB))
+    with sqlite3.connect(tmp_path / "index.sqlite") as database:
+        database.execute(f"UPDATE run SET {change}")
+
+    async def check(store: DiskStore) -> None:
+        assert store.statistics().entries == 0
+        assert allocated(tmp_path) == 0
+        await put_all(store, BLOB)
+
+    run(tmp_path, check)
+    assert "index: " in caplog.text
+    run(tmp_path, lambda store: got(store, BLOB, BLOB.pieces[0]))
 
 
 def test_names_the_folder_that_cannot_be_used(tmp_path: Path) -> None:
@@ -773,7 +857,7 @@ def test_unused_pieces_are_reported_and_removed_except_pinned_ones(
 
     async def second(store: DiskStore) -> None:
         store.pin(kept.digest)
-        unused = store.unused(1800)
+        unused = list(store.unused(1800))
         assert set(unused) == set(old.pieces)
         before = store.statistics()
         assert await store.remove(unused, dry_run=True) == (2, 2 * BLOCK_SIZE)

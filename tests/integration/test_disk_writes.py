@@ -20,7 +20,7 @@ from tests.support.site import UPSTREAM, site
 PAGE = 4096
 ONCE = 24 * PAGE
 """Bytes of the index for opening and closing the store."""
-PER_FLUSH = 4 * PAGE
+PER_FLUSH = 5 * PAGE
 PER_PIECE = 1024
 BLOB = Blob.random(1, 32 * BLOCK_SIZE)
 SMALL = [Blob.random(seed, 2000) for seed in range(2, 202)]

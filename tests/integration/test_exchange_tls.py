@@ -326,8 +326,8 @@ def test_a_body_that_arrives_in_any_portions_is_read_without_a_timer(
 
 @pytest.mark.parametrize(
     ("offset", "message", "length"),
-    [(1, PONG, 0), (0, Holders(()), 0), (0, PART, BLOCK_SIZE - 1), (0, Done(), 1), (0, PING, 0)],
-    ids=["unasked", "other kind", "other length", "body without cause", "a request"],
+    [(1, PONG, 0), (0, Holders(()), 0), (0, PART, BLOCK_SIZE - 1), (0, Done(), 1), (0, PING, 0), (0, Waiting(()), 0)],
+    ids=["unasked", "other kind", "other length", "body without cause", "a request", "Waiting with a number"],
 )
 def test_a_reply_out_of_place_is_misbehaviour(tmp_path: Path, offset: int, message: Any, length: int) -> None:
     asked: list[int] = []
@@ -347,6 +347,66 @@ def test_a_reply_out_of_place_is_misbehaviour(tmp_path: Path, offset: int, messa
         with pytest.raises(PeerMisbehavedError):
             await node.read(peer, GET)
         assert await node.read(peer, GET) == BLOCK
+
+    play(tmp_path, scenario)
+
+
+def test_a_waiting_lists_only_unanswered_requests(tmp_path: Path) -> None:
+    heard: list[State] = []
+
+    async def list_another(raw: Raw) -> None:
+        request_id, _ = await raw.read_frame()
+        await raw.say(0, Waiting(((request_id, 1), (request_id, 2))))
+        await raw.say(0, Waiting(((request_id + 1, 0),)))
+        await raw.ended()
+
+    async def scenario(cluster: Cluster) -> None:
+        node, peer = await cluster.start(), await cluster.serve_raw(list_another)
+        with pytest.raises(PeerMisbehavedError):
+            await node.read(peer, GET, heard=heard.append)
+        assert heard == [State.COMING, State.READY]
+
+    play(tmp_path, scenario)
+
+
+def test_a_request_has_a_number_other_than_0(tmp_path: Path) -> None:
+    """S-22"""
+
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start()
+        raw = await cluster.dial_raw(node)
+        await raw.say(0, PING)
+        assert await raw.ended()
+
+    play(tmp_path, scenario)
+
+
+def test_one_waiting_is_for_all_requests_of_the_connection(tmp_path: Path) -> None:
+    release = trio.Event()
+
+    async def late(peer: PeerId, request: GetShards, sender: Sender) -> None:
+        await release.wait()
+        sender.send(PART, BLOCK)
+
+    async def scenario(cluster: Cluster) -> None:
+        node = await cluster.start(server=late)
+        raw = await cluster.dial_raw(node)
+        await raw.read_frame()
+        for request_id in range(1, 11):
+            await raw.say(request_id, GET)
+        await cluster.until(lambda: node.exchange.statistics().requests_in == 10)
+        async with cluster.time_passing():
+            for _ in range(3):
+                number, (tag, listed) = await raw.read_frame()
+                assert (number, tag) == (0, 40)
+                assert sorted(listed) == [[request_id, 0] for request_id in range(1, 11)]
+        release.set()
+        numbers = set()
+        while len(numbers) < 10:
+            number, (tag, *_) = await raw.read_frame()
+            if tag == 32:
+                numbers.add(number)
+            assert tag in (32, 40)
 
     play(tmp_path, scenario)
 

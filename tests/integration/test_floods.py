@@ -14,7 +14,7 @@ from statistics import median, quantiles
 import pytest
 import trio
 
-from node.exchange.contract import Lane
+from node.exchange.contract import Lane, Sender
 from node.exchange.limits import Limits, Timing
 from protocol import wire
 from protocol.ids import PeerId
@@ -77,6 +77,39 @@ async def ask_on(raw: Raw, message: Request) -> None:
     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         for request_id in range(1, 1 + ASKED):
             await raw.send(wire.encode_head(request_id, message, 0))
+
+
+def test_requests_of_one_member_begin_one_at_a_time(tmp_path: Path) -> None:
+    """S-40: whatever a request costs, others wait for one of them, and not for as many as the member sent at once."""
+    at_once = 60
+
+    async def scenario(cluster: Cluster) -> None:
+        begun = [0]
+
+        async def count(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            begun[-1] += 1
+
+        async def watch() -> None:
+            while True:
+                begun.append(0)
+                await trio.lowlevel.checkpoint()
+
+        node = await cluster.start(server=count)
+        credentials = cluster.credentials().client_context()
+        raws = [await cluster.dial_raw(node, credentials) for _ in range(Limits().connections_per_peer)]
+        for raw in raws:
+            await raw.read_frame()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            for raw in raws:
+                await raw.send(b"".join(wire.encode_head(number, GET, 0) for number in range(1, 1 + at_once)))
+            while sum(begun) < at_once * len(raws):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        # Each connection also begins the first request of a read at once.
+        assert max(begun) <= 2 + len(raws)
+
+    play(tmp_path, scenario)
 
 
 @pytest.mark.parametrize("flood", FLOODS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.segments import RESERVE, SegmentedPolicy
+from cache.segments import PINNED, RESERVE, SegmentedPolicy
 from cache.store import READ_HERE, Askers
 from protocol.ids import BlockId, Digest, PeerId, Piece, Shard
 
@@ -31,7 +31,10 @@ class Store:
     kept_for: dict[Piece, Askers] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.policy = SegmentedPolicy(lambda: self.now, BUDGET, max_entries=MOST, pinned=frozenset(self.pinned))
+        self.policy = SegmentedPolicy[Piece](lambda: self.now, BUDGET, max_entries=MOST)
+
+    def keeps(self, piece: Piece) -> bool:
+        return piece.shard is None and piece.block.digest in self.pinned
 
     def put(self, piece: Piece, size: int, kept_for: Askers) -> bool:
         if kept_for:
@@ -41,10 +44,27 @@ class Store:
         self.remove(self.policy.victims(size, kept_for, entries=1))
         if self.bytes + size > BUDGET or len(self.held) >= MOST:
             return False
-        self.policy.add(piece, size, kept_for)
+        self.policy.add(piece, size, PINNED if self.keeps(piece) else kept_for)
         self.held[piece] = size
-        self.kept_for[piece] = READ_HERE if self.policy.keeps(piece) else kept_for
+        self.kept_for[piece] = READ_HERE if self.keeps(piece) else kept_for
         return True
+
+    def grow(self, piece: Piece, size: int) -> None:
+        """As a run that gets one more block; a negative size is that of a block that it loses."""
+        kept_for = PINNED if self.keeps(piece) else self.kept_for[piece]
+        if 0 < size <= BUDGET - self.bytes:
+            self.policy.add(piece, size, kept_for)
+            self.held[piece] += size
+        elif 0 < -size < self.held[piece]:
+            self.policy.remove(piece, -size)
+            self.held[piece] += size
+
+    def move(self, pieces: list[Piece], segment: Askers) -> None:
+        for piece in pieces:
+            if piece.shard is None:
+                self.policy.remove(piece)
+                self.policy.add(piece, self.held[piece], segment)
+                self.kept_for[piece] = READ_HERE
 
     def remove(self, pieces: list[Piece]) -> None:
         for piece in pieces:
@@ -72,6 +92,7 @@ actions = st.lists(
             st.just(READ_HERE),
         ),
         st.tuples(st.just("shrink"), st.sampled_from(PIECES), st.integers(0, 2 * BUDGET), st.just(READ_HERE)),
+        st.tuples(st.just("grow"), st.sampled_from(PIECES), st.integers(-100, 100), st.just(READ_HERE)),
     ),
     max_size=80,
 )
@@ -87,7 +108,7 @@ def test_sums_and_victims(taken: list[tuple[str, Piece, int, Askers]], pinned: s
         used_here = store.used_here()
         match action:
             case "put" if piece not in store.held:
-                pins = {block for block in store.held if policy.keeps(block)}
+                pins = {block for block in store.held if store.keeps(block)}
                 store.put(piece, size, kept_for)
                 assert pins <= set(store.held)
                 assert not kept_for or used_here <= set(store.held), "evicted what is used here for a member"
@@ -98,23 +119,23 @@ def test_sums_and_victims(taken: list[tuple[str, Piece, int, Askers]], pinned: s
             case "claim" if piece in store.held:
                 assert policy.claim(piece) == bool(store.kept_for[piece])
                 store.kept_for[piece] = READ_HERE
+            case "grow" if piece in store.held:
+                store.grow(piece, size)
             case "pin":
-                policy.pin(piece.block.digest, of_object)
-                pinned.add(piece.block.digest)
-                store.kept_for.update((p, READ_HERE) for p in of_object if p.shard is None)
-            case "unpin":
-                policy.unpin(piece.block.digest, of_object)
-                pinned.discard(piece.block.digest)
+                store.move(of_object, PINNED)
+                store.pinned.add(piece.block.digest)
+            case "unpin" if piece.block.digest in store.pinned:
+                store.move(of_object, READ_HERE)
+                store.pinned.discard(piece.block.digest)
             case "shrink":
                 victims = policy.victims(size)
                 freed = sum(store.held[victim] for victim in victims)
-                kept = sum(store.held[block] for block in store.held if policy.keeps(block))
-                assert not any(policy.keeps(victim) for victim in victims)
+                kept = sum(store.held[block] for block in store.held if store.keeps(block))
+                assert not any(store.keeps(victim) for victim in victims)
                 assert BUDGET - store.bytes + freed >= min(size, BUDGET - kept)
                 on_probation = set(store.held) - used_here
                 assert used_here.isdisjoint(victims) or on_probation <= set(victims), "probation goes first"
-        keeps = {block for block in store.held if block.shard is None and block.block.digest in pinned}
-        assert {block for block in store.held if policy.keeps(block)} == keeps
+        keeps = {block for block in store.held if store.keeps(block)}
         assert policy.bytes == store.bytes <= BUDGET
         assert policy.pinned_bytes == sum(store.held[block] for block in keeps)
         assert policy.probation_bytes == sum(store.held[p] for p, askers in store.kept_for.items() if askers)

@@ -91,6 +91,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nrate = '0'", "rate and daily"),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\ndaily = '20 GB/day'", 'upstream "x": daily'),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\ndaily_spent = 'wait'", "daily_spent"),
+        ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nprefer = 'slowest'", "prefer"),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = '22:00-06:00'", "hours"),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['22-6']", 'upstream "x": hours = "22-6": not hours'),
         ("[[upstream]]\nname = 'x'\nurl = 'http://x'\nhours = ['06:00-06:00']", 'upstream "x": hours'),

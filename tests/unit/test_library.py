@@ -19,7 +19,7 @@ from cache.tiered import Tiers
 from node import assembly
 from node.blocks.fetcher import Fetcher
 from node.blocks.room import FIRST_BLOCKS, HELD, MOST_FIRST_EACH
-from node.blocks.values import BlockAddress, Obtained
+from node.blocks.values import Obtained, Stretch, Taker
 from node.content.library import HEAD_WAIT_S, SiteLibrary
 from node.identity.identity import Identity
 from node.membership.membership import Membership
@@ -30,7 +30,7 @@ from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, Piece
 from protocol.members import Member
 from protocol.records import Record
 from protocol.shard_proofs import ShardProof
-from protocol.window import MOST, RAMP, ReadWindow
+from protocol.window import MOST, RAMP
 from tests.support.passports import passports_of
 from tests.support.site_library import site_library
 
@@ -44,32 +44,28 @@ def ref(number: int) -> ObjectRef:
     return ObjectRef(Digest("sha256", f"{number:064x}"), BLOCKS * BLOCK_SIZE)
 
 
-class Blocks:
-    """A fetcher whose blocks take BLOCK_S; `held` counts the blocks that were begun and not yet released."""
+class Blocks(Fetcher):
+    """A fetcher whose blocks take BLOCK_S. `held` counts the blocks under way and those that are in memory."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
+        super().__init__([self], nursery)
         self.held = self.most = 0
         self.late: dict[int, float] = {}
         self._began: list[float] = []
-        self.window = ReadWindow()
-        self.turned = trio.lowlevel.ParkingLot()
-        self._nursery = nursery
 
-    def begin(self, address: BlockAddress, urgent: bool) -> Block:
+    async def find(self, stretch: Stretch, taker: Taker) -> None:
+        async with trio.open_nursery() as nursery:
+            for index in stretch.indices:
+                nursery.start_soon(self._bring, index, Data(self), taker)
+
+    async def _bring(self, index: int, data: Data, taker: Taker) -> None:
+        await trio.sleep(self.late.get(index, BLOCK_S))
+        taker.got(index, Obtained(Held(data, cast(Record, None)), Source.ORIGIN))
+
+    def begins(self) -> None:
         self.held += 1
         self.most = max(self.most, self.held)
         self._began.append(trio.current_time())
-        self.window.began(address.key, trio.current_time())
-        block = Block(self)
-        self._nursery.start_soon(self._read, address, block)
-        return block
-
-    async def _read(self, address: BlockAddress, block: Block) -> None:
-        await trio.sleep(self.late.get(address.index, BLOCK_S))
-        self.window.warmed(address.key, trio.current_time())
-        self.window.ended(address.key, trio.current_time())
-        block.ended = True
-        self.turned.unpark_all()
 
     @property
     def began(self) -> int:
@@ -80,16 +76,15 @@ class Blocks:
         return sum(at < self._began[0] + seconds for at in self._began)
 
 
-class Block:
+class Data(bytearray):
+    """The bytes of a block, which count as held while they exist."""
+
     def __init__(self, blocks: Blocks) -> None:
-        self.ended = False
+        super().__init__(BLOCK_SIZE)
         self._blocks = blocks
+        blocks.begins()
 
-    async def wait(self) -> Obtained:
-        assert self.ended
-        return Obtained(Held(BLOCK, cast(Record, None)), Source.ORIGIN)
-
-    def release(self) -> None:
+    def __del__(self) -> None:
         self._blocks.held -= 1
 
 
@@ -106,6 +101,7 @@ async def read(shelf: SiteLibrary, number: int, seconds: float = 0.0) -> int:
         async for chunk in chunks:
             count += bool(chunk)
             await trio.sleep(seconds)
+            del chunk
     return count
 
 
@@ -143,6 +139,7 @@ def test_the_ranges_of_one_request_are_read_ahead_like_a_whole_object() -> None:
             async with aclosing(library(blocks).read(LOCATOR, ref(1), *spans[0], *spans[1:])) as chunks:
                 async for chunk in chunks:
                     sizes.append(len(chunk))
+                    del chunk
             assert sizes == [1000, *[500, 500, 1000] * (BLOCKS - 1)]
             assert blocks.began == BLOCKS, "each block is begun once"
             assert blocks.most > MOST / 2
@@ -293,8 +290,8 @@ def test_a_cancelled_read_releases_all_its_blocks(after_s: float) -> None:
                 async with trio.open_nursery() as nursery:
                     for number in range(2 * (HELD + FIRST_BLOCKS)):
                         nursery.start_soon(read, shelf, number, 1.0)
-            assert blocks.held == 0
             await trio.testing.wait_all_tasks_blocked()
+            assert blocks.held == 0
             blocks.most = 0
             assert await read(shelf, 0, 0.5) == BLOCKS
             assert blocks.most == HELD

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from cache.store import StoreStatistics
-from node.api.documents import EndpointRow, UplinkRow, UpstreamRow
+from node.api.documents import EndpointRow, UplinkRow, UpstreamRow, WayRow
 from node.telemetry.metrics import Metrics, cache_metrics, upstream_metrics
 from node.telemetry.provenance import Provenance, Read
 from node.telemetry.sources import Source
@@ -92,6 +92,20 @@ def test_upstreams_show_which_registries_answer_and_the_uplinks_with_limits() ->
         }.items()
     )
     assert ("p2pd_uplink_rate_bytes", ("ghcr.io",)) not in samples(metrics)
+
+
+def test_ways_show_what_they_gave_and_why_reads_took_them() -> None:
+    metrics = Metrics()
+    ways = {"site": WayRow(rate=0.0, first_s=0.0), "registry": WayRow(rate=9.0, first_s=0.1, chosen={"sooner": 3})}
+    metrics.watch(**upstream_metrics(lambda: [UpstreamRow(name="ghcr.io", url="http://g", ways=ways)]))
+    assert (
+        samples(metrics).items()
+        >= {
+            ("p2pd_way_bytes_per_second", ("ghcr.io", "site")): 0.0,
+            ("p2pd_way_bytes_per_second", ("ghcr.io", "registry")): 9.0,
+            ("p2pd_way_chosen_total", ("ghcr.io", "registry", "sooner")): 3.0,
+        }.items()
+    )
 
 
 def test_two_nodes_in_one_process_count_apart() -> None:

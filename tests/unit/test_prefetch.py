@@ -13,17 +13,20 @@ import trio.testing
 
 from cache.store import Held
 from node.api.documents import PrefetchOrder
-from node.blocks.values import BlockAddress, Obtained
+from node.blocks.fetcher import Fetcher
+from node.blocks.values import Group, Obtained, Stretch, Taker
 from node.images.prefetch import AGAIN_S, DEPTH, Prefetcher
 from node.oci.manifests import Resolved
 from node.oci.references import Locator
+from node.runtime.shared_work import Order
 from node.telemetry.sources import Source
 from protocol.errors import BadInputError, NotFoundError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, ObjectRef, Piece
 from protocol.records import Record
 from tests.support.blobs import Blob
 
-LAYER = b"layer" * (BLOCK_SIZE // 2)
+LAYER = b"layer" * (2 * BLOCK_SIZE)
+"""Ten blocks: the stripes in the middle have two."""
 IMAGE = "origin.test/app:v1"
 BLOCK_S = 0.1
 
@@ -37,9 +40,10 @@ TOTAL = len(MANIFEST) + 2 + len(LAYER)
 
 
 class Shelf:
-    """Library, verifier, fetcher and store in one object. `resolve` raises the `failures` one after the other."""
+    """Library, verifier, store and source of blocks in one object. `resolve` raises the `failures` one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.fetcher = Fetcher([self], nursery)
         self.content = {Blob(data).ref: data for data in (MANIFEST, b"{}", LAYER)}
         self.held: set[Piece] = set()
         self.failures: list[ShoalError] = []
@@ -73,29 +77,23 @@ class Shelf:
         assert computed == ref.digest.hex
         self.checked.append(ref)
 
-    def begin(self, address: BlockAddress, urgent: bool) -> Ticket:
-        assert not urgent
+    def begin(self, stretch: Stretch, urgent: bool, came: Callable[[int, Obtained], None]) -> Order[Group, Obtained]:
+        return self.fetcher.begin(stretch, urgent, came)
+
+    async def find(self, stretch: Stretch, taker: Taker) -> None:
+        assert stretch.background
+        assert not taker.urgent
         self.under_way += 1
         self.most = max(self.most, self.under_way)
-        return Ticket(self, address)
-
-
-class Ticket:
-    def __init__(self, shelf: Shelf, address: BlockAddress) -> None:
-        self._shelf, self._address = shelf, address
-
-    async def wait(self) -> Obtained:
-        await trio.sleep(BLOCK_S)
-        index = self._address.index
-        data = self._shelf.content[self._address.ref][index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
-        self._shelf.held.add(Piece(self._address.block))
-        return Obtained(
-            Held(bytes(len(data)) if self._address.ref in self._shelf.wrong else data, cast(Record, None)),
-            Source.ORIGIN,
-        )
-
-    def release(self) -> None:
-        self._shelf.under_way -= 1
+        try:
+            for index in reversed(stretch.indices):
+                await trio.sleep(BLOCK_S)
+                data = self.content[stretch.ref][index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+                self.held.add(stretch.piece(index))
+                held = Held(bytes(len(data)) if stretch.ref in self.wrong else data, cast(Record, None))
+                taker.got(index, Obtained(held, Source.ORIGIN))
+        finally:
+            self.under_way -= 1
 
 
 Scenario = Callable[[Shelf, Prefetcher], Awaitable[None]]
@@ -103,15 +101,15 @@ Scenario = Callable[[Shelf, Prefetcher], Awaitable[None]]
 
 def play(path: Path, scenario: Scenario) -> None:
     async def main() -> None:
-        shelf: Any = Shelf()
-        prefetcher = Prefetcher(
-            path, library=shelf, verifier=shelf, fetcher=shelf, holds=shelf.holds, holds_all=shelf.holds_all
-        )
         async with trio.open_nursery() as nursery:
+            shelf: Any = Shelf(nursery)
+            prefetcher = Prefetcher(
+                path, library=shelf, verifier=shelf, fetcher=shelf, holds=shelf.holds, holds_all=shelf.holds_all
+            )
             await nursery.start(prefetcher.run)
             await scenario(shelf, prefetcher)
             nursery.cancel_scope.cancel()
-        assert shelf.under_way == 0, "every ticket was given back"
+        assert shelf.under_way == 0
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
@@ -129,7 +127,7 @@ async def until(prefetcher: Prefetcher, state: str) -> float:
     return trio.current_time() - began
 
 
-def test_an_image_is_fetched_and_checked_few_blocks_at_a_time(path: Path) -> None:
+def test_an_image_is_fetched_and_checked_few_stripes_at_a_time(path: Path) -> None:
     async def scenario(shelf: Shelf, prefetcher: Prefetcher) -> None:
         prefetcher.order(PrefetchOrder(images=(IMAGE, IMAGE)))
         await until(prefetcher, "done")

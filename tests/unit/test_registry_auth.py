@@ -195,3 +195,198 @@ def test_a_probe_that_is_cancelled_does_not_keep_the_breaker_open_and_the_pause_
     now += Breaker.LONGEST_PAUSE_S
     assert breaker.wait_s(now) == 0
     assert breaker.wait_s(now + Breaker.LONGEST_PAUSE_S) == 0
+
+
+def test_a_hint_ends_a_pause_at_once_and_the_next_one_when_that_pause_would_have_ended() -> None:
+    breaker = Breaker()
+    assert not breaker.hinted(0), "it is closed"
+    breaker.failed(0)
+    assert breaker.hinted(0.5)
+    assert breaker.wait_s(0.5) == 0
+    breaker.failed(0.6)
+    assert not breaker.hinted(1.9)
+    assert breaker.wait_s(1.9) == pytest.approx(2.7)
+    assert breaker.hinted(2.0)
+    assert breaker.wait_s(2.0) == 0
+    breaker.succeeded()
+    assert not breaker.hinted(9.0)
+
+
+def test_a_hint_leaves_a_pause_for_which_the_registry_asked() -> None:
+    breaker = Breaker()
+    breaker.failed(0, 60)
+    assert not breaker.hinted(1)
+    assert breaker.wait_s(1) == pytest.approx(59)
+
+
+@given(st.lists(st.floats(0.01, 30.0), max_size=60))
+def test_hints_at_most_double_the_probes_of_a_dead_registry(gaps: list[float]) -> None:
+    def probes(*, hinted: bool) -> int:
+        breaker, now, count = Breaker(), 0.0, 0
+        breaker.failed(now)
+        for gap in gaps:
+            now += gap
+            if hinted:
+                breaker.hinted(now)
+            if not breaker.wait_s(now):
+                count += 1
+                breaker.failed(now)
+        return count
+
+    assert probes(hinted=True) <= 2 * probes(hinted=False) + 4
+
+
+def test_a_hint_ends_a_pause_at_once_and_the_next_one_when_that_pause_would_have_ended() -> None:
+    breaker = Breaker()
+    assert not breaker.hinted(0), "it is closed"
+    breaker.failed(0)
+    assert breaker.hinted(0.5)
+    assert breaker.wait_s(0.5) == 0
+    breaker.failed(0.6)
+    assert not breaker.hinted(1.9)
+    assert breaker.wait_s(1.9) == pytest.approx(2.7)
+    assert breaker.hinted(2.0)
+    assert breaker.wait_s(2.0) == 0
+    breaker.succeeded()
+    assert not breaker.hinted(9.0)
+
+
+def test_a_hint_leaves_a_pause_for_which_the_registry_asked() -> None:
+    breaker = Breaker()
+    breaker.failed(0, 60)
+    assert not breaker.hinted(1)
+    assert breaker.wait_s(1) == pytest.approx(59)
+
+
+@given(st.lists(st.floats(0.01, 30.0), max_size=60))
+def test_hints_at_most_double_the_probes_of_a_dead_registry(gaps: list[float]) -> None:
+    def probes(*, hinted: bool) -> int:
+        breaker, now, count = Breaker(), 0.0, 0
+        breaker.failed(now)
+        for gap in gaps:
+            now += gap
+            if hinted:
+                breaker.hinted(now)
+            if not breaker.wait_s(now):
+                count += 1
+                breaker.failed(now)
+        return count
+
+    assert probes(hinted=True) <= 2 * probes(hinted=False) + 4
+
+
+def test_a_hint_ends_a_pause_at_once_and_the_next_one_when_that_pause_would_have_ended() -> None:
+    breaker = Breaker()
+    assert not breaker.hinted(0), "it is closed"
+    breaker.failed(0)
+    assert breaker.hinted(0.5)
+    assert breaker.wait_s(0.5) == 0
+    breaker.failed(0.6)
+    assert not breaker.hinted(1.9)
+    assert breaker.wait_s(1.9) == pytest.approx(2.7)
+    assert breaker.hinted(2.0)
+    assert breaker.wait_s(2.0) == 0
+    breaker.succeeded()
+    assert not breaker.hinted(9.0)
+
+
+def test_a_hint_leaves_a_pause_for_which_the_registry_asked() -> None:
+    breaker = Breaker()
+    breaker.failed(0, 60)
+    assert not breaker.hinted(1)
+    assert breaker.wait_s(1) == pytest.approx(59)
+
+
+@given(st.lists(st.floats(0.01, 30.0), max_size=60))
+def test_hints_at_most_double_the_probes_of_a_dead_registry(gaps: list[float]) -> None:
+    def probes(*, hinted: bool) -> int:
+        breaker, now, count = Breaker(), 0.0, 0
+        breaker.failed(now)
+        for gap in gaps:
+            now += gap
+            if hinted:
+                breaker.hinted(now)
+            if not breaker.wait_s(now):
+                count += 1
+                breaker.failed(now)
+        return count
+
+    assert probes(hinted=True) <= 2 * probes(hinted=False) + 4
+
+
+def test_a_hint_ends_a_pause_at_once_and_the_next_one_when_that_pause_would_have_ended() -> None:
+    breaker = Breaker()
+    assert not breaker.hinted(0), "it is closed"
+    breaker.failed(0)
+    assert breaker.hinted(0.5)
+    assert breaker.wait_s(0.5) == 0
+    breaker.failed(0.6)
+    assert not breaker.hinted(1.9)
+    assert breaker.wait_s(1.9) == pytest.approx(2.7)
+    assert breaker.hinted(2.0)
+    assert breaker.wait_s(2.0) == 0
+    breaker.succeeded()
+    assert not breaker.hinted(9.0)
+
+
+def test_a_hint_leaves_a_pause_for_which_the_registry_asked() -> None:
+    breaker = Breaker()
+    breaker.failed(0, 60)
+    assert not breaker.hinted(1)
+    assert breaker.wait_s(1) == pytest.approx(59)
+
+
+@given(st.lists(st.floats(0.01, 30.0), max_size=60))
+def test_hints_at_most_double_the_probes_of_a_dead_registry(gaps: list[float]) -> None:
+    def probes(*, hinted: bool) -> int:
+        breaker, now, count = Breaker(), 0.0, 0
+        breaker.failed(now)
+        for gap in gaps:
+            now += gap
+            if hinted:
+                breaker.hinted(now)
+            if not breaker.wait_s(now):
+                count += 1
+                breaker.failed(now)
+        return count
+
+    assert probes(hinted=True) <= 2 * probes(hinted=False) + 4
+
+
+def test_a_hint_ends_a_pause_at_once_and_the_next_one_when_that_pause_would_have_ended() -> None:
+    breaker = Breaker()
+    assert not breaker.hinted(0), "it is closed"
+    breaker.failed(0)
+    assert breaker.hinted(0.5)
+    assert breaker.wait_s(0.5) == 0
+    breaker.failed(0.6)
+    assert not breaker.hinted(1.9)
+    assert breaker.wait_s(1.9) == pytest.approx(2.7)
+    assert breaker.hinted(2.0)
+    assert breaker.wait_s(2.0) == 0
+    breaker.succeeded()
+    assert not breaker.hinted(9.0)
+
+
+def test_a_hint_leaves_a_pause_for_which_the_registry_asked() -> None:
+    breaker = Breaker()
+    breaker.failed(0, 60)
+    assert not breaker.hinted(1)
+    assert breaker.wait_s(1) == pytest.approx(59)
+
+
+@given(st.lists(st.floats(0.01, 30.0), max_size=60))
+def test_hints_at_most_double_the_probes_of_a_dead_registry(gaps: list[float]) -> None:
+    def probes(*, hinted: bool) -> int:
+        breaker, now, count = Breaker(), 0.0, 0
+        breaker.failed(now)
+        for gap in gaps:
+            now += gap
+            if hinted:
+                breaker.hinted(now)
+            if not breaker.wait_s(now):
+                count += 1
+                breaker.failed(now)
+        return count
+
+    assert probes(hinted=True) <= 2 * probes(hinted=False) + 4
