@@ -29,6 +29,7 @@ from cache.disk import DiskStore
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node.blocks.announcer import Announcer
+from node.blocks.chosen_way import ChosenWay
 from node.blocks.coded_read import CodedReads
 from node.blocks.fetcher import Fetcher, HeldBlocks
 from node.blocks.grants import Grants
@@ -79,6 +80,7 @@ from node.mirror.mirror import Mirror
 from node.oci.references import Locator
 from node.registry import batching
 from node.registry.batching import BatchedReads
+from node.registry.contract import NoNews, RegistryNews
 from node.registry.uplink import Uplink, UplinkFile
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
@@ -136,11 +138,11 @@ def blocks(
     nursery: trio.Nursery,
     config: Config | None = None,
     facts: ObjectFacts | None = None,
-    is_open: Callable[[str], bool] = lambda upstream: True,
+    news: RegistryNews | None = None,
     is_busy: Callable[[], bool] = lambda: False,
 ) -> Blocks:
-    """Tasks that outlive a request run in `nursery`. `facts` None: they are kept in memory only. `is_open` as for
-    `Home`, `is_busy` as for `CodedReads`."""
+    """Tasks that outlive a request run in `nursery`. `facts` None: they are kept in memory only. `news` None: nothing
+    is known of the registries. `is_busy` as for `CodedReads`."""
     own, directory, config = identity.peer_id, Directory(), config or Config()
     peers, max_object = config.peers, config.mirror.max_object.bytes
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
@@ -156,11 +158,13 @@ def blocks(
         nursery=nursery,
         storing=Storing(nursery),
     )
-    questions, grants = Questions(site), Grants()
+    news = news or NoNews()
+    questions, grants = Questions(site, news), Grants()
     holders = Holders(site, questions, directory)
-    home = Home(site, holders, grants, identity=identity, origin=reads, is_open=is_open)
-    keeper = Keeper(site, home, questions, grants, identity=identity)
-    fetcher = Fetcher((HeldBlocks(tiers), CodedReads(site, questions, keeper, is_busy), home), nursery)
+    home = Home(site, holders, grants, identity=identity, origin=reads, news=news)
+    keeper = Keeper(site, home, questions, grants, identity=identity, news=news)
+    members = ChosenWay(CodedReads(site, questions, keeper, is_busy), home, news)
+    fetcher = Fetcher((HeldBlocks(tiers), members, home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
 
@@ -179,6 +183,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         refused=membership.is_refused,
         handler=dispatcher,
         server=dispatcher.stream,
+        at_once=dispatcher.at_once,
         plain=peers.plain,
     )
     introducer = LibP2PIntroducer(
@@ -213,16 +218,8 @@ def site(
     is_busy: Callable[[], bool] = lambda: False,
 ) -> Participant:
     """Build a member over `exchange`. It answers requests after `Participant.route`; its tasks are `services`."""
-    given = identity, membership, exchange, tiers
-    parts = blocks(
-        *given,
-        upstream=upstreams,
-        nursery=nursery,
-        config=config,
-        facts=facts,
-        is_open=upstreams.is_open,
-        is_busy=is_busy,
-    )
+    made = partial(blocks, upstream=upstreams, nursery=nursery, config=config, facts=facts)
+    parts = made(identity, membership, exchange, tiers, news=upstreams, is_busy=is_busy)
     near, home, questions, served = parts.site, parts.home, parts.questions, metrics.tag_served
     resolver = Resolver(
         near, names, upstreams, questions=questions, home=home, nursery=nursery, served=served, public_age=public_age

@@ -31,7 +31,7 @@ class GetShards(_Message, frozen=True, tag=1):
     peer id if the upstream restricts access: that member reads the blocks if no member holds them. It is "" if access
     is public. A `background` request has no waiting client and yields on the uplink. `asker` is the peer id of the
     member on whose behalf the sender asks; "" if it asks for its own client. `keep`: the sender will keep the shards
-    and pass them on, so it needs the maker's proofs.
+    and pass them on, so it needs the maker's proofs. `reached`: the upstream answered the sender lately.
     """
 
     digest: str
@@ -47,6 +47,7 @@ class GetShards(_Message, frozen=True, tag=1):
     background: bool = False
     asker: str = ""
     keep: bool = False
+    reached: bool = False
 
 
 class GetHoldings(_Message, frozen=True, tag=3):

@@ -22,6 +22,7 @@ from node.blocks.values import BlockAddress, Group, Obtained, Site, Stretch, Tak
 from node.identity.identity import Identity
 from node.oci.references import Locator
 from node.registry.batching import BatchedReads
+from node.registry.contract import RegistryNews
 from node.runtime.shared_work import Flow, SharedWork
 from node.telemetry.sources import Source
 from protocol.errors import DeniedError, NotFoundError, UnavailableError
@@ -34,8 +35,7 @@ BACKGROUND_S = 60.0
 
 
 class Home:
-    """`is_open`: whether everybody may read what an upstream gives to this node without a client's grant. `times`: how
-    long homes take to read blocks from the upstream, this node among them."""
+    """`times`: how long homes take to read blocks from the upstream, this node among them."""
 
     def __init__(
         self,
@@ -44,22 +44,28 @@ class Home:
         grants: Grants,
         *,
         origin: BatchedReads,
-        is_open: Callable[[str], bool],
+        news: RegistryNews,
         identity: Identity,
     ) -> None:
         self._site, self._holders, self._grants = site, holders, grants
-        self._origin, self._is_open = origin, is_open
+        self._origin, self._news = origin, news
         self._identity, self.times = identity, HomeTimes()
         self._reads: SharedWork[Group, Obtained] = SharedWork(site.nursery)
 
     async def find(self, stretch: Stretch, taker: Taker) -> None:
         """The last `BlockSource` of the fetcher: the node acts as home for its own client."""
+        await self.blocks(stretch, partial(self._claimed, stretch, taker.got))
 
-        def got(index: int, obtained: Obtained) -> None:
-            self._site.tiers.claim(stretch.piece(index))  # it may have joined a read on behalf of a member
-            taker.got(index, obtained)
+    async def straight(self, stretch: Stretch, got: Callable[[int, Obtained], None]) -> None:
+        """Read blocks from the upstream for this node's own client, and ask no member for them first. Raises the first
+        error."""
+        self._site.check_size(stretch.ref)
+        work = partial(self._obtain, stretch, straight=True)
+        await self._reads.obtain(stretch.group, stretch.indices, work, partial(self._claimed, stretch, got))
 
-        await self.blocks(stretch, got)
+    def _claimed(self, stretch: Stretch, got: Callable[[int, Obtained], None], index: int, obtained: Obtained) -> None:
+        self._site.tiers.claim(stretch.piece(index))  # it may have joined a read on behalf of a member
+        got(index, obtained)
 
     async def blocks(
         self, stretch: Stretch, got: Callable[[int, Obtained], None], progress: Callable[[], None] = lambda: None
@@ -77,14 +83,15 @@ class Home:
         if missing:
             await self._reads.obtain(stretch.group, missing, partial(self._obtain, stretch), got, progress=progress)
 
-    async def _obtain(self, stretch: Stretch, flow: Flow[Group, Obtained]) -> None:
+    async def _obtain(self, stretch: Stretch, flow: Flow[Group, Obtained], *, straight: bool = False) -> None:
         def got(index: int, obtained: Obtained) -> None:
             held = obtained.held
             self._site.keep(stretch.piece(index), held.data, held.record, kept_for=stretch.kept_for)
             flow.deliver(index, obtained)
 
         await self._site.storing.room()
-        await self._holders.find(stretch.only(flow.left), got)
+        if not straight:
+            await self._holders.find(stretch.only(flow.left), got)
         for run in _runs(flow.left):
             await self._from_upstream(stretch.only(run), got, flow.progress)
 
@@ -113,7 +120,7 @@ class Home:
 
     def _note_origin(self, locator: Locator, digest: Digest) -> None:
         """Note how the upstream gave the object, before any tier or member has a part of it."""
-        if locator.grant is None and self._is_open(locator.upstream):
+        if locator.grant is None and self._news.is_open(locator.upstream):
             self._site.facts.given_to_all(digest)
         else:
             self._site.facts.granted(digest, locator)

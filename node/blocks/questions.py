@@ -15,6 +15,7 @@ import trio
 from cache.store import Held
 from node.blocks.values import LOOK_EVERY_S, SILENCE_S, Site, Stretch, is_copy
 from node.exchange.contract import Answer, Into, Lane, State
+from node.registry.contract import RegistryNews
 from protocol import errors
 from protocol.fetch_plan import Ask, StripePlan
 from protocol.ids import Buffer, PeerId, Shard
@@ -24,8 +25,8 @@ Part = Callable[[ShardFound, Buffer], None]
 
 
 class Questions:
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, site: Site, news: RegistryNews) -> None:
+        self._site, self._news = site, news
 
     async def ask(
         self, peer: PeerId, question: Request, lane: Lane, silence_s: float, within_s: float = math.inf
@@ -134,6 +135,7 @@ class Questions:
             background=stretch.background and hops > 0,
             asker=stretch.kept_for[-1] if stretch.kept_for and hops else "",
             keep=keep,
+            reached=hops > 0 and self._news.answers(stretch.locator.upstream),
         )
 
     def checked(self, stretch: Stretch, message: ShardFound, body: Buffer, *, keep: bool = False) -> Held:

@@ -111,6 +111,8 @@ class Obtained:
     peers: tuple[PeerId, ...] = ()
     retries: int = 0
     seconds: float = 0.0
+    way: str = ""
+    """As `Choice.text` of protocol/ways.py."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,7 +241,9 @@ class SiteLibrary:
         self.metrics.read(obtained.source, obtained.seconds)
         for _ in range(obtained.retries):
             self.metrics.retried(obtained.source)
-        read = Read(obtained.source, obtained.seconds, obtained.retries, obtained.peers, at=time.time())
+        read = Read(
+            obtained.source, obtained.seconds, obtained.retries, obtained.peers, at=time.time(), way=obtained.way
+        )
         self.ledger.note(digest, index, read, served)
 
 

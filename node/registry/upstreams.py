@@ -269,13 +269,15 @@ class Upstreams:
 
     def answers(self, upstream: str) -> bool:
         """Whether the registry answered this node lately, and has not failed since."""
-        state = self._find(upstream).registry.availability
+        if (asked := self._upstreams.get(canonical(upstream))) is None:
+            return False
+        state = asked.registry.availability
         return not state.breaker.failing and trio.current_time() - state.answered_at < REACHED_S
 
     def choose(self, upstream: str, length: int) -> Choice:
         """The way for a read of `length` bytes for a client of this node: through the site, or from the registry."""
-        asked = self._find(upstream)
-        if asked.prefer == "site":
+        asked = self._upstreams.get(canonical(upstream))
+        if asked is None or asked.prefer == "site":
             return ALWAYS_SITE
         pushed_at = max(client.availability.pushed_at for client in asked.in_order)
         return asked.ways.choose(length, trio.current_time(), pushed_at=pushed_at, budget=asked.uplink.policy.limited)
@@ -283,7 +285,8 @@ class Upstreams:
     def ways(self, upstream: str) -> Ways:
         """What both ways gave lately. Reads of blocks from the registry are measured here, those from members by
         `Ways.site`."""
-        return self._find(upstream).ways
+        asked = self._upstreams.get(canonical(upstream))
+        return asked.ways if asked is not None else Ways()
 
     def told(self, upstream: str) -> None:
         """Another member says that the registry answers: a node that takes it for unreachable soon tries again."""

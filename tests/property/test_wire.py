@@ -129,6 +129,7 @@ REQUESTS: list[st.SearchStrategy[Request]] = [
         background=st.booleans(),
         asker=st.just("") | peers,
         keep=st.booleans(),
+        reached=st.booleans(),
     ),
     st.builds(GetHoldings, digests),
     st.builds(FindHolders, digests),

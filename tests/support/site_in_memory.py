@@ -32,7 +32,8 @@ from node.exchange.requests import Dispatcher
 from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry import batching
-from protocol.errors import DeniedError, UnavailableError
+from node.registry.contract import NoNews, RegistryNews
+from protocol.errors import DeniedError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import GetShards, Request, ShardFound
@@ -153,9 +154,15 @@ class Spoiling:
     def coming(self) -> None:
         self._sender.coming()
 
+    def end(self, error: ShoalError) -> None:
+        self._sender.end(error)
+
 
 class Node:
-    """`handler` and `server` answer other members. `spoil` alters the shards and blocks that it sends."""
+    """`handler` and `server` answer other members. `spoil` alters the shards and blocks that it sends. A subclass may
+    know something of the registries."""
+
+    news_class: type[RegistryNews] = NoNews
 
     def __init__(
         self, identity: Identity, members: list[Member], network: MemoryNetwork, registry: Any, *, nursery: trio.Nursery
@@ -173,8 +180,9 @@ class Node:
             handler=lambda *request: self.handler(*request),
             server=lambda *request: self.server(*request),
         )
+        self.news = self.news_class()
         self.blocks = assembly.blocks(
-            identity, self.view, self.exchange, self.tiers, upstream=self.registry, nursery=nursery
+            identity, self.view, self.exchange, self.tiers, upstream=self.registry, nursery=nursery, news=self.news
         )
         self.dispatcher = Dispatcher()
         self.blocks.route(self.dispatcher)
