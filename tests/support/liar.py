@@ -18,11 +18,12 @@ from node.exchange.contract import Sender
 from node.identity.identity import Identity
 from node.oci.references import Locator
 from node.registry.batching import BatchedReads, Came
+from protocol.errors import ShoalError
 from protocol.ids import Buffer, ObjectRef, PeerId, Shard
 from protocol.messages import GetShards, ShardFound
 from protocol.shard_proofs import make_proof
 
-_honest, _honest_stretch = Keeper.handle, BatchedReads.stretch
+_honest, _honest_at_once, _honest_stretch = Keeper.handle, Keeper.at_once, BatchedReads.stretch
 
 
 def _wrong(data: Buffer) -> bytearray:
@@ -51,9 +52,20 @@ class _Lying:
     def coming(self) -> None:
         self._sender.coming()
 
+    def end(self, error: ShoalError) -> None:
+        self._sender.end(error)
+
+
+def _lying(identity: Identity, sender: Sender) -> _Lying:
+    return _Lying(sender, identity if os.environ.get("LIE") == "signed" else None)
+
 
 async def _lie(self: Keeper, peer: PeerId, request: GetShards, sender: Sender) -> None:
-    await _honest(self, peer, request, _Lying(sender, self._identity if os.environ.get("LIE") == "signed" else None))
+    await _honest(self, peer, request, _lying(self._identity, sender))
+
+
+def _lie_at_once(self: Keeper, peer: PeerId, request: GetShards, sender: Sender) -> bool:
+    return _honest_at_once(self, peer, request, _lying(self._identity, sender))
 
 
 async def _misread(
@@ -69,5 +81,5 @@ if __name__ == "__main__":
     if os.environ.get("LIE") == "records":
         BatchedReads.stretch = _misread  # type: ignore[method-assign]
     else:
-        Keeper.handle = _lie  # type: ignore[method-assign]
+        Keeper.handle, Keeper.at_once = _lie, _lie_at_once  # type: ignore[method-assign]
     main()
