@@ -29,6 +29,7 @@ from cache.tiered import Tiers
 from node import assembly
 from node.blocks.values import Stretch
 from node.config.quantities import HostPort
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, load_authority, peer_of
@@ -141,7 +142,7 @@ async def reading(
     async def refuse(peer: PeerId, request: object) -> None:
         raise UnavailableError("a reader only")
 
-    exchange = TlsExchange(
+    endpoint = Endpoint(
         credentials.server_context(),
         credentials.client_context(),
         peer_of,
@@ -150,6 +151,7 @@ async def reading(
         refused=view.is_quarantined,
         handler=refuse,  # type: ignore[arg-type] # never answers
     )
+    exchange = TlsExchange(endpoint)
     tiers = Tiers(MemoryStore(0, trio.current_time), DiskLike(0, trio.current_time), None)
     async with trio.open_nursery() as work:
         blocks = assembly.blocks(credentials.identity, view, exchange, tiers, upstream=NoRegistry(), nursery=work)
