@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from node.runtime.single_flight import SingleFlight
-from protocol.ids import BlockId, Digest, PeerId
+from node.runtime.shared_work import SharedWork
+from protocol.ids import Digest, PeerId
 from protocol.placement import Placement, Route
+from protocol.stripes import StripeId
 from simulations.flash_crowd import FlashCrowd, run
 from simulations.run import silent
 
@@ -30,18 +32,20 @@ def test_a_crowd_reads_each_byte_once_near_the_limit_and_shares_the_work() -> No
 
 
 def test_double_reads_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def not_shared(self: object, key: object, work: object) -> object:
-        return await work()  # type: ignore[operator]
+    obtain = SharedWork.obtain
 
-    monkeypatch.setattr(SingleFlight, "do", not_shared)
+    async def not_shared(self: SharedWork[object, Any], group: object, *work: Any, **options: Any) -> None:
+        await obtain(self, (group, object()), *work, **options)
+
+    monkeypatch.setattr(SharedWork, "obtain", not_shared)
     assert run(SMALL, silent).copies > 1.5
 
 
 def test_an_unfair_placement_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     route = Placement.route
 
-    def the_same_for_all(self: Placement, peer: PeerId, block: BlockId, length: int) -> Route:
-        return route(self, peer, BlockId(Digest("sha256", "0" * 64), 0), length)
+    def the_same_for_all(self: Placement, peer: PeerId, stripe: StripeId, length: int) -> Route:
+        return route(self, peer, StripeId(Digest("sha256", "0" * 64), 0), length)
 
     monkeypatch.setattr(Placement, "route", the_same_for_all)
     assert run(SMALL, silent).imbalance > 1.35
