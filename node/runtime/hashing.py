@@ -19,7 +19,6 @@ import trio
 
 from protocol.ids import Buffer
 
-
 MOST_PENDING = 16
 """Updates of a digest that may wait for the thread: blocks that stay in memory for it."""
 
