@@ -13,7 +13,7 @@ from node.identity.identity import Identity
 from node.oci.references import Locator
 from protocol.evidence import Evidence, make_evidence
 from protocol.ids import Digest, ObjectRef, PeerId
-from protocol.messages import Accuse, GetShard
+from protocol.messages import Accuse, GetShards
 from protocol.records import Record, make_record
 from tests.support.adversary import Hole
 from tests.support.forgery import own_statement, ping
@@ -32,7 +32,7 @@ def test_records_of_invented_signers_shut_out_no_honest_member(siege: Siege) -> 
     """S-09"""
     calm = siege.cold_pulls(1)
     with siege.unharmed():
-        siege.lies(GetShard="by ghosts", GetBlock="by ghosts", GetHoldings="holds all")
+        siege.lies(GetShards="by ghosts", GetHoldings="holds all")
         assert_no_slower(calm, siege.cold_pulls(3))
 
 
@@ -40,7 +40,7 @@ def test_a_maker_of_wrong_shards_is_shut_out_alone(siege: Siege) -> None:
     """S-04"""
     calm = siege.cold_pulls(1)
     with siege.unharmed():
-        siege.lies(GetShard="wrong bytes", GetBlock="wrong bytes")
+        siege.lies(GetShards="wrong bytes")
         assert_no_slower(calm, siege.cold_pulls(4))
         wait_for("a reader shut the liar out", lambda: by_any(siege), seconds=SHUT_OUT_S, every=0.3)
 
@@ -48,7 +48,7 @@ def test_a_maker_of_wrong_shards_is_shut_out_alone(siege: Siege) -> None:
 def test_the_signer_of_false_records_is_shut_out_by_all_and_alone(siege: Siege) -> None:
     """S-05"""
     with siege.unharmed(shut_out=True, expected="has wrong bytes"):
-        siege.lies(GetShard="fabricated", GetBlock="fabricated")
+        siege.lies(GetShards="fabricated")
         siege.cold_pulls(4)
         wait_for(
             "all shut the liar out",
@@ -64,7 +64,7 @@ def test_a_liar_that_changes_its_weight_and_leaves_blames_no_honest_member(siege
     with Hole() as hole, siege.unharmed():
         for _ in range(3):
             siege.tell(ping([own_statement(attacker, [siege.liar_address], rng, weight=2.0, leaving=False)]))
-            siege.lies(GetShard="wrong bytes", GetBlock="wrong bytes")
+            siege.lies(GetShards="wrong bytes")
             siege.cold_pulls(1)
             siege.tell(ping([own_statement(attacker, hole.addresses, rng, weight=0.5, leaving=True)]))
             siege.cold_pulls(1)
@@ -77,7 +77,7 @@ def true_records(siege: Siege, published: Published) -> list[Record]:
     for node in siege.honest:
         with siege.attacker.line(node, "urgent") as line:
             for index in range(3):
-                answer = line.ask(GetShard(layer.digest, index, layer.size, 4, 1, 0, 0, str(locator(published))))
+                answer = line.ask(GetShards(layer.digest, index, 1, layer.size, 4, 1, 0, 0, str(locator(published))))
                 for field in answer[1:]:
                     if isinstance(field, list) and len(field) == 7:
                         record = msgspec.convert(field, Record)

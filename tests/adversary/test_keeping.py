@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from protocol.ids import BLOCK_SIZE, BlockId, Digest
+from protocol.ids import BLOCK_SIZE, Digest
 from protocol.members import Member
-from protocol.messages import Announce, GetShard, Resolve
+from protocol.messages import Announce, GetShards, Resolve
 from protocol.placement import Placement
+from protocol.stripes import StripeId
 from tests.support import registry as registries
 from tests.support.adversary import lines
 from tests.support.lying_daemon import NOWHERE
@@ -45,7 +46,7 @@ def homed_at_the_liar(siege: Siege, count: int) -> list[tuple[Digest, dict[str, 
     while len(homed) < count:
         number += 1
         digest = Digest.parse("sha256:" + hashlib.sha256(b"nothing %d" % number).hexdigest())
-        _, keepers = placement.keepers(BlockId(digest, 0), BLOCK_SIZE)
+        _, keepers = placement.keepers(StripeId(digest, 0), BLOCK_SIZE)
         if keepers[0] == siege.attacker.peer:
             homed.append((digest, {str(keeper): rank for rank, keeper in enumerate(keepers)}))
     return homed
@@ -57,12 +58,12 @@ def test_shards_of_objects_that_do_not_exist_evict_no_image(small: Siege) -> Non
     small.pull_everywhere(image)
     ids = {node: node.peer_id() for node in small.honest}
     with small.unharmed():
-        small.lies(GetShard="made up")
+        small.lies(GetShards="made up")
         homed = homed_at_the_liar(small, OBJECTS)
 
         def have_kept(node: Node) -> int:
             requests = [
-                GetShard(str(digest), 0, BLOCK_SIZE, 4, 1, ranks[ids[node]], 2, f"{UPSTREAM}/{NOWHERE}#blobs")
+                GetShards(str(digest), 0, 1, BLOCK_SIZE, 4, 1, ranks[ids[node]], 2, f"{UPSTREAM}/{NOWHERE}#blobs")
                 for digest, ranks in homed
             ]
             with small.attacker.line(node, "urgent") as line:

@@ -145,13 +145,13 @@ def flood(stop: threading.Event, line: Line, requests: list[bytes]) -> None:
                 line.write(data)
 
 
-@pytest.mark.parametrize("kind", ["Resolve", "GetShard", "Announce", "Sync", "Ping", "FindHolders", "GetHoldings"])
+@pytest.mark.parametrize("kind", ["Resolve", "GetShards", "Announce", "Sync", "Ping", "FindHolders", "GetHoldings"])
 def test_a_flood_of_requests_hardly_slows_pulls(siege: Siege, kind: str) -> None:
     """S-40: on as many connections as a member may have."""
     made: dict[str, Sequence[object]] = {
         "Resolve": [messages.Resolve(f"{UPSTREAM}/flood/a#manifests", f"t{number}") for number in range(500)],
-        "GetShard": [
-            messages.GetShard("sha256:" + f"{number:064x}", 0, 1 << 19, 4, 1, number % 5, 2, SOURCE)
+        "GetShards": [
+            messages.GetShards("sha256:" + f"{number:064x}", 0, 0xFFFF, 1 << 23, 4, 1, number % 5, 2, SOURCE)
             for number in range(500)
         ],
         "Announce": [messages.Announce(tuple("sha256:" + f"{number:064x}" for number in range(100)))],

@@ -27,8 +27,9 @@ from rich.table import Table
 from cache.memory import MemoryStore
 from cache.tiered import Tiers
 from node import assembly
-from node.blocks.values import BlockAddress
+from node.blocks.values import Stretch
 from node.config.quantities import HostPort
+from node.exchange.connection import Endpoint
 from node.exchange.contract import Lane
 from node.exchange.tls import TlsExchange
 from node.identity.certificates import Credentials, load_authority, peer_of
@@ -141,7 +142,7 @@ async def reading(
     async def refuse(peer: PeerId, request: object) -> None:
         raise UnavailableError("a reader only")
 
-    exchange = TlsExchange(
+    endpoint = Endpoint(
         credentials.server_context(),
         credentials.client_context(),
         peer_of,
@@ -150,6 +151,7 @@ async def reading(
         refused=view.is_quarantined,
         handler=refuse,  # type: ignore[arg-type] # never answers
     )
+    exchange = TlsExchange(endpoint)
     tiers = Tiers(MemoryStore(0, trio.current_time), DiskLike(0, trio.current_time), None)
     async with trio.open_nursery() as work:
         blocks = assembly.blocks(credentials.identity, view, exchange, tiers, upstream=NoRegistry(), nursery=work)
@@ -158,20 +160,20 @@ async def reading(
         work.cancel_scope.cancel()
 
 
-async def timed(policy: Policy, reader: Reader, addresses: Sequence[BlockAddress], window: int) -> list[float]:
+async def timed(policy: Policy, reader: Reader, blocks: Sequence[Stretch], window: int) -> list[float]:
     """Seconds of each read. A block begins once the block `window` places before it and all earlier ones arrived."""
     seconds: list[float] = []
-    done = [trio.Event() for _ in addresses]
+    done = [trio.Event() for _ in blocks]
     deadline = trio.current_time() + (math.inf if policy is shipped else PATIENCE_S)
 
     async def one(number: int) -> None:
         began = trio.current_time()
-        await policy(reader, addresses[number])
+        await policy(reader, blocks[number])
         seconds.append(trio.current_time() - began)
         done[number].set()
 
     async with trio.open_nursery() as nursery:
-        for number in range(len(addresses)):
+        for number in range(len(blocks)):
             if number >= window:
                 await done[number - window].wait()
             if trio.current_time() > deadline:
@@ -184,16 +186,14 @@ Case = tuple[str, str, str]
 """A scenario, a load and a policy."""
 
 
-async def run(
-    bench: Bench, reader_of: tuple[Credentials, list[Member]], case: Case, addresses: Sequence[BlockAddress]
-) -> Run:
+async def run(bench: Bench, reader_of: tuple[Credentials, list[Member]], case: Case, blocks: Sequence[Stretch]) -> Run:
     scenario, load, name = case
     policy, window = POLICIES[name], 1 if load == "single" else WINDOW
     async with reading(bench, *reader_of, LOADS[load]) as (reader, exchange):
-        await timed(policy, reader, addresses[:WARM_UP], window)
+        await timed(policy, reader, blocks[:WARM_UP], window)
         with SCENARIOS[scenario](bench):
             before, began = exchange.statistics().bytes_received, trio.current_time()
-            seconds = await timed(policy, reader, addresses[WARM_UP:], window)
+            seconds = await timed(policy, reader, blocks[WARM_UP:], window)
             took_s = trio.current_time() - began
             with trio.move_on_after(DRAIN_S):
                 while exchange.statistics().requests_out:  # noqa: ASYNC110 # it is no event to the exchange
@@ -205,7 +205,7 @@ async def run(
 Runs = dict[Case, Run]
 
 
-def measure(bench: Bench, key: Path, addresses: Sequence[BlockAddress]) -> Runs:
+def measure(bench: Bench, key: Path, blocks: Sequence[Stretch]) -> Runs:
     keepers = [
         Member(PeerId(node.status()["peer_id"]), node.name, "lab", (f"{node.host}:{node.bulk_port}",))
         for node in bench.nodes
@@ -217,7 +217,7 @@ def measure(bench: Bench, key: Path, addresses: Sequence[BlockAddress]) -> Runs:
     # This thread's sockets belong to the reader's namespace.
     with bench.lab.nodes[READER].entered():
         for case in product(SCENARIOS, LOADS, POLICIES):
-            runs[case] = trio.run(partial(run, bench, (credentials, members), case, addresses=addresses))
+            runs[case] = trio.run(partial(run, bench, (credentials, members), case, blocks=blocks))
     return runs
 
 
@@ -300,13 +300,13 @@ def main(rate: float, blocks: int, picture: Path | None) -> None:
             registries.push(registry, image, REPOSITORY, "v1")
         layer = image.layers[0]
         ref = ObjectRef(Digest.parse(layer.digest), layer.size)
-        addresses = [BlockAddress(LOCATOR, ref, index) for index in range(blocks + WARM_UP)]
+        stretches = [Stretch(LOCATOR, ref, (index,)) for index in range(blocks + WARM_UP)]
         rates = Rates(rate * MBIT, rate * MBIT)
         with bench_site(
             scratch / "site", scratch / "registry", READER + 1, rates, running=KEEPERS, memory="256MiB"
         ) as bench:
             trio.run(fill, bench, "v1")
-            runs = measure(bench, scratch / "site" / "cluster.key", addresses)
+            runs = measure(bench, scratch / "site" / "cluster.key", stretches)
     console.print(table_of(runs, f"{KEEPERS} keepers, {rate:g} Mbit/s a node, {blocks} blocks a run"))
     for promise, result, kept in checks(runs):
         console.print(f"{'yes' if kept else 'NO ':3}  {promise}: {result}")

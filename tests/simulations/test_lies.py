@@ -181,6 +181,7 @@ def test_an_honest_shard_of_a_false_record_is_not_compared_with_the_true_block()
         await home.forget(0)
         await home.tiers.put(Piece(REF.block(0), shard), data, record, proof, kept_for=READ_HERE)
         await reader.read(0)
+        await trio.testing.wait_all_tasks_blocked()
         assert set(reader.view.quarantined) == {liar.own}
 
     play(7, scenario)

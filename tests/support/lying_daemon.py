@@ -23,14 +23,15 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.daemon import main
-from node.exchange.contract import Answer
+from node.exchange.contract import Answer, Sender, Server
 from node.exchange.requests import Dispatcher
 from node.identity.identity import Identity, load
 from protocol import messages as msg
 from protocol.erasure import encode_shard
-from protocol.ids import Digest, ObjectRef, PeerId, Shard
-from protocol.messages import Failed, Request
-from protocol.records import Record, make_record
+from protocol.errors import BadInputError, DeniedError, NotFoundError, ShoalError, UnavailableError
+from protocol.ids import Buffer, Digest, ObjectRef, PeerId, Shard
+from protocol.messages import Failed, GetShards, Request, ShardFound
+from protocol.records import make_record
 from protocol.shard_proofs import make_proof
 
 FILE_NAME = "lies.json"
@@ -39,11 +40,12 @@ MEMBERSHIP = ("Ping", "PingRequest", "Sync", "Renew")
 NOWHERE = "no/such"
 """A repository that no test pushes."""
 
-_honest = Dispatcher.__call__
+_honest, _honest_stream, _honest_serve = Dispatcher.__call__, Dispatcher.stream, Dispatcher.serve
 _GHOSTS = [Identity.of(Ed25519PrivateKey.generate()) for _ in range(16)]
 """Keys without certificates: members that exist in the claims of the liar only."""
 
 Lie = Callable[["Liar", PeerId, Any, Callable[[], Awaitable[Answer]]], Awaitable[Answer]]
+ShardLie = Callable[["Liar", GetShards, Sender, Callable[[Sender], Awaitable[None]]], Awaitable[None]]
 
 
 class Liar:
@@ -68,33 +70,27 @@ class Liar:
             self._read = changed, json.loads(self._path.read_text())
         return self._read[1]
 
-    def lie_about(self, request: Request) -> Lie | None:
+    def lie_about(self, request: Request) -> str:
+        """The name of the lie for this request; "" for none."""
         lies, name = self.plan.get("lies", {}), type(request).__name__
-        lie = lies.get(name, "" if name in MEMBERSHIP else lies.get("*", ""))
-        return LIES[lie] if lie else None
+        return str(lies.get(name, "" if name in MEMBERSHIP else lies.get("*", "")))
 
 
-def invented(request: Any) -> bytes:
+def invented(digest: str, size: int, index: int) -> bytes:
     """The bytes of a block of an object that exists nowhere: the same for the same block."""
-    ref = ObjectRef(Digest.parse(request.digest), request.size)
-    length = ref.block_length(request.index)
-    seed = sha256(f"{request.digest}#{request.index}".encode()).digest()
+    length = ObjectRef(Digest.parse(digest), size).block_length(index)
+    seed = sha256(f"{digest}#{index}".encode()).digest()
     return (seed * (length // len(seed) + 1))[:length]
 
 
-def _record(request: Any, data: bytes, signer: Identity) -> Record:
-    ref = ObjectRef(Digest.parse(request.digest), request.size)
-    sha = sha256(data).digest()
-    return make_record(ref, request.index, sha, signer=signer.peer_id, sign=signer.sign)
-
-
-def _answer(request: Any, data: bytes, record: Record, maker: Identity) -> Answer:
-    if isinstance(request, msg.GetBlock):
-        return Answer(msg.BlockFound(record), data)
-    shard = Shard(request.k, request.m, request.want)
-    body = bytes(encode_shard(data, shard.k, shard.m, shard.index))
-    proof = make_proof(record, shard, body, maker=maker.peer_id, sign=maker.sign) if request.keep else None
-    return Answer(msg.ShardFound(shard.k, shard.m, shard.index, record, proof=proof), body)
+def _send_invented(request: GetShards, sender: Sender, signer_of: Callable[[int], Identity]) -> None:
+    ref, shard = ObjectRef(Digest.parse(request.digest), request.size), Shard(request.k, request.m, request.want)
+    for index in (request.first + bit for bit in range(request.wanted.bit_length()) if request.wanted >> bit & 1):
+        data, signer = invented(request.digest, request.size, index), signer_of(index)
+        record = make_record(ref, index, sha256(data).digest(), signer=signer.peer_id, sign=signer.sign)
+        body = bytes(encode_shard(data, shard.k, shard.m, shard.index))
+        proof = make_proof(record, shard, body, maker=signer.peer_id, sign=signer.sign) if request.keep else None
+        sender.send(msg.ShardFound(shard.k, shard.m, shard.index, record, proof=proof), body)
 
 
 async def _failed(code: str, liar: Liar, peer: PeerId, request: Request, honest: object) -> Answer:
@@ -114,42 +110,6 @@ async def _wrong_size(liar: Liar, peer: PeerId, request: Any, honest: Callable[[
     size = 1 << 40 if sha256(request.reference.encode()).digest()[0] % 2 else 100
     digest = request.reference if ":" in request.reference else "sha256:" + "0" * 64
     return Answer(msg.Resolved(digest, size, "application/octet-stream", 0.0, 0.0))
-
-
-async def _fabricated(liar: Liar, peer: PeerId, request: Any, honest: object) -> Answer:
-    """Serve any block of any object, with a record of the liar."""
-    data = invented(request)
-    return _answer(request, data, _record(request, data, liar.identity), liar.identity)
-
-
-async def _made_up(liar: Liar, peer: PeerId, request: Any, honest: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Serve any block of the repository NOWHERE, which no registry has. Be honest about all others."""
-    if isinstance(request, msg.GetShard) and NOWHERE in request.source:
-        return await _fabricated(liar, peer, request, honest)
-    return await honest()
-
-
-async def _by_ghosts(liar: Liar, peer: PeerId, request: Any, honest: object) -> Answer:
-    """Serve wrong bytes with records of signers that are no members."""
-    data = invented(request)
-    ghost = _GHOSTS[request.index % len(_GHOSTS)]
-    return _answer(request, data, _record(request, data, ghost), ghost)
-
-
-async def _wrong_bytes(liar: Liar, peer: PeerId, request: Any, honest: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Change a bit of each shard and block, under the true record. Shards that others will keep are signed, so that
-    they pass them on."""
-    answer = await honest()
-    if answer.body is None:
-        return answer
-    body, message = bytearray(answer.body), answer.message
-    body[len(body) // 2] ^= 1
-    if isinstance(message, msg.ShardFound) and message.proof is not None:
-        shard, me = Shard(message.k, message.m, message.index), liar.identity
-        message = msgspec.structs.replace(
-            message, proof=make_proof(message.record, shard, body, maker=me.peer_id, sign=me.sign)
-        )
-    return Answer(message, body)
 
 
 async def _holds_all(liar: Liar, peer: PeerId, request: Any, honest: object) -> Answer:
@@ -178,17 +138,86 @@ async def _bomb(liar: Liar, peer: PeerId, request: Request, honest: object) -> A
             return Answer(msg.Done())
 
 
+async def _fails(error: ShoalError, liar: Liar, request: GetShards, sender: Sender, honest: object) -> None:
+    raise error
+
+
+async def _fabricated(liar: Liar, request: GetShards, sender: Sender, honest: object) -> None:
+    """Serve any block of any object, with a record of the liar."""
+    _send_invented(request, sender, lambda index: liar.identity)
+
+
+async def _made_up(liar: Liar, request: GetShards, sender: Sender, honest: Callable[[Sender], Awaitable[None]]) -> None:
+    """Serve any block of the repository NOWHERE, which no registry has. Be honest about all others."""
+    if NOWHERE not in request.source:
+        return await honest(sender)
+    return await _fabricated(liar, request, sender, honest)
+
+
+async def _by_ghosts(liar: Liar, request: GetShards, sender: Sender, honest: object) -> None:
+    """Serve wrong bytes with records of signers that are no members."""
+    _send_invented(request, sender, lambda index: _GHOSTS[index % len(_GHOSTS)])
+
+
+async def _wrong_bytes(
+    liar: Liar, request: GetShards, sender: Sender, honest: Callable[[Sender], Awaitable[None]]
+) -> None:
+    """Change a bit of each shard and block, under the true record. Shards that others will keep are signed, so that
+    they pass them on."""
+    await honest(_Altering(liar, sender))
+
+
+class _Altering:
+    def __init__(self, liar: Liar, sender: Sender) -> None:
+        self._liar, self._sender = liar, sender
+
+    def send(self, message: ShardFound, data: Buffer) -> None:
+        body = bytearray(data)
+        body[len(body) // 2] ^= 1
+        if message.proof is not None:
+            shard, me = Shard(message.k, message.m, message.index), self._liar.identity
+            proof = make_proof(message.record, shard, body, maker=me.peer_id, sign=me.sign)
+            message = msgspec.structs.replace(message, proof=proof)
+        self._sender.send(message, body)
+
+    async def room(self) -> None:
+        await self._sender.room()
+
+    def coming(self) -> None:
+        self._sender.coming()
+
+    def end(self, error: ShoalError) -> None:
+        self._sender.end(error)
+
+
+async def _never_sends(liar: Liar, request: GetShards, sender: Sender, honest: object) -> None:
+    await trio.sleep_forever()
+
+
+async def _of_another_code(liar: Liar, request: GetShards, sender: Sender, honest: object) -> None:
+    """Send shards of the widest code, for which nobody asked."""
+    _send_invented(msgspec.structs.replace(request, k=32, m=8, want=39), sender, lambda index: liar.identity)
+
+
 LIES: dict[str, Lie] = {
     **{code: partial(_failed, code) for code in msg.FAILURES},
     "own image": _own_image,
     "wrong size": _wrong_size,
+    "holds all": _holds_all,
+    "never": _never,
+    "bomb": _bomb,
+}
+SHARD_LIES: dict[str, ShardLie] = {
+    **{code: partial(_fails, UnavailableError(code)) for code in msg.FAILURES},
+    "not-found": partial(_fails, NotFoundError("so says the liar")),
+    "denied": partial(_fails, DeniedError("so says the liar")),
+    "bad-request": partial(_fails, BadInputError("so says the liar")),
     "fabricated": _fabricated,
     "made up": _made_up,
     "by ghosts": _by_ghosts,
     "wrong bytes": _wrong_bytes,
-    "holds all": _holds_all,
-    "never": _never,
-    "bomb": _bomb,
+    "never": _never_sends,
+    "bomb": _of_another_code,
 }
 
 
@@ -204,9 +233,20 @@ if __name__ == "__main__":
 
     async def _lie(self: Dispatcher, peer: PeerId, request: Request) -> Answer:
         lie = LIAR.lie_about(request)
-        if lie is None:
+        if not lie:
             return await _honest(self, peer, request)
-        return await lie(LIAR, peer, request, lambda: _honest(self, peer, request))
+        return await LIES[lie](LIAR, peer, request, lambda: _honest(self, peer, request))
+
+    async def _lie_of_shards(self: Dispatcher, peer: PeerId, request: GetShards, sender: Sender) -> None:
+        lie = LIAR.lie_about(request)
+        if not lie:
+            return await _honest_stream(self, peer, request, sender)
+        return await SHARD_LIES[lie](LIAR, request, sender, partial(_honest_stream, self, peer, request))
+
+    def _never_at_once(self: Dispatcher, server: Server, at_once: object = None) -> None:
+        _honest_serve(self, server)
 
     Dispatcher.__call__ = _lie  # type: ignore[method-assign]
+    Dispatcher.stream = _lie_of_shards  # type: ignore[method-assign]
+    Dispatcher.serve = _never_at_once  # type: ignore[method-assign]
     main()
