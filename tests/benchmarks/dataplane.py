@@ -45,7 +45,7 @@ from tests.support.versions import Comparison, Figures, Version, versions
 MEMBERS = 5
 IMAGES = {"three": (80, 80, 80), "one": (300,)}
 """MB of the layers of each image, by tag."""
-IDLE_S, IDLE_CPU_S, PATIENCE_S = 0.5, 0.05, 20.0
+IDLE_S, IDLE_CPU_S, PATIENCE_S = 0.5, 0.05, 60.0
 """A site is idle when all its daemons took at most IDLE_CPU_S in IDLE_S."""
 
 

@@ -10,6 +10,7 @@ The calls are those of Python's standard library and of `cryptography`, on block
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import random
 import socket
@@ -36,6 +37,7 @@ BLOCKS_PER_GB = 1e9 / BLOCK_SIZE
 TLS_PART = 1 << 15
 """Bytes that one side sends before the other side of the same thread receives them: they fit into a socket's buffer."""
 RECORD_BYTES = 150
+_TOUCHED = bytes(BLOCK_SIZE // mmap.PAGESIZE)
 
 _DISCARD = """
 import socket, sys
@@ -80,7 +82,7 @@ def floor(members: int) -> list[Cost]:
             Cost("SHA-256 of the object", _cost(lambda at: hashlib.sha256(blocks[at])), 1),
             Cost("SHA-256 of the block, for its record", _cost(lambda at: hashlib.sha256(blocks[at])), 1),
             Cost("TLS between members, both sides", _cost(lambda at: _cross(blocks[at], sender, receiver)), crossing),
-            Cost("a new buffer", _buffers(), 1),
+            Cost("a new buffer", _cost(lambda _: _new_buffer()), 1),
             Cost("write to the disk's cache", _writes(folder / "blocks", blocks), 1),
             Cost("write to the client", _cost(lambda at: client.sendall(blocks[at])), 1),
             Cost("read from the registry", _cost(lambda at: _receive(registry, blocks[at])), 1 - crossing),
@@ -102,10 +104,10 @@ def _cost(call: Callable[[int], object], prepare: Callable[[], object] = lambda:
     return statistics.median(once() for _ in range(REPEATS))
 
 
-def _buffers() -> float:
-    """The cost of buffers that are held all at once, so that their pages are new to the process."""
-    held: list[bytearray] = []
-    return _cost(lambda _: held.append(bytearray(BLOCK_SIZE)), held.clear)
+def _new_buffer() -> None:
+    """Memory for a block from the kernel, with the page faults of its first use. (malloc may keep what was freed.)"""
+    with mmap.mmap(-1, BLOCK_SIZE) as buffer:
+        buffer[:: mmap.PAGESIZE] = _TOUCHED
 
 
 def _writes(path: Path, blocks: list[bytearray]) -> float:
