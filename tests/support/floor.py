@@ -82,7 +82,7 @@ def floor(members: int) -> list[Cost]:
             Cost("SHA-256 of the object", _cost(lambda at: hashlib.sha256(blocks[at])), 1),
             Cost("SHA-256 of the block, for its record", _cost(lambda at: hashlib.sha256(blocks[at])), 1),
             Cost("TLS between members, both sides", _cost(lambda at: _cross(blocks[at], sender, receiver)), crossing),
-            Cost("a new buffer", _cost(lambda _: _new_buffer()), 1),
+            Cost("a new buffer", _buffers(), 1),
             Cost("write to the disk's cache", _writes(folder / "blocks", blocks), 1),
             Cost("write to the client", _cost(lambda at: client.sendall(blocks[at])), 1),
             Cost("read from the registry", _cost(lambda at: _receive(registry, blocks[at])), 1 - crossing),
@@ -104,10 +104,17 @@ def _cost(call: Callable[[int], object], prepare: Callable[[], object] = lambda:
     return statistics.median(once() for _ in range(REPEATS))
 
 
-def _new_buffer() -> None:
-    """Memory for a block from the kernel, with the page faults of its first use. (malloc may keep what was freed.)"""
-    with mmap.mmap(-1, BLOCK_SIZE) as buffer:
-        buffer[:: mmap.PAGESIZE] = _TOUCHED
+def _buffers() -> float:
+    """The cost of the first use of memory from the kernel: its page faults. (malloc may keep what was freed.)"""
+    held = [mmap.mmap(-1, CALLS * BLOCK_SIZE)]
+
+    def use(at: int) -> None:
+        held[0][at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE : mmap.PAGESIZE] = _TOUCHED
+
+    def renew() -> None:
+        held[0] = mmap.mmap(-1, CALLS * BLOCK_SIZE)
+
+    return _cost(use, renew)
 
 
 def _writes(path: Path, blocks: list[bytearray]) -> float:
