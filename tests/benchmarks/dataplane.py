@@ -265,6 +265,7 @@ def run(name: str, stage: Stage, compared: Sequence[Version], runs: int, counts:
             if floor_s is not None:
                 figures |= {"floor s/GB": floor_s, "CPU / floor": figures["CPU s/GB"] / floor_s}
             results.add(version, figures)
+            console.print(f"{name}, {version.name}: {figures['CPU s/GB']:.1f} CPU s/GB, {figures['wall s']:.1f} s")
     if tag and counts:
         for version in compared:
             found = counted(tag, stage, version)
