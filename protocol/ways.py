@@ -31,8 +31,9 @@ MARGIN = 1.5
 """The registry must be that much faster."""
 PROBE_EVERY = 16
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 30.0, 600.0
-GROWN_FACTOR, GROWN_S = 4.0, 0.1
-"""A time to the first byte beyond GROWN_FACTOR times the usual one, and GROWN_S more than it, has grown."""
+GROWN_FACTOR, GROWN_S = 4.0, 0.5
+"""A time to the first byte beyond GROWN_FACTOR times the usual one, and GROWN_S more than it, has grown. If that of the
+site is as long, this node is what is slow."""
 PEAK_BYTES, _PEAK_FADE = 1 << 18, 0.98
 """Least bytes of a read that may show a peak, which fades with each read."""
 _GAIN, _CREEP = 0.25, 1.02
@@ -184,7 +185,8 @@ class Ways:
         return choice
 
     def _choose(self, length: int, now: float, nodes: int, pushed_at: float) -> Choice:
-        if pushed_at > self._pushed_at or (self.registry.knows(now) and self.registry.has_grown):
+        is_slow = self.registry.knows(now) and self.registry.has_grown and self.registry.first_s > self.site.first_s
+        if pushed_at > self._pushed_at or is_slow:
             self._pushed_at = max(self._pushed_at, pushed_at)
             self._leave(now)
         if now < self._left_until:

@@ -131,8 +131,14 @@ def test_a_growing_time_to_the_first_byte_counts_as_pushing_back() -> None:
     ways, now = known(1e6, 1e9, first_s=0.02)
     fed(ways.site, 1e6, 0.0, now)
     assert ways.choose(STRIPE, now).way is Way.REGISTRY
-    now = fed(ways.registry, 1e9, 1.0, now, reads=2)
+    now = fed(ways.registry, 1e9, 2.0, now, reads=2)
     assert ways.choose(STRIPE, now).reason is Reason.PUSHED_BACK
+
+
+def test_a_node_that_is_busy_itself_blames_no_registry() -> None:
+    ways, now = known(1e6, 1e9, first_s=0.02)
+    now = max(fed(ways.site, 1e6, 3.0, now), fed(ways.registry, 1e9, 2.0, now, reads=2))
+    assert ways.choose(STRIPE, now).reason is not Reason.PUSHED_BACK
 
 
 # A crowd that pulls one image at once. All of it is arithmetic: in each step every node reads some stripes, and the
