@@ -51,11 +51,14 @@ class Room:
     def _has_runs(self) -> bool:
         if self._table.policy.load.entries < MAX_RUNS:
             return True
+        self._warn_of_runs()
+        return False
+
+    def _warn_of_runs(self) -> None:
         if not self._full_of_runs:
             self._full_of_runs = True
             reason = ValueError(f"it holds parts of so many objects that their number ({MAX_RUNS}) bounds it")
             self._table.folder.warn_once("the cache does not fill its budget", reason)
-        return False
 
     def _spare_bytes(self) -> int:
         """Bytes that may be written before the floor of free disk is reached; negative below it."""
@@ -77,6 +80,8 @@ class Room:
         over = policy.excess(need, budget)
         if over == NOTHING:
             return
+        if over.bytes <= 0:
+            self._warn_of_runs()
         spare = self._extra(budget)
         target = policy.load - over
         for run in policy.turnover(need, spare, budget):

@@ -183,6 +183,7 @@ def network(config: Config, admitted: Admitted) -> Network:
         refused=membership.is_refused,
         handler=dispatcher,
         server=dispatcher.stream,
+        at_once=dispatcher.at_once,
         plain=peers.plain,
     )
     introducer = LibP2PIntroducer(

@@ -94,7 +94,7 @@ class Blocks:
 
     def route(self, dispatcher: Dispatcher) -> None:
         """Let the parts answer members' requests for blocks, and for the members that hold them."""
-        dispatcher.serve(self.keeper.handle)
+        dispatcher.serve(self.keeper.handle, self.keeper.at_once)
         dispatcher.route(self.holders.handle, messages.GetHoldings, messages.FindHolders, messages.Announce)
 
 

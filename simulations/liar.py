@@ -15,6 +15,7 @@ from rich.table import Table
 from node.exchange.contract import Sender
 from node.oci.references import Locator
 from node.registry.upstreams import Upstreams
+from protocol.errors import ShoalError
 from protocol.ids import Buffer, ObjectRef, PeerId, Shard
 from protocol.messages import GetShards, ShardFound
 from protocol.shard_proofs import make_proof
@@ -110,6 +111,9 @@ class _LyingSender:
 
     def coming(self) -> None:
         self.sender.coming()
+
+    def end(self, error: ShoalError) -> None:
+        self.sender.end(error)
 
 
 class _OfRecords(_LyingNode):

@@ -62,20 +62,41 @@ class Keeper:
         self._keeping: SharedWork[Keeping, Held] = SharedWork(site.nursery)
 
     async def handle(self, peer: PeerId, request: GetShards, sender: Sender) -> None:
+        stretch, shard, send = self._understood(peer, request, sender)
+        if request.hops == 1:
+            await self._home.blocks(stretch, partial(_cut, shard, send), sender.coming)
+            return
+        missing = await self._send_held(stretch, shard, send, sender)
+        if missing and request.hops:
+            order = self._order(stretch.only(missing), shard, request.hops, send, progress=sender.coming)
+            try:
+                await order.wait()
+            finally:
+                order.release()
+
+    def at_once(self, peer: PeerId, request: GetShards, sender: Sender) -> bool:
+        """Answer from memory, if it has all that is wanted."""
+        stretch, shard, send = self._understood(peer, request, sender)
+        held = [self._held_now(stretch, index, shard) for index in stretch.indices]
+        for index, found in zip(stretch.indices, held, strict=True) if all(held) else ():
+            assert found is not None
+            send(index, found)
+        return all(held)
+
+    def _understood(self, peer: PeerId, request: GetShards, sender: Sender) -> tuple[Stretch, Shard, Took]:
+        """The blocks that are wanted, the shard of them, and the function that sends one. Raises ShoalError."""
         ref, shard = ObjectRef(Digest.parse(request.digest), request.size), Shard(request.k, request.m, request.want)
         self._site.check_size(ref)
-        reader = "" if request.reader == self._site.own else request.reader
         asked = Stretch(
             Locator.parse(request.source),
             ref,
             tuple(request.first + bit for bit in range(request.wanted.bit_length()) if request.wanted >> bit & 1),
-            reader=reader,
+            reader="" if request.reader == self._site.own else request.reader,
             background=request.background,
             kept_for=self._askers(peer, request),
         )
-        stretch = self._grants.as_own_client(asked)
         if request.reached:
-            self._news.told(stretch.locator.upstream)
+            self._news.told(asked.locator.upstream)
 
         def send(index: int, held: Held) -> None:
             if request.keep:
@@ -84,20 +105,7 @@ class Keeper:
             found = ShardFound(shard.k, shard.m, shard.index, held.record, origin=origin, proof=held.proof)
             sender.send(found, held.data)
 
-        if request.hops == 0:
-            missing = await self._send_held(stretch, shard, send, sender)
-            if missing:
-                raise UnavailableError("not held")
-        elif request.hops == 1:
-            await self._home.blocks(stretch, partial(_cut, shard, send), sender.coming)
-        else:
-            missing = await self._send_held(stretch, shard, send, sender)
-            if missing:
-                order = self._order(stretch.only(missing), shard, request.hops, send, progress=sender.coming)
-                try:
-                    await order.wait()
-                finally:
-                    order.release()
+        return self._grants.as_own_client(asked), shard, send
 
     def _askers(self, peer: PeerId, request: GetShards) -> Askers:
         """For whom the request has this node keep a piece. `peer` may have named an invented member."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import trio
 
 from node.config.quantities import HostPort
+from protocol.errors import ShoalError
 from protocol.ids import Buffer, PeerId
 from protocol.messages import Failed, GetShards, Reply, Request, ShardFound
 
@@ -54,6 +55,7 @@ class Sender(Protocol):
     - `room` returns once few enough bodies are queued on the connection for one more; at once, and without a
       checkpoint, if they are few already. It raises PeerUnavailableError after the end of the stream.
     - `coming` notes that bytes of the answer arrive here: the next `Waiting` says so.
+    - `end` ends the stream with `Failed`, behind the parts that were sent; not if all wanted parts were.
     """
 
     def send(self, message: ShardFound, body: Buffer) -> None: ...
@@ -61,6 +63,8 @@ class Sender(Protocol):
     async def room(self) -> None: ...
 
     def coming(self) -> None: ...
+
+    def end(self, error: ShoalError) -> None: ...
 
 
 Handler = Callable[[PeerId, Request], Awaitable[Answer]]
@@ -71,9 +75,10 @@ Server = Callable[[PeerId, GetShards, Sender], Awaitable[None]]
 protocol.errors, the stream ends with `Failed`, behind the parts that it sent. Its Sender is of no use afterwards."""
 
 AtOnce = Callable[[PeerId, GetShards, Sender], bool]
-"""Answers a GetShards if all parts are in memory: it sends them and returns True; else it sends nothing and returns
-False, and the Server is called. It spares the task. It is called while there is `room`, by the task that reads the
-connection, so it must not take long."""
+"""Answers a GetShards without a task, if it can. It returns True if it sent all parts, or has the rest of them sent
+later by whoever receives them, who then also has to `end` the stream if they do not come. Else it sends nothing and
+returns False, and the Server is called. It is called while there is `room`, by the task that reads the connection, so
+it must not take long."""
 
 Heard = Callable[[State], None] | None
 """Called when the answering side says how far it is, and with READY before each part is read."""

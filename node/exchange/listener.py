@@ -26,7 +26,7 @@ from node.exchange.contract import State
 from node.exchange.fair_shares import Shares
 from node.exchange.keep_alive import KeepAlive, OpenWork, Work, waiting
 from node.exchange.limits import BACKLOG, HANDSHAKES_PER_ADDRESS, HEADS_RATE, VIEWS
-from node.exchange.requests import ROOM_BYTES, answer, serve, serve_at_once
+from node.exchange.requests import ROOM_BYTES, answer, failure, serve, serve_at_once
 from protocol import wire
 from protocol.errors import BadInputError, NotAdmittedError, PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import Buffer, PeerId
@@ -87,6 +87,9 @@ class Parts(Work):
 
     def coming(self) -> None:
         self.is_coming = True
+
+    def end(self, error: ShoalError) -> None:
+        self.fail(failure(error))
 
     def fail(self, failed: Failed) -> None:
         """End the stream behind the parts that are queued, unless it is over."""
@@ -264,12 +267,9 @@ class Listener:
             return
         parts = Parts(self, connection, request.request_id, message)
         connection.work.by_number[request.request_id] = parts
-        if connection.queued_bytes < ROOM_BYTES:
-            failed = serve_at_once(self._endpoint.at_once, connection.peer, message, parts)
-            if failed is not None:
-                parts.fail(failed)
-                return
-        nursery.start_soon(self._serve_stream, connection.peer, message, parts)
+        has_room = connection.queued_bytes < ROOM_BYTES
+        if not (has_room and serve_at_once(self._endpoint.at_once, connection.peer, message, parts)):
+            nursery.start_soon(self._serve_stream, connection.peer, message, parts)
 
     async def _pace(self, peer: PeerId, size: int) -> None:
         until = max(trio.current_time(), self._paced_until.get(peer, 0.0)) + size / HEADS_RATE

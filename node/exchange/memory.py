@@ -22,13 +22,14 @@ from node.exchange.requests import (
     ROOM_BYTES,
     Call,
     answer,
+    failure,
     nothing_at_once,
     serve,
     serve_at_once,
     serve_nothing,
 )
 from protocol import wire
-from protocol.errors import PeerMisbehavedError, PeerUnavailableError
+from protocol.errors import PeerMisbehavedError, PeerUnavailableError, ShoalError
 from protocol.ids import Buffer, PeerId
 from protocol.messages import Failed, GetShards, Reply, Request, ShardFound
 
@@ -130,15 +131,23 @@ class _Part:
 class _Parts(Work):
     """The Sender of one stream: each part travels in a task of `nursery`."""
 
-    def __init__(self, exchange: MemoryExchange, link: _Link, line: _Line, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, exchange: MemoryExchange, link: _Link, line: _Line, request: GetShards, *, nursery: trio.Nursery
+    ) -> None:
         super().__init__()
         self._exchange, self._link, self._line, self._nursery = exchange, link, line, nursery
-        self.is_over = False
+        self._first, self._missing = request.first, request.wanted
+        self.over = trio.Event()
+        self.failed = Failed("unavailable", "")
+        """What ends the stream if parts are missing."""
 
     def send(self, message: ShardFound, body: Buffer) -> None:
         head = wire.encode_head(1, message, len(body))
-        if self.is_over:
+        if self.over.is_set():
             return
+        self._missing &= ~(1 << max(0, message.record.index - self._first))
+        if not self._missing:
+            self.over.set()
         self.queued += 1
         self._link.travelling += len(body)
         part = _Part(self._line, head, body)
@@ -146,13 +155,21 @@ class _Parts(Work):
         self._nursery.start_soon(self._carry, part)
 
     async def room(self) -> None:
-        while not self.is_over and self._link.travelling >= ROOM_BYTES:
+        while not self.over.is_set() and self._link.travelling >= ROOM_BYTES:
             await self._link.room.park()
-        if self.is_over:
+        if self.over.is_set():
             raise PeerUnavailableError("the stream is over")
 
     def coming(self) -> None:
         self.is_coming = True
+
+    def end(self, error: ShoalError) -> None:
+        self.fail(failure(error))
+
+    def fail(self, failed: Failed) -> None:
+        if not self.over.is_set():
+            self.failed = failed
+            self.over.set()
 
     async def _carry(self, part: _Part) -> None:
         link = self._link
@@ -272,14 +289,15 @@ class MemoryExchange:
         try:
             if isinstance(message, GetShards):
                 async with trio.open_nursery() as nursery:
-                    link.work.by_number[line] = parts = _Parts(self, link, line, nursery)
+                    link.work.by_number[line] = parts = _Parts(self, link, line, message, nursery=nursery)
                     try:
-                        failed = serve_at_once(self._at_once, line.asker, message, parts)
-                        if failed is None:
-                            failed = await serve(self._server, line.asker, message, parts)
+                        if serve_at_once(self._at_once, line.asker, message, parts):
+                            await parts.over.wait()
+                        else:
+                            parts.fail(await serve(self._server, line.asker, message, parts))
                     finally:
-                        parts.is_over = True
-                head = wire.encode_head(1, failed, 0)
+                        parts.over.set()
+                head = wire.encode_head(1, parts.failed, 0)
             else:
                 link.work.by_number[line] = Work()
                 head = await answer(self._handler, line.asker, wire.Head(1, message, 0))

@@ -152,7 +152,7 @@ class Dispatcher:
     def __init__(self) -> None:
         self._handlers: dict[type, Callable[[PeerId, Any], Awaitable[Answer]]] = {}
         self._server: Server = serve_nothing
-        self.at_once: AtOnce = nothing_at_once
+        self._at_once: AtOnce = nothing_at_once
 
     def route(self, handler: Callable[[PeerId, Any], Awaitable[Answer]], *requests: type) -> None:
         """Have `handler` answer these types of request."""
@@ -160,7 +160,7 @@ class Dispatcher:
 
     def serve(self, server: Server, at_once: AtOnce | None = None) -> None:
         """Have these answer the requests that are answered by streams."""
-        self._server, self.at_once = server, at_once or nothing_at_once
+        self._server, self._at_once = server, at_once or nothing_at_once
 
     async def __call__(self, peer: PeerId, request: Request) -> Answer:
         handler = self._handlers.get(type(request))
@@ -172,6 +172,9 @@ class Dispatcher:
     async def stream(self, peer: PeerId, request: GetShards, sender: Sender) -> None:
         with working_for(Demand(Asker(peer, request.asker))):
             await self._server(peer, request, sender)
+
+    def at_once(self, peer: PeerId, request: GetShards, sender: Sender) -> bool:
+        return self._at_once(peer, request, sender)
 
 
 async def serve_nothing(peer: PeerId, request: GetShards, sender: Sender) -> None:
@@ -189,7 +192,7 @@ async def answer(handler: Handler, peer: PeerId, request: wire.Head[Request]) ->
         message = (await handler(peer, request.message)).message
         return wire.encode_head(request.request_id, message, 0)
     except errors.ShoalError as error:
-        message = _failed(error)
+        message = failure(error)
     except Exception:  # the boundary of a task that a peer started: a bug here must not end the daemon
         log.exception("answering %s to %s failed", type(request.message).__name__, peer)
         message = _BUG
@@ -201,28 +204,28 @@ async def serve(server: Server, peer: PeerId, request: GetShards, sender: Sender
     try:
         await server(peer, request, sender)
     except errors.ShoalError as error:
-        return _failed(error)
+        return failure(error)
     except Exception:  # as in `answer`
         log.exception("answering %s to %s failed", type(request).__name__, peer)
         return _BUG
-    return _NOT_HELD
+    return Failed("not-held", "not held")
 
 
-def serve_at_once(at_once: AtOnce, peer: PeerId, request: GetShards, sender: Sender) -> Failed | None:
-    """As `serve`. None if that has to be called, because the parts cannot be sent at once."""
+def serve_at_once(at_once: AtOnce, peer: PeerId, request: GetShards, sender: Sender) -> bool:
+    """Whether nothing is left to do. If not, `serve` has to be called."""
     try:
-        return _NOT_HELD if at_once(peer, request, sender) else None
+        return at_once(peer, request, sender)
     except errors.ShoalError as error:
-        return _failed(error)
+        sender.end(error)
     except Exception:  # as in `answer`
         log.exception("answering %s to %s failed", type(request).__name__, peer)
-        return _BUG
+        sender.end(errors.UnavailableError(_BUG.text))
+    return True
 
 
-_NOT_HELD = Failed("not-held", "not held")
 _BUG = Failed("unavailable", "internal error")
 
 
-def _failed(error: errors.ShoalError) -> Failed:
+def failure(error: errors.ShoalError) -> Failed:
     code = next((code for kind, code in _CODES if isinstance(error, kind)), "unavailable")
     return Failed(code, str(error)[: wire.MAX_FAILURE_TEXT])

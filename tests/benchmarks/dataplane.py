@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,15 +40,13 @@ from tests.support.processes import scratch, terminate, wait_for
 from tests.support.proxy import CountingProxy
 from tests.support.pull import PullFailedError
 from tests.support.site import P2PD, UPSTREAM, Node, cpu_s, site
-from tests.support.versions import Version, versions
+from tests.support.versions import Comparison, Figures, Version, versions
 
 MEMBERS = 5
 IMAGES = {"three": (80, 80, 80), "one": (300,)}
 """MB of the layers of each image, by tag."""
 IDLE_S, IDLE_CPU_S, PATIENCE_S = 0.5, 0.05, 20.0
 """A site is idle when all its daemons took at most IDLE_CPU_S in IDLE_S."""
-
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,37 +255,8 @@ def counted(tag: str, stage: Stage, version: Version) -> Figures:
 # Runs and tables
 
 
-@dataclass(slots=True)
-class Results:
-    """The figures of each version's runs."""
-
-    by_version: dict[Version, list[Figures]] = field(default_factory=dict)
-
-    def add(self, version: Version, figures: Figures) -> None:
-        self.by_version.setdefault(version, []).append(figures)
-
-    def table(self, title: str) -> Table:
-        table = Table("median", title=title, title_justify="left")
-        medians = [
-            {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-            for runs in self.by_version.values()
-        ]
-        for version in self.by_version:
-            table.add_column(version.name, justify="right")
-        if len(medians) > 1:
-            table.add_column("ratio", justify="right")
-        for name in medians[-1]:
-            values = [figures.get(name) for figures in medians]
-            row = ["" if value is None else f"{value:.3g}" for value in values]
-            if len(values) > 1:
-                first, last = values[0], values[-1]
-                row.append(f"{last / first:.2f}" if first and last is not None else "")
-            table.add_row(name, *row)
-        return table
-
-
 def run(name: str, stage: Stage, compared: Sequence[Version], runs: int, counts: bool) -> None:
-    results = Results()
+    results = Comparison()
     tag = CROWDS.get(name)
     for _ in range(runs):
         floor_s = sum(cost.total for cost in floor(MEMBERS)) if tag else None

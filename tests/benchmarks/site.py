@@ -31,6 +31,7 @@ from tests.support.lab import NoLabError, Rates, check_lab
 from tests.support.lab_client import Client
 from tests.support.pull import PullFailedError
 from tests.support.site import start_all, wait_joined
+from tests.support.versions import Comparison, Version, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,33 @@ def flash(scratch: Path, store: Store) -> list[Outcome]:
     return outcomes
 
 
+LINKS = {
+    "links-20": (10, Rates(20 * MBIT, 20 * MBIT)),
+    "links-40": (10, Rates(40 * MBIT, 40 * MBIT)),
+    "links-100": (10, Rates(100 * MBIT, 100 * MBIT)),
+    "links-100-five": (5, Rates(100 * MBIT, 100 * MBIT)),
+    "uplink-10": (10, Rates(40 * MBIT, 10 * MBIT)),
+}
+"""The number of nodes, and the links, of the flash crowds that can be compared with those of another commit."""
+
+
+def links(name: str, scratch: Path, store: Store, compared: Sequence[Version], runs: int) -> Comparison:
+    """A flash crowd of each version in turn, each on a new site."""
+    count, rates = LINKS[name]
+    limit_s = fluid_limit(store.size("v1"), count, rates)
+    comparison = Comparison()
+    for number, version in itertools.product(range(runs), compared):
+        folder = scratch / f"{name}-{number}-{version.name}"
+        with bench_site(folder, store.folder, count, rates, code=version.code) as bench:
+            outcome = store.crowd(name, "v1", range(count), limit_s).pull(bench)
+        shutil.rmtree(folder)
+        sent = sum(node.sent + node.origin for node in outcome.used)
+        figures = {"last / T_min": outcome.last / limit_s, "median / T_min": outcome.median / limit_s}
+        figures |= {"CPU s/GB": outcome.cpu_s_per_gb, "copies": outcome.origin_bytes / outcome.size}
+        comparison.add(version, figures | {"sent / needed": sent / outcome.size / count})
+    return comparison
+
+
 def rolling_update(bench: Bench, store: Store) -> Outcome:
     """The pulls of all nodes as a single outcome. Its limit is that of the first node."""
     changed = store.images["v2"].layers[0].size
@@ -351,15 +379,28 @@ def plot_growth(outcomes: Sequence[Outcome], target: Path) -> None:
 
 SCENARIOS = {"flash": ("v1", "v2", "straight"), "stragglers": STRAGGLERS, "wave": ("wave",), "growth": ()}
 """The tags that each scenario pulls; `growth` has a tag for each size."""
+ALL = SCENARIOS | dict.fromkeys(LINKS, ("v1",))
 
 
 @click.command()
-@click.argument("scenarios", nargs=-1, type=click.Choice(list(SCENARIOS)))
+@click.argument("scenarios", nargs=-1, type=click.Choice(list(ALL)))
+@click.option("--against", help="For the LINKS: a commit of this repository to compare with.")
+@click.option("--commit", help="For the LINKS: measure this commit, and not the files of this tree.")
+@click.option("--runs", default=3, show_default=True, help="For the LINKS: runs of each version, for medians.")
 @click.option("--scale", default=1.0, show_default=True, help="Factor of all image sizes.")
 @click.option("--counts", default="5,10,20,40", show_default=True, help="Nodes in `growth`.")
 @click.option("--plot", type=click.Path(path_type=Path), help="File for the plot of `growth`, SVG or PNG.")
-def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | None) -> None:
-    """Without a SCENARIO: all of them. The exit status is 1 if a pull failed."""
+def main(
+    scenarios: tuple[str, ...],
+    against: str | None,
+    commit: str | None,
+    *,
+    runs: int,
+    scale: float,
+    counts: str,
+    plot: Path | None,
+) -> None:
+    """Without a SCENARIO: all but the LINKS, from links-20 to uplink-10. The exit status is 1 if a pull failed."""
     try:
         check_lab()
     except NoLabError as error:
@@ -368,9 +409,12 @@ def main(scenarios: tuple[str, ...], scale: float, counts: str, plot: Path | Non
     sizes = sorted({int(count) for count in counts.split(",")})
     failures: list[str] = []
     with processes.scratch() as scratch:
-        tags = [tag for name in chosen for tag in SCENARIOS[name]]
+        tags = list(dict.fromkeys(tag for name in chosen for tag in ALL[name]))
         tags += [f"crowd-{count}" for count in sizes if "growth" in chosen]
         store = make_store(scratch, scale, tags)
+        compared = versions(against, commit, scratch)
+        for name in (name for name in chosen if name in LINKS):
+            console.print(links(name, scratch, store, compared, runs).table(f"{name}, median of {runs}"))
         if "flash" in chosen:
             console.print(table_of(flash(scratch, store), "Flash crowd and update, 40 Mbit/s a node, uplink 40 Mbit/s"))
         if "stragglers" in chosen:

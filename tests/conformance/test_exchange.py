@@ -20,7 +20,7 @@ import trio.testing
 from node.exchange.contract import Answer, AtOnce, Exchange, Handler, Lane, Sender, Server, State
 from node.exchange.limits import Limits, Timing
 from node.exchange.memory import MemoryExchange, MemoryNetwork
-from node.exchange.requests import ROOM_BYTES, nothing_at_once
+from node.exchange.requests import ROOM_BYTES, Dispatcher, nothing_at_once
 from protocol.errors import (
     BadInputError,
     DeniedError,
@@ -94,6 +94,12 @@ async def serve_all(peer: PeerId, request: GetShards, sender: Sender) -> None:
     for index in wanted(request):
         await sender.room()
         sender.send(*part_of(request, index))
+
+
+def send_all(request: GetShards, sender: Sender) -> bool:
+    for index in wanted(request):
+        sender.send(*part_of(request, index))
+    return True
 
 
 @dataclass
@@ -359,8 +365,9 @@ def test_parts_in_memory_need_no_task(play: Play) -> None:
                 return False
             asked.append("at once")
             for index in wanted(request):
-                if index < 2:  # the last is missing: a bug
-                    sender.send(*part_of(request, index))
+                if index == 2:
+                    raise UnavailableError("only two")
+                sender.send(*part_of(request, index))
             return True
 
         async def in_a_task(peer: PeerId, request: GetShards, sender: Sender) -> None:
@@ -373,37 +380,60 @@ def test_parts_in_memory_need_no_task(play: Play) -> None:
         assert await is_read(site, asker, peer, get(0, 2))
         assert asked == ["at once", "in a task", "at once"]
         reading = Reading(site, asker, peer, get(0, 3))
-        assert await reading.run() == Failed("not-held", "not held")
+        assert await reading.run() == Failed("unavailable", "only two")
         assert len(reading.parts) == 2
 
     play(scenario)
 
 
-def test_parts_that_come_from_elsewhere_are_sent_at_once(play: Play) -> None:
+@pytest.mark.parametrize("needs_task", [True, False])
+def test_parts_that_come_from_elsewhere_are_sent_at_once(play: Play, needs_task: bool) -> None:
     """As of a keeper that passes parts on to many readers."""
 
     async def scenario(site: Site) -> None:
         senders: list[Sender] = []
-        all_wait, end = trio.Event(), trio.Event()
+        joined, end = trio.Semaphore(0), trio.Event()
+
+        def join(sender: Sender) -> None:
+            senders.append(sender)
+            joined.release()
 
         async def subscribe(peer: PeerId, request: GetShards, sender: Sender) -> None:
-            senders.append(sender)
-            if len(senders) == 3:
-                all_wait.set()
+            join(sender)
             await end.wait()
 
-        readers, peer = [await site.add() for _ in range(3)], await site.add(server=subscribe)
+        def subscribe_at_once(peer: PeerId, request: GetShards, sender: Sender) -> bool:
+            if needs_task:
+                return False
+            join(sender)
+            return True
+
+        peer = await site.add(server=subscribe, at_once=subscribe_at_once)
+        readers = [await site.add() for _ in range(3)]
         readings = [Reading(site, reader, peer, get(0, 2)) for reader in readers]
         async with trio.open_nursery() as nursery:
             for reading in readings:
                 nursery.start_soon(reading.run)
-            await all_wait.wait()
+            for _ in readers:
+                await joined.acquire()
             for index in (1, 0):
                 for sender in senders:
                     sender.send(*part_of(get(0, 2), index))
         for reading in readings:
             assert reading.parts == [part_of(get(0, 2), 1), part_of(get(0, 2), 0)]
         end.set()
+
+        async def fail() -> None:
+            failed.append(await Reading(site, readers[0], peer, get(0)).run())
+
+        if not needs_task:
+            failed: list[Failed | None] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail)
+                await joined.acquire()
+                senders[3].end(NotFoundError("gone"))
+                senders[3].end(UnavailableError("later"))
+            assert failed == [Failed("not-found", "gone")]
 
     play(scenario)
 
@@ -967,5 +997,25 @@ def test_a_cancelled_stream_does_not_write_into_its_memory(play: Play) -> None:
             memory[:] = b"mine" * (BLOCK_SIZE // 4)
             assert await is_read(site, asker, peer, get(1))
             assert memory == b"mine" * (BLOCK_SIZE // 4)
+
+    play(scenario)
+
+
+def test_a_dispatcher_hands_each_request_to_its_part(play: Play) -> None:
+    async def ping(peer: PeerId, request: Ping) -> Answer:
+        return Answer(PONG)
+
+    async def scenario(site: Site) -> None:
+        dispatcher = Dispatcher()
+        peer = await site.add(dispatcher, dispatcher.stream, at_once=dispatcher.at_once)
+        asker = await site.add()
+        assert await Reading(site, asker, peer, get(0)).run() == Failed("not-held", "not held")
+        dispatcher.route(ping, Ping)
+        dispatcher.serve(serve_all, lambda peer, request, sender: request.first == 0 and send_all(request, sender))
+        assert await ask(site, asker, peer, PING) == Answer(PONG)
+        answer = await ask(site, asker, peer, HOLDINGS)
+        assert isinstance(answer.message, Failed)
+        assert await is_read(site, asker, peer, get(0))
+        assert await is_read(site, asker, peer, get(1, 2))
 
     play(scenario)

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import trio
+import trio.testing
 
 from node.exchange.contract import Sender
 from node.exchange.memory import MemoryNetwork
@@ -134,6 +135,7 @@ def test_a_liar_between_the_cells_is_identified_at_once_and_no_honest_member_bla
 
         liar.server = lie
         await reader.read(0)
+        await trio.testing.wait_all_tasks_blocked()
         accused = {peer for node in nodes for peer in node.view.quarantined}
         assert accused == {liar.own}
         await all_read([node for node in nodes if node is not liar])

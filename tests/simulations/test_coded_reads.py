@@ -15,19 +15,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cache.store import READ_HERE, Held
 from node.blocks.home import BACKGROUND_S
-from node.blocks.values import LOOK_EVERY_S, BlockAddress
-from node.exchange.contract import Answer, Lane
+from node.blocks.values import LOOK_EVERY_S, BlockAddress, Stretch
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
 from node.oci.references import Grant
 from node.telemetry.sources import Source
 from protocol.errors import DeniedError, UnavailableError
-from protocol.fetch_plan import WARM_FLOOR_S
+from protocol.fetch_plan import COLD_FLOOR_S, WARM_FLOOR_S
 from protocol.health import QUICK_S, SpareBudget
 from protocol.home_times import LEAST_S
-from protocol.ids import BLOCK_SIZE, ObjectRef, Piece, Shard
+from protocol.ids import BLOCK_SIZE, Buffer, ObjectRef, Piece, Shard
 from protocol.messages import ShardFound
-from protocol.placement import HOME_HOPS
 from protocol.records import make_record
 from protocol.shard_proofs import make_proof
 from tests.support.site_in_memory import (
@@ -38,10 +36,13 @@ from tests.support.site_in_memory import (
     Registry,
     WithMirror,
     all_read,
+    flipped,
     home_of,
+    keepers_of,
     not_keeping,
     play,
     read_whole,
+    stretch,
 )
 
 
@@ -93,9 +94,9 @@ def test_an_urgent_read_asks_for_a_spare_only_if_answers_are_uneven() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         asked: list[int] = []
 
-        def count(answer: Answer) -> Answer:
-            asked[-1] += isinstance(answer.message, ShardFound)
-            return answer
+        def count(message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
+            asked[-1] += 1
+            return message, body
 
         network.latency_s = QUICK_S  # each way
         await all_read(nodes)
@@ -119,7 +120,7 @@ def test_an_urgent_read_waits_for_a_stopped_keeper_once_and_briefly() -> None:
         took: list[float] = []
         for number in range(60):
             if number == 20:
-                network.stop(reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)[1][1])
+                network.stop(keepers_of(nodes, 0)[1].own)
             await reader.forget(0)
             took.append((await reader.read(0, urgent=True)).seconds)
         slow = [seconds for seconds in took[20:] if seconds > 2 * took[19]]
@@ -133,16 +134,16 @@ def test_a_spare_without_a_peer_to_ask_costs_nothing(monkeypatch: pytest.MonkeyP
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
         reader = not_keeping(nodes, 0)
-        _, keepers = reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)
         await reader.forget(0)
-        for peer in keepers:
-            network.stop(peer)
+        for keeper in keepers_of(nodes, 0):
+            network.stop(keeper.own)
         spent.clear()
         await reader.read(0)
         assert len(spent) == 1
 
     spent: list[SpareBudget] = []
     spend = SpareBudget.spend
+    monkeypatch.setattr("node.blocks.questions.SILENCE_S", 2 * COLD_FLOOR_S)  # so that a silent peer is late first
     monkeypatch.setattr(SpareBudget, "spend", lambda budget: spent.append(budget) or spend(budget))
     play(6, scenario)
 
@@ -161,19 +162,11 @@ def test_a_liar_is_detected_by_its_shards() -> None:
     """S-01"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        def lie(answer: Answer) -> Answer:
-            if not isinstance(answer.message, ShardFound) or answer.body is None:
-                return answer
-            wrong = bytearray(answer.body)
-            wrong[len(wrong) // 2] ^= 1
-            return Answer(answer.message, wrong)
-
         await all_read(nodes[:4])
         reader = nodes[4]
-        placement = reader.site.placement()
-        homes = {placement.keepers(REF.block(index), BLOCK_SIZE)[1][0] for index in range(REF.block_count)}
-        liar = next(node for node in nodes[:4] if node.own not in homes)
-        liar.spoil = lie
+        homes = [home_of(nodes, index) for index in range(REF.block_count)]
+        liar = next(node for node in nodes[:4] if node not in homes)
+        liar.spoil = flipped
         await reader.read_all()
         assert set(reader.view.quarantined) == {liar.own}
         assert registry.asked == Counter(range(REF.block_count))
@@ -186,13 +179,12 @@ def test_a_record_that_no_member_signed_is_not_accepted() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         stranger = Identity.of(Ed25519PrivateKey.generate())
-        address = BlockAddress(LOCATOR, REF, 0)
-        forged = bytearray(address.length)
+        forged = bytearray(BLOCK_SIZE)
         sha = sha256(forged).digest()
         signed = make_record(REF, 0, sha, signer=stranger.peer_id, sign=stranger.sign)
         record = msgspec.structs.replace(signed, signature=b"")
         for node in nodes[1:]:
-            await node.tiers.put(Piece(address.block), forged, record, kept_for=READ_HERE)
+            await node.tiers.put(Piece(REF.block(0)), forged, record, kept_for=READ_HERE)
         held: Held = (await nodes[0].read(0)).held
         assert bytes(held.data) == BODY[:BLOCK_SIZE]
 
@@ -212,22 +204,18 @@ def test_a_new_home_asks_the_previous_keepers_before_the_registry() -> None:
     play(5, scenario)
 
 
-def test_a_keeper_asked_for_an_exact_shard_sends_no_shard_of_an_earlier_view() -> None:
-    """The asker would treat such a shard as a breach of the protocol, and quarantine an honest member."""
-
+def test_a_keeper_that_kept_another_shard_in_an_earlier_view_obtains_the_one_that_is_asked_for() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
         keeper = next(node for node in nodes if node is not home_of(nodes, 0))
         await keeper.tiers.discard(Piece(REF.block(0)))
         kept = next(shard for shard, bits in keeper.tiers.holdings(REF.digest).shards.items() if bits & 1)
-        other = (kept.index + 1) % (kept.k + kept.m)
+        other = Shard(4, 1, (kept.index + 1) % 5)
         asker = next(node for node in nodes if node not in (keeper, home_of(nodes, 0)))
+        with pytest.raises(UnavailableError, match="not held"):
+            await asker.ask_shard(keeper.own, stretch(0), other, hops=0)
         for hops in (2, 1):
-            shard = Shard(kept.k, kept.m, other)
-            question = asker.blocks.questions.get_shard(BlockAddress(LOCATOR, REF, 0), shard, hops=hops)
-            answer = await asker.exchange.request(keeper.own, question, lane=Lane.BULK, silence_s=1.0)
-            assert isinstance(answer.message, ShardFound)
-            assert answer.message.index == other
+            assert (await asker.ask_shard(keeper.own, stretch(0), other, hops=hops)).index == other.index
 
     play(5, scenario)
 
@@ -239,9 +227,7 @@ def test_a_keeper_passes_on_no_shard_for_which_no_accepted_member_answers(maker:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await nodes[0].read(0)
         home, piece = home_of(nodes, 0), Piece(REF.block(0), Shard(4, 1, 1))
-        keeper = next(
-            node for node in nodes if node.own == home.site.placement().keepers(REF.block(0), BLOCK_SIZE)[1][1]
-        )
+        keeper = keepers_of(nodes, 0)[1]
         record = (await home.tiers.get(Piece(REF.block(0))))[0].record  # type: ignore[index]
         wrong, liar = bytes(BLOCK_SIZE // 4), nodes[0] if nodes[0] not in (keeper, home) else nodes[1]
         proof = make_proof(record, Shard(4, 1, 1), wrong, maker=liar.own, sign=liar.identity.sign)
@@ -249,8 +235,8 @@ def test_a_keeper_passes_on_no_shard_for_which_no_accepted_member_answers(maker:
         await keeper.tiers.discard(piece)
         await keeper.tiers.put(piece, wrong, record, proof if maker != "nobody" else None, kept_for=READ_HERE)
         keeper.view.quarantine(liar.own, "a wrong shard")
-        address = BlockAddress(LOCATOR, REF, 0)
-        _, held = await keeper.blocks.keeper.keep(address, Shard(4, 1, 1), HOME_HOPS, exact=True)
+        held = await keeper.own_shard(0, Shard(4, 1, 1))
+        await trio.testing.wait_all_tasks_blocked()
         assert bytes(held.data) == BODY[BLOCK_SIZE // 4 : BLOCK_SIZE // 2]
         kept = await keeper.tiers.get(piece)
         assert kept is not None
@@ -330,10 +316,10 @@ def test_a_wrong_size_has_no_effect_on_other_reads() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes[:4])
-        wrong = BlockAddress(LOCATOR, ObjectRef(REF.digest, REF.size + 1), 0)
-        ticket = nodes[4].fetcher.begin(wrong, urgent=False)
-        await ticket.wait()
-        ticket.release()
+        wrong = Stretch(LOCATOR, ObjectRef(REF.digest, REF.size + 1), (0,))
+        order = nodes[4].fetcher.begin(wrong, False, lambda index, obtained: None)
+        await order.wait()
+        order.release()
         assert not any(node.view.quarantined for node in nodes)
         await all_read(nodes)
 
@@ -384,6 +370,8 @@ def test_a_private_object_is_read_once_by_one_of_its_readers(count: int, readers
 def test_a_reader_that_dies_does_not_stop_the_others() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.private, registry.block_s = True, 0.5
+        nodes[0].registry.target = dead = Registry(block_s=0.5)
+        dead.private = True
         async with trio.open_nursery() as nursery:
             nursery.start_soon(nodes[0].read_granted)
             await trio.sleep(0.7)
@@ -404,7 +392,7 @@ def test_a_member_deceived_by_a_mirror_is_no_liar_and_the_object_is_repaired(mir
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         bad = WithMirror()
-        home = nodes[0].site.placement().keepers(REF.block(1), BLOCK_SIZE)[1][0]
+        home = home_of(nodes, 1).own
         for node in nodes:
             if mirrored == "everywhere" or node.own == home:
                 node.registry.target = bad
@@ -423,9 +411,8 @@ def test_a_member_reads_for_others_only_content_that_its_own_client_reads() -> N
         elsewhere = replace(LOCATOR, repository="other", grant=Grant("Bearer of another repository"))
         with nodes[0].blocks.grants.granted(elsewhere, REF.digest):
             for reader in ("", nodes[0].own):
-                address = BlockAddress(LOCATOR, REF, 0, reader)
                 with pytest.raises(DeniedError):
-                    await nodes[1].blocks.home.block(address)
+                    await nodes[1].blocks.home.blocks(stretch(0, reader=reader), lambda index, obtained: None)
         assert not registry.asked
 
     play(2, scenario)

@@ -29,14 +29,14 @@ from node.evidence.cases import MAX_KEPT, MAX_UNDECIDED, Case, Verdict
 from node.evidence.findings import READING_S, SHOWING_S, Findings
 from node.evidence.judge import EXCHANGE_S, PAUSE_S, RETRY_S, SPREAD_S, Judge
 from node.evidence.judge_file import EvidenceFile
-from node.exchange.contract import Answer, Lane
+from node.exchange.contract import Answer, Lane, Sender
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
 from node.membership.membership import QUARANTINE_S, Membership
 from protocol.errors import CorruptObjectError, PeerMisbehavedError, PeerUnavailableError, UnavailableError
 from protocol.evidence import Evidence, check_evidence, make_evidence
-from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, PeerId, Piece, Shard
-from protocol.messages import Accuse, GetBlock, Request, ShardFound
+from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
+from protocol.messages import Accuse, GetShards, Request, ShardFound
 from protocol.records import Record, make_record
 from tests.support import site_in_memory
 from tests.support.passports import passports_of
@@ -49,6 +49,7 @@ from tests.support.site_in_memory import (
     home_of,
     not_keeping,
     read_whole,
+    stretch,
     under,
 )
 
@@ -71,6 +72,11 @@ class Node(site_in_memory.Node):
             rng=Random(self.own),
         )
         self.dispatcher.route(self.judge.handle, Accuse)
+
+    async def read_as_home(self) -> None:
+        """Read all blocks from the registry, so that their records are this node's."""
+        for index in range(REF.block_count):
+            await self.blocks.home.blocks(stretch(index), lambda index, obtained: None)
 
     def signs(self, index: int, data: bytes) -> Record:
         return make_record(REF, index, sha256(data).digest(), self.own, sign=self.identity.sign)
@@ -325,10 +331,8 @@ def test_a_record_that_no_bytes_match_is_detected_by_readers_of_the_block() -> N
         assert isinstance(liar, Node)
         false = liar.signs(0, b"of no bytes at all".ljust(BLOCK_SIZE))
 
-        def lie(answer: Answer) -> Answer:
-            if not isinstance(answer.message, ShardFound) or answer.message.record.index:
-                return answer
-            return under(false, answer, liar.identity)
+        def lie(message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
+            return (message, body) if message.record.index else under(false, message, body, liar.identity)
 
         liar.spoil = lie
         reader = not_keeping(nodes, 0)  # type: ignore[arg-type]
@@ -367,12 +371,12 @@ def test_a_reader_of_two_records_of_one_signer_reports_both() -> None:
         assert isinstance(liar, Node)
         given: list[Record] = []
 
-        def lie(answer: Answer) -> Answer:
+        def lie(message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
             """Send different bytes to each member that asks."""
-            if not isinstance(answer.message, ShardFound) or answer.message.record.index:
-                return answer
+            if message.record.index:
+                return message, body
             given.append(liar.signs(0, bytes([len(given)]) * BLOCK_SIZE))
-            return under(given[-1], answer, liar.identity)
+            return under(given[-1], message, body, liar.identity)
 
         liar.spoil = lie
         reader = not_keeping(nodes, 0)  # type: ignore[arg-type]
@@ -454,7 +458,7 @@ def test_the_finder_shows_the_object_and_no_registry_is_asked() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, others = nodes[0], nodes[1], nodes[2:]
-        await finder.read_all()
+        await finder.read_as_home()
         registry.down = True
         registry.asked.clear()
         finder.site.trust.suspect(suspicion(liar.signs(2, bytes(BLOCK_SIZE)), proven=True))
@@ -673,7 +677,7 @@ def test_a_liar_cannot_keep_evidence_out_by_accusing_itself() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, finder, receiver = nodes[0], nodes[1], nodes[2]
-        await finder.read_all()
+        await finder.read_as_home()
         registry.private = True
         record = liar.signs(0, bytes(BLOCK_SIZE))
         await liar.tells(receiver, liar.accuses(record))
@@ -688,14 +692,12 @@ def test_a_finder_that_shows_the_object_slowly_delays_other_cases_by_a_bounded_t
 
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         liar, slow, finder, receiver = nodes
-        await finder.read_all()
+        await finder.read_as_home()
 
-        async def never(peer: PeerId, request: Request) -> Answer:
-            if isinstance(request, GetBlock):
-                await trio.sleep_forever()
-            return await slow.handle(peer, request)
+        async def never(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            await trio.sleep_forever()
 
-        slow.handler = never
+        slow.server = never
         registry.block_s = 1e6
         for number in range(MAX_UNDECIDED):
             await slow.tells(receiver, slow.accuses(finder.signs(number % 2, bytes([number]) * BLOCK_SIZE)))

@@ -5,34 +5,34 @@ Virtual time. The names S-nn are lines of docs/SECURITY.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
+import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cache.store import READ_HERE
-from node.blocks.values import BlockAddress
-from node.exchange.contract import Answer
+from node.blocks.values import Stretch
+from node.exchange.contract import Answer, Sender
 from node.exchange.memory import MemoryNetwork
 from node.identity.identity import Identity
 from protocol.erasure import encode_shard
-from protocol.errors import UnavailableError
+from protocol.errors import DeniedError, NotFoundError, PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import (
-    BlockFound,
-    Failed,
-    GetBlock,
+    FindHolders,
+    GetHoldings,
+    GetShards,
     Holders,
     HoldingsFound,
     Request,
     Resolved,
+    ShardFound,
 )
-from protocol.placement import HOME_HOPS
 from protocol.records import make_record
 from protocol.shard_proofs import make_proof
 from tests.support import names_in_memory as tags
@@ -41,9 +41,11 @@ from tests.support.site_in_memory import (
     REF,
     Node,
     Registry,
+    Spoil,
     all_read,
     flipped,
     home_of,
+    keepers_of,
     not_keeping,
     play,
     signing,
@@ -57,11 +59,9 @@ def test_a_wrong_parity_shard_makes_no_wrong_block() -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         await all_read(nodes)
         reader = not_keeping(nodes, 0)
-        _, keepers = reader.site.placement().keepers(REF.block(0), BLOCK_SIZE)
-        by_id = {node.own: node for node in nodes}
-        liar = by_id[keepers[4]]
+        _, other, *_, liar = keepers_of(nodes, 0)
         liar.spoil = flipped
-        network.kill(keepers[1])  # so that the parity is needed
+        network.kill(other.own)  # so that the parity is needed
         await reader.forget(0)
         registry.asked.clear()
         assert (await reader.read(0)).held.data == (await nodes[0].read(0)).held.data
@@ -87,7 +87,7 @@ STRANGER = Identity.of(Ed25519PrivateKey.from_private_bytes(bytes(31) + b"s"))
 """A key without a certificate: no node accepts it as a member."""
 
 
-def lie_of(node: Node, kind: str) -> Callable[[Answer], Answer]:
+def lie_of(node: Node, kind: str) -> Spoil:
     """Wrong shards, with the proof of the right one, without a proof, or with one over the wrong bytes."""
     lies = {"altered": flipped, "unsigned": unsigned, "signed": signing(node.identity), "stranger": signing(STRANGER)}
     return lies[kind]
@@ -103,6 +103,7 @@ def test_a_home_that_sends_keepers_wrong_shards_gets_no_keeper_quarantined(count
         liar.spoil = lie_of(liar, kind)
         reader = next(node for node in nodes if node is not liar)
         await reader.read(0)
+        await trio.testing.wait_all_tasks_blocked()
         assert any(node.view.is_quarantined(liar.own) for node in nodes), "after the first block"
         for node in nodes:
             if node is not liar:
@@ -129,17 +130,11 @@ def test_a_maker_that_is_no_member_convicts_nobody_and_its_shards_are_not_kept()
     play(7, scenario)
 
 
-def keepers_of(nodes: list[Node], index: int) -> tuple[PeerId, ...]:
-    return nodes[0].site.placement().keepers(REF.block(index), BLOCK_SIZE)[1]
-
-
 async def keep_shards(nodes: list[Node], index: int) -> list[Node]:
     """Have the other keepers of a block obtain their shards from its home, as if others had asked for it."""
-    keepers = keepers_of(nodes, index)
-    kept = [node for node in nodes if node.own in keepers[1:]]
-    for node in kept:
-        shard = Shard(4, 1, keepers.index(node.own))
-        await node.blocks.keeper.keep(BlockAddress(LOCATOR, REF, index), shard, HOME_HOPS, exact=True)
+    _, *kept = keepers_of(nodes, index)
+    for rank, node in enumerate(kept, 1):
+        await node.own_shard(index, Shard(4, 1, rank))
     return kept
 
 
@@ -178,7 +173,7 @@ def test_an_honest_shard_of_a_false_record_is_not_compared_with_the_true_block()
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         home, (liar, *_) = home_of(nodes, 0), await keep_shards(nodes, 0)
         liar.spoil = lie_of(liar, "signed")
-        reader, maker = (node for node in nodes if node.own not in keepers_of(nodes, 0))
+        reader, maker = (node for node in nodes if node not in keepers_of(nodes, 0))
         false, shard = bytes(BLOCK_SIZE), Shard(4, 1, 0)
         record = make_record(REF, 0, sha256(false).digest(), signer=liar.own, sign=liar.identity.sign)
         data = encode_shard(false, 4, 1, 0)
@@ -198,18 +193,19 @@ def test_a_false_claim_to_hold_a_block_costs_a_question_and_no_copy(answers: str
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         liar = nodes[0]
 
-        def lie(answer: Answer) -> Answer:
-            message = answer.message
-            if isinstance(message, HoldingsFound):
-                return Answer(HoldingsFound(b"\xff", ()))
-            if isinstance(message, Holders):
-                return Answer(Holders((liar.own,)))
-            return flipped(answer) if answers == "wrong bytes" and not isinstance(message, Failed) else answer
+        async def lie(peer: PeerId, request: Request) -> Answer:
+            match request:
+                case GetHoldings():
+                    return Answer(HoldingsFound(b"\xff", ()))
+                case FindHolders():
+                    return Answer(Holders((liar.own,)))
+            return await liar.handle(peer, request)
 
         for node in nodes:
-            for digest in (REF.digest,):
-                node.blocks.directory.announce(digest, liar.own, trio.current_time())
-        liar.spoil = lie
+            node.blocks.directory.announce(REF.digest, liar.own, trio.current_time())
+        liar.handler = lie
+        if answers == "wrong bytes":
+            liar.spoil = flipped
         await all_read(nodes[1:])
         assert all(count <= 2 for count in registry.asked.values())
         assert all(set(node.view.quarantined) <= {liar.own} for node in nodes)
@@ -224,11 +220,10 @@ def test_an_answer_that_never_ends_is_given_up(urgent: bool) -> None:
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         liar = nodes[0]
 
-        async def never(peer: PeerId, request: Request) -> Answer:
+        async def never(peer: PeerId, request: GetShards, sender: Sender) -> None:
             await trio.sleep_forever()
-            raise AssertionError
 
-        liar.handler = never
+        liar.server = never
         for node in nodes[1:]:
             for index in range(REF.block_count):
                 with trio.fail_after(20):
@@ -294,17 +289,17 @@ def test_an_answer_with_another_digest_than_the_requested_is_refused(tmp_path: P
     tags.play(tmp_path, 4, scenario)
 
 
-@pytest.mark.parametrize("code", ["not-found", "denied"])
-def test_a_member_that_says_that_an_object_is_missing_is_not_believed(code: str) -> None:
+@pytest.mark.parametrize("failure", [NotFoundError, DeniedError])
+def test_a_member_that_says_that_an_object_is_missing_is_not_believed(failure: type[ShoalError]) -> None:
     """S-47"""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        async def lie(peer: PeerId, request: Request) -> Answer:
-            return Answer(Failed(code, "it does not exist"))
+        async def lie(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            raise failure("it does not exist")
 
         reader, liars = nodes[0], nodes[1:]
         for liar in liars:
-            liar.handler = lie
+            liar.server = lie
         await reader.read_all()
         registry.down = True
         await reader.forget(0)
@@ -316,19 +311,29 @@ def test_a_member_that_says_that_an_object_is_missing_is_not_believed(code: str)
     play(6, scenario)
 
 
-def test_an_answer_with_another_block_is_refused() -> None:
-    """S-03: a record of another block than the requested one is refused."""
+@pytest.mark.parametrize("lie", ["another block", "a block twice", "another object"])
+def test_an_answer_with_another_block_is_refused(lie: str) -> None:
+    """S-03: a record of another block than the requested ones, or of one that came already, is refused."""
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
-        await nodes[0].read_all()
-        answer = await nodes[0].handle(nodes[1].own, GetBlock(str(REF.digest), 1, REF.size))
-        assert isinstance(answer.message, BlockFound)
+        liar, reader = nodes[:2]
+        await liar.read_all()
+        held = await liar.tiers.get(Piece(REF.block(1)))
+        assert held is not None
+        record, body = held[0].record, held[0].data
+        if lie == "another object":
+            record = msgspec.structs.replace(record, digest="sha256:" + "66" * 32)
 
-        async def replay(peer: PeerId, request: Request) -> Answer:
-            return answer  # block 1 for any request
+        async def replay(peer: PeerId, request: GetShards, sender: Sender) -> None:
+            for _ in range(1 + (lie == "a block twice")):
+                sender.send(ShardFound(1, 0, 0, record), body)  # for any request
 
-        nodes[0].handler = replay
-        assert await nodes[1].read_all()
-        assert all(set(node.view.quarantined) <= {nodes[0].own} for node in nodes)
+        liar.server = replay
+        assert await reader.read_all()
+        assert all(set(node.view.quarantined) <= {liar.own} for node in nodes)
+        wanted = {"another block": (2,), "a block twice": (1, 2), "another object": (1,)}[lie]
+        asked = Stretch(LOCATOR, REF, wanted)
+        with pytest.raises(PeerMisbehavedError):
+            await nodes[2].ask_shard(liar.own, asked, Shard(1, 0, 0), hops=0)
 
     play(3, scenario)

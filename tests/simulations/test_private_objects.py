@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from hashlib import sha256
-from typing import Any
 
 import msgspec
 import pytest
 
 from cache.store import READ_HERE
 from node.blocks.object_facts import OPEN, UNKNOWN, origin_of
-from node.exchange.contract import Answer, Lane
+from node.blocks.values import Stretch
 from node.exchange.memory import MemoryNetwork
 from node.oci.references import Grant, Locator
 from protocol.errors import UnavailableError
-from protocol.ids import Digest, ObjectRef, Piece
-from protocol.messages import BlockFound, Failed, GetBlock, GetShard, ShardFound
+from protocol.ids import Buffer, Digest, ObjectRef, Piece, Shard
+from protocol.messages import ShardFound
 from protocol.records import make_record
-from tests.support.site_in_memory import LOCATOR, REF, Node, Registry, all_read, not_keeping, play, read_whole
+from tests.support.site_in_memory import (
+    LOCATOR,
+    REF,
+    Node,
+    Registry,
+    all_read,
+    keepers_of,
+    not_keeping,
+    play,
+    read_whole,
+)
 
 OTHER = Locator("origin.test", "public", "blobs")
 
@@ -52,17 +61,14 @@ def test_an_object_that_everybody_may_read_is_open_on_each_node(count: int) -> N
 def test_a_member_that_hides_the_origin_hides_it_only_of_what_passes_through_it() -> None:
     """S-61"""
 
-    def openly(answer: Answer) -> Answer:
-        if isinstance(answer.message, ShardFound | BlockFound):
-            return replace(answer, message=msgspec.structs.replace(answer.message, origin=OPEN))
-        return answer
+    def openly(message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
+        return msgspec.structs.replace(message, origin=OPEN), body
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         registry.private = True
         await nodes[0].read_granted()
         reader = not_keeping(nodes, 0)
-        _, keepers = reader.site.placement().keepers(REF.block(0), REF.block_length(0))
-        next(node for node in nodes if node.own == keepers[1]).spoil = openly
+        keepers_of(nodes, 0)[1].spoil = openly
         await reader.read_all(OTHER)
         assert reader.site.facts.origin(REF.digest) == origin_of(LOCATOR)
 
@@ -79,9 +85,8 @@ def test_a_node_that_does_not_know_the_origin_says_so() -> None:
         await nodes[0].tiers.put(
             Piece(ref.block(0)), b"hello", record, kept_for=READ_HERE
         )  # as from a cache of an earlier version
-        answer = await nodes[0].handle(nodes[1].own, GetBlock(str(stranger), 0, 5))
-        assert isinstance(answer.message, BlockFound)
-        assert answer.message.origin == UNKNOWN
+        found = await nodes[1].ask_shard(nodes[0].own, Stretch(LOCATOR, ref, (0,)), Shard(1, 0, 0), hops=0)
+        assert found.origin == UNKNOWN
 
     play(2, scenario)
 
@@ -96,10 +101,9 @@ def test_no_member_reads_or_signs_for_a_size_that_it_knows_to_be_false(size: int
             assert node.site.facts.size(REF.digest) == REF.size
         asked = registry.asked.total()
         false = ObjectRef(REF.digest, size)
-        for node in nodes:
-            shard: Any = GetShard(str(REF.digest), 0, size, k=1, m=0, want=0, hops=1, source=str(LOCATOR))
-            with pytest.raises(UnavailableError):
-                await node.dispatcher(nodes[0].own, shard)
+        for asker, node in zip(nodes, nodes[1:] + nodes[:1], strict=True):
+            with pytest.raises(UnavailableError, match="unavailable: "):
+                await asker.ask_shard(node.own, Stretch(LOCATOR, false, (0,)), Shard(1, 0, 0), hops=1)
             with pytest.raises(UnavailableError):
                 node.site.check_size(false)
         assert registry.asked.total() == asked
@@ -113,18 +117,13 @@ def test_an_object_beyond_the_bound_is_refused_to_members() -> None:
 
     async def scenario(nodes: list[Node], registry: Registry, network: MemoryNetwork) -> None:
         most = nodes[0].site.max_object
-        request = GetShard(str(REF.digest), 0, most + 1, k=1, m=0, want=0, hops=1, source=str(LOCATOR))
         assert most == 64 << 30
-        answer = await network_answer(nodes, request)
-        assert isinstance(answer.message, Failed)
-        assert answer.message.code == "unavailable"
+        wrong = Stretch(LOCATOR, ObjectRef(REF.digest, most + 1), (0,))
+        with pytest.raises(UnavailableError, match=r"unavailable: .* more than max_object"):
+            await nodes[0].ask_shard(nodes[1].own, wrong, Shard(1, 0, 0), hops=1)
         assert registry.asked.total() == 0
 
     play(2, scenario)
-
-
-async def network_answer(nodes: list[Node], request: GetShard) -> Answer:
-    return await nodes[0].exchange.request(nodes[1].own, request, lane=Lane.BULK, silence_s=5.0, heard=lambda _: None)
 
 
 def test_a_grant_makes_no_open_object_private() -> None:

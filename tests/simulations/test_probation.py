@@ -8,11 +8,11 @@ from itertools import count, islice
 import pytest
 
 from cache.store import READ_HERE
-from node.blocks.values import BlockAddress
+from node.blocks.values import Stretch
 from node.exchange.contract import Lane
 from node.exchange.memory import MemoryNetwork
 from protocol.ids import BLOCK_SIZE, Digest, ObjectRef, Piece, Shard
-from protocol.messages import Announce, ShardFound
+from protocol.messages import Announce
 from protocol.records import make_record
 from tests.support.site_in_memory import BODY, LOCATOR, REF, Node, Registry, all_read, play, read_whole
 
@@ -22,12 +22,17 @@ OBJECTS = 200
 JUNK = bytes(BLOCK_SIZE)
 
 
+def only(ref: ObjectRef) -> Stretch:
+    """The block of an invented object."""
+    return Stretch(LOCATOR, ref, (0,))
+
+
 def invented(liar: Node, home: Node) -> list[ObjectRef]:
     """Objects that do not exist, with the home."""
     refs = (ObjectRef(Digest("sha256", sha256(b"%d" % number).hexdigest()), BLOCK_SIZE) for number in count())
     place = liar.site.placement()
     return list(
-        islice((ref for ref in refs if place.route(liar.own, ref.block(0), ref.size).home == home.own), OBJECTS)
+        islice((ref for ref in refs if place.route(liar.own, only(ref).stripe, ref.size).home == home.own), OBJECTS)
     )
 
 
@@ -40,14 +45,12 @@ async def have_kept(liar: Node, ref: ObjectRef) -> None:
     for peer in place.directory(ref.digest):
         if peer != liar.own:
             await liar.exchange.request(peer, Announce((str(ref.digest),)), lane=Lane.CONTROL, silence_s=1.0)
-    route = place.route(liar.own, ref.block(0), ref.size)
+    route = place.route(liar.own, only(ref).stripe, ref.size)
     for index, peer in enumerate(route.keepers):
         if peer in (liar.own, route.home):
             continue
         shard = Shard(route.shape.k, route.shape.m, index)
-        question = liar.blocks.questions.get_shard(BlockAddress(LOCATOR, ref, 0), shard, hops=route.hops)
-        answer = await liar.exchange.request(peer, question, lane=Lane.BULK, silence_s=5.0)
-        assert isinstance(answer.message, ShardFound)
+        await liar.ask_shard(peer, only(ref), shard, hops=route.hops)
     await liar.tiers.discard(piece)
 
 

@@ -33,6 +33,9 @@ ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), p
 GZIP_LEVEL = 1
 """The layers need not be small, and level 1 compresses 100 MB in seconds."""
 
+NOISE_CHUNK = 1 << 27
+"""The random module makes at most 256 MiB in one call."""
+
 Entry = tuple[str, Path | bytes]
 """A path inside the layer, and its content: a file of this machine, or bytes."""
 
@@ -201,7 +204,8 @@ def tree(root: Path, inside: str, keep: Callable[[Path], bool] = lambda _: True)
 
 def noise(seed: int, size: int) -> bytes:
     """Incompressible bytes, the same for the same seed."""
-    return random.Random(seed).randbytes(size)
+    rng = random.Random(seed)
+    return b"".join(rng.randbytes(min(NOISE_CHUNK, size - start)) for start in range(0, size, NOISE_CHUNK))
 
 
 def _dpkg(*arguments: str) -> str:

@@ -19,27 +19,27 @@ import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cache.memory import MemoryStore
+from cache.store import Held
 from cache.tiered import Tiers
 from node import assembly
 from node.blocks.values import Obtained, Stretch
 from node.content.library import SiteLibrary
 from node.content.resolver import Resolver
 from node.content.verification import ObjectVerifier
-from node.exchange.contract import Answer, Handler, Sender, Server
+from node.exchange.contract import Answer, Handler, Lane, Sender, Server
 from node.exchange.memory import MemoryExchange, MemoryNetwork
 from node.exchange.requests import Dispatcher
 from node.identity.identity import Identity
 from node.oci.references import Grant, Locator
 from node.registry import batching
 from node.registry.contract import NoNews, RegistryNews
-from protocol.errors import DeniedError, UnavailableError
+from protocol.errors import DeniedError, ShoalError, UnavailableError
 from protocol.ids import BLOCK_SIZE, Buffer, Digest, ObjectRef, PeerId, Piece, Shard
 from protocol.members import Member
 from protocol.messages import GetShards, Request, ShardFound
-from protocol.placement import Route
+from protocol.placement import HOME_HOPS, Route
 from protocol.records import Record
 from protocol.shard_proofs import make_proof
-from protocol.stripes import StripeId, stripe_number
 from tests.support.disk_like import DiskLike
 from tests.support.site_library import site_library
 
@@ -154,6 +154,9 @@ class Spoiling:
     def coming(self) -> None:
         self._sender.coming()
 
+    def end(self, error: ShoalError) -> None:
+        self._sender.end(error)
+
 
 class Node:
     """`handler` and `server` answer other members. `spoil` alters the shards and blocks that it sends. A subclass may
@@ -227,6 +230,22 @@ class Node:
         with self.blocks.grants.granted(locator, REF.digest):
             return await self.read_all(locator)
 
+    async def ask_shard(
+        self, peer: PeerId, stretch: Stretch, shard: Shard, *, hops: int, keep: bool = False
+    ) -> ShardFound:
+        """Ask another node for its shard of one block. Nothing is checked but what the exchange checks."""
+        parts: list[ShardFound] = []
+        await self.blocks.questions.stream(
+            *(peer, stretch, shard, lambda message, _: parts.append(message)), hops=hops, lane=Lane.BULK, keep=keep
+        )
+        return parts[0]
+
+    async def own_shard(self, index: int, shard: Shard) -> Held:
+        """Obtain the node's own shard of a block, as if others had asked for it."""
+        shards: dict[int, Held] = {}
+        await self.blocks.keeper.own(stretch(index), shard, HOME_HOPS, shards.__setitem__)
+        return shards[index]
+
     async def forget(self, index: int) -> None:
         await self.tiers.discard(Piece(REF.block(index)))
 
@@ -274,20 +293,28 @@ async def read_whole(library: SiteLibrary) -> bytes:
         return b"".join([bytes(chunk) async for chunk in chunks])
 
 
+def stretch(index: int, **more: Any) -> Stretch:
+    """A block of REF. Each is a stripe of its own."""
+    return Stretch(LOCATOR, REF, (index,), **more)
+
+
 def route_of(node: Node, index: int) -> Route:
-    """The way of a node to the block with this index."""
-    stripe = StripeId(REF.digest, stripe_number(index, REF.block_count))
-    return node.site.placement().route(node.own, stripe, REF.block_length(index))
+    """The way of a node to a block."""
+    return node.site.placement().route(node.own, stretch(index).stripe, stretch(index).length)
+
+
+def keepers_of(nodes: list[AnyNode], index: int) -> list[AnyNode]:
+    """The keepers of a block in its root cell, by rank."""
+    return [next(node for node in nodes if node.own == peer) for peer in route_of(nodes[0], index).root.keepers]
 
 
 def home_of(nodes: list[AnyNode], index: int) -> AnyNode:
-    home = route_of(nodes[0], index).home
-    return next(node for node in nodes if node.own == home)
+    return keepers_of(nodes, index)[0]
 
 
 def not_keeping(nodes: list[AnyNode], index: int) -> AnyNode:
-    keepers = route_of(nodes[0], index).root.keepers
-    return next(node for node in nodes if node.own not in keepers)
+    keepers = keepers_of(nodes, index)
+    return next(node for node in nodes if node not in keepers)
 
 
 def flipped(message: ShardFound, body: Buffer) -> tuple[ShardFound, Buffer]:
