@@ -164,7 +164,7 @@ def blocks(
     holders = Holders(site, questions, directory)
     home = Home(site, holders, grants, identity=identity, origin=reads, news=news)
     keeper = Keeper(site, home, questions, grants, identity=identity, news=news)
-    members = ChosenWay(CodedReads(site, questions, keeper, is_busy), home, news)
+    members = ChosenWay(CodedReads(site, questions, keeper, is_busy), home, news, lambda: len(view.site))
     fetcher = Fetcher((HeldBlocks(tiers), members, home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
