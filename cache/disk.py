@@ -312,6 +312,8 @@ class DiskStore:
         """The caller just checked the object's digest, over bytes read from or put to this store. True if from now on
         its file may be served without hashing: all blocks are held, and the file has not changed since their checks. If
         some blocks are still being written, that begins when they are."""
+        if not self._table.runs.holds_any(ref.digest, None):
+            return False
         sealed = seal(self._table, self._table.files[ref.digest], ref.size)
         self._write_back.hurry()  # flush soon, so that a kill loses no part of a whole object
         return sealed

@@ -174,9 +174,10 @@ class WriteBack:
         while True:
             await self._wait_due()
             if not self._room.has(0):
+                before = self._table.policy.bytes
                 self._room.evict(0)
-                if not self._room.has(0):
-                    self.hurry()
+                if self._table.policy.bytes < before:
+                    self.hurry()  # there may be more
             await self.flush()
 
     async def run_writes(self) -> None:

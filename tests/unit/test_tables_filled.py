@@ -6,7 +6,6 @@ import gc
 import json
 import tracemalloc
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import trio
@@ -37,7 +36,7 @@ BODY = json.dumps(
 
 
 def digest(number: int) -> Digest:
-    return Digest("sha256", sha256(f"{number}".encode()).hexdigest())
+    return Digest("sha256", f"{number:064x}")
 
 
 def peer(number: int) -> PeerId:
