@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -23,14 +22,14 @@ from typing import BinaryIO
 import trio
 
 from cache.disk_flush import WriteBack, carry_out
-from cache.disk_index import Stored
+from cache.disk_read import read, stamp_of
 from cache.disk_room import Room
 from cache.disk_scan import AT_ONCE, Scan
 from cache.disk_table import MAX_RUNS, Entry, PieceTable
-from cache.files import READ, Identity, identity_of, opened, read_all
+from cache.files import Identity
 from cache.pieces import check_bytes
 from cache.recovery import open_folder
-from cache.runs import Run, piece_length, slot_of, space
+from cache.runs import Run, piece_length, space
 from cache.sealed import open_sealed, seal
 from cache.segments import PINNED, SegmentedPolicy
 from cache.store import READ_HERE, Askers, Held, Holdings, StoreStatistics
@@ -77,6 +76,11 @@ def _open_table(
     return table, room, scan
 
 
+def is_derivable(table: PieceTable, piece: Piece) -> bool:
+    """Whether the piece is a shard of a block that is held whole."""
+    return piece.shard is not None and table.runs.find(Piece(piece.block)) is not None
+
+
 class DiskStore:
     """A BlockStore of sparse files, made by `open`; see the module's docstring."""
 
@@ -116,7 +120,7 @@ class DiskStore:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(store._write_back.run_writes)
                 nursery.start_soon(store._write_back.run_flushes)
-                nursery.start_soon(store._compare, scan)
+                nursery.start_soon(store._write_back.run_scan, scan, store.compared)
                 try:
                     yield store
                 finally:
@@ -126,10 +130,6 @@ class DiskStore:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(table.folder.close)
-
-    async def _compare(self, scan: Scan) -> None:
-        await self._write_back.run_scan(scan)
-        self.compared.set()
 
     async def flush(self, *, references: bool = False) -> None:
         """Make held pieces durable and give back removed ones; with `references` even if these are the only change."""
@@ -144,11 +144,11 @@ class DiskStore:
         if entry is not None and entry.data is not None:
             self._table.refer(run)
             return Held(entry.data, entry.record, entry.proof)
-        path, stamp = self._table.path((piece.block.digest, piece.shard)), self._stamp(piece)
+        path, stamp = self._table.path((piece.block.digest, piece.shard)), stamp_of(self._table, piece)
         held: Held | str
         identity: Identity | None
         try:
-            held, identity = await trio.to_thread.run_sync(self._read, piece, run.size, path, entry)
+            held, identity = await trio.to_thread.run_sync(read, self._folder.index, piece, run.size, path, entry)
         except OSError as error:
             held, identity = f"cannot be read ({error.strerror})", None
             if error.errno in _EXHAUSTED:
@@ -166,36 +166,11 @@ class DiskStore:
             self._table.remove(piece)
             return None
         self._table.refer(run)
-        if identity is not None and stamp is not None and stamp == self._stamp(piece):
-            file = self._table.file(piece.block.digest)
+        if identity is not None and stamp is not None and stamp == stamp_of(self._table, piece):
+            file = self._table.files[piece.block.digest]
             file.note(identity)
             file.checked |= 1 << piece.block.index
         return held
-
-    def _stamp(self, piece: Piece) -> int | None:
-        """It stays the same while this process does not write to the file of a whole block, None while it does. A write
-        changes the file's identity."""
-        digest = piece.block.digest
-        if piece.shard is not None or (digest, None) in self._table.writing:
-            return None
-        file = self._table.files.get(digest)
-        return file.writes if file is not None else 0
-
-    def _read(self, piece: Piece, size: int, path: str, entry: Entry | None) -> tuple[Held | str, Identity | None]:
-        """The piece, or a text if its bytes are wrong, and the identity of its file. Runs in a thread. Raises OSError
-        and sqlite3.Error."""
-        stored: Stored | None = entry.stored if entry is not None else self._folder.index.piece(piece)
-        if stored is None or stored.record.size != size:
-            return "its row is missing", None
-        data = bytearray(piece_length(size, piece.block.index, piece.shard))
-        with opened(path, READ) as fd:
-            identity = identity_of(os.fstat(fd))
-            complete = read_all(fd, memoryview(data), piece.block.index * slot_of(piece.shard))
-        if not complete:
-            return "its file is too short", identity
-        if sha256(data).digest() != (stored.sha256 if piece.shard else stored.record.sha256):
-            return "its bytes are not those that were put", identity
-        return Held(data, stored.record, stored.proof), identity
 
     async def put(
         self,
@@ -210,11 +185,11 @@ class DiskStore:
         await trio.lowlevel.checkpoint()
         if self._table.has(piece, kept_for):
             return True
-        if self._table.is_derivable(piece) or not await self._write_back.make_room(piece, space(len(data)), kept_for):
+        if is_derivable(self._table, piece) or not await self._write_back.make_room(piece, space(len(data)), kept_for):
             return False
         if self._table.has(piece, kept_for):
             return True
-        if self._table.is_derivable(piece):
+        if is_derivable(self._table, piece):
             return False
         return await self._write_back.wait_written(self._enqueue(piece, data, record, proof, kept_for=kept_for))
 
@@ -232,7 +207,7 @@ class DiskStore:
         check_bytes(piece, data, record)
         if self._table.has(piece, kept_for):
             return True
-        if self._table.is_derivable(piece) or not self._write_back.has_room(piece, space(len(data)), kept_for):
+        if is_derivable(self._table, piece) or not self._write_back.has_room(piece, space(len(data)), kept_for):
             return False
         self._enqueue(piece, data, record, proof, kept_for=kept_for)
         return True
@@ -308,7 +283,7 @@ class DiskStore:
 
     def unused(self, seconds: float) -> Iterator[Piece]:
         """Pieces that are not pinned and were not used for `seconds`, as they are now."""
-        return self._table.unused(int((time.time() - seconds) * 1000))
+        return self._room.unused(int((time.time() - seconds) * 1000))
 
     def beyond(self, target_bytes: int) -> Iterator[Piece]:
         """The pieces that would be evicted so that at most `target_bytes` are held; too few if more is pinned."""
@@ -337,15 +312,12 @@ class DiskStore:
         """The caller just checked the object's digest, over bytes read from or put to this store. True if from now on
         its file may be served without hashing: all blocks are held, and the file has not changed since their checks. If
         some blocks are still being written, that begins when they are."""
-        sealed = seal(self._table, self._table.file(ref.digest), ref.size)
+        if not self._table.runs.holds_any(ref.digest, None):
+            return False
+        sealed = seal(self._table, self._table.files[ref.digest], ref.size)
         self._write_back.hurry()  # flush soon, so that a kill loses no part of a whole object
         return sealed
 
     def open_sealed(self, digest: Digest) -> BinaryIO | None:
         """The whole object's file, if it is sealed and unchanged. Its bytes stay in place until it is closed."""
-        opened_file = open_sealed(self._table, digest)
-        if opened_file is None:
-            return None
-        file, leased = opened_file
-        self._table.refer_object(file, self._timer())
-        return leased
+        return open_sealed(self._table, digest, self._timer())

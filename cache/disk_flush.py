@@ -174,9 +174,10 @@ class WriteBack:
         while True:
             await self._wait_due()
             if not self._room.has(0):
+                before = self._table.policy.bytes
                 self._room.evict(0)
-                if not self._room.has(0):
-                    self.hurry()
+                if self._table.policy.bytes < before:
+                    self.hurry()  # there may be more
             await self.flush()
 
     async def run_writes(self) -> None:
@@ -266,7 +267,7 @@ class WriteBack:
         for error in outcome.problems:
             table.folder.warn_once("cannot store a piece", error)
         for (digest, shard), entries in batch.items():
-            file = table.file(digest) if shard is None else None
+            file = table.files[digest] if shard is None else None
             if file is not None and (identities := outcome.identities.get((digest, shard))) is not None:
                 file.note(identities[0])
                 file.identity = identities[1]
@@ -289,7 +290,7 @@ class WriteBack:
         written, self._written = self._written, trio.Event()
         written.set()
 
-    async def run_scan(self, scan: Scan) -> None:
+    async def run_scan(self, scan: Scan, over: trio.Event) -> None:
         """Compare the files that were not compared when the store was opened."""
         while not scan.is_over:
             await trio.to_thread.run_sync(scan.list_next)
@@ -298,6 +299,7 @@ class WriteBack:
                 with trio.CancelScope(shield=True):
                     scan.apply(files, await trio.to_thread.run_sync(scan.reconcile, files))
         scan.report()
+        over.set()
 
     async def flush(self, *, references: bool = False) -> None:
         """Write and sync what is held, and give back what was removed; with `references` even if these are the only

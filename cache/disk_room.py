@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from cache.disk_table import MAX_RUNS, PieceTable
 from cache.probation import NOTHING
 from cache.runs import RUN_BLOCKS, Run
+from cache.segments import PINNED
 from cache.store import READ_HERE, Askers
 from protocol.ids import BLOCK_SIZE, Piece
 
@@ -116,6 +117,11 @@ class Room:
                     return
                 over -= run.space(piece.shard, 1 << piece.block.index % RUN_BLOCKS)
                 yield piece
+
+    def unused(self, before: int) -> Iterator[Piece]:
+        """Pieces that are not pinned and were last used before, in Unix milliseconds."""
+        runs = [run for run in self._table.runs if run.used < before and run.kept_for != PINNED]
+        return (piece for run in runs for piece in run.pieces())
 
     def _extra(self, room: int) -> int:
         return min(room // EVICTION_SHARE, MAX_EVICTION)

@@ -10,13 +10,29 @@ import logging
 
 from cache.disk_table import PieceTable
 from cache.recovery import FileKey, HeldFile, listed, prefix_of, prefixes, reconcile
-from protocol.ids import Digest
+from cache.runs import RUN_BLOCKS, piece_length
+from protocol.ids import BLOCK_SIZE, Digest
 
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 1024
 """Files compared before the store serves: 0.1 s."""
-IN_A_STEP = 256
+IN_A_STEP = 64
+
+
+def held_file(table: PieceTable, key: FileKey) -> HeldFile:
+    """The pieces of a file that have been written."""
+    digest, shard = key
+    short = dict[int, int]()
+    for run in table.runs.of(digest):
+        last = (run.size - 1) // BLOCK_SIZE
+        if last // RUN_BLOCKS == run.number and run.bits(shard) >> last % RUN_BLOCKS & 1:
+            short[last] = piece_length(run.size, last, shard)
+    bits = table.runs.bitmap(digest, shard)
+    for piece, entry in table.unsynced.items():
+        if entry.key == key and entry.data is not None:
+            bits &= ~(1 << piece.block.index)
+    return HeldFile(key, bits, short)
 
 
 class Scan:
@@ -41,23 +57,25 @@ class Scan:
 
     def list_next(self) -> None:
         """Raises OSError."""
-        while self._prefixes and len(self._keys) < IN_A_STEP:
+        while self._prefixes and not self._keys and not self._digests:
             prefix = self._prefixes.pop()
             there = set(listed(self._table.folder.path, prefix))
-            self._there |= there
+            self._there = there
             self._keys += there
             self._digests += self._expected.pop(prefix, ())
 
     def files(self) -> list[HeldFile]:
         table = self._table
-        runs = [run for digest in self._digests for run in table.runs.of(digest)]
-        self._keys += {(run.digest, shard) for run in runs for shard in run.content()} - self._there
-        self._digests = []
+        if not self._keys:  # the files that are there were compared: others may be missing
+            digests, self._digests = self._digests[:IN_A_STEP], self._digests[IN_A_STEP:]
+            runs = [run for digest in digests for run in table.runs.of(digest)]
+            self._keys += {(run.digest, shard) for run in runs for shard in run.content()} - self._there
+            if not self._digests:
+                self._there.clear()
         step, self._keys = self._keys[:IN_A_STEP], self._keys[IN_A_STEP:]
-        self._there -= set(step)
         # The flush gives back what was removed meanwhile.
         busy = {(piece.block.digest, piece.shard) for piece in table.removed}
-        return [table.held_file(key) for key in step if key not in busy]
+        return [held_file(table, key) for key in step if key not in busy]
 
     def reconcile(self, files: list[HeldFile]) -> dict[FileKey, list[int]]:
         return reconcile(self._table.folder.path, files, punching=self._table.folder.punching)

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
 from cache.disk_index import Stored, StoredRun
 from cache.files import Identity
-from cache.pieces import CORRELATED_S, set_bits
-from cache.recovery import FileKey, Folder, HeldFile, relative_path
-from cache.runs import RUN_BLOCKS, Run, Runs, piece_length, slot_of, space
+from cache.pieces import set_bits
+from cache.recovery import FileKey, Folder, relative_path
+from cache.runs import RUN_BLOCKS, Run, Runs, slot_of, space
 from cache.segments import PINNED, SegmentedPolicy
 from cache.store import READ_HERE, Askers
-from protocol.ids import BLOCK_SIZE, BlockId, Buffer, Digest, Piece, Shard
+from protocol.ids import BlockId, Buffer, Digest, Piece, Shard
 from protocol.records import Record
 from protocol.shard_proofs import ShardProof
 
 MAX_RUNS = 1 << 18
 """Runs in one store, each of which takes about 1 KiB of memory regardless of its size: enough for 2 TB of objects of
 8 MiB, or 8 TB of larger ones. In a store of more objects than this, the least used ones are evicted."""
-MAX_REFERENCES = 1024
-"""Runs referenced at one opening of a sealed object (10 ms); the next opening of a larger object continues there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +52,14 @@ class File:
             return True
         self.identity, self.checked, self.sealed = identity, 0, False
         return False
+
+
+class Files(dict[Digest, File]):
+    """`get` returns the file of an object if there is one; `[]` makes it."""
+
+    def __missing__(self, digest: Digest) -> File:
+        file = self[digest] = File(digest)
+        return file
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +102,7 @@ class PieceTable:
     policy: SegmentedPolicy[Run]
     pinned: set[Digest]
     runs: Runs = field(default_factory=Runs)
-    files: dict[Digest, File] = field(default_factory=dict)
+    files: Files = field(default_factory=Files)
     unsynced: dict[Piece, Entry] = field(default_factory=dict)
     writing: set[FileKey] = field(default_factory=set)
     leased: set[File] = field(default_factory=set)
@@ -176,16 +182,17 @@ class PieceTable:
         return run is not None
 
     def claim(self, piece: Piece) -> None:
-        """End the piece's probation."""
+        """End the piece's probation, if it is on probation."""
         for other in self._removed_with(piece):
             run = self.runs.find(other)
             if run is not None and _on_probation(run):
                 self._move(run, other.shard, 1 << other.block.index % RUN_BLOCKS, READ_HERE)
 
-    def claim_run(self, run: Run) -> None:
-        """End the probation of the whole blocks of a run."""
-        if _on_probation(run) and run.blocks:
-            self._move(run, None, run.blocks, READ_HERE)
+    def claim_range(self, digest: Digest, number: int) -> None:
+        """End the probation of the whole blocks of a range."""
+        for run in self.runs.at(digest, number):
+            if _on_probation(run) and run.blocks:
+                self._move(run, None, run.blocks, READ_HERE)
 
     def _move(self, run: Run, shard: Shard | None, bits: int, kept_for: Askers) -> None:
         need = run.space(shard, bits)
@@ -220,19 +227,6 @@ class PieceTable:
         self.policy.refer(run)
         run.used = self.next_use()
         self._referenced.add(run)
-
-    def refer_object(self, file: File, now: float) -> None:
-        """Reference the runs of a whole object, MAX_REFERENCES per call, and no more often than references count."""
-        if file.next_reference == 0 and now - file.referenced_at < CORRELATED_S:
-            return
-        file.referenced_at = now
-        runs = [run for run in self.runs.of(file.digest) if run.blocks]
-        stop = min(file.next_reference + MAX_REFERENCES, len(runs))
-        for run in runs[file.next_reference : stop]:
-            self.claim_run(run)
-        for run in [run for run in self.runs.of(file.digest) if run.blocks][file.next_reference : stop]:
-            self.refer(run)
-        file.next_reference = stop if stop < len(runs) else 0
 
     def take_rows(self, most: int | None) -> list[tuple[Run, StoredRun]]:
         """The rows of the runs that changed since the last call, without the pieces that have no row yet, and of `most`
@@ -308,29 +302,8 @@ class PieceTable:
         """Whether the piece's file may not be renamed or cut now."""
         return (piece.block.digest, piece.shard) in self.writing or self.is_leased(piece)
 
-    def is_derivable(self, piece: Piece) -> bool:
-        """Whether the piece is a shard of a block that is held whole."""
-        return piece.shard is not None and self.runs.find(Piece(piece.block)) is not None
-
-    def file(self, digest: Digest) -> File:
-        return self.files.setdefault(digest, File(digest))
-
     def path(self, key: FileKey) -> str:
         return f"{self.folder.path}/{relative_path(*key)}"
-
-    def held_file(self, key: FileKey) -> HeldFile:
-        """The pieces of a file that have been written."""
-        digest, shard = key
-        bits, short = 0, dict[int, int]()
-        for run in self.runs.of(digest):
-            last = (run.size - 1) // BLOCK_SIZE
-            if last // RUN_BLOCKS == run.number and run.bits(shard) >> last % RUN_BLOCKS & 1:
-                short[last] = piece_length(run.size, last, shard)
-        bits = self.runs.bitmap(digest, shard)
-        for piece, entry in self.unsynced.items():
-            if entry.key == key and entry.data is not None:
-                bits &= ~(1 << piece.block.index)
-        return HeldFile(key, bits, short)
 
     def pin(self, digest: Digest) -> None:
         self.pinned.add(digest)
@@ -343,11 +316,6 @@ class PieceTable:
         for run in self.runs.of(digest):
             if run.kept_for == PINNED:
                 self._move(run, None, run.blocks, READ_HERE)
-
-    def unused(self, before: int) -> Iterator[Piece]:
-        """Pieces that are not pinned and were last used before, in Unix milliseconds."""
-        runs = [run for run in self.runs if run.used < before and run.kept_for != PINNED]
-        return (piece for run in runs for piece in run.pieces())
 
 
 def _on_probation(run: Run) -> bool:

@@ -24,7 +24,7 @@ V = TypeVar("V")
 
 HISTORY_FLOOR = 64
 """Evicted entries that are remembered even if fewer are held, so that a cache of few large entries learns too."""
-HISTORY_CEILING = 1 << 15
+HISTORY_CEILING = 1 << 14
 """At most so many evicted entries are remembered, 150 bytes each, or as many as are held if these are more."""
 
 

@@ -110,10 +110,14 @@ class Runs:
                 return run
         return None
 
+    def at(self, digest: Digest, number: int) -> tuple[Run, ...]:
+        """The runs of a range."""
+        return self._objects.get(digest, {}).get(number, ())
+
     def in_range(self, digest: Digest, number: int, shard: Shard | None) -> int:
         """The bits of all runs of a range."""
         bits = 0
-        for run in self._objects.get(digest, {}).get(number, ()):
+        for run in self.at(digest, number):
             bits |= run.bits(shard)
         return bits
 
@@ -170,7 +174,7 @@ class Runs:
         number, bit = divmod(block.index, RUN_BLOCKS)
         return [
             Piece(block, shard)
-            for run in self._objects.get(block.digest, {}).get(number, ())
+            for run in self.at(block.digest, number)
             for shard, bits in (run.shards or {}).items()
             if bits >> bit & 1
         ]

@@ -84,6 +84,7 @@ from node.registry.contract import NoNews, RegistryNews
 from node.registry.uplink import Uplink, UplinkFile
 from node.registry.upstreams import Upstreams
 from node.runtime.disk_writes import written_bytes
+from node.runtime.hashing import Hashing, HashingThread, inline
 from node.runtime.processor_load import ProcessorLoad
 from node.runtime.systemd import Notifier
 from node.stages import Admitted, Blocks, Clients, Network, Node, Participant, Registry, Storage
@@ -163,7 +164,7 @@ def blocks(
     holders = Holders(site, questions, directory)
     home = Home(site, holders, grants, identity=identity, origin=reads, news=news)
     keeper = Keeper(site, home, questions, grants, identity=identity, news=news)
-    members = ChosenWay(CodedReads(site, questions, keeper, is_busy), home, news)
+    members = ChosenWay(CodedReads(site, questions, keeper, is_busy), home, news, lambda: len(view.site))
     fetcher = Fetcher((HeldBlocks(tiers), members, home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 
@@ -216,6 +217,7 @@ def site(
     facts: ObjectFacts | None = None,
     public_age: Callable[[Locator], float | None] = lambda locator: None,
     is_busy: Callable[[], bool] = lambda: False,
+    hashing: Hashing = inline,
 ) -> Participant:
     """Build a member over `exchange`. It answers requests after `Participant.route`; its tasks are `services`."""
     made = partial(blocks, upstream=upstreams, nursery=nursery, config=config, facts=facts)
@@ -242,6 +244,7 @@ def site(
         verifier=verifier,
         ledger=ledger,
         metrics=metrics,
+        hashing=hashing,
     )
     return Participant(
         membership,
@@ -293,6 +296,7 @@ def participant(
         rng=Random(),
         public_age=storage.public.age,
         is_busy=ProcessorLoad().is_busy,
+        hashing=HashingThread(),
     )
     member.route(network.dispatcher, admitted.registrar)
     return member

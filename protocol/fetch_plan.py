@@ -75,7 +75,7 @@ class StripePlan:
     def __post_init__(self) -> None:
         self._rank = {peer: rank for rank, peer in enumerate(self.keepers)}
         self._asked: dict[PeerId, _Asked] = {}
-        self._left = dict.fromkeys(self.blocks, self.k)
+        self.incomplete = dict.fromkeys(self.blocks, self.k)
         """The shards that each incomplete block lacks."""
         self._warm: set[int] = set()
         """The blocks of which a shard has arrived."""
@@ -84,7 +84,7 @@ class StripePlan:
 
     @property
     def done(self) -> bool:
-        return not self._left
+        return not self.incomplete
 
     @property
     def stuck(self) -> bool:
@@ -93,10 +93,7 @@ class StripePlan:
 
     @property
     def has_spare(self) -> bool:
-        return next(self._untried(self._left), None) is not None
-
-    def is_done(self, block: int) -> bool:
-        return block not in self._left
+        return next(self._untried(self.incomplete), None) is not None
 
     @property
     def beaten(self) -> list[PeerId]:
@@ -144,7 +141,7 @@ class StripePlan:
         """The peer's shard of a block arrived. Returns whether it is the last that the block lacked."""
         answered = self._asked[peer]
         answered.missing.discard(block)
-        if block in self._left:
+        if block in self.incomplete:
             self._slowest_s = max(self._slowest_s, now - min(now, answered.since))
         if block not in self._warm:
             self._warm.add(block)
@@ -155,23 +152,19 @@ class StripePlan:
             # The next shard of its answer follows at once, unless its block is not in the site yet.
             is_cold = answered.was_cold and not self._is_warm(answered)
             answered.since, answered.asked_at = (math.inf if is_cold else now), now
-        if block not in self._left:
+        if block not in self.incomplete:
             return False
-        self._left[block] -= 1
-        if self._left[block]:
+        self.incomplete[block] -= 1
+        if self.incomplete[block]:
             return False
-        del self._left[block]
+        del self.incomplete[block]
         return True
 
-    def lost(self, peer: PeerId, block: int, now: float) -> list[Ask]:
-        """The peer's shard of a block is of no use: ask another for it."""
-        self._asked[peer].missing.discard(block)
-        self.retries += 1
-        return self._top_up(now)
-
-    def failed(self, peer: PeerId, now: float) -> list[Ask]:
-        """The peer will not bring the shards that it owes: ask others, even without spare budget."""
-        self._asked[peer].missing.clear()
+    def failed(self, peer: PeerId, now: float, *blocks: int) -> list[Ask]:
+        """The peer will not bring the shards of these blocks, or none of those that it owes: ask others, even without
+        spare budget."""
+        missing = self._asked[peer].missing
+        missing.difference_update(blocks or tuple(missing))
         self.retries += 1
         return self._top_up(now)
 
@@ -209,7 +202,7 @@ class StripePlan:
 
     def _owed(self, asked: _Asked) -> list[int]:
         """The incomplete blocks for which a peer owes a shard."""
-        return [block for block in self._left if block in asked.missing]
+        return [block for block in self.incomplete if block in asked.missing]
 
     def _is_warm(self, asked: _Asked) -> bool:
         """Whether the site has an incomplete block for which the peer owes a shard."""
@@ -221,7 +214,7 @@ class StripePlan:
                 continue
             warm = [block for block in owed if block in self._warm]
             floor = WARM_FLOOR_S if warm else COLD_FLOOR_S
-            last = warm and all(self._left[block] == 1 and self.k > 1 for block in warm)
+            last = warm and all(self.incomplete[block] == 1 and self.k > 1 for block in warm)
             bound = LAST_FACTOR * self._slowest_s if last else math.inf
             after = max(floor, self._slowest_s, min(bound, self.late_after_s(peer)))
             since = max(asked.since, min(self.answered_at(peer), asked.since + (TURN_FACTOR - 1) * after))
@@ -231,11 +224,11 @@ class StripePlan:
     def _top_up(self, now: float) -> list[Ask]:
         asks: list[Ask] = []
         while True:
-            coming = dict.fromkeys(self._left, 0)
+            coming = dict.fromkeys(self.incomplete, 0)
             for asked in self._asked.values():
                 for block in () if asked.given_up else self._owed(asked):
                     coming[block] += 1
-            short = [block for block, left in self._left.items() if coming[block] < left]
+            short = [block for block, left in self.incomplete.items() if coming[block] < left]
             more = self._next(short, 1, now) if short else []
             if not more:
                 return asks

@@ -24,14 +24,15 @@ log = logging.getLogger(__name__)
 class ChosenWay:
     """A `BlockSource` in the place of `site`, which obtains blocks from other members."""
 
-    def __init__(self, site: BlockSource, home: Home, news: RegistryNews) -> None:
-        self._site, self._home, self._news = site, home, news
+    def __init__(self, site: BlockSource, home: Home, news: RegistryNews, nodes: Callable[[], int]) -> None:
+        """`nodes` returns the number of nodes of the site."""
+        self._site, self._home, self._news, self._nodes = site, home, news, nodes
 
     async def find(self, stretch: Stretch, taker: Taker) -> None:
         upstream = stretch.locator.upstream
         choice = ALWAYS_SITE
         if not stretch.background:
-            choice = self._news.choose(upstream, _size(stretch))
+            choice = self._news.choose(upstream, _size(stretch), self._nodes())
         if choice == ALWAYS_SITE:
             await self._site.find(stretch, taker)
             return

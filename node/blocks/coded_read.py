@@ -236,7 +236,7 @@ class _Attempt:
             log.warning("two records of %s disagree", block.id)
             if block.record is not None and contradict(block.record, held.record):
                 self._suspect(block.record, held.record)
-            self._asking.more(self.plan.lost(peer, index, now))
+            self._asking.more(self.plan.failed(peer, now, index))
             return
         is_last = self.plan.got(peer, index, now)
         if block is not None:

@@ -30,6 +30,7 @@ from node.content.resolver import Accept, Resolver
 from node.content.verification import ObjectVerifier
 from node.oci.manifests import MAX_MANIFEST, Resolved
 from node.oci.references import Locator
+from node.runtime.hashing import Hashing, inline
 from node.telemetry.metrics import Metrics
 from node.telemetry.provenance import Provenance, Read
 from node.telemetry.sources import Source
@@ -73,6 +74,7 @@ class SiteLibrary:
     verifier: ObjectVerifier
     ledger: Provenance
     metrics: Metrics
+    hashing: Hashing = inline
     _room: Room = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,7 +163,7 @@ class SiteLibrary:
         for its next byte. Raises CorruptObjectError. `verified` stays empty if verification takes longer than CHECK_S,
         if false blocks were just replaced, or if a block cannot be obtained and the request is for a part."""
         ref = request.ref
-        hasher = hashlib.new(ref.digest.algorithm)
+        hasher = self.hashing(ref.digest.algorithm)
         fetched: dict[int, Obtained] = {}
         began = yielded_at = trio.current_time()
         with closing(self._ahead(request, range(ref.block_count), urgent=ref.block_count == 1)) as ahead:
@@ -178,16 +180,16 @@ class SiteLibrary:
                         self.resolver.known.doubt(request.locator, ref)
                         raise
                     return
-                hasher.update(obtained.held.data)
+                await hasher.update(obtained.held.data)
                 fetched[index] = replace(obtained, held=Held(b"", obtained.held.record))
                 ahead.taken()
-        if await self.verifier.check(request.locator, ref, hasher.hexdigest()) is None:
+        if await self.verifier.check(request.locator, ref, await hasher.hexdigest()) is None:
             verified.update(fetched)
 
     async def _send(self, request: _Request, verified: Mapping[int, Obtained]) -> AsyncGenerator[Buffer, None]:
         """The bytes of the spans. A block that was `verified` must still have the same hash."""
         locator, ref, whole = request.locator, request.ref, request.whole
-        hasher = hashlib.new(ref.digest.algorithm) if whole and not verified else None
+        hasher = self.hashing(ref.digest.algorithm) if whole and not verified else None
         parts: list[bytes] = []
         last = ref.block_count - 1
         extent = max(stop for _, stop in request.spans) - min(start for start, _ in request.spans)
@@ -206,9 +208,9 @@ class SiteLibrary:
                     raise CorruptObjectError(f"{ref.digest} #{index} has other bytes than when it was verified")
                 self._note(ref.digest, index, first, sum(part.stop - part.start for part in wanted))
                 if hasher is not None:
-                    hasher.update(data)
+                    await hasher.update(data)
                     if index == last:
-                        data = await self.verifier.check(locator, ref, hasher.hexdigest(), given=last) or data
+                        data = await self.verifier.check(locator, ref, await hasher.hexdigest(), given=last) or data
                 if whole and locator.kind == "manifests" and ref.size <= MAX_MANIFEST:
                     parts.append(bytes(data))
                     if index == last:

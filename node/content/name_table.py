@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 Origin = Literal["registry", "import", "manifest"]
 """Who gave a stored answer: the registry to this node, this node's operator, or a manifest that names the object."""
-MAX_RECENT = 4096
+MAX_RECENT = 2048
 """Names that are answered without SQLite."""
 _MAX_ROWS = 100_000
 _TRIMMED = 4096

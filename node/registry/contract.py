@@ -16,7 +16,7 @@ class RegistryNews(Protocol):
     - `is_open`: whether everybody may read what the registry gives to this node without a client's grant.
     - `answers`: whether the registry answered this node lately, and has not failed since.
     - `told`: another member says that the registry answers.
-    - `choose`: the way for a read of `length` bytes for a client of this node.
+    - `choose`: the way for a read of `length` bytes for a client of this node, one of the site's `nodes`.
     - `ways`: what both ways gave lately; the caller notes in it what the site gives.
     """
 
@@ -26,7 +26,7 @@ class RegistryNews(Protocol):
 
     def told(self, upstream: str) -> None: ...
 
-    def choose(self, upstream: str, length: int) -> Choice: ...
+    def choose(self, upstream: str, length: int, nodes: int) -> Choice: ...
 
     def ways(self, upstream: str) -> Ways: ...
 
@@ -41,7 +41,7 @@ class NoNews:
     def told(self, upstream: str) -> None:
         """There is no pause to end."""
 
-    def choose(self, upstream: str, length: int) -> Choice:
+    def choose(self, upstream: str, length: int, nodes: int) -> Choice:
         return ALWAYS_SITE
 
     def ways(self, upstream: str) -> Ways:

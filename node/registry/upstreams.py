@@ -274,13 +274,15 @@ class Upstreams:
         state = asked.registry.availability
         return not state.breaker.failing and trio.current_time() - state.answered_at < REACHED_S
 
-    def choose(self, upstream: str, length: int) -> Choice:
-        """The way for a read of `length` bytes for a client of this node: through the site, or from the registry."""
+    def choose(self, upstream: str, length: int, nodes: int) -> Choice:
+        """The way for a read of `length` bytes for a client of this node: through the site, or from the registry.
+        `nodes` of the site share the uplink."""
         asked = self._upstreams.get(canonical(upstream))
         if asked is None or asked.prefer == "site":
             return ALWAYS_SITE
         pushed_at = max(client.availability.pushed_at for client in asked.in_order)
-        return asked.ways.choose(length, trio.current_time(), pushed_at=pushed_at, budget=asked.uplink.policy.limited)
+        now, budget = trio.current_time(), asked.uplink.policy.limited
+        return asked.ways.choose(length, now, nodes=nodes, pushed_at=pushed_at, budget=budget)
 
     def ways(self, upstream: str) -> Ways:
         """What both ways gave lately. Reads of blocks from the registry are measured here, those from members by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 import threading
@@ -280,6 +281,24 @@ def test_a_much_smaller_budget_is_reached_in_steps(tmp_path: Path, monkeypatch: 
             await store.flush()
         assert 2 <= store.statistics().entries <= 4
         assert store.holds(blob.pieces[-1])
+
+    run(tmp_path, test)
+
+
+def test_a_floor_that_cannot_be_kept_costs_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More free disk is demanded than there is, and all that is held is pinned: no flush follows at once."""
+    monkeypatch.setattr("cache.disk_flush.FLUSH_S", math.inf)
+
+    async def test(store: DiskStore) -> None:
+        store.pin(OTHER.digest)
+        assert put(store, OTHER, OTHER.pieces[0])
+        await store.flush()
+        store.resize(LARGE, free_bytes=1 << 60)
+        assert not store.seal(BLOB.ref)
+        assert store.seal(OTHER.ref), "a flush is due"
+        with trio.fail_after(20):
+            await trio.testing.wait_all_tasks_blocked(0.2)
+        assert store.holds(OTHER.pieces[0])
 
     run(tmp_path, test)
 

@@ -77,6 +77,7 @@ def test_the_registry_is_chosen_only_if_it_is_clearly_faster(site_rate: float, r
         return
     choice = ways.choose(STRIPE, now)
     faster = MARGIN * ways.registry.seconds(STRIPE) < ways.site.seconds(STRIPE)
+    faster &= ways.registry.peak > MARGIN * ways.site.rate
     assert (choice.way is Way.REGISTRY) == (faster and ways.site.knows(now) and ways.registry.knows(now))
 
 
@@ -87,6 +88,12 @@ def test_nothing_is_preferred_of_which_too_little_is_known_lately() -> None:
     now = fed(ways.registry, 1e9, 0.0, 20.0)
     assert ways.choose(STRIPE, now).way is Way.REGISTRY
     assert ways.choose(STRIPE, now + FRESH_S + 1).reason is Reason.UNKNOWN
+
+
+def test_the_uplink_must_be_wide_enough_for_all_nodes() -> None:
+    ways, now = known(1e6, 1e7)
+    assert ways.choose(STRIPE, now, nodes=5).way is Way.REGISTRY
+    assert ways.choose(STRIPE, now, nodes=10).way is Way.SITE
 
 
 def test_a_budget_is_never_spent_on_speed() -> None:
@@ -124,8 +131,14 @@ def test_a_growing_time_to_the_first_byte_counts_as_pushing_back() -> None:
     ways, now = known(1e6, 1e9, first_s=0.02)
     fed(ways.site, 1e6, 0.0, now)
     assert ways.choose(STRIPE, now).way is Way.REGISTRY
-    now = fed(ways.registry, 1e9, 1.0, now, reads=2)
+    now = fed(ways.registry, 1e9, 2.0, now, reads=2)
     assert ways.choose(STRIPE, now).reason is Reason.PUSHED_BACK
+
+
+def test_a_node_that_is_busy_itself_blames_no_registry() -> None:
+    ways, now = known(1e6, 1e9, first_s=0.02)
+    now = max(fed(ways.site, 1e6, 3.0, now), fed(ways.registry, 1e9, 2.0, now, reads=2))
+    assert ways.choose(STRIPE, now).reason is not Reason.PUSHED_BACK
 
 
 # A crowd that pulls one image at once. All of it is arithmetic: in each step every node reads some stripes, and the
@@ -156,7 +169,7 @@ class Crowd:
     def _step(self, ways: list[Ways], now: float, window: int) -> tuple[float, int]:
         """All nodes read the next `window` stripes. Each stripe crosses the uplink to its home once."""
         direct = 0
-        chosen = [[node.choose(STRIPE, now) for _ in range(window)] for node in ways]
+        chosen = [[node.choose(STRIPE, now, nodes=self.nodes) for _ in range(window)] for node in ways]
         for choices in chosen:
             direct += sum(choice.way is Way.REGISTRY for choice in choices)
         at_homes = max(1.0, window / self.nodes)
@@ -181,6 +194,7 @@ class Crowd:
 @given(st.integers(2, 40), st.sampled_from([1.25e6, 2.5e6, 5e6]), st.sampled_from([2.5e6, 5e6, 12.5e6]))
 def test_a_thin_uplink_carries_one_copy(nodes: int, uplink: float, link: float) -> None:
     assert Crowd(nodes, uplink, link, 3e7).copies() <= 1.05
+    assert Crowd(nodes, uplink, link, uplink / nodes).copies() <= 1.05, "if processors are slow"
 
 
 def test_a_fast_registry_is_used_where_processors_are_few() -> None:

@@ -34,7 +34,7 @@ class News:
     def told(self, upstream: str) -> None:
         self.heard.append(upstream)
 
-    def choose(self, upstream: str, length: int) -> Choice:
+    def choose(self, upstream: str, length: int, nodes: int) -> Choice:
         return self.choice
 
     def ways(self, upstream: str) -> Ways:

@@ -10,6 +10,7 @@ The calls are those of Python's standard library and of `cryptography`, on block
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import random
 import socket
@@ -36,6 +37,7 @@ BLOCKS_PER_GB = 1e9 / BLOCK_SIZE
 TLS_PART = 1 << 15
 """Bytes that one side sends before the other side of the same thread receives them: they fit into a socket's buffer."""
 RECORD_BYTES = 150
+_TOUCHED = bytes(BLOCK_SIZE // mmap.PAGESIZE)
 
 _DISCARD = """
 import socket, sys
@@ -103,9 +105,16 @@ def _cost(call: Callable[[int], object], prepare: Callable[[], object] = lambda:
 
 
 def _buffers() -> float:
-    """The cost of buffers that are held all at once, so that their pages are new to the process."""
-    held: list[bytearray] = []
-    return _cost(lambda _: held.append(bytearray(BLOCK_SIZE)), held.clear)
+    """The cost of the first use of memory from the kernel: its page faults. (malloc may keep what was freed.)"""
+    held = [mmap.mmap(-1, CALLS * BLOCK_SIZE)]
+
+    def use(at: int) -> None:
+        held[0][at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE : mmap.PAGESIZE] = _TOUCHED
+
+    def renew() -> None:
+        held[0] = mmap.mmap(-1, CALLS * BLOCK_SIZE)
+
+    return _cost(use, renew)
 
 
 def _writes(path: Path, blocks: list[bytearray]) -> float:

@@ -61,7 +61,7 @@ def test_any_k_distinct_shards_end_a_block_and_all_blocks_the_read() -> None:
     plan = plan_of(blocks=(0, 1))
     plan.start(all_at_once=True, now=0.0)
     assert [plan.got(peer, 0, 0.0) for peer in (E, C, B, A)] == [False, False, False, True]
-    assert plan.is_done(0)
+    assert 0 not in plan.incomplete
     assert not plan.got(D, 0, 0.0), "a shard more completes nothing"
     assert not plan.done
     assert [plan.got(peer, 1, 0.0) for peer in (A, B, C, D)] == [False, False, False, True]
@@ -84,7 +84,7 @@ def test_after_a_failure_another_is_asked_only_for_the_shards_that_are_missing()
     for block in STRIPE[:2]:
         plan.got(A, block, 0.0)
     assert plan.failed(A, 0.0) == [Ask(E, 4, STRIPE[2:])]
-    assert plan.lost(B, 4, 0.0) == [Ask(E, 4, (4,))], "a shard of no use, in a stream that goes on"
+    assert plan.failed(B, 0.0, 4) == [Ask(E, 4, (4,))], "a shard of no use, in a stream that goes on"
     assert plan.failed(B, 0.0) == [Ask(E, 4, (5,))]
 
 
@@ -280,11 +280,11 @@ def test_in_any_order_of_events_a_plan_ends_and_asks_nobody_twice(data: st.DataO
                 if not missing:
                     streams.remove((peer, missing))
                 if event == "lost":
-                    make(plan.lost(peer, block, now))
+                    make(plan.failed(peer, now, block))
                 else:
                     shards[block].add(peer)
                     assert plan.got(peer, block, now) == (len(shards[block]) == k)
-        assert [plan.is_done(block) for block in blocks] == [len(shards[block]) >= k for block in blocks]
+        assert [block not in plan.incomplete for block in blocks] == [len(shards[block]) >= k for block in blocks]
     assert plan.done == all(len(shards[block]) >= k for block in blocks)
     if plan.stuck:
         incomplete = [block for block in blocks if len(shards[block]) < k]

@@ -54,10 +54,10 @@ def test_reads_measure_the_registry_which_is_chosen_once_both_are_known() -> Non
     async def check(registry: FakeRegistry, upstreams: Upstreams, part: UpstreamPart) -> None:
         await read(upstreams, LEAST_READS - 1)
         feed_site(upstreams)
-        assert upstreams.choose("fake", BLOCK_SIZE).reason is Reason.UNKNOWN
+        assert upstreams.choose("fake", BLOCK_SIZE, 3).reason is Reason.UNKNOWN
         await read(upstreams)
         assert upstreams.ways("fake").registry.rate > SLOW
-        assert upstreams.choose("fake", BLOCK_SIZE).way is Way.REGISTRY
+        assert upstreams.choose("fake", BLOCK_SIZE, 3).way is Way.REGISTRY
         assert upstreams.ways("fake").chosen.total() == 2
 
     run(check)
@@ -68,10 +68,10 @@ def test_a_registry_that_pushes_back_once_is_left(fault: int) -> None:
     async def check(registry: FakeRegistry, upstreams: Upstreams, part: UpstreamPart) -> None:
         await read(upstreams, LEAST_READS)
         feed_site(upstreams)
-        assert upstreams.choose("fake", BLOCK_SIZE).way is Way.REGISTRY
+        assert upstreams.choose("fake", BLOCK_SIZE, 3).way is Way.REGISTRY
         registry.faults = [fault]
         await read(upstreams)
-        assert upstreams.choose("fake", BLOCK_SIZE).reason is Reason.PUSHED_BACK
+        assert upstreams.choose("fake", BLOCK_SIZE, 3).reason is Reason.PUSHED_BACK
 
     run(check)
 
@@ -81,11 +81,11 @@ def test_a_reload_changes_the_preference_and_keeps_what_is_known() -> None:
         await read(upstreams, LEAST_READS)
         feed_site(upstreams)
         upstreams.prepared([UpstreamPart(name="fake", url=part.url)])()
-        assert upstreams.choose("fake", BLOCK_SIZE) == ALWAYS_SITE
+        assert upstreams.choose("fake", BLOCK_SIZE, 3) == ALWAYS_SITE
         upstreams.prepared([part])()
-        assert upstreams.choose("fake", BLOCK_SIZE).way is Way.REGISTRY
+        assert upstreams.choose("fake", BLOCK_SIZE, 3).way is Way.REGISTRY
         upstreams.prepared([UpstreamPart(name="fake", url=part.url, prefer="fastest", connections=3)])()
-        assert upstreams.choose("fake", BLOCK_SIZE).way is Way.REGISTRY, "with other connections"
+        assert upstreams.choose("fake", BLOCK_SIZE, 3).way is Way.REGISTRY, "with other connections"
 
     run(check)
 
@@ -96,7 +96,7 @@ def test_a_budget_of_the_uplink_leaves_no_choice() -> None:
         feed_site(upstreams)
         limited = UpstreamPart(name="fake", url=part.url, prefer="fastest", connections=3)
         upstreams.prepared([limited], [Uplink("fake", UplinkPolicy(daily=1 << 30))])()
-        assert upstreams.choose("fake", BLOCK_SIZE).reason is Reason.BUDGET
+        assert upstreams.choose("fake", BLOCK_SIZE, 3).reason is Reason.BUDGET
 
     run(check)
 
@@ -108,6 +108,6 @@ def test_a_registry_that_fails_is_left() -> None:
         registry.faults = [503] * 20
         with pytest.raises(UnavailableError):
             await read(upstreams)
-        assert upstreams.choose("fake", BLOCK_SIZE).reason is Reason.PUSHED_BACK
+        assert upstreams.choose("fake", BLOCK_SIZE, 3).reason is Reason.PUSHED_BACK
 
     run(check)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from protocol.stripes import STRIPE_BLOCKS
 from protocol.window import COLD_FIRST, COLD_LEAST, LATE_S, LEAST, MOST, RAMP, SOON_S, TAKEN_S, ReadWindow
 
 HOST = "127.0.0.1"
@@ -11,7 +10,7 @@ HOST = "127.0.0.1"
 def fill(window: ReadWindow, now: float) -> int:
     """Begin blocks for a client with many earlier blocks, while there is room. Returns the number of cold blocks."""
     cold = 0
-    while window.has_room(HOST, 1, under_way=cold, cold=cold, warm=MOST):
+    while window.has_room(HOST, under_way=cold, cold=cold, warm=MOST):
         window.began((now, cold), now)
         cold += 1
     return cold
@@ -27,27 +26,17 @@ def drain(window: ReadWindow, began: float, count: int, now: float) -> None:
 def test_a_client_begins_with_few_blocks_and_gets_one_more_per_arrival() -> None:
     window = ReadWindow()
     window.entered(HOST)
-    assert window.has_room(HOST, 1, under_way=RAMP - 1, cold=RAMP - 1, warm=0)
-    assert not window.has_room(HOST, 1, under_way=RAMP, cold=RAMP, warm=0)
-    assert window.has_room(HOST, 1, under_way=RAMP + 1, cold=RAMP, warm=1)
+    assert window.has_room(HOST, under_way=RAMP - 1, cold=RAMP - 1, warm=0)
+    assert not window.has_room(HOST, under_way=RAMP, cold=RAMP, warm=0)
+    assert window.has_room(HOST, under_way=RAMP + 1, cold=RAMP, warm=1)
 
 
-def test_a_client_without_blocks_may_ask_for_a_whole_stripe() -> None:
-    window = ReadWindow()
-    for _ in range(COLD_FIRST):
-        window.entered(HOST)
-    assert window.has_room(HOST, STRIPE_BLOCKS, under_way=0, cold=0, warm=0)
-    assert not window.has_room(HOST, STRIPE_BLOCKS, under_way=1, cold=1, warm=MOST)
-    assert not window.has_room(HOST, STRIPE_BLOCKS, under_way=1, cold=0, warm=MOST)
-
-
-def test_a_stripe_begins_if_all_its_blocks_fit() -> None:
+def test_the_last_stripe_that_begins_may_go_beyond_its_part() -> None:
+    """The window counts blocks, and has room for a stripe as long as it has room for one block of it."""
     window = ReadWindow()
     window.entered(HOST)
-    assert window.has_room(HOST, STRIPE_BLOCKS, under_way=COLD_FIRST - STRIPE_BLOCKS, cold=1, warm=MOST)
-    assert not window.has_room(HOST, STRIPE_BLOCKS, under_way=COLD_FIRST - STRIPE_BLOCKS + 1, cold=1, warm=MOST)
-    assert not window.has_room(HOST, STRIPE_BLOCKS, under_way=1, cold=COLD_FIRST - STRIPE_BLOCKS + 1, warm=MOST)
-    assert not window.has_room(HOST, STRIPE_BLOCKS, under_way=1, cold=1, warm=0), "at first it would be too many"
+    assert window.has_room(HOST, under_way=COLD_FIRST - 1, cold=COLD_FIRST - 1, warm=MOST)
+    assert not window.has_room(HOST, under_way=COLD_FIRST, cold=0, warm=MOST)
 
 
 def test_the_window_grows_while_blocks_are_early_and_shrinks_while_they_are_late() -> None:
@@ -96,10 +85,10 @@ def test_clients_share_the_window() -> None:
     for _ in range(3):
         window.entered(HOST)
     share = -(-COLD_FIRST // 3)
-    assert window.has_room(HOST, 1, under_way=share - 1, cold=share - 1, warm=9)
-    assert not window.has_room(HOST, 1, under_way=share, cold=share, warm=9)
+    assert window.has_room(HOST, under_way=share - 1, cold=share - 1, warm=9)
+    assert not window.has_room(HOST, under_way=share, cold=share, warm=9)
     window.left(HOST)
-    assert window.has_room(HOST, 1, under_way=share, cold=share, warm=9)
+    assert window.has_room(HOST, under_way=share, cold=share, warm=9)
 
 
 def test_addresses_share_the_window_whatever_the_number_of_their_reads() -> None:
@@ -108,11 +97,11 @@ def test_addresses_share_the_window_whatever_the_number_of_their_reads() -> None
         window.entered(HOST)
     for number in range(30):
         window.began(number, 0.0)  # the window is full
-    assert not window.has_room(HOST, 1, under_way=1, cold=1, warm=9)
-    assert not window.has_room(HOST, 1, under_way=0, cold=0, warm=9, joins=True)
-    assert not window.has_room("10.0.0.2", 1, under_way=0, cold=0, warm=9, joins=True)
+    assert not window.has_room(HOST, under_way=1, cold=1, warm=9)
+    assert not window.has_room(HOST, under_way=0, cold=0, warm=9, joins=True)
+    assert not window.has_room("10.0.0.2", under_way=0, cold=0, warm=9, joins=True)
     window.entered("10.0.0.2")
     half = COLD_FIRST // 2
-    assert window.has_room("10.0.0.2", 1, under_way=half - 1, cold=half - 1, warm=9)
-    assert not window.has_room("10.0.0.2", 1, under_way=half, cold=half, warm=9)
+    assert window.has_room("10.0.0.2", under_way=half - 1, cold=half - 1, warm=9)
+    assert not window.has_room("10.0.0.2", under_way=half, cold=half, warm=9)
     assert window.share(HOST) == 1
