@@ -114,10 +114,13 @@ def test_adjacent_stretches_are_joined_up_to_a_full_run() -> None:
             for first in range(100, 100 + 2 * MAX_RUN, STRIPE):
                 nursery.start_soon(ask, reads, first, STRIPE)
 
-    runs = run(check, connections=6).runs
-    assert {(first, count) for at, first, count in runs} == {
-        (3, 1), (10, 6), (20, 1), (30, 1), (100, MAX_RUN), (100 + MAX_RUN, MAX_RUN)
-    }  # fmt: skip
+    runs = run(check, connections=7).runs
+    assert {(first, count) for at, first, count in runs if first < 100} == {(3, 1), (10, 6), (20, 1), (30, 1)}
+    # The tasks ask in any order, and a run is made around the stretch that was asked for first.
+    long = [count for _, first, count in runs if first >= 100]
+    assert sum(long) == 2 * MAX_RUN
+    assert max(long) == MAX_RUN
+    assert len(long) <= 3
     assert len({at for at, _, _ in runs}) == 1
 
 
