@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from protocol.errors import BadInputError
 
@@ -28,8 +28,7 @@ _HEX_LENGTHS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[0-9a-f]+", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Digest:
+class Digest(NamedTuple):
     """A content digest as in the OCI image specification: `sha256:` or `sha512:` and lower-case hex."""
 
     algorithm: str
@@ -77,23 +76,20 @@ def is_possible(digest: Digest, size: int, most: int) -> bool:
     return size == 0 if is_empty else 0 < size <= most
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class BlockId:
+class BlockId(NamedTuple):
     digest: Digest
-    index: int
+    index: int  # type: ignore[assignment] # tuple has a method of this name
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Shard:
+class Shard(NamedTuple):
     """Shard `index` of the code with k data and m parity shards."""
 
     k: int
     m: int
-    index: int
+    index: int  # type: ignore[assignment] # as in BlockId
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A whole block (`shard` is None) or one shard of it."""
 
     block: BlockId

@@ -144,7 +144,7 @@ class _Attempt:
         # The home also serves the other keepers: among equals it is asked last.
         others = sorted((peer for peer in route.keepers if peer != own), key=lambda peer: peer == route.home)
         order = health.order(others, trio.current_time())
-        if own in route.keepers:
+        if own in route.keepers and shape.k > 1:
             # Other members will ask for this node's shards anyway: obtain them first, and only once.
             order.insert(0, own)
         self._order = order

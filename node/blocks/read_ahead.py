@@ -33,7 +33,6 @@ class _Reading:
     order: Order[Group, Obtained] | None = None
     obtained: Obtained | None = None
     error: Exception | None = None
-    cold: bool = True
 
     @property
     def ended(self) -> bool:
@@ -55,7 +54,8 @@ class ReadAhead:
         self._next: deque[list[int]] = deque()
         """Blocks of one stripe each that begin next: the rest of a stripe, and blocks that left the room."""
         self._readings: deque[_Reading] = deque()
-        self._warm = 0
+        self._under_way, self._warm = 0, 0
+        self._cold: set[int] = set()
         self._wake = trio.lowlevel.ParkingLot()
         self._advance()
 
@@ -146,6 +146,8 @@ class ReadAhead:
             for number, (index, holder) in enumerate(zip(indices, holders, strict=True))
         }
         self._readings.extend(by_index.values())
+        self._under_way += len(indices)
+        self._cold.update(indices)
         self._advance()
 
         def came(index: int, obtained: Obtained) -> None:
@@ -162,6 +164,7 @@ class ReadAhead:
             reading.order = order
 
     def _ended(self, reading: _Reading) -> None:
+        self._under_way -= 1
         if self._readings and reading is self._readings[0]:
             self._wake.unpark_all()
         self.begin_more()
@@ -169,18 +172,16 @@ class ReadAhead:
     def _end(self, reading: _Reading) -> None:
         if reading.order is not None and not reading.ended:
             reading.order.drop(reading.index)
+            self._under_way -= 1
         reading.order = reading.obtained = None  # the order refers to the reading: else the block stays until a gc run
         self._room.give(reading.holder, first=reading.first)
 
     def _may_begin(self) -> bool:
-        for reading in self._readings:
-            if reading.cold and not self._fetcher.is_cold(self._object, reading.index):
-                reading.cold = False
-                self._warm += 1
-        under_way = sum(not reading.ended for reading in self._readings)
-        cold = sum(reading.cold for reading in self._readings)
-        blocks = len(self._readings)
-        return self._room.has_room(self, blocks, under_way=under_way, cold=cold, warm=self._warm)
+        warm = [index for index in self._cold if not self._fetcher.is_cold(self._object, index)]
+        self._cold.difference_update(warm)
+        self._warm += len(warm)
+        figures = {"under_way": self._under_way, "cold": len(self._cold), "warm": self._warm}
+        return self._room.has_room(self, len(self._readings), **figures)
 
 
 def _in_stripes(indices: Iterable[int], block_count: int) -> Iterator[list[int]]:
