@@ -83,7 +83,8 @@ class Holders:
         if candidates := await self._candidates(stretch):
             async with trio.open_nursery() as nursery:
                 for peer in candidates:
-                    nursery.start_soon(self._learn_holdings, peer, stretch.ref.digest)
+                    if (peer, stretch.ref.digest) not in self._holdings:
+                        nursery.start_soon(self._learn_holdings, peer, stretch.ref.digest)
             holdings = {peer: self._holdings.get((peer, stretch.ref.digest), Holdings()) for peer in candidates}
             for peer, held in holdings.items():
                 if wanted := [index for index in stretch.indices if index in left and held.blocks >> index & 1]:
@@ -135,10 +136,9 @@ class Holders:
         return named
 
     async def _learn_holdings(self, peer: PeerId, digest: Digest) -> None:
-        if (peer, digest) not in self._holdings:
-            reply = await self._ask(peer, messages.GetHoldings(str(digest)), messages.HoldingsFound)
-            most = self._site.max_object // BLOCK_SIZE // 8 + 1
-            self._holdings[peer, digest] = _unpack(reply, most) if reply else Holdings()
+        reply = await self._ask(peer, messages.GetHoldings(str(digest)), messages.HoldingsFound)
+        most = self._site.max_object // BLOCK_SIZE // 8 + 1
+        self._holdings[peer, digest] = _unpack(reply, most) if reply else Holdings()
 
     async def _ask(self, peer: PeerId, question: messages.Request, kind: type[Reply]) -> Reply | None:
         try:

@@ -237,6 +237,7 @@ class Site:
     ) -> None:
         """Offer a piece to the tiers, now if they have room, else in a task of its own. A held piece is replaced: it
         is of an object of another size, or its signer or maker is not trusted."""
-        if self.tiers.holds(piece) or not self.tiers.put_nowait(piece, data, record, proof, kept_for=kept_for):
-            store = partial(self.tiers.replace, piece, data, record, proof, kept_for=kept_for)
-            self.storing.start(store)
+        if self.tiers.holds(piece):
+            self.storing.start(partial(self.tiers.replace, piece, data, record, proof, kept_for=kept_for))
+        elif not self.tiers.put_nowait(piece, data, record, proof, kept_for=kept_for):
+            self.storing.start(partial(self.tiers.put, piece, data, record, proof, kept_for=kept_for))
