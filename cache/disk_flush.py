@@ -36,6 +36,9 @@ MAX_UNSYNCED_PIECES = 256
 """Beyond this many, a put waits for the disk."""
 MAX_QUEUED_BYTES = 16 << 20
 """Beyond this many bytes that are not written yet, a put waits for the disk: else a slow disk would fill the memory."""
+GATHERED_BYTES, GATHER_S = 4 << 20, 0.05
+"""The queue is written once it has so many bytes, or this time after its first piece: a hand-over to the thread costs
+as much processor time as the write of a block."""
 MAKE_ROOM_ROUNDS = 3
 """A put declines if other puts took its room in this many flushes."""
 REFERENCES_AT_ONCE = 1024
@@ -163,6 +166,8 @@ class WriteBack:
         self._emptied = itertools.count()
         self._flushing, self._writing = trio.Lock(), trio.Lock()
         self._wanted, self._queued, self._written = trio.Event(), trio.Event(), trio.Event()
+        self._enough = trio.Event()
+        """Set once the queue need not gather more."""
         self.stuck = False
 
     def hurry(self) -> None:
@@ -181,21 +186,26 @@ class WriteBack:
             await self.flush()
 
     async def run_writes(self) -> None:
-        """Write what is queued, until cancelled."""
+        """Write what is queued, until cancelled: many pieces at once, unless somebody waits for one."""
         while True:
             await self._queued.wait()
-            self._queued = trio.Event()
+            with trio.move_on_after(GATHER_S):
+                await self._enough.wait()
+            self._queued, self._enough = trio.Event(), trio.Event()
             await self.write()
 
     def enqueued(self, need: int) -> None:
         """A piece of this space was queued."""
         self._room.spend(need)
         self._queued.set()
+        if self._table.queued_bytes >= GATHERED_BYTES:
+            self._enough.set()
         if len(self._table.unsynced) >= FLUSH_PIECES:
             self.hurry()
 
     async def wait_written(self, entry: Entry) -> bool:
         """Wait until a queued piece is written, or not held any more; False if it could not be written."""
+        self._enough.set()
         while self._table.unsynced.get(entry.piece) is entry and entry.data is not None:
             await self._written.wait()
         return not entry.failed

@@ -21,6 +21,8 @@ from protocol.ids import Buffer
 
 MOST_PENDING = 16
 """Updates of a digest that may wait for the thread: blocks that stay in memory for it."""
+TOGETHER = 4
+"""Updates that are handed over together: each hand-over makes the threads contend for the interpreter's lock."""
 
 
 class RunningDigest(Protocol):
@@ -67,25 +69,34 @@ class _Threaded:
         self, algorithm: str, put: Callable[[Callable[[], None]], None], token: trio.lowlevel.TrioToken
     ) -> None:
         self._hasher, self._put, self._token = hashlib.new(algorithm), put, token
-        self._updates = 0
-        self._hashed = 0
+        self._gathered: list[Buffer] = []
+        self._given = self._hashed = 0
 
     async def update(self, data: Buffer) -> None:
-        if self._updates - self._hashed >= MOST_PENDING:
+        self._gathered.append(data)
+        if len(self._gathered) < TOGETHER:
+            return
+        if self._given - self._hashed >= MOST_PENDING:
             await self._catch_up()
-        self._updates += 1
-        self._put(partial(self._hash, data))
+        self._give()
 
     async def hexdigest(self) -> str:
         await self._catch_up()
         return self._hasher.hexdigest()
 
-    def _hash(self, data: Buffer) -> None:
-        self._hasher.update(data)
-        self._hashed += 1
+    def _give(self) -> None:
+        self._given += len(self._gathered)
+        self._put(partial(self._hash, self._gathered))
+        self._gathered = []
+
+    def _hash(self, parts: list[Buffer]) -> None:
+        for part in parts:
+            self._hasher.update(part)
+        self._hashed += len(parts)
 
     async def _catch_up(self) -> None:
         """Wait until the thread has hashed all that was given."""
+        self._give()
         done = trio.Event()
         self._put(partial(self._tell, done))
         await done.wait()
