@@ -41,6 +41,7 @@ from node.blocks.object_facts import ObjectFacts
 from node.blocks.questions import Questions
 from node.blocks.trust import Trust
 from node.blocks.values import CurrentPlacement, Site, Storing
+from node.blocks.whole_read import WholeReads
 from node.config.schema import Config, access_grace_s, tag_policies, uplink_policy
 from node.content.known_names import KnownNames
 from node.content.library import SiteLibrary
@@ -143,7 +144,7 @@ def blocks(
     is_busy: Callable[[], bool] = lambda: False,
 ) -> Blocks:
     """Tasks that outlive a request run in `nursery`. `facts` None: they are kept in memory only. `news` None: nothing
-    is known of the registries. `is_busy` as for `CodedReads`."""
+    is known of the registries. `is_busy` as for `WholeReads`."""
     own, directory, config = identity.peer_id, Directory(), config or Config()
     peers, max_object = config.peers, config.mirror.max_object.bytes
     reads = BatchedReads(upstream, nursery, sharing=lambda: len(view.site))
@@ -164,7 +165,8 @@ def blocks(
     holders = Holders(site, questions, directory)
     home = Home(site, holders, grants, identity=identity, origin=reads, news=news)
     keeper = Keeper(site, home, questions, grants, identity=identity, news=news)
-    members = ChosenWay(CodedReads(site, questions, keeper, is_busy), home, news, lambda: len(view.site))
+    inside = WholeReads(site, keeper, CodedReads(site, questions, keeper), is_busy)
+    members = ChosenWay(inside, home, news, lambda: len(view.site))
     fetcher = Fetcher((HeldBlocks(tiers), members, home), nursery)
     return Blocks(site, directory, questions, grants, holders=holders, home=home, keeper=keeper, fetcher=fetcher)
 

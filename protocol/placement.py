@@ -82,11 +82,6 @@ class Route:
         return Route(self.shape, self.cells[-1:])
 
     @property
-    def whole(self) -> Route:
-        """The same way to whole blocks: from the keeper of rank 0 of each cell, or that of rank 1 instead."""
-        return Route(Geometry(1, min(1, self.shape.m)), tuple(cell[:2] for cell in self.cells))
-
-    @property
     def depth(self) -> int:
         """Number of cells above the member's own."""
         return len(self.cells) - 1

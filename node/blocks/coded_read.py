@@ -8,7 +8,7 @@ part of the block is received at its place in the block.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations, islice
@@ -16,7 +16,7 @@ from itertools import combinations, islice
 import trio
 
 from cache.store import READ_HERE, Held
-from node.blocks.keeper import Keeper
+from node.blocks.keeper import Keeper, Sent
 from node.blocks.questions import Asking, Questions
 from node.blocks.trust import Suspicion
 from node.blocks.values import Miss, Obtained, Site, Stretch, Taker, is_copy
@@ -91,12 +91,10 @@ class _Block:
 
 
 class CodedReads:
-    """A `BlockSource`. If this node is one of the keepers, its own shard is read like those of others. While
-    `is_busy`, whole blocks are read from one member: shards use the links better, but cost more processor time."""
+    """A `BlockSource`. If this node is one of the keepers, its own shard is read like those of others."""
 
-    def __init__(self, site: Site, questions: Questions, keeper: Keeper, is_busy: Callable[[], bool]) -> None:
+    def __init__(self, site: Site, questions: Questions, keeper: Keeper) -> None:
         self._site, self._questions, self._keeper = site, questions, keeper
-        self._is_busy = is_busy
         self._budget = SpareBudget()
 
     async def find(self, stretch: Stretch, taker: Taker) -> None:
@@ -105,10 +103,8 @@ class CodedReads:
         if own_cell.home == site.own:
             return
         await site.storing.room()
-        left, routes = stretch, [own_cell, own_cell.root]
-        if self._is_busy():
-            routes.insert(0, own_cell.whole)
-        for route in dict.fromkeys(routes):
+        left = stretch
+        for route in dict.fromkeys((own_cell, own_cell.root)):
             attempt = _Attempt(site, self._questions, self._keeper, self._budget, left, route=route, taker=taker)
             await attempt.run()
             if not attempt.blocks:
@@ -144,7 +140,7 @@ class _Attempt:
         # The home also serves the other keepers: among equals it is asked last.
         others = sorted((peer for peer in route.keepers if peer != own), key=lambda peer: peer == route.home)
         order = health.order(others, trio.current_time())
-        if own in route.keepers and shape.k > 1:
+        if own in route.keepers:
             # Other members will ask for this node's shards anyway: obtain them first, and only once.
             order.insert(0, own)
         self._order = order
@@ -181,13 +177,10 @@ class _Attempt:
     async def _ask(self, ask: Ask) -> None:
         stretch, shape, hops = self._stretch.only(ask.blocks), self._route.shape, self._route.hops
         shard = Shard(shape.k, shape.m, ask.want)
-        if is_copy(shard) and ask.peer == self._route.home:
-            hops = 1
         try:
             if ask.peer == self._site.own:
-                self.plan.heard(
-                    ask.peer, False, trio.current_time()
-                )  # as another keeper reports while it asks the home
+                # As another keeper reports while it asks the home.
+                self.plan.heard(ask.peer, False, trio.current_time())
                 await self._keeper.own(stretch, shard, hops, partial(self._add_own, ask.want))
                 return
             await self._questions.stream(
@@ -223,7 +216,8 @@ class _Attempt:
         self._site.facts.arrived(self._stretch.ref.digest, message.origin)
         self._add(peer, message.index, message.record.index, Held(body, message.record, message.proof))
 
-    def _add_own(self, number: int, index: int, held: Held) -> None:
+    def _add_own(self, number: int, index: int, sent: Sent) -> None:
+        held = sent[0]
         if index in self.blocks and (place := self.blocks[index].place(number)) is not None:
             place[:] = held.data
             held = replace(held, data=place)

@@ -43,6 +43,9 @@ MAX_HOMES = 3
 
 Took = Callable[[int, Held], None]
 """Takes the shard of the block with this index."""
+Sent = tuple[Held, PeerId]
+"""A shard, and the member that sent it: this node, if it held the shard."""
+Arrived = Callable[[int, Sent], None]
 Keeping = tuple[Shard, Group]
 
 
@@ -59,7 +62,7 @@ class Keeper:
     ) -> None:
         self._site, self._home, self._questions, self._grants = site, home, questions, grants
         self._identity, self._news = identity, news
-        self._keeping: SharedWork[Keeping, Held] = SharedWork(site.nursery)
+        self._keeping: SharedWork[Keeping, Sent] = SharedWork(site.nursery)
 
     async def handle(self, peer: PeerId, request: GetShards, sender: Sender) -> None:
         stretch, shard, send = self._understood(peer, request, sender)
@@ -68,7 +71,13 @@ class Keeper:
             return
         missing = await self._send_held(stretch, shard, send, sender)
         if missing and request.hops:
-            order = self._order(stretch.only(missing), shard, request.hops, send, progress=sender.coming)
+            order = self._order(
+                stretch.only(missing),
+                shard,
+                request.hops,
+                lambda index, sent: send(index, sent[0]),
+                progress=sender.coming,
+            )
             try:
                 await order.wait()
             finally:
@@ -143,7 +152,7 @@ class Keeper:
         kept = await self._site.trusted(stretch.piece(index, shard), size, kept_for)
         return kept[0] if kept is not None else None
 
-    async def own(self, stretch: Stretch, shard: Shard, hops: int, took: Took) -> None:
+    async def own(self, stretch: Stretch, shard: Shard, hops: int, took: Arrived) -> None:
         """This node's shards of a stretch, for its own read. Those that it lacks it obtains within `hops`, and keeps
         them. Returns once all have come; raises the first error."""
         missing = []
@@ -152,7 +161,7 @@ class Keeper:
             if held is None:
                 missing.append(index)
             else:
-                took(index, held)
+                took(index, (held, self._site.own))
         if missing:
             order = self._order(stretch.only(missing), shard, hops, took)
             try:
@@ -161,12 +170,18 @@ class Keeper:
                 order.release()
 
     def _order(
-        self, stretch: Stretch, shard: Shard, hops: int, took: Took, *, progress: Callable[[], None] = lambda: None
-    ) -> Order[Keeping, Held]:
+        self,
+        stretch: Stretch,
+        shard: Shard,
+        hops: int,
+        took: Arrived,
+        *,
+        progress: Callable[[], None] = lambda: None,
+    ) -> Order[Keeping, Sent]:
         work = partial(self._obtain, stretch, shard, hops)
         return self._keeping.order((shard, stretch.group), stretch.indices, work, took, progress=progress)
 
-    async def _obtain(self, stretch: Stretch, shard: Shard, hops: int, flow: Flow[Keeping, Held]) -> None:
+    async def _obtain(self, stretch: Stretch, shard: Shard, hops: int, flow: Flow[Keeping, Sent]) -> None:
         await _Obtaining(self._site, self._home, self._questions, stretch.only(flow.left), shard, flow).run(hops)
 
     def _with_proof(self, shard: Shard, held: Held) -> Held:
@@ -189,7 +204,7 @@ class _Obtaining:
         questions: Questions,
         stretch: Stretch,
         shard: Shard,
-        flow: Flow[Keeping, Held],
+        flow: Flow[Keeping, Sent],
     ) -> None:
         self._site, self._home, self._questions = site, home, questions
         self._stretch, self._shard, self._flow = stretch, shard, flow
@@ -257,7 +272,7 @@ class _Obtaining:
         if not self._site.tiers.holds(stretch.piece(index)):
             piece = stretch.piece(index, None if is_copy(shard) else shard)
             self._site.keep(piece, held.data, held.record, held.proof, kept_for=stretch.kept_for)
-        self._flow.deliver(index, held)
+        self._flow.deliver(index, (held, home))
         self._asking.more()
 
     def _heard(self, home: PeerId, state: State) -> None:
