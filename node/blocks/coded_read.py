@@ -35,6 +35,8 @@ from protocol.shard_proofs import answerable_for
 
 log = logging.getLogger(__name__)
 
+COPY_PATIENCE_S = 6.0
+"""Longest wait for a keeper of copies that only says that it works: a late shard shows by its siblings, a copy not."""
 MAX_UNTANGLED = 64
 """Combinations of k shards that are tried in search of a wrong shard: 4 of 5 shards give 5, 10 of 12 give 66."""
 
@@ -169,6 +171,9 @@ class _Attempt:
         for peer in plan.waited_for:
             if health.unfit(peer, now) and plan.has_spare:
                 asks += plan.give_up(peer, now)
+        for peer, since in plan.cold if self._route.shape.k == 1 else ():
+            if now - since > COPY_PATIENCE_S:
+                asks += plan.give_up(peer, now) if plan.has_spare else plan.failed(peer, now)
         for peer in late:
             if plan.has_spare and (self._taker.urgent or self._budget.spend()):
                 asks += plan.spare(peer, now)

@@ -22,6 +22,7 @@ from cache.memory import MemoryStore
 from cache.store import Held
 from cache.tiered import Tiers
 from node import assembly
+from node.blocks.keeper import Sent
 from node.blocks.values import Obtained, Stretch
 from node.content.library import SiteLibrary
 from node.content.resolver import Resolver
@@ -242,9 +243,9 @@ class Node:
 
     async def own_shard(self, index: int, shard: Shard) -> Held:
         """Obtain the node's own shard of a block, as if others had asked for it."""
-        shards: dict[int, Held] = {}
+        shards: dict[int, Sent] = {}
         await self.blocks.keeper.own(stretch(index), shard, HOME_HOPS, shards.__setitem__)
-        return shards[index]
+        return shards[index][0]
 
     async def forget(self, index: int) -> None:
         await self.tiers.discard(Piece(REF.block(index)))
