@@ -22,8 +22,8 @@ from tests.support.processes import scratch
 from tests.support.site import UPSTREAM, Node, site
 
 BUDGET = {"steps": 15.0, "spawns": 3.0, "requests": 1.0}
-"""For each block and node, by the field of `Counts`. A block of a layer of this size costs 1.9 spawned tasks if it is read
-whole, 2.4 as shards."""
+"""For each block and node, by the field of `Counts`. A block of a layer of this size costs 1.9 spawned tasks if read as
+a whole, 2.4 as shards."""
 MEMBERS, REPEATS = 5, 2
 LAYER_BYTES = 64 << 20
 """Long enough that the short stripes at both ends do not decide."""
