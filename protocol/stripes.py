@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from protocol.ids import Digest
 
-STRIPE_BLOCKS = int(__import__("os").environ.get("SB", "4"))
+STRIPE_BLOCKS = 4
 """Blocks of a stripe in the middle of an object: docs/benchmarks/dataplane.md has the figures of other lengths."""
 _ENDS = (0, 1, 2, 2)
 """By the number of blocks between a block and the nearer end of its object: the number of its stripe from that end."""
