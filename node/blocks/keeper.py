@@ -26,7 +26,7 @@ from node.exchange.contract import Lane, Sender, State
 from node.identity.identity import Identity
 from node.oci.references import Locator
 from node.registry.contract import RegistryNews
-from node.runtime.shared_work import Flow, Order, SharedWork
+from node.runtime.shared_work import Flow, SharedWork
 from protocol.erasure import encode_shard
 from protocol.errors import PeerMisbehavedError, ShoalError, UnavailableError
 from protocol.fetch_plan import Ask, StripePlan
@@ -71,17 +71,11 @@ class Keeper:
             return
         missing = await self._send_held(stretch, shard, send, sender)
         if missing and request.hops:
-            order = self._order(
-                stretch.only(missing),
-                shard,
-                request.hops,
-                lambda index, sent: send(index, sent[0]),
-                progress=sender.coming,
-            )
-            try:
-                await order.wait()
-            finally:
-                order.release()
+
+            def took(index: int, sent: Sent) -> None:
+                send(index, sent[0])
+
+            await self._keep(stretch.only(missing), shard, request.hops, took, progress=sender.coming)
 
     def at_once(self, peer: PeerId, request: GetShards, sender: Sender) -> bool:
         """Answer from memory, if it has all that is wanted."""
@@ -157,19 +151,15 @@ class Keeper:
         them. Returns once all have come; raises the first error."""
         missing = []
         for index in stretch.indices:
-            held = self._held_now(stretch, index, shard) or await self._held(stretch, index, shard)
+            held = await self._held(stretch, index, shard)
             if held is None:
                 missing.append(index)
             else:
                 took(index, (held, self._site.own))
         if missing:
-            order = self._order(stretch.only(missing), shard, hops, took)
-            try:
-                await order.wait()
-            finally:
-                order.release()
+            await self._keep(stretch.only(missing), shard, hops, took)
 
-    def _order(
+    async def _keep(
         self,
         stretch: Stretch,
         shard: Shard,
@@ -177,9 +167,9 @@ class Keeper:
         took: Arrived,
         *,
         progress: Callable[[], None] = lambda: None,
-    ) -> Order[Keeping, Sent]:
+    ) -> None:
         work = partial(self._obtain, stretch, shard, hops)
-        return self._keeping.order((shard, stretch.group), stretch.indices, work, took, progress=progress)
+        await self._keeping.obtain((shard, stretch.group), stretch.indices, work, took, progress=progress)
 
     async def _obtain(self, stretch: Stretch, shard: Shard, hops: int, flow: Flow[Keeping, Sent]) -> None:
         await _Obtaining(self._site, self._home, self._questions, stretch.only(flow.left), shard, flow).run(hops)
