@@ -83,7 +83,8 @@ class Tiers:
             # Most reads miss: a miss must not cost a turn of the loop for each tier.
             held = await store.get(piece) if store.holds(piece) else None
             if held is not None and size in (None, held.record.size):
-                if to_memory and tier != "memory" and piece.shard is None:
+                # What was discarded during the read stays away.
+                if to_memory and tier != "memory" and piece.shard is None and store.holds(piece):
                     await self._memory.put(piece, held.data, held.record, kept_for=kept_for)
                 return held, tier
         return None
@@ -136,8 +137,8 @@ class Tiers:
                 self._memory.discard_nowait(Piece(block, shard))
 
     async def discard(self, piece: Piece) -> None:
-        await self._memory.discard(piece)
         await self._disk.discard(piece)
+        self._memory.discard_nowait(piece)  # in the same step: no read moves the piece into memory between the two
 
     def holds(self, piece: Piece) -> bool:
         return any(store.holds(piece) for store in self.stores.values())

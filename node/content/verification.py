@@ -35,6 +35,8 @@ MAX_DIFFERING = 16
 """Objects of which a block differed from the registry's, and that are not right yet."""
 CHECK_AGAIN_S = 3600.0
 """Shortest time between two checks of an object: blocks that arrived since may be false, but a check reads all."""
+REPAIRS = 3
+"""Attempts to make an object right: while one runs, the judge may drop what the one before it has read."""
 CHECKPOINT_EVERY = 1024
 """Blocks that are looked for in one turn of the loop, 5 ms."""
 CHECK_PAUSE_S = 1.0
@@ -82,8 +84,10 @@ class ObjectVerifier:
         last = None
         if computed != ref.digest.hex:
             log.error("%s has wrong bytes: reading it again from the registry", ref.digest)
-            last = await self._repair(locator, ref, given)
-            if last is None:
+            for _ in range(REPAIRS if given == 0 else 1):
+                if (last := await self._repair(locator, ref, given)) is not None:
+                    break
+            else:
                 for claim in self._differing.get(ref, {}).values():
                     self._site.trust.suspect(Suspicion(claim, str(locator)))
                 raise CorruptObjectError(f"{ref.digest}: its blocks do not make the object; false blocks are dropped")

@@ -196,6 +196,31 @@ def test_a_read_whose_false_blocks_are_dropped_before_it_ends_succeeds(dropped: 
     play(1, scenario)
 
 
+def test_a_read_whose_blocks_are_dropped_while_it_repairs_them_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S-06: the judge drops what its list of the liar's pieces names, also if it was replaced since."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        (node,) = nodes
+        await read_whole(node.library)
+        _, verifier = node.library_and_verifier()
+        piece, dropped = Piece(REF.block(0)), list[None]()
+        await node.tiers.discard(piece)
+        put = node.tiers.put
+
+        async def put_and_drop(given: Piece, *arguments: Any, **named: Any) -> None:
+            await put(given, *arguments, **named)
+            if given == piece and len(dropped) < 2:
+                dropped.append(None)
+                await node.tiers.discard(piece)
+
+        monkeypatch.setattr(node.tiers, "put", put_and_drop)
+        assert await verifier.check(LOCATOR, REF, "00" * 32) is not None
+        assert len(dropped) == 2
+        assert await read_whole(node.library) == BODY
+
+    play(1, scenario)
+
+
 def test_a_dropped_block_that_a_client_has_received_fails_its_read() -> None:
     async def scenario(nodes: list[Node], registry: Registry) -> None:
         (node,) = nodes

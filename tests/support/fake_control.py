@@ -42,7 +42,8 @@ from protocol.ids import BLOCK_SIZE, Digest, ObjectRef
 
 DIGEST = Digest("sha256", "ab" * 32)
 PEER = "12D3KooWPeerOfTheTests"
-ENDS = time.time() + 10 * 86400 + 5400
+LEFT_S = 10 * 86400 + 5400.0
+"""Until the certificate ends, from when the control is made."""
 SOURCES = ("memory", "disk", "containerd", "peer", "origin")
 
 
@@ -51,6 +52,7 @@ class FakeControl:
 
     def __init__(self, mirror: str = "127.0.0.1:1") -> None:
         self.mirror = mirror
+        self.certificate_ends = time.time() + LEFT_S
         self.pulls: list[tuple[str, bool]] = []
         self.patterns: list[str] = []
         self.checks: tuple[Check, ...] = (Check(name="clock", level="ok", text="agrees"),)
@@ -72,7 +74,7 @@ class FakeControl:
             origin_bytes=1 << 20,
             rss_bytes=90 << 20,
             mirror=self.mirror,
-            cluster=ClusterRow(id="ab" * 32, admits=False, certificate_ends=ENDS, revocations=3),
+            cluster=ClusterRow(id="ab" * 32, admits=False, certificate_ends=self.certificate_ends, revocations=3),
             upstreams=(
                 UpstreamRow(
                     name="r.example:5000",
