@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from protocol.ids import Buffer, Digest, PeerId, Piece, Shard
 from protocol.records import Record
@@ -36,8 +36,7 @@ READ_HERE: Askers = ()
 """Instead of askers: a client of this node used the piece."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """Checked bytes from a store, with the record of the block that they belong to, and of a shard the proof."""
 
     data: Buffer

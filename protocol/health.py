@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median_low
 
-import cachetools
-
 from protocol.ids import PeerId
 
 MAX_PEERS = 16384
+"""Beyond these, the peer that was met first is forgotten."""
 FIRST_GUESS_S = 0.02
 """A peer without measurements is asked before one that was slow."""
 UNKNOWN_LATE_S = 2.0
@@ -64,7 +63,7 @@ class Health:
     """One node's view of its peers; `now` is monotonic seconds."""
 
     def __init__(self) -> None:
-        self._peers: cachetools.LRUCache[PeerId, _Peer] = cachetools.LRUCache(MAX_PEERS)
+        self._peers: dict[PeerId, _Peer] = {}
 
     def asked(self, peer: PeerId, answers: int = 1) -> None:
         """The peer owes this many answers more."""
@@ -186,7 +185,12 @@ class Health:
         return self._peers.get(peer) or _Peer()
 
     def _of(self, peer: PeerId) -> _Peer:
-        return self._peers.get(peer) or self._peers.setdefault(peer, _Peer())
+        state = self._peers.get(peer)
+        if state is None:
+            if len(self._peers) >= MAX_PEERS:
+                del self._peers[next(iter(self._peers))]
+            state = self._peers[peer] = _Peer()
+        return state
 
 
 def _backoff_s(times: int) -> float:

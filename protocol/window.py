@@ -12,7 +12,10 @@ Addresses of clients have equal parts of both, and the reads of an address have 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
+from typing import TypeVar
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 MOST = 32
 """Blocks under way: enough for four peers at wire speed; also bounds the memory that they take."""
@@ -75,8 +78,9 @@ class ReadWindow:
         most_cold = min(RAMP + warm, self._part(self._cold_most, address, joins))
         return not full and under_way < self.share(address, joins=joins) and cold < most_cold
 
-    def is_cold(self, key: Hashable) -> bool:
-        return key in self._cold
+    def cold_among(self, keys: Set[_Key]) -> set[_Key]:
+        """Those of the keys whose blocks are cold."""
+        return {*(keys & self._cold.keys())}
 
     def began(self, key: Hashable, now: float) -> None:
         self._under_way[key] = None

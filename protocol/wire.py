@@ -13,9 +13,8 @@ import math
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
@@ -102,8 +101,7 @@ REQUESTS: msgspec.msgpack.Decoder[tuple[int, msg.Request]] = msgspec.msgpack.Dec
 REPLIES: msgspec.msgpack.Decoder[tuple[int, msg.Reply]] = msgspec.msgpack.Decoder(tuple[_ReplyId, msg.Reply])
 
 
-@dataclass(frozen=True, slots=True)
-class Head(Generic[Message]):
+class Head(NamedTuple, Generic[Message]):
     """`size`: bytes of the header."""
 
     request_id: int

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 import trio
 
@@ -64,7 +63,7 @@ class _Marking:
     def got(self, index: int, obtained: Obtained) -> None:
         self.left.pop(index, None)
         self.count(self._stretch.ref.block_length(index))
-        self._taker.got(index, replace(obtained, way=self._way))
+        self._taker.got(index, obtained._replace(way=self._way))
 
     def missed(self, index: int, miss: Miss) -> None:
         self._taker.missed(index, miss)

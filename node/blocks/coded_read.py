@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations, islice
 
@@ -225,7 +225,7 @@ class _Attempt:
         held = sent[0]
         if index in self.blocks and (place := self.blocks[index].place(number)) is not None:
             place[:] = held.data
-            held = replace(held, data=place)
+            held = held._replace(data=place)
         self._add(self._site.own, number, index, held)
 
     def _add(self, peer: PeerId, number: int, index: int, held: Held) -> None:

@@ -7,7 +7,6 @@ Concurrent reads of one block share one result. The window limits how many block
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -66,15 +65,12 @@ class Fetcher:
         demand: Demand | None = None,
     ) -> Order[Group, Obtained]:
         """Start reading blocks, or join the reads of them that are under way, as SharedWork.order."""
-        now = trio.current_time()
+        now, group = trio.current_time(), stretch.group
         for index in stretch.indices:
-            if (stretch.group, index) not in self._reads:
-                self.window.began((stretch.group, index), now)
+            if (group, index) not in self._reads:
+                self.window.began((group, index), now)
         work = partial(self._read, stretch, urgent)
-        return self._reads.order(stretch.group, stretch.indices, work, came, lost=lost, demand=demand)
-
-    def is_cold(self, stretch: Stretch, index: int) -> bool:
-        return self.window.is_cold((stretch.group, index))
+        return self._reads.order(group, stretch.indices, work, came, lost=lost, demand=demand)
 
     def wait_for_room(self, reader: Hungry) -> None:
         """Have the reader try again once the window may have room."""
@@ -91,12 +87,12 @@ class Fetcher:
         if not self.window.busy:
             self._idle.unpark_all()
 
-    def ended(self, stretch: Stretch, index: int) -> None:
-        self.window.ended((stretch.group, index), trio.current_time())
+    def ended(self, group: Group, index: int) -> None:
+        self.window.ended((group, index), trio.current_time())
 
     async def _read(self, stretch: Stretch, urgent: bool, flow: Flow[Group, Obtained]) -> None:
         stretch = stretch.only(flow.left)
-        taking = _Taking(self, self._nursery, stretch, flow, urgent)
+        taking = _Taking(self, self._nursery, flow, urgent)
         try:
             for source in self._sources:
                 if not flow.left:
@@ -105,9 +101,10 @@ class Fetcher:
             if flow.left:
                 raise UnavailableError(f"no source has {stretch.only(flow.left)}")
         finally:
-            for index in flow.left:
-                self.ended(stretch, index)
-            self.turned()
+            if flow.left:
+                for index in flow.left:
+                    self.ended(flow.group, index)
+                self.turned()
 
 
 class _Taking:
@@ -117,11 +114,10 @@ class _Taking:
         self,
         fetcher: Fetcher,
         nursery: trio.Nursery,
-        stretch: Stretch,
         flow: Flow[Group, Obtained],
         urgent: bool,
     ) -> None:
-        self._fetcher, self._nursery, self._stretch, self._flow = fetcher, nursery, stretch, flow
+        self._fetcher, self._nursery, self._flow = fetcher, nursery, flow
         self.urgent = urgent
         self._began = trio.current_time()
         self._misses: dict[int, list[Miss]] = {}
@@ -133,9 +129,9 @@ class _Taking:
         for miss in misses:
             self._nursery.start_soon(miss.compare, obtained)
         self._fetcher.window.warmed((self._flow.group, index), now)
-        self._fetcher.ended(self._stretch, index)
+        self._fetcher.ended(self._flow.group, index)
         retries = obtained.retries + sum(miss.retries for miss in misses)
-        self._flow.deliver(index, replace(obtained, retries=retries, seconds=now - self._began))
+        self._flow.deliver(index, obtained._replace(retries=retries, seconds=now - self._began))
         self._fetcher.turned()
 
     def missed(self, index: int, miss: Miss) -> None:

@@ -35,5 +35,5 @@ class Grants:
         """`stretch` with the grant of a local client that reads the same object, and so will need these blocks too."""
         for locator in reversed(self._locators.get(stretch.ref.digest, [])):
             if replace(locator, grant=None) == stretch.locator:
-                return replace(stretch, locator=locator, reader="")
+                return stretch._replace(locator=locator, reader="")
         return stretch

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -101,7 +100,7 @@ class Holders:
             self._site.facts.granted(stretch.ref.digest, stretch.locator)
             take(index, obtained)
 
-        asked = replace(stretch, reader="", background=False)
+        asked = stretch._replace(reader="", background=False)
         await self._blocks_from(PeerId(stretch.reader), asked, granted, 1, math.inf)
 
     async def _candidates(self, stretch: Stretch) -> list[PeerId]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import trio
@@ -180,7 +179,7 @@ class Keeper:
         if held.proof is not None or is_copy(shard):
             return held
         proof = make_proof(held.record, shard, held.data, maker=self._site.own, sign=self._identity.sign)
-        return replace(held, proof=proof)
+        return held._replace(proof=proof)
 
 
 class _Obtaining:

@@ -50,12 +50,13 @@ class ReadAhead:
         self.client = self._demand.first
         self._fetcher, self._room, self._urgent = fetcher, room, urgent
         self._object = Stretch(locator, ref, ())
+        self._group = self._object.group
         self._stretches = _in_stripes(indices, ref.block_count)
         self._next: deque[list[int]] = deque()
         """Blocks of one stripe each that begin next: the rest of a stripe, and blocks that left the room."""
         self._readings: deque[_Reading] = deque()
         self._under_way, self._warm = 0, 0
-        self._cold: set[int] = set()
+        self._cold: set[tuple[Group, int]] = set()
         self._wake = trio.lowlevel.ParkingLot()
         self._advance()
 
@@ -147,7 +148,7 @@ class ReadAhead:
         }
         self._readings.extend(by_index.values())
         self._under_way += len(indices)
-        self._cold.update(indices)
+        self._cold.update((self._group, index) for index in indices)
         self._advance()
 
         def came(index: int, obtained: Obtained) -> None:
@@ -157,6 +158,7 @@ class ReadAhead:
         def lost(index: int, error: Exception) -> None:
             by_index[index].error = error
             self._ended(by_index[index])
+            self.begin_more()
 
         stretch = self._object.only(indices)
         order = self._fetcher.begin(stretch, self._urgent, came, lost, demand=self._demand)
@@ -167,7 +169,6 @@ class ReadAhead:
         self._under_way -= 1
         if self._readings and reading is self._readings[0]:
             self._wake.unpark_all()
-        self.begin_more()
 
     def _end(self, reading: _Reading) -> None:
         if reading.order is not None and not reading.ended:
@@ -177,11 +178,10 @@ class ReadAhead:
         self._room.give(reading.holder, first=reading.first)
 
     def _may_begin(self) -> bool:
-        warm = [index for index in self._cold if not self._fetcher.is_cold(self._object, index)]
-        self._cold.difference_update(warm)
-        self._warm += len(warm)
-        figures = {"under_way": self._under_way, "cold": len(self._cold), "warm": self._warm}
-        return self._room.has_room(self, len(self._readings), **figures)
+        before, self._cold = len(self._cold), self._fetcher.window.cold_among(self._cold)
+        cold = len(self._cold)
+        self._warm += before - cold
+        return self._room.has_room(self, len(self._readings), under_way=self._under_way, cold=cold, warm=self._warm)
 
 
 def _in_stripes(indices: Iterable[int], block_count: int) -> Iterator[list[int]]:

@@ -132,6 +132,8 @@ class Room:
         return fair and self._window.has_room(address, under_way=under_way, cold=cold, warm=warm, joins=joins)
 
     def _find_slow(self) -> None:
+        if not self._taking:
+            return
         now = trio.current_time()
         for reader, since in list(self._taking.items()):
             if since + SLOW_S > now:

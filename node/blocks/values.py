@@ -6,9 +6,9 @@ The fetcher asks a list of `BlockSource`s in order. A new way to blocks (a delta
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -58,8 +58,7 @@ class BlockAddress:
         return self.ref.block_length(self.index)
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(NamedTuple):
     """Blocks of one stripe in ascending order, and the place of their object at the upstream."""
 
     locator: Locator
@@ -96,14 +95,13 @@ class Stretch:
         return Piece(self.block(index), shard)
 
     def only(self, indices: Iterable[int]) -> Stretch:
-        return replace(self, indices=tuple(indices))
+        return self._replace(indices=tuple(indices))
 
     def __str__(self) -> str:
         return f"{self.ref.digest} #{self.indices[0]}-{self.indices[-1]}"
 
 
-@dataclass(frozen=True, slots=True)
-class Obtained:
+class Obtained(NamedTuple):
     """A block, and how it was obtained. `peers` sent it or its shards; the fetcher sets `seconds`."""
 
     held: Held

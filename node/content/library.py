@@ -181,7 +181,7 @@ class SiteLibrary:
                         raise
                     return
                 await hasher.update(obtained.held.data)
-                fetched[index] = replace(obtained, held=Held(b"", obtained.held.record))
+                fetched[index] = obtained._replace(held=Held(b"", obtained.held.record))
                 ahead.taken()
         if await self.verifier.check(request.locator, ref, await hasher.hexdigest()) is None:
             verified.update(fetched)
