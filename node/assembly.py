@@ -281,6 +281,7 @@ async def registry(config: Config, network: Network, storage: Storage, stack: As
 def participant(
     config: Config, admitted: Admitted, storage: Storage, network: Network, *, registry: Registry, nursery: trio.Nursery
 ) -> Participant:
+    load = ProcessorLoad()
     member = site(
         config,
         admitted.identity,
@@ -297,7 +298,7 @@ def participant(
         nursery=nursery,
         rng=Random(),
         public_age=storage.public.age,
-        is_busy=ProcessorLoad().is_busy,
+        is_busy=lambda: load.is_busy() and network.exchange.links_are_fast(),
         hashing=HashingThread(),
     )
     member.route(network.dispatcher, admitted.registrar)

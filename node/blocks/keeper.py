@@ -262,7 +262,8 @@ class _Obtaining:
             piece = stretch.piece(index, None if is_copy(shard) else shard)
             self._site.keep(piece, held.data, held.record, held.proof, kept_for=stretch.kept_for)
         self._flow.deliver(index, (held, home))
-        self._asking.more()
+        if self._plan.done:
+            self._asking.more()
 
     def _heard(self, home: PeerId, state: State) -> None:
         self._plan.heard(home, state is State.READY, trio.current_time())

@@ -1,6 +1,7 @@
 """Reads whole blocks from their home while the processor of this node is what is scarce.
 
-Shards from several keepers use thin links better, but cost twice the processor time. If the home is far slower than
+Shards from several keepers use thin links better, but cost twice the processor time. A processor that is scarce beside
+links that are thin does not count: there whole blocks take longer and save nothing. If the home is far slower than
 others, the next member acts for it, as for a keeper that wants its shard (node/blocks/keeper.py).
 """
 

@@ -168,12 +168,14 @@ class KnownNames:
         media_type = self._types.get(resolved.ref.digest)
         return None if media_type is None else replace(resolved, media_type=media_type)
 
+    def has_read(self, ref: ObjectRef) -> bool:
+        """Whether a manifest's bytes were read, and are no others to some clients."""
+        return ref.digest in self._types
+
     def check_type(self, resolved: Resolved, body: bytes) -> None:
         """Compare the media type of an answer with a manifest's verified bytes: it may come from a member or from a
-        wrong index. Raises UnavailableError if the bytes are no manifest, or could be read in two ways."""
-        media_type = media_type_of(body, resolved.media_type)
-        if media_type is None:
-            raise UnavailableError(f"{resolved.ref.digest} is no manifest that all clients read alike")
+        wrong index. Raises as `type_of`."""
+        media_type = type_of(resolved.ref, body, resolved.media_type)
         if media_type != resolved.media_type:
             log.warning("%s is of type %s, and not of %s", resolved.ref.digest, media_type, resolved.media_type)
         self._types[resolved.ref.digest] = media_type
@@ -204,3 +206,12 @@ class KnownNames:
         if tag.origin != "members" and (str(tag.locator), tag.tag) not in self._unanswered:
             return "due"
         return "stale" if age_s < policy.max_age_s else "too old"
+
+
+def type_of(ref: ObjectRef, body: bytes, claimed: str = "") -> str:
+    """A manifest's media type, as `media_type_of`. Raises UnavailableError if the bytes are no manifest, or could be
+    read in two ways."""
+    media_type = media_type_of(body, claimed)
+    if media_type is None:
+        raise UnavailableError(f"{ref.digest} is no manifest that all clients read alike")
+    return media_type

@@ -26,6 +26,7 @@ from node.blocks.held_objects import has_record, held_body, open_checked
 from node.blocks.read_ahead import ReadAhead
 from node.blocks.room import Room
 from node.blocks.values import Obtained, Site
+from node.content.known_names import type_of
 from node.content.resolver import Accept, Resolver
 from node.content.verification import ObjectVerifier
 from node.oci.manifests import MAX_MANIFEST, Resolved
@@ -127,12 +128,20 @@ class SiteLibrary:
             async with aclosing(self._verify_first(request, {})) as waits:
                 async for _ in waits:
                     raise UnavailableError("it takes too long")
+            return await self._held_manifest(ref)
+
+    async def _held_manifest(self, ref: ObjectRef) -> bytes:
         body = await held_body(self.site.tiers, ref)
         if body is None:
             raise UnavailableError("no tier holds its bytes")
         if hashlib.new(ref.digest.algorithm, body).hexdigest() != ref.digest.hex:
             raise CorruptObjectError(f"{ref.digest} has other bytes than when it was verified")
         return body
+
+    def _is_unread(self, locator: Locator, ref: ObjectRef) -> bool:
+        """Whether it is a manifest whose bytes could not be read when its name was resolved."""
+        is_manifest = locator.kind == "manifests" and ref.size <= MAX_MANIFEST
+        return is_manifest and not self.resolver.known.has_read(ref)
 
     def _granted(self, locator: Locator, ref: ObjectRef) -> AbstractContextManager[None]:
         return self.grants.granted(locator, ref.digest) if locator.grant else nullcontext()
@@ -145,11 +154,14 @@ class SiteLibrary:
         self.site.check_size(ref)
         request = _Request(locator, ref, ((start, stop), *more))
         verified: dict[int, Obtained] = {}
+        is_unread = self._is_unread(locator, ref)
         with self._granted(locator, ref):
-            if ref.size <= CHECKED_FIRST and not (request.whole and ref.block_count == 1):
+            if is_unread or (ref.size <= CHECKED_FIRST and not (request.whole and ref.block_count == 1)):
                 async with aclosing(self._verify_first(request, verified)) as waits:
                     async for _ in waits:
                         yield b""
+            if is_unread:
+                type_of(ref, await self._held_manifest(ref))
             async with aclosing(self._send(request, verified)) as chunks:
                 async for chunk in chunks:
                     yield chunk

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import trio
 
+from node.exchange.link_speed import LinkSpeed
 from node.runtime.sockets import RECORD_BYTES, Readable
 from protocol.errors import NotAdmittedError, PeerUnavailableError
 from protocol.ids import Buffer
@@ -118,6 +119,11 @@ class Channel(ABC):
             await self._readable.wait(coming)
         except (trio.ClosedResourceError, ValueError, OSError) as error:
             raise PeerUnavailableError("connection closed") from error
+
+    def tell_speed(self, links: LinkSpeed) -> None:
+        """To be called after a body was written."""
+        if not self._closed:
+            links.sent(self._sock)
 
     def close(self) -> None:
         """Close at once. Tasks that wait for this channel get PeerUnavailableError. A second call does nothing."""

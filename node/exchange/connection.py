@@ -23,6 +23,7 @@ from node.config.quantities import HostPort
 from node.exchange.channel import Channel, TlsChannel, Traffic
 from node.exchange.contract import AtOnce, Handler, Lane, Server
 from node.exchange.limits import Limits, Timing
+from node.exchange.link_speed import LinkSpeed
 from node.exchange.requests import nothing_at_once, serve_nothing
 from node.exchange.send_slots import SendSlots
 from node.runtime.refusals import Refusals
@@ -76,6 +77,7 @@ class Endpoint:
     timing: Timing = field(default_factory=Timing)
     limits: Limits = field(default_factory=Limits)
     slots: SendSlots = field(default_factory=SendSlots, init=False)
+    links: LinkSpeed = field(default_factory=LinkSpeed, init=False)
     traffic: LRUCache[PeerId, Traffic] = field(default_factory=lambda: LRUCache(MAX_MEMBERS), init=False)
     refusals: Refusals = field(default_factory=Refusals, init=False)
 
@@ -112,13 +114,13 @@ class Connection:
     How many frames may wait is bounded by the callers of `put`. Cancelling `scope` ends the connection.
     """
 
-    def __init__(self, peer: PeerId, slots: SendSlots) -> None:
+    def __init__(self, peer: PeerId, endpoint: Endpoint) -> None:
         self.peer = peer
         self.scope = trio.CancelScope()
         self.used_at = trio.current_time()
         self.small: deque[Frame] = deque()
         self.large: deque[Frame] = deque()  # those with a body, and those that must not overtake them
-        self._slots = slots
+        self._slots, self._links = endpoint.slots, endpoint.links
         self._work = trio.lowlevel.ParkingLot()
 
     def put(self, frame: Frame, *, behind_bodies: bool = False) -> None:
@@ -148,6 +150,7 @@ class Connection:
                 if self.large and self._slots.take(self._work, self.peer):
                     head, body = self._next_large(self._next_small())
                     waited = await channel.send_all(head, body)
+                    channel.tell_speed(self._links)
                     turn += len(body)
                     if not self.large or turn >= TURN_BYTES:
                         await self._end_turn(channel)

@@ -34,7 +34,7 @@ class Outgoing(Connection):
     """The connection to a peer for one lane, with its unanswered calls."""
 
     def __init__(self, endpoint: Endpoint, peer: PeerId, lane: Lane) -> None:
-        super().__init__(peer, endpoint.slots)
+        super().__init__(peer, endpoint)
         self.lane = lane
         self.calls: dict[int, Call] = {}
         self.channel: Channel | None = None

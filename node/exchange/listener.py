@@ -40,7 +40,7 @@ class Incoming(Connection):
     """A connection that a peer opened, with its unanswered requests."""
 
     def __init__(self, peer: PeerId, endpoint: Endpoint, turn: trio.Lock) -> None:
-        super().__init__(peer, endpoint.slots)
+        super().__init__(peer, endpoint)
         self.places = trio.Semaphore(endpoint.limits.requests_per_connection)
         self.turn = turn
         """The connections of one peer share it."""

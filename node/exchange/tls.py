@@ -62,6 +62,10 @@ class TlsExchange:
             small_frames_waiting=sum(len(connection.small) for connection in incoming),
         )
 
+    def links_are_fast(self) -> bool:
+        """As `LinkSpeed.is_fast`."""
+        return self._endpoint.links.is_fast()
+
     def reached(self, peer: PeerId) -> HostPort | None:
         return self._dialler.reached.get(peer)
 

@@ -14,6 +14,8 @@ from tests.support.processes import wait_for
 
 ROOT = Path(__file__).parents[2]
 RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 import subprocess
 from tests.support.lab import Rates, lab
 from tests.support.mounts import small_disk

@@ -11,6 +11,7 @@ from contextlib import aclosing
 from hashlib import sha256
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -300,6 +301,21 @@ def test_a_part_is_sent_of_an_object_that_cannot_be_read_whole() -> None:
         registry.down = True
         async with aclosing(node.library.read(LOCATOR, REF, BLOCK_SIZE, BLOCK_SIZE + 9)) as chunks:
             assert b"".join([bytes(chunk) async for chunk in chunks]) == BODY[BLOCK_SIZE : BLOCK_SIZE + 9]
+
+    play(1, scenario)
+
+
+def test_no_byte_is_sent_of_a_manifest_that_was_not_read_before_and_is_none() -> None:
+    """S-36: its bytes could not be read when its name was resolved."""
+
+    async def scenario(nodes: list[Node], registry: Registry) -> None:
+        chunks, given = list[bytes](), nodes[0].library
+        unread: Any = SimpleNamespace(known=SimpleNamespace(has_read=lambda ref: False))
+        given.resolver = unread
+        async with aclosing(given.read(LOCATOR.of_kind("manifests"), REF, 0, REF.size)) as read:
+            with pytest.raises(UnavailableError, match="no manifest"):
+                chunks.extend([bytes(chunk) async for chunk in read])
+        assert not b"".join(chunks)
 
     play(1, scenario)
 
