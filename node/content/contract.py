@@ -28,8 +28,9 @@ class Library(Protocol):
     - `sized` returns the descriptor of a digest with the object's true size: one that was verified, or that the
       registry told this node. The size in other descriptors is a claim. Raises as `resolve`.
     - `sealed` returns an open file of exactly the object's bytes for sendfile, if this process has checked the file and
-      it did not change since; else None. `holds_sealed` is false if it would return None. The caller closes the file.
-      The bytes [start, stop) are counted as served from the file's tier.
+      it did not change since; else None. `holds_sealed` is false if it would return None, and for a manifest that
+      `read` has to look at first. The caller closes the file. The bytes [start, stop) are counted as served from the
+      file's tier.
     """
 
     async def resolve(self, locator: Locator, reference: str) -> Resolved: ...
@@ -40,6 +41,6 @@ class Library(Protocol):
 
     async def sized(self, locator: Locator, resolved: Resolved) -> Resolved: ...
 
-    def holds_sealed(self, ref: ObjectRef) -> bool: ...
+    def holds_sealed(self, locator: Locator, ref: ObjectRef) -> bool: ...
 
     def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None: ...

@@ -235,7 +235,9 @@ class SiteLibrary:
     def _ahead(self, request: _Request, indices: Iterable[int], *, urgent: bool) -> ReadAhead:
         return ReadAhead(self.fetcher, self._room, request.locator, request.ref, indices, urgent=urgent)
 
-    def holds_sealed(self, ref: ObjectRef) -> bool:
+    def holds_sealed(self, locator: Locator, ref: ObjectRef) -> bool:
+        if self._is_unread(locator, ref):
+            return False
         opened = open_checked(self.site.tiers, ref)
         if opened is not None:
             opened[0].close()

@@ -121,8 +121,8 @@ class SignedLibrary:
     async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
         return await self._library.sized(locator, resolved)
 
-    def holds_sealed(self, ref: ObjectRef) -> bool:
-        return self._library.holds_sealed(ref)
+    def holds_sealed(self, locator: Locator, ref: ObjectRef) -> bool:
+        return self._library.holds_sealed(locator, ref)
 
     def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None:
         return self._library.sealed(ref, start, stop)

@@ -233,7 +233,7 @@ class Mirror:
         if not span.length:
             return Response(status, headers)
         file = None
-        if self._library.holds_sealed(resolved.ref):
+        if self._library.holds_sealed(locator, resolved.ref):
             await self._access.check(locator, resolved.ref.digest)
             file = self._library.sealed(resolved.ref, span.start, span.stop)
         if file is not None:

@@ -97,7 +97,7 @@ class PassingLibrary:
     async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
         return resolved
 
-    def holds_sealed(self, ref: ObjectRef) -> bool:
+    def holds_sealed(self, locator: Locator, ref: ObjectRef) -> bool:
         return False
 
     def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None:

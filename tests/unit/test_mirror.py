@@ -84,7 +84,7 @@ class MemoryLibrary:
     async def sized(self, locator: Locator, resolved: Resolved) -> Resolved:
         return resolved
 
-    def holds_sealed(self, ref: ObjectRef) -> bool:
+    def holds_sealed(self, locator: Locator, ref: ObjectRef) -> bool:
         return self.path is not None
 
     def sealed(self, ref: ObjectRef, start: int, stop: int) -> BinaryIO | None:
